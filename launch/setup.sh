@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Make .venv and install sa3train with what it needs. A second run finds nothing to do.
+#   bash launch/setup.sh          what users need
+#   bash launch/setup.sh --dev    and what the tests need (Debian's chromium for the report's browser test)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+extras=""
+[ "${1:-}" = "--dev" ] && extras="[dev]"
+
+say() { printf '%s\n' "$*"; }
+as_root() { if [ "$(id -u)" = 0 ]; then "$@"; elif command -v sudo >/dev/null; then sudo "$@"; else return 1; fi; }
+debian_install() {
+    command -v apt-get >/dev/null || return 1
+    say "Installing Debian packages: $*"
+    as_root apt-get update -qq && as_root env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@" >/dev/null
+}
+
+find_python() {
+    local candidate
+    for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11; do
+        if [ -n "$candidate" ] && command -v "$candidate" >/dev/null &&
+            "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+            printf '%s\n' "$candidate"
+            return 0
+        fi
+    done
+    say "No Python 3.11 to 3.13 was found. Install one (Debian/Ubuntu: sudo apt-get install python3 python3-venv)," >&2
+    say "or name it: PYTHON=/path/to/python3.12 bash launch/setup.sh" >&2
+    return 1
+}
+
+# What is installed is known by the files that decide it; the developers' set includes the users'.
+wanted=$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)
+installed() { [ "$(cat ".venv/.installed$1" 2>/dev/null)" = "$wanted" ]; }
+if [ -n "$extras" ] && ! command -v chromium >/dev/null; then
+    debian_install chromium || {
+        say "The tests of the HTML report need chromium, which could not be installed; install it and run again." >&2
+        exit 1
+    }
+fi
+if installed "[dev]" || { [ -z "$extras" ] && installed ""; }; then exit 0; fi
+
+python=$(find_python)
+if ! "$python" -c 'import ensurepip' 2>/dev/null; then
+    debian_install python3-venv || {
+        say "$python has no venv module. Install it (Debian/Ubuntu: sudo apt-get install python3-venv) and run again." >&2
+        exit 1
+    }
+fi
+[ -x .venv/bin/python ] || "$python" -m venv .venv
+say "Installing sa3train${extras} into .venv (the first time takes a few minutes: PyTorch is large) ..."
+.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${extras}"
+printf '%s' "$wanted" >".venv/.installed$extras"
+say "Installed. Commands are in .venv/bin: sa3-encode sa3-train sa3-generate sa3-adapter sa3-data sa3-bench sa3-quickstart"

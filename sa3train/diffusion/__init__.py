@@ -1,0 +1,1 @@
+"""The mathematics of diffusion as pure functions: schedules, samplers, guidance, masks, training objective."""

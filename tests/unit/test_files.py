@@ -1,0 +1,53 @@
+"""Files appear whole or not at all."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from sa3train.errors import SA3Error
+from sa3train.files import atomic_path, write_json, write_text
+
+
+def test_a_finished_file_replaces_the_old_one_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "a.txt"
+    write_text(target, "old")
+    write_text(target, "new")
+    assert target.read_text() == "new"
+    assert [entry.name for entry in target.parent.iterdir()] == ["a.txt"]
+
+
+def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+    target = tmp_path / "a.json"
+    write_json(target, {"step": 1})
+    with pytest.raises(ValueError), atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise ValueError("stopped in the middle")
+    assert json.loads(target.read_text()) == {"step": 1}
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_nan_is_not_written_as_json(tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "a.json", {"loss": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(SA3Error, match=r"cannot write .*a\.bin.*No space left"), atomic_path(tmp_path / "a.bin"):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "occupied").write_text("")
+    with pytest.raises(SA3Error, match="cannot write"):
+        write_text(tmp_path / "occupied" / "a.txt", "")
+
+
+def test_an_oserror_of_another_file_is_not_relabelled(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "a.bin"):
+        (tmp_path / "missing").read_bytes()
+    assert not list(tmp_path.iterdir())
