@@ -1,0 +1,293 @@
+"""Scaled dot-product attention over four token patterns, by whichever backend the machine has.
+
+Shape legend: B batch (or 1 for packed tokens), L query tokens, M key tokens, H heads, D head width, N blocks, R
+radius. Patterns say who sees whom; backends say how it is computed. `BACKENDS` is the table; `force_backend` pins
+one for tests.
+
+- `None`: every query sees every key of its batch row.
+- `Padded`: keys past an item's real length are never seen.
+- `Packed`: one row of several sequences laid end to end; none sees another.
+- `Window`: like `Packed`, and only keys at distance <= radius. Linear in memory and time.
+"""
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Padded:
+    """True = real. Real tokens come first in every row (the varlen kernels rely on it)."""
+
+    key_mask_BM: Tensor
+
+    @functools.cached_property
+    def bounds(self) -> Tensor:
+        """Cumulative token counts (2B + 1,) int32 that make each row's real part and its rest two sequences."""
+        rows, length = self.key_mask_BM.shape
+        real_B = self.key_mask_BM.sum(dim=1)
+        starts_B = torch.arange(rows, device=real_B.device) * length
+        bounds = torch.stack((starts_B, starts_B + real_B), dim=1).flatten()
+        return torch.cat((bounds, bounds.new_full((1,), rows * length))).to(torch.int32)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Lengths of the sequences that make up the one query row and the one key row."""
+
+    query_lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Lengths of the sequences that make up the one row, and how far each token sees to both sides."""
+
+    lengths: tuple[int, ...]
+    radius: int
+
+
+Pattern = Padded | Packed | Window | None
+Backend = Callable[[Tensor, Tensor, Tensor, Pattern], Tensor]
+
+_FORCED: ContextVar[str | None] = ContextVar("forced_attention_backend", default=None)
+_WINDOW_BLOCK = 64
+
+
+def attend(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, pattern: Pattern = None) -> Tensor:
+    """softmax(q kᵀ / √D) v over the keys that `pattern` lets each query see; (B, L, H, D).
+
+    Packed and windowed patterns take B = 1 and raise `ValueError` when the lengths do not add up.
+    """
+    _check(q_BLHD, k_BMHD, pattern)
+    name = _FORCED.get() or preferred_backend(q_BLHD, pattern)
+    return BACKENDS[name](q_BLHD, k_BMHD, v_BMHD, pattern)
+
+
+@contextlib.contextmanager
+def force_backend(name: str) -> Iterator[None]:
+    """Use one backend ("reference", "sdpa", "varlen" or "flash") for everything inside the block."""
+    if name not in BACKENDS:
+        raise ValueError(f"no attention backend {name!r}; there are {', '.join(BACKENDS)}")
+    token = _FORCED.set(name)
+    try:
+        yield
+    finally:
+        _FORCED.reset(token)
+
+
+def preferred_backend(q_BLHD: Tensor, pattern: Pattern) -> str:
+    """Varlen kernels where they exist (CUDA, 16-bit) and the pattern needs them; SDPA otherwise."""
+    if pattern is None or not q_BLHD.is_cuda or q_BLHD.dtype not in (torch.float16, torch.bfloat16):
+        return "sdpa"
+    if _has_torch_varlen():
+        return "varlen"
+    return "flash" if importlib.util.find_spec("flash_attn") else "sdpa"
+
+
+@functools.cache
+def _has_torch_varlen() -> bool:
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return False
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 0)
+
+
+def _check(q_BLHD: Tensor, k_BMHD: Tensor, pattern: Pattern) -> None:
+    match pattern:
+        case Packed(query_lengths, key_lengths):
+            lengths: tuple[tuple[int, Sequence[int]], ...] = (
+                (q_BLHD.shape[1], query_lengths),
+                (k_BMHD.shape[1], key_lengths),
+            )
+        case Window(window_lengths, _):
+            lengths = ((q_BLHD.shape[1], window_lengths), (k_BMHD.shape[1], window_lengths))
+        case _:
+            return
+    if q_BLHD.shape[0] != 1 or any(total != sum(parts) for total, parts in lengths):
+        raise ValueError(f"{pattern} does not describe queries {tuple(q_BLHD.shape)} and keys {tuple(k_BMHD.shape)}")
+
+
+# reference: the definition, with every mask written out. Quadratic; for tests.
+
+
+def _visible(q_BLHD: Tensor, k_BMHD: Tensor, pattern: Pattern) -> Tensor | None:
+    """Boolean mask broadcastable to (B, H, L, M), True = seen."""
+    device = q_BLHD.device
+    match pattern:
+        case Padded(key_mask_BM):
+            return key_mask_BM[:, None, None, :]
+        case Packed(query_lengths, key_lengths):
+            queries, keys = _owners(query_lengths, device), _owners(key_lengths, device)
+            return (queries[:, None] == keys[None, :])[None, None]
+        case Window(lengths, radius):
+            owners, places = _owners(lengths, device), torch.arange(sum(lengths), device=device)
+            near = (places[:, None] - places[None, :]).abs() <= radius
+            return (near & (owners[:, None] == owners[None, :]))[None, None]
+    return None
+
+
+def _owners(lengths: Sequence[int], device: torch.device) -> Tensor:
+    counts = torch.tensor(lengths, device=device)
+    return torch.repeat_interleave(torch.arange(len(lengths), device=device), counts)
+
+
+def _reference(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, pattern: Pattern) -> Tensor:
+    scores_BHLM = torch.einsum("blhd,bmhd->bhlm", q_BLHD.float(), k_BMHD.float()) * q_BLHD.shape[-1] ** -0.5
+    visible = _visible(q_BLHD, k_BMHD, pattern)
+    if visible is not None:
+        scores_BHLM = scores_BHLM.masked_fill(~visible, -torch.inf)
+    out_BLHD = torch.einsum("bhlm,bmhd->blhd", scores_BHLM.softmax(dim=-1), v_BMHD.float())
+    return out_BLHD.to(q_BLHD.dtype)
+
+
+# sdpa: torch's own attention, on any device and dtype.
+
+
+def _sdpa_BLHD(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, mask: Tensor | None = None) -> Tensor:
+    out_BHLD = F.scaled_dot_product_attention(
+        q_BLHD.transpose(1, 2), k_BMHD.transpose(1, 2), v_BMHD.transpose(1, 2), attn_mask=mask
+    )
+    return out_BHLD.transpose(1, 2)
+
+
+def _sdpa(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, pattern: Pattern) -> Tensor:
+    match pattern:
+        case Padded(key_mask_BM):
+            return _sdpa_BLHD(q_BLHD, k_BMHD, v_BMHD, key_mask_BM[:, None, None, :])
+        case Packed(query_lengths, key_lengths):
+            return _sdpa_packed(q_BLHD, k_BMHD, v_BMHD, query_lengths, key_lengths)
+        case Window(lengths, radius):
+            return _sdpa_window(q_BLHD, k_BMHD, v_BMHD, lengths, radius)
+    return _sdpa_BLHD(q_BLHD, k_BMHD, v_BMHD)
+
+
+def _sdpa_packed(
+    q_1LHD: Tensor, k_1MHD: Tensor, v_1MHD: Tensor, query_lengths: Sequence[int], key_lengths: Sequence[int]
+) -> Tensor:
+    if len(set(query_lengths)) == 1 and len(set(key_lengths)) == 1:
+        rows = len(query_lengths)
+        q, k, v = (x.reshape(rows, -1, *x.shape[2:]) for x in (q_1LHD, k_1MHD, v_1MHD))
+        return _sdpa_BLHD(q, k, v).reshape(q_1LHD.shape)
+    parts = zip(q_1LHD.split(query_lengths, 1), k_1MHD.split(key_lengths, 1), v_1MHD.split(key_lengths, 1), strict=True)
+    return torch.cat([_sdpa_BLHD(q, k, v) for q, k, v in parts], dim=1)
+
+
+def _sdpa_window(q_1LHD: Tensor, k_1LHD: Tensor, v_1LHD: Tensor, lengths: tuple[int, ...], radius: int) -> Tensor:
+    """Blocks of queries, each with its own stretch of keys: memory grows with L, never with L²."""
+    queries_NL, keys_NM, visible_NLM, places_L = _window_blocks(lengths, radius, q_1LHD.device)
+    blocks_NLHD = _sdpa_BLHD(q_1LHD[0, queries_NL], k_1LHD[0, keys_NM], v_1LHD[0, keys_NM], mask=visible_NLM[:, None])
+    return blocks_NLHD.flatten(0, 1)[places_L][None]
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(mode=False)  # kept tensors must also serve a later call with gradients
+def _window_blocks(
+    lengths: tuple[int, ...], radius: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Query and key positions of each block, who sees whom, and where in the flattened blocks each token is."""
+    size = _WINDOW_BLOCK
+    queries, keys, visible, places = [], [], [], []
+    start = blocks = 0
+    for length in lengths:
+        count = -(-length // size)
+        first_N = torch.arange(count) * size
+        query_NL = first_N[:, None] + torch.arange(size)
+        key_NM = first_N[:, None] - radius + torch.arange(size + 2 * radius)
+        near_NLM = (query_NL[:, :, None] - key_NM[:, None, :]).abs() <= radius
+        exists_NM = (key_NM >= 0) & (key_NM < length)
+        # A query past the end is thrown away afterwards; it sees something so that its softmax stays finite.
+        past_NL = query_NL >= length
+        visible.append((near_NLM & exists_NM[:, None, :]) | past_NL[:, :, None])
+        queries.append(query_NL.clamp(max=length - 1) + start)
+        keys.append(key_NM.clamp(0, length - 1) + start)
+        places.append(torch.arange(length) + blocks * size)
+        start, blocks = start + length, blocks + count
+    found = (torch.cat(queries), torch.cat(keys), torch.cat(visible), torch.cat(places))
+    return found[0].to(device), found[1].to(device), found[2].to(device), found[3].to(device)
+
+
+# varlen and flash: fused kernels over flat tokens and cumulative lengths (CUDA, 16-bit).
+
+VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, int], Tensor]
+
+
+def _torch_kernel(
+    q_LHD: Tensor,
+    k_MHD: Tensor,
+    v_MHD: Tensor,
+    bounds_q: Tensor,
+    bounds_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    radius: int,
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    window = (radius, radius)
+    out = varlen_attn(q_LHD, k_MHD, v_MHD, bounds_q, bounds_k, longest_q, longest_k, window_size=window)
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def _flash_kernel(
+    q_LHD: Tensor,
+    k_MHD: Tensor,
+    v_MHD: Tensor,
+    bounds_q: Tensor,
+    bounds_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    radius: int,
+) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    window = (radius, radius)
+    out: Tensor = flash_attn_varlen_func(
+        q_LHD, k_MHD, v_MHD, bounds_q, bounds_k, longest_q, longest_k, window_size=window
+    )
+    return out
+
+
+#: Fused kernels by backend name; `radius` -1 = no window.
+VARLEN_KERNELS: dict[str, VarlenKernel] = {"varlen": _torch_kernel, "flash": _flash_kernel}
+
+
+@functools.lru_cache(maxsize=32)
+@torch.inference_mode(mode=False)
+def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor((0, *lengths)).cumsum(0).to(device=device, dtype=torch.int32)
+
+
+def _with_kernel(name: str, q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, pattern: Pattern) -> Tensor:
+    (rows, length), keys, device = q_BLHD.shape[:2], k_BMHD.shape[1], q_BLHD.device
+    radius, longest_q, longest_k = -1, length, keys
+    match pattern:
+        case Padded():
+            if length != keys:
+                raise ValueError(f"a padded pattern is for self-attention, not {length} queries over {keys} keys")
+            bounds_q = bounds_k = pattern.bounds
+        case Packed(query_lengths, key_lengths):
+            bounds_q, bounds_k = _bounds(query_lengths, device), _bounds(key_lengths, device)
+            longest_q, longest_k = max(query_lengths), max(key_lengths)
+        case Window(lengths, radius):
+            bounds_q = bounds_k = _bounds(lengths, device)
+            longest_q = longest_k = max(lengths)
+        case _:
+            bounds_q, bounds_k = _bounds((length,) * rows, device), _bounds((keys,) * rows, device)
+    q_LHD, k_MHD, v_MHD = (x.flatten(0, 1).contiguous() for x in (q_BLHD, k_BMHD, v_BMHD))
+    out_LHD = VARLEN_KERNELS[name](q_LHD, k_MHD, v_MHD, bounds_q, bounds_k, longest_q, longest_k, radius)
+    return out_LHD.view(q_BLHD.shape)
+
+
+BACKENDS: dict[str, Backend] = {
+    "reference": _reference,
+    "sdpa": _sdpa,
+    "varlen": functools.partial(_with_kernel, "varlen"),
+    "flash": functools.partial(_with_kernel, "flash"),
+}

@@ -1,0 +1,192 @@
+"""The parts both transformers are made of: norms, rotary positions, Fourier features, gated feed-forward, attention.
+
+Shape legend: B batch, L tokens, M context tokens, H heads, D width (or head width), N differential streams.
+Module and parameter names are those of the released files.
+"""
+
+import functools
+import math
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sa3train.models.attention import Pattern, attend
+from sa3train.models.config import FOURIER_FEATURES, HEAD_WIDTH
+
+ROTARY_WIDTH = HEAD_WIDTH // 2
+ROTARY_BASE = 10_000.0
+
+
+def fourier_features(t_B: Tensor, width: int = FOURIER_FEATURES) -> Tensor:
+    """cos and sin of `t` at `width / 2` frequencies from 0.5 to 10 000, evenly spaced in log; (B, width) fp32.
+
+    The order of operations is the released one: others differ by up to 1e-2 in fp32.
+    """
+    low, high = math.log(0.5), math.log(10_000.0)
+    ramp = torch.linspace(0, 1, width // 2, device=t_B.device, dtype=torch.float32)
+    frequencies = torch.exp(ramp * (high - low) + low)
+    arguments = (t_B.float()[:, None] * frequencies) * 2 * math.pi
+    return torch.cat((arguments.cos(), arguments.sin()), dim=-1)
+
+
+class FourierFeatures(nn.Module):
+    """`fourier_features` as a step of an `nn.Sequential`."""
+
+    def __init__(self, width: int = FOURIER_FEATURES) -> None:
+        super().__init__()
+        self.width = width
+
+    def forward(self, t_B: Tensor) -> Tensor:
+        return fourier_features(t_B, self.width)
+
+
+def inverse_frequencies(device: torch.device | str | None = None) -> Tensor:
+    """Rotary frequencies (16,) fp32."""
+    exponents = torch.arange(0, ROTARY_WIDTH, 2, device=device, dtype=torch.float32) / ROTARY_WIDTH
+    return 1.0 / ROTARY_BASE**exponents
+
+
+class Rotary(nn.Module):
+    """Rotary positions over the first half of each head.
+
+    The buffer is there because the released files hold it. Angles come from the constant instead, so that a module
+    cast to 16 bits keeps exact positions.
+    """
+
+    inv_freq: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # On the meta device `arange` would import torch's compiler: seconds at every start.
+        self.register_buffer("inv_freq", inverse_frequencies("cpu").to(torch.get_default_device()))
+
+    def forward(self, positions_L: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin, each (L, 1, 32) fp32, ready to broadcast over heads."""
+        angles = positions_L.float()[:, None] * inverse_frequencies(positions_L.device)
+        angles = torch.cat((angles, angles), dim=-1)[:, None]
+        return angles.cos(), angles.sin()
+
+
+def rotate(x_BLHD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Half-split rotation of the first 32 of each head's dimensions, in fp32."""
+    cos, sin = rotary
+    turned, kept = x_BLHD[..., :ROTARY_WIDTH].float(), x_BLHD[..., ROTARY_WIDTH:]
+    first, second = turned.chunk(2, dim=-1)
+    turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
+    return torch.cat((turned.to(x_BLHD.dtype), kept), dim=-1)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in fp32."""
+
+    def __init__(self, width: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.gamma.shape, self.gamma.float(), self.eps).to(x.dtype)
+
+
+class DynamicTanh(nn.Module):
+    """`gamma * tanh(alpha * x) + beta`: a norm without statistics."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.full((1,), 4.0))
+        self.gamma = nn.Parameter(torch.ones(width))
+        self.beta = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.beta, self.gamma, torch.tanh(self.alpha * x))
+
+
+class GatedLinear(nn.Module):
+    """Linear to twice the width; one half times the activation of the other."""
+
+    def __init__(self, width: int, inner: int, activation: Literal["silu", "sine"]) -> None:
+        super().__init__()
+        self.proj = nn.Linear(width, 2 * inner)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.proj(x).chunk(2, dim=-1)
+        gated = F.silu(gate) if self.activation == "silu" else torch.sin(math.pi * gate)
+        return value * gated
+
+
+class FeedForward(nn.Module):
+    """Gated feed-forward with inner width `mult` x width."""
+
+    def __init__(self, width: int, mult: float, activation: Literal["silu", "sine"] = "silu") -> None:
+        super().__init__()
+        inner = int(width * mult)
+        self.ff = nn.Sequential(GatedLinear(width, inner, activation), nn.Identity(), nn.Linear(inner, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ff(x)
+
+
+def heads(x_BLC: Tensor, streams: int) -> tuple[Tensor, ...]:
+    """Split (B, L, streams * H * 64) into `streams` tensors (B, L, H, 64)."""
+    return x_BLC.unflatten(-1, (streams, -1, HEAD_WIDTH)).unbind(dim=2)
+
+
+class SelfAttention(nn.Module):
+    """Rotary self-attention, plain or differential (the first attention minus the second).
+
+    `to_qkv` holds q, k, v or q, k, v, q', k'. One q norm and one k norm serve both branches.
+    """
+
+    def __init__(self, width: int, norm: "type[DynamicTanh] | functools.partial[RMSNorm]", differential: bool) -> None:
+        super().__init__()
+        self.streams = 5 if differential else 3
+        self.to_qkv = nn.Linear(width, self.streams * width, bias=False)
+        self.to_out = nn.Linear(width, width, bias=False)
+        self.q_norm = norm(HEAD_WIDTH)
+        self.k_norm = norm(HEAD_WIDTH)
+
+    def forward(self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor], pattern: Pattern = None) -> Tensor:
+        q, k, v, *second = heads(self.to_qkv(x_BLD), self.streams)
+        out_BLHD = self._branch(q, k, v, rotary, pattern)
+        if second:
+            out_BLHD = out_BLHD - self._branch(second[0], second[1], v, rotary, pattern)
+        return self.to_out(out_BLHD.flatten(2))
+
+    def _branch(
+        self, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, rotary: tuple[Tensor, Tensor], pattern: Pattern
+    ) -> Tensor:
+        q_BLHD, k_BLHD = rotate(self.q_norm(q_BLHD), rotary), rotate(self.k_norm(k_BLHD), rotary)
+        return attend(q_BLHD, k_BLHD, v_BLHD, pattern)
+
+
+class CrossAttention(nn.Module):
+    """Attention from tokens to a context, plain or differential, without positions.
+
+    `to_q` holds q or q, q'; `to_kv` holds k, v or k, k', v. Keys and values depend on the context alone, so `context`
+    gives them once for a whole generation.
+    """
+
+    def __init__(self, width: int, norm: "functools.partial[RMSNorm]", differential: bool) -> None:
+        super().__init__()
+        self.streams = 2 if differential else 1
+        self.to_q = nn.Linear(width, self.streams * width, bias=False)
+        self.to_kv = nn.Linear(width, (self.streams + 1) * width, bias=False)
+        self.to_out = nn.Linear(width, width, bias=False)
+        self.q_norm = norm(HEAD_WIDTH)
+        self.k_norm = norm(HEAD_WIDTH)
+
+    def context(self, context_BMD: Tensor) -> tuple[Tensor, ...]:
+        """Normed keys (one or two) and values, each (B, M, H, 64)."""
+        *keys, values = heads(self.to_kv(context_BMD), self.streams + 1)
+        return (*(self.k_norm(key) for key in keys), values)
+
+    def forward(self, x_BLD: Tensor, context: tuple[Tensor, ...], pattern: Pattern = None) -> Tensor:
+        *keys, values = context
+        queries = [self.q_norm(query) for query in heads(self.to_q(x_BLD), self.streams)]
+        out_BLHD = attend(queries[0], keys[0], values, pattern)
+        if len(keys) == 2:
+            out_BLHD = out_BLHD - attend(queries[1], keys[1], values, pattern)
+        return self.to_out(out_BLHD.flatten(2))

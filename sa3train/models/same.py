@@ -1,0 +1,169 @@
+"""The resampling transformers of the SAME autoencoder, chunked and window kinds.
+
+Shape legend: L tokens of all items laid end to end, G groups, N new tokens per group, B chunks, D width.
+Module names are those of the released files.
+
+Items lie end to end in one flat row of tokens with their group counts beside them, so that a batch of equal items and a
+list of unequal ones take the same path and no padding is computed.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sa3train.models.attention import Window
+from sa3train.models.blocks import DynamicTanh, FeedForward, Rotary, SelfAttention
+from sa3train.models.config import StackConfig
+
+
+def draw_noise(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
+    """N(0, 1) on `like`'s device and dtype, drawn in fp32 on the generator's device in contiguous order."""
+    device = like.device if generator is None else generator.device
+    return torch.randn(tuple(shape), generator=generator, device=device).to(like)
+
+
+class Mapping(nn.Module):
+    """A weight-normed convolution, stored the old way (`weight_g`, `weight_v`); runs on (B, L, channels)."""
+
+    def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(outputs))
+        self.weight_v = nn.Parameter(nn.init.kaiming_uniform_(torch.empty(outputs, inputs, kernel), a=math.sqrt(5)))
+        self.weight_g = nn.Parameter(torch.full((outputs, 1, 1), 1 / math.sqrt(3)))  # what that norm is on average
+
+    def forward(self, x_BLD: Tensor) -> Tensor:
+        v = self.weight_v.float()
+        weight = (v * (self.weight_g.float() / v.norm(dim=(1, 2), keepdim=True))).to(x_BLD.dtype)
+        if weight.shape[-1] == 1:
+            return F.linear(x_BLD, weight.squeeze(-1), self.bias)
+        return F.conv1d(x_BLD.transpose(1, 2), weight, self.bias, padding="same").transpose(1, 2)
+
+
+class Layer(nn.Module):
+    """Differential attention and feed-forward, each behind a dynamic tanh."""
+
+    def __init__(self, config: StackConfig, activation: Literal["silu", "sine"]) -> None:
+        super().__init__()
+        self.pre_norm = DynamicTanh(config.width)
+        self.self_attn = SelfAttention(config.width, DynamicTanh, differential=True)
+        self.ff_norm = DynamicTanh(config.width)
+        self.ff = FeedForward(config.width, config.ff_mult, activation)
+        self.rope = Rotary()
+
+    def forward(self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor], pattern: Window | None = None) -> Tensor:
+        x_BLD = x_BLD + self.self_attn(self.pre_norm(x_BLD), rotary, pattern)
+        return x_BLD + self.ff(self.ff_norm(x_BLD))
+
+
+class Resampler(nn.Module):
+    """Groups of raw tokens and new tokens through a stack of layers. Encoder: 16 + 1 new, the new one is kept.
+
+    Decoder: 1 + 16 new, the new ones are kept. New tokens are one learned vector plus noise.
+    """
+
+    def __init__(self, config: StackConfig, patch_width: int, direction: Literal["encoder", "decoder"]) -> None:
+        super().__init__()
+        self.config = config
+        self.direction = direction
+        encodes = direction == "encoder"
+        self.raw, self.new = (config.stride, 1) if encodes else (1, config.stride)
+        kernel = 3 if config.conv_mapping else 1
+        inputs, outputs = (patch_width, config.width) if encodes else (config.width, patch_width)
+        self.mapping = Mapping(inputs, outputs, kernel)
+        self.new_tokens = nn.Parameter(nn.init.normal_(torch.empty(1, 1, config.width)))
+        sine_from = config.depth - config.sinusoidal_blocks
+        self.transformers = nn.ModuleList(
+            Layer(config, "sine" if not encodes and index > sine_from else "silu") for index in range(config.depth)
+        )
+
+    def forward(self, x_LD: Tensor, groups: tuple[int, ...], noise: bool, generator: torch.Generator | None) -> Tensor:
+        """Resample items of `groups` groups each, laid end to end.
+
+        Encoder: (16 L, patch width) to (L, D); items must fill their chunks. Decoder: (L, D) to (16 L, patch
+        width), where items that do not fill their last chunk come out as if they did.
+        """
+        if self.direction == "encoder":
+            return self._layers(self._map(x_LD, [count * self.raw for count in groups]), groups, noise, generator)
+        x_LD, groups = self._even_out(x_LD, groups)
+        tokens = self._layers(x_LD, groups, noise, generator)
+        return self._map(tokens, [count * self.new for count in groups])
+
+    @property
+    def groups_per_chunk(self) -> int:
+        """Every item has a multiple of this many groups."""
+        return 1 if self.config.chunk_size is None else self.config.chunk_size // self.config.stride
+
+    def _even_out(self, x_LD: Tensor, groups: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
+        """Zero groups at the end of each item that does not fill its last chunk."""
+        missing = [-count % self.groups_per_chunk for count in groups]
+        if not any(missing):
+            return x_LD, groups
+        parts = zip(x_LD.split(groups), missing, strict=True)
+        padded = torch.cat([F.pad(part, (0, 0, 0, extra)) for part, extra in parts])
+        return padded, tuple(count + extra for count, extra in zip(groups, missing, strict=True))
+
+    def _map(self, x_LD: Tensor, lengths: list[int]) -> Tensor:
+        """The mapping within each item: a kernel of 3 must not reach into a neighbour."""
+        if self.mapping.weight_v.shape[-1] == 1:
+            return self.mapping(x_LD)
+        if len(set(lengths)) == 1:
+            return self.mapping(x_LD.unflatten(0, (len(lengths), -1))).flatten(0, 1)
+        return torch.cat([self.mapping(part[None])[0] for part in x_LD.split(lengths)])
+
+    def _layers(self, x_LD: Tensor, groups: tuple[int, ...], noise: bool, generator: torch.Generator | None) -> Tensor:
+        width, size = x_LD.shape[-1], self.raw + self.new
+        new_GND = self.new_tokens.expand(sum(groups), self.new, width)
+        if noise and self.config.mask_noise:
+            new_GND = new_GND + self.config.mask_noise * draw_noise(new_GND.shape, x_LD, generator)
+        tokens_LD = torch.cat((x_LD.unflatten(0, (-1, self.raw)), new_GND), dim=1).flatten(0, 1)
+        lengths = tuple(count * size for count in groups)
+        run = self._in_window if self.config.window is not None else self._in_chunks
+        return run(tokens_LD, lengths).unflatten(0, (-1, size))[:, self.raw :].flatten(0, 1)
+
+    def _in_window(self, tokens_LD: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        assert self.config.window is not None
+        pattern = Window(lengths, self.config.window * (self.raw + self.new))
+        positions = torch.cat([torch.arange(length, device=tokens_LD.device) for length in lengths])
+        return self._run(self.transformers, tokens_LD[None], positions, pattern)[0]
+
+    def _in_chunks(self, tokens_LD: Tensor, lengths: tuple[int, ...]) -> Tensor:
+        """First half of the layers in chunks, second half in chunks that lie half a chunk further."""
+        size = self.groups_per_chunk * (self.raw + self.new)
+        half, middle = size // 2, len(self.transformers) // 2
+        positions = torch.arange(size, device=tokens_LD.device)
+        tokens_LD = self._run(self.transformers[:middle], tokens_LD.unflatten(0, (-1, size)), positions).flatten(0, 1)
+        parts = tokens_LD.split(lengths)
+        shifted_LD = torch.cat([piece for part in parts for piece in (part[:half], part, part[-half:])])
+        shifted_LD = self._run(self.transformers[middle:], shifted_LD.unflatten(0, (-1, size)), positions).flatten(0, 1)
+        parts = shifted_LD.split([length + 2 * half for length in lengths])
+        return torch.cat([part[half : part.shape[0] - half] for part in parts])
+
+    def _run(self, layers: nn.ModuleList, x_BLD: Tensor, positions_L: Tensor, pattern: Window | None = None) -> Tensor:
+        rotary: tuple[Tensor, Tensor] | None = None
+        for layer in layers:
+            rotary = rotary or layer.rope(positions_L)  # type: ignore[operator]
+            x_BLD = layer(x_BLD, rotary, pattern)
+        return x_BLD
+
+
+class Stack(nn.Module):
+    """Encoder (resampler, linear to latents) or decoder (linear from latents, resampler)."""
+
+    def __init__(self, config: StackConfig, patch_width: int, direction: Literal["encoder", "decoder"]) -> None:
+        super().__init__()
+        self.resampler_index, self.linear_index = (0, 2) if direction == "encoder" else (3, 1)
+        modules: list[nn.Module] = [nn.Identity() for _ in range(3 if direction == "encoder" else 4)]
+        ends = (config.width, config.latent_width)
+        modules[self.resampler_index] = Resampler(config, patch_width, direction)
+        modules[self.linear_index] = nn.Linear(*(ends if direction == "encoder" else ends[::-1]))
+        self.layers = nn.ModuleList(modules)
+
+    def forward(self, x_LD: Tensor, groups: tuple[int, ...], noise: bool, generator: torch.Generator | None) -> Tensor:
+        resampler, linear = self.layers[self.resampler_index], self.layers[self.linear_index]
+        if self.resampler_index < self.linear_index:
+            return linear(resampler(x_LD, groups, noise, generator))
+        return resampler(linear(x_LD), groups, noise, generator)
