@@ -25,8 +25,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", suffix=".part", dir=target.parent)
         os.close(handle)
         temporary = Path(name)
-        temporary.chmod(0o666 & ~_umask())
         yield temporary
+        temporary.chmod(0o666 & ~_umask())  # mkstemp, and some writers, leave files that only their owner may read
         _fsync(temporary)
         temporary.replace(target)
         _fsync(target.parent)

@@ -19,12 +19,23 @@ def test_a_finished_file_replaces_the_old_one_and_leaves_nothing_beside_it(tmp_p
     assert [entry.name for entry in target.parent.iterdir()] == ["a.txt"]
 
 
+def test_a_new_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
+    write_text(tmp_path / "ours", "")
+    (tmp_path / "plain").write_text("")
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "a.json"
     write_json(target, {"step": 1})
-    with pytest.raises(ValueError), atomic_path(target) as temporary:
-        temporary.write_text("half")
-        raise ValueError("stopped in the middle")
+
+    def stop_in_the_middle() -> None:
+        with atomic_path(target) as temporary:
+            temporary.write_text("half")
+            raise ValueError("stopped in the middle")
+
+    with pytest.raises(ValueError, match="middle"):
+        stop_in_the_middle()
     assert json.loads(target.read_text()) == {"step": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
 
