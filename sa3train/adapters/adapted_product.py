@@ -1,0 +1,235 @@
+"""The adapted layer, forward and backward, without a weight-sized tensor.
+
+y = g ⊙ (W(c ⊙ x) + sBA(c ⊙ x)) + bias, where g = magnitude / ‖V‖ by row and c = magnitude / ‖g ⊙ V‖ by column, V = W + sBA,
+for the kinds that have them. Gradients go through the norms. The -xs kinds have B = U·M and A = Vᵀ with U and V frozen.
+Shape suffixes: T tokens of all items, I columns (in), O rows (out), R rank.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+
+from sa3train.adapters.norms import (
+    Frozen,
+    column_gradients,
+    column_norms,
+    gain_gradients,
+    row_gradient_of_A,
+    row_gradient_of_B,
+    row_norms,
+)
+from sa3train.adapters.products import gradient_times
+from sa3train.adapters.remake import Recipe
+from sa3train.adapters.weights import EPSILON
+
+SMALL_GAIN = 1e-2
+"""Rows whose gain is smaller (it is 1 at the start) are kept as they were before it, not recovered by dividing by it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fixed:
+    """What does not train: weight and bias, the scale s, and whether y is worth keeping for the backward pass."""
+
+    frozen: Frozen
+    bias_O: Tensor | None
+    scale: float
+    keep_output: bool = True
+
+
+class AdaptedProduct(Function):
+    """See the top of the file. Differentiable in x, its dropped-out twin, A (None for -xs), B (or M) and the magnitudes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_TI: Tensor,
+        dropped_TI: Tensor | None,
+        A_RI: Tensor | None,
+        B: Tensor,
+        magnitude_O: Tensor | None,
+        magnitude_I: Tensor | None,
+        recipe: Recipe | None,
+        fixed: Fixed,
+    ) -> Tensor:
+        frozen, scale, dtype = fixed.frozen, fixed.scale, x_TI.dtype
+        norm_O = gain_O = product_OR = norm_I = gain_I = product_IR = None
+        if magnitude_O is not None or magnitude_I is not None:
+            full_A, full_B = factors(frozen, A_RI, B)
+            if magnitude_O is not None:
+                norm_O, product_OR = row_norms(frozen, full_A, full_B, scale)
+                gain_O = magnitude_O / (norm_O + EPSILON)
+            if magnitude_I is not None:
+                norm_I, product_IR = column_norms(frozen, full_A, full_B, gain_O, scale)
+                gain_I = magnitude_I / (norm_I + EPSILON)
+        scaled_TI = gained(x_TI, gain_I)
+        low_TI = scaled_TI if dropped_TI is None else gained(dropped_TI, gain_I)
+        y_TO = scaled_TI @ frozen.W_OI.T
+        if A_RI is None:
+            assert frozen.U_OR is not None and frozen.V_IR is not None
+            u_TR = low_TI @ frozen.V_IR.to(dtype)
+            y_TO.addmm_(u_TR @ B.to(dtype).T, frozen.U_OR.to(dtype).T, alpha=scale)
+        else:
+            u_TR = low_TI @ A_RI.to(dtype).T
+            y_TO.addmm_(u_TR, B.to(dtype).T, alpha=scale)
+        _, _, wants_A, _, wants_rows, wants_cols, *_ = ctx.needs_input_grad
+        keep_x = (wants_A and dropped_TI is None) or wants_cols
+        keep_y = wants_rows and (fixed.keep_output or not keep_x)
+        small_O = small_TN = None
+        if gain_O is not None:
+            if keep_y and bool((small_O := gain_O.abs() < SMALL_GAIN).any()):
+                small_TN = y_TO[:, small_O]
+            y_TO.addcmul_(y_TO, (gain_O - 1).to(dtype))
+        if fixed.bias_O is not None:
+            y_TO += fixed.bias_O
+        ctx.save_for_backward(
+            x_TI if keep_x and recipe is None else None, dropped_TI, A_RI, B, u_TR, y_TO if keep_y else None,
+            norm_O, gain_O, norm_I, gain_I, small_TN, small_O if small_TN is not None else None,
+            None if product_OR is None or A_RI is None else product_OR.to(dtype),  # only gradients read the products
+            None if product_IR is None or A_RI is None else product_IR.to(dtype),
+            *(recipe.sources if keep_x and recipe is not None else ()),
+        )  # fmt: skip
+        ctx.fixed, ctx.recipe, ctx.shape = fixed, recipe, x_TI.shape
+        return y_TO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:
+        return _Backward(ctx, dy_TO).gradients()
+
+
+class _Backward:
+    """One backward pass, in steps that read the saved tensors."""
+
+    def __init__(self, ctx: Any, dy_TO: Tensor) -> None:
+        (
+            x_TI, self.dropped_TI, self.A_RI, self.B, self.u_TR, self.y_TO,
+            self.norm_O, self.gain_O, self.norm_I, self.gain_I, self.small_TN, self.small_O, self.product_OR, self.product_IR, *sources,
+        ) = ctx.saved_tensors  # fmt: skip
+        self.x_TI = ctx.recipe.make(sources).reshape(ctx.shape) if sources else x_TI
+        self.fixed: Fixed = ctx.fixed
+        self.frozen, self.scale, self.W_OI = self.fixed.frozen, self.fixed.scale, self.fixed.frozen.W_OI
+        self.wants_x, self.wants_dropped, self.wants_A, _, self.wants_rows, self.wants_cols, *_ = ctx.needs_input_grad
+        self.dy_TO, self.dtype = dy_TO, dy_TO.dtype
+
+    def gradients(self) -> tuple[Tensor | None, ...]:
+        grad_O = self._gradient_of_gain_O() if self.wants_rows else None
+        dmagnitude_O = dsquare_O = dmagnitude_I = None
+        if grad_O is not None and not self.wants_cols:
+            dmagnitude_O, dsquare_O = gain_gradients(grad_O, self.gain_O, self.norm_O)
+        dz_TO, product_RI = self._gained_gradient(dsquare_O if self.wants_A else None)
+        du_TR, dB = self._low_rank_gradients(dz_TO)
+        dA = (du_TR.T @ self._low_rank_input()).float() if self.wants_A else None
+        dx, dropped, grad_I = self._input_gradients(du_TR)
+        through_norms = None
+        if self.wants_rows or self.wants_cols:
+            full_A, full_B = factors(self.frozen, self.A_RI, self.B)
+            if grad_I is not None:
+                dmagnitude_I, dsquare_I = gain_gradients(grad_I, self.gain_I, self.norm_I)
+                columns = column_gradients(
+                    self.frozen, self.product_IR, full_A, full_B, self.gain_O, dsquare_I, self.scale
+                )
+                through_norms = columns.B_OR
+                if dA is not None and columns.A_RI is not None:
+                    dA += columns.A_RI
+                if grad_O is not None and columns.weights_O is not None:
+                    grad_O.addcmul_(self.gain_O, columns.weights_O, value=2)
+                    dmagnitude_O, dsquare_O = gain_gradients(grad_O, self.gain_O, self.norm_O)
+            if dsquare_O is not None:
+                product_OR = self.product_OR
+                if product_OR is None:
+                    product_OR = self.frozen.U_OR * self.frozen.singular_values()
+                rows = row_gradient_of_B(product_OR, full_A, full_B, dsquare_O, self.scale)
+                through_norms = rows if through_norms is None else through_norms.add_(rows)
+                if dA is not None:
+                    weighted_OR = (2 * self.scale * dsquare_O)[:, None] * full_B
+                    if product_RI is None:
+                        product_RI = gradient_times(self.W_OI.T, weighted_OR).T
+                    dA += row_gradient_of_A(product_RI, full_A, full_B, weighted_OR, self.scale)
+        if through_norms is not None:
+            dB += through_norms if self.A_RI is not None else self.frozen.U_OR.T @ through_norms  # type: ignore[union-attr]
+        return dx, dropped, dA, dB, dmagnitude_O, dmagnitude_I, None, None
+
+    def _gained_gradient(self, dsquare_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """dz = g ⊙ dy; its product with W is left in `self.dx`.
+
+        When the gradient of the row norms is known already, (2s·q ⊙ B)ᵀ is multiplied with W in the same go.
+        """
+        tokens, product_RI = self.dy_TO.shape[0], None
+        wants_back = self.wants_x or self.wants_cols
+        if self.gain_O is None:
+            dz_TO = operand = self.dy_TO
+        elif dsquare_O is None or not wants_back:
+            dz_TO = operand = gained(self.dy_TO, self.gain_O)
+        else:
+            operand = self.dy_TO.new_empty(tokens + self.B.shape[1], self.dy_TO.shape[1])
+            dz_TO = operand[:tokens]
+            torch.addcmul(self.dy_TO, self.dy_TO, (self.gain_O - 1).to(self.dtype), out=dz_TO)
+            torch.mul(self.B.T, 2 * self.scale * dsquare_O, out=operand[tokens:])
+        self.dx = operand @ self.W_OI if wants_back else None
+        if self.dx is not None and self.dx.shape[0] > tokens:
+            product_RI, self.dx = self.dx[tokens:].float(), self.dx[:tokens]
+        return dz_TO, product_RI
+
+    def _low_rank_gradients(self, dz_TO: Tensor) -> tuple[Tensor, Tensor]:
+        """Gradients of u, and of B or M, through the low-rank product."""
+        scaled_u = self.u_TR * self.scale
+        if self.A_RI is not None:
+            return (dz_TO @ self.B.to(self.dtype)).mul_(self.scale), (dz_TO.T @ scaled_u).float()
+        v_TR = dz_TO @ self.frozen.U_OR.to(self.dtype)  # type: ignore[union-attr]
+        return (v_TR @ self.B.to(self.dtype)).mul_(self.scale), v_TR.T.float() @ scaled_u.float()
+
+    def _low_rank_input(self) -> Tensor:
+        return gained(self.x_TI if self.dropped_TI is None else self.dropped_TI, self.gain_I)
+
+    def _input_gradients(self, du_TR: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of x, of its dropped-out twin, and of c."""
+        dx, dropped, grad_I = self.dx, None, None
+        if dx is None:
+            return None, None, None
+        A_RI = (self.frozen.V_IR.T if self.A_RI is None else self.A_RI).to(self.dtype)  # type: ignore[union-attr]
+        if self.dropped_TI is None:
+            dx.addmm_(du_TR, A_RI)
+        else:
+            dropped = du_TR @ A_RI
+        if self.wants_cols:
+            grad_I = (dx * self.x_TI).sum(dim=0).float()
+            if dropped is not None:
+                grad_I += (dropped * self.dropped_TI).sum(dim=0).float()
+        if self.gain_I is not None:
+            gain = (self.gain_I - 1).to(self.dtype)
+            dx.addcmul_(dx, gain)
+            if dropped is not None:
+                dropped.addcmul_(dropped, gain)
+        return dx if self.wants_x else None, dropped if self.wants_dropped else None, grad_I
+
+    def _gradient_of_gain_O(self) -> Tensor:
+        """Σ_t dy · z with z = V(c ⊙ x), which is (y − bias) / g where y was kept, and is multiplied again where not."""
+        if self.y_TO is None:
+            _, B_OR = factors(self.frozen, self.A_RI, self.B)
+            z_TO = gained(self.x_TI, self.gain_I) @ self.W_OI.T
+            z_TO.addmm_(self.u_TR, B_OR.to(self.dtype).T, alpha=self.scale)
+            return z_TO.mul_(self.dy_TO).sum(dim=0).float()
+        grad_O = (self.dy_TO * self.y_TO).sum(dim=0).float()
+        if self.fixed.bias_O is not None:
+            grad_O -= self.fixed.bias_O.float() * self.dy_TO.sum(dim=0).float()
+        if self.small_TN is None:
+            return grad_O.div_(self.gain_O)
+        grad_O /= torch.where(self.small_O, 1.0, self.gain_O)
+        grad_O[self.small_O] = (self.dy_TO[:, self.small_O] * self.small_TN).sum(dim=0).float()
+        return grad_O
+
+
+def factors(frozen: Frozen, A_RI: Tensor | None, B: Tensor) -> tuple[Tensor, Tensor]:
+    """(A, B) in fp32; for the -xs kinds B = U·M and A = Vᵀ."""
+    if A_RI is not None:
+        return A_RI, B
+    assert frozen.U_OR is not None and frozen.V_IR is not None
+    return frozen.V_IR.T, frozen.U_OR @ B
+
+
+def gained(x: Tensor, gain: Tensor | None) -> Tensor:
+    """x · gain, as x + x · (gain − 1): a gain near 1 keeps its precision in 16 bits, and at 1 nothing changes."""
+    return x if gain is None else torch.addcmul(x, x, (gain - 1).to(x.dtype))

@@ -1,0 +1,178 @@
+"""ComfyUI's LoRA files: `diffusion_model.<path>` with lora_up, lora_down and alpha, or whole differences of weights.
+
+ComfyUI multiplies by alpha / rank, and by 1 where alpha is absent. Only the DiT can be patched there: its models have no
+place for a change of the duration embedder.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from sa3train.adapters.adapter import Adapter
+from sa3train.adapters.native import checked, native_metadata, spec_of_ranks
+from sa3train.adapters.peft_format import CONVOLUTIONS
+from sa3train.adapters.spec import AdapterSpec
+from sa3train.errors import AdapterError
+
+PREFIX = "diffusion_model."
+FLAT_PREFIX = "lora_unet_"
+DIT = "model."
+ENDINGS = {
+    "lora_up.weight": "lora_B",
+    "lora_down.weight": "lora_A",
+    "lora_B.weight": "lora_B",
+    "lora_A.weight": "lora_A",
+    "alpha": "alpha",
+    "dora_scale": "magnitude",
+    "diff_b": "diff_b",
+    "diff": "diff",
+}
+MODULES = (
+    "transformer", "layers", "self_attn", "cross_attn", "to_qkv", "to_kv", "to_q", "to_out", "ff", "proj",
+    "to_local_embed", "to_cond_embed", "to_global_embed", "to_timestep_embed", "global_cond_embedder",
+    "preprocess_conv", "postprocess_conv", "project_in", "project_out",
+)  # fmt: skip
+"""Names of modules on the way to the DiT's layers, to read paths whose dots were made underscores."""
+
+
+def read_comfy(source: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Adapter:
+    """An adapter from a ComfyUI file: lora, `comfy-dora` where it has dora_scale, `diff` where it has differences.
+
+    A file that mixes low-rank layers with differences becomes a `diff` as a whole, which is the same change. Raises
+    `AdapterError` for tensors that are none of these.
+    """
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        ending = next((ending for ending in ENDINGS if key.endswith("." + ending)), None)
+        if ending is None:
+            raise AdapterError(
+                f"{source}: {key} cannot be played here; of ComfyUI's files lora_up, lora_down, alpha, dora_scale, diff "
+                f"and diff_b are known."
+            )
+        layers.setdefault(_native_path(source, key.removesuffix("." + ending)), {})[ENDINGS[ending]] = tensor
+    alphas = {path: _alpha(source, path, params) for path, params in layers.items()}
+    kinds = {_kind(source, path, params) for path, params in layers.items()}
+    if "diff" in kinds and kinds <= {"lora", "diff"}:
+        layers = {path: _as_difference(path, params, alphas[path]) for path, params in layers.items()}
+        kinds = {"diff"}
+    if len(kinds) != 1:
+        raise AdapterError(f"{source} mixes layers of {' and '.join(sorted(kinds))}; it cannot be read as one adapter.")
+    kind = kinds.pop()
+    return checked(Adapter(_spec(kind, layers, alphas), layers, dict(metadata), source))
+
+
+def comfy_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """The DiT's part of a lora or diff adapter by its keys in a ComfyUI file, alphas included.
+
+    Raises `AdapterError` for another kind, and when nothing of it is in the DiT.
+    """
+    spec = adapter.spec
+    if spec.kind not in ("lora", "diff"):
+        raise AdapterError(f"ComfyUI has no {spec.kind}; it can go out as differences or as an approximation by lora.")
+    stored: dict[str, Tensor] = {}
+    for path, params in adapter.tensors.items():
+        if not path.startswith(DIT):
+            continue
+        key = PREFIX + path.removeprefix(DIT)
+        if spec.kind == "diff":
+            stored |= {f"{key}.{name}": tensor for name, tensor in params.items()}
+        else:
+            alpha = torch.tensor(spec.scale_of(path) * spec.rank_of(path), dtype=torch.float32)
+            stored |= {f"{key}.lora_up.weight": params["lora_B"], f"{key}.lora_down.weight": params["lora_A"]}
+            stored[f"{key}.alpha"] = alpha
+    if not stored:
+        raise AdapterError(f"{adapter.source} changes only the duration embedder, which ComfyUI cannot patch.")
+    return stored
+
+
+def left_out_of_comfy(adapter: Adapter) -> list[str]:
+    """The layers that ComfyUI cannot patch: those of the conditioner."""
+    return [path for path in adapter.tensors if not path.startswith(DIT)]
+
+
+def write_comfy(path: str | os.PathLike[str], adapter: Adapter, dtype: torch.dtype | None = torch.float16) -> None:
+    """Write `adapter` for ComfyUI, whole or not at all; fp32 tensors in `dtype`, alphas always in fp32.
+
+    Conditioner layers are left out (see `left_out_of_comfy`); the native metadata is kept.
+    """
+    from sa3train.adapters.formats import storable, write_safetensors
+
+    tensors = comfy_tensors(adapter)
+    alphas = {key: tensor for key, tensor in tensors.items() if key.endswith(".alpha")}
+    others = {key: tensor for key, tensor in tensors.items() if key not in alphas}
+    write_safetensors(path, storable(others, dtype) | alphas, native_metadata(adapter))
+
+
+def _native_path(source: str, name: str) -> str:
+    if name.startswith(PREFIX):
+        return DIT + name.removeprefix(PREFIX)
+    if not name.startswith(FLAT_PREFIX):
+        raise AdapterError(f"{source}: {name} is not a layer of the DiT; ComfyUI's keys start with {PREFIX}.")
+    return DIT + ".".join(_with_dots(source, name, name.removeprefix(FLAT_PREFIX)))
+
+
+def _with_dots(source: str, name: str, rest: str) -> list[str]:
+    """`transformer_layers_0_self_attn_to_qkv` as its modules, longest known name first."""
+    found = []
+    while rest:
+        number, _, behind = rest.partition("_")
+        module = next(
+            (module for module in sorted(MODULES, key=len, reverse=True) if f"{rest}_".startswith(f"{module}_")), None
+        )
+        if module is None and not number.isdigit():
+            raise AdapterError(f"{source}: no layer of Stable Audio 3 is called {name}.")
+        found.append(number if module is None else module)
+        rest = behind if module is None else rest[len(module) + 1 :]
+    return found
+
+
+def _kind(source: str, path: str, params: dict[str, Tensor]) -> str:
+    """The kind of one layer, whose factors are flattened in place."""
+    names = set(params)
+    if names <= {"diff", "diff_b"}:
+        return "diff"
+    if not {"lora_A", "lora_B"} <= names or "diff" in names:
+        raise AdapterError(
+            f"{source}: {path} is incomplete or damaged: it has only {', '.join(sorted(names)) or 'alpha'}."
+        )
+    for name in ("lora_A", "lora_B"):
+        params[name] = params[name].flatten(1) if params[name].ndim > 2 else params[name]
+    up, down = params["lora_B"].shape, params["lora_A"].shape
+    if len(up) != 2 or len(down) != 2 or up[1] != down[0] or 0 in (*up, *down):
+        raise AdapterError(f"{source}: the factors of {path} do not fit together: {tuple(up)} and {tuple(down)}.")
+    if "magnitude" in names:
+        if "diff_b" in names:
+            raise AdapterError(f"{source}: {path} has dora_scale and diff_b; that cannot be read as one adapter.")
+        return "comfy-dora"
+    return "diff" if "diff_b" in names else "lora"
+
+
+def _alpha(source: str, path: str, params: dict[str, Tensor]) -> float:
+    alpha = params.pop("alpha", None)
+    if alpha is None:
+        return float(params["lora_A"].shape[0]) if "lora_A" in params and params["lora_A"].ndim else 1.0
+    if alpha.numel() != 1:
+        raise AdapterError(f"{source}: the alpha of {path} must be one number, not {tuple(alpha.shape)}.")
+    return float(alpha)
+
+
+def _as_difference(path: str, params: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    if "lora_A" not in params:
+        return dict(params)
+    A_RI, B_OR = params["lora_A"].float(), params["lora_B"].float()
+    diff_OI = B_OR @ A_RI * (alpha / A_RI.shape[0])
+    kept = {name: tensor for name, tensor in params.items() if name == "diff_b"}
+    return {"diff": diff_OI[:, :, None] if path.endswith(CONVOLUTIONS) else diff_OI, **kept}
+
+
+def _spec(kind: str, layers: Mapping[str, Mapping[str, Tensor]], alphas: Mapping[str, float]) -> AdapterSpec:
+    include = sorted(layers)
+    if kind == "diff":
+        return AdapterSpec("diff", include=include)
+    ranks = {path: int(params["lora_A"].shape[0]) for path, params in layers.items()}
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
+    pattern = {path: value for path, value in alphas.items() if value != alpha}
+    return spec_of_ranks(kind, ranks, alpha=alpha, alpha_pattern=pattern, include=include)

@@ -1,0 +1,90 @@
+"""Products with a frozen weight, in fp32 whatever its dtype, without an fp32 copy of it: block by block of its rows.
+
+Shape suffixes: O rows (out), I columns (in, or in·taps), R rank, N rows of one block.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+BLOCK_VALUES = 2**18
+"""Values of one fp32 block: 1 MiB, so that a block stays in a core's cache."""
+
+
+def row_blocks(W_OI: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, block (N, I) in fp32) from the first row to the last; an fp32 weight comes as views, in one piece."""
+    if W_OI.dtype == torch.float32:
+        yield slice(0, W_OI.shape[0]), W_OI
+        return
+    rows = max(1, min(BLOCK_VALUES // W_OI.shape[1], W_OI.shape[0] // 8))
+    for start in range(0, W_OI.shape[0], rows):
+        yield slice(start, start + rows), W_OI[start : start + rows].float()
+
+
+def times(W_OI: Tensor, M_IR: Tensor) -> Tensor:
+    """W·M, (O, R) fp32, exact to about 2⁻¹⁷ of its largest value for a bf16 weight and to fp32 for the others."""
+    if W_OI.dtype == torch.bfloat16:
+        return _split_times(W_OI, M_IR)
+    out_OR = torch.empty(W_OI.shape[0], M_IR.shape[1], device=W_OI.device)
+    for rows, block_NI in row_blocks(W_OI):
+        torch.mm(block_NI, M_IR, out=out_OR[rows])
+    return out_OR
+
+
+def transposed_times(W_OI: Tensor, M_OR: Tensor) -> Tensor:
+    """Wᵀ·M, (I, R) fp32, as exact as `times`."""
+    if W_OI.dtype == torch.bfloat16:
+        return _split_times(W_OI.T, M_OR)
+    out_IR = torch.zeros(W_OI.shape[1], M_OR.shape[1], device=W_OI.device)
+    for rows, block_NI in row_blocks(W_OI):
+        out_IR.addmm_(block_NI.T, M_OR[rows])
+    return out_IR
+
+
+def gradient_times(W: Tensor, M: Tensor) -> Tensor:
+    """W·M, fp32, for gradients: rounded to bf16 on the way for a bf16 weight, as every gradient through it is."""
+    return (W @ M.to(W.dtype)).float() if W.dtype == torch.bfloat16 else times(W, M)
+
+
+def _split_times(W: Tensor, M_IR: Tensor) -> Tensor:
+    """W·M in bf16 products. M is split into two bf16 terms, and what rounding took from the large one is added back.
+
+    A few times cheaper than turning the weight into fp32, above all where bf16 products have hardware of their own.
+    """
+    rank = M_IR.shape[1]
+    high = M_IR.to(torch.bfloat16)
+    low = (M_IR - high.float()).to(torch.bfloat16)
+    both = torch.cat((high, low), dim=1)
+    if W.is_cuda:
+        product = torch.mm(W, both, out_dtype=torch.float32)
+        return product[:, :rank] + product[:, rank:]
+    product = W @ both
+    lost = torch.addmm(product[:, :rank], W, high, beta=-1)
+    return product[:, :rank].float() + product[:, rank:].float() + lost.float()
+
+
+def row_squares(W_OI: Tensor, weights_I: Tensor | None = None) -> Tensor:
+    """Σ_j w_j W_ij², (O,) fp32."""
+    out_O = torch.empty(W_OI.shape[0], device=W_OI.device)
+    for rows, block_NI in _square_blocks(W_OI):
+        out_O[rows] = block_NI.sum(dim=1) if weights_I is None else block_NI @ weights_I
+    return out_O
+
+
+def column_squares(W_OI: Tensor, weights_O: Tensor | None = None) -> Tensor:
+    """Σ_i w_i W_ij², (I,) fp32."""
+    out_I = torch.zeros(W_OI.shape[1], device=W_OI.device)
+    for rows, block_NI in _square_blocks(W_OI):
+        if weights_O is None:
+            out_I += block_NI.sum(dim=0)
+        else:
+            out_I.addmv_(block_NI.T, weights_O[rows])
+    return out_I
+
+
+def _square_blocks(W_OI: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    rows = max(1, min(BLOCK_VALUES // W_OI.shape[1], W_OI.shape[0] // 8))
+    for start in range(0, W_OI.shape[0], rows):
+        block_NI = W_OI[start : start + rows].to(torch.float32, copy=True)
+        yield slice(start, start + rows), block_NI.square_()

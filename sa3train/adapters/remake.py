@@ -1,0 +1,50 @@
+"""Inputs that need not be kept: those that can be made again from what autograd keeps for the step before.
+
+An adapter needs its layer's input in the backward pass. When that input is a product a·b or silu(a), the multiplication
+before it keeps a and b anyway, so keeping them costs nothing and the input is multiplied again, to the same bits.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to make a tensor again: `make(sources)`."""
+
+    make: Callable[[Sequence[Tensor]], Tensor]
+    sources: tuple[Tensor, ...]
+
+
+def recipe_of(x: Tensor) -> Recipe | None:
+    """A recipe for `x` from tensors that its own autograd node keeps, or None when there is none.
+
+    None too while saved tensors are packed by hooks (activation checkpointing, offloading): unpacking would undo that.
+    """
+    node = x.grad_fn
+    if node is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return None
+    if node.name() == "MulBackward0":
+        return _of(_product, node, "_saved_self", "_saved_other")
+    if node.name() == "SiluBackward0":
+        return _of(_silu, node, "_saved_self")
+    return None
+
+
+def _of(make: Callable[[Sequence[Tensor]], Tensor], node: object, *names: str) -> Recipe | None:
+    sources = tuple(getattr(node, name) for name in names)
+    if not all(isinstance(source, Tensor) for source in sources):
+        return None
+    return Recipe(make, tuple(source.detach() for source in sources))
+
+
+def _product(sources: Sequence[Tensor]) -> Tensor:
+    return sources[0] * sources[1]
+
+
+def _silu(sources: Sequence[Tensor]) -> Tensor:
+    return F.silu(sources[0])
