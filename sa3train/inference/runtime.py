@@ -1,0 +1,43 @@
+"""Where and how precisely a model computes."""
+
+import torch
+
+from sa3train.errors import ConfigError
+from sa3train.log import get_logger
+from sa3train.models.precision import auto_precision
+
+logger = get_logger(__name__)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def choose_device(device: str | torch.device | None) -> torch.device:
+    """`device`, or when None CUDA, then MPS, then the CPU. Raises `ConfigError` when it is not there."""
+    if device is None:
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {device!r}: use cpu, cuda, cuda:0 … or mps.") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device {device} was asked for, and {torch.cuda.device_count()} CUDA devices are here: use cpu."
+        )
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device mps was asked for, and there is none here: use cpu.")
+    return chosen
+
+
+def choose_dtype(precision: str, device: torch.device) -> tuple[str, torch.dtype]:
+    """The precision's name and dtype; "auto" is what `device` computes fastest, measured and logged.
+
+    Raises `ConfigError` for an unknown name.
+    """
+    if precision == "auto":
+        precision, why = auto_precision(device)
+        logger.info(f"precision {precision}: {why}")
+    if precision not in DTYPES:
+        raise ConfigError(f"unknown precision {precision!r}; choose auto, {', '.join(DTYPES)}.")
+    return precision, DTYPES[precision]

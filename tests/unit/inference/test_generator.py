@@ -1,0 +1,277 @@
+"""The generator beyond the recorded cases: modes, batches, seeds, cancelling, what the user is told."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sa3train.errors import AudioError, ConfigError, RequestError
+from sa3train.inference import Generator
+from sa3train.inference.runtime import choose_device, choose_dtype
+from sa3train.testing import tone, write_clip
+
+QUICK: dict[str, Any] = {"prompt": "low hum", "duration": 0.5, "steps": 3, "seed": 4, "cfg_scale": 1.0}
+SOURCE = (44100, torch.from_numpy(tone(1.0).T.copy()))
+
+
+class Cancelled(Exception):
+    pass
+
+
+def test_defaults_of_both_kinds_of_model(make: Callable[..., Generator]) -> None:
+    base = make().generate("low hum", duration=0.3, seed=1, steps=2)
+    post = make(objective="rf_denoiser").generate("low hum", duration=0.3, seed=1)
+    assert (base.record["settings"]["cfg_scale"], base.record["settings"]["sampler_type"]) == (7.0, "euler")
+    assert (
+        post.record["settings"] | {"steps": 8, "cfg_scale": 1.0, "sampler_type": "pingpong"} == post.record["settings"]
+    )
+
+
+def test_the_same_seed_gives_the_same_bits_whatever_torch_s_own_state(gen: Generator) -> None:
+    torch.manual_seed(1)
+    first = gen.generate(**QUICK)
+    torch.manual_seed(2)
+    state = torch.get_rng_state()
+    second = gen.generate(**QUICK)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(first.audio[0], second.audio[0])
+    assert first.seeds == [4]
+    other = gen.generate(**{**QUICK, "seed": 5})
+    assert not torch.equal(first.audio[0], other.audio[0])
+
+
+def test_a_random_seed_can_be_used_again(gen: Generator) -> None:
+    first = gen.generate(**{**QUICK, "seed": -1})
+    again = gen.generate(**{**QUICK, "seed": first.seeds[0]})
+    assert torch.equal(first.audio[0], again.audio[0])
+
+
+def test_a_generator_takes_the_place_of_the_seed(gen: Generator) -> None:
+    settings = {name: value for name, value in QUICK.items() if name != "seed"}
+    own = gen.generate(**settings, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(own.audio[0], gen.generate(**QUICK).audio[0])
+    assert own.seeds == [None]
+
+
+def test_a_generator_elsewhere_than_on_the_cpu_is_refused(gen: Generator) -> None:
+    with pytest.raises(RequestError, match="CPU generator"):
+        gen.generate("a", generator=SimpleNamespace(device=torch.device("cuda")))  # type: ignore[arg-type]
+
+
+def test_each_item_has_its_own_length_within_full_scale(gen: Generator) -> None:
+    result = gen.generate(["hum", "bells", "rain"], duration=[0.5, 1.0, 0.25], steps=2, seed=1, negative_prompt="harsh")
+    assert [audio.shape for audio in result.audio] == [(2, 22050), (2, 44100), (2, 11025)]
+    assert all(audio.dtype == torch.float32 and audio.abs().max() <= 1 for audio in result.audio)
+    assert result.latents is None
+
+
+def test_prompt_negative_prompt_and_duration_change_the_item_they_are_for(gen: Generator) -> None:
+    def latents(**settings: Any) -> torch.Tensor:
+        given = {"prompt": ["hum", "bells"], "duration": [0.5, 0.6], "negative_prompt": ["a", "b"], **settings}
+        result = gen.generate(steps=2, seed=1, return_latents=True, **given)
+        assert result.latents is not None
+        return result.latents
+
+    before = latents()
+    for change in ({"prompt": ["hum", "rain"]}, {"negative_prompt": ["a", "c"]}, {"duration": [0.5, 0.55]}):
+        after = latents(**change)
+        torch.testing.assert_close(before[0], after[0], atol=1e-4, rtol=0)  # products of other shapes round otherwise
+        assert (before[1] - after[1]).abs().max() > 1e-3
+
+
+def test_settings_of_guidance_matter(gen: Generator) -> None:
+    plain = {**QUICK, "cfg_scale": 4.0}
+    results = [
+        gen.generate(**plain, **change).audio[0]
+        for change in (
+            {},
+            {"cfg_interval": (0.8, 1.0)},
+            {"cfg_norm_threshold": 0.1},
+            {"scale_phi": 0.5},
+            {"apg_scale": 0.0},
+        )
+    ]
+    for index, result in enumerate(results):
+        assert not any(torch.equal(result, other) for other in results[index + 1 :])
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp", "rk4", "pingpong"])
+def test_every_sampler_generates_and_none_returns_the_noise(gen: Generator, sampler: str) -> None:
+    result = gen.generate(**{**QUICK, "sampler_type": sampler}, return_latents=True)
+    noise = torch.randn(result.latents.shape, generator=torch.Generator().manual_seed(4))  # type: ignore[union-attr]
+    assert (result.latents - noise).std() > 0.3  # type: ignore[operator]
+
+
+def test_more_steps_of_euler_approach_rk4(gen: Generator) -> None:
+    def latents(sampler: str, steps: int) -> torch.Tensor:
+        result = gen.generate(**{**QUICK, "sampler_type": sampler, "steps": steps}, return_latents=True)
+        assert result.latents is not None
+        return result.latents
+
+    exact = latents("rk4", 24)
+    assert (latents("euler", 48) - exact).norm() < 0.6 * (latents("euler", 12) - exact).norm()
+
+
+def test_level_zero_gives_the_audio_back_through_the_autoencoder(gen: Generator) -> None:
+    result = gen.generate("x", duration=1.0, init_audio=SOURCE, init_noise_level=0.0, seed=1, return_latents=True)
+    frames = result.latents.shape[-1]  # type: ignore[union-attr]
+    padded = torch.nn.functional.pad(SOURCE[1], (0, frames * 4096 - 44100))
+    with torch.no_grad():
+        assert torch.equal(result.latents, gen.model.autoencoder.encode(padded[None]))  # type: ignore[arg-type]
+
+
+def test_lower_levels_stay_closer_to_the_audio(gen: Generator) -> None:
+    def latents(level: float) -> torch.Tensor:
+        settings = {"prompt": "x", "duration": 1.0, "steps": 4, "cfg_scale": 1.0, "seed": 2}
+        result = gen.generate(**settings, init_audio=SOURCE, init_noise_level=level, return_latents=True)
+        assert result.latents is not None
+        return result.latents[..., :10]
+
+    source = latents(0.0)
+    distances = [(latents(level) - source).norm().item() for level in (0.1, 0.4, 0.9)]
+    assert distances == sorted(distances)
+
+
+def test_starting_from_one_audio_and_inpainting_another_go_together(gen: Generator) -> None:
+    other = (torch.from_numpy(tone(1.0, 220.0).T.copy()), 44100)
+    regions = {"inpaint_audio": other, "inpaint_mask_start_seconds": 0.3, "inpaint_mask_end_seconds": 0.6}
+    settings = {**QUICK, "duration": 1.0}
+    both = gen.generate(**settings, **regions, init_audio=SOURCE, init_noise_level=0.5)
+    alone = gen.generate(**settings, **regions)
+    assert not torch.equal(both.audio[0], alone.audio[0])
+
+
+def test_inpainting_works_in_a_batch(gen: Generator) -> None:
+    result = gen.generate(
+        ["a", "b"],
+        duration=[0.8, 1.0],
+        steps=2,
+        seed=1,
+        inpaint_audio=SOURCE,
+        inpaint_mask_start_seconds=[0.1, 0.5],
+        inpaint_mask_end_seconds=[0.3, 0.7],
+    )
+    assert [audio.shape[1] for audio in result.audio] == [35280, 44100]
+
+
+def test_continuation_as_the_public_documents_write_it(gen: Generator) -> None:
+    result = gen.generate(
+        "and on it goes",
+        duration=2.0,
+        steps=2,
+        inpaint_audio=SOURCE,
+        inpaint_mask_start_seconds=1.0,
+        inpaint_mask_end_seconds=2.0,
+    )
+    assert result.audio[0].shape == (2, 88200)
+    assert result.warnings == []
+
+
+def test_cancelling_leaves_the_generator_as_it_was(gen: Generator) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def stop(step: int, total: int, sigma: float, denoised: torch.Tensor) -> None:
+        seen.append((step, total))
+        if step == 1:
+            raise Cancelled
+
+    before = gen.generate(**QUICK)
+    with pytest.raises(Cancelled):
+        gen.generate(**QUICK, callback=stop)
+    assert seen == [(0, 3), (1, 3)]
+    assert torch.equal(gen.generate(**QUICK).audio[0], before.audio[0])
+
+
+def test_chunked_decoding_is_by_choice(gen: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool | None] = []
+    decode = gen.model.autoencoder.decode
+
+    def spy(*args: Any, **kwargs: Any) -> torch.Tensor:
+        asked.append(kwargs["chunked"])
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(gen.model.autoencoder, "decode", spy)
+    for choice in (None, True, False):
+        result = gen.generate(**{**QUICK, "duration": 7.0, "steps": 1}, chunked_decode=choice)
+        assert result.audio[0].shape == (2, 308700)
+    assert asked == [None, True, False]
+
+
+def test_clipping_is_counted_and_said(gen: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = gen.model.autoencoder.decode
+    quiet = gen.generate(**QUICK)
+    monkeypatch.setattr(gen.model.autoencoder, "decode", lambda *args, **kwargs: 20 * decode(*args, **kwargs))
+    loud = gen.generate(**QUICK)
+    expected = (20 * quiet.audio[0]).abs() > 1
+    assert 0 < expected.float().mean() < 1
+    assert loud.clipped_shares == [pytest.approx(expected.float().mean().item())]
+    assert loud.audio[0].abs().max() == 1
+    assert "louder than full scale in" in loud.warnings[0]
+    assert quiet.clipped_shares == [0.0]
+    assert quiet.warnings == []
+
+
+def test_nan_from_the_model_is_an_error(gen: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        gen.model.autoencoder, "decode", lambda z, **kwargs: torch.full((len(z), 2, z.shape[-1] * 4096), float("nan"))
+    )
+    with pytest.raises(RequestError, match="NaN or infinity"):
+        gen.generate(**QUICK)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"init_audio": SOURCE, "duration": 1.0}, "init_audio had no effect: at init_noise_level 1"),
+        ({"init_audio": SOURCE, "init_noise_level": 0.5}, "is 1.00 s long and was cut to the duration of 0.5 s"),
+        (
+            {
+                "inpaint_audio": SOURCE,
+                "inpaint_mask_start_seconds": 0.2,
+                "inpaint_mask_end_seconds": 0.4,
+                "duration": 2.0,
+            },
+            "from 1.00 to 2 s silence is kept",
+        ),
+        ({"prompt": "word " * 60}, "and the model read the first 24 only"),
+    ],
+)
+def test_what_a_user_should_know_is_said(gen: Generator, settings: dict[str, Any], message: str) -> None:
+    assert any(message in warning for warning in gen.generate(**{**QUICK, **settings}).warnings)
+
+
+def test_bad_audio_and_a_too_long_duration_are_refused(gen: Generator) -> None:
+    with pytest.raises(AudioError, match="NaN"):
+        gen.generate("x", init_audio=(44100, torch.full((2, 500), float("nan"))), init_noise_level=0.5)
+    with pytest.raises(RequestError, match="whose longest is 120"):
+        gen.generate("x", duration=121)
+
+
+def test_from_pretrained_loads_at_the_asked_precision(tmp_path: Any) -> None:
+    generator = Generator.from_pretrained("nano-base", device="cpu", precision="bf16")
+    assert generator.model.dit.dtype == torch.bfloat16
+    clip = write_clip(tmp_path / "a.wav", tone(0.4))
+    result = generator.generate("hum", duration=0.4, steps=2, seed=1, init_audio=clip, init_noise_level=0.7)
+    assert result.audio[0].dtype == torch.float32
+    assert result.record["precision"] == "bf16"
+    assert result.record["model"]["source"] == "nano-base"
+
+
+@pytest.mark.parametrize(("gain", "expected"), [(1.0, ("fp32", torch.float32)), (2.0, ("bf16", torch.bfloat16))])
+def test_auto_precision_is_what_this_cpu_computes_fastest(
+    gain: float, expected: tuple[str, torch.dtype], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sa3train.models.precision.cpu_gain", lambda: gain)
+    assert choose_dtype("auto", torch.device("cpu")) == expected
+
+
+def test_devices_and_precisions_that_cannot_be_had_are_said() -> None:
+    assert choose_device("cpu").type == "cpu"
+    with pytest.raises(ConfigError, match="unknown precision 'fp64'"):
+        choose_dtype("fp64", torch.device("cpu"))
+    with pytest.raises(ConfigError, match="unknown device 'quantum'"):
+        choose_device("quantum")
+    with pytest.raises(ConfigError, match="CUDA devices are here"):
+        choose_device("cuda:99")

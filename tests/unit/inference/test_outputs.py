@@ -1,0 +1,108 @@
+"""Saving: files and sidecars appear whole or not at all."""
+
+import errno
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sa3train import files
+from sa3train.audio.io import read_audio
+from sa3train.errors import AudioError, RequestError, SA3Error
+from sa3train.files import sha256_of
+from sa3train.inference.outputs import GenerationOutput, check_output, output_paths
+from sa3train.inference.sidecar import read_record
+from sa3train.testing import tone
+
+
+def output(count: int = 1) -> GenerationOutput:
+    audio = [torch.from_numpy(tone(0.1 * (index + 1)).T.copy()) for index in range(count)]
+    return GenerationOutput(audio, 44100, [5] * count, None, [0.0] * count, [], {"settings": {"steps": 8}})
+
+
+def test_one_item_goes_to_the_path_with_a_sidecar(tmp_path: Path) -> None:
+    assert output().save(tmp_path / "new" / "a.wav") == [tmp_path / "new" / "a.wav"]
+    sidecar = json.loads((tmp_path / "new" / "a.json").read_text())
+    assert sidecar["sha256"] == sha256_of(tmp_path / "new" / "a.wav")
+    assert (sidecar["file"], sidecar["item"], sidecar["seed"], sidecar["settings"]) == ("a.wav", 0, 5, {"steps": 8})
+    assert sidecar["seconds"] == pytest.approx(0.1)
+
+
+def test_a_batch_is_numbered_and_each_item_keeps_its_length(tmp_path: Path) -> None:
+    paths = output(3).save(tmp_path / "a.flac", "PCM_24")
+    assert [path.name for path in paths] == ["a_0.flac", "a_1.flac", "a_2.flac"]
+    assert [read_audio(path)[0].shape[1] for path in paths] == [4410, 8820, 13230]
+    assert [json.loads(path.with_suffix(".json").read_text())["item"] for path in paths] == [0, 1, 2]
+
+
+def test_without_a_suffix_it_is_wav(tmp_path: Path) -> None:
+    assert output_paths(tmp_path / "take", 1) == [tmp_path / "take.wav"]
+
+
+def test_one_item_of_a_batch_can_be_kept_alone(tmp_path: Path) -> None:
+    assert output(3).save(tmp_path / "a.wav", item=2) == [tmp_path / "a.wav"]
+    assert read_audio(tmp_path / "a.wav")[0].shape[1] == 13230
+
+
+def test_folders_that_cannot_be_written_are_refused_before_any_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RequestError, match="is not a folder you may write to"):
+        check_output(tmp_path / "file" / "a.wav")
+    (tmp_path / "a.wav").mkdir()
+    with pytest.raises(RequestError, match="it is a folder"):
+        check_output(tmp_path / "a.wav")
+
+
+def test_a_read_only_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sa3train.inference.outputs.os.access", lambda path, mode: False)
+    with pytest.raises(RequestError, match="may write to"):
+        output().save(tmp_path / "a.wav")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kinds_that_cannot_be_written_are_refused_before_any_work(tmp_path: Path) -> None:
+    for name, subtype in (("a.txt", "PCM_16"), ("a.flac", "FLOAT"), ("a.opus", "PCM_16")):
+        with pytest.raises(AudioError, match="cannot write"):
+            check_output(tmp_path / name, subtype)
+
+
+def test_a_json_that_is_no_sidecar_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"mine": 1}')
+    with pytest.raises(RequestError, match=r"would overwrite .*a\.json"):
+        output().save(tmp_path / "a.wav")
+    assert not (tmp_path / "a.wav").exists()
+
+
+@pytest.mark.parametrize("failing", ["audio", "sidecar"])
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
+    whole = Path.write_bytes
+
+    def full(self: Path, content: bytes) -> int:
+        if (".json" in self.name) == (failing == "sidecar"):
+            whole(self, content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device", str(self))
+        return whole(self, content)
+
+    monkeypatch.setattr(files.Path, "write_bytes", full)
+    with pytest.raises(SA3Error, match="No space left on device"):
+        output().save(tmp_path / "a.wav")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such sidecar"),
+        ("not json", "cannot be read as a sidecar"),
+        ("[1]", "is not a sidecar"),
+        ('{"made_by": "sa3train", "format": 99}', "has format 99"),
+        ('{"made_by": "sa3train", "format": 1}', "is not whole: file, item"),
+    ],
+)
+def test_what_is_no_sidecar_is_refused(tmp_path: Path, content: Any, message: str) -> None:
+    if content is not None:
+        (tmp_path / "a.json").write_text(content)
+    with pytest.raises(RequestError, match=message):
+        read_record(tmp_path / "a.json")
