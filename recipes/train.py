@@ -1,0 +1,8 @@
+"""`sa3-train`, for editors and debuggers: python recipes/train.py recipe=style data=latents model=nano-base"""
+
+import sys
+
+from sa3train.jobs.train import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""`sa3-train`: train an adapter on latent shards. The configuration is `conf/train.yaml`."""
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sa3train.data.prompts import PromptSettings
+from sa3train.errors import ConfigError
+from sa3train.jobs.runtime import hydra_job
+from sa3train.log import rank
+from sa3train.training.settings import (
+    DemoSettings,
+    JudgeSettings,
+    LoopSettings,
+    Objective,
+    OptimizerSettings,
+    SaveSettings,
+    ScheduleSettings,
+    TrackSettings,
+)
+
+if TYPE_CHECKING:
+    from sa3train.training.run import TrainingResult
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclasses.dataclass(frozen=True)
+class PathSettings:
+    """Where things go."""
+
+    runs: str
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Which clips, how they are cut, and what the model is told about them."""
+
+    dir: str
+    repeats: int
+    weight: float | None
+    more: list[dict[str, Any]]
+    prior_share: float
+    batch_size: int
+    crop_seconds: float | None
+    crop_frames: int | None
+    crop: Literal["random", "start", "beat"]
+    seconds: Literal["crop", "file"]
+    tail_seconds: float
+    pack_frames: int | None
+    pool: int
+    heldout_clips: int
+    num_workers: int
+    verify: Literal["size", "hash", "none"]
+    allow_damaged: bool
+    prompts: PromptSettings
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """The base model."""
+
+    name: str
+    dtype: Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterSettings:
+    """The adapter to train; see `sa3train.adapters.spec.AdapterSpec`."""
+
+    kind: str
+    rank: int
+    alpha: float | None
+    dropout: float
+    include: list[str] | None
+    exclude: list[str] | None
+    rslora: bool
+    rank_pattern: dict[str, int]
+    alpha_pattern: dict[str, float]
+    options: dict[str, Any]
+    start_from: str | None
+
+    def __post_init__(self) -> None:
+        if self.start_from == "":
+            raise ConfigError("recipe=continue goes on from an adapter: give adapter.start_from=FILE.")
+
+
+@dataclasses.dataclass(frozen=True)
+class CallbackSettings:
+    """What happens beside the training itself."""
+
+    save: SaveSettings
+    judge: JudgeSettings
+    demos: DemoSettings
+    report: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Everything `sa3-train` can be told."""
+
+    name: str
+    seed: int
+    run_dir: str
+    resume: str | None
+    resume_changes: list[str]
+    paths: PathSettings
+    data: DataSettings
+    model: ModelSettings
+    adapter: AdapterSettings
+    objective: Objective
+    optimizer: OptimizerSettings
+    scheduler: ScheduleSettings
+    trainer: LoopSettings
+    callbacks: CallbackSettings
+    logger: TrackSettings
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The console command."""
+    return hydra_job(
+        "train",
+        TrainConfig,
+        train,
+        shorthand={"data": "data.dir", "model": "model.name"},
+        paths=("run_dir", "resume", "paths.runs", "adapter.start_from"),
+        resume="resume",
+        argv=argv,
+    )
+
+
+def train(config: TrainConfig) -> int:
+    """Run one training from its configuration; the exit code is 128 + the signal when one stopped it."""
+    from sa3train.jobs.train_parts import print_result, requeue
+
+    result = run_training(config)
+    if rank() == 0:
+        print_result(result)
+    if result.interrupted is not None:
+        requeue(result.interrupted)
+        return 128 + result.interrupted
+    return 0
+
+
+def run_training(config: TrainConfig) -> "TrainingResult":
+    """Load what the configuration names, build everything, train."""
+    import torch
+
+    from sa3train.adapters.formats import load_adapter
+    from sa3train.jobs import train_parts as parts
+    from sa3train.models.checkpoint import load_checkpoint
+    from sa3train.training.folder import open_run
+    from sa3train.training.machine import devices_of, uses_gpu
+    from sa3train.training.parallel import check_world, join_ranks, on_rank_zero, on_rank_zero_first, started_ranks
+    from sa3train.training.run import train as train_adapter
+    from sa3train.training.text import PromptBank
+
+    if config.trainer.threads is not None:
+        torch.set_num_threads(config.trainer.threads)
+    gpu = uses_gpu(config.trainer)
+    if started_ranks() == 1 and config.trainer.num_nodes == 1 and devices_of(config.trainer) > 1:
+        parts.relaunch(devices_of(config.trainer))
+    check_world(devices_of(config.trainer) * config.trainer.num_nodes)
+    join_ranks(gpu)
+    dtype = parts.torch_dtype(config.model.dtype, gpu)
+    model = on_rank_zero_first(lambda: load_checkpoint(config.model.name, dtype=dtype, parts=("dit", "conditioner")))
+    data = parts.data_module(config.data, config.seed, model.max_frames)
+    data.check_autoencoder(model.name, model.autoencoder_fingerprint())
+    identity = {"data": data.manifest, "base": model.fingerprint()}
+    run_dir = Path(config.resume or config.run_dir)
+    table = dataclasses.asdict(config) | {"run_dir": str(run_dir), "resume": None, "resume_changes": []}
+    run = on_rank_zero(
+        lambda: open_run(run_dir, table, identity, resume=config.resume is not None, allowed=config.resume_changes)
+    )
+    text = PromptBank(model.conditioner)
+    text.prepare(data.distinct_prompts() or [])
+    tracker = parts.make_tracker(config.logger, run, config.name, table, identity)
+    result = train_adapter(
+        run=run,
+        model=model,
+        data=data,
+        text=text,
+        spec=parts.adapter_spec(config.adapter),
+        start_from=load_adapter(config.adapter.start_from) if config.adapter.start_from else None,
+        objective=config.objective,
+        optimizer=config.optimizer,
+        schedule=config.scheduler,
+        loop=config.trainer,
+        save=config.callbacks.save,
+        judge=config.callbacks.judge,
+        demos=config.callbacks.demos,
+        report=config.callbacks.report,
+        tracker=tracker,
+        provenance=parts.provenance(config, table, identity, run.run_id),
+        seed=config.seed,
+    )
+    run.save(status="finished" if result.interrupted is None else "interrupted", steps=result.steps)
+    tracker.close(failed=result.interrupted is not None)
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""What happens to the model on its device before the first step: few bits, memory plan, checkpointing, compile."""
+
+import lightning.pytorch as lightning
+
+from sa3train.log import get_logger
+from sa3train.training.memory import MemoryPlan, compare, make_plan
+from sa3train.training.module import LoraModule
+from sa3train.training.quantized import CodedWeights
+from sa3train.training.settings import LoopSettings
+
+_logger = get_logger(__name__)
+
+
+class Prepare(lightning.Callback):
+    """Puts the base in few bits when asked, says what memory the run will take, decides on recomputing, compiles.
+
+    `frames` and `rows`: the largest micro-batch to come. After the run `verdict` says how far off the plan was.
+    """
+
+    def __init__(self, loop: LoopSettings, optimizer: str, frames: int, rows: int, prompt: str) -> None:
+        self.loop, self.optimizer = loop, optimizer
+        self.frames, self.rows, self.prompt = frames, rows, prompt
+        self.plan: MemoryPlan | None = None
+        self.verdict: str | None = None
+
+    def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Everything, in this order: the plan is of the model as it will train."""
+        assert isinstance(pl_module, LoraModule)
+        coded = None
+        if self.loop.quantize != "none":
+            coded = CodedWeights(pl_module.model.dit, self.loop.quantize).nbytes
+        self.plan = make_plan(
+            pl_module,
+            frames=self.frames,
+            rows=self.rows,
+            prompt=self.prompt,
+            optimizer=self.optimizer,
+            mode=self.loop.activation_checkpointing,
+            coded_bytes=coded,
+        )
+        _logger.info("memory this run will take (%d clips of %d frames a step):", self.rows, self.frames)
+        for line in self.plan.lines():
+            _logger.info(line)
+        if self.loop.compile:
+            compile_blocks(pl_module)
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Hold the plan against what was taken."""
+        if self.plan is not None:
+            self.verdict = compare(self.plan, pl_module.device)
+
+
+def compile_blocks(module: LoraModule, backend: str = "inductor") -> None:
+    """torch.compile each block of the transformer: they are alike, so one compilation serves all."""
+    for block in module.model.dit.transformer.layers:
+        block.compile(backend=backend, dynamic=True)

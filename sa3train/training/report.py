@@ -1,0 +1,271 @@
+"""The run report: `report.html`, made from the files of a run folder alone, to be opened anywhere, with no network."""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sa3train.files import write_text
+from sa3train.training.report_page import Section, facts, folded, page, table, tile
+
+if TYPE_CHECKING:
+    from sa3train.training.demos import Played
+
+REPORT = "report.html"
+DATA, INSPECTION = "data.json", "inspection.json"
+"""What the report shows of data and adapter; see `sa3train.training.inspection`."""
+
+WORSE = 0.01
+"""Share above its best at which held-out loss counts as getting worse."""
+
+
+@dataclass(frozen=True)
+class RunFiles:
+    """What a run folder holds; an absent file is an empty value."""
+
+    path: Path
+    config: str = ""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    rows: Sequence[Mapping[str, float]] = ()
+    heldout: Mapping[str, Any] = field(default_factory=dict)
+    generated: Mapping[str, Any] = field(default_factory=dict)
+    data: Mapping[str, Any] = field(default_factory=dict)
+    inspection: Mapping[str, Any] = field(default_factory=dict)
+    played: Sequence["Played"] = ()
+
+    def curve(self, name: str) -> list[tuple[float, float]]:
+        """(step, value) of a metric."""
+        return [(row["step"], row[name]) for row in self.rows if name in row]
+
+    @property
+    def step(self) -> int:
+        """The last step that left a trace."""
+        last = [int(row["step"]) for row in self.rows[-1:]] + [row["step"] for row in self.heldout.get("history", [])]
+        return max(last, default=0)
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in training steps, by the logged speeds: demos, judgements and saves are not in it."""
+        total, before = 0.0, 0.0
+        for step, speed in self.curve("time/steps_per_second"):
+            total += (step - before) / max(speed, 1e-9)
+            before = step
+        return total
+
+
+def read_run(run_dir: Path) -> RunFiles:
+    """Read a run folder. Whatever is not there yet is left empty; a run in progress can be read at any moment."""
+    from sa3train.training.demos import played_demos
+    from sa3train.training.folder import CONFIG, RECORD
+    from sa3train.training.generated import GENERATED
+    from sa3train.training.tracking import read_metrics
+    from sa3train.training.validation import HELDOUT
+
+    metrics, config = run_dir / "metrics.csv", run_dir / CONFIG
+    rows = read_metrics(metrics)[1] if metrics.is_file() else []
+    return RunFiles(
+        run_dir,
+        config.read_text(encoding="utf-8") if config.is_file() else "",
+        _json(run_dir / RECORD),
+        [{name: float(value) for name, value in row.items()} for row in rows],
+        _json(run_dir / HELDOUT),
+        _json(run_dir / GENERATED),
+        _json(run_dir / DATA),
+        _json(run_dir / INSPECTION),
+        played_demos(run_dir),
+    )
+
+
+def write_report(run_dir: Path) -> Path:
+    """Write `report.html` into `run_dir` from its files, whole or not at all, and give its path."""
+    write_text(run_dir / REPORT, render(read_run(run_dir)))
+    return run_dir / REPORT
+
+
+def render(run: RunFiles) -> str:
+    """The page for what was read."""
+    from sa3train.training.report_audio import Budget, listening
+    from sa3train.training.report_curves import by_level, clips, learning, machine, memorised
+
+    name = run.path.resolve().name
+    return page(
+        f"{name} · sa3train",
+        _head(run, name),
+        [
+            Section(
+                "Listen",
+                "Same prompt, same seed, one row: only the adapter differs. Switch players while one plays and the "
+                "next goes on at the same place. Levels are untouched; click a picture to play from there.",
+                listening(run.path, run.played, Budget()),
+            ),
+            Section(
+                "Learning",
+                "Loss on fixed clips, fixed noise and fixed noise levels, as a change from the base model's own: below "
+                "the dashed line the adapter predicts better than the base.",
+                learning(run),
+            ),
+            Section(
+                "By noise level",
+                "The same, for each of ten noise levels: 0.05 is nearly clean audio and decides texture, 0.95 is "
+                "nearly noise and decides structure.",
+                by_level(run),
+            ),
+            Section("Clips", "Which clips the adapter fits best and worst.", clips(run)),
+            Section(
+                "Memorisation",
+                "How close generations come to training clips in latent space, measured by how close unseen clips are.",
+                memorised(run.generated),
+            ),
+            Section("Adapter", "What it changes: size of W′ − W against W, by group of layers.", _adapter(run)),
+            Section("Data", "What it was trained on.", _data(run)),
+            Section("Time and memory", "Speed while training, and the most memory held.", machine(run)),
+            Section("Settings", "Everything that was set. Start it again from this file.", _settings(run)),
+        ],
+    )
+
+
+def change(run: RunFiles, part: str) -> float | None:
+    """Relative change of the last fixed loss of `part` (heldout or train) against the base, or None."""
+    history, base = run.heldout.get("history", []), run.heldout.get("base", {}).get(part)
+    if not history or part not in history[-1] or not base or not base["loss"]:
+        return None
+    return float(history[-1][part]["loss"] / base["loss"] - 1)
+
+
+def reading(run: RunFiles) -> list[str]:
+    """What the numbers say, in sentences."""
+    heldout, train = change(run, "heldout"), change(run, "train")
+    found = []
+    if heldout is not None:
+        where = "below" if heldout < 0 else "above"
+        found.append(f"On clips it has never seen, loss is {abs(heldout):.1%} {where} the base model's.")
+    elif train is not None:
+        found.append(f"On its training clips loss is {train:+.1%} against the base. Nothing is held out to check it.")
+    best, history = run.heldout.get("best_loss"), run.heldout.get("history", [])
+    if best and history and heldout is not None:
+        last = history[-1]["heldout"]["loss"]
+        if last > best * (1 + WORSE):
+            found.append(
+                f"It was lower at step {run.heldout['best_step']} and has risen by {last / best - 1:.1%} since: the "
+                "adapter has begun to learn its clips by heart. Take the best one (callbacks.judge.select_best=true)."
+            )
+    if heldout is not None and train is not None and heldout > 0 > train:
+        found.append("Training clips got better and unseen ones worse: fewer steps, a lower rank, or more data.")
+    if run.generated.get("memorisation", {}).get("score", 1.0) < _copied():
+        found.append("Generations come closer to training clips than unseen clips do: they may be copies.")
+    return found
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person says them."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _head(run: RunFiles, name: str) -> str:
+    record = run.record
+    state = {"running": "in progress", "finished": "finished", "interrupted": "interrupted"}.get(
+        str(record.get("status")), "unknown"
+    )
+    about = [f"run {record.get('id', '?')}", state, f"sa3train {record.get('version', '?')}"]
+    if "started" in record:
+        about.append(f"started {datetime.fromisoformat(record['started']):%d %b %Y %H:%M} UTC")
+    if record.get("resumed"):
+        about.append(f"resumed {len(record['resumed'])} times")
+    lead = "".join(f'<p class="lead">{escape(sentence)}</p>' for sentence in reading(run))
+    return (
+        f'<h1>{escape(name)}</h1><p class="soft">{escape(" · ".join(about))}</p>{lead}'
+        f'<div class="tiles">{"".join(_tiles(run))}</div>'
+    )
+
+
+def _tiles(run: RunFiles) -> list[str]:
+    found = [tile(f"{run.step:,}", "steps")]
+    for part, label in (("heldout", "held-out loss against base"), ("train", "training clips against base")):
+        value = change(run, part)
+        if value is not None:
+            found.append(tile(f"{value:+.1%}", label, "good" if value < 0 else "bad"))
+    if run.heldout.get("best_step", -1) >= 0:
+        found.append(tile(f"{run.heldout['best_step']:,}", "best step by held-out loss"))
+    if run.inspection:
+        found.append(tile(f"{run.inspection['effect'].get('all', 0.0):.2%}", "change of the adapted weights"))
+    if run.seconds:
+        found.append(tile(duration(run.seconds), "in training steps"))
+    memory = max((value for _, value in run.curve("time/peak_memory_gib")), default=math.nan)
+    if math.isfinite(memory):
+        found.append(tile(f"{memory:.1f} GiB", "peak memory"))
+    return found
+
+
+def _adapter(run: RunFiles) -> str:
+    from sa3train.training.charts import bars
+
+    found = run.inspection
+    if not found:
+        return ""
+    groups = [(group, value, f"{value:.2%}") for group, value in found["effect"].items()]
+    layers = sorted(found["layers"].items(), key=lambda pair: -pair[1])
+    most = [(path, value, f"{value:.2%}") for path, value in layers[:12]]
+    about = facts(
+        [
+            ("kind", f"{found['kind']}, rank {found['rank']}, alpha {found['alpha']}"),
+            ("layers", f"{len(layers)}"),
+            ("numbers trained", f"{found['parameters']:,}"),
+            ("at step", f"{found['step']:,}"),
+        ]
+    )
+    return (
+        f'<div class="two"><div>{about}</div><div>{bars(groups)}</div></div>'
+        f"<h3>The layers that change most</h3>{bars(most, 'c-third')}"
+    )
+
+
+def _data(run: RunFiles) -> str:
+    if not run.data:
+        return ""
+    rows = [
+        [escape(str(source["path"])), escape(source["role"]), *_share(source, "train"), *_share(source, "heldout"),
+         escape(str(source["model"]))]
+        for source in run.data["sources"]
+    ]  # fmt: skip
+    head = ("source", "role", "clips", "length", "held out", "length", "encoded by")
+    prompts = "".join(f"<li>{escape(prompt) or '(empty)'}" for prompt in run.data.get("prompts", []))
+    cards = "".join(
+        folded(f"Card of {source['path']}", f"<pre>{escape(source['card'])}</pre>")
+        for source in run.data["sources"]
+        if source.get("card")
+    )
+    manifest = f'<p class="soft">manifest <code>{escape(str(run.data["manifest"])[:32])}</code></p>'
+    shown = f"<h3>Some of its prompts</h3><ul>{prompts}</ul>" if prompts else ""
+    return table(head, rows, numbers=(2, 3, 4, 5)) + manifest + shown + cards
+
+
+def _share(source: Mapping[str, Any], split: str) -> list[str]:
+    found = source["splits"].get(split)
+    return ["–", "–"] if not found else [f"{found['clips']:.0f}", duration(found["seconds"])]
+
+
+def _settings(run: RunFiles) -> str:
+    if not run.config:
+        return ""
+    resumed = [
+        [escape(str(part.get("at", ""))), f"{part.get('step', 0):,}", escape(json.dumps(part.get("changes", {})))]
+        for part in run.record.get("resumed", [])
+    ]
+    parts = table(("resumed at", "from step", "what was changed"), resumed, numbers=(1,)) if resumed else ""
+    return folded("config.yaml", f"<pre>{escape(run.config)}</pre>") + parts
+
+
+def _copied() -> float:
+    from sa3train.training.generated import COPIED
+
+    return COPIED
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -1,0 +1,37 @@
+"""Prompt embeddings for training: each distinct prompt is encoded once on a machine, and the text encoder is let go."""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from sa3train.data.embeddings import EmbeddingCache, encoder_identity
+from sa3train.models.conditioners import Conditioner, TextEmbedding
+
+
+class PromptBank:
+    """Gives embeddings of prompts from memory or disk, encoding those that are new. Called like `encode_prompts`."""
+
+    def __init__(self, conditioner: Conditioner) -> None:
+        self.conditioner = conditioner
+        encoder = conditioner.text_encoder
+        self.cache = EmbeddingCache(encoder_identity(encoder.source.folder(), encoder.max_length))
+        self.known: dict[str, Tensor] = {}
+
+    def prepare(self, prompts: Sequence[str]) -> None:
+        """Have all of `prompts` at hand, then release the text encoder if it was needed."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
+        if missing:
+            self.known |= self.cache.get(missing, self._encode)
+        self.conditioner.text_encoder.release()
+
+    def __call__(self, prompts: Sequence[str]) -> TextEmbedding:
+        """Embeddings of `prompts` on the conditioner's device."""
+        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
+        if missing:
+            self.known |= self.cache.get(missing, self._encode)
+        embedding = TextEmbedding.join([self.known[prompt] for prompt in prompts])
+        device = self.conditioner.device
+        return TextEmbedding(embedding.hidden_BLD.to(device), embedding.mask_BL.to(device))
+
+    def _encode(self, prompts: list[str]) -> list[Tensor]:
+        return self.conditioner.encode_prompts(prompts).split()

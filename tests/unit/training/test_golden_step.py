@@ -1,0 +1,80 @@
+"""The recorded training step of the released implementation: velocity, both losses, and every gradient."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sa3train.adapters.inject import inject
+from sa3train.adapters.spec import AdapterSpec
+from sa3train.models.checkpoint import load_checkpoint
+from sa3train.testing import GoldenSet
+from sa3train.training.clips import Clips
+from sa3train.training.module import LoraModule
+from sa3train.training.objective import Draw
+from sa3train.training.optim import learning_rate_factor, make_optimizer
+from sa3train.training.settings import Objective
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+
+
+def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-12))
+
+
+@pytest.mark.parametrize("folder", ["plain", "diff"])
+@pytest.mark.parametrize("case", GoldenSet(GOLDEN / "plain" / "cases").names("train."))
+def test_training_step_equals_the_recorded_one(folder: str, case: str) -> None:
+    golden = GoldenSet(GOLDEN / folder / "cases")
+    settings, tensors = golden.settings(case), golden.tensors(case)
+    model = load_checkpoint(GOLDEN / folder, parts=("dit", "conditioner"))
+    spec = AdapterSpec(settings["adapter_type"], rank=settings["rank"], alpha=settings["alpha"])
+    injected = inject(model.adaptable(), spec)
+    given: dict[str, dict[str, torch.Tensor]] = {}
+    for key, tensor in tensors.items():
+        if key.startswith("param:"):
+            path, _, name = key.removeprefix("param:").partition(".parametrizations.weight.0.")
+            given.setdefault(path, {})[name] = tensor.float()
+    injected.load_tensors(given)
+    module = LoraModule(
+        model,
+        injected,
+        model.conditioner.encode_prompts,
+        Objective(),
+        make_optimizer=lambda named: make_optimizer(
+            "adamw", named, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01, options={}
+        ),
+        learning_rate_factor=learning_rate_factor("constant", warmup_steps=0, total_steps=1, options={}),
+    )
+    count = len(settings["prompts"])
+    padding_mask = tensors["padding_mask"].bool()
+    clips = Clips(
+        tensors["latents"].float(),
+        padding_mask,
+        torch.tensor(settings["seconds_total"]),
+        torch.ones(count, dtype=torch.bool),
+        list(settings["prompts"]),
+        [str(number) for number in range(count)],
+    )
+    draw = Draw(
+        tensors["noise"].float(),
+        tensors["t"].float(),
+        padding_mask,
+        tensors["inpaint_mask"].float(),
+        torch.zeros(count, dtype=torch.bool),
+    )
+    velocity = module(clips, draw)
+    real = padding_mask[:, None, :]  # outputs at padded positions mean nothing
+    assert relative(velocity.detach() * real, tensors["velocity"] * real) < 1e-3
+    losses = module.losses(clips, draw)
+    assert relative(losses.loss.detach(), tensors["loss"]) < 1e-3
+    assert relative(losses.context_loss.detach(), tensors["context_loss"]) < 1e-3
+    losses.total.backward()
+    named = injected.named_parameters()
+    gradients = {key.removeprefix("grad:"): tensor for key, tensor in tensors.items() if key.startswith("grad:")}
+    assert len(gradients) == len(named)
+    for key, expected in gradients.items():
+        path, _, name = key.partition(".parametrizations.weight.0.")
+        found = named[f"{path}.{name}"].grad
+        assert found is not None
+        assert relative(found, expected) < 1e-3, key
