@@ -2,7 +2,6 @@
 
 import math
 
-import scipy.signal
 import torch
 import torchaudio.functional
 from torch import Tensor
@@ -44,6 +43,8 @@ def resample(audio_CN: Tensor, source_rate: int, target_rate: int) -> Tensor:
 
 def _polyphase(audio_CN: Tensor, up: int, down: int) -> Tensor:
     """The same filter, laid out once at the common rate and applied by phases."""
+    import scipy.signal  # a second of start-up that hardly any clip needs
+
     longest = max(up, down)
     taps = scipy.signal.firwin(2 * WIDTH * longest + 1, ROLLOFF / longest, window=("kaiser", BETA))
     resampled = scipy.signal.resample_poly(audio_CN.cpu().double().numpy(), up, down, axis=1, window=taps)

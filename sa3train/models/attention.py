@@ -13,6 +13,7 @@ one for tests.
 import contextlib
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -36,6 +37,11 @@ class Padded:
         starts_B = torch.arange(rows, device=real_B.device) * length
         bounds = torch.stack((starts_B, starts_B + real_B), dim=1).flatten()
         return torch.cat((bounds, bounds.new_full((1,), rows * length))).to(torch.int32)
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Real tokens of each row. Waits for the device."""
+        return self.key_mask_BM.sum(dim=1).tolist()
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,7 @@ def attend(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, pattern: Pattern = No
 
 @contextlib.contextmanager
 def force_backend(name: str) -> Iterator[None]:
-    """Use one backend ("reference", "sdpa", "varlen" or "flash") for everything inside the block."""
+    """Use one backend ("reference", "sdpa", "blocked", "varlen" or "flash") for everything inside the block."""
     if name not in BACKENDS:
         raise ValueError(f"no attention backend {name!r}; there are {', '.join(BACKENDS)}")
     token = _FORCED.set(name)
@@ -84,12 +90,23 @@ def force_backend(name: str) -> Iterator[None]:
 
 
 def preferred_backend(q_BLHD: Tensor, pattern: Pattern) -> str:
-    """Varlen kernels where they exist (CUDA, 16-bit) and the pattern needs them; SDPA otherwise."""
+    """Varlen kernels where they exist (CUDA, 16-bit) and the pattern needs them; SDPA otherwise.
+
+    Except for bf16 without gradients on a CPU that has instructions for it: there plain products are twice as fast.
+    """
+    if q_BLHD.dtype == torch.bfloat16 and q_BLHD.device.type == "cpu":
+        return "blocked" if _has_cpu_bf16() and not torch.is_grad_enabled() else "sdpa"
     if pattern is None or not q_BLHD.is_cuda or q_BLHD.dtype not in (torch.float16, torch.bfloat16):
         return "sdpa"
     if _has_torch_varlen():
         return "varlen"
     return "flash" if importlib.util.find_spec("flash_attn") else "sdpa"
+
+
+@functools.cache
+def _has_cpu_bf16() -> bool:
+    """Whether torch multiplies bf16 matrices by instructions made for it (AVX512-BF16, AMX)."""
+    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 @functools.cache
@@ -147,42 +164,83 @@ def _reference(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, pattern: Pattern)
     return out_BLHD.to(q_BLHD.dtype)
 
 
-# sdpa: torch's own attention, on any device and dtype.
+# dense: patterns brought to plain attention over rows, which torch's SDPA or blocks of products compute.
+
+Rows = Callable[..., Tensor]  # (q_BLHD, k_BMHD, v_BMHD, mask broadcastable to BHLM or None) -> BLHD
+_SCORES_PER_BLOCK = 2**20  # 2 MiB in bf16: stays in the cache, and long enough for the products to run at their rate
 
 
-def _sdpa_BLHD(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, mask: Tensor | None = None) -> Tensor:
+def _sdpa_rows(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, mask: Tensor | None = None) -> Tensor:
     out_BHLD = F.scaled_dot_product_attention(
         q_BLHD.transpose(1, 2), k_BMHD.transpose(1, 2), v_BMHD.transpose(1, 2), attn_mask=mask
     )
     return out_BHLD.transpose(1, 2)
 
 
-def _sdpa(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, pattern: Pattern) -> Tensor:
+def _blocked_rows(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, mask: Tensor | None = None) -> Tensor:
+    """QKᵀ, softmax and the sum of values for as many rows, heads and queries at a time as fit a block of scores."""
+    (rows, length, heads, width), keys = q_BLHD.shape, k_BMHD.shape[1]
+    out_BLHD = torch.empty_like(q_BLHD, memory_format=torch.contiguous_format)
+    row_step = max(1, _SCORES_PER_BLOCK // (heads * length * keys))
+    head_step = min(heads, max(1, _SCORES_PER_BLOCK // (length * keys)))
+    query_step = min(length, max(1, _SCORES_PER_BLOCK // keys))
+    q_BHLD, k_BHDM, v_BHMD = q_BLHD.transpose(1, 2), k_BMHD.permute(0, 2, 3, 1), v_BMHD.transpose(1, 2)
+    for b, h, q in itertools.product(
+        range(0, rows, row_step), range(0, heads, head_step), range(0, length, query_step)
+    ):
+        bs, hs, qs = slice(b, b + row_step), slice(h, h + head_step), slice(q, q + query_step)
+        scores_BHLM = torch.matmul(q_BHLD[bs, hs, qs] * width**-0.5, k_BHDM[bs, hs])
+        if mask is not None:
+            seen = mask[bs] if mask.shape[2] == 1 else mask[bs, :, qs]
+            scores_BHLM.masked_fill_(~seen, -torch.inf)
+        out_BLHD[bs, qs, hs] = torch.matmul(scores_BHLM.softmax(dim=-1), v_BHMD[bs, hs]).transpose(1, 2)
+    return out_BLHD
+
+
+def _dense(rows: Rows, q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, pattern: Pattern) -> Tensor:
     match pattern:
         case Padded(key_mask_BM):
-            return _sdpa_BLHD(q_BLHD, k_BMHD, v_BMHD, key_mask_BM[:, None, None, :])
+            if q_BLHD.device.type == "cpu":
+                return _dense_padded(rows, q_BLHD, k_BMHD, v_BMHD, pattern.lengths)
+            return rows(q_BLHD, k_BMHD, v_BMHD, key_mask_BM[:, None, None, :])
         case Packed(query_lengths, key_lengths):
-            return _sdpa_packed(q_BLHD, k_BMHD, v_BMHD, query_lengths, key_lengths)
+            return _dense_packed(rows, q_BLHD, k_BMHD, v_BMHD, query_lengths, key_lengths)
         case Window(lengths, radius):
-            return _sdpa_window(q_BLHD, k_BMHD, v_BMHD, lengths, radius)
-    return _sdpa_BLHD(q_BLHD, k_BMHD, v_BMHD)
+            return _dense_window(rows, q_BLHD, k_BMHD, v_BMHD, lengths, radius)
+    return rows(q_BLHD, k_BMHD, v_BMHD)
 
 
-def _sdpa_packed(
-    q_1LHD: Tensor, k_1MHD: Tensor, v_1MHD: Tensor, query_lengths: Sequence[int], key_lengths: Sequence[int]
+def _dense_padded(rows: Rows, q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Rows of one length together, over their real keys alone: no mask, and neighbours' lengths change nothing."""
+    parts, start = [], 0
+    for length, run in itertools.groupby(lengths):
+        span = slice(start, start := start + len(list(run)))
+        parts.append(rows(q_BLHD[span], k_BMHD[span, :length], v_BMHD[span, :length]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _dense_packed(
+    rows: Rows,
+    q_1LHD: Tensor,
+    k_1MHD: Tensor,
+    v_1MHD: Tensor,
+    query_lengths: Sequence[int],
+    key_lengths: Sequence[int],
 ) -> Tensor:
     if len(set(query_lengths)) == 1 and len(set(key_lengths)) == 1:
-        rows = len(query_lengths)
-        q, k, v = (x.reshape(rows, -1, *x.shape[2:]) for x in (q_1LHD, k_1MHD, v_1MHD))
-        return _sdpa_BLHD(q, k, v).reshape(q_1LHD.shape)
+        count = len(query_lengths)
+        q, k, v = (x.reshape(count, -1, *x.shape[2:]) for x in (q_1LHD, k_1MHD, v_1MHD))
+        return rows(q, k, v).reshape(q_1LHD.shape)
     parts = zip(q_1LHD.split(query_lengths, 1), k_1MHD.split(key_lengths, 1), v_1MHD.split(key_lengths, 1), strict=True)
-    return torch.cat([_sdpa_BLHD(q, k, v) for q, k, v in parts], dim=1)
+    return torch.cat([rows(q, k, v) for q, k, v in parts], dim=1)
 
 
-def _sdpa_window(q_1LHD: Tensor, k_1LHD: Tensor, v_1LHD: Tensor, lengths: tuple[int, ...], radius: int) -> Tensor:
+def _dense_window(
+    rows: Rows, q_1LHD: Tensor, k_1LHD: Tensor, v_1LHD: Tensor, lengths: tuple[int, ...], radius: int
+) -> Tensor:
     """Blocks of queries, each with its own stretch of keys: memory grows with L, never with L²."""
     queries_NL, keys_NM, visible_NLM, places_L = _window_blocks(lengths, radius, q_1LHD.device)
-    blocks_NLHD = _sdpa_BLHD(q_1LHD[0, queries_NL], k_1LHD[0, keys_NM], v_1LHD[0, keys_NM], mask=visible_NLM[:, None])
+    blocks_NLHD = rows(q_1LHD[0, queries_NL], k_1LHD[0, keys_NM], v_1LHD[0, keys_NM], visible_NLM[:, None])
     return blocks_NLHD.flatten(0, 1)[places_L][None]
 
 
@@ -287,7 +345,8 @@ def _with_kernel(name: str, q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, patt
 
 BACKENDS: dict[str, Backend] = {
     "reference": _reference,
-    "sdpa": _sdpa,
+    "sdpa": functools.partial(_dense, _sdpa_rows),
+    "blocked": functools.partial(_dense, _blocked_rows),
     "varlen": functools.partial(_with_kernel, "varlen"),
     "flash": functools.partial(_with_kernel, "flash"),
 }

@@ -21,6 +21,7 @@ from sa3train.models.config import ModelConfig
 from sa3train.models.dit import DiT
 from sa3train.models.fingerprints import fingerprint_of, remembered
 from sa3train.models.parse import is_autoencoder, parse_autoencoder, parse_model, read_config
+from sa3train.models.precision import fast_fp32_products
 from sa3train.models.sources import CheckpointFiles, TextEncoderSource, locate, text_encoder_source
 from sa3train.models.weights import check_names, read_tensors, tensor_shapes
 
@@ -86,6 +87,11 @@ class StableAudio3:
         """
         prefixes = (PREFIXES["dit"], PREFIXES["conditioner"])
         return _file_fingerprint(self.path / "model.safetensors", prefixes)
+
+    def autoencoder_fingerprint(self) -> str:
+        """Hex digest of the file's autoencoder, loaded or not: what latents for this model must be made with."""
+        prefix = PREFIXES["autoencoder"]
+        return _file_fingerprint(self.path / "model.safetensors", (prefix,), prefix)
 
 
 def load_checkpoint(
@@ -192,6 +198,8 @@ def _fill(
     dtype: torch.dtype,
 ) -> None:
     """Check the whole file against all modules, then read the asked parts into theirs."""
+    if torch.device(device).type == "cpu":
+        fast_fp32_products()
     expected = {name: tuple(tensor.shape) for name, tensor in released_state(modules, prefixes).items()}
     check_names(path, tensor_shapes(path), expected)
     for part in parts:

@@ -87,12 +87,12 @@ class Block(nn.Module):
             conditions = self.prepare(conditions, layout)
         spread = layout.spread(self.to_scale_shift_gate + modulation_SK)
         scale1, shift1, gate1, scale2, shift2, gate2 = spread.chunk(6, dim=-1)
-        attended = self.self_attn(self.pre_norm(x_BLD) * (1 + scale1) + shift1, rotary, layout.self_pattern)
-        x_BLD = x_BLD + torch.sigmoid(1 - gate1) * attended
+        attended = self.self_attn(self.pre_norm.modulated(x_BLD, scale1, shift1), rotary, layout.self_pattern)
+        x_BLD = torch.addcmul(x_BLD, torch.sigmoid(1 - gate1), attended)
         x_BLD = x_BLD + self.cross_attn(self.cross_attend_norm(x_BLD), conditions.context, cross_pattern)
         if conditions.local_BLD is not None:
             x_BLD = x_BLD + conditions.local_BLD
-        return x_BLD + torch.sigmoid(1 - gate2) * self.ff(self.ff_norm(x_BLD) * (1 + scale2) + shift2)
+        return torch.addcmul(x_BLD, torch.sigmoid(1 - gate2), self.ff(self.ff_norm.modulated(x_BLD, scale2, shift2)))
 
 
 class Transformer(nn.Module):

@@ -78,6 +78,40 @@ def test_backend_equals_reference(case: str, backend: str, monkeypatch: pytest.M
         torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("scores", [64, 2**10, 2**20])
+@pytest.mark.parametrize("case", CASES)
+def test_blocks_of_products_equal_reference(case: str, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the size of a block: parts of the queries, of the heads, of the rows, or everything."""
+    monkeypatch.setattr(attention, "_SCORES_PER_BLOCK", scores)
+    queries, keys, pattern = CASES[case]
+    tensors = tuple(tensor.detach() for tensor in inputs(queries, keys))
+    real = pattern.key_mask_BM if isinstance(pattern, Padded) else torch.ones(queries, dtype=torch.bool)
+    with force_backend("reference"):
+        wanted = attend(*tensors, pattern)
+    with force_backend("blocked"):
+        found = attend(*tensors, pattern)
+        found_bf16 = attend(*(tensor.bfloat16() for tensor in tensors), pattern)
+    torch.testing.assert_close(found[real], wanted[real], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found_bf16[real].float(), wanted[real], atol=3e-2, rtol=3e-2)
+
+
+def test_blocks_are_for_bf16_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_has_cpu_bf16", lambda: True)
+    q = torch.zeros(1, 1, 1, 64)
+    with torch.no_grad():
+        assert attention.preferred_backend(q.bfloat16(), None) == "blocked"
+        assert attention.preferred_backend(q, None) == "sdpa"
+    assert attention.preferred_backend(q.bfloat16(), None) == "sdpa"
+    monkeypatch.setattr(attention, "_has_cpu_bf16", lambda: False)
+    with torch.no_grad():
+        assert attention.preferred_backend(q.bfloat16(), None) == "sdpa"
+
+
+def test_a_row_does_not_depend_on_the_lengths_of_others() -> None:
+    q, k, v = (tensor.detach() for tensor in inputs((2, 12), (2, 12)))
+    assert torch.equal(attend(q, k, v, Padded(mask(12, 12)))[0], attend(q, k, v, Padded(mask(12, 5)))[0])
+
+
 def test_padding_is_never_seen() -> None:
     q, k, v = inputs((2, 12), (2, 12))
     pattern = Padded(mask(12, 5))

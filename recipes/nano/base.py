@@ -1,0 +1,169 @@
+"""Train nano-base: DiT and text encoder together by flow matching on the encoded corpus, as reference section 6 says.
+
+    python recipes/nano/base.py WORK --minutes 45      # WORK/latents from latents.py; resumes WORK/base.pt
+
+Shapes: B items, C latent channels, T latent frames.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import torch
+from latents import freeze
+from parts import Average, Batch, Corpus, Nano, optimizers, set_rate, state_of, tokenizer_of
+from speed import fast_cpu_attention
+from torch import Tensor, nn
+
+from sa3train.diffusion.masks import inpainting_masks
+from sa3train.diffusion.objective import (
+    coupling_columns,
+    losses,
+    noised,
+    squared_error,
+    trunc_logit_normal_t,
+    velocity_target,
+)
+from sa3train.diffusion.schedule import full_shift
+from sa3train.files import atomic_path
+
+DROPPED = 0.1  # items without a prompt, for guidance
+
+
+def flow_loss(
+    model: Nano, batch: Batch, rng: random.Random, generator: torch.Generator, drop: float = DROPPED
+) -> Tensor:
+    """The objective on one batch: loss over generated frames plus loss over kept ones."""
+    data_BCT = batch.latents_BCT
+    size = len(data_BCT)
+    t_B = trunc_logit_normal_t(size, generator)
+    t_B = full_shift(t_B, batch.frames_B.cpu()).to(data_BCT.device)
+    noise_BCT = torch.randn(data_BCT.shape, generator=generator).to(data_BCT.device)
+    noise_BCT = noise_BCT[coupling_columns(data_BCT, noise_BCT)]
+    inpaint_B1T = inpainting_masks(batch.real_BT, rng)
+    drop_B = (torch.rand(size, generator=generator) < drop).to(data_BCT.device)
+    with torch.autocast(data_BCT.device.type, torch.bfloat16):
+        condition = model.condition(batch, drop_B)
+        velocity_BCT = model.dit(
+            noised(data_BCT, noise_BCT, t_B),
+            t_B,
+            cross_attn_cond_BLD=condition.cross_attn_cond_BLD,
+            global_cond_BD=condition.global_cond_BD,
+            local_add_cond_BCT=torch.cat((inpaint_B1T, data_BCT * inpaint_B1T), 1),
+            padding_mask_BT=batch.real_BT,
+        )
+    error_BCT = squared_error(velocity_BCT.float(), velocity_target(data_BCT, noise_BCT))
+    return sum(losses(error_BCT, inpaint_B1T, batch.real_BT), torch.zeros(()))
+
+
+def silence_of(work: Path) -> Tensor:
+    """The latent frame of silence, (C,)."""
+    with torch.no_grad():
+        return freeze(work).encode(torch.zeros(1, 2, 8 * 4096), noise=False)[0, :, 4]
+
+
+class Run:
+    """A resumable run that lasts a number of minutes."""
+
+    def __init__(self, work: Path, minutes: float, rate: float, save_minutes: float = 4.0) -> None:
+        self.work, self.total, self.rate, self.save_every = work, 60 * minutes, rate, 60 * save_minutes
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if self.device.type == "cpu":
+            fast_cpu_attention()
+        torch.manual_seed(0)
+        self.tokenizer, self.silence_C = tokenizer_of(work), silence_of(work)
+        self.model = Nano(len(self.tokenizer)).to(self.device)
+        self.optimizers = optimizers(self.model, rate)
+        self.average = Average(self.model, 0.997)
+        self.step, self.seconds = 0, 0.0
+        self.path = work / "base.pt"
+        if self.path.exists():
+            saved = torch.load(self.path, weights_only=True, map_location=self.device)
+            self.model.load_state_dict(saved["model"])
+            for number, optimizer in enumerate(self.optimizers):
+                optimizer.load_state_dict(saved[f"optimizer{number}"])
+            self.average.state, self.average.count = saved["average"], saved["count"]
+            self.step, self.seconds = saved["step"], saved["seconds"]
+
+    def save(self) -> None:
+        """Everything that resuming needs."""
+        saved = state_of(model=self.model, **{f"optimizer{i}": each for i, each in enumerate(self.optimizers)})
+        saved |= {
+            "average": self.average.state,
+            "count": self.average.count,
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        with atomic_path(self.path) as path:
+            torch.save(saved, path)
+
+    def log(self, **values: float) -> None:
+        """One line to the screen and to WORK/base.jsonl."""
+        line = json.dumps({"step": self.step, "seconds": round(self.seconds), **values})
+        print(line, flush=True)
+        with (self.work / "base.jsonl").open("a") as file:
+            file.write(line + "\n")
+
+    @torch.no_grad()
+    def validate(self, corpus: Corpus) -> float:
+        """The loss of the averaged weights on 128 held-out clips with fixed noise, noise levels and masks."""
+        current = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        self.model.load_state_dict(self.average.state)
+        rng, generator = random.Random(0), torch.Generator().manual_seed(0)
+        total = 0.0
+        for start in range(0, 128, 64):
+            picks = [pick % len(corpus.latents) for pick in range(start, start + 64)]
+            batch = corpus.batch(picks, 48, rng).to(self.device)
+            total += float(flow_loss(self.model, batch, rng, generator, drop=0.0)) / 2
+        self.model.load_state_dict(current)
+        return total
+
+    def train(self) -> None:
+        """Until the minutes are over; a later start with more minutes goes on from there."""
+        batches = Corpus(self.work, "train", self.tokenizer, self.silence_C).batches(self.step)
+        held_out = Corpus(self.work, "val", self.tokenizer, self.silence_C)
+        rng, generator = random.Random(self.step), torch.Generator().manual_seed(self.step)
+        mark, saved_at = time.monotonic(), self.seconds
+        recent: list[float] = []
+        while self.seconds < self.total:
+            for optimizer in self.optimizers:
+                set_rate(optimizer, self.rate, self.seconds / self.total)
+                optimizer.zero_grad(set_to_none=True)
+            loss = flow_loss(self.model, next(batches).to(self.device), rng, generator)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self.average.update(self.model)
+            self.step += 1
+            recent.append(float(loss.detach()))
+            now = time.monotonic()
+            self.seconds, mark = self.seconds + now - mark, now
+            if self.step % 50 == 0:
+                self.log(loss=round(sum(recent) / len(recent), 4))
+                recent = []
+            if self.seconds - saved_at > self.save_every or self.seconds >= self.total:
+                self.log(held_out=round(self.validate(held_out), 4))
+                self.save()
+                saved_at = self.seconds
+
+
+def main() -> None:
+    """Train, or go on training."""
+    parser = argparse.ArgumentParser(description="train nano-base")
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--minutes", type=float, default=45)
+    parser.add_argument("--rate", type=float, default=2e-3)
+    args = parser.parse_args()
+    Run(args.work, args.minutes, args.rate).train()
+
+
+if __name__ == "__main__":
+    main()

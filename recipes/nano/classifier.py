@@ -1,0 +1,98 @@
+"""Train the small classifier that judges nano, and say how sure the rulers are on real clips.
+
+    python recipes/nano/classifier.py WORK      # WORK/train, WORK/val -> WORK/classifier.safetensors, WORK/rulers.json
+
+The rulers are the classifier and the attribute checkers; what they score on real held-out clips is the ceiling for
+nano.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2] / "datasets" / "nano"))
+
+import torch
+from sounds import NAMES
+from store import Store
+
+from sa3train.audio.attributes import ATTRIBUTES
+from sa3train.audio.classify import Classifier, features, train
+from sa3train.files import write_json
+
+SECONDS = 5  # of each clip that is looked at
+HELD = ("hammond organ", "church organ", "accordion", "string ensemble", "choir", "warm pad", "violin", "trumpet")
+STRUCK = ("piano", "marimba", "harp", "nylon guitar", "steel guitar", "harpsichord")
+NOISY = ("snare drum", "hi-hat", "crash cymbal", "riser", "downlifter", "wind", "rock drums", "hand claps")
+CENTRED = ("alarm beeps", "laser zap", "slap bass", "acoustic bass", "kick drum")  # mono whatever was asked for
+DARK, BRIGHT = ("acoustic bass", "kick drum", "drone", "impact", "synth bass", "cello"), ("hi-hat", "crash cymbal")
+
+
+def dataset(store: Store, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features and class indices of the first `count` clips."""
+    rows = [features(torch.from_numpy(store.audio(i, 0, SECONDS * 44100)), 44100) for i in range(count)]
+    return torch.stack(rows), torch.tensor([NAMES.index(store.entries[i]["plan"]["sound"]) for i in range(count)])
+
+
+def expectations(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """(attribute, answer) pairs that a plan makes certain."""
+    name, pitched = plan["sound"], bool(plan["register"])
+    if name not in CENTRED:
+        yield "width", "mono" if plan["width"] == "mono" else "stereo"
+    if name in DARK:
+        yield "brightness", "dark"
+    if name in BRIGHT:
+        yield "brightness", "bright"
+    if name in NOISY:
+        yield "texture", "noisy"
+    if pitched:
+        yield "texture", "tonal"
+    if name in STRUCK and plan["figure"] in ("repeated notes", "arpeggio", "scale run") and plan["tempo"] != "medium":
+        yield "pace", plan["tempo"]
+    if plan["figure"] == "single note" and plan["articulation"] == "legato" and name in HELD:
+        yield "decay", "held"
+    if plan["figure"] == "single note" and name in STRUCK:
+        yield "decay", "dying"
+    if name in ("flute", "oboe", "violin", "music box") and plan["figure"] != "chords":
+        yield "register", "high"
+    if name in ("acoustic bass", "slap bass", "synth bass") and plan["figure"] != "chords":
+        yield "register", "low"
+
+
+def ceiling(store: Store, count: int) -> dict[str, Any]:
+    """Share of right answers of each attribute checker on real clips, and on how many."""
+    right: dict[str, list[bool]] = {}
+    for index in range(count):
+        audio = torch.from_numpy(store.audio(index, 0, SECONDS * 44100))
+        for attribute, answer in expectations(store.entries[index]["plan"]):
+            right.setdefault(attribute, []).append(ATTRIBUTES[attribute].answer(audio, 44100) == answer)
+    return {name: {"right": sum(each) / len(each), "clips": len(each)} for name, each in right.items()}
+
+
+def accuracy(classifier: Classifier, features_BD: torch.Tensor, labels_B: torch.Tensor) -> float:
+    """Share of clips whose class is named first."""
+    standard_BD = (features_BD - classifier.mean_D) / classifier.spread_D
+    return float((classifier.network(standard_BD).argmax(1) == labels_B).float().mean())
+
+
+def main() -> None:
+    """Train, measure, write."""
+    parser = argparse.ArgumentParser(description="train the classifier that judges nano")
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--clips", type=int, default=2400)
+    args = parser.parse_args()
+    classifier = train(*dataset(Store(args.work / "train"), args.clips), list(NAMES))
+    classifier.save(args.work / "classifier.safetensors")
+    held_out = Store(args.work / "val")
+    figures = {"classifier": accuracy(classifier, *dataset(held_out, 600)), "chance": 1 / len(NAMES)}
+    write_json(args.work / "rulers.json", figures | {"attributes": ceiling(held_out, 400)})
+    print((args.work / "rulers.json").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Put trained nano into the package: fp16 weights in `sa3train/assets/nano`, as `sa3train.models.nano` assembles them.
+
+    python recipes/nano/export.py WORK VERSION    # WORK/{ae,classifier}.safetensors, WORK/{decoder,base,post}.pt
+
+Without post.pt the base's weights serve as the post-trained model's; the model card must then say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[2] / "datasets" / "nano"))
+
+import soundfile
+import torch
+from latents import freeze
+from parts import Nano, tokenizer_of
+from safetensors.torch import save_file
+from sounds import NAMES
+from store import Store
+from torch import Tensor
+
+from sa3train.files import atomic_path, write_text
+from sa3train.models.autoencoder import Autoencoder
+from sa3train.models.checkpoint import released_state
+from sa3train.models.nano import ASSETS, TEXT_FOLDER
+
+
+def load_autoencoder(work: Path) -> Autoencoder:
+    """The frozen code, with the decoder trained on since, where there is one."""
+    model = freeze(work)
+    if (work / "decoder.pt").exists():
+        average = torch.load(work / "decoder.pt", weights_only=True, map_location="cpu")["average"]
+        model.load_state_dict({name[7:]: tensor for name, tensor in average.items() if name.startswith("module.")})
+    return model
+
+
+def load_models(work: Path) -> tuple[Nano, dict[str, Tensor]]:
+    """The base (averaged weights), and the DiT weights of the post-trained model."""
+    model = Nano(len(tokenizer_of(work)))
+    model.load_state_dict(torch.load(work / "base.pt", weights_only=True, map_location="cpu")["average"])
+    if not (work / "post.pt").exists():
+        return model, {name: tensor.clone() for name, tensor in model.dit.state_dict().items()}
+    return model, torch.load(work / "post.pt", weights_only=True, map_location="cpu")["average"]
+
+
+def write(path: Path, state: dict[str, Tensor]) -> None:
+    """An fp16 safetensors file."""
+    with atomic_path(path) as temporary:
+        save_file({name: tensor.half().contiguous() for name, tensor in state.items()}, temporary)
+
+
+def write_rulers(work: Path, folder: Path) -> None:
+    """The classifier, and for each class the first held-out clip of two seconds or more, cut to three."""
+    shutil.copyfile(work / "classifier.safetensors", folder / "classifier.safetensors")
+    (folder / "held_out").mkdir(exist_ok=True)
+    store = Store(work / "val")
+    for name in NAMES:
+        long = (i for i, entry in enumerate(store.entries) if entry["length"] > 2 * 44100)
+        pick = next(i for i in long if store.entries[i]["plan"]["sound"] == name)
+        audio = store.audio(pick, 0, 3 * 44100)
+        path = folder / "held_out" / f"{name.replace(' ', '_')}.ogg"
+        with soundfile.SoundFile(path, "w", 44100, 2, subtype="VORBIS", compression_level=0.6) as file:
+            for start in range(0, audio.shape[1], 44100):  # libvorbis wants no large writes
+                file.write(audio[:, start : start + 44100].T)
+
+
+def export(work: Path, folder: Path, version: str) -> None:
+    """Write all files of `folder`; `version.txt` last, since its presence means that the rest is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "version.txt").unlink(missing_ok=True)
+    write(folder / "autoencoder.safetensors", released_state({"autoencoder": load_autoencoder(work)}))
+    model, post = load_models(work)
+    parts = {"dit": model.dit, "conditioner": model.conditioner}
+    write(folder / "nano-base.safetensors", released_state(parts))
+    model.dit.load_state_dict(post)
+    write(folder / "nano.safetensors", released_state(parts))
+    model.text.to(torch.bfloat16).save_pretrained(folder / TEXT_FOLDER)
+    tokenizer_of(work).save_pretrained(folder / TEXT_FOLDER)
+    write_rulers(work, folder)
+    write_text(folder / "version.txt", version + "\n")
+
+
+def main() -> None:
+    """Export, and say what the files weigh."""
+    parser = argparse.ArgumentParser(description="put trained nano into the package")
+    parser.add_argument("work", type=Path)
+    parser.add_argument("version")
+    parser.add_argument("--out", type=Path, default=ASSETS)
+    args = parser.parse_args()
+    export(args.work, args.out, args.version)
+    size = sum(path.stat().st_size for path in args.out.rglob("*") if path.is_file())
+    print(f"{args.out}: {size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

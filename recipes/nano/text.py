@@ -1,0 +1,69 @@
+"""nano's own tokenizer and text encoder (T5Gemma's architecture through transformers), as they are before training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast, T5GemmaConfig, T5GemmaEncoderModel
+
+from sa3train.models.conditioners import TextEmbedding
+from sa3train.models.nano import nano_text_config
+
+PIECES = 1024
+MAX_TOKENS = 64
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
+
+
+def train_tokenizer(captions: Iterable[str]) -> PreTrainedTokenizerFast:
+    """Byte-level BPE of at most `PIECES` pieces; any text can be written with it. No BOS, no EOS."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=PIECES, special_tokens=SPECIAL, initial_alphabet=sorted(alphabet), show_progress=False
+    )
+    tokenizer.train_from_iterator(captions, trainer)
+    names = dict(zip(("pad_token", "eos_token", "bos_token", "unk_token"), SPECIAL, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="right", truncation_side="right", **names)
+
+
+def new_encoder(pieces: int = PIECES) -> T5GemmaEncoderModel:
+    """A fresh encoder for that many pieces."""
+    settings = nano_text_config() | {"vocab_size": pieces}
+    config = T5GemmaConfig(
+        encoder=settings,
+        decoder=dict(settings),
+        is_encoder_decoder=False,
+        vocab_size=pieces,
+        dropout_rate=0.0,
+        attention_dropout=0.0,
+        attn_implementation="eager",  # its soft-capped logits exist in eager alone
+    )
+    return T5GemmaEncoderModel(config)
+
+
+def embed(encoder: Any, ids_BL: Tensor, mask_BL: Tensor) -> TextEmbedding:
+    """The encoder's hidden states with gradients, zero at padding, as `TextEncoder` gives them without."""
+    hidden_BLD = encoder(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
+    return TextEmbedding(torch.where(mask_BL[..., None], hidden_BLD, 0), mask_BL)
+
+
+class Prompts:
+    """Captions as token ids, tokenized once."""
+
+    def __init__(self, tokenizer: Any, captions: list[list[str]]) -> None:
+        flat = [text for texts in captions for text in texts]
+        ids = iter(tokenizer(flat, add_special_tokens=False, truncation=True, max_length=MAX_TOKENS).input_ids)
+        self.ids: list[list[list[int]]] = [[next(ids) for _ in texts] for texts in captions]
+
+    def batch(self, picks: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
+        """Right-padded ids and mask of (clip, caption) pairs."""
+        rows = [torch.tensor(self.ids[clip][caption]) for clip, caption in picks]
+        ids_BL = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        lengths = torch.tensor([len(row) for row in rows])
+        return ids_BL, torch.arange(ids_BL.shape[1])[None] < lengths[:, None]

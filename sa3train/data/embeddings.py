@@ -1,0 +1,104 @@
+"""Text embeddings on disk, so that a prompt is encoded once on a machine and training loads no text encoder.
+
+    cache = EmbeddingCache(encoder_identity(folder, max_length))
+    embeddings = cache.get(prompts, encode)      # {prompt: (L, D) tensor}; `encode` is called for what is missing only
+
+`encode` takes a list of prompts and returns one (L_i, D) tensor each, without padding, in the text encoder's dtype
+(`conditioner.encode_prompts(prompts).split()`). Packs are safetensors files that appear whole; several processes may
+read and write at once. Nothing is ever changed in place: deleting the folder only costs time.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sa3train.files import atomic_path, cache_dir
+from sa3train.log import get_logger
+
+_logger = get_logger(__name__)
+
+CHUNK = 16
+"""Prompts encoded at a time."""
+
+PACK = 4096
+"""Prompts in one file."""
+
+_SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
+
+Encode = Callable[[list[str]], Sequence[torch.Tensor]]
+
+
+def encoder_identity(folder: str | Path, max_length: int) -> str:
+    """A hash of a text encoder's folder (weights, configuration, tokenizer) and of how many tokens are read.
+
+    Of files over 4 MB only the size and 64 pieces are read: other weights differ in all of them.
+    """
+    digest = hashlib.sha256(f"{max_length}".encode())
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix in (".json", ".safetensors", ".model") and path.is_file():
+            size = path.stat().st_size
+            digest.update(f"|{path.name}|{size}|".encode())
+            with path.open("rb") as file:
+                whole = size <= _SAMPLES * _SAMPLE_BYTES
+                for piece in range(1 if whole else _SAMPLES):
+                    file.seek(piece * (size - _SAMPLE_BYTES) // (_SAMPLES - 1) if not whole else 0)
+                    digest.update(file.read(-1 if whole else _SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
+class EmbeddingCache:
+    """Embeddings of one text encoder, in packs under the cache folder."""
+
+    def __init__(self, encoder: str, folder: Path | None = None) -> None:
+        self.folder = (folder or cache_dir() / "text") / encoder[:32]
+
+    def get(self, prompts: Iterable[str], encode: Encode) -> dict[str, torch.Tensor]:
+        """The embedding of every distinct prompt, on the CPU. What is new is encoded and kept; a disk that cannot be
+        written costs a warning, not the run.
+        """
+        wanted = list(dict.fromkeys(prompts))
+        found = self.load(wanted)
+        missing = [prompt for prompt in wanted if prompt not in found]
+        for start in range(0, len(missing), PACK):
+            fresh: dict[str, torch.Tensor] = {}
+            pack = missing[start : start + PACK]
+            for place in range(0, len(pack), CHUNK):
+                chunk = pack[place : place + CHUNK]
+                for prompt, hidden_LD in zip(chunk, encode(chunk), strict=True):
+                    fresh[prompt] = hidden_LD.detach().cpu().contiguous()
+            self.save(fresh)
+            found |= fresh
+        return found
+
+    def load(self, prompts: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Those of `prompts` that are on disk. A damaged pack is left out, with a warning."""
+        wanted = {_name(prompt): prompt for prompt in prompts}
+        found: dict[str, torch.Tensor] = {}
+        for path in sorted(self.folder.glob("*.safetensors")) if wanted else []:
+            try:
+                with safe_open(path, framework="pt") as pack:
+                    for name in wanted.keys() & set(pack.keys()):
+                        found[wanted[name]] = pack.get_tensor(name)
+            except (OSError, SafetensorError) as error:
+                _logger.warning("text embeddings in %s are damaged and left out (%s); delete the file.", path, error)
+        return found
+
+    def save(self, embeddings: Mapping[str, torch.Tensor]) -> None:
+        """Keep embeddings in a pack of their own."""
+        if not embeddings:
+            return
+        tensors = {_name(prompt): hidden_LD for prompt, hidden_LD in embeddings.items()}
+        pack = hashlib.sha256("".join(sorted(tensors)).encode()).hexdigest()[:32]
+        try:
+            with atomic_path(self.folder / f"{pack}.safetensors") as path:
+                save_file(tensors, path)
+        except (ValueError, SafetensorError) as error:
+            _logger.warning("text embeddings are not kept: %s", error)
+
+
+def _name(prompt: str) -> str:
+    return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,163 @@
+"""Bytes at a path or URL: a folder to list, and blobs (files or stretches of files) to read."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+
+from sa3train.errors import DataError
+from sa3train.files import cache_dir
+
+
+def is_url(path: str) -> bool:
+    """Whether fsspec has to open it: `memory://…`, `s3://…`, `simplecache::https://…`."""
+    return "://" in path or "::" in path
+
+
+@dataclass(frozen=True, slots=True)
+class Blob:
+    """A file, or `size` bytes of it from `offset` on. `name` is its path within its source."""
+
+    path: str
+    offset: int = 0
+    size: int = -1
+    name: str = ""
+
+    @staticmethod
+    def at(path: str) -> "Blob":
+        """The whole file at a path or URL."""
+        return Blob(path, name=path)
+
+    def read(self) -> bytes:
+        """Its bytes. Raises `DataError` when they cannot be had in full."""
+        try:
+            if is_url(self.path):
+                file_system, path = fsspec.core.url_to_fs(self.path)
+                end = None if self.size < 0 else self.offset + self.size
+                content = bytes(file_system.cat_file(path, start=self.offset or None, end=end))
+            else:
+                with Path(self.path).open("rb") as file:
+                    file.seek(self.offset)
+                    content = file.read(self.size)
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot be read ({_reason(error)})") from error
+        if 0 <= self.size != len(content):
+            raise DataError(f"is cut short: {len(content)} of {self.size} bytes are there")
+        return content
+
+    def local_path(self) -> str | None:
+        """The file itself, when it is a whole file on this machine."""
+        return self.path if self.size < 0 and not is_url(self.path) else None
+
+    def stamp(self) -> str:
+        """Changes when the file does; empty when it is not there."""
+        try:
+            if is_url(self.path):
+                file_system, path = fsspec.core.url_to_fs(self.path)
+                return _remote_stamp(file_system.info(path))
+            return _local_stamp(Path(self.path).stat())
+        except (OSError, ValueError):
+            return ""
+
+
+class Place:
+    """A folder on this machine."""
+
+    def __init__(self, root: str) -> None:
+        self.root = root
+
+    def files(self) -> Iterator[tuple[str, str]]:
+        """(path within the folder with `/`, stamp) of every file, in order."""
+        yield from sorted(self._walk(self.root, "", frozenset()))
+
+    def _walk(self, folder: str, prefix: str, above: frozenset[str]) -> Iterator[tuple[str, str]]:
+        above = above | {os.path.realpath(folder)}
+        try:
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.is_dir():
+                        if os.path.realpath(entry.path) not in above:  # a link to a folder above would never end
+                            yield from self._walk(entry.path, f"{prefix}{entry.name}/", above)
+                    else:
+                        with contextlib.suppress(FileNotFoundError):  # a link to nowhere
+                            yield f"{prefix}{entry.name}", _local_stamp(entry.stat())
+        except PermissionError as error:
+            raise DataError(f"may not read the folder {folder}: change its permissions, or leave it out.") from error
+
+    def blob(self, name: str) -> Blob:
+        """The file `name` of this place."""
+        return Blob(f"{self.root}/{name}" if self.root else name, name=name)
+
+    def stamp(self, name: str) -> str:
+        return self.blob(name).stamp()
+
+    def local(self, name: str) -> str:
+        """A path on this machine with the bytes of `name`."""
+        return self.blob(name).path
+
+
+class RemotePlace(Place):
+    """A folder at a URL. Tars are fetched whole into the cache, since their members are read at random."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url.rstrip("/"))
+        try:
+            self.file_system, self.path = fsspec.core.url_to_fs(url)
+        except (ValueError, ImportError) as error:
+            raise DataError(f"cannot open {url}: {error}") from error
+
+    def files(self) -> Iterator[tuple[str, str]]:
+        try:
+            found: dict[str, Any] = self.file_system.find(self.path, detail=True)
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot list {self.root}: {_reason(error)}") from error
+        base = self.path.rstrip("/") + "/"
+        for name in sorted(found):
+            if name.startswith(base) and len(name) > len(base):
+                yield name.removeprefix(base), _remote_stamp(found[name])
+
+    def local(self, name: str) -> str:
+        url, cache = f"simplecache::{self.blob(name).path}", str(cache_dir() / "downloads")
+        try:
+            return str(fsspec.open_local(url, simplecache={"cache_storage": cache}))
+        except (OSError, ValueError) as error:
+            raise DataError(f"cannot fetch {self.blob(name).path}: {_reason(error)}") from error
+
+
+def open_place(source: str) -> tuple[Place, str | None]:
+    """The folder at `source`, or, when it is a file, its folder and its name. Raises `DataError` when it is neither."""
+    if is_url(source):
+        head, _, name = source.rstrip("/").rpartition("/")
+        is_file = "." in name and not head.endswith("/") and _is_remote_file(source)
+        return (RemotePlace(head), name) if is_file else (RemotePlace(source), None)
+    path = Path(source)
+    if path.is_dir():
+        return Place(str(path)), None
+    if path.is_file():
+        return Place(str(path.absolute().parent)), path.name
+    raise DataError(f"there is no {source}. Give a folder of audio, a manifest, a .tar, or a URL of one.")
+
+
+def _is_remote_file(url: str) -> bool:
+    try:
+        file_system, path = fsspec.core.url_to_fs(url)
+        return bool(file_system.info(path).get("type") == "file")
+    except (OSError, ValueError, ImportError) as error:
+        raise DataError(f"cannot open {url}: {_reason(error)}") from error
+
+
+def _local_stamp(state: os.stat_result) -> str:
+    return f"{state.st_size}:{state.st_mtime_ns}"
+
+
+def _remote_stamp(info: Any) -> str:
+    known = ("size", "ETag", "etag", "LastModified", "last_modified", "mtime", "created")
+    return ":".join(str(info[name]) for name in known if info.get(name) is not None)
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -1,0 +1,1 @@
+"""What `sa3-bench` measures: one module a bench, each with `run(options) -> list[Figure]`."""

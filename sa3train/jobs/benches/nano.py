@@ -1,0 +1,157 @@
+"""How well nano reconstructs audio and follows prompts, by rulers that ship with it: `sa3-bench nano`.
+
+`assets/nano` holds one held-out clip per sound class (`held_out/*.ogg`), a classifier of those classes trained on real
+clips, and `version.txt` where the weights are trained. Shapes: C channels, N samples, B items.
+"""
+
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sa3train.audio.attributes import ATTRIBUTES, end_of_sound
+from sa3train.audio.classify import Classifier
+from sa3train.audio.io import read_audio
+from sa3train.audio.metrics import mel_spectrogram
+from sa3train.errors import ConfigError
+from sa3train.inference import Generator
+from sa3train.jobs.benches.figures import Figure, Options
+from sa3train.jobs.benches.settings import own_threads
+from sa3train.models.checkpoint import load_autoencoder
+from sa3train.models.nano import ASSETS
+
+RATE = 44100
+SECONDS = 3.0
+LINEAR_SDR = 7.5  # dB: a PCA of 4096-sample stereo frames at width 256, on FluidR3 material
+CFG = 4.0
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A prompt and the answer one attribute checker should give."""
+
+    prompt: str
+    attribute: str
+    answer: str
+
+
+WISHES = (
+    Wish("acoustic bass, low register, melody", "register", "low"),
+    Wish("slap bass, repeated notes, 112 BPM", "register", "low"),
+    Wish("solo flute, high register, single note", "register", "high"),
+    Wish("music box, arpeggio, high register", "register", "high"),
+    Wish("TrackType: Drums, Instruments: Kick drum, BPM: 104", "brightness", "dark"),
+    Wish("Sound effect: drone.", "brightness", "dark"),
+    Wish("TrackType: Drums, Instruments: Hi-hat, BPM: 104", "brightness", "bright"),
+    Wish("crash cymbal, loud", "brightness", "bright"),
+    Wish("A marimba plays staccato repeated notes at 72 BPM.", "pace", "slow"),
+    Wish("A piano plays staccato repeated notes at 60 BPM.", "pace", "slow"),
+    Wish("A marimba plays staccato repeated notes at 160 BPM.", "pace", "fast"),
+    Wish("A harpsichord plays staccato repeated notes at 144 BPM.", "pace", "fast"),
+    Wish("A church organ plays legato chords.", "texture", "tonal"),
+    Wish("solo clarinet, legato, melody", "texture", "tonal"),
+    Wish("Sound effect: wind.", "texture", "noisy"),
+    Wish("snare drum, loop, 144 BPM", "texture", "noisy"),
+    Wish("piano, single note, legato", "decay", "dying"),
+    Wish("marimba, single note, staccato", "decay", "dying"),
+    Wish("hammond organ, single note, legato", "decay", "held"),
+    Wish("string ensemble, single note, legato", "decay", "held"),
+    Wish("TrackType: Instrument, Instruments: Warm pad, Stereo: mono", "width", "mono"),
+    Wish("Sound effect: riser in mono.", "width", "mono"),
+    Wish("TrackType: Instrument, Instruments: Warm pad, Stereo: stereo", "width", "stereo"),
+    Wish("Sound effect: wind in stereo.", "width", "stereo"),
+)
+
+
+def run(options: Options) -> list[Figure]:
+    """Reconstruction, classes, attributes and endings of both models. Raises `ConfigError` for untrained weights."""
+    if not (ASSETS / "version.txt").is_file():
+        raise ConfigError("nano is untrained in this installation: there is nothing to measure. See recipes/nano.")
+    classifier = Classifier.load(ASSETS / "classifier.safetensors")
+    with own_threads(options.threads), torch.inference_mode():
+        figures = reconstruction(classifier, ASSETS / "held_out")
+        for name in ("nano-base", "nano"):
+            figures += following(Generator.from_pretrained(name, options.device, "fp32"), classifier)
+    return figures
+
+
+def si_sdr(real_CN: Tensor, made_CN: Tensor) -> float:
+    """Scale-invariant signal-to-distortion ratio in dB (Le Roux et al. 2019), over both channels."""
+    scaled = (real_CN * made_CN).sum() / real_CN.square().sum().clamp_min(1e-12) * real_CN
+    return float(10 * torch.log10(scaled.square().sum() / (made_CN - scaled).square().sum().clamp_min(1e-12)))
+
+
+def log_mel_distance(real_CN: Tensor, made_CN: Tensor) -> float:
+    """Mean absolute difference of the two log-mel spectrograms in dB, both floored 60 dB under the real one's peak."""
+    real, made = (mel_spectrogram(audio_CN, RATE) for audio_CN in (real_CN, made_CN))
+    floor = real.max() - 60
+    return float((real.clamp_min(floor) - made.clamp_min(floor)).abs().mean())
+
+
+def reconstruction(classifier: Classifier, folder: Path) -> list[Figure]:
+    """SI-SDR, log-mel distance and what the classifier still hears, over one held-out clip per class."""
+    autoencoder = load_autoencoder("nano")
+    ratios, distances, kept, known = [], [], 0, 0
+    for path in sorted(folder.glob("*.ogg")):
+        real_CN, _ = read_audio(path)
+        made_CN = autoencoder.decode(autoencoder.encode(real_CN[None]), noise=False)[0, :, : real_CN.shape[1]]
+        ratios.append(si_sdr(real_CN, made_CN))
+        distances.append(log_mel_distance(real_CN, made_CN))
+        if classifier.name(real_CN, RATE) == _class_of(path):
+            known += 1
+            kept += classifier.name(made_CN, RATE) == _class_of(path)
+    return [
+        Figure("autoencoder: SI-SDR, median over classes", statistics.median(ratios), "dB", LINEAR_SDR, ">="),
+        Figure("autoencoder: log-mel distance, median over classes", statistics.median(distances), "dB"),
+        Figure("autoencoder: classes still recognised", 100 * kept / max(1, known), "%", 90, ">="),
+    ]
+
+
+def following(generator: Generator, classifier: Classifier) -> list[Figure]:
+    """Class accuracy, attributes and endings of one model, one seed per prompt."""
+    name = generator.facts.name
+    base = generator.facts.objective == "rectified_flow"
+    settings = {"cfg_scale": CFG} if base else {}
+    prompts = [f"solo {each}" for each in classifier.names]
+    clips = generator.generate(prompts, duration=SECONDS, seed=1, **settings).audio  # type: ignore[arg-type]
+    found = [classifier.probabilities(clip, RATE) for clip in clips]
+    best = sum(int(each.argmax()) == index for index, each in enumerate(found))
+    five = sum(index in each.topk(5).indices.tolist() for index, each in enumerate(found))
+    wishes = generator.generate([wish.prompt for wish in WISHES], duration=SECONDS, seed=2, **settings)  # type: ignore[arg-type]
+    right = [
+        ATTRIBUTES[wish.attribute].answer(clip, RATE) == wish.answer
+        for wish, clip in zip(WISHES, wishes.audio, strict=True)
+    ]
+    late = endings(generator, settings)
+    count = len(prompts)
+    answered = 100 * sum(right) / len(right)
+    note = f"{len(WISHES)} prompts, two answers each: 50 % by chance"
+    return [
+        Figure(f"{name}: class named first", 100 * best / count, "%", 60 if base else None, ">=", chance(count, 1)),
+        Figure(f"{name}: class among the first five", 100 * five / count, "%", note=chance(count, 5)),
+        Figure(f"{name}: requested attributes right", answered, "%", 80 if base else None, ">=", note),
+        Figure(f"{name}: ending off by, median", statistics.median(late), "s", 0.5),
+    ]
+
+
+def chance(classes: int, picks: int) -> str:
+    """What guessing would reach."""
+    return f"{100 * picks / classes:.1f} % by chance over {classes} classes"
+
+
+def endings(generator: Generator, settings: dict[str, float]) -> list[float]:
+    """How far from the asked duration the sound ends when nothing is cut off, for held sounds of 2, 4 and 6 seconds."""
+    off = []
+    for seconds in (2.0, 4.0, 6.0):
+        prompts = ["A church organ plays legato chords.", "Sound effect: wind.", "warm pad, chords, legato"]
+        made = generator.generate(prompts, duration=seconds, seed=3, return_latents=True, **settings)  # type: ignore[arg-type]
+        assert made.latents is not None
+        whole = generator.model.autoencoder.decode(made.latents.to(generator.device), noise=False)
+        off += [abs(end_of_sound(clip.cpu(), RATE) - seconds) for clip in whole]
+    return off
+
+
+def _class_of(path: Path) -> str:
+    return path.stem.replace("_", " ")

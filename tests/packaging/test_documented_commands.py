@@ -1,0 +1,61 @@
+"""Every sa3-* command shown in a document is one that the program understands."""
+
+import argparse
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [
+    path
+    for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("*/*/*.md")])
+    if not {".venv", "shared", "golden"} & set(path.relative_to(ROOT).parts)
+]
+HYDRA_JOBS = {"sa3-encode": "sa3train.jobs.encode", "sa3-train": "sa3train.jobs.train"}
+FLAG_JOBS = {
+    name: f"sa3train.jobs.{module}"
+    for name, module in {
+        "sa3-generate": "generate",
+        "sa3-data": "data",
+        "sa3-adapter": "adapter",
+        "sa3-bench": "bench",
+        "sa3-quickstart": "quickstart",
+    }.items()
+}
+
+
+def commands_of(document: Path) -> list[list[str]]:
+    """The sa3-* commands in the bash blocks of a document, comments and continuation lines resolved."""
+    blocks = re.findall(r"```(?:bash|sh|console)\n(.*?)```", document.read_text(encoding="utf-8"), re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    split = [shlex.split(line.removeprefix("$ "), comments=True) for line in lines if "sa3-" in line]
+    return [words[index:] for words in split for index, word in enumerate(words[:1]) if word.startswith("sa3-")]
+
+
+COMMANDS = [(document.relative_to(ROOT).as_posix(), words) for document in DOCUMENTS for words in commands_of(document)]
+
+
+def test_the_readme_shows_commands() -> None:
+    shown = {words[0] for document, words in COMMANDS if document == "README.md"}
+    assert {"sa3-data", "sa3-encode", "sa3-train", "sa3-generate"} <= shown
+
+
+@pytest.mark.parametrize(
+    ("document", "words"), COMMANDS, ids=[f"{document}: {' '.join(words)}" for document, words in COMMANDS]
+)
+def test_the_command_is_understood(document: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    name, *arguments = words
+    if name in HYDRA_JOBS:
+        if any(argument.startswith("resume=") for argument in arguments):
+            arguments = [argument for argument in arguments if not argument.startswith("resume=")]
+        arguments = [argument for argument in arguments if argument not in ("-m", "--multirun")]
+        module = importlib.import_module(HYDRA_JOBS[name])
+        code = module.main([*arguments, "--cfg", "job"])
+        assert code == 0, f"{document}: {' '.join(words)}\n{capsys.readouterr().err}"
+    else:
+        parser: argparse.ArgumentParser = importlib.import_module(FLAG_JOBS[name]).build_parser()
+        parser.exit_on_error = False
+        parser.parse_args(arguments)  # leaves with SystemExit, which fails the test, when a flag is unknown

@@ -1,0 +1,34 @@
+"""What the repository promises about itself."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+TRACKED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+TEXTS = [
+    name for name in TRACKED if Path(name).suffix in {".py", ".sh", ".md", ".toml", ".yaml", ".txt", ".sbatch", ".html"}
+]
+# Spelled apart, so that this file does not hold what it looks for.
+REGISTRY_HOSTS = ["py" + "pi.org", "python" + "hosted.org", "registry." + "npmjs", "deb." + "debian.org"]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_no_registry_host_is_named(name: str) -> None:
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert [host for host in REGISTRY_HOSTS if host in text] == []
+
+
+@pytest.mark.parametrize("name", [name for name in TEXTS if name.endswith(".md")])
+def test_links_between_documents_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", (ROOT / name).read_text(encoding="utf-8"))
+    local = [link for link in links if "://" not in link and not link.startswith("mailto:")]
+    assert [link for link in local if not ((ROOT / name).parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("script", [name for name in TRACKED if name.endswith((".sh", ".sbatch")) or name == ".ci/run"])
+def test_shell_scripts_parse(script: str) -> None:
+    checked = subprocess.run(["bash", "-n", ROOT / script], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stderr

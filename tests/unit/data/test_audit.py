@@ -1,0 +1,275 @@
+"""Every finding is made where it should be, and not where it should not."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from sa3train.data.audit import AuditIndex, Rules, audit_clip, journal_stamps, problem_rows, run_audit
+from sa3train.data.audit_report import Summary, clip_line, write_audit
+from sa3train.data.findings import KINDS, is_rejected, reason
+from sa3train.data.measure import measure
+from sa3train.data.sources import list_source
+from sa3train.testing import noise, sweep, tone, write_clip
+
+RULES = Rules(longest_seconds=20.0, count_tokens=lambda texts: [len(text.split()) for text in texts], max_tokens=5)
+
+
+def audit(folder: Path, rules: Rules = RULES) -> dict[str, dict[str, Any]]:
+    """Audit rows by source, comparisons included."""
+    listing = list_source(str(folder))
+    journal = folder.parent / f"{folder.name}.audit" / "audit-000.jsonl"
+    run_audit(listing.clips, rules, journal, {})
+    index = AuditIndex([journal], {clip.source: clip.stamp for clip in listing.clips}, problem_rows(listing))
+    return {row["source"]: row for row in index.rows()}
+
+
+def codes(row: dict[str, Any]) -> set[str]:
+    return {found["code"] for found in row["findings"]}
+
+
+def silence(seconds: float, channels: int = 2) -> np.ndarray:
+    return np.zeros((round(seconds * 44100), channels), np.float32)
+
+
+def with_nan() -> np.ndarray:
+    samples = tone(1.0)
+    samples[100] = np.nan
+    return samples
+
+
+def surround(seconds: float = 1.0) -> np.ndarray:
+    return noise(seconds, 96000, channels=6, peak=0.2)
+
+
+Signal = tuple[np.ndarray, dict[str, Any]]
+
+SIGNALS: dict[str, Callable[[], Signal]] = {
+    "silent": lambda: (silence(1.0), {}),
+    "silent, but for an offset": lambda: (silence(1.0) + 0.2, {}),
+    "not_finite": lambda: (with_nan(), {"subtype": "FLOAT"}),
+    "too_short": lambda: (tone(0.05), {}),
+    "implausible": lambda: (tone(1.0) * 1e6, {"subtype": "FLOAT"}),
+    "clipped": lambda: (np.clip(tone(1.0, peak=2.0), -1, 1), {}),
+    "over_full_scale": lambda: (tone(1.0, peak=1.5), {"subtype": "FLOAT"}),
+    "leading_silence": lambda: (np.concatenate([silence(0.8), tone(1.0)]), {}),
+    "trailing_silence": lambda: (np.concatenate([tone(1.0), silence(1.4)]), {}),
+    "dc_offset": lambda: (noise(1.0) * 0.5 + 0.05, {}),
+    "quiet": lambda: (noise(1.0, peak=0.005), {}),
+    "low_rate": lambda: (noise(1.0, 8000), {"samplerate": 8000}),
+    "one_sided": lambda: (noise(1.0) * np.array([1.0, 0.0], np.float32), {}),
+    "mono_as_stereo": lambda: (tone(1.0), {}),
+    "mono": lambda: (noise(1.0, channels=1), {}),
+    "multichannel": lambda: (surround(), {"samplerate": 96000}),
+    "long": lambda: (noise(21.0), {}),
+}
+
+ALSO = {
+    "silent": set(),
+    "too_short": {"mono_as_stereo"},
+    "clipped": {"mono_as_stereo"},
+    "over_full_scale": {"mono_as_stereo"},
+    "leading_silence": {"mono_as_stereo"},
+    "trailing_silence": {"mono_as_stereo"},
+}
+"""What else is rightly found of these signals."""
+
+
+@pytest.mark.parametrize("name", SIGNALS)
+def test_signals_have_their_finding_and_no_other(tmp_path: Path, name: str) -> None:
+    samples, how = SIGNALS[name]()
+    folder = tmp_path / "set"
+    folder.mkdir()
+    soundfile.write(folder / "a.wav", samples, **{"samplerate": 44100, **how})
+    (folder / "a.txt").write_text("a sound")
+    code = name.partition(",")[0]
+    row = audit(folder)["a.wav"]
+    assert codes(row) == {code} | ALSO.get(code, set())
+    assert is_rejected(row) == (KINDS[code].severity == "error")
+    assert KINDS[code].remedy
+    assert KINDS[code].title in clip_line(row)
+
+
+@pytest.mark.parametrize("samples", [noise(2.0), sweep(2.0) * np.array([1, 0.8], np.float32)], ids=["noise", "sweep"])
+@pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3", "opus", "aiff"])
+def test_sound_clips_are_clean_in_every_format(tmp_path: Path, samples: np.ndarray, kind: str) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    settings = {"format": "OGG", "subtype": "OPUS"} if kind == "opus" else {}
+    soundfile.write(folder / f"a.{kind}", samples, 48000, **settings)
+    (folder / "a.txt").write_text("a sound")
+    row = audit(folder)[f"a.{kind}"]
+    assert row["findings"] == []
+    assert row["sample_rate"] == 48000
+    assert row["channels"] == 2
+    assert abs(row["seconds"] - 88200 / 48000) < 0.06
+
+
+def test_measurements(tmp_path: Path) -> None:
+    # ITU-R BS.1770: a 997 Hz sine at 0 dBFS in one channel is -3.01 LUFS; in both at half scale, 6.02 - 3.01 dB less.
+    row = measure(tone(5.0, 997.0, peak=0.5).T.copy(), 44100)
+    assert row["lufs"] == pytest.approx(-6.02, abs=0.1)
+    assert row["peak_db"] == pytest.approx(-6.02, abs=0.01)
+    samples = np.concatenate([silence(0.25), noise(1.0), silence(0.5)])
+    row = measure(samples.T.copy(), 44100)
+    assert row["leading_silence"] == pytest.approx(0.25, abs=1e-3)
+    assert row["trailing_silence"] == pytest.approx(0.5, abs=1e-3)
+    assert row["dc"] < 0.01
+    assert not row["same_channels"]
+    assert len(row["thumb"]) == 96
+    assert set(row["thumb"][:12]) == {"0"}
+    assert set(row["thumb"][-26:]) == {"0"}
+    assert measure(np.clip(tone(1.0, peak=2.0), -1, 1).T.copy(), 44100)["clipped"] == pytest.approx(2 / 3, abs=0.01)
+    assert measure(tone(1.0, peak=1.0).T.copy(), 44100)["clipped"] == 0.0, "a full-scale sine is not clipped"
+
+
+def test_unreadable_files_say_why(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name, content in (("a.wav", b"RIFF nothing"), ("b.mp3", b""), ("c.m4a", b"\0\0\0\x20ftypM4A ")):
+        (folder / name).write_bytes(content)
+        (folder / name).with_suffix(".txt").write_text("x")
+    rows = audit(folder)
+    assert all(codes(row) == {"unreadable"} for row in rows.values())
+    if shutil.which("ffmpeg") is None:
+        assert "apt install ffmpeg" in reason(rows["c.m4a"])
+
+
+def test_cut_short(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    for suffix in ("wav", "aiff"):
+        path = write_clip(folder / f"a.{suffix}", noise(1.0), "x")
+        path.write_bytes(path.read_bytes()[:-40000])
+    rows = audit(folder)
+    assert [codes(row) - {"near_duplicate", "duplicate"} for row in rows.values()] == [{"cut_short"}] * 2
+    assert "40000" in clip_line(rows["a.wav"]) or "39999" in clip_line(rows["a.wav"])
+
+
+def test_captions(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    write_clip(folder / "good.wav", noise(1.0, seed=1), "five words are just enough")
+    write_clip(folder / "long.wav", noise(1.0, seed=2), "this one is too long now")
+    write_clip(folder / "none.wav", noise(1.0, seed=3))
+    write_clip(folder / "empty.wav", noise(1.0, seed=9), "  \n")
+    write_clip(folder / "odd.wav", noise(1.0, seed=10))
+    (folder / "odd.txt").write_bytes(b"\xff\xfe\xfd")
+    write_clip(folder / "two.wav", noise(1.0, seed=11), "one thing")
+    (folder / "two.json").write_text('{"caption": "another"}')
+    rows = audit(folder)
+    found = {source.partition(".")[0]: codes(row) for source, row in rows.items()}
+    assert found == {
+        "good": set(),
+        "long": {"caption_long"},
+        "none": {"no_caption"},
+        "empty": {"empty_caption"},
+        "odd": {"bad_text", "empty_caption"},
+        "two": {"caption_conflict"},
+    }
+    assert rows["long.wav"]["tokens"] == 6
+    assert "6 tokens, the model reads 5" in clip_line(rows["long.wav"])
+    free = audit(folder, Rules(captions="optional"))
+    assert not is_rejected(free["none.wav"])
+    assert not is_rejected(free["empty.wav"])
+
+
+def chord(seed: int) -> np.ndarray:
+    """Six seconds of plucked notes, other ones for each seed."""
+    chance = np.random.default_rng(seed)
+    samples = np.zeros(6 * 44100)
+    for _ in range(12):
+        start, length = int(chance.integers(0, 5 * 44100)), int(chance.integers(8000, 40000))
+        time = np.arange(length) / 44100
+        frequency = 110 * 2 ** (chance.integers(0, 36) / 12)
+        for harmonic in range(1, 6):
+            samples[start : start + length] += np.sin(2 * np.pi * frequency * harmonic * time) * np.exp(-3 * time)
+    return np.stack([samples, 0.8 * samples], axis=1).astype(np.float32) / 20
+
+
+def test_duplicates(tmp_path: Path) -> None:
+    folder, samples = tmp_path / "set", chord(0)
+    write_clip(folder / "a.wav", samples, "one")
+    soundfile.write(folder / "b.flac", soundfile.read(folder / "a.wav", dtype="int16")[0], 44100)
+    (folder / "b.txt").write_text("the same in another container")
+    write_clip(folder / "c.wav", samples * 0.5, "softer")
+    write_clip(folder / "d.ogg", samples, "lossy")
+    write_clip(folder / "e.mp3", samples, "lossy too")
+    soundfile.write(folder / "f.wav", samples.mean(axis=1), 44100)
+    for number in range(1, 12):
+        write_clip(folder / f"other{number}.wav", chord(number), "different")
+    (folder / "f.txt").write_text("mono")
+    rows = audit(folder, Rules())
+    found = {source: codes(row) & {"duplicate", "near_duplicate"} for source, row in rows.items()}
+    assert found["a.wav"] == set()
+    assert found["b.flac"] == {"duplicate"}
+    assert all(found[name] == {"near_duplicate"} for name in ("c.wav", "d.ogg", "e.mp3", "f.wav"))
+    assert not any(found[name] for name in found if name.startswith("other"))
+    assert "of a.wav" in clip_line(rows["b.flac"])
+    assert "of a.wav" in clip_line(rows["e.mp3"])
+
+
+def test_problems_of_the_source_are_rows(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    write_clip(folder / "a.wav", noise(1.0), "x")
+    (folder / "metadata.jsonl").write_text('{"file_name": "gone.wav"}\n')
+    rows = audit(folder)
+    assert codes(rows["metadata.jsonl:1"]) == {"damaged_source"}
+    assert is_rejected(rows["metadata.jsonl:1"])
+
+
+def test_an_audit_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, journal = tmp_path / "set", tmp_path / "work" / "audit-000.jsonl"
+    for number in range(5):
+        write_clip(folder / f"{number}.wav", noise(0.5, seed=number), "x")
+    clips = list_source(str(folder)).clips
+    run_audit(clips[:3], RULES, journal, {})
+    journal.write_bytes(journal.read_bytes()[:-25])  # killed while writing the third row
+    seen = []
+    monkeypatch.setattr(
+        "sa3train.data.audit.audit_clip", lambda clip, rules: seen.append(clip.source) or audit_clip(clip, rules)
+    )
+    run_audit(clips, RULES, journal, journal_stamps([journal]), threads=1)
+    assert seen == ["2.wav", "3.wav", "4.wav"]
+    index = AuditIndex([journal], {clip.source: clip.stamp for clip in clips})
+    assert index.sources == [f"{number}.wav" for number in range(5)]
+
+
+def test_a_changed_clip_is_audited_again(tmp_path: Path) -> None:
+    folder, journal = tmp_path / "set", tmp_path / "work" / "audit-000.jsonl"
+    write_clip(folder / "a.wav", noise(0.5), "before")
+    run_audit(list_source(str(folder)).clips, RULES, journal, {})
+    write_clip(folder / "a.wav", noise(0.7), "after")
+    clips = list_source(str(folder)).clips
+    run_audit(clips, RULES, journal, journal_stamps([journal]))
+    (row,) = AuditIndex([journal], {clip.source: clip.stamp for clip in clips}).rows()
+    assert row["caption"] == "after"
+    assert row["seconds"] == pytest.approx(0.7)
+
+
+def test_reports(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    write_clip(folder / "good.wav", noise(2.0), "x")
+    write_clip(folder / "bad <b>.wav", silence(1.0), "y & z")
+    rows = list(audit(folder).values())
+    summary = write_audit(tmp_path / "out", str(folder), rows)
+    written = json.loads((tmp_path / "out" / "audit.json").read_text())
+    assert [row["source"] for row in written["clips"]] == ["bad <b>.wav", "good.wav"]
+    assert written["summary"]["rejected"] == 1
+    assert written["summary"]["seconds"] == 2.0
+    assert written["summary"]["findings"]["silent"] == {
+        "clips": 1, "severity": "error", "remedy": KINDS["silent"].remedy,
+    }  # fmt: skip
+    page = (tmp_path / "out" / "audit.html").read_text()
+    assert page.count("<svg") == 2
+    assert "bad &lt;b&gt;.wav" in page
+    assert "y &amp; z" in page
+    assert "http" not in page.replace("http-equiv", ""), "nothing is fetched from elsewhere"
+    table = summary.table()
+    assert "2 clips, 1 rejected" in table
+    assert "silent throughout" in table
+    assert KINDS["silent"].remedy in table
+    assert "nothing amiss" in Summary("empty").table()

@@ -1,0 +1,297 @@
+"""Batches: every clip once a pass on one rank, the same for any number of workers, resumed exactly."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from sa3train.data.datamodule import LatentDataModule, Source
+from sa3train.data.prompts import PromptSettings
+from sa3train.errors import ConfigError, DataError
+
+Maker = Callable[..., Path]
+
+
+def endless(loader: Any) -> Iterator[dict[str, Any]]:
+    while True:
+        yield from loader
+
+
+def keys_of(loader: Any, batches: int) -> list[list[str]]:
+    return [batch["keys"] for batch in islice(endless(loader), batches)]
+
+
+def test_a_batch_has_the_contract(store_maker: Maker) -> None:
+    data = LatentDataModule(str(store_maker("a", [5, 9, 7, 6], heldout=1)), batch_size=3, tail_seconds=0.2)
+    batch = next(iter(data.train_dataloader()))
+    assert batch["latents_BCT"].shape == (3, 4, 9 + 2)
+    assert batch["latents_BCT"].dtype == torch.float32
+    assert batch["padding_mask_BT"].sum(1).tolist() == [9, 7, 5]
+    assert batch["padding_mask_BT"].dtype == torch.bool
+    assert batch["seconds_total_B"].tolist() == [1.0, 1.0, 1.0]
+    assert batch["at_end_B"].all()
+    assert sorted(batch["keys"]) == ["clip-000", "clip-001", "clip-002"]
+    for row, key in enumerate(batch["keys"]):
+        real = batch["padding_mask_BT"][row]
+        number = int(key[-3:])
+        assert batch["prompts"][row] == f"caption {number}"
+        assert (batch["latents_BCT"][row, 0, real] == number).all(), "the clip's latents"
+        assert (batch["latents_BCT"][row, :, ~real] == -1).all(), "the latents of silence behind it"
+
+
+@pytest.mark.parametrize(("world", "batch_size", "pack"), [(1, 2, None), (2, 3, None), (3, 1, None), (2, 2, 24)])
+def test_each_clip_is_on_exactly_one_rank_in_a_pass(
+    store_maker: Maker, world: int, batch_size: int, pack: int | None
+) -> None:
+    lengths = [5 + number % 9 for number in range(36)]
+    path = str(store_maker("a", lengths))
+    seen: Counter[str] = Counter()
+    for rank in range(world):
+        data = LatentDataModule(path, batch_size, pack_frames=pack, seed=3, pool=1000, rank=rank, world=world)
+        loader = data.train_dataloader()
+        window = loader.planner.window
+        assert window == 36, "the window is the pass here"
+        for rows in loader.planner.plan(0).batches:
+            seen.update(loader.dataset.clip(request)["key"] for row in rows for request in row)
+    assert len(seen) == 36
+    assert set(seen.values()) == {1}
+
+
+def test_passes_stay_whole_when_the_set_does_not_divide(store_maker: Maker) -> None:
+    path = str(store_maker("a", [4] * 7))
+    loaders = [LatentDataModule(path, 2, rank=rank, world=2).train_dataloader() for rank in range(2)]
+    keys = [keys_of(loader, 14) for loader in loaders]
+    counts = Counter(key for rank in keys for batch in rank for key in batch)
+    assert set(counts.values()) == {8}, "56 places are 8 passes of 7 clips"
+
+
+def test_a_set_smaller_than_the_batch_loops(store_maker: Maker) -> None:
+    loader = LatentDataModule(str(store_maker("a", [4, 5, 6])), 8).train_dataloader()
+    assert len(loader) == 1
+    counts = Counter(key for batch in keys_of(loader, 3) for key in batch)
+    assert set(counts.values()) == {8}
+
+
+def test_workers_do_not_change_the_order(store_maker: Maker) -> None:
+    path = str(store_maker("a", [4 + n % 5 for n in range(11)]))
+    alone = LatentDataModule(path, 2, crop_frames=4, seed=1).train_dataloader()
+    helped = LatentDataModule(path, 2, crop_frames=4, seed=1, num_workers=2).train_dataloader()
+    for one, two in zip(islice(endless(alone), 13), islice(endless(helped), 13), strict=True):
+        assert one["keys"] == two["keys"]
+        assert torch.equal(one["latents_BCT"], two["latents_BCT"])
+
+
+@pytest.mark.parametrize("stop", [0, 1, 4, 5, 6, 13])
+@pytest.mark.parametrize("pack", [None, 20])
+def test_state_restores_the_exact_position(store_maker: Maker, stop: int, pack: int | None) -> None:
+    settings = {"crop_frames": 6, "seed": 5, "pack_frames": pack, "prompts": PromptSettings(caption_dropout=0.5)}
+    path = str(store_maker("a", [4 + n % 7 for n in range(10)]))
+    whole = LatentDataModule(path, 2, **settings).train_dataloader()
+    expected = list(islice(endless(whole), 20))
+    first = LatentDataModule(path, 2, **settings).train_dataloader()
+    list(islice(endless(first), stop))
+    second = LatentDataModule(path, 2, **settings).train_dataloader()
+    second.load_state_dict(first.state_dict())
+    for one, two in zip(expected[stop:], endless(second), strict=False):
+        assert one["keys"] == two["keys"]
+        assert one["prompts"] == two["prompts"]
+        assert torch.equal(one["latents_BCT"], two["latents_BCT"])
+
+
+def test_an_epoch_resumed_ends_where_it_would_have(store_maker: Maker) -> None:
+    path = str(store_maker("a", [4] * 10))
+    first = LatentDataModule(path, 2).train_dataloader()
+    assert len(first) == 5
+    list(islice(iter(first), 3))
+    second = LatentDataModule(path, 2).train_dataloader()
+    second.load_state_dict(first.state_dict())
+    assert len(list(second)) == 2
+    assert len(list(second)) == 5
+
+
+def test_a_changed_set_resumes_with_a_warning(store_maker: Maker, caplog: pytest.LogCaptureFixture) -> None:
+    first = LatentDataModule(str(store_maker("a", [4] * 10)), 2).train_dataloader()
+    keys_of(first, 7)
+    second = LatentDataModule(str(store_maker("b", [4] * 12)), 4).train_dataloader()
+    second.load_state_dict(first.state_dict())
+    assert "data (" in caplog.text
+    assert "rows (2 → 4)" in caplog.text
+    assert second.state_dict()["window"] == 2, "14 clips shown, windows of 12"
+    assert len(keys_of(second, 2)) == 2
+
+
+def test_the_global_random_stream_is_left_alone(store_maker: Maker) -> None:
+    path = str(store_maker("a", [4] * 6))
+    torch.manual_seed(0)
+    expected = torch.rand(3)
+    torch.manual_seed(0)
+    keys_of(LatentDataModule(path, 2, num_workers=1).train_dataloader(), 4)
+    assert torch.equal(torch.rand(3), expected)
+
+
+class Recorder(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen: list[tuple[str, ...]] = []
+
+    def training_step(self, batch: dict[str, Any], _: int) -> torch.Tensor:
+        self.seen.append(tuple(batch["keys"]))
+        return self.weight.sum()
+
+    def validation_step(self, batch: dict[str, Any], _: int) -> None:
+        assert batch["keys"]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def quiet_trainer(folder: Path, **settings: Any) -> Trainer:
+    plain = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return Trainer(default_root_dir=folder, enable_checkpointing=False, **plain, **settings)
+
+
+@pytest.mark.parametrize("stop", [3, 5, 7])
+def test_lightning_resumes_mid_epoch(store_maker: Maker, tmp_path: Path, stop: int) -> None:
+    path = str(store_maker("a", [4 + n % 3 for n in range(12)], heldout=2))
+    whole = Recorder()
+    quiet_trainer(tmp_path, max_steps=12).fit(whole, datamodule=LatentDataModule(path, 2))
+    first, second = Recorder(), Recorder()
+    trainer = quiet_trainer(tmp_path, max_steps=stop)
+    trainer.fit(first, datamodule=LatentDataModule(path, 2))
+    trainer.save_checkpoint(tmp_path / "stop.ckpt")
+    quiet_trainer(tmp_path, max_steps=12).fit(
+        second, datamodule=LatentDataModule(path, 2), ckpt_path=tmp_path / "stop.ckpt", weights_only=False
+    )
+    assert first.seen + second.seen == whole.seen
+    assert len(whole.seen) == 12
+
+
+def test_crops_are_told_their_own_length(store_maker: Maker) -> None:
+    path = str(store_maker("a", [100, 100]))
+    for how, expected in (("crop", 3.0), ("file", 10.0)):
+        data = LatentDataModule(path, 2, crop_seconds=2.1, seconds=how, seed=2)
+        batch = next(iter(data.train_dataloader()))
+        assert batch["latents_BCT"].shape[2] == 23, "2.1 s are 22.6 frames"
+        assert batch["seconds_total_B"].tolist() == [expected] * 2
+        starts = batch["latents_BCT"][:, 1, 0]
+        assert ((batch["latents_BCT"][:, 1] - starts[:, None]) == torch.arange(23)).all(), "a stretch of the clip"
+        assert batch["at_end_B"].tolist() == [bool(start == 77) for start in starts]
+
+
+def test_crops_begin_everywhere(store_maker: Maker) -> None:
+    loader = LatentDataModule(str(store_maker("a", [8, 8])), 2, crop_frames=5).train_dataloader()
+    starts = Counter(int(s) for batch in islice(endless(loader), 100) for s in batch["latents_BCT"][:, 1, 0])
+    assert sorted(starts) == [0, 1, 2, 3]
+    assert min(starts.values()) > 25
+    loader = LatentDataModule(str(store_maker("a", [8, 8])), 2, crop_frames=5, crop="start").train_dataloader()
+    assert {int(s) for batch in islice(endless(loader), 9) for s in batch["latents_BCT"][:, 1, 0]} == {0}
+
+
+def test_crops_on_beats(store_maker: Maker) -> None:
+    path = str(store_maker("a", [40, 40], beats=lambda _: [0.0, 1.0, 2.0, 30.0]))
+    loader = LatentDataModule(path, 2, crop_frames=10, crop="beat").train_dataloader()
+    starts = {int(s) for batch in islice(endless(loader), 30) for s in batch["latents_BCT"][:, 1, 0]}
+    assert starts == {0, 11, 22}, "the frames nearest to beats from which ten frames are left"
+    with pytest.raises(ConfigError, match="no clip has a `beats` field"):
+        LatentDataModule(str(store_maker("b", [40])), crop_frames=10, crop="beat").setup()
+
+
+def test_held_out_clips_are_apart_and_fixed(store_maker: Maker) -> None:
+    data = LatentDataModule(str(store_maker("a", [9, 8, 7, 6, 5], heldout=2)), 2, crop_frames=4)
+    assert {key for batch in keys_of(data.train_dataloader(), 20) for key in batch} == {
+        "clip-000",
+        "clip-001",
+        "clip-002",
+    }
+    (loader,) = data.val_dataloader()
+    one, two = list(loader), list(loader)
+    assert [batch["keys"] for batch in one] == [["clip-003", "clip-004"]]
+    assert torch.equal(one[0]["latents_BCT"], two[0]["latents_BCT"])
+    assert LatentDataModule(str(store_maker("b", [4, 4])), 2).val_dataloader() == []
+
+
+def test_repeats_weights_and_priors(store_maker: Maker) -> None:
+    big, small, prior = (
+        str(store_maker(name, [4] * size, prefix=name)) for name, size in (("big", 9), ("small", 3), ("prior", 50))
+    )
+
+    def shares(sources: list[Source], batches: int, **settings: Any) -> Counter[str]:
+        loader = LatentDataModule(sources, 2, **settings).train_dataloader()
+        return Counter(key.split("-")[0] for batch in keys_of(loader, batches) for key in batch)
+
+    assert shares([Source(big), Source(small, repeats=3)], 9) == {"big": 9, "small": 9}
+    assert shares([Source(big, weight=1), Source(small, weight=2)], 60) == {"big": 40, "small": 80}
+    assert shares([Source(big), Source(small), Source(prior, role="prior")], 8, prior_share=0.25) == {
+        "big": 9, "small": 3, "prior": 4,
+    }  # fmt: skip
+    for wrong, settings in (
+        ([Source(big, weight=1), Source(small)], {}),
+        ([Source(big), Source(prior, role="prior")], {}),
+        ([Source(big)], {"prior_share": 0.2}),
+        ([Source(prior, role="prior")], {"prior_share": 0.2}),
+    ):
+        with pytest.raises(ConfigError):
+            shares(wrong, 1, **settings)
+
+
+def test_packed_rows_hold_whole_clips(store_maker: Maker) -> None:
+    lengths = [3 + (7 * n) % 11 for n in range(40)]
+    data = LatentDataModule(str(store_maker("a", lengths)), 2, pack_frames=32, seed=4)
+    loader = data.train_dataloader()
+    real = total = 0
+    for batch in islice(endless(loader), 2 * len(loader)):
+        ids_BT = batch["segment_ids_BT"]
+        assert ids_BT.shape == (2, 32)
+        assert torch.equal(ids_BT >= 0, batch["padding_mask_BT"])
+        for number, key in enumerate(batch["keys"]):
+            rows, frames = torch.nonzero(ids_BT == number, as_tuple=True)
+            assert len(set(rows.tolist())) == 1
+            clip_CT = batch["latents_BCT"][rows[0], :, frames]
+            assert (clip_CT[0] == int(key[-3:])).all()
+            assert clip_CT[1].tolist() == list(range(lengths[int(key[-3:])]))
+        assert len(batch["keys"]) == len(batch["prompts"]) == len(batch["seconds_total_B"]) == int(ids_BT.max()) + 1
+        real, total = real + int((ids_BT >= 0).sum()), total + ids_BT.numel()
+    assert real / total > 0.8
+    with pytest.raises(ConfigError, match="does not fit a packed row"):
+        LatentDataModule(str(store_maker("b", [50])), 1, pack_frames=32).train_dataloader()
+
+
+def test_buckets_keep_lengths_together(store_maker: Maker) -> None:
+    lengths = [10 + (37 * n) % 90 for n in range(128)]
+    loader = LatentDataModule(str(store_maker("a", lengths)), 4).train_dataloader()
+    real = total = 0
+    for batch in islice(endless(loader), 32):
+        real, total = real + int(batch["padding_mask_BT"].sum()), total + batch["padding_mask_BT"].numel()
+    assert 1 - real / total < 0.05, "sorted within the window"
+
+
+def test_shards_of_another_autoencoder_are_refused(store_maker: Maker) -> None:
+    data = LatentDataModule(str(store_maker("a", [4])))
+    data.setup()
+    data.check_autoencoder("tiny", "f" * 64)
+    with pytest.raises(DataError, match=r"of 'tiny' .*'other' has another"):
+        data.check_autoencoder("other", "0" * 64)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"crop_seconds": 1, "crop_frames": 9}, "give one"),
+        ({"crop_seconds": 0}, "more than 0"),
+        ({"crop": "middle", "crop_frames": 3}, "choose one of"),
+        ({"crop": "beat"}, "no effect on whole clips"),
+        ({"seconds": "clip"}, "choose crop or file"),
+        ({"batch_size": 0}, "must be 1 or more"),
+        ({"tail_seconds": 1.0, "pack_frames": 99}, "no effect with pack_frames"),
+    ],
+)
+def test_settings_without_sense_are_errors(store_maker: Maker, settings: dict[str, Any], message: str) -> None:
+    path = str(store_maker("a", [4]))
+    with pytest.raises(ConfigError, match=message):
+        LatentDataModule(path, **settings).train_dataloader()

@@ -1,0 +1,444 @@
+"""From a folder to shards: every clip once, at its own length; killed, changed, repeated, shared among processes."""
+
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from sa3train.audio.io import load_audio, read_audio
+from sa3train.audio.metrics import loudness_lufs, peak_db
+from sa3train.data.audit import Rules
+from sa3train.data.encode import EncodeReport, encode_source
+from sa3train.data.index import shard_files
+from sa3train.data.latents import Encoder
+from sa3train.data.plan import EncodeSettings, clip_key
+from sa3train.data.shards import read_listing
+from sa3train.data.store import LatentStore
+from sa3train.data.workplace import Workers
+from sa3train.errors import ConfigError, DataError
+from sa3train.testing import noise, tone, write_clip
+
+from .conftest import write_set
+
+
+def encode(source: Path, out: Path, encoder: Encoder, **settings: Any) -> EncodeReport:
+    chosen = {"max_rejected": 1.0, "threads": 1, "batch_seconds": 2.0, **settings}
+    return encode_source(str(source), out, encoder, EncodeSettings(**chosen), Rules())
+
+
+def contents(out: Path) -> dict[str, tuple[dict[str, Any], bytes]]:
+    """Every take by key, with its record and the bytes of its latents. Fails when one is there twice."""
+    store = LatentStore(out, verify="hash")
+    assert len(set(store.keys)) == len(store.keys), "a clip is there twice"
+    return {key: (store.record(row), store.latent(row).tobytes()) for row, key in enumerate(store.keys)}
+
+
+def rejected(out: Path) -> dict[str, str]:
+    lines = (out / "rejected.jsonl").read_text().splitlines()
+    return {row["source"]: row["reason"] for row in map(json.loads, lines)}
+
+
+def stale_or_torn(out: Path) -> list[Path]:
+    return [*out.glob("*.part"), *out.glob("*.stale"), *out.glob(".*.part")]
+
+
+def test_every_clip_at_its_own_length(tmp_path: Path, encoder: Encoder) -> None:
+    source = write_set(tmp_path / "set", 8)
+    report = encode(source, tmp_path / "out", encoder, split=0.25)
+    store = LatentStore(tmp_path / "out", verify="hash")
+    assert len(store) == report.encoded == 8
+    for row in range(8):
+        latent_CT, record = store.read(row)
+        audio_CN = load_audio(source / record["source"])
+        expected = encoder.encode([audio_CN], [0])[0]
+        assert np.array_equal(latent_CT, expected)
+        assert latent_CT.shape[1] == -(-audio_CN.shape[1] // 4096) == record["frames"]
+        assert record["seconds"] == pytest.approx(audio_CN.shape[1] / 44100, abs=1e-5)
+        assert record["caption"] == f"noise number {int(record['source'][6:8])}"
+        assert record["key"] == clip_key(record["source"])
+        assert record["split"] == store.split[row]
+    assert store.index["rejected"] == 0
+    assert store.index["model"]["fingerprint"] == encoder.autoencoder.fingerprint()
+    assert report.padding < 0.3, "of clips this short; see the benchmark for real ones"
+    assert (tmp_path / "out" / "README.md").read_text().startswith("# Latents of")
+    assert not stale_or_torn(tmp_path / "out")
+
+
+def test_rates_and_channels_are_brought_to_one(tmp_path: Path, encoder: Encoder) -> None:
+    import soundfile
+
+    source = tmp_path / "set"
+    source.mkdir()
+    for name, samples, rate in (
+        ("low", noise(0.5, 8000, channels=1), 8000),
+        ("odd", noise(0.5, 44099), 44099),
+        ("surround", noise(0.5, 96000, channels=6, peak=0.2), 96000),
+    ):
+        soundfile.write(source / f"{name}.wav", samples, rate)
+        (source / f"{name}.txt").write_text(name)
+    encode(source, tmp_path / "out", encoder)
+    for record, latents in contents(tmp_path / "out").values():
+        audio_CN = load_audio(source / record["source"])
+        assert np.frombuffer(latents, np.float16).size == 64 * record["frames"]
+        assert record["seconds"] == pytest.approx(audio_CN.shape[1] / 44100, abs=1e-4) == pytest.approx(0.5, abs=1e-3)
+        assert record["original"]["sample_rate"] in (8000, 44099, 96000)
+
+
+def test_a_second_run_does_nothing(tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_set(tmp_path / "set", 5)
+    encode(source, tmp_path / "out", encoder)
+    shards = {path: path.stat().st_mtime_ns for path in shard_files(tmp_path / "out")}
+    before, index = contents(tmp_path / "out"), (tmp_path / "out" / "index.json").read_text()
+    monkeypatch.setattr("sa3train.data.audit.audit_clip", lambda *_: pytest.fail("audited again"))
+    report = encode(source, tmp_path / "out", encoder)
+    assert report.encoded == report.reused == 0
+    assert {path: path.stat().st_mtime_ns for path in shard_files(tmp_path / "out")} == shards
+    assert contents(tmp_path / "out") == before
+    assert (tmp_path / "out" / "index.json").read_text() == index
+
+
+def test_changes_cost_only_what_changed(tmp_path: Path, encoder: Encoder) -> None:
+    source, out = write_set(tmp_path / "set", 6), tmp_path / "out"
+    encode(source, out, encoder, split=0.0)
+    before = contents(out)
+    (source / "part0" / "00.txt").write_text("another caption")
+    (source / "part1" / "01.wav").unlink()
+    write_clip(source / "new.wav", noise(0.4, seed=50), "new")
+    write_clip(source / "part2" / "02.wav", noise(0.6, seed=51), "other sound")
+    report = encode(source, out, encoder, split=0.0)
+    after = contents(out)
+    assert (report.encoded, report.reused) == (2, 4), "two new sounds, four latents taken over"
+    assert {record["source"] for record, _ in after.values()} == {
+        "part0/00.wav", "part0/03.wav", "part1/04.wav", "part2/05.wav", "part2/02.wav", "new.wav",
+    }  # fmt: skip
+    changed = clip_key("part0/00.wav")
+    assert after[changed][0]["caption"] == "another caption"
+    assert after[changed][1] == before[changed][1]
+    assert not stale_or_torn(out)
+    index = json.loads((out / "index.json").read_text())
+    assert sum(shard["clips"] for shard in index["shards"]) == 6
+
+
+def test_other_settings_are_refused_unless_told(tmp_path: Path, encoder: Encoder) -> None:
+    source, out = write_set(tmp_path / "set", 3), tmp_path / "out"
+    encode(source, out, encoder)
+    with pytest.raises(DataError, match=r"made otherwise: fix was \[\], now \['dc'\].*overwrite=true"):
+        encode(source, out, encoder, fix=("dc",))
+    other = Encoder(encoder.autoencoder, "x", chunked=False)
+    with pytest.raises(DataError, match="chunked was True, now False"):
+        encode(source, out, other)
+    with pytest.raises(DataError, match=r"source was .*set.*other"):
+        encode(write_set(tmp_path / "other", 3), out, encoder)
+    before = contents(out)
+    report = encode(source, out, encoder, fix=("loudness",), overwrite=True)
+    assert report.encoded == 3
+    assert all(before[key][1] != latents for key, (_, latents) in contents(out).items())
+
+
+def test_latents_are_taken_over_from_another_folder(tmp_path: Path, encoder: Encoder) -> None:
+    source = write_set(tmp_path / "set", 5)
+    encode(source, tmp_path / "one", encoder)
+    write_clip(source / "more.wav", noise(0.5, seed=70), "more")
+    report = encode(source, tmp_path / "two", encoder, reuse=str(tmp_path / "one"))
+    assert (report.encoded, report.reused) == (1, 5)
+    one, two = contents(tmp_path / "one"), contents(tmp_path / "two")
+    assert all(two[key][1] == latents for key, (_, latents) in one.items())
+    report = encode(source, tmp_path / "three", encoder, reuse=str(tmp_path / "one"), fix=("loudness",))
+    assert report.reused == 0, "other fixes are other latents"
+
+
+def test_damage_that_was_set_aside_is_computed_again(tmp_path: Path, encoder: Encoder) -> None:
+    source = write_set(tmp_path / "set", 4)
+    encode(source, tmp_path / "one", encoder, split=0.0)
+    before = contents(tmp_path / "one")
+    (shard,) = shard_files(tmp_path / "one")
+    entry = list(read_listing(shard))[1]
+    content = bytearray(shard.read_bytes())
+    content[entry.npy_at + 140] ^= 0xFF
+    shard.write_bytes(content)
+    report = encode(source, tmp_path / "two", encoder, split=0.0, reuse=str(tmp_path / "one"))
+    assert (report.encoded, report.reused) == (1, 3)
+    assert {k: v[1] for k, v in contents(tmp_path / "two").items()} == {k: v[1] for k, v in before.items()}
+
+
+def test_a_deleted_shard_is_made_again(tmp_path: Path, encoder: Encoder) -> None:
+    source, out = write_set(tmp_path / "set", 6), tmp_path / "out"
+    encode(source, out, encoder)
+    before = contents(out)
+    shard_files(out)[-1].unlink()
+    report = encode(source, out, encoder)
+    assert 0 < report.encoded <= 6
+    assert contents(out) == before
+
+
+def test_duplicates_are_computed_once(tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_set(tmp_path / "set", 3)
+    for number in range(3):
+        write_clip(source / f"copy{number}.wav", noise(0.3, seed=0, peak=0.3), f"copy {number}")
+    computed = []
+    latents = Encoder.latents
+    monkeypatch.setattr(
+        Encoder, "latents", lambda self, clips, seeds: computed.extend(seeds) or latents(self, clips, seeds)
+    )
+    encode(source, tmp_path / "out", encoder, split=0.0)
+    found = contents(tmp_path / "out")
+    assert len(found) == 6
+    assert len(computed) - 1 == 3, "three sounds, and silence"
+    assert len({latents for _, latents in found.values()}) == 3
+    encode(source, tmp_path / "few", encoder, split=0.0, duplicates="drop")
+    assert len(contents(tmp_path / "few")) == 3
+    dropped = rejected(tmp_path / "few")
+    assert len(dropped) == 3
+    assert "dropped: of copy0.wav" in dropped["copy1.wav"]
+
+
+def test_duplicates_never_straddle_the_split(tmp_path: Path, encoder: Encoder) -> None:
+    source = tmp_path / "set"
+    for number in range(12):
+        for copy in range(2):
+            write_clip(source / f"{number}-{copy}.wav", noise(0.2, seed=number), "x")
+    encode(source, tmp_path / "out", encoder, split=0.4)
+    splits: dict[str, set[str]] = {}
+    for record, _ in contents(tmp_path / "out").values():
+        splits.setdefault(record["content"], set()).add(record["split"])
+    assert len(splits) == 12
+    assert all(len(found) == 1 for found in splits.values())
+    assert {next(iter(found)) for found in splits.values()} == {"train", "heldout"}
+
+
+def test_bad_clips_are_listed_and_never_replaced(tmp_path: Path, encoder: Encoder) -> None:
+    source, out = write_set(tmp_path / "set", 4), tmp_path / "out"
+    write_clip(source / "silent.wav", tone(0.5, peak=0.0), "silent")
+    write_clip(source / "short.wav", tone(0.05), "short")
+    write_clip(source / "none.wav", noise(0.5, seed=90))
+    write_clip(source / "empty.wav", noise(0.5, seed=91), " ")
+    (source / "broken.wav").write_bytes(b"RIFFxxxx")
+    (source / "broken.txt").write_text("x")
+    with pytest.raises(DataError, match=r"5 of 9 clips .* rejected, more than max_rejected=0.1"):
+        encode(source, out, encoder, max_rejected=0.1)
+    assert len(rejected(out)) == 5
+    assert not shard_files(out), "nothing is computed when the source is not fit"
+    report = encode(source, out, encoder, max_rejected=0.6)
+    assert len(contents(out)) == 4
+    assert report.index["rejected"] == 5
+    reasons = rejected(out)
+    assert reasons["silent.wav"].startswith("silent throughout")
+    assert reasons["short.wav"].startswith("shorter than one latent frame")
+    assert reasons["none.wav"] == "no caption"
+    assert reasons["empty.wav"] == "the caption is empty"
+    assert reasons["broken.wav"].startswith("cannot be read")
+
+
+def test_nothing_left_is_an_error(tmp_path: Path, encoder: Encoder) -> None:
+    write_clip(tmp_path / "set" / "a.wav", tone(0.5))
+    with pytest.raises(DataError, match="1 of 1 clips"):
+        encode(tmp_path / "set", tmp_path / "out", encoder)
+
+
+def test_clips_that_fail_while_encoding_are_listed(
+    tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, out = write_set(tmp_path / "set", 5), tmp_path / "out"
+    monkeypatch.setattr("sa3train.data.encode_run.read_audio", lambda path: read_audio(_swapped(path)))
+
+    def _swapped(path: Any) -> Any:
+        return str(source / "part0" / "00.wav") if str(path).endswith("01.wav") else path
+
+    latents = Encoder.latents
+
+    def spoiled(self: Encoder, clips: list[torch.Tensor], seeds: list[int]) -> list[torch.Tensor]:
+        made = latents(self, clips, seeds)
+        return [
+            z * float("nan") if clip.shape[1] == round(0.4 * 44100) else z for z, clip in zip(made, clips, strict=True)
+        ]
+
+    monkeypatch.setattr(Encoder, "latents", spoiled)
+    report = encode(source, out, encoder, split=0.0)
+    assert len(contents(out)) == 3
+    reasons = rejected(out)
+    assert reasons["part1/01.wav"].startswith("changed while it was being encoded")
+    assert reasons["part2/02.wav"].startswith("the autoencoder gave no finite latents")
+    assert report.index["rejected"] == 2
+    audit = json.loads((out / "audit.json").read_text())["summary"]["findings"]
+    assert audit["changed"]["clips"] == audit["bad_latent"]["clips"] == 1
+    with pytest.raises(DataError, match="2 of 5 clips are rejected"):
+        encode(source, out, encoder, split=0.0, max_rejected=0.2)
+    monkeypatch.undo()
+    report = encode(source, out, encoder, split=0.0)
+    assert (report.encoded, report.index["rejected"]) == (2, 0), "tried again, and well"
+
+
+def test_fixes_are_applied_and_sources_left_alone(tmp_path: Path, encoder: Encoder) -> None:
+    source, out = tmp_path / "set", tmp_path / "out"
+    silence = np.zeros((round(0.7 * 44100), 2), np.float32)
+    write_clip(source / "a.wav", np.concatenate([silence, noise(0.8, peak=0.1), silence]) + 0.05, "x")
+    before = (source / "a.wav").read_bytes()
+    encode(source, out, encoder, fix=("loudness", "trim_silence", "dc"))
+    ((record, _),) = contents(out).values()
+    assert (source / "a.wav").read_bytes() == before
+    assert list(record["applied"]) == ["dc", "trim_silence", "loudness"]
+    assert record["applied"]["dc"] == pytest.approx(0.05, abs=1e-3)
+    assert record["applied"]["trim_silence"] == pytest.approx([0.65, 0.65], abs=0.01)
+    assert record["seconds"] == pytest.approx(0.9, abs=0.01)
+    assert record["applied"]["loudness"] > 3
+
+
+def test_the_loudness_fix_keeps_below_its_ceiling() -> None:
+    from sa3train.data.fixes import apply_fixes
+
+    quiet, _ = apply_fixes(torch.from_numpy(noise(2.0, peak=0.02).T.copy()), 44100, ["loudness"])
+    assert loudness_lufs(quiet, 44100) == pytest.approx(-14, abs=0.1)
+    spiky = noise(2.0, peak=0.02)
+    spiky[44100] = 0.9
+    mended, applied = apply_fixes(torch.from_numpy(spiky.T.copy()), 44100, ["loudness"])
+    assert peak_db(mended) == pytest.approx(-1.0, abs=0.01)
+    assert applied["loudness"] == pytest.approx(-1.0 - 20 * np.log10(0.9), abs=0.01)
+
+
+def test_a_clip_that_trimming_leaves_too_short(tmp_path: Path, encoder: Encoder) -> None:
+    source = write_set(tmp_path / "set", 2)
+    click = np.zeros((44100, 2), np.float32)
+    click[22050] = 0.5
+    write_clip(source / "click.wav", click, "a click")
+    encode(source, tmp_path / "out", encoder, fix=("trim_silence",))
+    assert len(contents(tmp_path / "out")) == 3, "50 ms on either side are kept"
+
+
+def test_views_are_further_takes_of_training_clips(tmp_path: Path, encoder: Encoder) -> None:
+    source, out = write_set(tmp_path / "set", 6), tmp_path / "out"
+    encode(source, out, encoder, views=("polarity", "gain"), split=0.3)
+    found = contents(out)
+    held = [record for record, _ in found.values() if record["split"] == "heldout"]
+    trained = [record for record, _ in found.values() if record["split"] == "train"]
+    assert held
+    assert all(record["view"] == "original" for record in held)
+    assert len(trained) == 3 * (6 - len(held))
+    clip = next(record["clip"] for record in trained)
+    audio_CN = load_audio(source / found[clip][0]["source"])
+    inverted = encoder.encode([-audio_CN], [0])[0]
+    assert inverted is not None
+    assert found[f"{clip}-polarity"][1] == inverted.tobytes()
+    decibels = found[f"{clip}-gain"][0]["applied"]["gain"]
+    assert -9 <= decibels <= -3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"fix": ("reverb",)},
+        {"views": ("mirror",)},
+        {"duplicates": "merge"},
+        {"max_rejected": 2.0},
+        {"batch_seconds": 0.0},
+        {"shard_bytes": 10},
+        {"threads": 0},
+    ],
+)
+def test_settings_out_of_range(settings: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        EncodeSettings(**settings)
+
+
+def test_the_output_must_not_lie_in_the_source(tmp_path: Path, encoder: Encoder) -> None:
+    source = write_set(tmp_path / "set", 1)
+    with pytest.raises(DataError, match="lies inside the source"):
+        encode(source, source / "latents", encoder)
+
+
+def test_one_run_at_a_time(tmp_path: Path, encoder: Encoder) -> None:
+    from sa3train.data.workplace import claim
+
+    source = write_set(tmp_path / "set", 1)
+    with claim(tmp_path / "out", Workers()), pytest.raises(DataError, match="another encode is writing"):
+        encode(source, tmp_path / "out", encoder)
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path, encoder: Encoder) -> None:
+    source = write_set(tmp_path / "set", 1)
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(DataError, match="cannot write to"):
+        encode(source, tmp_path / "file" / "out", encoder)
+
+
+def _child(source: Path, out: Path, encoder: Encoder) -> int:
+    """Encode in a forked process; returns its id."""
+    child = os.fork()
+    if child == 0:
+        try:
+            encode(source, out, encoder)
+        finally:
+            os._exit(0)
+    return child
+
+
+def test_killed_at_20_random_moments_and_run_again(tmp_path: Path, encoder: Encoder) -> None:
+    """SIGKILL in the audit, the encode or the writing; the set is whole, each clip once, bit for bit."""
+    source = write_set(tmp_path / "set", 24)
+    started = time.perf_counter()
+    encode(source, tmp_path / "calm", encoder)
+    whole = time.perf_counter() - started
+    expected = contents(tmp_path / "calm")
+    chance, out, cut, kills = random.Random(0), tmp_path / "out", 0, 0
+    while kills < 20:
+        child = _child(source, out, encoder)
+        time.sleep(chance.uniform(0.05, 0.35) * whole)
+        os.kill(child, signal.SIGKILL)
+        _, status = os.waitpid(child, 0)
+        kills += 1
+        cut += os.WIFSIGNALED(status)
+        if (out / "index.json").exists():  # it was done: begin anew in another folder
+            assert contents(out) == expected
+            out = tmp_path / f"out{kills}"
+    assert cut >= 15, "most of them were at work"
+    encode(source, out, encoder)
+    assert contents(out) == expected
+    assert not stale_or_torn(out)
+    both = [json.loads((folder / "index.json").read_text()) for folder in (out, tmp_path / "calm")]
+    assert both[0]["manifest"] == both[1]["manifest"]
+
+
+def test_several_processes_make_the_same_set(tmp_path: Path, encoder: Encoder) -> None:
+    """Three forked processes that meet at barriers; then one of them alone finds all done."""
+    import multiprocessing
+
+    source = write_set(tmp_path / "set", 10)
+    encode(source, tmp_path / "one", encoder)
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(3)
+
+    def share(rank: int) -> None:
+        workers = Workers(rank, 3, lambda: barrier.wait() and None)
+        settings = EncodeSettings(max_rejected=1.0, threads=1, batch_seconds=2.0)
+        encode_source(str(source), tmp_path / "three", encoder, settings, Rules(), workers)
+
+    processes = [context.Process(target=share, args=(rank,)) for rank in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert contents(tmp_path / "three") == contents(tmp_path / "one")
+    assert len({path.name.split("-")[1] for path in shard_files(tmp_path / "three")}) == 3, "each wrote its own"
+    report = encode(source, tmp_path / "three", encoder)
+    assert report.encoded == report.reused == 0
+
+
+def test_fewer_processes_take_over_what_more_left(tmp_path: Path, encoder: Encoder) -> None:
+    source, out = write_set(tmp_path / "set", 4), tmp_path / "out"
+    encode(source, tmp_path / "calm", encoder)
+    encode(source, out, encoder)
+    for shard in shard_files(out):  # as a killed process of rank 5 would have left it
+        part = shard.with_name(shard.name.replace("-000-", "-005-") + ".part")
+        shard.with_suffix(".jsonl").unlink()
+        part.write_bytes(shard.read_bytes()[:-900])
+        shard.unlink()
+    report = encode(source, out, encoder)
+    assert report.encoded <= 2, "only what was cut off"
+    assert contents(out) == contents(tmp_path / "calm")

@@ -1,0 +1,133 @@
+"""Damaged files of every kind: no crash, no hang; each is encoded or listed with a reason."""
+
+import io
+import random
+import tarfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from sa3train.data.audit import Rules
+from sa3train.data.encode import encode_source
+from sa3train.data.latents import Encoder
+from sa3train.data.plan import EncodeSettings
+from sa3train.data.sources import list_source
+from sa3train.data.store import LatentStore
+from sa3train.testing import noise
+
+from .test_shards import mutated
+
+LONGEST_SECONDS = 2.0
+KINDS: list[tuple[str, str, str | None]] = [
+    (".wav", "WAV", "PCM_16"),
+    (".wav", "WAV", "FLOAT"),
+    (".wav", "WAV", "PCM_U8"),
+    (".flac", "FLAC", None),
+    (".ogg", "OGG", "VORBIS"),
+    (".opus", "OGG", "OPUS"),
+    (".mp3", "MP3", None),
+    (".aiff", "AIFF", None),
+]
+
+
+def encoded(kind: str, subtype: str | None, seed: int) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, noise(0.15, 48000, seed=seed, peak=0.3), 48000, format=kind, subtype=subtype)
+    return buffer.getvalue()
+
+
+def mutated_header(content: bytes, chance: random.Random) -> bytes:
+    """A few bytes of the first 64 changed: where sizes, rates and channel counts stand."""
+    out = bytearray(content)
+    for _ in range(chance.randint(1, 4)):
+        out[chance.randrange(min(64, len(out)))] = chance.choice((0, 1, 127, 128, 255, chance.randrange(256)))
+    return bytes(out)
+
+
+def sources_listed(out: Path) -> set[str]:
+    import json
+
+    lines = (out / "rejected.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert all(row["reason"] for row in rows)
+    return {row["source"] for row in rows}
+
+
+def slowest(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Seconds that each clip takes in the audit and in loading for the autoencoder."""
+    import sa3train.data.audit as audit
+    from sa3train.data.encode_run import EncodeRun
+
+    taken: list[float] = []
+
+    def timed(function: Any) -> Any:
+        def run(*args: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*args)
+            taken.append(time.perf_counter() - started)
+            return result
+
+        return run
+
+    monkeypatch.setattr(audit, "audit_clip", timed(audit.audit_clip))
+    monkeypatch.setattr(EncodeRun, "_load", timed(EncodeRun._load))
+    return taken
+
+
+def test_1000_mutated_audio_files(
+    tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    source, out = tmp_path / "set", tmp_path / "out"
+    source.mkdir()
+    originals = [encoded(kind, subtype, seed) for seed, (_, kind, subtype) in enumerate(KINDS)]
+    for seed in range(1000):
+        chance, (suffix, _, _) = random.Random(seed), KINDS[seed % len(KINDS)]
+        change = mutated_header if chance.random() < 0.4 else mutated
+        (source / f"{seed:04d}{suffix}").write_bytes(change(originals[seed % len(KINDS)], chance))
+        (source / f"{seed:04d}.txt").write_text("damaged")
+    taken = slowest(monkeypatch)
+    encode_source(str(source), out, encoder, EncodeSettings(max_rejected=1.0, threads=1), Rules())
+    listed = sources_listed(out)
+    store = LatentStore(out)
+    stored = {record["source"] for _, record in store.records()}
+    assert len(stored) + len(listed) == 1000
+    assert not stored & listed
+    assert len(listed) > 200
+    assert len(stored) > 200
+    assert len(taken) >= 1000
+    assert max(taken) < LONGEST_SECONDS
+    assert all(np.isfinite(store.latent(row)).all() for row in range(len(store)))
+
+
+def test_500_mutated_tars(tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "set"
+    source.mkdir()
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        for number, (suffix, kind, subtype) in enumerate(KINDS[3:6]):
+            for ending, content in ((suffix, encoded(kind, subtype, number)), (".txt", b"in a tar")):
+                header = tarfile.TarInfo(f"{'long/' * 25 if number else ''}{number}{ending}")
+                header.size = len(content)
+                tar.addfile(header, io.BytesIO(content))
+    whole, taken, listings = buffer.getvalue(), slowest(monkeypatch), []
+    clips = problems = 0
+    for seed in range(500):
+        path = source / f"{seed:03d}.tar"
+        path.write_bytes(mutated(whole, random.Random(seed)))
+        started = time.perf_counter()
+        listing = list_source(str(path))
+        listings.append(time.perf_counter() - started)
+        clips, problems = clips + len(listing.clips), problems + len(listing.problems)
+        assert len(listing.clips) == 3 or listing.problems or listing.skipped, "what is missing is named"
+    out = tmp_path / "out"
+    encode_source(str(source), out, encoder, EncodeSettings(max_rejected=1.0, threads=1), Rules())
+    stored = {record["source"] for _, record in LatentStore(out).records()}
+    listed = sources_listed(out)
+    assert not stored & listed
+    assert len(stored) + len(listed) == clips + problems
+    assert min(len(stored), len(listed)) > 200
+    assert max(*taken, *listings) < LONGEST_SECONDS

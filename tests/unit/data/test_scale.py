@@ -1,0 +1,89 @@
+"""A million clips: listed, audited, split and opened within two gigabytes. Rows are synthetic, without audio."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+CLIPS, MOST_GIGABYTES = 1_000_000, 2.0
+
+PROGRAM = """
+import json, resource, sys, time
+from pathlib import Path
+import numpy as np
+from sa3train.data.audit import AuditIndex
+from sa3train.data.batches import Planner, Shape
+from sa3train.data.loader import Clips
+from sa3train.data.sources import list_source
+from sa3train.data.splits import held_out
+from sa3train.data.store import LatentStore
+from sa3train.data.stream import ClipStream, SourceSize
+
+root, count, shards = Path(sys.argv[1]), int(sys.argv[2]), 100
+times, started = {}, time.perf_counter()
+
+def lap(name):
+    global started
+    times[name] = round(time.perf_counter() - started, 1)
+    started = time.perf_counter()
+
+with (root / "metadata.jsonl").open("w") as file:
+    for n in range(count):
+        file.write(f'{{"path": "/far/away/{n:07d}.wav", "caption": "clip number {n}", "bpm": {60 + n % 120}}}\\n')
+chance = np.random.default_rng(0)
+content, prints = chance.bytes(32 * count).hex(), chance.bytes(30 * count).hex()
+with (root / "audit.jsonl").open("w") as file:
+    for n in range(count):
+        c = n - 1 if n % 50 == 49 else n  # one in fifty is a copy
+        file.write(
+            f'{{"source": "far/away/{n:07d}.wav", "stamp": "{n}", "findings": [], "seconds": {5 + n % 997 / 50:.3f}, '
+            f'"samples": 441000, "sample_rate": 44100, "channels": 2, "content": "{content[64 * c : 64 * c + 64]}", '
+            f'"fingerprint": "{prints[60 * n : 60 * n + 60]}", "caption": "clip number {n}", "tags": {{"bpm": 90}}}}\\n'
+        )
+del content, prints
+described = []
+for s in range(shards):
+    name, share = f"train-000-{s:05d}", count // shards
+    with (root / f"{name}.jsonl").open("w") as file:
+        for n in range(s * share, (s + 1) * share):
+            file.write(
+                f'{{"record": {{"key": "k{n:07d}-0123456789ab", "clip": "k{n:07d}-0123456789ab", "view": "original", '
+                f'"caption": "clip {n}", "tags": {{}}, "source": "far/{n:07d}.wav", "seconds": 10.0, "frames": 108, '
+                f'"crc32": {n}}}, "npy_at": 512, "npy_size": 55424, "json_at": 56832, "json_size": 400}}\\n'
+            )
+    described.append(
+        {"file": f"{name}.tar", "listing": f"{name}.jsonl", "split": "train", "clips": share, "bytes": 1, "sha256": "0"}
+    )
+index = {"format": "sa3train-latents", "version": 1, "model": {}, "splits": {}, "manifest": "", "shards": described}
+(root / "index.json").write_text(json.dumps(index))
+lap("writing")
+wanted = {clip.source: str(n) for n, clip in enumerate(list_source(str(root / "metadata.jsonl")).clips)}
+lap("manifest")
+audit = AuditIndex([root / "audit.jsonl"], wanted)
+lap("audit index")
+held = held_out(0.05, audit.sources, audit.content, audit.families(), ~audit.rejected)
+copies = int((audit.original != np.arange(count)).sum())
+parted = int((held != held[audit.original]).sum())
+lap("split")
+del audit, wanted
+clips = Clips(LatentStore(root, verify="none"), "train")
+lap("shard listing")
+stream = ClipStream([SourceSize(len(clips))], 0)
+Planner(stream, [clips.lengths(None)], Shape(16, 8, 3), 0).plan(1)
+lap("first batches")
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+result = {"clips": len(clips), "held": int(held.sum()), "copies": copies, "parted": parted, "peak": peak}
+print(json.dumps({**result, "times": times}))
+"""
+
+
+def test_a_million_rows(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path), str(CLIPS)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result = json.loads(done.stdout)
+    print(result)
+    assert result["clips"] == CLIPS
+    assert result["copies"] == CLIPS // 50
+    assert result["parted"] == 0
+    assert 0.045 < result["held"] / CLIPS < 0.055
+    assert result["peak"] < MOST_GIGABYTES

@@ -1,0 +1,353 @@
+"""Clips and their text are found wherever people put them; what is not understood is named."""
+
+import functools
+import http.server
+import io
+import json
+import tarfile
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+
+from sa3train.data.captions import describe
+from sa3train.data.sources import Clip, Listing, describe_skipped, list_source
+from sa3train.errors import DataError
+from sa3train.testing import tone, write_clip
+
+CLIP = tone(0.2)
+
+
+def captions(listing: Listing) -> dict[str, str]:
+    return {clip.source: describe(clip).caption for clip in listing.clips}
+
+
+def add(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+
+
+def wav_bytes() -> bytes:
+    import soundfile
+
+    buffer = io.BytesIO()
+    soundfile.write(buffer, CLIP, 44100, format="WAV")
+    return buffer.getvalue()
+
+
+def make_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("audio", "text"),
+    [
+        ("a.wav", "a.txt"),
+        ("deep/er/a.wav", "deep/er/a.txt"),
+        ("deep/a.wav", "deep/a.wav.txt"),
+        ("set/a.wav", "set/txt/a.txt"),
+        ("set/wav/a.wav", "set/txt/a.txt"),
+        ("set/wav/part1/a.wav", "set/txt/part1/a.txt"),
+        ("wav/one/two/a.wav", "txt/one/two/a.txt"),
+    ],
+)
+def test_captions_are_found_beside_and_in_sibling_folders(tmp_path: Path, audio: str, text: str) -> None:
+    write_clip(tmp_path / audio, CLIP)
+    add(tmp_path / text, "a soft tone\n")
+    listing = list_source(str(tmp_path))
+    assert captions(listing) == {audio: "a soft tone"}
+    assert not listing.problems
+    assert not listing.skipped
+
+
+def test_json_sidecars_give_caption_and_tags(tmp_path: Path) -> None:
+    write_clip(tmp_path / "wav" / "a.wav", CLIP)
+    fields = {"text": "warm pad", "genre": "ambient", "bpm": 90, "gain": -1.5, "tags": ["soft", "slow"], "x": None}
+    add(tmp_path / "json" / "a.json", json.dumps(fields | {"beats": [0, 0.667], "deep": {"a": 1}}))
+    (clip,) = list_source(str(tmp_path)).clips
+    description = describe(clip)
+    assert description.caption == "warm pad"
+    assert description.tags == {"genre": "ambient", "bpm": 90, "gain": -1.5, "tags": "soft, slow"}
+    assert description.beats == [0.0, 0.667]
+    assert not description.notes
+
+
+def test_manifests_add_captions_and_name_what_is_missing(tmp_path: Path) -> None:
+    for name in ("sub/a.wav", "sub/b.wav", "c.wav"):
+        write_clip(tmp_path / name, CLIP)
+    rows = [
+        {"file_name": "sub/a.wav", "caption": "first", "bpm": 120},
+        {"path": "./sub/b.wav", "text": "second"},
+        {"file_name": "gone.wav", "caption": "third"},
+        {"caption": "whose?"},
+        {"file_name": "c.wav", "caption": "fourth"},
+        {"file_name": "c.wav", "caption": "again"},
+    ]
+    lines = [json.dumps(row) for row in rows] + ["{not json", "[1]"]
+    add(tmp_path / "metadata.jsonl", "\n".join(lines))
+    listing = list_source(str(tmp_path))
+    assert captions(listing) == {"c.wav": "fourth", "sub/a.wav": "first", "sub/b.wav": "second"}
+    problems = dict(listing.problems)
+    assert "gone.wav, which is not there" in problems["metadata.jsonl:3"]
+    assert "names no file" in problems["metadata.jsonl:4"]
+    assert "a second time" in problems["metadata.jsonl:6"]
+    assert "not JSON" in problems["metadata.jsonl:7"]
+    assert "not a JSON object" in problems["metadata.jsonl:8"]
+
+
+def test_a_manifest_in_a_subfolder_counts_from_there(tmp_path: Path) -> None:
+    write_clip(tmp_path / "one" / "a.wav", CLIP)
+    add(tmp_path / "one" / "metadata.csv", "file_name,caption,bpm,tempo\na.wav,from csv,98,007\n")
+    (clip,) = list_source(str(tmp_path)).clips
+    assert describe(clip).caption == "from csv"
+    assert describe(clip).tags == {"bpm": 98, "tempo": "007"}, "numbers are numbers, but not 007"
+
+
+def test_a_manifest_alone_is_a_source(tmp_path: Path) -> None:
+    inside = write_clip(tmp_path / "set" / "a.wav", CLIP)
+    outside = write_clip(tmp_path / "elsewhere" / "b.wav", CLIP)
+    rows = [{"path": "a.wav", "caption": "in"}, {"path": str(outside), "caption": "out"}, {"path": "no.wav"}]
+    add(tmp_path / "set" / "list.jsonl", "\n".join(map(json.dumps, rows)))
+    listing = list_source(str(tmp_path / "set" / "list.jsonl"))
+    assert sorted(captions(listing).values()) == ["in", "out"]
+    assert listing.problems == [("no.wav", "is in the manifest but not there")]
+    assert inside.exists()
+
+
+def test_one_file_is_a_source(tmp_path: Path) -> None:
+    write_clip(tmp_path / "a.wav", CLIP, "mine")
+    write_clip(tmp_path / "b.wav", CLIP, "other")
+    assert captions(list_source(str(tmp_path / "a.wav"))) == {"a.wav": "mine"}
+
+
+def test_tars_of_raw_audio(tmp_path: Path) -> None:
+    wav = wav_bytes()
+    members = {
+        "000.wav": wav,
+        "000.txt": b"zero",
+        "sub/001.wav": wav,
+        "sub/001.json": b'{"caption": "one", "key": "A minor"}',
+        "002.cls": b"7",
+    }
+    make_tar(tmp_path / "part-0.tar", members)
+    write_clip(tmp_path / "beside.wav", CLIP, "beside")
+    listing = list_source(str(tmp_path))
+    found = {"beside.wav": "beside", "part-0.tar/000.wav": "zero", "part-0.tar/sub/001.wav": "one"}
+    assert captions(listing) == found
+    assert all(clip.audio.read() == wav for clip in listing.clips if "tar" in clip.source)
+    assert listing.skipped == {".cls": 1}
+    assert captions(list_source(str(tmp_path / "part-0.tar"))) == {k: v for k, v in found.items() if "tar" in k}
+
+
+def test_damaged_tars_are_named(tmp_path: Path) -> None:
+    wav = wav_bytes()
+    path = make_tar(tmp_path / "a.tar", {f"{n}.wav": wav for n in range(4)})
+    content = bytearray(path.read_bytes())
+    step = 512 + -(-len(wav) // 512) * 512
+    content[2 * step : 2 * step + 300] = b"\xff" * 300
+    path.write_bytes(content)
+    listing = list_source(str(path))
+    assert len(listing.clips) == 2, "those before the damage"
+    assert listing.problems[0][0] == "a.tar"
+    assert f"damaged at byte {2 * step}" in listing.problems[0][1]
+    (tmp_path / "b.tar").write_bytes(bytes(content[: step + 700]))
+    (problem,) = list_source(str(tmp_path / "b.tar")).problems
+    assert "unexpected end of data" in problem[1]
+
+
+def test_compressed_tars_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "a.tar", "w:gz") as tar:
+        tar.add(write_clip(tmp_path / "x.wav", CLIP), "x.wav")
+    (problem,) = list_source(str(tmp_path / "a.tar")).problems
+    assert "plain .tar" in problem[1]
+
+
+def test_other_files_are_counted_and_hidden_ones_left_out(tmp_path: Path) -> None:
+    write_clip(tmp_path / "a.wav", CLIP, "x")
+    for name in ("cover.jpg", "b.pdf", "c.pdf", ".DS_Store", "__MACOSX/._a.wav", ".trash/old.wav", "alone.txt"):
+        add(tmp_path / name, "?")
+    listing = list_source(str(tmp_path))
+    assert [clip.source for clip in listing.clips] == ["a.wav"]
+    assert listing.skipped == {".pdf": 2, ".jpg": 1, ".txt": 1}
+    assert describe_skipped(listing).startswith("2 .pdf")
+
+
+def test_nothing_there_is_said(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"there is no .*nowhere"):
+        list_source(str(tmp_path / "nowhere"))
+    add(tmp_path / "a.pdf", "?")
+    with pytest.raises(DataError, match=r"no audio in .*1 \.pdf"):
+        list_source(str(tmp_path))
+    with pytest.raises(DataError, match="cannot take clips"):
+        list_source(str(tmp_path / "a.pdf"))
+
+
+def test_links_in_a_circle_end(tmp_path: Path) -> None:
+    write_clip(tmp_path / "sub" / "a.wav", CLIP)
+    (tmp_path / "sub" / "up").symlink_to(tmp_path)
+    (tmp_path / "dangling.wav").symlink_to(tmp_path / "missing")
+    assert [clip.source for clip in list_source(str(tmp_path)).clips] == ["sub/a.wav"]
+
+
+def test_stamps_change_with_audio_and_text(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.wav", CLIP, "x")
+    (before,) = list_source(str(tmp_path)).clips
+    path.with_suffix(".txt").write_text("another", encoding="utf-8")
+    (after,) = list_source(str(tmp_path)).clips
+    assert before.stamp != after.stamp
+
+
+@pytest.fixture
+def memory() -> Iterator[fsspec.AbstractFileSystem]:
+    file_system = fsspec.filesystem("memory")
+    yield file_system
+    file_system.rm("/set", recursive=True)
+
+
+def test_memory_urls(memory: fsspec.AbstractFileSystem, tmp_path: Path) -> None:
+    memory.pipe("/set/deep/a.wav", wav_bytes())
+    memory.pipe("/set/deep/a.txt", b"far away")
+    memory.pipe(
+        "/set/part.tar", make_tar(tmp_path / "x.tar", {"1.wav": wav_bytes(), "1.txt": b"in a tar"}).read_bytes()
+    )
+    listing = list_source("memory://set")
+    assert captions(listing) == {"deep/a.wav": "far away", "part.tar/1.wav": "in a tar"}
+    assert all(clip.audio.read() == wav_bytes() for clip in listing.clips)
+    assert captions(list_source("memory://set/deep/a.wav")) == {"a.wav": "far away"}
+    with pytest.raises(DataError, match=r"no audio in|cannot list"):
+        list_source("memory://elsewhere")
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    handler = functools.partial(_Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+        thread.join()
+
+
+def test_http_folders_manifests_and_tars(tmp_path: Path, server: str) -> None:
+    write_clip(tmp_path / "set" / "a b.wav", CLIP, "over http")
+    write_clip(tmp_path / "set" / "c.wav", CLIP)
+    make_tar(tmp_path / "set" / "t.tar", {"1.wav": wav_bytes(), "1.txt": b"in a tar"})
+    add(tmp_path / "set" / "metadata.jsonl", json.dumps({"file_name": "c.wav", "caption": "listed"}))
+    listing = list_source(f"{server}/set/")
+    assert sorted(captions(listing).values()) == ["in a tar", "listed", "over http"]
+    assert all(len(clip.audio.read()) > 1000 for clip in listing.clips)
+    add(tmp_path / "far.jsonl", json.dumps({"path": f"{server}/set/c.wav", "caption": "by url"}))
+    (clip,) = list_source(str(tmp_path / "far.jsonl")).clips
+    assert describe(clip).caption == "by url"
+    assert len(clip.audio.read()) > 1000
+    with pytest.raises(DataError, match="cannot"):
+        list_source(f"{server}/nothing/here.tar")
+
+
+@pytest.mark.parametrize("suffix", [".mp3", ".ogg", ".flac", ".aiff"])
+def test_embedded_tags(tmp_path: Path, suffix: str) -> None:
+    import mutagen
+    from mutagen.id3 import COMM, TBPM, TCON, TIT2, TXXX
+
+    path = write_clip(tmp_path / f"a{suffix}", CLIP)
+    file = mutagen.File(path)
+    if suffix in (".mp3", ".aiff"):
+        if file.tags is None:
+            file.add_tags()
+        for frame in (TIT2(3, ["Morning"]), TCON(3, ["folk"]), TBPM(3, ["96"]), TXXX(3, "mood", ["calm"])):
+            file.tags.add(frame)
+        file.tags.add(COMM(3, "eng", "", ["take two"]))
+    else:
+        file["title"], file["genre"], file["BPM"] = "Morning", "folk", "96"
+        file["mood"], file["comment"] = "calm", "take two"
+    file.save()
+    (clip,) = list_source(str(tmp_path)).clips
+    for content in (None, path.read_bytes()):
+        tags = describe(clip, content).tags
+        wanted = {"title": "Morning", "genre": "folk", "bpm": 96, "mood": "calm", "comment": "take two"}
+        assert {name: tags.get(name) for name in wanted} == wanted
+
+
+def _atom(name: bytes, *parts: bytes) -> bytes:
+    content = b"".join(parts)
+    return (len(content) + 8).to_bytes(4, "big") + name + content
+
+
+def test_embedded_mp4_tags(tmp_path: Path) -> None:
+    """A file with an empty sound track and iTunes tags, put together by hand (ISO 14496-12)."""
+    header = _atom(b"mdhd", bytes(12), (44100).to_bytes(4, "big"), (44100).to_bytes(4, "big"), bytes(4))
+    kind = _atom(b"hdlr", bytes(8), b"soun", bytes(13))
+    samples = _atom(b"minf", _atom(b"stbl", _atom(b"stsd", bytes(8))))
+
+    def tag(name: bytes, flag: int, value: bytes) -> bytes:
+        return _atom(name, _atom(b"data", flag.to_bytes(4, "big"), bytes(4), value))
+
+    tags = _atom(b"ilst", tag(b"\xa9nam", 1, b"Morning"), tag(b"tmpo", 21, (96).to_bytes(2, "big")))
+    meta = _atom(b"meta", bytes(4), _atom(b"hdlr", bytes(8), b"mdirappl", bytes(9)), tags)
+    track = _atom(b"trak", _atom(b"mdia", header, kind, samples))
+    movie = _atom(b"moov", _atom(b"mvhd", bytes(100)), track, _atom(b"udta", meta))
+    (tmp_path / "a.m4a").write_bytes(_atom(b"ftyp", b"M4A ", bytes(4), b"M4A mp42isom") + movie)
+    (clip,) = list_source(str(tmp_path)).clips
+    assert describe(clip).tags == {"title": "Morning", "bpm": 96}
+
+
+def test_the_nearest_text_wins_and_differences_are_noted(tmp_path: Path) -> None:
+    import mutagen
+
+    path = write_clip(tmp_path / "a.flac", CLIP, "from txt")
+    file = mutagen.File(path)
+    file["genre"], file["description"] = "embedded", "from inside"
+    file.save()
+    add(tmp_path / "a.json", json.dumps({"caption": "from json", "genre": "json"}))
+    row = {"file_name": "a.flac", "caption": "from txt", "genre": "manifest", "artist": "m"}
+    add(tmp_path / "metadata.jsonl", json.dumps(row))
+    (clip,) = list_source(str(tmp_path)).clips
+    description = describe(clip)
+    assert description.caption == "from txt"
+    assert description.tags["genre"] == "json"
+    assert description.tags["artist"] == "m"
+    ((code, detail),) = description.notes
+    assert code == "caption_conflict"
+    assert "embedded tags, .json" in detail
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "code"),
+    [
+        ("a.txt", b"caf\xe9", "bad_text"),
+        ("a.json", b"{broken", "bad_fields"),
+        ("a.json", b"[1, 2]", "bad_fields"),
+        ("a.json", b'{"beats": "120"}', "bad_fields"),
+    ],
+)
+def test_unusable_text_is_noted(tmp_path: Path, name: str, content: bytes, code: str) -> None:
+    write_clip(tmp_path / "a.wav", CLIP)
+    (tmp_path / name).write_bytes(content)
+    (clip,) = list_source(str(tmp_path)).clips
+    assert [note[0] for note in describe(clip).notes] == [code]
+
+
+def test_many_rows_cost_little(tmp_path: Path) -> None:
+    """Only what is listed is opened: a listing of clips that are not audio at all."""
+    for number in range(300):
+        add(tmp_path / "wav" / f"{number:03d}.wav", "")
+        add(tmp_path / "txt" / f"{number:03d}.txt", f"caption {number}")
+    clips = list_source(str(tmp_path)).clips
+    assert [clip.source for clip in clips] == sorted(clip.source for clip in clips)
+    assert len(clips) == 300
+    assert isinstance(clips[0], Clip)
+    assert np.unique([clip.stamp for clip in clips]).size >= 1

@@ -1,0 +1,169 @@
+"""The recipe on a corpus of effects alone, which needs no FluidSynth: from the linear start to a distilled step."""
+
+import random
+from pathlib import Path
+
+import autoencoder
+import base
+import corpus
+import distill
+import effects
+import latents
+import linear_start
+import numpy as np
+import parts
+import pytest
+import sounds
+import store
+import text
+import torch
+from composer import make_plan
+from safetensors.torch import save_file
+
+from sa3train.files import write_json
+
+
+def clips(count: int) -> list[corpus.Clip]:
+    rng = random.Random(0)
+    made = []
+    for number in range(count):
+        plan = make_plan(rng, sounds.EFFECTS[number % len(sounds.EFFECTS)], seconds=(1.0, 3.0))
+        audio = corpus.finish(plan, effects.make_effect(plan))
+        made.append(corpus.Clip(plan, audio, corpus.captions(plan, rng, 3)))
+    return made
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A work folder with a store of 16 clips for both splits, a scaled autoencoder and latents."""
+    folder = tmp_path_factory.mktemp("nano")
+    for split in ("train", "val"):
+        (folder / split).mkdir()
+        firsts, entries, parts_ = 0, [], []
+        for clip in clips(16):
+            entries.append(store.describe(clip, firsts))
+            parts_.append(np.round(clip.audio.T * 32767).astype(np.int16))
+            firsts += clip.audio.shape[1]
+        np.save(folder / split / "0.npy", np.concatenate(parts_))
+        write_json(folder / split / "0.json", entries)
+    torch.manual_seed(0)
+    crops = autoencoder.Crops(store.Store(folder / "train"), 0).batch(60)
+    patches = crops.unflatten(-1, (-1, 16, 256)).permute(0, 2, 3, 1, 4).flatten(0, 1).flatten(2)
+    model = autoencoder.build()
+    state = model.state_dict()
+    linear_start.start_linear(state, linear_start.fit(patches))
+    model.load_state_dict(state)
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "ae.safetensors")
+    (folder / "latents").mkdir()
+    frozen = latents.freeze(folder)
+    for split in ("train", "val"):
+        encoded = latents.encode_chunk(frozen, store.Store(folder / split), range(16))
+        torch.save(encoded, folder / "latents" / f"{split}-0.pt")
+    return folder
+
+
+def test_store_gives_back_what_was_written(work: Path) -> None:
+    kept = store.Store(work / "train")
+    for index, clip in enumerate(clips(16)):
+        np.testing.assert_allclose(kept.audio(index), clip.audio, atol=1 / 32000)
+    assert kept.audio(3, 100, 50).shape == (2, 50)
+    with pytest.raises(FileNotFoundError, match=r"store\.py"):
+        store.Store(work / "none")
+
+
+def test_linear_start_is_a_code_already() -> None:
+    """Smooth noise, which 62 components a quarter hold almost wholly, comes back from the untrained transformers."""
+    torch.manual_seed(0)
+    spectrum = torch.fft.rfft(torch.randn(40, 2, 4 * 4096))
+    spectrum[..., int(500 / 44100 * 4 * 4096) :] = 0
+    audio = torch.fft.irfft(spectrum)
+    audio = 0.1 * audio / audio.std()
+    model = autoencoder.build()
+    state = model.state_dict()
+    patches = audio.unflatten(-1, (-1, 16, 256)).permute(0, 2, 3, 1, 4).flatten(0, 1).flatten(2)
+    linear_start.start_linear(state, linear_start.fit(patches))
+    model.load_state_dict(state)
+    with torch.no_grad():
+        made = model.decode(model.encode(audio), noise=False)
+    assert autoencoder.si_sdr(audio, made) > 12
+
+
+def test_scaling_keeps_the_code(work: Path) -> None:
+    """Folding mean and spread into bottleneck and decoder changes the latents, not what comes out."""
+    model = autoencoder.build()
+    model.load_state_dict(latents.freeze(work).state_dict())
+    audio = autoencoder.Crops(store.Store(work / "train"), 1).batch(8)
+    with torch.no_grad():
+        before = model.decode(model.encode(audio, noise=False), noise=False)
+        latents.set_scale(model, audio)
+        z_BCT = model.encode(audio, noise=False)
+        after = model.decode(z_BCT, noise=False)
+    # Noise of the new tokens differs from call to call only with noise=True; here both are exact.
+    assert float((before - after).abs().max()) < 2e-3
+    assert float(z_BCT.mean((0, 2)).abs().max()) < 1e-2
+    alive = z_BCT.std((0, 2)) > 1e-2
+    assert 0.5 < float(z_BCT[:, alive].std()) < 1.5
+
+
+def test_the_short_way_encodes_alike(work: Path) -> None:
+    model, kept = latents.freeze(work), store.Store(work / "val")
+    for long, short in zip(latents.load(work, "val"), latents.encode_linear(model, kept, range(16)), strict=True):
+        assert long.shape == short.shape
+        assert float((long - short).float().square().mean() / long.float().square().mean()) < 0.1
+
+
+def test_autoencoder_step_learns_from_all_terms(work: Path) -> None:
+    model = latents.freeze(work).requires_grad_(True)
+    generator = torch.Generator().manual_seed(0)
+    terms = autoencoder.step_loss(model, autoencoder.Crops(store.Store(work / "train"), 0).batch(4), 0.15, generator)
+    terms["total"].backward()
+    assert all(torch.isfinite(term) for term in terms.values())
+    gradients = [p.grad for p in model.decoder.parameters() if p.grad is not None]
+    assert gradients
+    assert all(torch.isfinite(gradient).all() for gradient in gradients)
+
+
+def test_tokenizer_writes_any_text() -> None:
+    tokenizer = text.train_tokenizer(["solo piano, slow", "A bright marimba at 120 BPM."] * 20)
+    assert len(tokenizer) <= text.PIECES
+    for words in ("solo piano", "Ünknown wörds ♫"):
+        assert tokenizer.decode(tokenizer(words).input_ids).strip() == words
+    assert len(tokenizer("solo piano, slow").input_ids) < 8
+
+
+def test_base_trains_saves_and_resumes(work: Path) -> None:
+    run = base.Run(work, 1 / 60, 1e-3)
+    run.train()
+    assert (work / "base.pt").exists()
+    assert run.step >= 1
+    again = base.Run(work, 1 / 60, 1e-3)
+    assert again.step == run.step
+    for name, tensor in run.model.state_dict().items():
+        assert torch.equal(tensor, again.model.state_dict()[name])
+    again.train()  # the minutes are over: nothing more to do
+    assert again.step == run.step
+
+
+def test_batches_are_masked_and_cut(work: Path) -> None:
+    corpus_ = parts.Corpus(work, "val", parts.tokenizer_of(work), torch.zeros(256))
+    batch = corpus_.batch(list(range(8)), 12, random.Random(0))
+    assert batch.latents_BCT.shape == (8, 256, 12 + parts.TAIL)
+    assert int(batch.frames_B.max()) <= 12
+    assert (batch.real_BT.sum(1) >= batch.frames_B).all()
+    cut = batch.frames_B == 12
+    torch.testing.assert_close(batch.seconds_B[cut], torch.full((int(cut.sum()),), 12 / parts.FRAMES_PER_SECOND))
+    after = torch.arange(12 + parts.TAIL)[None] >= batch.frames_B[:, None]
+    assert not batch.latents_BCT.mT[after].any()
+
+
+def test_distillation_walks_and_learns(work: Path) -> None:
+    torch.manual_seed(0)
+    tokenizer = parts.tokenizer_of(work)
+    model = parts.Nano(len(tokenizer)).requires_grad_(False)
+    batch = parts.Corpus(work, "val", tokenizer, torch.zeros(256)).batch([0, 1], 12, random.Random(0))
+    walks = distill.walk(model, batch, torch.Generator().manual_seed(0))
+    assert walks.points_KBCT.shape == (distill.WALK_STEPS, *batch.latents_BCT.shape)
+    assert torch.isfinite(walks.ends_BCT).all()
+    student = model.dit.requires_grad_(True)
+    distill.lesson(student, walks, torch.Generator().manual_seed(0)).backward()
+    assert all(p.grad is None or torch.isfinite(p.grad).all() for p in student.parameters())
