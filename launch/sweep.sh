@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# Ranks × learning rates, one run each. Arguments go to sa3-train.
-#   bash launch/sweep.sh data=latents model=small-music-base                     one after another, here
-#   bash launch/sweep.sh data=latents model=small-music-base launcher=slurm      one SLURM job each (extra slurm)
-# RANKS and RATES choose the grid. Compare the runs by heldout/over_base in their metrics.csv, or in W&B (logger=wandb).
+# Ranks × learning rates (recipe sweep), then a table of the runs by held-out loss. Arguments go to sa3-train.
+#   bash launch/sweep.sh data=DIR model=small-music-base
+#   bash launch/sweep.sh data=DIR launcher=slurm hydra.launcher.partition=gpu      one job per run
+#   bash launch/sweep.sh data=DIR adapter.rank=4,64 optimizer.lr=1e-4              other values
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-exec .venv/bin/sa3-train -m recipe=sweep "adapter.rank=${RANKS:-8,16,32}" "optimizer.lr=${RATES:-3e-5,1e-4,3e-4}" "$@"
+export SA3TRAIN_RUN_STAMP="${SA3TRAIN_RUN_STAMP:-$(date +%Y%m%d-%H%M%S)}"
+runs="${RUNS:-runs}"
+.venv/bin/sa3-train recipe=sweep paths.runs="$runs" "$@"
+exec .venv/bin/python -m sa3train.jobs.compare "$runs/sweep-$SA3TRAIN_RUN_STAMP"

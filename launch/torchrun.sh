@@ -1,25 +1,24 @@
 #!/usr/bin/env bash
-# Train on several GPUs (or CPU ranks), on one machine or several. Arguments go to sa3-train.
-#   bash launch/torchrun.sh data=latents model=medium-base                           all GPUs of this machine
-#   NPROC=2 bash launch/torchrun.sh trainer=ddp trainer.accelerator=cpu data=latents  two CPU ranks
-#   NNODES=2 NODE_RANK=0 HEAD=host0:29500 bash launch/torchrun.sh …                   on host0
-#   NNODES=2 NODE_RANK=1 HEAD=host0:29500 bash launch/torchrun.sh …                   on host1
-# A rank that dies is started again up to RESTARTS times; the run then goes on from its last state.
+# One training on all GPUs of this machine, or on several machines. Arguments go to sa3-train.
+#   bash launch/torchrun.sh data=DIR recipe=style                       every GPU of this machine
+#   RANKS=4 bash launch/torchrun.sh …                                   four ranks
+#   NODES=2 NODE=0 HEAD=host0 bash launch/torchrun.sh … run_dir=DIR     on each machine, NODE counting from 0;
+#                                                                       DIR on a disk that all of them see
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-
-gpus=$(.venv/bin/python -c 'import torch; print(torch.cuda.device_count())')
-nproc=${NPROC:-$([ "$gpus" -gt 0 ] && echo "$gpus" || echo 1)}
-nodes=${NNODES:-1}
-if [ "$nodes" -gt 1 ]; then
-    : "${HEAD:?several nodes need HEAD=host:port of the first one}" "${NODE_RANK:?several nodes need NODE_RANK=0, 1, …}"
-    meet=(--nnodes "$nodes" --node_rank "$NODE_RANK" --rdzv_backend c10d --rdzv_endpoint "$HEAD")
-    run_id=${RUN_ID:?several nodes need a common RUN_ID, which names the run}
-else
+python=.venv/bin/python
+ranks="${RANKS:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
+nodes="${NODES:-1}"
+export SA3TRAIN_RUN_STAMP="${SA3TRAIN_RUN_STAMP:-$(date +%Y%m%d-%H%M%S)}"  # one name for all ranks of this machine
+if [ "$nodes" -eq 1 ]; then
     meet=(--standalone)
-    run_id=${RUN_ID:-$(date +%Y%m%d-%H%M%S)}
+else
+    case " $* " in
+        *" run_dir="* | *" resume="*) ;;
+        *) echo "error: on several machines give run_dir=DIR (or resume=DIR) on a disk that all of them see" >&2; exit 1 ;;
+    esac
+    meet=(--nnodes "$nodes" --node-rank "${NODE:?number of this machine, from 0}"
+          --master-addr "${HEAD:?host name of machine 0}" --master-port "${PORT:-29400}")
 fi
-# Every rank, and every restart, must agree on the run's folder.
-export SA3TRAIN_RUN_STAMP=$run_id
-exec .venv/bin/python -m torch.distributed.run "${meet[@]}" --nproc_per_node "$nproc" --rdzv_id "$run_id" \
-    --max_restarts "${RESTARTS:-0}" -m sa3train.jobs.train "$@"
+exec "$python" -m torch.distributed.run "${meet[@]}" --nproc-per-node "$ranks" \
+    -m sa3train.jobs.train trainer.devices="$ranks" trainer.num_nodes="$nodes" "$@"

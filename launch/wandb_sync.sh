@@ -1,16 +1,19 @@
 #!/usr/bin/env bash
-# Send runs that were tracked with logger=wandb logger.mode=offline.
-#   bash launch/wandb_sync.sh [FOLDER OF RUNS, default: runs]
+# Send runs that were recorded offline (logger.mode=offline, or a server that did not answer) to Weights & Biases.
+#   bash launch/wandb_sync.sh              every run under runs/
+#   bash launch/wandb_sync.sh RUN_DIR …    these
+#   DRY=1 bash launch/wandb_sync.sh …      say what would be sent
+# A run that was resumed is sent in order, part after part, under one id.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-runs=${1:-runs}
-[ -d "$runs" ] || {
-    echo "There is no folder $runs. Name the folder that holds your runs: bash launch/wandb_sync.sh FOLDER" >&2
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+[ "$#" -gt 0 ] || set -- runs
+shopt -s globstar nullglob
+found=()
+for folder in "$@"; do
+    found+=("$folder"/**/offline-run-*/)
+done
+if [ "${#found[@]}" -eq 0 ]; then
+    echo "error: no offline runs under: $*" >&2
     exit 1
-}
-found=0
-while IFS= read -r -d '' run; do
-    found=$((found + 1))
-    .venv/bin/wandb sync "$run"
-done < <(find "$runs" -type d -name 'offline-run-*' -print0)
-[ "$found" -gt 0 ] || echo "No offline run was found below $runs: nothing to send."
+fi
+exec "$here/.venv/bin/wandb" sync --yes ${DRY:+--dry-run} "${found[@]}"

@@ -3,8 +3,8 @@
     python recipes/nano/autoencoder.py WORK --steps 3000     # WORK/train and WORK/val from store.py; resumes WORK/ae.pt
     python recipes/nano/autoencoder.py WORK --decoder-only   # after latents.py, which freezes the code; WORK/decoder.pt
 
-It starts at a linear code (`linear_start.py`) and learns to be better. Once latents.py has frozen the code and the DiT
-is trained on it, the decoder alone may still improve. Loss: waveform error relative to the signal in mid and side, one
+It starts at a linear code (`sa3train.models.linear_code`) and learns to be better. Once latents.py has frozen the code
+and the DiT is trained on it, the decoder alone may still improve. Loss: waveform error relative to the signal in mid and side, one
 random STFT resolution of one random channel mix a step, a pull of each latent channel to unit spread. Shapes: B items,
 N samples, C channels, T latent frames.
 """
@@ -23,7 +23,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 import torch
-from linear_start import fit, start_linear
 from safetensors.torch import load_file
 from speed import fast_cpu_attention
 from store import Store
@@ -32,6 +31,7 @@ from torch import Tensor, nn
 from sa3train.files import atomic_path
 from sa3train.models.autoencoder import Autoencoder
 from sa3train.models.config import AutoencoderConfig, StackConfig
+from sa3train.models.linear_code import fit, start_linear
 
 FRAME, FRAMES, BATCH = 4096, 4, 32
 WINDOWS = (256, 512, 1024, 2048, 4096)

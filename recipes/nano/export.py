@@ -55,7 +55,7 @@ def write(path: Path, state: dict[str, Tensor]) -> None:
 
 
 def write_rulers(work: Path, folder: Path) -> None:
-    """The classifier, and for each class the first held-out clip of two seconds or more, cut to three."""
+    """The classifier, and each class's first held-out clip of two seconds or more, cut to three and coded low."""
     shutil.copyfile(work / "classifier.safetensors", folder / "classifier.safetensors")
     (folder / "held_out").mkdir(exist_ok=True)
     store = Store(work / "val")
@@ -64,7 +64,7 @@ def write_rulers(work: Path, folder: Path) -> None:
         pick = next(i for i in long if store.entries[i]["plan"]["sound"] == name)
         audio = store.audio(pick, 0, 3 * 44100)
         path = folder / "held_out" / f"{name.replace(' ', '_')}.ogg"
-        with soundfile.SoundFile(path, "w", 44100, 2, subtype="VORBIS", compression_level=0.6) as file:
+        with soundfile.SoundFile(path, "w", 44100, 2, subtype="VORBIS", compression_level=0.85) as file:
             for start in range(0, audio.shape[1], 44100):  # libvorbis wants no large writes
                 file.write(audio[:, start : start + 44100].T)
 

@@ -18,13 +18,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from autoencoder import Crops, build
-from linear_start import MARK, PATCH_DIMS, D
 from safetensors.torch import load_file, save_file
 from store import CHUNK, Store
 from torch import Tensor, nn
 
 from sa3train.files import atomic_path
 from sa3train.models.autoencoder import Autoencoder
+from sa3train.models.linear_code import MARK, PATCH_DIMS, D, fold_scale
 
 BUDGET = 40  # clips encoded together
 LOUDEST = 8.0  # latents beyond this many spreads (the hardest drum strokes) are cut to it for the DiT
@@ -54,12 +54,7 @@ def set_scale(model: Autoencoder, audio_BCN: Tensor, power: float = 0.5, widest:
     wanted_C = (heard_C / heard_C.median().clamp_min(1e-9)).pow(power).clamp(1 / widest, widest)
     wanted_C = wanted_C / wanted_C.pow(2).mean().sqrt()
     gain_C = wanted_C / spread_C
-    model.bottleneck.scaling_factor.copy_(gain_C[None, :, None])
-    model.bottleneck.bias.copy_((-mean_C * gain_C)[None, :, None])
-    first = model.decoder.layers[1]
-    assert isinstance(first, torch.nn.Linear)
-    first.bias += first.weight @ mean_C
-    first.weight /= gain_C[None, :]
+    fold_scale(model.state_dict(), gain_C, mean_C)
 
 
 def freeze(work: Path) -> Autoencoder:

@@ -1,7 +1,8 @@
 """The adapted layer, forward and backward, without a weight-sized tensor.
 
-y = g ⊙ (W(c ⊙ x) + sBA(c ⊙ x)) + bias, where g = magnitude / ‖V‖ by row and c = magnitude / ‖g ⊙ V‖ by column, V = W + sBA,
-for the kinds that have them. Gradients go through the norms. The -xs kinds have B = U·M and A = Vᵀ with U and V frozen.
+y = g ⊙ (W(c ⊙ x) + sBA(c ⊙ x)) + bias, where g = magnitude / ‖V‖ by row and c = magnitude / ‖g ⊙ V‖ by column, for the
+kinds that have them, and V = W + sBA. Gradients go through the norms. The -xs kinds have B = U·M and A = Vᵀ, both of U
+and V frozen.
 Shape suffixes: T tokens of all items, I columns (in), O rows (out), R rank.
 """
 
@@ -21,12 +22,12 @@ from sa3train.adapters.norms import (
     row_gradient_of_B,
     row_norms,
 )
-from sa3train.adapters.products import gradient_times
+from sa3train.adapters.products import rounded_transposed_times
 from sa3train.adapters.remake import Recipe
 from sa3train.adapters.weights import EPSILON
 
 SMALL_GAIN = 1e-2
-"""Rows whose gain is smaller (it is 1 at the start) are kept as they were before it, not recovered by dividing by it."""
+"""Outputs whose gain is smaller (it is 1 at the start) are kept as they were before it, not recovered by a division."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +41,7 @@ class Fixed:
 
 
 class AdaptedProduct(Function):
-    """See the top of the file. Differentiable in x, its dropped-out twin, A (None for -xs), B (or M) and the magnitudes."""
+    """See the top of the file. Differentiable in x, its dropped-out twin, A (None for -xs), B (M there), magnitudes."""
 
     @staticmethod
     def forward(
@@ -68,9 +69,9 @@ class AdaptedProduct(Function):
         low_TI = scaled_TI if dropped_TI is None else gained(dropped_TI, gain_I)
         y_TO = scaled_TI @ frozen.W_OI.T
         if A_RI is None:
-            assert frozen.U_OR is not None and frozen.V_IR is not None
-            u_TR = low_TI @ frozen.V_IR.to(dtype)
-            y_TO.addmm_(u_TR @ B.to(dtype).T, frozen.U_OR.to(dtype).T, alpha=scale)
+            U_OR, V_IR = frozen.bases
+            u_TR = low_TI @ V_IR.to(dtype)
+            y_TO.addmm_(u_TR @ B.to(dtype).T, U_OR.to(dtype).T, alpha=scale)
         else:
             u_TR = low_TI @ A_RI.to(dtype).T
             y_TO.addmm_(u_TR, B.to(dtype).T, alpha=scale)
@@ -106,7 +107,8 @@ class _Backward:
     def __init__(self, ctx: Any, dy_TO: Tensor) -> None:
         (
             x_TI, self.dropped_TI, self.A_RI, self.B, self.u_TR, self.y_TO,
-            self.norm_O, self.gain_O, self.norm_I, self.gain_I, self.small_TN, self.small_O, self.product_OR, self.product_IR, *sources,
+            self.norm_O, self.gain_O, self.norm_I, self.gain_I, self.small_TN, self.small_O,
+            self.product_OR, self.product_IR, *sources,
         ) = ctx.saved_tensors  # fmt: skip
         self.x_TI = ctx.recipe.make(sources).reshape(ctx.shape) if sources else x_TI
         self.fixed: Fixed = ctx.fixed
@@ -140,16 +142,16 @@ class _Backward:
             if dsquare_O is not None:
                 product_OR = self.product_OR
                 if product_OR is None:
-                    product_OR = self.frozen.U_OR * self.frozen.singular_values()
+                    product_OR = self.frozen.bases[0] * self.frozen.singular_values()
                 rows = row_gradient_of_B(product_OR, full_A, full_B, dsquare_O, self.scale)
                 through_norms = rows if through_norms is None else through_norms.add_(rows)
                 if dA is not None:
                     weighted_OR = (2 * self.scale * dsquare_O)[:, None] * full_B
                     if product_RI is None:
-                        product_RI = gradient_times(self.W_OI.T, weighted_OR).T
+                        product_RI = rounded_transposed_times(self.W_OI, weighted_OR).T
                     dA += row_gradient_of_A(product_RI, full_A, full_B, weighted_OR, self.scale)
         if through_norms is not None:
-            dB += through_norms if self.A_RI is not None else self.frozen.U_OR.T @ through_norms  # type: ignore[union-attr]
+            dB += through_norms if self.A_RI is not None else self.frozen.bases[0].T @ through_norms
         return dx, dropped, dA, dB, dmagnitude_O, dmagnitude_I, None, None
 
     def _gained_gradient(self, dsquare_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -177,9 +179,9 @@ class _Backward:
         """Gradients of u, and of B or M, through the low-rank product."""
         scaled_u = self.u_TR * self.scale
         if self.A_RI is not None:
-            return (dz_TO @ self.B.to(self.dtype)).mul_(self.scale), (dz_TO.T @ scaled_u).float()
-        v_TR = dz_TO @ self.frozen.U_OR.to(self.dtype)  # type: ignore[union-attr]
-        return (v_TR @ self.B.to(self.dtype)).mul_(self.scale), v_TR.T.float() @ scaled_u.float()
+            return (self.B.to(self.dtype).T @ dz_TO.T).mul_(self.scale).T, (dz_TO.T @ scaled_u).float()
+        v_RT = self.frozen.bases[0].to(self.dtype).T @ dz_TO.T
+        return (v_RT.T @ self.B.to(self.dtype)).mul_(self.scale), v_RT.float() @ scaled_u.float()
 
     def _low_rank_input(self) -> Tensor:
         return gained(self.x_TI if self.dropped_TI is None else self.dropped_TI, self.gain_I)
@@ -189,7 +191,7 @@ class _Backward:
         dx, dropped, grad_I = self.dx, None, None
         if dx is None:
             return None, None, None
-        A_RI = (self.frozen.V_IR.T if self.A_RI is None else self.A_RI).to(self.dtype)  # type: ignore[union-attr]
+        A_RI = (self.frozen.bases[1].T if self.A_RI is None else self.A_RI).to(self.dtype)
         if self.dropped_TI is None:
             dx.addmm_(du_TR, A_RI)
         else:
@@ -226,8 +228,8 @@ def factors(frozen: Frozen, A_RI: Tensor | None, B: Tensor) -> tuple[Tensor, Ten
     """(A, B) in fp32; for the -xs kinds B = U·M and A = Vᵀ."""
     if A_RI is not None:
         return A_RI, B
-    assert frozen.U_OR is not None and frozen.V_IR is not None
-    return frozen.V_IR.T, frozen.U_OR @ B
+    U_OR, V_IR = frozen.bases
+    return V_IR.T, U_OR @ B
 
 
 def gained(x: Tensor, gain: Tensor | None) -> Tensor:

@@ -33,7 +33,7 @@ class Adapter:
             for name in sorted(self.tensors[path]):
                 tensor = self.tensors[path][name].detach().cpu().contiguous()
                 digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-                digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+                digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
     def with_tensors(self, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> "Adapter":

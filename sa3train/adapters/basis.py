@@ -1,7 +1,8 @@
 """The frozen bases of the -xs kinds: the top-r singular vectors of W, exact, with canonical signs, kept on disk.
 
 The SVD is exact, not randomised: the top eigenvectors of the smaller Gram matrix in float64 (LAPACK syevr), and a full
-float64 SVD where the weight's rank is too low for that. Each column of U has its entry of largest magnitude positive; V flips along.
+float64 SVD where the weight's rank is too low for that. Each column of U has its entry of largest magnitude positive; V
+flips along.
 """
 
 import hashlib
@@ -46,7 +47,7 @@ def weight_hash(W: Tensor) -> str:
     """SHA-256 of a weight's shape and of its values in fp32, so that the same values in another dtype are the same."""
     values = W.detach().float().cpu().contiguous()
     digest = hashlib.sha256(str(tuple(values.shape)).encode())
-    digest.update(values.reshape(-1).view(torch.uint8).numpy())
+    digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -1,7 +1,7 @@
 """ComfyUI's LoRA files: `diffusion_model.<path>` with lora_up, lora_down and alpha, or whole differences of weights.
 
-ComfyUI multiplies by alpha / rank, and by 1 where alpha is absent. Only the DiT can be patched there: its models have no
-place for a change of the duration embedder.
+ComfyUI multiplies by alpha / rank, and by 1 where alpha is absent. Only the DiT can be patched there: its models have
+no place for a change of the duration embedder.
 """
 
 import os
@@ -37,6 +37,9 @@ MODULES = (
 )  # fmt: skip
 """Names of modules on the way to the DiT's layers, to read paths whose dots were made underscores."""
 
+MAX_DIFFERENCE = 2**27
+"""Values of the largest difference made from factors: a small file must not ask for all memory."""
+
 
 def read_comfy(source: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Adapter:
     """An adapter from a ComfyUI file: lora, `comfy-dora` where it has dora_scale, `diff` where it has differences.
@@ -49,14 +52,14 @@ def read_comfy(source: str, tensors: Mapping[str, Tensor], metadata: Mapping[str
         ending = next((ending for ending in ENDINGS if key.endswith("." + ending)), None)
         if ending is None:
             raise AdapterError(
-                f"{source}: {key} cannot be played here; of ComfyUI's files lora_up, lora_down, alpha, dora_scale, diff "
-                f"and diff_b are known."
+                f"{source}: {key} cannot be played here; of ComfyUI's files lora_up, lora_down, alpha, dora_scale, "
+                f"diff and diff_b are known."
             )
         layers.setdefault(_native_path(source, key.removesuffix("." + ending)), {})[ENDINGS[ending]] = tensor
     alphas = {path: _alpha(source, path, params) for path, params in layers.items()}
     kinds = {_kind(source, path, params) for path, params in layers.items()}
     if "diff" in kinds and kinds <= {"lora", "diff"}:
-        layers = {path: _as_difference(path, params, alphas[path]) for path, params in layers.items()}
+        layers = {path: _as_difference(source, path, params, alphas[path]) for path, params in layers.items()}
         kinds = {"diff"}
     if len(kinds) != 1:
         raise AdapterError(f"{source} mixes layers of {' and '.join(sorted(kinds))}; it cannot be read as one adapter.")
@@ -132,7 +135,7 @@ def _with_dots(source: str, name: str, rest: str) -> list[str]:
 def _kind(source: str, path: str, params: dict[str, Tensor]) -> str:
     """The kind of one layer, whose factors are flattened in place."""
     names = set(params)
-    if names <= {"diff", "diff_b"}:
+    if names and names <= {"diff", "diff_b"}:
         return "diff"
     if not {"lora_A", "lora_B"} <= names or "diff" in names:
         raise AdapterError(
@@ -146,6 +149,11 @@ def _kind(source: str, path: str, params: dict[str, Tensor]) -> str:
     if "magnitude" in names:
         if "diff_b" in names:
             raise AdapterError(f"{source}: {path} has dora_scale and diff_b; that cannot be read as one adapter.")
+        scale = params["magnitude"]
+        if scale.ndim < 2 or scale.numel() != (up[0] if scale.shape[0] == up[0] else down[1]):
+            raise AdapterError(
+                f"{source}: the dora_scale of {path} has shape {tuple(scale.shape)}, which does not fit."
+            )
         return "comfy-dora"
     return "diff" if "diff_b" in names else "lora"
 
@@ -159,10 +167,14 @@ def _alpha(source: str, path: str, params: dict[str, Tensor]) -> float:
     return float(alpha)
 
 
-def _as_difference(path: str, params: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+def _as_difference(source: str, path: str, params: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
     if "lora_A" not in params:
         return dict(params)
     A_RI, B_OR = params["lora_A"].float(), params["lora_B"].float()
+    if B_OR.shape[0] * A_RI.shape[1] > MAX_DIFFERENCE:
+        raise AdapterError(
+            f"{source}: {path} would change {B_OR.shape[0]} × {A_RI.shape[1]} weights; no layer is as large as that."
+        )
     diff_OI = B_OR @ A_RI * (alpha / A_RI.shape[0])
     kept = {name: tensor for name, tensor in params.items() if name == "diff_b"}
     return {"diff": diff_OI[:, :, None] if path.endswith(CONVOLUTIONS) else diff_OI, **kept}

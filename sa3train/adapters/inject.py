@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sa3train import __version__
 from sa3train.adapters.adapter import Adapter, architecture_of
-from sa3train.adapters.layers import FamilyConfig, FamilyLayer, FamilyTuner
+from sa3train.adapters.layers import FamilyConfig, FamilyTuner
 from sa3train.adapters.methods import NAME, start_method
 from sa3train.adapters.spec import KINDS, PLAY_ONLY, AdapterSpec
 from sa3train.adapters.targets import Filter, adaptable_layers
@@ -90,8 +90,8 @@ class Injected:
         fast = [parameter for name, parameter in named.items() if name.endswith(".lora_B")]
         if not fast or ratio <= 0:
             raise AdapterError(
-                f"a LoRA+ ratio must be above 0 and needs B matrices; {self.spec.kind} has {len(fast)} and the ratio is "
-                f"{ratio}. Set it to 1."
+                f"a LoRA+ ratio must be above 0 and needs B matrices; {self.spec.kind} has {len(fast)}, "
+                f"and the ratio is {ratio}. Set it to 1."
             )
         slow = [parameter for name, parameter in named.items() if not name.endswith(".lora_B")]
         return [
@@ -101,7 +101,7 @@ class Injected:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Copies of the adapter's tensors, fp32 on the CPU, by module path and by their names in files."""
-        state = {name: tensor for name, tensor in self.named_parameters().items()}
+        state: dict[str, Tensor] = dict(self.named_parameters())
         if self.spec.kind not in KINDS:
             state = get_peft_model_state_dict(self.root, adapter_name=NAME)
         result: dict[str, dict[str, Tensor]] = {path: {} for path in self.layers}
@@ -111,7 +111,7 @@ class Injected:
         return result
 
     def export(self, metadata: Mapping[str, str] | None = None) -> Adapter:
-        """The adapter as it is now, with provenance: `metadata` (step, base model, …), this version, the architecture."""
+        """The adapter as it is now, with provenance: `metadata` (step, base model, …), version, architecture."""
         weight = next(iter(adaptable_layers(self.root).values())).weight
         provenance = {
             "sa3train_version": __version__,

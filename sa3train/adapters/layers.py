@@ -22,8 +22,8 @@ from sa3train.adapters.spec import KINDS, AdapterSpec, Kind
 from sa3train.adapters.weights import initial_parameters
 
 UNKEPT_OUTPUTS = (".cross_attn.to_q", ".cross_attn.to_out", ".to_local_embed.2")
-"""Layers whose output nothing else keeps for the backward pass, and whose product is cheap enough to be made again there
-rather than kept (about 1 % of a step each, for 1 % of its memory). It changes no value."""
+"""Layers whose output nothing else keeps for the backward pass, and whose product is cheap enough to be made again
+there rather than kept (about 1 % of a step each, for 1 % of its memory). It changes no value."""
 
 TRAINED = ("lora_A", "lora_B", "M_xs", "magnitude", "magnitude_r", "magnitude_c")
 
@@ -35,6 +35,12 @@ class FamilyLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = TRAINED
+    lora_A: nn.ParameterDict
+    lora_B: nn.ParameterDict
+    M_xs: nn.ParameterDict
+    magnitude: nn.ParameterDict
+    magnitude_r: nn.ParameterDict
+    magnitude_c: nn.ParameterDict
     other_param_names = ("basis_U", "basis_V", "scaling", "kinds", "dropout")
 
     def __init__(self, base_layer: nn.Linear | nn.Conv1d) -> None:
@@ -131,7 +137,7 @@ class FamilyConfig(PeftConfig):
 
 
 class FamilyTuner(BaseTuner):
-    """PEFT's tuner for the SA3 family: it injects `FamilyLayer`, and PEFT names, activates, disables and unloads them."""
+    """PEFT's tuner for the SA3 family: it injects `FamilyLayer`s, and PEFT names, activates, disables, unloads them."""
 
     prefix = "lora_"
     tuner_layer_cls = FamilyLayer
@@ -151,7 +157,8 @@ class FamilyTuner(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        assert isinstance(peft_config, FamilyConfig) and isinstance(target, nn.Linear | nn.Conv1d)
+        assert isinstance(peft_config, FamilyConfig)
+        assert isinstance(target, nn.Linear | nn.Conv1d)
         layer = FamilyLayer(target)
         layer.update_layer(adapter_name, peft_config.spec, current_key)
         layer.train(target.training)

@@ -96,9 +96,22 @@ def cut_matrix(D_OI: Tensor, cut: Cut) -> LowRank:
     return LowRank(B, A, float((D - B @ A).square().sum()), float(D.square().sum()))
 
 
-def inner_product(first: tuple[Tensor, Tensor], second: tuple[Tensor, Tensor]) -> float:
-    """⟨B₁A₁, B₂A₂⟩ of two products of factors (B, A), without building them."""
-    return float(((first[0].T @ second[0]) * (first[1] @ second[1].T)).sum())
+Product = tuple[Tensor, Tensor | None]
+"""A change as its factors (B, A), or whole as (change, None)."""
+
+
+def inner_product(first: Product, second: Product) -> float:
+    """⟨X, Y⟩ of two changes; where both are factors, neither product is built."""
+    (B, A), (D, C) = first, second
+    if A is not None and C is not None:
+        return float(((B.T @ D) * (A @ C.T)).sum())
+    return float(((B if A is None else B @ A) * (D if C is None else D @ C)).sum())
+
+
+def shape_of(product: Product) -> tuple[int, int]:
+    """(out, in) of a change."""
+    B, A = product
+    return B.shape[0], (B if A is None else A).shape[1]
 
 
 def _padded(B_OR: Tensor, A_RI: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,7 @@ from peft.utils import PeftType, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from sa3train.adapters.spec import PEFT_METHODS, AdapterSpec
+from sa3train.adapters.targets import Filter
 from sa3train.errors import AdapterError
 
 NAME = "default"
@@ -26,6 +27,14 @@ RESERVED = (
 )  # fmt: skip
 """Fields of PEFT's configs that the spec sets, or that make no sense here; `options` may hold the others."""
 
+
+REFUSALS = (
+    TypeError, ValueError, RuntimeError, ImportError, AttributeError, LookupError, ArithmeticError, AssertionError,
+)  # fmt: skip
+"""What PEFT raises, here and there, for a setting or a tensor that it cannot use."""
+
+LARGEST_OPTION = 2**14
+"""Of numbers in `options`, which may come from a file: some of PEFT's are counts of layers or of loops."""
 
 START_AT_THE_BASE: dict[str, dict[str, Any]] = {"fourierft": {"init_weights": True}, "c3a": {"init_weights": True}}
 """PEFT starts these from random changes unless told otherwise; an adapter must start as the base."""
@@ -40,7 +49,7 @@ def method_config(spec: AdapterSpec, paths: Sequence[str]) -> PeftConfig:
         settings["r"] = spec.rank
         if spec.kind == "oft":
             settings["oft_block_size"] = 0
-    _set_alpha(spec, known, settings)
+    _set_alpha(spec, known, settings, paths)
     if spec.dropout:
         settings[_field(spec, known, "dropout", f"{spec.kind}_dropout", "module_dropout")] = spec.dropout
     if spec.rank_pattern:
@@ -52,11 +61,13 @@ def method_config(spec: AdapterSpec, paths: Sequence[str]) -> PeftConfig:
     settings |= START_AT_THE_BASE.get(spec.kind, {})
     for name, value in spec.options.items():
         if name not in allowed:
-            raise AdapterError(f"{spec.kind} has no option {name!r}; it has {', '.join(allowed)}.")
+            raise AdapterError(f"{spec.kind} has no option {name[:40]!r}; it has {', '.join(allowed)}.")
+        if isinstance(value, int | float) and not abs(value) <= LARGEST_OPTION:
+            raise AdapterError(f"the option {name} of {spec.kind} must be at most {LARGEST_OPTION}.")
         settings[name] = value
     try:
         return config_class(**settings)
-    except (TypeError, ValueError) as error:
+    except REFUSALS as error:
         raise AdapterError(f"PEFT refuses these settings for {spec.kind}: {error}") from error
 
 
@@ -65,8 +76,8 @@ def start_method(root: nn.Module, spec: AdapterSpec, paths: Sequence[str]) -> Ba
     config = method_config(spec, paths)
     with _quietly():
         try:
-            return PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type](root, config, adapter_name=NAME)
-        except (TypeError, ValueError, NotImplementedError, RuntimeError, ImportError) as error:
+            return PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)](root, config, adapter_name=NAME)
+        except REFUSALS as error:
             raise AdapterError(
                 f"PEFT's {spec.kind} cannot adapt these layers: {error} Leave such layers out with exclude, or choose "
                 f"another kind."
@@ -79,22 +90,27 @@ def merged_weight(spec: AdapterSpec, path: str, W: Tensor, params: Mapping[str, 
     Raises `AdapterError` when the tensors are not those the method needs for a weight of this shape.
     """
     holder = nn.ModuleDict({"layer": _copy_of_layer(W)})
-    alpha = spec.alpha_of(path) if spec.alpha is not None or path in spec.alpha_pattern else None
+    own_alpha = any(Filter([pattern]).matches(path) for pattern in spec.alpha_pattern)
+    alpha = spec.alpha_of(path) if spec.alpha is not None or own_alpha else None
     alone = replace(spec, rank=spec.rank_of(path), alpha=alpha, rank_pattern={}, alpha_pattern={}, dropout=0.0)
     with torch.random.fork_rng(devices=[]), _quietly():
         tuner = start_method(holder, alone, ["layer"])
         try:
             given = {f"layer.{name}": tensor.float().to(W.device) for name, tensor in params.items()}
-            result = set_peft_model_state_dict(holder, given, NAME)
-        except RuntimeError as error:
+            missing, unexpected = set_peft_model_state_dict(holder, given, NAME)  # type: ignore[attr-defined]
+        except REFUSALS as error:
             raise AdapterError(f"the {spec.kind} tensors of {path} do not fit its weight: {error}") from error
-        absent = [name for name in result.missing_keys if not name.endswith((".base_layer.weight", ".base_layer.bias"))]
-        if result.unexpected_keys or absent:
+        absent = [name for name in missing if not name.endswith((".base_layer.weight", ".base_layer.bias"))]
+        if unexpected or absent:
             raise AdapterError(
-                f"{path} lacks {absent or 'nothing'} of {spec.kind} and has {result.unexpected_keys or 'nothing'} too much."
+                f"{path} lacks {absent or 'nothing'} of {spec.kind}, and has {unexpected or 'nothing'} too much."
             )
-        tuner.merge_and_unload()
-    weight: Tensor = holder["layer"].weight
+        try:
+            tuner.merge_and_unload()
+        except REFUSALS as error:
+            raise AdapterError(f"PEFT cannot merge the {spec.kind} of {path}: {error}") from error
+    weight = holder["layer"].weight
+    assert isinstance(weight, Tensor)
     return weight.detach().reshape(W.shape)
 
 
@@ -103,7 +119,7 @@ def spec_from_config(config: Mapping[str, Any]) -> AdapterSpec:
     kind = str(config.get("peft_type", "")).lower()
     if kind not in PEFT_METHODS:
         raise AdapterError(
-            f"PEFT's {kind or 'unnamed method'} is not supported; supported: lora, {', '.join(PEFT_METHODS)}."
+            f"PEFT's {kind[:40] or 'unnamed method'} is not supported; supported: lora, {', '.join(PEFT_METHODS)}."
         )
     known = {field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind.upper())])}
     options = {name: value for name, value in config.items() if name in known and name not in RESERVED}
@@ -115,8 +131,8 @@ def spec_from_config(config: Mapping[str, Any]) -> AdapterSpec:
         kind,
         rank=rank,
         alpha=config.get("alpha"),
-        rank_pattern=config.get("rank_pattern") or {},
-        alpha_pattern=config.get("alpha_pattern") or {},
+        rank_pattern=_plain_pattern(config, "rank_pattern"),
+        alpha_pattern=_plain_pattern(config, "alpha_pattern"),
         options=options,
     )
 
@@ -132,13 +148,23 @@ def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, set) else str(value)
 
 
-def _set_alpha(spec: AdapterSpec, known: set[str], settings: dict[str, Any]) -> None:
+def _plain_pattern(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """PEFT's patterns are expressions: those that name a module come back as its name."""
+    patterns = config.get(name) or {}
+    if not isinstance(patterns, dict):
+        raise AdapterError(f"{name} must be a table, not {str(patterns)[:40]!r}.")
+    return {re.sub(r"\\(\W)", r"\1", pattern): value for pattern, value in patterns.items()}
+
+
+def _set_alpha(spec: AdapterSpec, known: set[str], settings: dict[str, Any], paths: Sequence[str]) -> None:
+    """PEFT matches its patterns otherwise than the spec does, so each path is given its own alpha."""
     if "alpha" in known:
         settings["alpha"] = spec.rank if spec.alpha is None else spec.alpha
     elif spec.alpha is not None:
         raise AdapterError(f"{spec.kind} has no alpha; leave it out.")
-    if spec.alpha_pattern:
-        settings[_field(spec, known, "alpha_pattern", "alpha_pattern")] = dict(spec.alpha_pattern)
+    if spec.alpha_pattern or (spec.rank_pattern and "alpha_pattern" in known):
+        name = _field(spec, known, "alpha_pattern", "alpha_pattern")
+        settings[name] = {re.escape(path): spec.alpha_of(path) for path in paths}
 
 
 def _field(spec: AdapterSpec, known: set[str], setting: str, *names: str) -> str:

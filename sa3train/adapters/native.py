@@ -1,4 +1,4 @@
-"""The released adapter files: safetensors, F16, `lora_config` metadata, keys that end in `.parametrizations.weight.0.<name>`."""
+"""Released adapter files: safetensors, F16, `lora_config` metadata, keys `PATH.parametrizations.weight.0.NAME`."""
 
 import json
 from collections import Counter
@@ -39,7 +39,7 @@ def read_native(source: str, tensors: Mapping[str, Tensor], metadata: Mapping[st
             layers.setdefault(path, {})[name] = tensor
     if strangers:
         raise AdapterError(
-            f"{source} mixes adapter tensors with {len(strangers)} others, such as {strangers[0]}; it is no adapter file."
+            f"{source} mixes adapter tensors with {len(strangers)} others, such as {strangers[0]}: it is no adapter."
         )
     spec = _spec(source, layers, metadata)
     return checked(Adapter(spec, layers, dict(metadata), source))

@@ -11,7 +11,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sa3train.adapters.products import column_squares, gradient_times, row_squares, times, transposed_times
+from sa3train.adapters.products import (
+    column_squares,
+    rounded_times,
+    rounded_transposed_times,
+    row_squares,
+    times,
+    transposed_times,
+)
 from sa3train.adapters.weights import EPSILON, flatten_weight
 
 
@@ -33,6 +40,13 @@ class Frozen:
         """The weight, flattened."""
         return flatten_weight(self.weight.detach())
 
+    @property
+    def bases(self) -> tuple[Tensor, Tensor]:
+        """U and V; only the -xs kinds have them."""
+        if self.U_OR is None or self.V_IR is None:
+            raise RuntimeError("this layer has no frozen bases")
+        return self.U_OR, self.V_IR
+
     def row_squares(self) -> Tensor:
         """‖W‖² of each row, (O,)."""
         return self._kept("rows", lambda: row_squares(self.W_OI))
@@ -43,8 +57,7 @@ class Frozen:
 
     def singular_values(self) -> Tensor:
         """(R,), with which WV = U·σ and WᵀU = V·σ: the products with W that the -xs kinds are spared."""
-        U_OR, V_IR = self.U_OR, self.V_IR
-        assert U_OR is not None and V_IR is not None
+        U_OR, V_IR = self.bases
         return self._kept("sigma", lambda: (times(self.W_OI, V_IR) * U_OR).sum(dim=0))
 
     @property
@@ -81,12 +94,13 @@ def column_norms(
     else:
         weights_O = gain_O.square()
         base_I, weighted_OR = column_squares(W_OI, weights_O), weights_O[:, None] * B_OR
-    if frozen.U_OR is None or frozen.V_IR is None:
+    if frozen.U_OR is None:
         product_IR = transposed_times(W_OI, weighted_OR)
     else:  # WᵀB = V·σ·UᵀB, for B = U·M; what the gains add to it is small, and so is its rounding
-        product_IR = (frozen.V_IR * frozen.singular_values()) @ (frozen.U_OR.T @ B_OR)
+        U_OR, V_IR = frozen.bases
+        product_IR = (V_IR * frozen.singular_values()) @ (U_OR.T @ B_OR)
         if gain_O is not None:
-            product_IR += gradient_times(W_OI.T, weighted_OR - B_OR)
+            product_IR += rounded_transposed_times(W_OI, weighted_OR - B_OR)
     return _norm(base_I, product_IR, A_RI.T, B_OR.T @ weighted_OR, scale), product_IR
 
 
@@ -122,10 +136,11 @@ def column_gradients(
     """Gradients of the squared column norms, given `grad_I`. `product_IR` is None where A is frozen; then the gradient
     of B is right within U's span, which is all that reaches M."""
     weighted_RI = A_RI * grad_I
-    if frozen.U_OR is None or frozen.V_IR is None or gain_O is not None:
-        product_OR = gradient_times(frozen.W_OI, weighted_RI.T)
+    if frozen.U_OR is None or gain_O is not None:
+        product_OR = rounded_times(frozen.W_OI, weighted_RI.T)
     else:
-        product_OR = frozen.U_OR @ ((frozen.V_IR * frozen.singular_values()).T @ weighted_RI.T)
+        U_OR, V_IR = frozen.bases
+        product_OR = U_OR @ ((V_IR * frozen.singular_values()).T @ weighted_RI.T)
     grad_B = torch.addmm(product_OR, B_OR, weighted_RI @ A_RI.T, alpha=scale)
     weights_O = grad_w = None
     if gain_O is not None:

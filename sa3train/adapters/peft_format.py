@@ -1,7 +1,7 @@
 """PEFT folders: `adapter_config.json` beside `adapter_model.safetensors`.
 
-PEFT knows two of the family: lora, and dora-rows as its DoRA. Its other methods (LoKr, LoHa, OFT, …) are carried as they
-are. A 1-D convolution's factors are (rank, in, taps) and (out, rank, 1) there.
+PEFT knows two of the family: lora, and dora-rows as its DoRA. Its other methods (LoKr, LoHa, OFT, …) are carried as
+they are. A 1-D convolution's factors are (rank, in, taps) and (out, rank, 1) there.
 """
 
 import json
@@ -41,7 +41,7 @@ def read_peft_folder(folder: Path, weights: str = WEIGHTS) -> Adapter:
     if not file.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         advice = (
-            f"It holds a pickle, which can carry code: sa3-adapter convert {folder / 'adapter_model.bin'} NEW.safetensors"
+            f"It holds a pickle: sa3-adapter convert {folder / 'adapter_model.bin'} NEW.safetensors"
             if pickled
             else f"A PEFT folder holds {CONFIG} and {WEIGHTS}."
         )
@@ -59,7 +59,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         text = file.read_bytes() if file.stat().st_size <= MAX_CONFIG else b" " * (MAX_CONFIG + 1)
     except OSError as error:
         raise AdapterError(
-            f"{file} cannot be read ({error.strerror}); it says how PEFT's tensors are to be scaled. Put it beside them."
+            f"{file} cannot be read ({error.strerror}); it says how PEFT's tensors are scaled. Put it beside them."
         ) from error
     config = parse_json(text, str(file), MAX_CONFIG)
     if not isinstance(config, dict):
@@ -71,6 +71,9 @@ def adapter_from_peft(
     source: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> Adapter:
     """An adapter from PEFT's tensors, named as in its files, and its config."""
+    for table in ("rank_pattern", "alpha_pattern"):
+        if not isinstance(config.get(table) or {}, dict):
+            raise AdapterError(f"{source}: {table} must be a table.")
     method = str(config.get("peft_type", "")).lower()
     base = config.get("base_model_name_or_path")
     metadata = dict(metadata) | ({"base_model": base} if isinstance(base, str) and "base_model" not in metadata else {})
@@ -167,15 +170,19 @@ def _lora_spec(
     bias, moved = config.get("bias", "none"), config.get("fan_in_fan_out")
     if bias not in ("none", None) or moved:
         raise AdapterError(
-            f"{source} trains biases or transposed weights (bias={bias!r}); that cannot be carried over."
+            f"{source} trains biases or transposed weights (bias={str(bias)[:40]!r}); that cannot be carried over."
         )
-    incomplete = [path for path, params in layers.items() if not {"lora_A", "lora_B"} <= params.keys()]
+    incomplete = [
+        path
+        for path, params in layers.items()
+        if not {"lora_A", "lora_B"} <= params.keys() or any(params[name].ndim != 2 for name in ("lora_A", "lora_B"))
+    ]
     if incomplete or not layers:
         raise AdapterError(f"{source} is damaged: {incomplete[0] if incomplete else 'no layer'} has no whole LoRA.")
     dora = any("magnitude" in params for params in layers.values())
     if bool(config.get("use_dora")) != dora:
         raise AdapterError(
-            f"{source}: use_dora is {config.get('use_dora')!r} in {CONFIG}, which its tensors contradict."
+            f"{source}: use_dora is {str(config.get('use_dora'))[:40]!r} in {CONFIG}, which its tensors contradict."
         )
     ranks = {path: int(params["lora_A"].shape[0]) for path, params in layers.items()}
     alphas = _alphas(source, list(layers), config)
@@ -195,11 +202,8 @@ def _lora_spec(
 
 def _alphas(source: str, paths: list[str], config: Mapping[str, Any]) -> dict[str, float]:
     """The alpha of each layer. PEFT's patterns are expressions; from files only plain module names are accepted."""
-    patterns = config.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise AdapterError(f"{source}: alpha_pattern must be a table.")
     plain = {}
-    for pattern, alpha in patterns.items():
+    for pattern, alpha in (config.get("alpha_pattern") or {}).items():
         name = re.sub(r"\\([.\-])", r"\1", str(pattern)).removeprefix("^").removesuffix("$").removeprefix(PREFIX)
         if not re.fullmatch(r"[\w.\-]+", name):
             raise AdapterError(

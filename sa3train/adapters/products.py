@@ -25,7 +25,13 @@ def row_blocks(W_OI: Tensor) -> Iterator[tuple[slice, Tensor]]:
 def times(W_OI: Tensor, M_IR: Tensor) -> Tensor:
     """W·M, (O, R) fp32, exact to about 2⁻¹⁷ of its largest value for a bf16 weight and to fp32 for the others."""
     if W_OI.dtype == torch.bfloat16:
-        return _split_times(W_OI, M_IR)
+        both = torch.cat(_split(M_IR), dim=1)
+        if W_OI.is_cuda:
+            return torch.mm(W_OI, both, out_dtype=torch.float32).unflatten(1, (2, -1)).sum(dim=1)
+        product = W_OI @ both
+        rank = M_IR.shape[1]
+        lost = torch.addmm(product[:, :rank], W_OI, both[:, :rank], beta=-1)
+        return (product[:, :rank].float() + product[:, rank:]).add_(lost)
     out_OR = torch.empty(W_OI.shape[0], M_IR.shape[1], device=W_OI.device)
     for rows, block_NI in row_blocks(W_OI):
         torch.mm(block_NI, M_IR, out=out_OR[rows])
@@ -35,33 +41,37 @@ def times(W_OI: Tensor, M_IR: Tensor) -> Tensor:
 def transposed_times(W_OI: Tensor, M_OR: Tensor) -> Tensor:
     """Wᵀ·M, (I, R) fp32, as exact as `times`."""
     if W_OI.dtype == torch.bfloat16:
-        return _split_times(W_OI.T, M_OR)
+        both = torch.cat(_split(M_OR.T))
+        if W_OI.is_cuda:
+            return torch.mm(both, W_OI, out_dtype=torch.float32).unflatten(0, (2, -1)).sum(dim=0).T
+        product = both @ W_OI
+        rank = M_OR.shape[1]
+        lost = torch.addmm(product[:rank], both[:rank], W_OI, beta=-1)
+        return (product[:rank].float() + product[rank:]).add_(lost).T
     out_IR = torch.zeros(W_OI.shape[1], M_OR.shape[1], device=W_OI.device)
     for rows, block_NI in row_blocks(W_OI):
         out_IR.addmm_(block_NI.T, M_OR[rows])
     return out_IR
 
 
-def gradient_times(W: Tensor, M: Tensor) -> Tensor:
-    """W·M, fp32, for gradients: rounded to bf16 on the way for a bf16 weight, as every gradient through it is."""
-    return (W @ M.to(W.dtype)).float() if W.dtype == torch.bfloat16 else times(W, M)
+def rounded_times(W_OI: Tensor, M_IR: Tensor) -> Tensor:
+    """W·M, fp32, but rounded to bf16 on the way for a bf16 weight: for gradients, which are rounded so anyway."""
+    return (W_OI @ M_IR.to(W_OI.dtype)).float() if W_OI.dtype == torch.bfloat16 else times(W_OI, M_IR)
 
 
-def _split_times(W: Tensor, M_IR: Tensor) -> Tensor:
-    """W·M in bf16 products. M is split into two bf16 terms, and what rounding took from the large one is added back.
+def rounded_transposed_times(W_OI: Tensor, M_OR: Tensor) -> Tensor:
+    """Wᵀ·M, as `rounded_times`."""
+    return (M_OR.T.to(W_OI.dtype) @ W_OI).float().T if W_OI.dtype == torch.bfloat16 else transposed_times(W_OI, M_OR)
 
-    A few times cheaper than turning the weight into fp32, above all where bf16 products have hardware of their own.
+
+def _split(M: Tensor) -> tuple[Tensor, Tensor]:
+    """Two bf16 terms whose sum is M to 2⁻¹⁷.
+
+    A product with a bf16 weight is then two bf16 products; what rounding took from the large one is added back by a
+    third. That is a few times cheaper than an fp32 copy of the weight, above all where bf16 has hardware of its own.
     """
-    rank = M_IR.shape[1]
-    high = M_IR.to(torch.bfloat16)
-    low = (M_IR - high.float()).to(torch.bfloat16)
-    both = torch.cat((high, low), dim=1)
-    if W.is_cuda:
-        product = torch.mm(W, both, out_dtype=torch.float32)
-        return product[:, :rank] + product[:, rank:]
-    product = W @ both
-    lost = torch.addmm(product[:, :rank], W, high, beta=-1)
-    return product[:, :rank].float() + product[:, rank:].float() + lost.float()
+    high = M.to(torch.bfloat16)
+    return high, (M - high).to(torch.bfloat16)
 
 
 def row_squares(W_OI: Tensor, weights_I: Tensor | None = None) -> Tensor:

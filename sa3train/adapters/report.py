@@ -13,7 +13,7 @@ from sa3train.adapters.spec import KINDS, AdapterSpec
 from sa3train.errors import AdapterError
 
 NO_EFFECT = 1e-3
-"""‖W' − W‖ / ‖W‖ below which an adapter without any low-rank product counts as untrained: F16 magnitudes round by less."""
+"""‖W' − W‖ / ‖W‖ below which an adapter without low-rank products counts as untrained: F16 magnitudes round by less."""
 
 GROUPS = (
     ("self_attn", "self-attention"),
@@ -41,7 +41,7 @@ class BaseModel(Protocol):
 class LoadReport:
     """The outcome of matching an adapter to a model.
 
-    `matched`, `missing` (the spec names them, the file lacks them) and `unexpected` (not in the model) are module paths;
+    `matched`, `missing` (the spec names them, the file lacks them) and `unexpected` (not in the model) are paths;
     `shape_wrong` says for each why it does not fit. `effect` is ‖W' − W‖ / ‖W‖ at full strength by group of layers, and
     over all as "all". `base` and `base_loaded` give name, architecture and hash of the model it was trained on and of
     the one loaded, where known.
@@ -164,12 +164,11 @@ def refuse_unfit(report: LoadReport, allow_partial: bool) -> None:
     )
     if report.not_finite:
         raise AdapterError(
-            f"{what}: {len(report.not_finite)} of its tensors hold NaN or infinity ({report.not_finite[0]}). Its training "
-            f"diverged; take an earlier checkpoint."
+            f"{what}: {len(report.not_finite)} of its tensors hold NaN or infinity ({report.not_finite[0]}). Its "
+            f"training diverged; take an earlier checkpoint."
         )
     recorded, loaded = report.base.get("architecture"), report.base_loaded["architecture"]
-    other = recorded not in (None, loaded) or 2 * len(report.shape_wrong) > total
-    if report.partial and other:
+    if recorded not in (None, loaded) or 2 * len(report.shape_wrong) > total:
         trained_on = report.base.get("name", "another model")
         raise AdapterError(
             f"{what}: it was made for another architecture ({trained_on}). {counts}{_example(report)}. Load the model "
@@ -185,7 +184,12 @@ def refuse_unfit(report: LoadReport, allow_partial: bool) -> None:
 
 
 def refuse_without_effect(report: LoadReport, adapter: Adapter) -> None:
-    """Raise `AdapterError` for an adapter that is all zero: one that was never trained."""
+    """Raise `AdapterError` for an adapter that is all zero, one never trained, and for one whose weights overflow."""
+    if not math.isfinite(report.effect["all"]):
+        raise AdapterError(
+            f"the adapter {report.source} is refused: its tensors are so large that the weights it makes overflow. Its "
+            f"training diverged; take an earlier checkpoint."
+        )
     all_zero = all(not tensor.any() for path in report.matched for tensor in adapter.tensors[path].values())
     if all_zero or (_no_low_rank_product(report, adapter) and report.effect["all"] < NO_EFFECT):
         raise AdapterError(
@@ -228,7 +232,10 @@ def _method_misfit(adapter: Adapter, path: str, weight: Tensor) -> str | None:
     from sa3train.adapters.play import layer_part
 
     if adapter.spec.kind == "comfy-dora":
-        return None if adapter.tensors[path]["lora_A"].shape[1] == weight[0].numel() else "another width"
+        params = adapter.tensors[path]
+        found = (params["lora_B"].shape[0], params["lora_A"].shape[1])
+        needed = (weight.shape[0], weight[0].numel())
+        return None if found == needed else f"its product is {list(found)}, needs {list(needed)}"
     try:
         layer_part(adapter, path, weight.detach()).weight(weight.detach())
     except AdapterError as error:
@@ -251,7 +258,7 @@ def _base_warnings(
     if recorded.get("hash") and loaded.get("hash") and recorded["hash"] != loaded["hash"]:
         found.append(
             f"it was trained on {recorded.get('name', 'a model')} (hash {recorded['hash'][:12]}), not on the weights "
-            f"loaded ({loaded.get('name', 'hash')} {loaded['hash'][:12]}); it may sound different from what was intended"
+            f"loaded ({loaded.get('name', 'hash')} {loaded['hash'][:12]}); it may not sound as intended"
         )
     kind = KINDS.get(adapter.spec.kind)
     trained, here = adapter.metadata.get("base_dtype"), next(iter(layers.values())).weight.dtype

@@ -1,4 +1,4 @@
-"""What an adapter is: its kind, rank, scale and the layers it goes to. No torch here: specs are read by light code too."""
+"""What an adapter is: its kind, rank, scale and the layers it goes to. No torch here: light code reads specs too."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -9,11 +9,13 @@ from sa3train.adapters.targets import Filter, split_patterns
 from sa3train.errors import AdapterError
 
 MAX_RANK = 16384
+LARGEST = 1e9
+"""Of alphas and strengths: far beyond any use, and far below what overflows."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One member of the SA3 family: a low-rank change, its basis frozen or not, rows and columns renormalised or not."""
+    """One member of the SA3 family: a low-rank change, its bases frozen or not, rows and columns renormed or not."""
 
     name: str
     xs: bool = False
@@ -99,10 +101,10 @@ class AdapterSpec:
         for pattern, rank in self.rank_pattern.items():
             _check_rank(f"rank_pattern[{pattern!r}]", rank)
         for name, alpha in {"alpha": self.alpha, **_named("alpha_pattern", self.alpha_pattern)}.items():
-            if alpha is not None and not (_is_number(alpha) and math.isfinite(alpha) and alpha != 0):
-                raise AdapterError(f"{name} must be a finite number other than 0, not {alpha!r}.")
-        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
-            raise AdapterError(f"dropout must be at least 0 and below 1, not {self.dropout!r}.")
+            if alpha is not None and not (is_finite_number(alpha) and alpha != 0):
+                raise AdapterError(f"{name} must be a number other than 0, up to {LARGEST:g}, not {_shown(alpha)}.")
+        if not (is_finite_number(self.dropout) and 0 <= self.dropout < 1):
+            raise AdapterError(f"dropout must be at least 0 and below 1, not {_shown(self.dropout)}.")
         if self.options and self.kind not in PEFT_METHODS:
             raise AdapterError(f"options {sorted(self.options)} are for PEFT's own methods; {self.kind} takes none.")
         object.__setattr__(self, "include", _patterns(self.include))
@@ -143,13 +145,19 @@ def _named(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     return {f"{name}[{key!r}]": value for key, value in values.items()}
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def is_finite_number(value: object) -> bool:
+    """Whether `value` is a number, not NaN, and small enough to multiply fp32 weights with (JSON's have no bounds)."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:60]}…"
 
 
 def _check_rank(name: str, rank: object) -> None:
     if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
-        raise AdapterError(f"{name} must be a whole number from 1 to {MAX_RANK}, not {rank!r}.")
+        raise AdapterError(f"{name} must be a whole number from 1 to {MAX_RANK}, not {_shown(rank)}.")
 
 
 def _patterns(patterns: Sequence[str] | str | None) -> tuple[str, ...] | None:

@@ -1,12 +1,11 @@
 """Adapters at play: their effective weights, baked into the model once per change, and taken out bit for bit.
 
-Strength s means W + Σ sᵢ (Wᵢ' − W), each Wᵢ' the adapter at full strength on the untouched weight: continuous at 0, free of
-order, exact at 0 and 1. `semantics="reference"` gives the public code's rule instead: each adapter acts on the weight the
-one before it left, strength scales the low-rank product alone, and 0 is the adapter's absence.
+Strength s means W + Σ sᵢ (Wᵢ' − W), each Wᵢ' an adapter at full strength on the untouched weight: continuous at 0,
+free of order, exact at 0 and 1. `semantics="reference"` gives the public code's rule instead: each adapter acts on the
+weight the one before it left, strength scales the low-rank product alone, and 0 is the adapter's absence.
 """
 
 import itertools
-import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from sa3train.adapters.report import (
     refuse_without_effect,
     squared_norms,
 )
+from sa3train.adapters.spec import is_finite_number
 from sa3train.adapters.targets import Filter, adaptable_layers, split_patterns
 from sa3train.errors import AdapterError
 from sa3train.log import get_logger
@@ -182,7 +182,8 @@ class AdapterStack:
     def _bake(self, path: str, active: list[tuple[Playing, float]]) -> None:
         layer = self._layers[path]
         weight, bias = layer.weight, layer.bias
-        assert isinstance(weight, Tensor) and (bias is None or isinstance(bias, Tensor))
+        assert isinstance(weight, Tensor)
+        assert bias is None or isinstance(bias, Tensor)
         if path not in self._base:
             self._base[path] = (weight.detach().clone(), None if bias is None else bias.detach().clone())
         base_weight, base_bias = self._base[path]
@@ -257,7 +258,7 @@ def _fp32(value: float) -> float:
 
 
 def _checked_strength(name: str, value: float) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+    if not is_finite_number(value):
         raise AdapterError(f"{name} must be a finite number, not {value!r}.")
     return float(value)
 

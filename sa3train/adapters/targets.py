@@ -24,7 +24,7 @@ def split_patterns(patterns: Sequence[str] | str) -> tuple[str, ...]:
     if isinstance(patterns, str):
         patterns = re.split(r",(?![^\[]*\])", patterns)
     if not isinstance(patterns, list | tuple) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise AdapterError(f"a layer filter must be a list of texts, not {patterns!r}.")
+        raise AdapterError(f"a layer filter must be a list of texts, not {repr(patterns)[:60]}.")
     return tuple(pattern.strip() for pattern in patterns if pattern.strip())
 
 

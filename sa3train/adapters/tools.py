@@ -4,27 +4,24 @@
 need it wherever the change itself is wanted. Results are fp32 on the CPU; losses are in norms of the weight's change.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sa3train import __version__
 from sa3train.adapters.adapter import Adapter
-from sa3train.adapters.header import parse_json
+from sa3train.adapters.history import HISTORY, cut_record, extended, history_of, recorded, source_record
 from sa3train.adapters.lowrank import Cut, Loss, LowRank, cut_matrix, cut_product
 from sa3train.adapters.native import spec_of_ranks
 from sa3train.adapters.play import layer_part
 from sa3train.adapters.spec import KINDS, AdapterSpec
+from sa3train.adapters.targets import adaptable_layers
 from sa3train.adapters.weights import flatten_weight
 from sa3train.errors import AdapterError
+from sa3train.log import progress
 
 Weights = Mapping[str, Tensor]
-HISTORY = "sa3train_history"
-PROVENANCE = ("base_model", "base_hash", "base_architecture", "base_dtype")
 
 
 @torch.no_grad()
@@ -48,7 +45,7 @@ def resized(adapter: Adapter, cut: Cut, weights: Weights | None = None) -> tuple
         ranks[path] = part.A_RI.shape[0]
         loss.layers[path] = (part.lost, part.total)
     spec = _respecified(adapter.spec, adapter.spec.kind, ranks)
-    return Adapter(spec, layers, _extended(adapter, "resize", **_cut_record(cut)), adapter.source), loss
+    return Adapter(spec, layers, extended(adapter, "resize", **cut_record(cut)), adapter.source), loss
 
 
 def scaled(adapter: Adapter, factor: float) -> Adapter:
@@ -70,10 +67,10 @@ def scaled(adapter: Adapter, factor: float) -> Adapter:
         }
     else:
         raise AdapterError(
-            f"the change of a {spec.kind} adapter is not in proportion to its scale. With --model NAME it can be scaled "
-            f"as a lora of --rank R, which states its error."
+            f"the change of a {spec.kind} adapter is not in proportion to its scale. With --model NAME it can be "
+            f"scaled as a lora of --rank R, which states its error."
         )
-    return Adapter(spec, tensors, _extended(adapter, "scale", factor=factor), adapter.source)
+    return Adapter(spec, tensors, extended(adapter, "scale", factor=factor), adapter.source)
 
 
 @torch.no_grad()
@@ -90,7 +87,8 @@ def merged(
     and absent.
     """
     loss, parts = Loss(), {}
-    for path in dict.fromkeys(path for adapter in adapters for path in adapter.tensors):
+    paths = list(dict.fromkeys(path for adapter in adapters for path in adapter.tensors))
+    for path in progress(paths, tool, unit="layer"):
         active = [(a, s) for a, s in zip(adapters, strengths, strict=True) if path in a.tensors]
         parts[path] = _cut_sum(path, active, cut, weights)
         loss.layers[path] = (parts[path].lost, parts[path].total)
@@ -106,22 +104,22 @@ def merged(
         for key, value in first.metadata.items()
         if key not in ("lora_config", HISTORY) and all(a.metadata.get(key) == value for a in adapters)
     }
-    sources = [_source_record(a, s) for a, s in zip(adapters, strengths, strict=True)]
-    metadata = _recorded(shared, tool, history_of(first) if len(adapters) == 1 else [], **_cut_record(cut), of=sources)
+    sources = [source_record(a, s) for a, s in zip(adapters, strengths, strict=True)]
+    metadata = recorded(shared, tool, history_of(first) if len(adapters) == 1 else [], **cut_record(cut), of=sources)
     layers = {path: _factors(part) for path, part in parts.items()}
     return Adapter(spec, layers, metadata, " + ".join(a.source for a in adapters)), loss
 
 
 @torch.no_grad()
 def unfrozen(adapter: Adapter, weights: Weights) -> Adapter:
-    """An -xs adapter as the same kind with free factors, U·M and Vᵀ: the very same change, as other tools can read it."""
+    """An -xs adapter as the same kind with free factors, U·M and Vᵀ: the same change, as other tools can read it."""
     kind = adapter.spec.kind.removesuffix("-xs")
     layers = {}
     for path, params in adapter.tensors.items():
         basis = layer_part(adapter, path, _weight(adapter, weights, path)).params
         free = {"lora_B": (basis["U"] @ params["M_xs"].float()).cpu(), "lora_A": basis["V"].T.contiguous().cpu()}
         layers[path] = {**free, **{name: tensor for name, tensor in params.items() if name != "M_xs"}}
-    metadata = _extended(adapter, "unfreeze", kind=adapter.spec.kind)
+    metadata = extended(adapter, "unfreeze", kind=adapter.spec.kind)
     return Adapter(replace(adapter.spec, kind=kind), layers, metadata, adapter.source)
 
 
@@ -136,7 +134,7 @@ def as_difference(adapter: Adapter, weights: Weights) -> Adapter:
         if (bias := part.bias_change()) is not None:
             layers[path]["diff_b"] = bias.cpu()
     spec = AdapterSpec("diff", include=adapter.spec.include, exclude=adapter.spec.exclude)
-    return Adapter(spec, layers, _extended(adapter, "difference", kind=adapter.spec.kind), adapter.source)
+    return Adapter(spec, layers, extended(adapter, "difference", kind=adapter.spec.kind), adapter.source)
 
 
 @torch.no_grad()
@@ -155,7 +153,7 @@ def extracted(
             f"{strange[0]}. Give the base that the fine-tuned model was started from."
         )
     loss, parts = Loss(), {}
-    for path, W in base.items():
+    for path, W in progress(base.items(), "extract", len(base), unit="layer"):
         change = flatten_weight(tuned[path]).float() - flatten_weight(W).float()
         if change.any():
             parts[path] = cut_matrix(change, cut)
@@ -166,7 +164,17 @@ def extracted(
     ranks = {path: part.A_RI.shape[0] for path, part in parts.items()}
     spec = spec_of_ranks("lora", ranks, include=None if whole else sorted(parts))
     layers = {path: _factors(part) for path, part in parts.items()}
-    return Adapter(spec, layers, _recorded(dict(metadata or {}), "extract", [], **_cut_record(cut)), source), loss
+    return Adapter(spec, layers, recorded(dict(metadata or {}), "extract", [], **cut_record(cut)), source), loss
+
+
+@torch.no_grad()
+def unextracted(tuned: nn.Module, base: nn.Module) -> list[str]:
+    """What differs between two models and is no weight of a Linear or Conv1d, so that a lora cannot hold it."""
+    carried = {f"{path}.weight" for path in adaptable_layers(base)}
+    one, other = tuned.state_dict(), base.state_dict()
+    return [
+        name for name in sorted(one.keys() & other.keys()) if name not in carried and not one[name].equal(other[name])
+    ]
 
 
 @torch.no_grad()
@@ -181,13 +189,6 @@ def differences(before: Adapter, after: Adapter, weights: Weights) -> Loss:
         one, other = (layer_part(a, path, W).weight(W) if path in a.tensors else W for a in (before, after))
         loss.layers[path] = (float((one - other).square().sum()), float((one - W).square().sum()))
     return loss
-
-
-def history_of(adapter: Adapter) -> list[Any]:
-    """What tools of this project did to `adapter` so far, as recorded in its metadata."""
-    text = adapter.metadata.get(HISTORY)
-    found = parse_json(text, HISTORY) if text else []
-    return found if isinstance(found, list) else []
 
 
 def _cut_sum(path: str, active: list[tuple[Adapter, float]], cut: Cut, weights: Weights | None) -> LowRank:
@@ -233,23 +234,3 @@ def _factors(part: LowRank) -> dict[str, Tensor]:
 def _respecified(spec: AdapterSpec, kind: str, ranks: Mapping[str, int]) -> AdapterSpec:
     """A spec of other ranks and scale 1, with the same filters and dropout."""
     return spec_of_ranks(kind, ranks, dropout=spec.dropout, include=spec.include, exclude=spec.exclude)
-
-
-def _cut_record(cut: Cut) -> dict[str, Any]:
-    return {name: value for name, value in (("rank", cut.rank), ("energy", cut.energy)) if value is not None}
-
-
-def _source_record(adapter: Adapter, strength: float) -> dict[str, Any]:
-    spec = adapter.spec
-    record = {"source": adapter.source, "kind": spec.kind, "rank": spec.rank, "strength": strength}
-    return record | {"fingerprint": adapter.fingerprint}
-
-
-def _extended(adapter: Adapter, tool: str, **facts: Any) -> dict[str, str]:
-    return _recorded(adapter.metadata, tool, history_of(adapter), **facts)
-
-
-def _recorded(metadata: Mapping[str, str], tool: str, history: list[Any], **facts: Any) -> dict[str, str]:
-    """The metadata with one more entry of its history."""
-    entry = {"tool": tool, "sa3train_version": __version__, **facts}
-    return {**metadata, HISTORY: json.dumps([*history, entry])}

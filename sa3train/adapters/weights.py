@@ -87,9 +87,9 @@ def legacy_dora_kind(magnitude: Tensor) -> str:
 
 
 def initial_parameters(kind: Kind, W: Tensor, rank: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-    """Tensors at which the effective weight is W: A Kaiming-uniform (a = √5), B and M zero, magnitudes W's norms. fp32."""
+    """Tensors at which the effective weight is W, fp32: A Kaiming-uniform (a = √5), B and M 0, magnitudes W's norms."""
     W_OI = flatten_weight(W.detach()).float()
-    shapes = kind.shapes(*W_OI.shape, rank)
+    shapes = kind.shapes(W_OI.shape[0], W_OI.shape[1], rank)
     params: dict[str, Tensor] = {}
     for name, shape in shapes.items():
         if name == "lora_A":

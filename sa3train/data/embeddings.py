@@ -55,10 +55,13 @@ class EmbeddingCache:
 
     def __init__(self, encoder: str, folder: Path | None = None) -> None:
         self.folder = (folder or cache_dir() / "text") / encoder[:32]
+        self._packs: set[Path] = set()
+        self._places: dict[str, Path] = {}
 
-    def get(self, prompts: Iterable[str], encode: Encode) -> dict[str, torch.Tensor]:
-        """The embedding of every distinct prompt, on the CPU. What is new is encoded and kept; a disk that cannot be
-        written costs a warning, not the run.
+    def get(self, prompts: Iterable[str], encode: Encode, keep: bool = True) -> dict[str, torch.Tensor]:
+        """The embedding of every distinct prompt, on the CPU. What is new is encoded and, unless told otherwise, kept
+        on disk; a disk that cannot be written costs a warning, not the run. Do not keep prompts that are made at
+        random: there is no end of them.
         """
         wanted = list(dict.fromkeys(prompts))
         found = self.load(wanted)
@@ -70,22 +73,37 @@ class EmbeddingCache:
                 chunk = pack[place : place + CHUNK]
                 for prompt, hidden_LD in zip(chunk, encode(chunk), strict=True):
                     fresh[prompt] = hidden_LD.detach().cpu().contiguous()
-            self.save(fresh)
+            if keep:
+                self.save(fresh)
             found |= fresh
         return found
 
     def load(self, prompts: Iterable[str]) -> dict[str, torch.Tensor]:
         """Those of `prompts` that are on disk. A damaged pack is left out, with a warning."""
         wanted = {_name(prompt): prompt for prompt in prompts}
+        self._look()
+        by_pack: dict[Path, list[str]] = {}
+        for name in wanted:
+            if name in self._places:
+                by_pack.setdefault(self._places[name], []).append(name)
         found: dict[str, torch.Tensor] = {}
-        for path in sorted(self.folder.glob("*.safetensors")) if wanted else []:
+        for path, names in by_pack.items():
             try:
                 with safe_open(path, framework="pt") as pack:
-                    for name in wanted.keys() & set(pack.keys()):
-                        found[wanted[name]] = pack.get_tensor(name)
+                    found |= {wanted[name]: pack.get_tensor(name) for name in names}
             except (OSError, SafetensorError) as error:
                 _logger.warning("text embeddings in %s are damaged and left out (%s); delete the file.", path, error)
         return found
+
+    def _look(self) -> None:
+        """Take in packs that have appeared since the last look."""
+        for path in sorted(set(self.folder.glob("*.safetensors")) - self._packs):
+            self._packs.add(path)
+            try:
+                with safe_open(path, framework="pt") as pack:
+                    self._places |= dict.fromkeys(pack.keys(), path)
+            except (OSError, SafetensorError) as error:
+                _logger.warning("text embeddings in %s are damaged and left out (%s); delete the file.", path, error)
 
     def save(self, embeddings: Mapping[str, torch.Tensor]) -> None:
         """Keep embeddings in a pack of their own."""

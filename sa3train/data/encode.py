@@ -21,7 +21,7 @@ from sa3train.data.card import write_card
 from sa3train.data.encode_run import EncodeRun
 from sa3train.data.findings import reason
 from sa3train.data.fixes import chosen_fixes
-from sa3train.data.index import SILENCE, build_index
+from sa3train.data.index import SILENCE, build_index, remove_outdated
 from sa3train.data.latents import Encoder
 from sa3train.data.plan import SPLITS, EncodePlan, EncodeSettings, Kept, done_keys, kept_latents, reconcile
 from sa3train.data.shards import STALE, ShardWriter
@@ -82,7 +82,7 @@ def encode_source(
             reconcile(folder, plan.digests(), workers.world)
         workers.wait()
         done = done_keys(folder)
-        kept = kept_latents([folder, *([Path(settings.reuse)] if settings.reuse else [])])
+        kept = kept_latents(folder, Path(settings.reuse) if settings.reuse else None)
         workers.wait()
         report = EncodeReport(folder)
         _encode_share(plan, encoder, listing, done, kept, workers, report)
@@ -217,6 +217,7 @@ def _finish(source: str, folder: Path, plan: EncodePlan, encoder: Encoder, repor
     }
     report.index = build_index(folder, {"model": encoder.model, "settings": _settings_for_index(plan)}, described)
     write_card(folder, report.index, report.audit)
+    remove_outdated(folder)
     for stale in folder.glob(f"*{STALE}"):
         stale.unlink()
     if count > plan.settings.max_rejected * len(plan.index):

@@ -16,9 +16,39 @@ INDEX = "index.json"
 SILENCE = "silence.npy"
 
 
+_OUTDATED = ".encode/outdated.json"
+
+
 def shard_files(folder: Path) -> list[Path]:
-    """The finished shards of a folder, in order of name."""
-    return sorted(folder.glob("*-[0-9][0-9][0-9]-*.tar"))
+    """The finished shards of a folder, in order of name, without those that a run under way is replacing."""
+    outdated = outdated_shards(folder)
+    return [path for path in sorted(folder.glob("*-[0-9][0-9][0-9]-*.tar")) if path.name not in outdated]
+
+
+def outdated_shards(folder: Path) -> list[str]:
+    """Names of shards that stay, for the index there is and for their latents, until a new index is written."""
+    try:
+        names = json.loads((folder / _OUTDATED).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    except (ValueError, OSError) as error:
+        raise DataError(
+            f"{folder / _OUTDATED} is damaged ({error}): delete it and {folder / INDEX}, encode again."
+        ) from error
+    return [str(name) for name in names]
+
+
+def mark_outdated(folder: Path, shards: Iterable[Path]) -> None:
+    """Add to `outdated_shards`."""
+    write_json(folder / _OUTDATED, sorted({*outdated_shards(folder), *(shard.name for shard in shards)}))
+
+
+def remove_outdated(folder: Path) -> None:
+    """Delete the outdated shards, once an index without them is written."""
+    for name in outdated_shards(folder):
+        (folder / name).unlink(missing_ok=True)
+        listing_path(folder / name).unlink(missing_ok=True)
+    (folder / _OUTDATED).unlink(missing_ok=True)
 
 
 def split_of(shard: Path) -> str:

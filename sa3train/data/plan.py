@@ -5,7 +5,7 @@ already done, so that an interrupted run computes the same bits as an uninterrup
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,12 @@ import numpy as np
 from sa3train.data.audit import AuditIndex
 from sa3train.data.findings import ERROR, finding
 from sa3train.data.fixes import chosen_fixes
-from sa3train.data.index import shard_files, split_of
+from sa3train.data.index import mark_outdated, outdated_shards, shard_files
 from sa3train.data.shards import (
     PART,
     STALE,
     Entry,
     finish_part,
-    listing_path,
     read_listing,
     record_digest,
     scan_latents,
@@ -166,30 +165,35 @@ class Kept:
 
 
 def reconcile(folder: Path, digests: dict[str, str], world: int) -> None:
-    """Set aside (as `.stale`) shards and parts that hold anything no longer planned or held twice; finish the parts of
-    processes that are not there this time. One process does this before any writes.
+    """Mark as outdated every shard that holds anything no longer planned or held twice, set such parts aside, and
+    finish the parts of processes that are not there this time. One process does this before any writes.
     """
     seen: set[str] = set()
+    outdated = []
     for path in [*shard_files(folder), *sorted(folder.glob(f"*{PART}"))]:
         is_part = path.name.endswith(PART)
         entries = scan_latents(path)[0] if is_part else list(read_listing(path))
         keys = [entry.key for entry in entries]
         wanted = all(digests.get(entry.key) == entry.digest for entry in entries)
         if not wanted or len(set(keys)) < len(keys) or not seen.isdisjoint(keys):
-            _set_aside(path)
+            if is_part:
+                _set_aside(path)
+            else:
+                outdated.append(path)
             continue
         seen.update(keys)
         if is_part and int(path.name.rsplit("-", 2)[1]) >= world:
             finish_part(path, None)
+    if outdated:
+        mark_outdated(folder, outdated)
 
 
-def _set_aside(path: Path) -> None:
-    base = path.name.removesuffix(PART).removesuffix(".tar")
+def _set_aside(part: Path) -> None:
+    base = part.name.removesuffix(PART)
     number = 0
-    while (target := path.with_name(f"{base}-{number}{STALE}")).exists():
+    while (target := part.with_name(f"{base}-{number}{STALE}")).exists():
         number += 1
-    path.replace(target)
-    listing_path(path.with_name(f"{base}.tar")).unlink(missing_ok=True)
+    part.replace(target)
 
 
 def done_keys(folder: Path) -> set[str]:
@@ -198,16 +202,12 @@ def done_keys(folder: Path) -> set[str]:
     return keys.union(entry.key for part in folder.glob(f"*{PART}") for entry in scan_latents(part)[0])
 
 
-def kept_latents(folders: Sequence[Path]) -> dict[str, Kept]:
-    """Latent key → where it is, for everything set aside in the first folder and every shard of the others."""
+def kept_latents(folder: Path, other: Path | None = None) -> dict[str, Kept]:
+    """Latent key → where it is, for everything outdated in `folder` and every shard of another folder."""
     kept: dict[str, Kept] = {}
-    for number, folder in enumerate(folders):
-        for path in sorted(folder.glob(f"*{STALE}")) if number == 0 else shard_files(folder):
-            for entry in scan_latents(path)[0] if number == 0 else read_listing(path):
-                kept[str(entry.record["latent"])] = Kept(str(path), entry)
+    shards = [folder / name for name in outdated_shards(folder)] + (shard_files(other) if other else [])
+    for shard in filter(Path.exists, shards):
+        kept |= {str(entry.record["latent"]): Kept(str(shard), entry) for entry in read_listing(shard)}
+    for part in folder.glob(f"*{STALE}"):
+        kept |= {str(entry.record["latent"]): Kept(str(part), entry) for entry in scan_latents(part)[0]}
     return kept
-
-
-def splits_in(folder: Path) -> set[str]:
-    """Splits that have finished shards."""
-    return {split_of(shard) for shard in shard_files(folder)}

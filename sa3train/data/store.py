@@ -218,7 +218,7 @@ class LatentStore:
         except (OSError, ValueError) as error:
             raise DataError(
                 f"cannot read {self._place(name)} ({getattr(error, 'strerror', None) or error}). "
-                f"Give a folder of latent shards as sa3-encode makes it."
+                f"Give a folder of latent shards as sa3-encode makes it; if it was cut short, run it again first."
             ) from error
 
     def _size(self, name: str) -> int:

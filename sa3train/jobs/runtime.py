@@ -112,6 +112,8 @@ def _run_hydra(
     from omegaconf.errors import OmegaConfBaseException
 
     register_resolvers()
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        run_stamp()  # known to every process started from here
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us unchanged; we say what is wrong in one line
     arguments = [expand(argument, shorthand, paths, extra_folder(arguments)) for argument in arguments]
     check_overrides(schema, arguments)
@@ -121,6 +123,7 @@ def _run_hydra(
     here = os.getpid()
 
     def task(config: DictConfig) -> None:
+        register_resolvers()  # a launcher may run this in a process of its own
         try:
             values = cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
             codes.append(job(build(schema, values)) or 0)

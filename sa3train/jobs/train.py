@@ -196,7 +196,6 @@ def run_training(config: TrainConfig) -> "TrainingResult":
         provenance=parts.provenance(config, table, identity, run.run_id),
         seed=config.seed,
     )
-    run.save(status="finished" if result.interrupted is None else "interrupted", steps=result.steps)
     tracker.close(failed=result.interrupted is not None)
     return result
 

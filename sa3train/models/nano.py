@@ -21,14 +21,15 @@ from torch import Tensor, nn
 from sa3train.errors import SA3Error
 from sa3train.files import cache_dir
 from sa3train.log import get_logger
-from sa3train.models.autoencoder import Autoencoder
 from sa3train.models.conditioners import quiet_transformers
+from sa3train.models.linear_code import load_linear_code
 from sa3train.models.parse import parse_model
 from sa3train.models.weights import write_checkpoint
 
 logger = get_logger(__name__)
 
 ASSETS = Path(__file__).parents[1] / "assets" / "nano"
+CODE = ASSETS / "code.safetensors"  # the autoencoder's linear code, with or without trained weights beside it
 OBJECTIVES = {"nano": "rf_denoiser", "nano-base": "rectified_flow"}
 TEXT_FOLDER = "t5gemma"
 WIDTH = 256  # of latents
@@ -212,28 +213,9 @@ def _untrained() -> tuple[States, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         modules = build(parse_model(nano_config("rectified_flow"), "nano"), TextEncoderSource((), ()), device="cpu")
-        calibrate(modules["autoencoder"])
+        load_linear_code(modules["autoencoder"].state_dict(), CODE)
         encoder = new_text_encoder()
     return dict.fromkeys(OBJECTIVES, released_state(modules)), functools.partial(write_text_encoder, encoder=encoder)
-
-
-@torch.no_grad()
-def calibrate(autoencoder: Autoencoder) -> None:
-    """Scale a fresh autoencoder so that noise at 0.1 RMS encodes to unit latents and unit latents decode to 0.1 RMS."""
-    generator = torch.Generator().manual_seed(0)
-    shape = (1, autoencoder.config.audio_channels, 16 * autoencoder.downsampling_ratio)
-    latents = autoencoder.encode(0.1 * torch.randn(shape, generator=generator), noise=False, chunked=False)
-    autoencoder.bottleneck.running_std.mul_(latents.std())
-    latents = torch.randn(latents.shape, generator=generator)
-    mapping = _decoder_mapping(autoencoder)
-    mapping.bias.zero_()
-    audio = autoencoder.decode(latents, noise=False, chunked=False)
-    mapping.weight_g.mul_(0.1 / audio.std())
-
-
-def _decoder_mapping(autoencoder: Autoencoder) -> Any:
-    resampler: Any = autoencoder.decoder.layers[autoencoder.decoder.resampler_index]
-    return resampler.mapping
 
 
 def write_text_encoder(folder: Path, encoder: nn.Module | None = None) -> None:

@@ -12,6 +12,7 @@ from html import escape
 Point = tuple[float, float]
 
 MOST_POINTS = 400
+MOST_DOTS = 30
 MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 46.0, 12.0, 10.0, 26.0
 
 
@@ -52,20 +53,23 @@ def line_chart(
     zero: tuple[float, str] | None = None,
     size: tuple[float, float] = (460.0, 230.0),
     note: str = "",
+    span: float = 0.0,
 ) -> str:
     """A figure with curves, ticks, a legend, and `zero`: a level to compare with and its name. Nothing without points.
 
-    `unit` follows the tick values of y; `note` is a sentence below the title.
+    `x_label` is a word under the y axis, `unit` follows the tick values of y, `note` is a sentence below the title.
+    `span` is the least range of y, so that small changes look small.
     """
     shown = [Line(line.name, thinned(line.points), line.colour, line.dashed, line.faint) for line in lines]
     shown = [line for line in shown if line.points]
     if not shown:
         return ""
-    frame = _frame([point for line in shown for point in line.points], zero, size)
+    frame = _frame([point for line in shown for point in line.points], zero, span, size)
     drawn = "".join(_curve(line, frame) for line in sorted(shown, key=lambda line: not line.faint))
     level = "" if zero is None else _level(zero, frame)
     key = [(line.name, line.colour, line.dashed) for line in shown if line.name]
     key += [(zero[1], "c-base", True)] if zero is not None else []
+    key = key if len(key) > 1 else []
     legend = "".join(
         f'<span><i class="{colour}{" dashed" if dashed else ""}"></i>{escape(name)}</span>'
         for name, colour, dashed in key
@@ -119,11 +123,11 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def _frame(points: Sequence[Point], zero: tuple[float, str] | None, size: tuple[float, float]) -> Frame:
+def _frame(points: Sequence[Point], zero: tuple[float, str] | None, span: float, size: tuple[float, float]) -> Frame:
     xs = [x for x, _ in points]
     ys = [y for _, y in points] + ([zero[0]] if zero is not None else [])
     low, high = min(ys), max(ys)
-    pad = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    pad = max(0.06 * (high - low), (span - (high - low)) / 2) or 0.05 * abs(high) or 1.0
     left, right = min(xs), max(xs)
     return Frame((left, right if right > left else left + 1.0), (low - pad, high + pad), size)
 
@@ -132,15 +136,29 @@ def _axes(frame: Frame, x_label: str, unit: str) -> str:
     left, bottom = frame.at((frame.x[0], frame.y[0]))
     right = frame.size[0] - MARGIN_RIGHT
     found = []
-    for value in ticks(*frame.y):
+    heights = ticks(*frame.y)
+    for value in heights:
         y = frame.at((frame.x[0], value))[1]
         found.append(f'<path class="grid" d="M{left:.1f} {y:.1f}H{right:.1f}"/>')
-        found.append(f'<text x="{left - 6:.1f}" y="{y + 3.5:.1f}" text-anchor="end">{value:.4g}{escape(unit)}</text>')
+        found.append(
+            f'<text x="{left - 6:.1f}" y="{y + 3.5:.1f}" text-anchor="end">{_number(value, heights)}{unit}</text>'
+        )
     for value in ticks(*frame.x):
         x = frame.at((value, frame.y[0]))[0]
         found.append(f'<text x="{x:.1f}" y="{bottom + 15:.1f}" text-anchor="middle">{value:.6g}</text>')
-    found.append(f'<text class="label" x="{right:.1f}" y="{bottom - 5:.1f}" text-anchor="end">{escape(x_label)}</text>')
+    found.append(f'<text class="label" x="{left - 14:.1f}" y="{bottom + 15:.1f}" text-anchor="end">{x_label}</text>')
     return "".join(found)
+
+
+def _number(value: float, among: Sequence[float]) -> str:
+    """A tick's value with as many digits as it takes to tell the ticks apart."""
+    if len(among) < 2:
+        return f"{value:.4g}"
+    order = math.floor(math.log10(among[1] - among[0]) + 1e-9)
+    if order >= -3:
+        return f"{value:,.{max(0, -order)}f}"
+    largest = math.floor(math.log10(max(abs(tick) for tick in among)) + 1e-9)
+    return f"{value:.{largest - order + 1}g}"
 
 
 def _curve(line: Line, frame: Frame) -> str:
@@ -148,7 +166,7 @@ def _curve(line: Line, frame: Frame) -> str:
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in pixels)
     style = f"{line.colour}{' dashed' if line.dashed else ''}{' faint' if line.faint else ''}"
     found = f'<path class="curve {style}" d="{path}"/>'
-    if line.faint or len(pixels) > 60:
+    if line.faint or len(pixels) > MOST_DOTS:
         return found
     dots = "".join(
         f'<circle class="{line.colour}" cx="{x:.1f}" cy="{y:.1f}" r="2.4">'

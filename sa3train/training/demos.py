@@ -4,7 +4,9 @@ Files are in `demos/step-XXXXXXXX/` of the run folder with `demos.json` beside t
 touched: every generation draws from a CPU generator of its own.
 """
 
+import contextlib
 import json
+import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from sa3train.adapters.adapter import Adapter
 from sa3train.audio.metrics import measure, mel_picture
+from sa3train.errors import SA3Error
 from sa3train.files import write_bytes, write_json
 from sa3train.inference import Generator
 from sa3train.log import get_logger
@@ -113,7 +116,7 @@ class Demos(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """The base model, once."""
         if trainer.global_step == 0 and trainer.is_global_zero:
-            self.play(None, 0)
+            self._play_or_say(None, 0)
 
     def on_train_batch_end(
         self,
@@ -128,7 +131,14 @@ class Demos(lightning.Callback):
         step = trainer.global_step
         due = step % self.settings.every == 0 or step == trainer.max_steps
         if not trainer.fit_loop._should_accumulate() and due and trainer.is_global_zero:
-            self.play(pl_module.export({}), step)
+            self._play_or_say(pl_module.export({}), step)
+
+    def _play_or_say(self, adapter: Adapter | None, step: int) -> None:
+        """Demos are not worth a run: what cannot be played, or has no room beside the training, is said aloud."""
+        try:
+            self.play(adapter, step)
+        except (SA3Error, torch.OutOfMemoryError) as error:
+            _logger.warning("no demos at step %d: %s", step, error)
 
     def play(self, adapter: Adapter | None, step: int) -> list[Played]:
         """Play every demo with `adapter` at each strength, or the base alone, and record it."""
@@ -138,8 +148,11 @@ class Demos(lightning.Callback):
         played: list[Played] = []
         with torch.random.fork_rng():
             for source in self.models:
-                generator = Generator.from_pretrained(source, device=self.device)
-                played += self._play_on(generator, adapter, step, folder)
+                # The same precision every time, whatever this machine is quick at: demos are compared over steps.
+                precision = "bf16" if torch.device(self.device).type == "cuda" else "fp32"
+                generator = Generator.from_pretrained(source, device=self.device, precision=precision)
+                with quiet("sa3train.adapters", "sa3train.inference"):
+                    played += self._play_on(generator, adapter, step, folder)
                 del generator
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -166,9 +179,10 @@ class Demos(lightning.Callback):
             z_1CT = demo.item.clip.data_SCF.to(generator.device, generator.model.dit.dtype)
             with torch.no_grad():
                 source_CN = generator.model.autoencoder.decode(z_1CT)[0].float().cpu()
-            duration = min(duration, source_CN.shape[1] / generator.facts.sample_rate)
+            rate = generator.facts.sample_rate
+            duration = min(duration, source_CN.shape[1] / rate)
             settings |= {
-                "inpaint_audio": (source_CN.clamp(-1, 1), generator.facts.sample_rate),
+                "inpaint_audio": (source_CN[:, : int(duration * rate)].clamp(-1, 1), rate),
                 "inpaint_mask_start_seconds": duration / 3,
                 "inpaint_mask_end_seconds": 2 * duration / 3,
             }
@@ -203,6 +217,20 @@ class Demos(lightning.Callback):
                     sums.setdefault(f"demos/{entry.model}/{entry.strength:g}/{key}", []).append(value)
         if sums:
             self.tracker.metrics({name: sum(values) / len(values) for name, values in sums.items()}, step)
+
+
+@contextlib.contextmanager
+def quiet(*names: str) -> Iterator[None]:
+    """Within the context these loggers say only what is wrong."""
+    loggers = [logging.getLogger(name) for name in names]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def played_demos(run_dir: Path) -> list[Played]:

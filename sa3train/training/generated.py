@@ -131,7 +131,8 @@ def examine(
     """
     prompts = [training[number % len(training)].clip.prompts[0] for number in range(clips)]
     with torch.random.fork_rng():
-        generator = Generator.from_pretrained(source, device=device)
+        precision = "bf16" if torch.device(device).type == "cuda" else "fp32"
+        generator = Generator.from_pretrained(source, device=device, precision=precision)
         seconds = min(seconds, generator.facts.longest)
         base = generate_latents(generator, prompts, seconds, seed)
         generator.load_adapter(adapter)

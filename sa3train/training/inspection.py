@@ -1,5 +1,6 @@
 """What the run folder should know of its data and its adapter, so that the report needs nothing else."""
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from sa3train.files import write_json
 from sa3train.log import get_logger
 from sa3train.training.checkpoints import Saver
 from sa3train.training.module import LoraModule
-from sa3train.training.report import DATA, INSPECTION, write_report
+from sa3train.training.prepare import Prepare
+from sa3train.training.report import write_report
+from sa3train.training.report_files import DATA, INSPECTION, MACHINE
 
 _logger = get_logger(__name__)
 
@@ -38,9 +41,15 @@ class Reporter(lightning.Callback):
         saver.after_save.append(self.refresh)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Note what the data is."""
+        """Note what the data is, the machine, and the memory plan made for it."""
         if trainer.is_global_zero:
             write_json(self.run_dir / DATA, describe_data(self.data))
+            write_json(self.run_dir / MACHINE, describe_machine(trainer, pl_module.device))
+
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Note how far off the memory plan was."""
+        if trainer.is_global_zero:
+            write_json(self.run_dir / MACHINE, describe_machine(trainer, pl_module.device))
 
     def refresh(self, trainer: lightning.Trainer, module: LoraModule) -> None:
         """Inspect the adapter as it is, and write the report."""
@@ -103,6 +112,18 @@ def describe_data(data: LatentDataModule) -> dict[str, Any]:
             }
         )
     return {"manifest": data.manifest, "sources": sources, "prompts": some_of(data.distinct_prompts() or [])}
+
+
+def describe_machine(trainer: lightning.Trainer, device: torch.device) -> dict[str, Any]:
+    """Device and ranks, and the memory plan with its verdict once there is one; sizes in bytes."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    found: dict[str, Any] = {"device": f"{trainer.world_size} × {name}", "plan": None, "verdict": None}
+    for prepare in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(prepare, Prepare) and prepare.plan is not None:
+            sizes = dataclasses.asdict(prepare.plan)
+            found["plan"] = {part: size for part, size in sizes.items() if not isinstance(size, bool)}
+            found["verdict"] = prepare.verdict
+    return found
 
 
 def some_of(values: Sequence[str], most: int = SHOWN_PROMPTS) -> list[str]:

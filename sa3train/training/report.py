@@ -2,82 +2,17 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from datetime import datetime
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sa3train.files import write_text
+from sa3train.training.report_files import RunFiles, change, read_run, reading
 from sa3train.training.report_page import Section, facts, folded, page, table, tile
 
-if TYPE_CHECKING:
-    from sa3train.training.demos import Played
-
 REPORT = "report.html"
-DATA, INSPECTION = "data.json", "inspection.json"
-"""What the report shows of data and adapter; see `sa3train.training.inspection`."""
-
-WORSE = 0.01
-"""Share above its best at which held-out loss counts as getting worse."""
-
-
-@dataclass(frozen=True)
-class RunFiles:
-    """What a run folder holds; an absent file is an empty value."""
-
-    path: Path
-    config: str = ""
-    record: Mapping[str, Any] = field(default_factory=dict)
-    rows: Sequence[Mapping[str, float]] = ()
-    heldout: Mapping[str, Any] = field(default_factory=dict)
-    generated: Mapping[str, Any] = field(default_factory=dict)
-    data: Mapping[str, Any] = field(default_factory=dict)
-    inspection: Mapping[str, Any] = field(default_factory=dict)
-    played: Sequence["Played"] = ()
-
-    def curve(self, name: str) -> list[tuple[float, float]]:
-        """(step, value) of a metric."""
-        return [(row["step"], row[name]) for row in self.rows if name in row]
-
-    @property
-    def step(self) -> int:
-        """The last step that left a trace."""
-        last = [int(row["step"]) for row in self.rows[-1:]] + [row["step"] for row in self.heldout.get("history", [])]
-        return max(last, default=0)
-
-    @property
-    def seconds(self) -> float:
-        """Time spent in training steps, by the logged speeds: demos, judgements and saves are not in it."""
-        total, before = 0.0, 0.0
-        for step, speed in self.curve("time/steps_per_second"):
-            total += (step - before) / max(speed, 1e-9)
-            before = step
-        return total
-
-
-def read_run(run_dir: Path) -> RunFiles:
-    """Read a run folder. Whatever is not there yet is left empty; a run in progress can be read at any moment."""
-    from sa3train.training.demos import played_demos
-    from sa3train.training.folder import CONFIG, RECORD
-    from sa3train.training.generated import GENERATED
-    from sa3train.training.tracking import read_metrics
-    from sa3train.training.validation import HELDOUT
-
-    metrics, config = run_dir / "metrics.csv", run_dir / CONFIG
-    rows = read_metrics(metrics)[1] if metrics.is_file() else []
-    return RunFiles(
-        run_dir,
-        config.read_text(encoding="utf-8") if config.is_file() else "",
-        _json(run_dir / RECORD),
-        [{name: float(value) for name, value in row.items()} for row in rows],
-        _json(run_dir / HELDOUT),
-        _json(run_dir / GENERATED),
-        _json(run_dir / DATA),
-        _json(run_dir / INSPECTION),
-        played_demos(run_dir),
-    )
 
 
 def write_report(run_dir: Path) -> Path:
@@ -122,42 +57,10 @@ def render(run: RunFiles) -> str:
             ),
             Section("Adapter", "What it changes: size of W′ − W against W, by group of layers.", _adapter(run)),
             Section("Data", "What it was trained on.", _data(run)),
-            Section("Time and memory", "Speed while training, and the most memory held.", machine(run)),
+            Section("Time and memory", "How fast it went, and the most memory held.", machine(run)),
             Section("Settings", "Everything that was set. Start it again from this file.", _settings(run)),
         ],
     )
-
-
-def change(run: RunFiles, part: str) -> float | None:
-    """Relative change of the last fixed loss of `part` (heldout or train) against the base, or None."""
-    history, base = run.heldout.get("history", []), run.heldout.get("base", {}).get(part)
-    if not history or part not in history[-1] or not base or not base["loss"]:
-        return None
-    return float(history[-1][part]["loss"] / base["loss"] - 1)
-
-
-def reading(run: RunFiles) -> list[str]:
-    """What the numbers say, in sentences."""
-    heldout, train = change(run, "heldout"), change(run, "train")
-    found = []
-    if heldout is not None:
-        where = "below" if heldout < 0 else "above"
-        found.append(f"On clips it has never seen, loss is {abs(heldout):.1%} {where} the base model's.")
-    elif train is not None:
-        found.append(f"On its training clips loss is {train:+.1%} against the base. Nothing is held out to check it.")
-    best, history = run.heldout.get("best_loss"), run.heldout.get("history", [])
-    if best and history and heldout is not None:
-        last = history[-1]["heldout"]["loss"]
-        if last > best * (1 + WORSE):
-            found.append(
-                f"It was lower at step {run.heldout['best_step']} and has risen by {last / best - 1:.1%} since: the "
-                "adapter has begun to learn its clips by heart. Take the best one (callbacks.judge.select_best=true)."
-            )
-    if heldout is not None and train is not None and heldout > 0 > train:
-        found.append("Training clips got better and unseen ones worse: fewer steps, a lower rank, or more data.")
-    if run.generated.get("memorisation", {}).get("score", 1.0) < _copied():
-        found.append("Generations come closer to training clips than unseen clips do: they may be copies.")
-    return found
 
 
 def duration(seconds: float) -> str:
@@ -195,7 +98,7 @@ def _tiles(run: RunFiles) -> list[str]:
     if run.inspection:
         found.append(tile(f"{run.inspection['effect'].get('all', 0.0):.2%}", "change of the adapted weights"))
     if run.seconds:
-        found.append(tile(duration(run.seconds), "in training steps"))
+        found.append(tile(duration(run.seconds), "in the training loop"))
     memory = max((value for _, value in run.curve("time/peak_memory_gib")), default=math.nan)
     if math.isfinite(memory):
         found.append(tile(f"{memory:.1f} GiB", "peak memory"))
@@ -259,13 +162,3 @@ def _settings(run: RunFiles) -> str:
     ]
     parts = table(("resumed at", "from step", "what was changed"), resumed, numbers=(1,)) if resumed else ""
     return folded("config.yaml", f"<pre>{escape(run.config)}</pre>") + parts
-
-
-def _copied() -> float:
-    from sa3train.training.generated import COPIED
-
-    return COPIED
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

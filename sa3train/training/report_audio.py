@@ -26,11 +26,12 @@ PICTURE_SIZE = (720, 96)
 RANGE_DB = 80.0
 COLOURS = ("c-base", "c-third", "c-heldout", "c-train", "c-fourth")
 MEASURES = {
-    "loudness_lufs": ("Loudness", "LUFS"),
-    "true_peak_db": ("True peak", "dBTP"),
-    "spectral_centroid_hz": ("Spectral centroid", "Hz"),
-    "stereo_width": ("Stereo width", "of 1"),
+    "loudness_lufs": ("Loudness", "LUFS", 3.0),
+    "true_peak_db": ("True peak", "dBTP", 3.0),
+    "spectral_centroid_hz": ("Spectral centroid", "Hz", 500.0),
+    "stereo_width": ("Stereo width", "0 mono to 1 opposite phases", 0.1),
 }
+"""Of each measure its title, its unit, and the least range that its chart shows: about what one hears."""
 
 
 @dataclass
@@ -71,14 +72,16 @@ def measure_curves(played: Sequence["Played"]) -> str:
     for model in dict.fromkeys(entry.model for entry in played):
         own = [entry for entry in played if entry.model == model]
         strengths = sorted({entry.strength for entry in own if entry.strength != 0})
-        for measure, (title, unit) in MEASURES.items():
+        for measure, (title, unit, span) in MEASURES.items():
             base = _mean([entry for entry in own if entry.strength == 0], measure)
             lines = [
                 Line(f"strength {strength:g}", _curve(own, steps, strength, measure), COLOURS[1 + number % 4])
                 for number, strength in enumerate(strengths)
             ]
             zero = None if base is None else (base, "base")
-            charts.append(line_chart(lines, title=f"{title}, {model}", zero=zero, note=f"{unit}, mean over demos"))
+            charts.append(
+                line_chart(lines, title=f"{title}, {model}", zero=zero, note=f"{unit}, mean over demos", span=span)
+            )
     return f'<h3>How it measures</h3><div class="charts">{"".join(charts)}</div>'
 
 

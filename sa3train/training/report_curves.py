@@ -8,7 +8,7 @@ from sa3train.training.charts import Line, Point, bars, line_chart, smoothed
 from sa3train.training.report_page import facts, folded, table
 
 if TYPE_CHECKING:
-    from sa3train.training.report import RunFiles
+    from sa3train.training.report_files import RunFiles
 
 PARTS = {"heldout": ("held-out clips", "c-heldout"), "train": ("training clips", "c-train")}
 SMALL = (250.0, 150.0)
@@ -23,6 +23,7 @@ def learning(run: "RunFiles") -> str:
             title="Loss against the base model",
             unit=" %",
             zero=(0.0, "base model"),
+            span=2.0,
             note="mean over all clips and noise levels",
         ),
         _gap(run),
@@ -45,7 +46,9 @@ def by_level(run: "RunFiles") -> str:
     charts = []
     for number, level in enumerate(levels):
         lines = [Line(name, _against_base(run, part, number), colour) for part, (name, colour) in PARTS.items()]
-        charts.append(line_chart(lines, title=f"t = {level:.2f}", unit=" %", zero=(0.0, "base model"), size=SMALL))
+        charts.append(
+            line_chart(lines, title=f"t = {level:.2f}", unit=" %", zero=(0.0, "base model"), size=SMALL, span=2.0)
+        )
     profile = [
         Line(f"{name}, adapter", list(zip(levels, history[-1][part]["by_level"], strict=True)), colour)
         for part, (name, colour) in PARTS.items()
@@ -55,7 +58,7 @@ def by_level(run: "RunFiles") -> str:
         Line(f"{PARTS[part][0]}, base", list(zip(levels, base["by_level"], strict=True)), PARTS[part][1], dashed=True)
         for part, base in run.heldout["base"].items()
     ]
-    now = line_chart(profile, title=f"Loss over noise levels at step {history[-1]['step']}", x_label="noise level t")
+    now = line_chart(profile, title=f"Loss over noise levels t at step {history[-1]['step']}", x_label="t")
     sampled = [
         Line(f"t = {level:.2f}", smoothed(run.curve(f"train/level/{level:.2f}"), 8), colour)
         for level, colour in zip(levels[::3], ("c-fourth", "c-third", "c-heldout", "c-train"), strict=False)
@@ -134,11 +137,13 @@ def machine(run: "RunFiles") -> str:
         ),
         line_chart([Line("peak", run.curve("time/peak_memory_gib"), "c-third")], title="Peak memory", unit=" GiB"),
     ]
-    plan = run.record.get("memory") or {}
-    rows = [(str(name).replace("_", " "), f"{value:,.2f}" if isinstance(value, float) else str(value))
-            for name, value in plan.items()]  # fmt: skip
-    planned = f"<h3>Memory plan</h3>{facts(rows)}" if rows else ""
-    return f'<div class="charts">{"".join(charts)}</div>{planned}' if any(charts) else planned
+    about = facts([("device", str(run.machine["device"]))]) if run.machine else ""
+    plan = run.machine.get("plan")
+    if plan:
+        rows = [(name, size / 2**30, f"{size / 2**30:.3f} GiB") for name, size in plan.items() if size]
+        about += f"<h3>Memory plan made before the first step</h3>{bars(rows, 'c-third')}"
+        about += f'<p class="soft">{escape(str(run.machine.get("verdict") or ""))}</p>'
+    return f'<div class="charts">{"".join(charts)}</div>{about}' if any(charts) else about
 
 
 def _against_base(run: "RunFiles", part: str, level: int | None = None) -> list[Point]:

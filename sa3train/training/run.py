@@ -17,6 +17,7 @@ from sa3train.adapters.formats import load_adapter
 from sa3train.adapters.inject import Injected, inject
 from sa3train.adapters.spec import AdapterSpec
 from sa3train.data.datamodule import LatentDataModule
+from sa3train.errors import ConfigError
 from sa3train.files import write_bytes
 from sa3train.log import get_logger
 from sa3train.models.checkpoint import StableAudio3
@@ -157,7 +158,7 @@ def train(
     `report` keeps `report.html` up to date. `provenance` goes into every adapter file.
     """
     started = time.perf_counter()
-    check_model(model, objective, spec)
+    check_together(model, data, objective)
     if loop.quantize != "none":
         round_weights(model.dit, loop.quantize)
     torch.manual_seed(seed)  # the adapter's initial values, the same on every rank
@@ -197,9 +198,10 @@ def train(
                 seed=demos.seed,
                 device=module.device,
             )
-        if report:
-            write_report(run.path)
         tracker.adapter(run.path / ADAPTER, provenance, ("latest", f"step-{trainer.global_step}"))
+    run.save(status="finished" if saver.interrupted is None else "interrupted", steps=trainer.global_step)
+    if report and trainer.is_global_zero:
+        write_report(run.path)
     return TrainingResult(
         run.path,
         run.path / ADAPTER,
@@ -216,13 +218,18 @@ def noted(provenance: Mapping[str, str], step: int) -> dict[str, str]:
     return {**provenance, "step": str(step)}
 
 
-def check_model(model: StableAudio3, objective: Objective, spec: AdapterSpec) -> None:
-    """Say aloud when model and objective are of different families: it works, and is seldom what is wanted."""
+def check_together(model: StableAudio3, data: LatentDataModule, objective: Objective) -> None:
+    """Raise `ConfigError` for settings that cancel each other; say aloud what works and is seldom wanted."""
+    if data.pack_frames is not None and objective.silence_seconds > 0:
+        raise ConfigError(
+            f"objective.silence_seconds={objective.silence_seconds} has no effect with data.pack_frames: a packed row "
+            f"has no room behind a clip. Set it to 0."
+        )
     few_steps = objective.timesteps == "levels"
     if model.objective == "rf_denoiser" and not few_steps:
         _logger.warning(
-            "%s is post-trained: it is only ever called at its sampler's few noise levels, and this objective trains it "
-            "at all of them. Use objective=post-trained, or train on its base%s.",
+            "%s is post-trained: its sampler calls it at a few noise levels only, and this objective trains it at all "
+            "of them. Use objective=post-trained, or train on its base%s.",
             model.name,
             f" ({model.sibling})" if model.sibling else "",
         )

@@ -23,7 +23,7 @@ class Objective:
 
     timesteps: Literal["trunc_logit_normal", "log_snr", "log_snr_uniform", "uniform", "levels"] = "trunc_logit_normal"
     sampler_steps: int | None = None
-    shift: Literal["none", "full", "full_sine", "flux", "logsnr"] = "full"
+    shift: Literal["none", "full", "full.sine", "flux", "logsnr"] = "full"
     coupling: bool = True
     silence_seconds: float = 4.0
     inpainting: dict[str, float] = field(default_factory=lambda: {"segments": 0.1, "full": 0.8, "continuation": 0.1})

@@ -1,11 +1,15 @@
 """Prompt embeddings for training: each distinct prompt is encoded once on a machine, and the text encoder is let go."""
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 from torch import Tensor
 
 from sa3train.data.embeddings import EmbeddingCache, encoder_identity
 from sa3train.models.conditioners import Conditioner, TextEmbedding
+
+RECENT = 4096
+"""Prompts made at random (shuffled or dropped tags) that are kept in memory."""
 
 
 class PromptBank:
@@ -16,6 +20,7 @@ class PromptBank:
         encoder = conditioner.text_encoder
         self.cache = EmbeddingCache(encoder_identity(encoder.source.folder(), encoder.max_length))
         self.known: dict[str, Tensor] = {}
+        self.recent: OrderedDict[str, Tensor] = OrderedDict()
 
     def prepare(self, prompts: Sequence[str]) -> None:
         """Have all of `prompts` at hand, then release the text encoder if it was needed."""
@@ -26,10 +31,15 @@ class PromptBank:
 
     def __call__(self, prompts: Sequence[str]) -> TextEmbedding:
         """Embeddings of `prompts` on the conditioner's device."""
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
+        wanted = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.known]
+        missing = [prompt for prompt in wanted if prompt not in self.recent]
         if missing:
-            self.known |= self.cache.get(missing, self._encode)
-        embedding = TextEmbedding.join([self.known[prompt] for prompt in prompts])
+            self.recent |= self.cache.get(missing, self._encode, keep=False)
+        for prompt in wanted:
+            self.recent.move_to_end(prompt)
+        embedding = TextEmbedding.join([self.known[p] if p in self.known else self.recent[p] for p in prompts])
+        while len(self.recent) > RECENT:
+            self.recent.popitem(last=False)
         device = self.conditioner.device
         return TextEmbedding(embedding.hidden_BLD.to(device), embedding.mask_BL.to(device))
 

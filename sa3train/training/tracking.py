@@ -194,7 +194,6 @@ class WandbSink:
             self.run = wandb.init(mode="offline", **arguments)
         self.run.define_metric(STEP, hidden=True)
         self.run.define_metric("*", step_metric=STEP)
-        self._inputs: list[tuple[str, str, Mapping[str, Any], Path | None]] = []
 
     def used(self, kind: str, name: str, metadata: Mapping[str, Any], file: Path | None = None) -> None:
         """Declare an input of the run (`kind`: dataset or model), so that adapters show where they come from."""
@@ -206,7 +205,8 @@ class WandbSink:
         else:
             with artifact.new_file("provenance.json") as note:
                 note.write(json.dumps(_clean(metadata), indent=2))
-        self.run.use_artifact(artifact)
+        # What `use_artifact` does with a new artifact, but for its waiting for the server and refusing to work offline.
+        self.run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Numbers, against our own step: a resumed run may log a step again."""

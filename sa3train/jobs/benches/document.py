@@ -21,9 +21,13 @@ def renew(path: Path, records: Sequence[Record]) -> None:
     section, closed, after = rest.partition(end)
     if not found or not closed:
         raise SA3Error(f"{path} has no section for {device}: add the lines {begin} and {end} where the table belongs.")
-    parts = _parts(section) | {record.bench: _part(record) for record in records}
+    parts = _parts(section) | {_heading(record): _part(record) for record in records}
     body = "\n".join(f"### {name}\n\n{text.strip()}\n" for name, text in parts.items())
     write_text(path, f"{before}{begin}\n\n{body}\n{end}{after}")
+
+
+def _heading(record: Record) -> str:
+    return record.bench if record.options.arch is None else f"{record.bench}, {record.options.arch}"
 
 
 def _parts(section: str) -> dict[str, str]:

@@ -3,9 +3,8 @@
 Shapes: B items, C latent channels, T latent frames, L context tokens, D widths.
 """
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -139,21 +138,17 @@ def _with_adapters(options: Options, arch: str, seconds: float, model: StableAud
     with torch.enable_grad():
         adapters = [random_adapter(model, kind, seed) for seed, kind in enumerate(("dora-rows", "lora", "bora"))]
     stack = AdapterStack(model.adaptable())
-
-    @contextlib.contextmanager
-    def playing(count: int) -> Iterator[None]:
-        for adapter in adapters[:count]:
-            stack.add(adapter, 0.7)
-        stack.apply()
-        yield
-        stack.clear()
-
+    for adapter in adapters:
+        stack.add(adapter, 0.0)
     rounds: dict[str, list[float]] = {"0": [], "1": [], "3": []}
     for _ in range(options.repeats):
         for name in rounds:
-            with playing(int(name)):
-                task = {name: lambda: denoise(model, start_BCT, conditions, 1)}
-                rounds[name] += interleaved(task, 1, options.device).rounds[name]
+            for index in range(len(adapters)):
+                stack.set_strength(0.7 if index < int(name) else 0.0, index)
+            stack.apply()
+            task = {name: lambda: denoise(model, start_BCT, conditions, 1)}
+            rounds[name] += interleaved(task, 1, options.device).rounds[name]
+    stack.clear()
     figures = []
     for name in ("1", "3"):
         ratios = sorted(mine / base for mine, base in zip(rounds[name], rounds["0"], strict=True))

@@ -53,7 +53,9 @@ class Small(nn.ModuleDict):
         return {
             name.replace(".base_layer.", "."): tensor.detach().clone()
             for name, tensor in self.named_parameters()
-            if not any(part.startswith(("lora_", "M_xs", "magnitude", "oft_", "lokr_", "hada_")) for part in name.split("."))
+            if not any(
+                part.startswith(("lora_", "M_xs", "magnitude", "oft_", "lokr_", "hada_")) for part in name.split(".")
+            )
         }
 
 
@@ -81,16 +83,16 @@ def trained_adapter(spec: AdapterSpec, model: Small, seed: int = 0) -> Adapter:
     return adapter
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small() -> type[Small]:
     return Small
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def trained() -> Callable[[AdapterSpec, Small], Adapter]:
     return trained_adapter
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def steps() -> Callable[..., list[float]]:
     return train

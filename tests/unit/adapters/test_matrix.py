@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.formats import load_adapter, save_adapter
@@ -17,7 +17,7 @@ from sa3train.adapters.stack import AdapterStack
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CLOSE = {"fp32": 1e-5, "bf16": 3e-2}
-"""Largest difference of outputs, relative to the largest output: bf16 has 8 bits, and five layers follow one another."""
+"""Largest difference of outputs, relative to the largest: bf16 has 8 bits, and nine layers follow one another."""
 MATRIX = list(itertools.product(KINDS, ("linear", "conv1d"), DTYPES))
 every_case = pytest.mark.parametrize(("kind", "layer", "base"), MATRIX)
 
@@ -99,9 +99,7 @@ def test_continuous_at_strength_0(
 
 
 @every_case
-def test_baked_equals_live(
-    small: type[Any], steps: Callable[..., Any], kind: str, layer: str, base: str
-) -> None:
+def test_baked_equals_live(small: type[Any], steps: Callable[..., Any], kind: str, layer: str, base: str) -> None:
     model = small(layer, DTYPES[base])
     output = model()
     injected = inject(model, spec_of(kind))
@@ -183,9 +181,7 @@ def test_only_adapter_parameters_get_gradients(
 
 
 @every_case
-def test_base_bytes_never_change(
-    small: type[Any], steps: Callable[..., Any], kind: str, layer: str, base: str
-) -> None:
+def test_base_bytes_never_change(small: type[Any], steps: Callable[..., Any], kind: str, layer: str, base: str) -> None:
     model = small(layer, DTYPES[base])
     weights, names, output = model.weights(), list(model.state_dict()), model()
     modules = dict(model.named_modules())
@@ -219,43 +215,3 @@ def test_deterministic(small: type[Any], steps: Callable[..., Any], kind: str, l
         results.append((losses, injected.export().fingerprint))
     assert results[0] == results[1]
     assert results[0][0][-1] < results[0][0][0]
-
-
-METHODS = {"lokr": ("linear", "conv1d"), "loha": ("linear", "conv1d"), "oft": ("linear",)}
-
-
-@pytest.mark.parametrize(("kind", "layer"), [(kind, layer) for kind, layers in METHODS.items() for layer in layers])
-@pytest.mark.parametrize("base", DTYPES)
-def test_other_methods_are_trained_saved_loaded_and_played(
-    small: type[Any], steps: Callable[..., Any], tmp_path: Path, kind: str, layer: str, base: str
-) -> None:
-    model = small(layer, DTYPES[base])
-    weights, output = model.weights(), model()
-    torch.manual_seed(0)
-    injected = inject(model, AdapterSpec(kind, rank=4))
-    assert_outputs_close(model(), output, base)
-    steps(model, injected, lr=5e-2)
-    assert all(parameter.dtype == torch.float32 for parameter in injected.parameters())
-    assert_same_bits(model.weights(), weights)
-    live = model()
-    save_adapter(tmp_path / "a.safetensors", injected.export(), dtype=None)
-    with injected.disabled():
-        assert torch.equal(model(), output)
-    injected.remove()
-    assert_same_bits(model.weights(), weights)
-
-    loaded = load_adapter(tmp_path / "a.safetensors")
-    again = inject(model, loaded.spec)
-    again.load(loaded)
-    assert torch.equal(model(), live)
-    again.remove()
-
-    stack = AdapterStack(model)
-    report = stack.add(loaded)
-    assert len(report.matched) == sum(isinstance(module, nn.Linear | nn.Conv1d) for module in model.modules())
-    stack.apply()
-    assert_outputs_close(model(), live, base)
-    assert not torch.equal(model(), output)
-    stack.set_strength(0.0)
-    stack.apply()
-    assert_same_bits(model.weights(), weights)

@@ -41,6 +41,22 @@ def test_each_prompt_once_on_this_machine(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.part"))
 
 
+def test_random_prompts_are_not_kept(tmp_path: Path) -> None:
+    cache, encode = EmbeddingCache("model", tmp_path), Counting()
+    cache.get(["kept"], encode)
+    assert set(cache.get(["kept", "random"], encode, keep=False)) == {"kept", "random"}
+    assert encode.asked == ["kept", "random"]
+    assert set(EmbeddingCache("model", tmp_path).load(["kept", "random"])) == {"kept"}
+
+
+def test_what_another_process_adds_is_found(tmp_path: Path) -> None:
+    mine, theirs, encode = EmbeddingCache("model", tmp_path), EmbeddingCache("model", tmp_path), Counting()
+    mine.get(["a"], encode)
+    theirs.get(["b"], encode)
+    assert set(mine.get(["a", "b"], encode)) == {"a", "b"}
+    assert encode.asked == ["a", "b"]
+
+
 def test_another_encoder_has_its_own(tmp_path: Path) -> None:
     encode = Counting()
     EmbeddingCache("one", tmp_path).get(["a"], encode)
@@ -63,9 +79,14 @@ def test_a_damaged_pack_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFix
     cache.get(["a"], encode)
     (pack,) = cache.folder.iterdir()
     pack.write_bytes(pack.read_bytes()[:20])
+    for again in (cache, EmbeddingCache("model", tmp_path)):
+        caplog.clear()
+        assert again.load(["a"]) == {}
+        assert str(pack) in caplog.text
     assert cache.get(["a"], encode)["a"].shape == (1, 2)
-    assert str(pack) in caplog.text
     assert encode.asked == ["a", "a"]
+    assert EmbeddingCache("model", tmp_path).get(["a"], encode)["a"].shape == (1, 2)
+    assert encode.asked == ["a", "a"], "the damaged pack was written anew"
 
 
 def test_a_disk_that_cannot_be_written_costs_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

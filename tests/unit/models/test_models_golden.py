@@ -1,10 +1,15 @@
-"""Conditioning, DiT and SAME against the recorded outputs of the released implementation."""
+"""Conditioning, DiT and SAME against the recorded outputs of the released implementation.
 
+`SA3TRAIN_TEST_DEVICE=cuda` runs them there (launch/bench_gpu.sh does).
+"""
+
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
 from sa3train.testing import GoldenSet
@@ -12,6 +17,7 @@ from sa3train.testing import GoldenSet
 ROOT = Path(__file__).parents[2] / "golden"
 GOLDEN = {kind: GoldenSet(ROOT / kind / "cases") for kind in ("plain", "diff")}
 TOLERANCE = 1e-4
+DEVICE = os.environ.get("SA3TRAIN_TEST_DEVICE", "cpu")
 
 
 def cases(*prefixes: str) -> list[tuple[str, str]]:
@@ -20,12 +26,17 @@ def cases(*prefixes: str) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, StableAudio3]:
-    return {kind: load_checkpoint(ROOT / kind) for kind in GOLDEN}
+    torch.backends.cudnn.allow_tf32 = False  # torch's default rounds convolutions on a GPU
+    return {kind: load_checkpoint(ROOT / kind, DEVICE) for kind in GOLDEN}
+
+
+def recorded(kind: str, case: str) -> dict[str, Tensor]:
+    return {name: tensor.to(DEVICE) for name, tensor in GOLDEN[kind].tensors(case).items()}
 
 
 @pytest.mark.parametrize(("kind", "case"), cases("conditioning"))
 def test_conditioning(models: dict[str, StableAudio3], kind: str, case: str) -> None:
-    tensors, settings = GOLDEN[kind].tensors(case), GOLDEN[kind].settings(case)
+    tensors, settings = recorded(kind, case), GOLDEN[kind].settings(case)
     found = models[kind].conditioner(settings["prompts"], settings["seconds_total"])
     assert torch.equal(found.prompt_mask_BL, tensors["prompt_mask"])
     torch.testing.assert_close(found.cross_attn_cond_BLD, tensors["cross_attn_cond"], atol=TOLERANCE, rtol=0)
@@ -35,7 +46,7 @@ def test_conditioning(models: dict[str, StableAudio3], kind: str, case: str) -> 
 @pytest.mark.parametrize("prepared", [False, True], ids=["forward", "prepared"])
 @pytest.mark.parametrize(("kind", "case"), cases("dit.forward", "dit.padded"))
 def test_dit(models: dict[str, StableAudio3], kind: str, case: str, prepared: bool) -> None:
-    tensors = GOLDEN[kind].tensors(case)
+    tensors = recorded(kind, case)
     dit = models[kind].dit
     conditions = {
         "cross_attn_cond_BLD": tensors["cross_attn_cond"],
@@ -48,13 +59,15 @@ def test_dit(models: dict[str, StableAudio3], kind: str, case: str, prepared: bo
         velocity_BCT = dit.velocity(x_BCT, t_B, dit.prepare(x_BCT.shape, **conditions))
     else:
         velocity_BCT = dit(x_BCT, t_B, **conditions)
-    real = tensors.get("padding_mask", torch.ones(1, 1, dtype=torch.bool))[:, None].expand_as(velocity_BCT)
+    real = tensors.get("padding_mask", torch.ones(1, 1, dtype=torch.bool, device=DEVICE))[:, None].expand_as(
+        velocity_BCT
+    )
     torch.testing.assert_close(velocity_BCT[real], tensors["velocity"][real], atol=TOLERANCE, rtol=0)
 
 
 @pytest.mark.parametrize(("kind", "case"), cases("same."))
 def test_same(models: dict[str, StableAudio3], kind: str, case: str) -> None:
-    tensors, settings = GOLDEN[kind].tensors(case), GOLDEN[kind].settings(case)
+    tensors, settings = recorded(kind, case), GOLDEN[kind].settings(case)
     options: dict[str, Any] = {"chunked": "chunk_size" in settings, "noise": "manual_seed" in settings}
     options |= {key: settings[key] for key in ("chunk_size", "overlap") if key in settings}
     if options["noise"]:

@@ -9,7 +9,6 @@ import corpus
 import distill
 import effects
 import latents
-import linear_start
 import numpy as np
 import parts
 import pytest
@@ -21,6 +20,7 @@ from composer import make_plan
 from safetensors.torch import save_file
 
 from sa3train.files import write_json
+from sa3train.models import linear_code
 
 
 def clips(count: int) -> list[corpus.Clip]:
@@ -51,7 +51,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     patches = crops.unflatten(-1, (-1, 16, 256)).permute(0, 2, 3, 1, 4).flatten(0, 1).flatten(2)
     model = autoencoder.build()
     state = model.state_dict()
-    linear_start.start_linear(state, linear_start.fit(patches))
+    linear_code.start_linear(state, linear_code.fit(patches))
     model.load_state_dict(state)
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, folder / "ae.safetensors")
     (folder / "latents").mkdir()
@@ -81,7 +81,7 @@ def test_linear_start_is_a_code_already() -> None:
     model = autoencoder.build()
     state = model.state_dict()
     patches = audio.unflatten(-1, (-1, 16, 256)).permute(0, 2, 3, 1, 4).flatten(0, 1).flatten(2)
-    linear_start.start_linear(state, linear_start.fit(patches))
+    linear_code.start_linear(state, linear_code.fit(patches))
     model.load_state_dict(state)
     with torch.no_grad():
         made = model.decode(model.encode(audio), noise=False)

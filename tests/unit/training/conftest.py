@@ -1,12 +1,13 @@
 """Latent shards without an autoencoder and the smallest real checkpoint, for everything that trains."""
 
+import contextlib
 import os
 import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from sa3train.data.shards import ShardWriter
 from sa3train.log import rank
 from sa3train.models.checkpoint import load_checkpoint
 from sa3train.training.folder import open_run
+from sa3train.training.module import LoraModule
 from sa3train.training.parallel import join_ranks, on_rank_zero
 from sa3train.training.run import TrainingResult, train
 from sa3train.training.settings import (
@@ -42,7 +44,12 @@ CHANNELS = 64
 
 
 def make_shards(
-    folder: Path, lengths: Sequence[int], heldout: int = 0, channels: int = CHANNELS, captions: int = 4, fingerprint: str = "f" * 64
+    folder: Path,
+    lengths: Sequence[int],
+    heldout: int = 0,
+    channels: int = CHANNELS,
+    captions: int = 4,
+    fingerprint: str = "f" * 64,
 ) -> Path:
     """Clips of smooth random latents, `lengths` in frames, the last `heldout` held out, in the layout of sa3-encode."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -99,13 +106,21 @@ class Trial:
     spec: AdapterSpec = field(default_factory=lambda: AdapterSpec("dora-rows", rank=4))
     data: dict[str, Any] = field(default_factory=dict)
     checkpoint: Path = GOLDEN / "plain"
+    tail: float = 0.3
+    stop_after: int | None = None
 
     def run(self, resume: bool = False, **settings: Any) -> TrainingResult:
         """Train; `settings` are laid over the recorded configuration."""
         torch.set_num_threads(1)
         model = load_checkpoint(self.checkpoint, parts=("dit", "conditioner"))
         data = LatentDataModule(
-            str(self.shards), self.batch_size, tail_seconds=0.3, num_workers=self.workers, seed=1, pool=4, **self.data
+            str(self.shards),
+            self.batch_size,
+            tail_seconds=self.tail,
+            num_workers=self.workers,
+            seed=1,
+            pool=4,
+            **self.data,
         )
         data.setup()
         loop = LoopSettings(
@@ -118,11 +133,33 @@ class Trial:
         sinks = [CsvSink(self.run_dir / "metrics.csv", keep_through=step if resume else None)] if rank() == 0 else []
         text = PromptBank(model.conditioner)
         text.prepare(data.distinct_prompts() or [])
+        with stopping(self.stop_after):
+            return self.train(run, model, data, text, loop, sinks)
+
+    def train(self, run: Any, model: Any, data: Any, text: Any, loop: Any, sinks: Any) -> TrainingResult:
+        """The library's `train` with this trial's settings."""
         return train(
             run=run, model=model, data=data, text=text, spec=self.spec, objective=self.objective,
             optimizer=self.optimizer, schedule=self.schedule, loop=loop, save=SaveSettings(self.save_every, 2),
             judge=self.judge, tracker=Tracker(sinks), provenance={"base_model": "golden"}, seed=3,
         )  # fmt: skip
+
+
+@contextlib.contextmanager
+def stopping(after: int | None) -> Iterator[None]:
+    """Within the context a run is sent SIGTERM in its micro-batch number `after` (counted from 1)."""
+    whole = LoraModule.training_step
+
+    def step(self: LoraModule, batch: Any, batch_idx: int) -> Any:
+        if batch_idx + 1 == after:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return whole(self, batch, batch_idx)
+
+    LoraModule.training_step = step  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        LoraModule.training_step = whole  # type: ignore[method-assign]
 
 
 def losses_of(run_dir: Path) -> dict[int, str]:
@@ -190,5 +227,10 @@ def trial(shards: Path, tmp_path: Path) -> Callable[..., Trial]:
 def helpers() -> SimpleNamespace:
     """The functions of this file, since test folders are not packages."""
     return SimpleNamespace(
-        losses_of=losses_of, adapter_of=adapter_of, in_child=in_child, outcome=outcome, two_ranks=two_ranks
+        losses_of=losses_of,
+        adapter_of=adapter_of,
+        in_child=in_child,
+        outcome=outcome,
+        two_ranks=two_ranks,
+        make_shards=make_shards,
     )

@@ -1,30 +1,32 @@
-"""Starts the autoencoder at a linear code instead of at noise: the transformers are set, by hand, to compute a block
-PCA.
+"""A linear code as SAME weights: nano's autoencoder set by hand to compute a block PCA, before any training.
 
 A frame of 4096 samples is four quarters of four patches. The encoder's first layer lets every patch fetch its three
 predecessors (three heads that look 1, 2 and 3 tokens back), its second lets the frame's new token fetch the four
 quarters' 62 to 64 principal components. The decoder's first layer hands each output token its quarter's components,
 the second and third add where in the quarter the token stands, and the last feed-forward picks one of sixteen maps
-back to a patch. What is not needed starts at zero output and learns. Two stream channels are taken: CONST (a one, from
-the norm's beta) and MARK (new or frame token).
+back to a patch. What is not needed starts at zero output and can learn. Two stream channels are taken: CONST (a one,
+from the norm's beta) and MARK (new or frame token).
 
-Shapes: D = 256 stream, 4 heads of 64, P = 512 patch values; state names are those of released SAME files.
+Shapes: F frames, S patches of a frame, P patch values, N patches, D = 256 stream, 4 heads of 64, C latent channels. State
+names are those of released SAME files; the architecture is nano's (encoder depth 2, decoder depth 3).
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 D, HEADS, PATCH_DIMS, KEPT, PATCH_OUT = 256, 4, 64, 62, 48
 MARK, CONST = 254, 255
-SLOPE = 0.25  # alpha of the norms: small enough that tanh is near linear for usual values
+LOUD = 30.0  # spread of the strongest component in the stream: far above the 0.01 of noise in new tokens
+SLOPE = 0.0006  # alpha of the norms: small enough that tanh is near linear for loud drums too
 MARKED = math.tanh(SLOPE) / SLOPE  # the norm's output where the stream holds a 1
 THETA = 10000.0 ** (-torch.arange(16, dtype=torch.float64) / 16)
 GATE = 6.0  # what a feed-forward's gate gets where it is to be open; its negative shuts it
+
 State = dict[str, Tensor]
 
 
@@ -40,12 +42,12 @@ class Code:
     @property
     def patch_scale(self) -> Tensor:
         """Stream value per patch component: half whitened, so that weak ones are heard by what learns later."""
-        return 0.3 / (self.patch_std * self.patch_std[0]).sqrt()
+        return LOUD / (self.patch_std * self.patch_std[0]).sqrt()
 
     @property
     def quarter_scale(self) -> Tensor:
         """Stream value per quarter component, likewise."""
-        return 0.3 / (self.quarter_std * self.quarter_std[0]).sqrt()
+        return LOUD / (self.quarter_std * self.quarter_std[0]).sqrt()
 
 
 def fit(patches_FSP: Tensor) -> Code:
@@ -214,3 +216,24 @@ def start_linear(state: State, code: Code) -> None:
     """Overwrite a SAME state dict (chunked, width 256, encoder depth 2, decoder depth 3, latents 256) in place."""
     _encoder(state, code, "encoder.")
     _decoder(state, code, "decoder.")
+
+
+@torch.no_grad()
+def fold_scale(state: State, gain_C: Tensor, mean_C: Tensor) -> None:
+    """Shift latents by -mean and scale them by gain in the bottleneck, and undo both in the decoder's first layer."""
+    state["bottleneck.scaling_factor"].copy_(gain_C[None, :, None])
+    state["bottleneck.bias"].copy_((-mean_C * gain_C)[None, :, None])
+    weight, bias = state["decoder.layers.1.weight"], state["decoder.layers.1.bias"]
+    bias += weight @ mean_C
+    weight /= gain_C[None, :]
+
+
+@torch.no_grad()
+def load_linear_code(state: State, path: Path) -> None:
+    """`start_linear` and `fold_scale` with the components and scales kept in a file of a tenth of a megabyte."""
+    kept = {name: tensor.float() for name, tensor in load_file(path).items()}
+    parts = ("patch", "patch_std", "quarter", "quarter_std")
+    start_linear(state, Code(*(kept[name].double() for name in parts)))
+    gain_C = kept["scaling_factor"]
+    fold_scale(state, gain_C, -kept["bias"] / gain_C)
+    state["bottleneck.running_std"].copy_(kept["running_std"])

@@ -1,0 +1,87 @@
+"""Training states: whole or refused, exact, and without code in them."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sa3train.training.state import StateError, load_state, pack, save_state, unpack
+
+LEAVES = (
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
+    | st.builds(lambda n: torch.arange(n, dtype=torch.float32), st.integers(0, 4))
+)  # fmt: skip
+TREES = st.recursive(
+    LEAVES,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.lists(inner, max_size=3).map(tuple)
+        | st.dictionaries(st.text(max_size=4) | st.integers() | st.tuples(st.integers()), inner, max_size=3)
+    ),
+    max_leaves=12,
+)
+
+
+def equal(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, float):
+        return a == b or (math.isnan(a) and math.isnan(b))
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(equal(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return bool(a == b)
+
+
+@settings(max_examples=60, deadline=None)
+@given(TREES)
+def test_any_tree_comes_back_as_it_was(tree: Any) -> None:
+    tensors, skeleton = pack(tree)
+    assert equal(unpack(tensors, skeleton), tree)
+
+
+def test_a_file_comes_back_as_it_was_whatever_its_dtypes(tmp_path: Path) -> None:
+    shared = torch.randn(4)
+    tree = {
+        "a": [shared, shared[:2], torch.tensor(1), torch.empty(0)],
+        7: (torch.ones(2, 3).T, torch.arange(3, dtype=torch.uint8), torch.ones(2, dtype=torch.bfloat16)),
+        "__kind__": {"x": math.inf, "y": True},
+    }
+    save_state(tmp_path / "s.safetensors", tree)
+    assert equal(load_state(tmp_path / "s.safetensors"), tree)
+
+
+def test_what_would_need_code_is_refused_by_its_place() -> None:
+    with pytest.raises(TypeError, match=r"cannot hold PosixPath \(at /a/0\)"):
+        pack({"a": [Path("x")]})
+
+
+@pytest.mark.parametrize("damage", ["short", "altered", "empty", "gone", "other", "pickle"])
+def test_a_damaged_state_is_refused(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "s.safetensors"
+    save_state(path, {"weights": torch.randn(100)})
+    content = bytearray(path.read_bytes())
+    if damage == "short":
+        path.write_bytes(content[:-40])
+    elif damage == "altered":
+        content[-10] ^= 1
+        path.write_bytes(content)
+    elif damage == "empty":
+        path.write_bytes(b"")
+    elif damage == "gone":
+        path.unlink()
+    elif damage == "other":
+        from safetensors.torch import save_file
+
+        save_file({"x": torch.ones(1)}, path)
+    else:
+        torch.save({"x": 1}, path)
+    with pytest.raises(StateError):
+        load_state(path)

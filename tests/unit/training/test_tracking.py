@@ -1,0 +1,183 @@
+"""Metrics reach every sink under the same names; no sink, server or torn line stops a run."""
+
+import http.server
+import json
+import math
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sa3train.audio.metrics import mel_picture
+from sa3train.training.tracking import CsvSink, TensorBoardSink, Tracker, WandbSink, read_metrics
+
+AUDIO = 0.1 * torch.sin(torch.linspace(0, 500, 4410)).repeat(2, 1)
+
+
+def test_csv_grows_columns_and_merges_a_step(tmp_path: Path) -> None:
+    sink = CsvSink(tmp_path / "m.csv")
+    sink.metrics({"a": 1.0}, 1)
+    sink.metrics({"a": 0.1 + 0.2}, 2)
+    sink.metrics({"b": 3.0}, 2)
+    columns, rows = read_metrics(tmp_path / "m.csv")
+    assert columns == ["step", "a", "b"]
+    assert rows == [{"step": "1", "a": "1.0"}, {"step": "2", "a": "0.30000000000000004", "b": "3.0"}], "every digit"
+
+
+def test_a_resumed_csv_drops_what_will_be_logged_again_and_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "m.csv"
+    sink = CsvSink(path)
+    for step in range(1, 6):
+        sink.metrics({"a": float(step)}, step)
+    path.write_text(path.read_text() + "6,6.")
+    again = CsvSink(path, keep_through=3)
+    again.metrics({"a": 40.0}, 4)
+    assert [(row["step"], row["a"]) for row in read_metrics(path)[1]] == [
+        ("1", "1.0"), ("2", "2.0"), ("3", "3.0"), ("4", "40.0")
+    ]  # fmt: skip
+
+
+def test_values_that_are_not_finite_are_left_out(tmp_path: Path) -> None:
+    tracker = Tracker([CsvSink(tmp_path / "m.csv")])
+    tracker.metrics({"a": math.nan, "b": 1.0, "c": math.inf}, 1)
+    assert read_metrics(tmp_path / "m.csv")[1] == [{"step": "1", "b": "1.0"}]
+
+
+def test_a_sink_that_fails_is_left_out_and_the_others_go_on(tmp_path: Path) -> None:
+    class Fails:
+        def metrics(self, values: Any, step: int) -> None:
+            raise OSError("gone")
+
+    tracker = Tracker([Fails(), CsvSink(tmp_path / "m.csv")])  # type: ignore[list-item]
+    tracker.metrics({"a": 1.0}, 1)
+    tracker.metrics({"a": 2.0}, 2)
+    assert len(read_metrics(tmp_path / "m.csv")[1]) == 2 and len(tracker.sinks) == 1
+
+
+def test_tensorboard_holds_metrics_audio_pictures_and_the_adapter(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    tracker = Tracker([TensorBoardSink(tmp_path / "tb")])
+    for step in (1, 2):
+        tracker.metrics({"train/loss": float(step)}, step)
+    tracker.audio("demos/x", AUDIO, 44100, 2, "a prompt")
+    tracker.image("demos/x/mel", mel_picture(AUDIO, 44100), 2)
+    tracker.adapter(tmp_path / "adapter.safetensors", {"base_model": "nano"})
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "tb"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("train/loss")] == [(1, 1.0), (2, 2.0)]
+    assert events.Audio("demos/x")[0].sample_rate == 44100 and events.Images("demos/x/mel")
+    assert any("adapter" in name for name in events.Tags()["tensors"])
+
+
+def wandb_sink(folder: Path, mode: str, **values: Any) -> WandbSink:
+    given: dict[str, Any] = {"project": "p", "entity": None, "name": "run", "run_id": "abcd1234", "config": {"lr": 0.1}}
+    return WandbSink(folder, mode=mode, timeout=values.pop("timeout", 5.0), **(given | values))
+
+
+def records(folder: Path) -> list[Any]:
+    """Everything in the offline runs under `folder`, as wandb's own reader gives it."""
+    from wandb.proto import wandb_internal_pb2
+    from wandb.sdk.internal.datastore import DataStore
+
+    found = []
+    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
+        store = DataStore()
+        store.open_for_scan(str(path))
+        while (data := store.scan_data()) is not None:
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(data)
+            found.append(record)
+    return found
+
+
+def test_an_offline_wandb_run_holds_everything(tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter.safetensors"
+    adapter.write_bytes(b"an adapter")
+    sink = wandb_sink(tmp_path / "w", "offline", config={"adapter": {"rank": 16}}, tags=["t"], group="g")
+    sink.used("dataset", "latents-abc", {"manifest": "abc"})
+    sink.used("model", "base-def", {"hash": "def"})
+    tracker = Tracker([sink])
+    tracker.metrics({"train/loss": 1.5}, 10)
+    tracker.audio("demos/x", AUDIO, 44100, 10, "a prompt")
+    tracker.image("demos/x/mel", mel_picture(AUDIO, 44100), 10)
+    tracker.adapter(adapter, {"base_hash": "def"})
+    tracker.close()
+    found = records(tmp_path / "w")
+    run = next(record.run for record in found if record.HasField("run"))
+    assert run.run_id == "abcd1234" and run.run_group == "g" and list(run.tags) == ["t"]
+    config = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert config["adapter"] == {"rank": 16}
+    history = [
+        {(item.key or ".".join(item.nested_key)): item.value_json for item in record.history.item}
+        for record in found
+        if record.HasField("history")
+    ]
+    assert any(row.get("train/loss") == "1.5" and row.get("step") == "10" for row in history)
+    kinds = {json.loads(value)["_type"] for row in history for key, value in row.items() if key.startswith("demos/")}
+    assert kinds == {"audio-file", "image-file"}
+    wavs = list((tmp_path / "w").glob("wandb/offline-run-*/files/media/audio/**/*.wav"))
+    assert len(wavs) == 1 and wavs[0].stat().st_size > 2 * 2 * 4410
+    artifacts = [record.request.log_artifact.artifact for record in found if record.request.HasField("log_artifact")]
+    artifacts += [record.artifact for record in found if record.HasField("artifact")]
+    by_type = {artifact.type: artifact for artifact in artifacts}
+    assert set(by_type) == {"dataset", "model", "adapter"}
+    assert json.loads(by_type["adapter"].metadata) == {"base_hash": "def"}
+    uses = {artifact.type: artifact.use_after_commit for artifact in artifacts}
+    assert uses == {"dataset": True, "model": True, "adapter": False}, "inputs and output: the lineage"
+    assert [entry.path for entry in by_type["adapter"].manifest.contents] == ["adapter.safetensors"]
+
+
+class FaultyServer(http.server.BaseHTTPRequestHandler):
+    """Answers everything with 500."""
+
+    def answer(self) -> None:
+        self.rfile.read(int(self.headers.get("content-length") or 0))
+        self.send_response(500)
+        self.end_headers()
+
+    do_GET = do_POST = do_PUT = answer
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture(params=["500", "silence", "refusal"])
+def dead_server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """The address of a server that answers 500, or takes connections and says nothing, or is not there."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
+    server = None
+    if request.param == "500":
+        listener.close()
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", port), FaultyServer)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    elif request.param == "silence":
+        listener.listen(50)
+    else:
+        listener.close()
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+    yield f"http://127.0.0.1:{port}"
+    if server is not None:
+        server.shutdown()
+        server.server_close()
+    listener.close()
+
+
+def test_a_server_that_does_not_answer_leaves_an_offline_run(
+    tmp_path: Path, dead_server: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    sink = wandb_sink(tmp_path / "w", "online", timeout=1.0)
+    tracker = Tracker([sink])
+    tracker.metrics({"train/loss": 1.5}, 1)
+    tracker.close()
+    assert any(record.HasField("history") for record in records(tmp_path / "w"))
+    assert "does not answer" in caplog.text and "launch/wandb_sync.sh" in caplog.text
