@@ -4,7 +4,7 @@
     python recipes/nano/autoencoder.py WORK --decoder-only   # after latents.py, which freezes the code; WORK/decoder.pt
 
 It starts at a linear code (`sa3train.models.linear_code`) and learns to be better. Once latents.py has frozen the code
-and the DiT is trained on it, the decoder alone may still improve. Loss: waveform error relative to the signal in mid and side, one
+and the DiT is trained on it, the decoder alone may still improve. Loss: waveform error relative to the signal, one
 random STFT resolution of one random channel mix a step, a pull of each latent channel to unit spread. Shapes: B items,
 N samples, C channels, T latent frames.
 """

@@ -32,7 +32,7 @@ SMALL_GAIN = 1e-2
 
 @dataclass(frozen=True, eq=False)
 class Fixed:
-    """What does not train: weight and bias, the scale s, and whether y is worth keeping for the backward pass."""
+    """What does not train: weight and bias, the scale s, and whether y is worth keeping for bora's backward pass."""
 
     frozen: Frozen
     bias_O: Tensor | None
@@ -77,7 +77,8 @@ class AdaptedProduct(Function):
             y_TO.addmm_(u_TR, B.to(dtype).T, alpha=scale)
         _, _, wants_A, _, wants_rows, wants_cols, *_ = ctx.needs_input_grad
         keep_x = (wants_A and dropped_TI is None) or wants_cols
-        keep_y = wants_rows and (fixed.keep_output or not keep_x)
+        bora = wants_rows and wants_cols and wants_A  # keeps the most, and has the time to multiply again
+        keep_y = wants_rows and (fixed.keep_output or not bora)
         small_O = small_TN = None
         if gain_O is not None:
             if keep_y and bool((small_O := gain_O.abs() < SMALL_GAIN).any()):

@@ -22,8 +22,8 @@ from sa3train.adapters.spec import KINDS, AdapterSpec, Kind
 from sa3train.adapters.weights import initial_parameters
 
 UNKEPT_OUTPUTS = (".cross_attn.to_q", ".cross_attn.to_out", ".to_local_embed.2")
-"""Layers whose output nothing else keeps for the backward pass, and whose product is cheap enough to be made again
-there rather than kept (about 1 % of a step each, for 1 % of its memory). It changes no value."""
+"""Layers whose output nothing else keeps for the backward pass. Bora, which keeps the most, makes their products again
+there (about 1 % of a step each, for 1 % of its memory). It changes no value."""
 
 TRAINED = ("lora_A", "lora_B", "M_xs", "magnitude", "magnitude_r", "magnitude_c")
 

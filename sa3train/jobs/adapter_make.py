@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,7 +163,10 @@ def base_of(adapters: "list[Adapter]", name: str | None) -> "Weights | None":
     root = model.adaptable()
     layers, architecture = adaptable_layers(root), architecture_of(root)
     for adapter in adapters:
-        refuse_unfit(match(adapter, layers, architecture), allow_partial=False)
+        report = match(adapter, layers, architecture, model)
+        refuse_unfit(report, allow_partial=False)
+        for warning in report.warnings:
+            print(f"warning: {adapter.source}: {warning}", file=sys.stderr)
     return _weights(model)
 
 

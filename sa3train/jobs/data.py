@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 
 def main(argv: list[str] | None = None) -> int:
     """The console command."""
-    arguments = parser().parse_args(argv)
+    arguments = build_parser().parse_args(argv)
     return run_job(lambda: int(arguments.run(arguments)))
 
 
-def parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     """The command line."""
     top = argparse.ArgumentParser(prog="sa3-data", description="Look at audio, prompts and latent shards.")
     commands = top.add_subparsers(required=True, metavar="COMMAND")

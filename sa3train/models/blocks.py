@@ -6,11 +6,12 @@ Module and parameter names are those of the released files.
 
 import functools
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import Function, once_differentiable
 
 from sa3train.models.attention import Pattern, attend
 from sa3train.models.config import FOURIER_FEATURES, HEAD_WIDTH
@@ -99,8 +100,40 @@ class RMSNorm(nn.Module):
 
     def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """`norm(x) * (1 + scale) + shift`, rounded once."""
-        gain = self.gamma.float() * (1 + scale.float())
-        return torch.addcmul(shift.float(), x * inverse_rms(x, self.eps), gain).to(x.dtype)
+        out: Tensor = _Modulated.apply(x, self.gamma.float() * (1 + scale.float()), shift.float(), self.eps)
+        return out
+
+
+class _Modulated(Function):
+    """RMS norm times `gain` plus `shift`, both broadcast over tokens.
+
+    For the backward pass it keeps x, which the residual stream keeps anyway. Autograd by itself would keep an fp32
+    copy of the normed x as soon as the gain has a gradient, as it has when what makes it is adapted.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
+        scale = inverse_rms(x, eps)
+        ctx.save_for_backward(x, scale, gain)
+        ctx.shift_shape = shift.shape
+        return torch.addcmul(shift, x * scale, gain).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, gain = ctx.saved_tensors
+        wants_x, wants_gain, wants_shift, _ = ctx.needs_input_grad
+        grad_x = grad_gain = grad_shift = None
+        normed, grad = x * scale, grad.float()
+        if wants_shift:
+            grad_shift = grad.sum_to_size(ctx.shift_shape)
+        if wants_gain:
+            grad_gain = (grad * normed).sum_to_size(gain.shape)
+        if wants_x:
+            grad_normed = grad * gain
+            share = (grad_normed * normed).mean(dim=-1, keepdim=True)
+            grad_x = normed.mul_(share).sub_(grad_normed).mul_(-scale).to(x.dtype)
+        return grad_x, grad_gain, grad_shift, None
 
 
 class DynamicTanh(nn.Module):

@@ -7,8 +7,8 @@ the second and third add where in the quarter the token stands, and the last fee
 back to a patch. What is not needed starts at zero output and can learn. Two stream channels are taken: CONST (a one,
 from the norm's beta) and MARK (new or frame token).
 
-Shapes: F frames, S patches of a frame, P patch values, N patches, D = 256 stream, 4 heads of 64, C latent channels. State
-names are those of released SAME files; the architecture is nano's (encoder depth 2, decoder depth 3).
+Shapes: F frames, S patches of a frame, P patch values, N patches, D = 256 stream, 4 heads of 64, C latent channels.
+State names are those of released SAME files; the architecture is nano's (encoder depth 2, decoder depth 3).
 """
 
 import math
@@ -21,8 +21,8 @@ from torch import Tensor
 
 D, HEADS, PATCH_DIMS, KEPT, PATCH_OUT = 256, 4, 64, 62, 48
 MARK, CONST = 254, 255
-LOUD = 30.0  # spread of the strongest component in the stream: far above the 0.01 of noise in new tokens
-SLOPE = 0.0006  # alpha of the norms: small enough that tanh is near linear for loud drums too
+LOUD = 3.0  # spread of the strongest component in the stream: far above the 0.01 of noise in new tokens
+SLOPE = 0.006  # alpha of the norms: small enough that tanh is near linear for loud drums too
 MARKED = math.tanh(SLOPE) / SLOPE  # the norm's output where the stream holds a 1
 THETA = 10000.0 ** (-torch.arange(16, dtype=torch.float64) / 16)
 GATE = 6.0  # what a feed-forward's gate gets where it is to be open; its negative shuts it
@@ -205,7 +205,7 @@ def _decoder(state: State, code: Code, prefix: str) -> None:
         out[128 : 128 + PATCH_OUT, units] = torch.eye(PATCH_OUT) / GATE
     mapping = torch.zeros(512, D, 3, dtype=torch.float64)
     mapping[:, 128 : 128 + PATCH_OUT, 1] = (code.patch[:PATCH_OUT] / code.patch_scale[:PATCH_OUT, None]).T
-    mapping += 1e-4 * torch.randn_like(mapping)
+    mapping += 1e-6 * torch.randn_like(mapping)
     state[f"{block}.mapping.weight_v"].copy_(mapping.float())
     state[f"{block}.mapping.weight_g"].copy_(mapping.norm(dim=(1, 2), keepdim=True).float())
     state[f"{block}.mapping.bias"].zero_()

@@ -2,7 +2,8 @@
 
 The trained weights ship in `sa3train/assets/nano/`: `version.txt`, `nano.safetensors` and `nano-base.safetensors`
 (DiT and conditioner), `autoencoder.safetensors` (shared by both), all under released names, and the folder
-`t5gemma`. Where they are absent, the same architecture is made from a fixed seed and says that it is untrained.
+`t5gemma`. Where they are absent, the same architecture is made from a fixed seed and says that it is untrained; its
+autoencoder is then the linear code of `code.safetensors`, which encodes and decodes audio from the start.
 Either way both models are written once to `cache_dir()/nano/<version>/` in the released layout and loaded from
 there like any other checkpoint.
 """
@@ -161,7 +162,7 @@ def _version() -> str:
     if is_trained():
         return (ASSETS / "version.txt").read_text(encoding="utf-8").strip()
     architecture = json.dumps([nano_config("rectified_flow"), nano_text_config(), _SEED])
-    return f"untrained-{hashlib.sha256(architecture.encode()).hexdigest()[:12]}"
+    return f"untrained-{hashlib.sha256(architecture.encode() + CODE.read_bytes()).hexdigest()[:12]}"
 
 
 def _write_once(final: Path) -> None:

@@ -116,7 +116,7 @@ def describe_data(data: LatentDataModule) -> dict[str, Any]:
 
 def describe_machine(trainer: lightning.Trainer, device: torch.device) -> dict[str, Any]:
     """Device and ranks, and the memory plan with its verdict once there is one; sizes in bytes."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU (threads: {torch.get_num_threads()})"
     found: dict[str, Any] = {"device": f"{trainer.world_size} × {name}", "plan": None, "verdict": None}
     for prepare in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(prepare, Prepare) and prepare.plan is not None:

@@ -96,7 +96,7 @@ def _tiles(run: RunFiles) -> list[str]:
     if run.heldout.get("best_step", -1) >= 0:
         found.append(tile(f"{run.heldout['best_step']:,}", "best step by held-out loss"))
     if run.inspection:
-        found.append(tile(f"{run.inspection['effect'].get('all', 0.0):.2%}", "change of the adapted weights"))
+        found.append(tile(f"{100 * run.inspection['effect'].get('all', 0.0):.3g} %", "change of the adapted weights"))
     if run.seconds:
         found.append(tile(duration(run.seconds), "in the training loop"))
     memory = max((value for _, value in run.curve("time/peak_memory_gib")), default=math.nan)
@@ -111,9 +111,9 @@ def _adapter(run: RunFiles) -> str:
     found = run.inspection
     if not found:
         return ""
-    groups = [(group, value, f"{value:.2%}") for group, value in found["effect"].items()]
+    groups = [(group, value, f"{100 * value:.3g} %") for group, value in found["effect"].items()]
     layers = sorted(found["layers"].items(), key=lambda pair: -pair[1])
-    most = [(path, value, f"{value:.2%}") for path, value in layers[:12]]
+    most = [(path, value, f"{100 * value:.3g} %") for path, value in layers[:12]]
     about = facts(
         [
             ("kind", f"{found['kind']}, rank {found['rank']}, alpha {found['alpha']}"),

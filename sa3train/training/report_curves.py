@@ -135,7 +135,7 @@ def machine(run: "RunFiles") -> str:
             [Line("audio", run.curve("time/audio_seconds_per_second"), "c-fourth")],
             title="Seconds of audio per second",
         ),
-        line_chart([Line("peak", run.curve("time/peak_memory_gib"), "c-third")], title="Peak memory", unit=" GiB"),
+        line_chart([Line("peak", run.curve("time/peak_memory_gib"), "c-third")], title="Peak memory", note="GiB"),
     ]
     about = facts([("device", str(run.machine["device"]))]) if run.machine else ""
     plan = run.machine.get("plan")

@@ -167,12 +167,13 @@ class WandbSink:
     ) -> None:
         import wandb
 
-        if mode == "online" and not _answers(_server(), min(timeout, 10.0)):
-            _unreachable(folder)
+        server = os.environ.get("WANDB_BASE_URL", wandb.setup().settings.base_url).rstrip("/")
+        if mode == "online" and not _answers(server, min(timeout, 3.0)):
+            _unreachable(server, folder)
             mode = "offline"
         folder.mkdir(parents=True, exist_ok=True)
         settings = wandb.Settings(
-            init_timeout=timeout, finish_timeout=timeout, console="off", disable_git=True, silent=True
+            base_url=server, init_timeout=timeout, finish_timeout=timeout, console="off", disable_git=True, silent=True
         )
         arguments: dict[str, Any] = {
             "dir": str(folder),
@@ -188,9 +189,10 @@ class WandbSink:
         }
         try:
             self.run = wandb.init(mode=mode, **arguments)  # type: ignore[arg-type]
-        except wandb.errors.Error as error:
+        except (wandb.errors.Error, OSError, RuntimeError) as error:
             _logger.warning("W&B does not take the run (%s).", str(error).splitlines()[0])
-            _unreachable(folder)
+            _unreachable(server, folder)
+            wandb.teardown(exit_code=1)  # lets go of the run's id
             self.run = wandb.init(mode="offline", **arguments)
         self.run.define_metric(STEP, hidden=True)
         self.run.define_metric("*", step_metric=STEP)
@@ -282,10 +284,6 @@ class Tracker:
                 self.sinks.remove(sink)
 
 
-def _server() -> str:
-    return os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").rstrip("/")
-
-
 def _answers(url: str, timeout: float) -> bool:
     """Whether the server answers a harmless question with anything but a server error."""
     question = json.dumps({"query": "query { serverInfo { cliVersionInfo } }"}).encode()
@@ -299,11 +297,11 @@ def _answers(url: str, timeout: float) -> bool:
         return False
 
 
-def _unreachable(folder: Path) -> None:
+def _unreachable(server: str, folder: Path) -> None:
     _logger.warning(
         "The W&B server %s does not answer; the run is recorded offline in %s. Send it later with: "
         "bash launch/wandb_sync.sh %s",
-        _server(),
+        server,
         folder,
         folder.parent,
     )

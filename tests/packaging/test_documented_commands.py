@@ -49,9 +49,9 @@ def test_the_readme_shows_commands() -> None:
 def test_the_command_is_understood(document: str, words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     name, *arguments = words
     if name in HYDRA_JOBS:
-        if any(argument.startswith("resume=") for argument in arguments):
-            arguments = [argument for argument in arguments if not argument.startswith("resume=")]
-        arguments = [argument for argument in arguments if argument not in ("-m", "--multirun")]
+        arguments = [argument for argument in arguments if not argument.startswith("resume=")]
+        if "-m" in arguments:  # a sweep: its first run
+            arguments = [argument.split(",")[0] for argument in arguments if argument != "-m"]
         module = importlib.import_module(HYDRA_JOBS[name])
         code = module.main([*arguments, "--cfg", "job"])
         assert code == 0, f"{document}: {' '.join(words)}\n{capsys.readouterr().err}"

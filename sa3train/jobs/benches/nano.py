@@ -1,7 +1,7 @@
 """How well nano reconstructs audio and follows prompts, by rulers that ship with it: `sa3-bench nano`.
 
-`assets/nano` holds one held-out clip per sound class (`held_out/*.ogg`), a classifier of those classes trained on real
-clips, and `version.txt` where the weights are trained. Shapes: C channels, N samples, B items.
+`assets/nano` holds one held-out clip per sound class (`held_out/*.ogg`) and a classifier of those classes trained on
+real clips; while its denoiser is untrained, the autoencoder alone is measured. Shapes: C channels, N samples, B items.
 """
 
 import statistics
@@ -20,7 +20,7 @@ from sa3train.inference import Generator
 from sa3train.jobs.benches.figures import Figure, Options
 from sa3train.jobs.benches.settings import own_threads
 from sa3train.models.checkpoint import load_autoencoder
-from sa3train.models.nano import ASSETS
+from sa3train.models.nano import ASSETS, is_trained
 
 RATE = 44100
 SECONDS = 3.0
@@ -66,13 +66,16 @@ WISHES = (
 
 
 def run(options: Options) -> list[Figure]:
-    """Reconstruction, classes, attributes and endings of both models. Raises `ConfigError` for untrained weights."""
-    if not (ASSETS / "version.txt").is_file():
-        raise ConfigError("nano is untrained in this installation: there is nothing to measure. See recipes/nano.")
+    """Reconstruction; and, where trained weights ship, classes, attributes and endings of both models.
+
+    Raises `ConfigError` when the installation lacks the rulers.
+    """
+    if not (ASSETS / "classifier.safetensors").is_file():
+        raise ConfigError(f"{ASSETS} holds no classifier.safetensors to judge nano by. Install sa3train again.")
     classifier = Classifier.load(ASSETS / "classifier.safetensors")
     with own_threads(options.threads), torch.inference_mode():
         figures = reconstruction(classifier, ASSETS / "held_out")
-        for name in ("nano-base", "nano"):
+        for name in ("nano-base", "nano") if is_trained() else ():
             figures += following(Generator.from_pretrained(name, options.device, "fp32"), classifier)
     return figures
 

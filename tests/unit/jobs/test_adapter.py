@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from sa3train.adapters.formats import load_adapter
+from sa3train.adapters.formats import load_adapter, save_adapter
 from sa3train.adapters.lowrank import Loss
 from sa3train.jobs.adapter import build_parser, main
 
@@ -160,6 +161,13 @@ def test_resize_and_scale(capsys: pytest.CaptureFixture[str]) -> None:
         assert "scale" in file.metadata()["sa3train_history"]
     found = told(capsys, "scale", DORA, "d.safetensors", "0.5", "--model", PLAIN, "--rank", 64)
     assert found["kind"] == "lora"
+
+
+def test_another_base_than_it_was_trained_on_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = load_adapter(XS)
+    save_adapter("xs.safetensors", replace(adapter, metadata={**adapter.metadata, "base_hash": "0" * 64}))
+    assert run("convert", "xs.safetensors", "peft", "--model", PLAIN) == 0
+    assert "warning: xs.safetensors: it was trained on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -39,9 +39,9 @@ def test_every_wish_names_a_checker_and_one_of_its_answers() -> None:
     assert wanted == {(name, answer) for name, each in ATTRIBUTES.items() for answer in (each.less, each.more)}
 
 
-def test_untrained_weights_are_not_measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_rulers_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(nano, "ASSETS", tmp_path)
-    with pytest.raises(ConfigError, match="untrained"):
+    with pytest.raises(ConfigError, match=r"classifier\.safetensors"):
         nano.run(Options())
 
 

@@ -5,6 +5,7 @@ import json
 import math
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,20 +81,32 @@ def wandb_sink(folder: Path, mode: str, **values: Any) -> WandbSink:
     return WandbSink(folder, mode=mode, timeout=values.pop("timeout", 5.0), **(given | values))
 
 
-def records(folder: Path) -> list[Any]:
-    """Everything in the offline runs under `folder`, as wandb's own reader gives it."""
-    from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
+def log_chunks(content: bytes) -> Iterator[bytes]:
+    """Records of a LevelDB log, as .wandb files are: 7 bytes of file header, blocks of 32 KiB, 7 bytes before each."""
+    block, position, parts = 32768, 7, b""
+    while position + 7 <= len(content):
+        if block - position % block < 7:
+            position += block - position % block
+            continue
+        length, kind = int.from_bytes(content[position + 4 : position + 6], "little"), content[position + 6]
+        parts += content[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # whole, or the last part
+            yield parts
+            parts = b""
 
-    found = []
-    for path in sorted(folder.glob("wandb/offline-run-*/run-*.wandb")):
-        store = DataStore()
-        store.open_for_scan(str(path))
-        while (data := store.scan_data()) is not None:
-            record = wandb_internal_pb2.Record()
-            record.ParseFromString(data)
-            found.append(record)
-    return found
+
+def records(folder: Path) -> list[Any]:
+    """Everything in the runs under `folder`, read from their files."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for _ in range(200):  # wandb's own process ends its file a moment after `finish` has returned
+        files = sorted(folder.glob("wandb/*run-*/run-*.wandb"))
+        found = [Record.FromString(chunk) for path in files for chunk in log_chunks(path.read_bytes())]
+        if any(record.HasField("exit") for record in found):
+            return found
+        time.sleep(0.05)
+    raise AssertionError(f"no ended run under {folder}")
 
 
 def test_an_offline_wandb_run_holds_everything(tmp_path: Path) -> None:
@@ -181,3 +194,56 @@ def test_a_server_that_does_not_answer_leaves_an_offline_run(
     tracker.close()
     assert any(record.HasField("history") for record in records(tmp_path / "w"))
     assert "does not answer" in caplog.text and "launch/wandb_sync.sh" in caplog.text
+
+
+class DyingServer(FaultyServer):
+    """Takes a run as W&B does, until `dead` is set; then says nothing more."""
+
+    dead = threading.Event()
+
+    def answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        if self.dead.is_set():
+            self.close_connection = True
+            threading.Event().wait(60)
+            return
+        query = json.loads(body).get("query", "") if "graphql" in self.path else ""
+        place = {"id": "P", "name": "p", "entity": {"id": "E", "name": "e"}}
+        data: dict[str, Any] = {}
+        if "upsertBucket" in query:
+            bucket = {"id": "B", "name": "abcd1234", "displayName": "run", "config": "{}", "historyLineCount": 0}
+            data = {"upsertBucket": {"bucket": {**bucket, "sweepName": None, "project": place}, "inserted": True}}
+        elif "RunResumeStatus" in query:
+            data = {"model": {**place, "bucket": None}}
+        answer = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("content-type", "application/json")
+        self.send_header("content-length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    do_GET = do_POST = do_PUT = answer  # noqa: N815
+
+
+def test_a_server_that_dies_during_the_run_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DyingServer)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_address[1]}")
+    sink = wandb_sink(tmp_path / "w", "online", timeout=3.0)
+    assert not sink.run.offline
+    sink.metrics({"train/loss": 1.0}, 1)
+    DyingServer.dead.set()
+    started = time.monotonic()
+    for step in range(2, 102):
+        sink.metrics({"train/loss": 1.0}, step)
+    logged = time.monotonic() - started
+    sink.close(failed=False)
+    closed = time.monotonic() - started - logged
+    server.shutdown()
+    # No timing bar, only that nothing waits for the server: it would answer after a minute.
+    assert logged < 30 and closed < 30
+    steps = [record for record in records(tmp_path / "w") if record.HasField("history")]
+    assert len(steps) == 101, "everything is on disk, to be sent later"
