@@ -21,7 +21,7 @@ from sa3train.adapters.remake import recipe_of
 from sa3train.adapters.spec import KINDS, AdapterSpec, Kind
 from sa3train.adapters.weights import initial_parameters
 
-UNKEPT_OUTPUTS = (".cross_attn.to_q", ".cross_attn.to_out", ".to_local_embed.2")
+UNKEPT_OUTPUTS = (".cross_attn.to_q",)
 """Layers whose output nothing else keeps for the backward pass. Bora, which keeps the most, makes their products again
 there (about 1 % of a step each, for 1 % of its memory). It changes no value."""
 

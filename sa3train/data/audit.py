@@ -106,20 +106,13 @@ def problem_rows(listing: Listing) -> list[dict[str, Any]]:
     ]
 
 
-def run_audit(
-    clips: Iterable[Clip],
-    rules: Rules,
-    journal: Path,
-    known: dict[str, str],
-    threads: int = 2,
-    total: int | None = None,
-) -> None:
+def run_audit(clips: Iterable[Clip], rules: Rules, journal: Path, known: dict[str, str], threads: int = 2) -> None:
     """Append a row to `journal` for every clip whose stamp is not that of `known` (source → stamp)."""
     journal.parent.mkdir(parents=True, exist_ok=True)
     _mend_journal(journal)
-    todo = (clip for clip in clips if known.get(clip.source) != clip.stamp)
+    todo = [clip for clip in clips if known.get(clip.source) != clip.stamp]
     with journal.open("a", encoding="utf-8") as file:
-        for row in progress(_in_order(todo, rules, threads), "audit", total=total, unit="clip"):
+        for row in progress(_in_order(todo, rules, threads), "audit", total=len(todo), unit="clip"):
             file.write(json.dumps(row) + "\n")
             file.flush()
 

@@ -23,6 +23,7 @@ from sa3train.data.findings import reason
 from sa3train.data.fixes import chosen_fixes
 from sa3train.data.index import SILENCE, build_index, remove_outdated
 from sa3train.data.latents import Encoder
+from sa3train.data.places import is_url
 from sa3train.data.plan import SPLITS, EncodePlan, EncodeSettings, Kept, done_keys, kept_latents, reconcile
 from sa3train.data.shards import STALE, ShardWriter
 from sa3train.data.sources import Listing, describe_skipped, list_source
@@ -71,7 +72,7 @@ def encode_source(
     basis = latent_basis(encoder, settings)
     with claim(folder, workers):
         if workers.first:
-            settle(folder, {"source": source, **basis}, settings.overwrite)
+            settle(folder, {"source": _absolute(source), **basis}, settings.overwrite)
         workers.wait()
         listing = list_clips(source, folder)
         index = audit_clips(listing, rules, work_folder(folder), workers, settings.threads)
@@ -105,9 +106,13 @@ def latent_basis(encoder: Encoder, settings: EncodeSettings) -> dict[str, Any]:
     }
 
 
+def _absolute(source: str) -> str:
+    return source if is_url(source) else str(Path(source).resolve())
+
+
 def list_clips(source: str, out: Path | None = None) -> Listing:
     """`list_source`, with what it skipped said aloud. Raises `DataError` when `out` lies inside the source."""
-    if out is not None and "://" not in source and out.resolve().is_relative_to(Path(source).resolve()):
+    if out is not None and not is_url(source) and out.resolve().is_relative_to(Path(source).resolve()):
         raise DataError(f"the output folder {out} lies inside the source {source}: choose one outside of it.")
     listing = list_source(source)
     skipped = describe_skipped(listing)

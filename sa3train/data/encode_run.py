@@ -85,9 +85,9 @@ class EncodeRun:
         if all(record["key"] in self.done for task in tasks for record in task):
             return []
         for record in (record for task in tasks for record in task):
-            kept = self.kept.get(record["latent"])
+            kept = self.kept.get(record["latent_hash"])
             if kept is not None and read_array(Path(kept.path), kept.entry) is None:
-                del self.kept[record["latent"]]  # damaged since: compute it
+                del self.kept[record["latent_hash"]]  # damaged since: compute it
         return tasks
 
     def _encode(self, tasks: list[list[Record]], loading: list[Future[_Loaded]]) -> Iterator[Outcome]:
@@ -95,8 +95,8 @@ class EncodeRun:
         takes: list[tuple[int, str, torch.Tensor]] = []
         for number, (task, clip) in enumerate(zip(tasks, loaded, strict=True)):
             if clip.audio_CN is not None:
-                views = {record["view"]: None for record in task if record["latent"] not in self.kept}
-                takes += [(number, view, _viewed(clip.audio_CN, view, task[0]["content"])[0]) for view in views]
+                views = {record["view"]: None for record in task if record["latent_hash"] not in self.kept}
+                takes += [(number, view, _viewed(clip.audio_CN, view, task[0]["content_hash"])[0]) for view in views]
         started = time.perf_counter()
         latents = self.encoder.encode(
             [take[2] for take in takes], [_seed(tasks[take[0]][0], take[1]) for take in takes]
@@ -109,7 +109,7 @@ class EncodeRun:
                     yield self._outcome(record, clip, made.get((number, record["view"])))
 
     def _outcome(self, record: Record, clip: _Loaded, latent_CT: np.ndarray | None) -> Outcome:
-        kept = self.kept.get(record["latent"])
+        kept = self.kept.get(record["latent_hash"])
         if kept is not None and (stored := read_array(Path(kept.path), kept.entry)) is not None:
             self.reused += 1
             made = {name: value for name, value in kept.entry.record.items() if name in MADE}
@@ -119,7 +119,7 @@ class EncodeRun:
         if latent_CT is None:
             return Outcome(record, None, finding("bad_latent", self.encoder.precision))
         samples = clip.audio_CN.shape[1]
-        applied = clip.applied | _viewed(clip.audio_CN[:, :1], record["view"], record["content"])[1]
+        applied = clip.applied | _viewed(clip.audio_CN[:, :1], record["view"], record["content_hash"])[1]
         self._count(samples)
         seconds = round(samples / self.encoder.autoencoder.sample_rate, 6)
         return Outcome({**record, "seconds": seconds, **({"applied": applied} if applied else {})}, latent_CT)
@@ -132,13 +132,13 @@ class EncodeRun:
 
     def _load(self, task: list[Record]) -> _Loaded:
         """Read, check, mix, resample and mend the sound of a task; nothing when all its latents are there already."""
-        if all(record["latent"] in self.kept for record in task):
+        if all(record["latent_hash"] in self.kept for record in task):
             return _Loaded(None, {})
         record = task[0]
         clip, rate = self.clips[record["source"]], self.encoder.autoencoder.sample_rate
         try:
             audio_CN, own_rate = read_audio(clip.audio.local_path() or clip.audio.read())
-            if content_hash(audio_CN.numpy(), own_rate) != record["content"]:
+            if content_hash(audio_CN.numpy(), own_rate) != record["content_hash"]:
                 return _Loaded(None, {}, finding("changed"))
             stereo_CN = resample(to_channels(audio_CN, 2), own_rate, rate)
             mended_CN, applied = apply_fixes(stereo_CN, rate, self.plan.settings.fix)
@@ -163,5 +163,5 @@ def _viewed(audio_CN: torch.Tensor, view: str, content: str) -> tuple[torch.Tens
 
 def _seed(record: Record, view: str) -> int:
     """The seed of what the model draws at random for a take: from its content, and nothing else."""
-    digest = hashlib.sha256(f"{record['content']} {view}".encode()).digest()
+    digest = hashlib.sha256(f"{record['content_hash']} {view}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

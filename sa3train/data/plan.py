@@ -114,8 +114,8 @@ class EncodePlan:
                 "tags": row["tags"],
                 **({"beats": row["beats"]} if row.get("beats") else {}),
                 "source": row["source"],
-                "content": row["content"],
-                "latent": self.latent_key(row["content"], view),
+                "content_hash": row["content"],
+                "latent_hash": self.latent_key(row["content"], view),
                 "original": {name: row[name] for name in ("seconds", "sample_rate", "channels")},
             }
             for view in views
@@ -207,7 +207,7 @@ def kept_latents(folder: Path, other: Path | None = None) -> dict[str, Kept]:
     kept: dict[str, Kept] = {}
     shards = [folder / name for name in outdated_shards(folder)] + (shard_files(other) if other else [])
     for shard in filter(Path.exists, shards):
-        kept |= {str(entry.record["latent"]): Kept(str(shard), entry) for entry in read_listing(shard)}
+        kept |= {str(entry.record["latent_hash"]): Kept(str(shard), entry) for entry in read_listing(shard)}
     for part in folder.glob(f"*{STALE}"):
-        kept |= {str(entry.record["latent"]): Kept(str(part), entry) for entry in scan_latents(part)[0]}
+        kept |= {str(entry.record["latent_hash"]): Kept(str(part), entry) for entry in scan_latents(part)[0]}
     return kept

@@ -8,15 +8,15 @@ import csv
 import io
 import json
 import os
-import tarfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 from sa3train.audio.io import AUDIO_SUFFIXES
 from sa3train.data.places import Blob, Place, open_place
+from sa3train.data.tars import is_hidden, tar_groups
 from sa3train.errors import DataError
 
 MANIFESTS = ("metadata.jsonl", "metadata.csv")
@@ -59,7 +59,7 @@ def list_source(source: str) -> Listing:
     place, inner = open_place(source)
     listing = Listing()
     if inner is None:
-        names = {name: stamp for name, stamp in place.files() if not _hidden(name)}
+        names = {name: stamp for name, stamp in place.files() if not is_hidden(name)}
         _list_folder(place, names, listing)
     elif inner.endswith((".jsonl", ".csv")):
         _list_manifest(place, inner, dict(place.files()), listing, alone=True)
@@ -179,30 +179,9 @@ def _manifest_rows(content: bytes, name: str) -> Iterator[tuple[dict[str, Any] |
 
 
 def _list_tar(place: Place, name: str, stamp: str, listing: Listing) -> None:
-    """Clips of a WebDataset tar: members that share everything before the first dot of their file name."""
-    whole = place.local(name)
-    groups: dict[str, dict[str, Blob]] = {}
-    try:
-        size = Path(whole).stat().st_size
-        with tarfile.open(whole, "r:") as tar:
-            for member in _members(tar):
-                if member.isfile() and not _hidden(member.name):
-                    folder, _, file = member.name.removeprefix("./").rpartition("/")
-                    key, _, suffix = file.partition(".")
-                    blob = Blob(whole, member.offset_data, member.size)
-                    groups.setdefault(f"{folder}/{key}".lstrip("/"), {})[f".{suffix.lower()}"] = blob
-            fault = _tar_end(whole, tar.offset, size)
-    except (tarfile.TarError, OSError, *_DAMAGE) as error:
-        compressed = (
-            " Compressed tars cannot be read at random: unpack it, or make a plain .tar." if _packed(whole) else ""
-        )
-        fault = f"is not a readable tar ({error or type(error).__name__}).{compressed}"
-    if fault:
-        listing.problems.append((name, fault))
-    _add_groups(name, stamp, groups, listing)
-
-
-def _add_groups(name: str, stamp: str, groups: Mapping[str, Mapping[str, Blob]], listing: Listing) -> None:
+    """Clips of a WebDataset tar: members of one name but for its suffix."""
+    groups, faults = tar_groups(place.local(name))
+    listing.problems += [(name, fault) for fault in faults]
     for key, members in groups.items():
         audio = [suffix for suffix in members if suffix in AUDIO_SUFFIXES]
         listing.skipped.update(suffix for suffix in members if suffix not in (*AUDIO_SUFFIXES, *_TEXT))
@@ -220,39 +199,6 @@ def _add_groups(name: str, stamp: str, groups: Mapping[str, Mapping[str, Blob]],
                     f"{stamp}|{blob.offset}",
                 )
             )
-
-
-_DAMAGE = (ValueError, KeyError, IndexError, OverflowError, MemoryError, RecursionError, EOFError)
-"""What damaged headers make tarfile raise besides its own errors."""
-
-
-def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    while (member := tar.next()) is not None:
-        tar.members = []  # type: ignore[attr-defined]  # keeps memory flat on tars with millions of members
-        yield member
-
-
-def _tar_end(path: str, offset: int, size: int) -> str | None:
-    """tarfile takes a damaged header for the end; the end is a block of zeros."""
-    with Path(path).open("rb") as file:
-        file.seek(offset)
-        block = file.read(512)
-    if offset > size:
-        return f"is cut short: {offset - size} bytes of its last member are missing"
-    if block.strip(b"\0"):
-        return f"is damaged at byte {offset} of {size}: what follows is not read. Make it anew, or unpack it"
-    return None
-
-
-def _packed(path: str) -> bool:
-    with Path(path).open("rb") as file:
-        return file.read(6).startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
-
-
-def _hidden(name: str) -> bool:
-    """Hidden files and what macOS packs beside real ones."""
-    path = f"/{name.removeprefix('./')}"
-    return "/." in path or "/__MACOSX" in path
 
 
 def _beside(name: str, inner: str) -> bool:

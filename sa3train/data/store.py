@@ -199,7 +199,9 @@ class LatentStore:
                 content = self._remote.cat_file(f"{self._root}/{self.shards[number]}", start=start, end=start + size)
         except OSError as error:
             raise self._damaged(row, f"cannot be read ({error})") from error
-        if len(content) != size:
+        if len(content) > size:
+            raise DataError(f"the server of {self.path} sends whole files only: give simplecache::{self.path} instead.")
+        if len(content) < size:
             raise self._damaged(row, f"{len(content)} bytes came for {size}")
         return bytes(content)
 

@@ -69,7 +69,7 @@ def settle(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
     otherwise, naming each difference, unless `overwrite`.
     """
     path = work_folder(folder) / _SETTINGS
-    if path.is_file() and not overwrite:
+    if path.is_file() and not overwrite and any(folder.glob("*.tar*")):
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:

@@ -97,6 +97,8 @@ class Judge(lightning.Callback):
                 self.base |= {part: self._measure(pl_module, part) for part in missing}
         if not self.history:
             self._judge(trainer, pl_module)
+        if self.patience and self._without_best >= self.patience:
+            trainer.should_stop = True  # it had stopped early before it was interrupted
 
     def on_train_batch_end(
         self,

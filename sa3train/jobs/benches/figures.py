@@ -45,12 +45,12 @@ class Figure:
         """Such as "≤ 0.4 ×"."""
         if self.bar is None:
             return ""
-        return f"{'≤' if self.sense == '<=' else '≥'} {self.bar:g} {self.unit}"
+        return f"{'≤' if self.sense == '<=' else '≥'} {self.bar:g} {self.unit}".rstrip()
 
     def value_text(self) -> str:
-        """Such as "0.31 × yes"."""
+        """Such as "0.31 ×: reached"."""
         verdict = {None: "", True: ": reached", False: ": NOT reached"}[self.reached]
-        return f"{number(self.value)} {self.unit}{verdict}"
+        return f"{number(self.value)} {self.unit}".rstrip() + verdict
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from sa3train.jobs.benches.measure import available_memory, interleaved, peak_al
 from sa3train.jobs.benches.roofline import Cost, dit_conditions, dit_step, measured_rates
 from sa3train.jobs.benches.settings import dtype_of, own_threads
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
+from sa3train.models.precision import fast_fp32_products
 
 DENOISER_BAR, FLOOR_BAR, ADAPTER_BAR = 0.40, 1.6, 1.03
 PROMPT = "warm analog synthesizer melody over a slow drum loop"
@@ -83,6 +84,8 @@ def _denoiser(options: Options, arch: str, seconds: float, fast: StableAudio3) -
     exact = _exact_model(options, arch)
     if exact is not None:
         tasks["exact"] = lambda: denoise(exact, start_BCT, conditions, options.steps)
+        if fast_fp32_products():
+            tasks["plain"] = lambda: _as_torch_comes(lambda: denoise(exact, start_BCT, conditions, options.steps))
     rates = measured_rates(dtype_of(options.dtype), options.device, options.repeats)
     timings = interleaved(tasks, options.repeats, options.device)
     again = measured_rates(dtype_of(options.dtype), options.device, options.repeats)
@@ -108,7 +111,21 @@ def _denoiser(options: Options, arch: str, seconds: float, fast: StableAudio3) -
         bar = DENOISER_BAR if held else None
         note = f"fp32 takes {timings.median('exact'):.2f} s; {timings.spread('fast', 'exact')}"
         figures.insert(1, Figure(f"{what} / exact fp32", timings.ratio("fast", "exact"), "×", bar, note=note))
+    if "plain" in tasks:
+        note = f"{timings.median('plain'):.2f} s; {timings.spread('fast', 'plain')}"
+        name = f"{what} / exact fp32 without our choice of library for its products"
+        figures.insert(2, Figure(name, timings.ratio("fast", "plain"), "×", note=note))
     return figures
+
+
+def _as_torch_comes(task: Callable[[], object]) -> object:
+    """Run `task` with fp32 products as torch does them by default."""
+    chosen = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        return task()
+    finally:
+        torch.set_float32_matmul_precision(chosen)
 
 
 def _exact_model(options: Options, arch: str) -> StableAudio3 | None:

@@ -32,7 +32,15 @@ def run(options: Options) -> list[Figure]:
             latents[precision] = torch.cat([one.flatten(1) for one in made if one is not None])
     cosines = torch.cosine_similarity(latents["fp32"].double(), latents[options.dtype].double())
     what = f"{arch} generation {options.dtype} against fp32, same seed: latent cosine similarity"
+    least = cosines.min().item()
     return [
-        Figure(f"{what}, least of {len(PROMPTS)}", cosines.min().item(), "", BAR if arch == "nano" else None, ">="),
+        Figure(
+            f"{what}, least of {len(PROMPTS)}",
+            least,
+            "",
+            BAR if arch == "nano" else None,
+            ">=",
+            note=f"1 − {1 - least:.1e}",
+        ),
         Figure(f"{what}, mean", cosines.mean().item(), ""),
     ]

@@ -1,6 +1,9 @@
 """Latent shards without an autoencoder, for the reading side; a tiny autoencoder and folders of clips, for encoding."""
 
-from collections.abc import Callable
+import functools
+import http.server
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +73,19 @@ def write_set(folder: Path, count: int, seconds: float = 0.3) -> Path:
         samples = noise(seconds + 0.05 * number, seed=number, peak=0.3)
         write_clip(folder / f"part{number % 3}" / f"{number:02d}.wav", samples, f"noise number {number}")
     return folder
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    handler = functools.partial(_Quiet, directory=str(tmp_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        thread = threading.Thread(target=running.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+        thread.join()

@@ -231,7 +231,7 @@ def test_duplicates_never_straddle_the_split(tmp_path: Path, encoder: Encoder) -
     encode(source, tmp_path / "out", encoder, split=0.4)
     splits: dict[str, set[str]] = {}
     for record, _ in contents(tmp_path / "out").values():
-        splits.setdefault(record["content"], set()).add(record["split"])
+        splits.setdefault(record["content_hash"], set()).add(record["split"])
     assert len(splits) == 12
     assert all(len(found) == 1 for found in splits.values())
     assert {next(iter(found)) for found in splits.values()} == {"train", "heldout"}

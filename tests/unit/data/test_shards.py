@@ -250,6 +250,15 @@ def test_stores_read_at_random_from_anywhere(anywhere: str) -> None:
     assert store.verify_shards() == {}
 
 
+def test_over_http(store_maker: Maker, server: str) -> None:
+    """Python's own server sends whole files only, which a cache makes up for."""
+    store_maker("a", [4, 6, 5])
+    with pytest.raises(DataError, match=r"give simplecache::http"):
+        LatentStore(f"{server}/a").latent(1)
+    store = LatentStore(f"simplecache::{server}/a", verify="hash")
+    assert [store.latent(row).shape[1] for row in (2, 0, 1)] == [5, 4, 6]
+
+
 def test_a_store_can_be_sent_to_a_process(store_maker: Maker) -> None:
     import pickle
 

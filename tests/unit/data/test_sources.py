@@ -1,11 +1,8 @@
 """Clips and their text are found wherever people put them; what is not understood is named."""
 
-import functools
-import http.server
 import io
 import json
 import tarfile
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -147,6 +144,14 @@ def test_tars_of_raw_audio(tmp_path: Path) -> None:
     assert captions(list_source(str(tmp_path / "part-0.tar"))) == {k: v for k, v in found.items() if "tar" in k}
 
 
+def test_dots_in_names_and_names_that_come_twice(tmp_path: Path) -> None:
+    wav = wav_bytes()
+    make_tar(tmp_path / "a.tar", {"01. song.wav": wav, "01. song.txt": b"dotted", "./02.wav": wav, "02.wav": wav})
+    listing = list_source(str(tmp_path))
+    assert captions(listing) == {"a.tar/01. song.wav": "dotted", "a.tar/02.wav": ""}
+    assert listing.problems == [("a.tar", "holds 02.wav more than once; the last is used")]
+
+
 def test_damaged_tars_are_named(tmp_path: Path) -> None:
     wav = wav_bytes()
     path = make_tar(tmp_path / "a.tar", {f"{n}.wav": wav for n in range(4)})
@@ -224,22 +229,6 @@ def test_memory_urls(memory: fsspec.AbstractFileSystem, tmp_path: Path) -> None:
     assert captions(list_source("memory://set/deep/a.wav")) == {"a.wav": "far away"}
     with pytest.raises(DataError, match=r"no audio in|cannot list"):
         list_source("memory://elsewhere")
-
-
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[str]:
-    handler = functools.partial(_Quiet, directory=str(tmp_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        thread = threading.Thread(target=running.serve_forever)
-        thread.start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
-        thread.join()
 
 
 def test_http_folders_manifests_and_tars(tmp_path: Path, server: str) -> None:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.spec import AdapterSpec
 from sa3train.data.datamodule import LatentDataModule
 from sa3train.data.index import SILENCE, build_index
@@ -29,6 +30,7 @@ from sa3train.training.module import LoraModule
 from sa3train.training.parallel import join_ranks, on_rank_zero
 from sa3train.training.run import TrainingResult, train
 from sa3train.training.settings import (
+    DemoSettings,
     JudgeSettings,
     LoopSettings,
     Objective,
@@ -108,6 +110,9 @@ class Trial:
     checkpoint: Path = GOLDEN / "plain"
     tail: float = 0.3
     stop_after: int | None = None
+    start_from: Adapter | None = None
+    demos: DemoSettings | None = None
+    report: bool = False
 
     def run(self, resume: bool = False, **settings: Any) -> TrainingResult:
         """Train; `settings` are laid over the recorded configuration."""
@@ -142,6 +147,7 @@ class Trial:
             run=run, model=model, data=data, text=text, spec=self.spec, objective=self.objective,
             optimizer=self.optimizer, schedule=self.schedule, loop=loop, save=SaveSettings(self.save_every, 2),
             judge=self.judge, tracker=Tracker(sinks), provenance={"base_model": "golden"}, seed=3,
+            start_from=self.start_from, demos=self.demos, report=self.report,
         )  # fmt: skip
 
 
@@ -234,3 +240,9 @@ def helpers() -> SimpleNamespace:
         two_ranks=two_ranks,
         make_shards=make_shards,
     )
+
+
+@pytest.fixture(scope="session")
+def make_trial() -> type[Trial]:
+    """`make_trial(shards, run_dir, max_steps=4, …)`, for fixtures of a wider scope."""
+    return Trial

@@ -1,0 +1,123 @@
+"""The memory plan: measured parts that add up, and the decision to recompute blocks."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sa3train.adapters.inject import inject
+from sa3train.adapters.spec import AdapterSpec
+from sa3train.models.checkpoint import load_checkpoint
+from sa3train.training import memory
+from sa3train.training.memory import kept_for_backward, make_plan, weight_bytes
+from sa3train.training.module import LoraModule
+from sa3train.training.prepare import compile_blocks
+from sa3train.training.run import make_module
+from sa3train.training.settings import LoopSettings, Objective, OptimizerSettings, ScheduleSettings
+from sa3train.training.text import PromptBank
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+
+
+def build(average: float | None = None) -> LoraModule:
+    model = load_checkpoint(GOLDEN / "plain", parts=("dit", "conditioner"))
+    torch.manual_seed(0)
+    injected = inject(model.adaptable(), AdapterSpec("lora", rank=4))
+    return make_module(
+        model, injected, PromptBank(model.conditioner), objective=Objective(), optimizer=OptimizerSettings(),
+        schedule=ScheduleSettings(), loop=LoopSettings(average=average), seed=0,
+    )  # fmt: skip
+
+
+def plan(module: LoraModule, **values: Any) -> memory.MemoryPlan:
+    given: dict[str, Any] = {"frames": 40, "rows": 3, "prompt": "x", "optimizer": "adamw", "mode": "none"}
+    return make_plan(module, **(given | values))
+
+
+def test_what_autograd_keeps_is_counted_once_and_without_weights() -> None:
+    block = nn.Sequential(nn.Linear(10, 20), nn.Tanh())
+    root = nn.Sequential(block, nn.Linear(20, 5))
+    x = torch.randn(7, 10)
+    total, inside = kept_for_backward(root, lambda: root(x).sum(), nn.ModuleList([block]))
+    # The input for the first weight's gradient, tanh's output (which is the second Linear's input as well).
+    assert inside == 4 * (7 * 10 + 7 * 20) and total == inside
+
+
+def test_the_parts_are_the_tensors_there_are() -> None:
+    module = build(average=0.9)
+    found = plan(module)
+    values = sum(parameter.numel() for parameter in module.trained.values())
+    assert found.adapter == found.gradients == found.average == 4 * values and found.optimizer == 8 * values
+    frozen = [p for p in module.root.parameters() if not p.requires_grad] + list(module.root.buffers())
+    assert found.weights == weight_bytes(module.root) == sum(p.numel() * p.element_size() for p in frozen)
+    assert found.total == found.weights + found.activations + 4 * values * 3 + 8 * values
+    assert plan(module, rows=6).activations == 2 * found.activations
+    assert plan(module, optimizer="lion").optimizer == 4 * values
+    assert plan(module, coded_bytes=1000).weights == found.weights + 1000
+    assert "activations" in "\n".join(found.lines()) and "GiB" in found.lines()[0]
+
+
+def test_the_plan_meets_what_a_step_keeps() -> None:
+    """Counted again on a real micro-batch of three clips."""
+    module = build()
+    planned = plan(module).activations
+    clips, draw = memory.trial_clip(module, 40, "x")
+    three = type(clips)(
+        clips.data_SCF.repeat(3, 1, 1), clips.padding_mask_SF.repeat(3, 1), clips.seconds_S.repeat(3),
+        clips.at_end_S.repeat(3), clips.prompts * 3, ["a", "b", "c"],
+    )  # fmt: skip
+    drawn = type(draw)(*(getattr(draw, name).repeat_interleave(3, dim=0) for name in draw.__dataclass_fields__))
+    total, _ = kept_for_backward(
+        module.root, lambda: module.losses(three, drawn).total, module.model.dit.transformer.layers
+    )
+    assert planned == pytest.approx(total, rel=0.1)
+
+
+def test_recomputing_keeps_less_and_changes_no_gradient() -> None:
+    gradients: list[list[Tensor]] = []
+    sizes = []
+    for mode in ("none", "blocks"):
+        module = build()
+        found = plan(module, mode=mode)
+        assert found.checkpointing == (mode == "blocks") == module.model.dit.transformer.checkpointing
+        sizes.append(found.activations)
+        clips, draw = memory.trial_clip(module, 12, "x")
+        module.losses(clips, draw).total.backward()
+        gradients.append([p.grad for p in module.trained.values() if p.grad is not None])
+    assert sizes[1] < sizes[0]
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_auto_recomputes_when_the_plan_fills_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = build()
+    monkeypatch.setattr(memory, "free_memory", lambda device: 2**40)
+    roomy = plan(module, mode="auto")
+    assert not roomy.checkpointing
+    monkeypatch.setattr(memory, "free_memory", lambda device: roomy.activations)
+    assert plan(module, mode="auto").checkpointing
+
+
+def test_planning_leaves_no_gradient_and_no_random_trace() -> None:
+    module = build()
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    plan(module)
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(parameter.grad is None for parameter in module.trained.values())
+
+
+def test_compiled_blocks_train_the_same(trial: Callable[..., Any]) -> None:
+    """With the backend that traces but generates no code: what is ours to test is that blocks can be traced."""
+    module, plain = build(), build()
+    compile_blocks(module, backend="eager")
+    clips, draw = memory.trial_clip(module, 12, "x")
+    losses = [one.losses(clips, draw).total for one in (module, plain)]
+    torch.testing.assert_close(losses[0], losses[1])
+    for loss in losses:
+        loss.backward()
+    for one, two in zip(module.trained.values(), plain.trained.values(), strict=True):
+        torch.testing.assert_close(one.grad, two.grad)
