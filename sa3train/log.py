@@ -27,12 +27,19 @@ def get_logger(name: str) -> logging.Logger:
     return logger
 
 
+class _Stderr(logging.Handler):
+    """Writes to whatever `sys.stderr` is at the time, not to what it was when logging was set up."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        sys.stderr.write(self.format(record) + "\n")
+
+
 def set_up_logging(level: int = logging.INFO) -> None:
     """Send sa3train's log lines to stderr, once. Jobs call this; libraries must not."""
     logger = logging.getLogger("sa3train")
     logger.setLevel(level)
     if not logger.handlers:
-        handler = logging.StreamHandler()
+        handler = _Stderr()
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
         logger.propagate = False

@@ -24,7 +24,6 @@ from sa3train.adapters.norms import (
 )
 from sa3train.adapters.products import rounded_transposed_times
 from sa3train.adapters.remake import Recipe
-from sa3train.adapters.weights import EPSILON
 
 SMALL_GAIN = 1e-2
 """Outputs whose gain is smaller (it is 1 at the start) are kept as they were before it, not recovered by a division."""
@@ -61,13 +60,17 @@ class AdaptedProduct(Function):
             full_A, full_B = factors(frozen, A_RI, B)
             if magnitude_O is not None:
                 norm_O, product_OR = row_norms(frozen, full_A, full_B, scale)
-                gain_O = magnitude_O / (norm_O + EPSILON)
+                gain_O = magnitude_O / norm_O
             if magnitude_I is not None:
                 norm_I, product_IR = column_norms(frozen, full_A, full_B, gain_O, scale)
-                gain_I = magnitude_I / (norm_I + EPSILON)
+                gain_I = magnitude_I / norm_I
         scaled_TI = gained(x_TI, gain_I)
         low_TI = scaled_TI if dropped_TI is None else gained(dropped_TI, gain_I)
-        y_TO = scaled_TI @ frozen.W_OI.T
+        bias_O = fixed.bias_O
+        if bias_O is not None and gain_O is None:
+            y_TO = torch.addmm(bias_O, scaled_TI, frozen.W_OI.T)
+        else:
+            y_TO = scaled_TI @ frozen.W_OI.T
         if A_RI is None:
             U_OR, V_IR = frozen.bases
             u_TR = low_TI @ V_IR.to(dtype)
@@ -84,8 +87,8 @@ class AdaptedProduct(Function):
             if keep_y and bool((small_O := gain_O.abs() < SMALL_GAIN).any()):
                 small_TN = y_TO[:, small_O]
             y_TO.addcmul_(y_TO, (gain_O - 1).to(dtype))
-        if fixed.bias_O is not None:
-            y_TO += fixed.bias_O
+            if bias_O is not None:
+                y_TO += bias_O
         ctx.save_for_backward(
             x_TI if keep_x and recipe is None else None, dropped_TI, A_RI, B, u_TR, y_TO if keep_y else None,
             norm_O, gain_O, norm_I, gain_I, small_TN, small_O if small_TN is not None else None,
@@ -144,7 +147,7 @@ class _Backward:
                 product_OR = self.product_OR
                 if product_OR is None:
                     product_OR = self.frozen.bases[0] * self.frozen.singular_values()
-                rows = row_gradient_of_B(product_OR, full_A, full_B, dsquare_O, self.scale)
+                rows = row_gradient_of_B(product_OR, self.frozen.gram(full_A), full_B, dsquare_O, self.scale)
                 through_norms = rows if through_norms is None else through_norms.add_(rows)
                 if dA is not None:
                     weighted_OR = (2 * self.scale * dsquare_O)[:, None] * full_B

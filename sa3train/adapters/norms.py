@@ -60,6 +60,10 @@ class Frozen:
         U_OR, V_IR = self.bases
         return self._kept("sigma", lambda: (times(self.W_OI, V_IR) * U_OR).sum(dim=0))
 
+    def gram(self, A_RI: Tensor) -> Tensor:
+        """AAᵀ, (R, R); of the frozen A = Vᵀ it is kept."""
+        return A_RI @ A_RI.T if self.V_IR is None else self._kept("gram", lambda: A_RI @ A_RI.T)
+
     @property
     def nbytes(self) -> int:
         """Memory of what is kept."""
@@ -76,18 +80,18 @@ class Frozen:
 
 
 def row_norms(frozen: Frozen, A_RI: Tensor, B_OR: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Norm of each row of V, (O,), and the product WAᵀ (O, R) that its gradient needs."""
+    """Norm of each row of V plus 1e-12, (O,), and the product WAᵀ (O, R) that its gradient needs."""
     if frozen.U_OR is None:
         product_OR = times(frozen.W_OI, A_RI.T)
     else:
         product_OR = frozen.U_OR * frozen.singular_values()
-    return _norm(frozen.row_squares(), product_OR, B_OR, A_RI @ A_RI.T, scale), product_OR
+    return _norm(frozen.row_squares(), product_OR, B_OR, frozen.gram(A_RI), scale), product_OR
 
 
 def column_norms(
     frozen: Frozen, A_RI: Tensor, B_OR: Tensor, gain_O: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Norm of each column of g ⊙ V, (I,); and the product Wᵀ(g² ⊙ B) (I, R) that its gradient needs."""
+    """Norm of each column of g ⊙ V plus 1e-12, (I,); and the product Wᵀ(g² ⊙ B) (I, R) that its gradient needs."""
     W_OI = frozen.W_OI
     if gain_O is None:
         base_I, weighted_OR = frozen.column_squares(), B_OR
@@ -104,9 +108,9 @@ def column_norms(
     return _norm(base_I, product_IR, A_RI.T, B_OR.T @ weighted_OR, scale), product_IR
 
 
-def row_gradient_of_B(product_OR: Tensor, A_RI: Tensor, B_OR: Tensor, grad_O: Tensor, scale: float) -> Tensor:
-    """(O, R): what the gradient `grad_O` of the squared row norms adds to that of B."""
-    sum_OR = torch.addmm(product_OR.float(), B_OR, A_RI @ A_RI.T, alpha=scale)
+def row_gradient_of_B(product_OR: Tensor, gram_RR: Tensor, B_OR: Tensor, grad_O: Tensor, scale: float) -> Tensor:
+    """(O, R): what the gradient `grad_O` of the squared row norms adds to that of B; `gram_RR` is AAᵀ."""
+    sum_OR = torch.addmm(product_OR.float(), B_OR, gram_RR, alpha=scale)
     return sum_OR.mul_((2 * scale * grad_O)[:, None])
 
 
@@ -156,12 +160,11 @@ def column_gradients(
 
 
 def gain_gradients(grad: Tensor, gain: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
-    """From the gradient of gain = magnitude / (norm + 1e-12): that of the magnitude, and that of the squared norm."""
-    grad_magnitude = grad / (norm + EPSILON)
-    grad_square = (grad_magnitude * gain).div_(norm).mul_(-0.5)
-    return grad_magnitude, torch.nan_to_num_(grad_square, nan=0.0, posinf=0.0, neginf=0.0)
+    """From the gradient of gain = magnitude / norm: that of the magnitude, and that of the squared norm."""
+    grad_magnitude = grad / norm
+    return grad_magnitude, (grad_magnitude * gain).div_(norm).mul_(-0.5)
 
 
 def _norm(base_O: Tensor, product_OR: Tensor, B_OR: Tensor, gram_RR: Tensor, scale: float) -> Tensor:
     sum_OR = torch.addmm(product_OR, B_OR, gram_RR, beta=2 * scale, alpha=scale * scale)
-    return sum_OR.mul_(B_OR).sum(dim=1).add_(base_O).clamp_min_(0).sqrt_()
+    return sum_OR.mul_(B_OR).sum(dim=1).add_(base_O).clamp_min_(0).sqrt_().add_(EPSILON)

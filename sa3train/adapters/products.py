@@ -11,15 +11,17 @@ from torch import Tensor
 BLOCK_VALUES = 2**18
 """Values of one fp32 block: 1 MiB, so that a block stays in a core's cache."""
 
+SMALLEST_SHARE = 4
+"""Into how many blocks a weight is cut at least, so that none is weight-sized."""
+
 
 def row_blocks(W_OI: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(rows, block (N, I) in fp32) from the first row to the last; an fp32 weight comes as views, in one piece."""
     if W_OI.dtype == torch.float32:
         yield slice(0, W_OI.shape[0]), W_OI
         return
-    rows = max(1, min(BLOCK_VALUES // W_OI.shape[1], W_OI.shape[0] // 8))
-    for start in range(0, W_OI.shape[0], rows):
-        yield slice(start, start + rows), W_OI[start : start + rows].float()
+    for rows in _block_rows(W_OI):
+        yield rows, W_OI[rows].float()
 
 
 def times(W_OI: Tensor, M_IR: Tensor) -> Tensor:
@@ -94,7 +96,13 @@ def column_squares(W_OI: Tensor, weights_O: Tensor | None = None) -> Tensor:
 
 
 def _square_blocks(W_OI: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    rows = max(1, min(BLOCK_VALUES // W_OI.shape[1], W_OI.shape[0] // 8))
-    for start in range(0, W_OI.shape[0], rows):
-        block_NI = W_OI[start : start + rows].to(torch.float32, copy=True)
-        yield slice(start, start + rows), block_NI.square_()
+    for rows in _block_rows(W_OI):
+        yield rows, W_OI[rows].to(torch.float32, copy=True).square_()
+
+
+def _block_rows(W_OI: Tensor) -> Iterator[slice]:
+    """Blocks of rows, on the CPU small enough for a core's cache."""
+    rows, columns = W_OI.shape
+    values = rows * columns if W_OI.is_cuda else BLOCK_VALUES
+    step = max(1, min(values // columns, rows // SMALLEST_SHARE))
+    return (slice(start, start + step) for start in range(0, rows, step))

@@ -129,6 +129,7 @@ def audit_clips(listing: Listing, rules: Rules, work: Path, workers: Workers, th
     work.mkdir(parents=True, exist_ok=True)
     known = journal_stamps(sorted(work.glob("audit-*.jsonl")))
     missing = [clip for clip in listing.clips if known.get(clip.source) != clip.stamp]
+    _logger.info("audit: %d clips, %d of them known", len(listing.clips), len(listing.clips) - len(missing))
     workers.wait()
     journal = work / f"audit-{workers.rank:03d}.jsonl"
     run_audit(missing[workers.rank :: workers.world], rules, journal, known, threads)
@@ -174,6 +175,7 @@ def _encode_share(
     """Encode this process's batches into its shards; what fails is listed in its journal of rejections."""
     folder, settings = report.folder, plan.settings
     seconds = settings.batch_seconds or encoder.batch_seconds()
+    _logger.info("encode: %d clips, %d takes done before", int(plan.accepted.sum()), len(done))
     run = EncodeRun(plan, encoder, {clip.source: clip for clip in listing.clips}, done, kept)
     with (
         ShardWriter(folder, SPLITS[0], workers.rank, settings.shard_bytes) as train,

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,13 @@ SILENCE = "silence.npy"
 
 
 _OUTDATED = ".encode/outdated.json"
+_SHARD = re.compile(r"[a-z]+-\d{3,}-\d{5,}\.tar")
 
 
 def shard_files(folder: Path) -> list[Path]:
     """The finished shards of a folder, in order of name, without those that a run under way is replacing."""
     outdated = outdated_shards(folder)
-    return [path for path in sorted(folder.glob("*-[0-9][0-9][0-9]-*.tar")) if path.name not in outdated]
+    return [path for path in sorted(folder.glob("*.tar")) if _SHARD.fullmatch(path.name) and path.name not in outdated]
 
 
 def outdated_shards(folder: Path) -> list[str]:

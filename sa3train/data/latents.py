@@ -88,6 +88,16 @@ class Encoder:
         """(C, T) latents of each clip (2, N), float32 on the CPU. The same, whoever else is in the batch: no padding is
         computed, and noise that the model adds is drawn from the clip's own seed.
         """
+        try:
+            return self._latents(clips, seeds)
+        except torch.cuda.OutOfMemoryError as error:
+            longest = max(clip.shape[1] for clip in clips) / self.autoencoder.sample_rate
+            raise ConfigError(
+                f"the GPU memory does not hold a clip of {longest:.0f} s: encode with chunked=true, model.dtype=bf16, "
+                f"or on another device."
+            ) from error
+
+    def _latents(self, clips: Sequence[torch.Tensor], seeds: Sequence[int]) -> list[torch.Tensor]:
         alone: dict[int, torch.Tensor] = {}
         for place, (clip, seed) in enumerate(zip(clips, seeds, strict=True)):
             chunked = self.chunked and self.frames(clip.shape[1]) > CHUNK

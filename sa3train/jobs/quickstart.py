@@ -114,6 +114,8 @@ def prepare_steps(source: Path, out: Path, run_dir: Path, steps: int) -> list[St
                 f"callbacks.save.every={steps}",
                 f"callbacks.demos.every={steps}",
                 "callbacks.demos.duration=4",
+                "callbacks.demos.steps=16",
+                "callbacks.demos.heldout_prompts=1",
             ),
         ),
     ]

@@ -51,7 +51,7 @@ def nano_config(objective: str) -> dict[str, Any]:
             "conditioning": {
                 "cond_dim": CONDITION_WIDTH,
                 "configs": [
-                    {"id": "prompt", "type": "t5gemma", "config": {"model_path": TEXT_FOLDER, "max_length": 64}},
+                    {"id": "prompt", "type": "t5gemma", "config": {"model_path": TEXT_FOLDER, "max_length": 128}},
                     {"id": "seconds_total", "type": "number", "config": {"min_val": 0, "max_val": 384}},
                 ],
             },
@@ -152,9 +152,9 @@ def is_trained() -> bool:
 
 @functools.cache
 def warn_if_untrained() -> None:
-    """Log, once per process, that nano's weights are random."""
+    """Log, once per process, that nano is untrained."""
     if not is_trained():
-        logger.warning("nano is untrained: its weights are random. It shows that everything runs, not how it sounds.")
+        logger.warning("nano is untrained: it shows that everything runs, not how it sounds.")
 
 
 def _version() -> str:

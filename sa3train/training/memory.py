@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.distributed.tensor import DTensor
 
 from sa3train.log import get_logger
 from sa3train.training.clips import Clips
@@ -61,12 +62,17 @@ class MemoryPlan:
 def weight_bytes(root: nn.Module) -> int:
     """Bytes held by everything frozen (weights kept as codes hold nothing themselves)."""
     frozen = [p for p in root.parameters() if not p.requires_grad] + list(root.buffers())
-    return sum(tensor.untyped_storage().nbytes() for tensor in frozen)
+    return sum(here(tensor).untyped_storage().nbytes() for tensor in frozen)
+
+
+def here(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def kept_for_backward(module: nn.Module, run: Callable[[], Tensor], blocks: nn.ModuleList) -> tuple[int, int]:
     """Bytes that autograd keeps in `run()`: of everything, and of the blocks alone. Weights do not count."""
-    owned = {t.untyped_storage().data_ptr() for t in [*module.parameters(), *module.buffers()]}
+    owned = {here(t).untyped_storage().data_ptr() for t in [*module.parameters(), *module.buffers()]}
     seen: dict[int, tuple[int, bool]] = {}
     inside = [0]
 

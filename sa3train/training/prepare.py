@@ -1,6 +1,8 @@
 """What happens to the model on its device before the first step: few bits, memory plan, checkpointing, compile."""
 
 import lightning.pytorch as lightning
+import torch
+from torch import nn
 
 from sa3train.log import get_logger
 from sa3train.training.memory import MemoryPlan, compare, make_plan
@@ -51,6 +53,13 @@ class Prepare(lightning.Callback):
 
 
 def compile_blocks(module: LoraModule, backend: str = "inductor") -> None:
-    """torch.compile each block of the transformer: they are alike, so one compilation serves all."""
+    """torch.compile each block of the transformer, but for its adapted layers.
+
+    Those choose at run time what to keep for the backward pass, which a traced graph would fix once for all layers (seen: wrong
+    gradients). They run as they are, between compiled pieces.
+    """
+    for layer in module.injected.layers.values():
+        assert isinstance(layer, nn.Module)
+        layer.forward = torch.compiler.disable(layer.forward)
     for block in module.model.dit.transformer.layers:
         block.compile(backend=backend, dynamic=True)

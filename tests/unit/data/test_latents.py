@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sa3train.data.latents import Encoder
+from sa3train.errors import ConfigError
 from sa3train.models.checkpoint import load_autoencoder
 from sa3train.testing import GoldenSet, noise
 
@@ -66,6 +67,26 @@ def test_values_that_cannot_be_stored_are_none(encoder: Encoder, monkeypatch: py
     for value in (float("nan"), float("inf"), 7e4):
         monkeypatch.setattr(encoder, "latents", lambda clips, seeds, v=value: [torch.full((4, 3), v)])
         assert encoder.encode(clips([0.2]), [0]) == [None]
+
+
+def test_little_memory_halves_the_batch(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    audio = clips([0.5, 0.6, 0.7, 0.8, 0.9])
+    expected = encoder.latents(audio, [0] * 5)
+    encode_many, sizes = encoder.autoencoder.encode_many, []
+
+    def small(several: list[torch.Tensor], most: int = 2) -> list[torch.Tensor]:
+        sizes.append(len(several))
+        if len(several) > most:
+            raise torch.cuda.OutOfMemoryError
+        return encode_many(several)
+
+    monkeypatch.setattr(encoder.autoencoder, "encode_many", small)
+    for one, two in zip(encoder.latents(audio, [0] * 5), expected, strict=True):
+        assert torch.allclose(one, two, rtol=0, atol=1e-4)
+    assert sizes == [5, 2, 3, 1, 2]
+    monkeypatch.setattr(encoder.autoencoder, "encode_many", lambda several: small(several, most=0))
+    with pytest.raises(ConfigError, match="does not hold a clip of 1 s: encode with chunked=true"):
+        encoder.latents(audio, [0] * 5)
 
 
 def test_silence_is_that_of_the_middle(encoder: Encoder) -> None:

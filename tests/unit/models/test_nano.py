@@ -153,7 +153,7 @@ def test_it_says_once_that_it_is_untrained(
     load_checkpoint("nano")
     load_checkpoint("nano-base")
     assert [record.message for record in caplog.records if "untrained" in record.message] == [
-        "nano is untrained: its weights are random. It shows that everything runs, not how it sounds."
+        "nano is untrained: it shows that everything runs, not how it sounds."
     ]
 
 

@@ -222,7 +222,7 @@ class DyingServer(FaultyServer):
         self.end_headers()
         self.wfile.write(answer)
 
-    do_GET = do_POST = do_PUT = answer  # noqa: N815
+    do_GET = do_POST = do_PUT = answer
 
 
 def test_a_server_that_dies_during_the_run_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
