@@ -3,8 +3,10 @@
 import lightning.pytorch as lightning
 import torch
 from torch import nn
+from torch.autograd import Function
 
 from sa3train.log import get_logger
+from sa3train.models import blocks
 from sa3train.training.memory import MemoryPlan, compare, make_plan
 from sa3train.training.module import LoraModule
 from sa3train.training.quantized import CodedWeights
@@ -55,11 +57,15 @@ class Prepare(lightning.Callback):
 def compile_blocks(module: LoraModule, backend: str = "inductor") -> None:
     """torch.compile each block of the transformer, but for its adapted layers.
 
-    Those choose at run time what to keep for the backward pass, which a traced graph would fix once for all layers (seen: wrong
-    gradients). They run as they are, between compiled pieces.
+    Those choose at run time what to keep for the backward pass, which a traced graph would fix once for all layers.
+    They run as they are, between compiled pieces. The model's own autograd functions are taken as they are too: traced
+    by dynamo they gave wrong gradients (torch 2.11), which a test holds.
     """
     for layer in module.injected.layers.values():
         assert isinstance(layer, nn.Module)
         layer.forward = torch.compiler.disable(layer.forward)
+    for value in vars(blocks).values():
+        if isinstance(value, type) and issubclass(value, Function) and value is not Function:
+            torch.compiler.allow_in_graph(value)
     for block in module.model.dit.transformer.layers:
         block.compile(backend=backend, dynamic=True)
