@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -86,6 +87,7 @@ class LatentDataModule(LightningDataModule):
             raise ConfigError("tail_seconds must not be negative, and has no effect with pack_frames: leave one out.")
         self.tail = round(tail_seconds * SAMPLE_RATE / SAMPLES_PER_FRAME)
         self.stores: list[LatentStore] = []
+        self._loaders: weakref.WeakSet[LatentLoader] = weakref.WeakSet()
 
     def setup(self, stage: str | None = None) -> None:
         """Open and check every source; further calls do nothing."""
@@ -139,9 +141,15 @@ class LatentDataModule(LightningDataModule):
         stream = ClipStream(sizes, self.seed, self.prior_share)
         lengths = [clips.lengths(self.crop.frames) for clips in self.train_clips]
         dataset = ClipDataset(self.train_clips, self.crop, self.builder, tail=self.tail, pack_frames=self.pack_frames)
-        return LatentLoader(
-            dataset, Planner(stream, lengths, shape, self.seed), self._identity(shape), self.num_workers
-        )
+        planner = Planner(stream, lengths, shape, self.seed)
+        loader = LatentLoader(dataset, planner, self._identity(shape), self.num_workers)
+        self._loaders.add(loader)
+        return loader
+
+    def teardown(self, stage: str | None = None) -> None:
+        """Stop the workers of this module's loaders; Lightning calls this at the end of a fit."""
+        for loader in self._loaders:
+            loader.close()
 
     def val_dataloader(self) -> list[FixedLoader]:
         """The held-out clips of training sources (the first `heldout_clips`), the same on every rank, with fixed crops

@@ -5,7 +5,7 @@ of workers nor on when a run was interrupted.
 """
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,7 +132,7 @@ class LatentLoader:
         self.num_workers = num_workers
         self._window, self._place, self._batches, self._in_epoch = 0, 0, 0, 0
         self._resumed = False
-        self._source: Iterator[Any] | None = None
+        self._source: Generator[Any, None, None] | None = None
 
     def __len__(self) -> int:
         return self.planner.batches_per_cycle()
@@ -143,7 +143,7 @@ class LatentLoader:
         self._resumed = False
         for _ in range(len(self) - self._in_epoch % len(self)):
             if self._source is None:
-                self._source = self._start()
+                self._source = _endless(self.dataset, self.planner, self._window, self._place, self.num_workers)
             (window, place), batch = next(self._source)
             self._window, self._place = window, place + 1
             self._batches, self._in_epoch = self._batches + 1, self._in_epoch + 1
@@ -163,7 +163,8 @@ class LatentLoader:
         """Continue at a saved position. If data, seed or batch shape have changed since, the position means nothing:
         then the next window after about as many clips is taken, with a warning that says what changed.
         """
-        self._source, self._resumed = None, True
+        self.close()
+        self._resumed = True
         self._window, self._place = int(state["window"]), int(state["place"])
         self._batches, self._in_epoch = int(state["batches"]), int(state["in_epoch"])
         saved = dict(state["identity"])
@@ -177,22 +178,32 @@ class LatentLoader:
                 ", ".join(f"{name} ({saved.get(name)} → {self.identity[name]})" for name in changed),
             )
 
-    def _start(self) -> Iterator[tuple[tuple[int, int], Any]]:
-        from torch.utils.data import DataLoader
+    def close(self) -> None:
+        """Stop the workers, if there are any; the position stays, and iterating goes on from it."""
+        if self._source is not None:
+            self._source.close()
+            self._source = None
 
-        sampler = _Places(self.planner, self._window, self._place)
-        loader: DataLoader[Any] = DataLoader(
-            self.dataset,  # type: ignore[arg-type]
-            batch_size=None,
-            sampler=sampler,
-            num_workers=self.num_workers,
-            generator=torch.Generator().manual_seed(0),  # workers' base seed: none of ours, and not the global stream
-            persistent_workers=False,
-        )
-        for place, batch in zip(_Places(self.planner, self._window, self._place).places(), loader, strict=False):
-            if isinstance(batch, SA3Error):
-                raise batch
-            yield place, batch
+
+def _endless(
+    dataset: ClipDataset, planner: Planner, window: int, place: int, num_workers: int
+) -> Generator[tuple[tuple[int, int], Any], None, None]:
+    """Batches from a position on, each with its own position. No method, lest the loader be in a cycle with its own
+    generator: then its workers would end at the garbage collector's whim, in any thread.
+    """
+    from torch.utils.data import DataLoader
+
+    loader: DataLoader[Any] = DataLoader(
+        dataset,  # type: ignore[arg-type]
+        batch_size=None,
+        sampler=_Places(planner, window, place),
+        num_workers=num_workers,
+        generator=torch.Generator().manual_seed(0),  # workers' base seed: none of ours, and not the global stream
+    )
+    for position, batch in zip(_Places(planner, window, place).places(), loader, strict=False):
+        if isinstance(batch, SA3Error):
+            raise batch
+        yield position, batch
 
 
 class _Places:

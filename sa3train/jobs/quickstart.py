@@ -40,7 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder to write to (default: %(default)s)")
     parser.add_argument("--source", type=Path, help="folder of audio and captions (default: the sample set)")
-    parser.add_argument("--steps", type=int, default=200, help="training steps (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=80, help="training steps (default: %(default)s)")
     parser.add_argument("--prompt", default=PROMPT, help="what to play (default: %(default)s)")
     return parser
 
@@ -110,7 +110,7 @@ def prepare_steps(source: Path, out: Path, run_dir: Path, steps: int) -> list[St
                 f"trainer.max_steps={steps}",
                 f"scheduler.warmup_steps={min(10, steps - 1)}",
                 "optimizer.lr=1e-3",
-                f"callbacks.judge.every={max(1, steps // 4)}",
+                f"callbacks.judge.every={max(1, steps // 2)}",
                 f"callbacks.save.every={steps}",
                 f"callbacks.demos.every={steps}",
                 "callbacks.demos.duration=4",

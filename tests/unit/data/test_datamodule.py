@@ -125,6 +125,22 @@ def test_a_changed_set_resumes_with_a_warning(store_maker: Maker, caplog: pytest
     assert len(keys_of(second, 2)) == 2
 
 
+def test_workers_end_with_their_loader(store_maker: Maker) -> None:
+    import multiprocessing
+
+    before = set(multiprocessing.active_children())
+    data = LatentDataModule(str(store_maker("a", [4] * 6)), 2, num_workers=1)
+    loader = data.train_dataloader()
+    first = keys_of(loader, 2)
+    (worker,) = set(multiprocessing.active_children()) - before
+    data.teardown("fit")
+    assert not worker.is_alive()
+    assert first + keys_of(loader, 4) == keys_of(LatentDataModule(data.sources, 2).train_dataloader(), 6)
+    assert set(multiprocessing.active_children()) - before
+    del loader
+    assert set(multiprocessing.active_children()) <= before, "without the garbage collector's help"
+
+
 def test_the_global_random_stream_is_left_alone(store_maker: Maker) -> None:
     path = str(store_maker("a", [4] * 6))
     torch.manual_seed(0)

@@ -1,5 +1,6 @@
 """From a folder to shards: every clip once, at its own length; killed, changed, repeated, shared among processes."""
 
+import gc
 import json
 import os
 import random
@@ -394,8 +395,10 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, encoder: Encoder) -> None:
 
 def _child(source: Path, out: Path, encoder: Encoder) -> int:
     """Encode in a forked process; returns its id."""
+    gc.collect()
     child = os.fork()
     if child == 0:
+        gc.disable()  # whatever else this process inherited is none of its business
         try:
             encode(source, out, encoder)
         finally:
