@@ -117,6 +117,7 @@ class CodedWeights:
         for layer, weight in users(root):
             if id(weight) in wanted:
                 self._codes[id(weight)] = encode(weight)
+                weight.data = weight.data.clone()  # memory that a file is mapped to cannot be given back
                 weight.untyped_storage().resize_(0)
                 layer.register_forward_pre_hook(self._before(weight))
                 layer.register_forward_hook(self._after(weight))
