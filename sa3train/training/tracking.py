@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import sys
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
@@ -315,6 +316,9 @@ def peak_memory() -> float:
     """The most memory this process has held, in GiB: on the GPU when there is one, else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would count the peak of the process which started this one
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line[:5] == "VmHWM") / 2**20
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
