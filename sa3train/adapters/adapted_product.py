@@ -13,16 +13,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from sa3train.adapters.norms import (
-    Frozen,
-    column_gradients,
-    column_norms,
-    gain_gradients,
-    row_gradient_of_A,
-    row_gradient_of_B,
-    row_norms,
-)
-from sa3train.adapters.products import rounded_transposed_times
+from sa3train.adapters import norms, norms_xs
+from sa3train.adapters.frozen import Frozen
+from sa3train.adapters.norms import gain_gradients
 from sa3train.adapters.remake import Recipe
 
 SMALL_GAIN = 1e-2
@@ -55,15 +48,14 @@ class AdaptedProduct(Function):
         fixed: Fixed,
     ) -> Tensor:
         frozen, scale, dtype = fixed.frozen, fixed.scale, x_TI.dtype
+        kind: Any = norms_xs if A_RI is None else norms
         norm_O = gain_O = product_OR = norm_I = gain_I = product_IR = None
-        if magnitude_O is not None or magnitude_I is not None:
-            full_A, full_B = factors(frozen, A_RI, B)
-            if magnitude_O is not None:
-                norm_O, product_OR = row_norms(frozen, full_A, full_B, scale)
-                gain_O = magnitude_O / norm_O
-            if magnitude_I is not None:
-                norm_I, product_IR = column_norms(frozen, full_A, full_B, gain_O, scale)
-                gain_I = magnitude_I / norm_I
+        if magnitude_O is not None:
+            norm_O, product_OR = kind.row_norms(frozen, A_RI, B, scale)
+            gain_O = magnitude_O / norm_O
+        if magnitude_I is not None:
+            norm_I, product_IR = kind.column_norms(frozen, A_RI, B, gain_O, scale)
+            gain_I = magnitude_I / norm_I
         scaled_TI = gained(x_TI, gain_I)
         low_TI = scaled_TI if dropped_TI is None else gained(dropped_TI, gain_I)
         bias_O = fixed.bias_O
@@ -84,7 +76,7 @@ class AdaptedProduct(Function):
         keep_y = wants_rows and (fixed.keep_output or not bora)
         small_O = small_TN = None
         if gain_O is not None:
-            if keep_y and bool((small_O := gain_O.abs() < SMALL_GAIN).any()):
+            if keep_y and not y_TO.is_cuda and bool((small_O := gain_O.abs() < SMALL_GAIN).any()):
                 small_TN = y_TO[:, small_O]
             y_TO.addcmul_(y_TO, (gain_O - 1).to(dtype))
             if bias_O is not None:
@@ -92,8 +84,8 @@ class AdaptedProduct(Function):
         ctx.save_for_backward(
             x_TI if keep_x and recipe is None else None, dropped_TI, A_RI, B, u_TR, y_TO if keep_y else None,
             norm_O, gain_O, norm_I, gain_I, small_TN, small_O if small_TN is not None else None,
-            None if product_OR is None or A_RI is None else product_OR.to(dtype),  # only gradients read the products
-            None if product_IR is None or A_RI is None else product_IR.to(dtype),
+            None if product_OR is None else product_OR.to(dtype),  # only gradients read the products again
+            None if product_IR is None else product_IR.to(dtype),
             *(recipe.sources if keep_x and recipe is not None else ()),
         )  # fmt: skip
         ctx.fixed, ctx.recipe, ctx.shape = fixed, recipe, x_TI.shape
@@ -119,6 +111,10 @@ class _Backward:
         self.frozen, self.scale, self.W_OI = self.fixed.frozen, self.fixed.scale, self.fixed.frozen.W_OI
         self.wants_x, self.wants_dropped, self.wants_A, _, self.wants_rows, self.wants_cols, *_ = ctx.needs_input_grad
         self.dy_TO, self.dtype = dy_TO, dy_TO.dtype
+        self.norms: Any = norms_xs if self.A_RI is None else norms
+        self.gained_dy: Tensor | None = None  # room for dz, with R more rows; fresh memory for each use costs time
+        if self.gain_O is not None:
+            self.gained_dy = dy_TO.new_empty(dy_TO.shape[0] + self.B.shape[1], dy_TO.shape[1])
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         grad_O = self._gradient_of_gain_O() if self.wants_rows else None
@@ -129,33 +125,25 @@ class _Backward:
         du_TR, dB = self._low_rank_gradients(dz_TO)
         dA = (du_TR.T @ self._low_rank_input()).float() if self.wants_A else None
         dx, dropped, grad_I = self._input_gradients(du_TR)
-        through_norms = None
-        if self.wants_rows or self.wants_cols:
-            full_A, full_B = factors(self.frozen, self.A_RI, self.B)
-            if grad_I is not None:
-                dmagnitude_I, dsquare_I = gain_gradients(grad_I, self.gain_I, self.norm_I)
-                columns = column_gradients(
-                    self.frozen, self.product_IR, full_A, full_B, self.gain_O, dsquare_I, self.scale
-                )
-                through_norms = columns.B_OR
-                if dA is not None and columns.A_RI is not None:
-                    dA += columns.A_RI
-                if grad_O is not None and columns.weights_O is not None:
-                    grad_O.addcmul_(self.gain_O, columns.weights_O, value=2)
-                    dmagnitude_O, dsquare_O = gain_gradients(grad_O, self.gain_O, self.norm_O)
-            if dsquare_O is not None:
-                product_OR = self.product_OR
-                if product_OR is None:
-                    product_OR = self.frozen.bases[0] * self.frozen.singular_values()
-                rows = row_gradient_of_B(product_OR, self.frozen.gram(full_A), full_B, dsquare_O, self.scale)
-                through_norms = rows if through_norms is None else through_norms.add_(rows)
-                if dA is not None:
-                    weighted_OR = (2 * self.scale * dsquare_O)[:, None] * full_B
-                    if product_RI is None:
-                        product_RI = rounded_transposed_times(self.W_OI, weighted_OR).T
-                    dA += row_gradient_of_A(product_RI, full_A, full_B, weighted_OR, self.scale)
-        if through_norms is not None:
-            dB += through_norms if self.A_RI is not None else self.frozen.bases[0].T @ through_norms
+        added = []
+        if grad_I is not None:
+            dmagnitude_I, dsquare_I = gain_gradients(grad_I, self.gain_I, self.norm_I)
+            columns = self.norms.column_gradients(
+                self.frozen, self.product_IR, self.A_RI, self.B, self.gain_O, dsquare_I, self.scale
+            )
+            added.append(columns)
+            if grad_O is not None:
+                grad_O.addcmul_(self.gain_O, columns.weights_O, value=2)
+                dmagnitude_O, dsquare_O = gain_gradients(grad_O, self.gain_O, self.norm_O)
+        if dsquare_O is not None:
+            rows = self.norms.row_gradients(
+                self.frozen, self.product_OR, self.A_RI, self.B, dsquare_O, self.scale, product_RI
+            )
+            added.append(rows)
+        for gradients in added:
+            dB += gradients.B
+            if dA is not None:
+                dA += gradients.A_RI
         return dx, dropped, dA, dB, dmagnitude_O, dmagnitude_I, None, None
 
     def _gained_gradient(self, dsquare_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -165,15 +153,13 @@ class _Backward:
         """
         tokens, product_RI = self.dy_TO.shape[0], None
         wants_back = self.wants_x or self.wants_cols
-        if self.gain_O is None:
-            dz_TO = operand = self.dy_TO
-        elif dsquare_O is None or not wants_back:
-            dz_TO = operand = gained(self.dy_TO, self.gain_O)
-        else:
-            operand = self.dy_TO.new_empty(tokens + self.B.shape[1], self.dy_TO.shape[1])
-            dz_TO = operand[:tokens]
+        dz_TO = operand = self.dy_TO
+        if self.gained_dy is not None:
+            dz_TO = operand = self.gained_dy[:tokens]
             torch.addcmul(self.dy_TO, self.dy_TO, (self.gain_O - 1).to(self.dtype), out=dz_TO)
-            torch.mul(self.B.T, 2 * self.scale * dsquare_O, out=operand[tokens:])
+            if dsquare_O is not None and wants_back:
+                operand = self.gained_dy
+                torch.mul(self.B.T, 2 * self.scale * dsquare_O, out=operand[tokens:])
         self.dx = operand @ self.W_OI if wants_back else None
         if self.dx is not None and self.dx.shape[0] > tokens:
             product_RI, self.dx = self.dx[tokens:].float(), self.dx[:tokens]
@@ -213,27 +199,19 @@ class _Backward:
 
     def _gradient_of_gain_O(self) -> Tensor:
         """Σ_t dy · z with z = V(c ⊙ x), which is (y − bias) / g where y was kept, and is multiplied again where not."""
+        assert self.gained_dy is not None
+        product_TO = self.gained_dy[: self.dy_TO.shape[0]]
         if self.y_TO is None:
-            _, B_OR = factors(self.frozen, self.A_RI, self.B)
-            z_TO = gained(self.x_TI, self.gain_I) @ self.W_OI.T
-            z_TO.addmm_(self.u_TR, B_OR.to(self.dtype).T, alpha=self.scale)
+            z_TO = torch.mm(gained(self.x_TI, self.gain_I), self.W_OI.T, out=product_TO)
+            z_TO.addmm_(self.u_TR, self.B.to(self.dtype).T, alpha=self.scale)
             return z_TO.mul_(self.dy_TO).sum(dim=0).float()
-        grad_O = (self.dy_TO * self.y_TO).sum(dim=0).float()
+        grad_O = torch.mul(self.dy_TO, self.y_TO, out=product_TO).sum(dim=0).float()
         if self.fixed.bias_O is not None:
             grad_O -= self.fixed.bias_O.float() * self.dy_TO.sum(dim=0).float()
-        if self.small_TN is None:
-            return grad_O.div_(self.gain_O)
-        grad_O /= torch.where(self.small_O, 1.0, self.gain_O)
-        grad_O[self.small_O] = (self.dy_TO[:, self.small_O] * self.small_TN).sum(dim=0).float()
+        grad_O /= torch.where(self.gain_O == 0, 1.0, self.gain_O)
+        if self.small_TN is not None:
+            grad_O[self.small_O] = (self.dy_TO[:, self.small_O] * self.small_TN).sum(dim=0).float()
         return grad_O
-
-
-def factors(frozen: Frozen, A_RI: Tensor | None, B: Tensor) -> tuple[Tensor, Tensor]:
-    """(A, B) in fp32; for the -xs kinds B = U·M and A = Vᵀ."""
-    if A_RI is not None:
-        return A_RI, B
-    U_OR, V_IR = frozen.bases
-    return V_IR.T, U_OR @ B
 
 
 def gained(x: Tensor, gain: Tensor | None) -> Tensor:

@@ -9,7 +9,6 @@ import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
-import scipy.linalg
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -56,6 +55,8 @@ def exact_basis(W_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     W = W_OI.detach().cpu().double()
     tall, size = W.shape[0] >= W.shape[1], min(W.shape)
     gram = W.T @ W if tall else W @ W.T
+    import scipy.linalg  # half a second of start-up that only these kinds need
+
     values, vectors = scipy.linalg.eigh(gram.numpy(), subset_by_index=[size - rank, size - 1], driver="evr")
     short = torch.from_numpy(vectors).flip(1)  # eigh sorts upwards
     sigma = torch.from_numpy(values).flip(0).clamp_min(0).sqrt()

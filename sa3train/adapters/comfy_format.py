@@ -1,7 +1,7 @@
 """ComfyUI's LoRA files: `diffusion_model.<path>` with lora_up, lora_down and alpha, or whole differences of weights.
 
-ComfyUI multiplies by alpha / rank, and by 1 where alpha is absent. Only the DiT can be patched there: its models have
-no place for a change of the duration embedder.
+ComfyUI multiplies by alpha / rank, and by 1 where alpha is absent. LoHa and LoKr layers are read as
+differences. Only the DiT can be patched there: its models have no place for a change of the duration embedder.
 """
 
 import os
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from sa3train.adapters.adapter import Adapter
+from sa3train.adapters.comfy_products import LOHA, LOKR, is_product, product_difference, product_rank, product_shape
 from sa3train.adapters.native import checked, native_metadata, spec_of_ranks
 from sa3train.adapters.peft_format import CONVOLUTIONS
 from sa3train.adapters.spec import AdapterSpec
@@ -29,6 +30,7 @@ ENDINGS = {
     "dora_scale": "magnitude",
     "diff_b": "diff_b",
     "diff": "diff",
+    **{name: name for name in (*LOHA, *LOKR)},
 }
 MODULES = (
     "transformer", "layers", "self_attn", "cross_attn", "to_qkv", "to_kv", "to_q", "to_out", "ff", "proj",
@@ -40,12 +42,15 @@ MODULES = (
 MAX_DIFFERENCE = 2**27
 """Values of the largest difference made from factors: a small file must not ask for all memory."""
 
+MAX_DIFFERENCES = 2**31
+"""Values of all of them together."""
+
 
 def read_comfy(source: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Adapter:
     """An adapter from a ComfyUI file: lora, `comfy-dora` where it has dora_scale, `diff` where it has differences.
 
-    A file that mixes low-rank layers with differences becomes a `diff` as a whole, which is the same change. Raises
-    `AdapterError` for tensors that are none of these.
+    A file with LoHa or LoKr layers, or one that mixes low-rank layers with differences, becomes a `diff` as a whole,
+    which is the same change. Raises `AdapterError` for tensors that are none of these.
     """
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -53,13 +58,14 @@ def read_comfy(source: str, tensors: Mapping[str, Tensor], metadata: Mapping[str
         if ending is None:
             raise AdapterError(
                 f"{source}: {key} cannot be played here; of ComfyUI's files lora_up, lora_down, alpha, dora_scale, "
-                f"diff and diff_b are known."
+                f"diff, diff_b, hada_w… and lokr_w… are known."
             )
         layers.setdefault(_native_path(source, key.removesuffix("." + ending)), {})[ENDINGS[ending]] = tensor
     alphas = {path: _alpha(source, path, params) for path, params in layers.items()}
     kinds = {_kind(source, path, params) for path, params in layers.items()}
     if "diff" in kinds and kinds <= {"lora", "diff"}:
-        layers = {path: _as_difference(source, path, params, alphas[path]) for path, params in layers.items()}
+        _refuse_huge(source, layers)
+        layers = {path: _as_difference(path, params, alphas[path]) for path, params in layers.items()}
         kinds = {"diff"}
     if len(kinds) != 1:
         raise AdapterError(f"{source} mixes layers of {' and '.join(sorted(kinds))}; it cannot be read as one adapter.")
@@ -137,6 +143,9 @@ def _kind(source: str, path: str, params: dict[str, Tensor]) -> str:
     names = set(params)
     if names and names <= {"diff", "diff_b"}:
         return "diff"
+    if is_product(params):
+        product_shape(source, path, params)
+        return "diff"
     if not {"lora_A", "lora_B"} <= names or "diff" in names:
         raise AdapterError(
             f"{source}: {path} is incomplete or damaged: it has only {', '.join(sorted(names)) or 'alpha'}."
@@ -161,21 +170,41 @@ def _kind(source: str, path: str, params: dict[str, Tensor]) -> str:
 def _alpha(source: str, path: str, params: dict[str, Tensor]) -> float:
     alpha = params.pop("alpha", None)
     if alpha is None:
-        return float(params["lora_A"].shape[0]) if "lora_A" in params and params["lora_A"].ndim else 1.0
+        rank = params["lora_A"].shape[0] if "lora_A" in params and params["lora_A"].ndim else product_rank(params)
+        return float(rank or 1)
     if alpha.numel() != 1:
         raise AdapterError(f"{source}: the alpha of {path} must be one number, not {tuple(alpha.shape)}.")
     return float(alpha)
 
 
-def _as_difference(source: str, path: str, params: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    if "lora_A" not in params:
+def _refuse_huge(source: str, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Refuse differences that would be larger than any model's weights, before they are made."""
+    total = 0
+    for path, params in layers.items():
+        if is_product(params):
+            rows, columns = product_shape(source, path, params)
+        elif "lora_A" in params:
+            rows, columns = params["lora_B"].shape[0], params["lora_A"].shape[1]
+        else:
+            continue
+        total += rows * columns
+        if rows * columns > MAX_DIFFERENCE:
+            raise AdapterError(
+                f"{source}: {path} would change {rows} × {columns} weights; no layer is as large as that."
+            )
+        if total > MAX_DIFFERENCES:
+            raise AdapterError(f"{source} would change more than {total} weights; no model is as large as that.")
+
+
+def _as_difference(path: str, params: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    if is_product(params):
+        rank = product_rank(params)
+        diff_OI = product_difference(params, 1.0 if rank is None else alpha / rank)
+    elif "lora_A" in params:
+        A_RI, B_OR = params["lora_A"].float(), params["lora_B"].float()
+        diff_OI = B_OR @ A_RI * (alpha / A_RI.shape[0])
+    else:
         return dict(params)
-    A_RI, B_OR = params["lora_A"].float(), params["lora_B"].float()
-    if B_OR.shape[0] * A_RI.shape[1] > MAX_DIFFERENCE:
-        raise AdapterError(
-            f"{source}: {path} would change {B_OR.shape[0]} × {A_RI.shape[1]} weights; no layer is as large as that."
-        )
-    diff_OI = B_OR @ A_RI * (alpha / A_RI.shape[0])
     kept = {name: tensor for name, tensor in params.items() if name == "diff_b"}
     return {"diff": diff_OI[:, :, None] if path.endswith(CONVOLUTIONS) else diff_OI, **kept}
 

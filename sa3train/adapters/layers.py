@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sa3train.adapters.adapted_product import AdaptedProduct, Fixed
 from sa3train.adapters.basis import singular_basis
-from sa3train.adapters.norms import Frozen
+from sa3train.adapters.frozen import Frozen
 from sa3train.adapters.remake import recipe_of
 from sa3train.adapters.spec import KINDS, AdapterSpec, Kind
 from sa3train.adapters.weights import initial_parameters

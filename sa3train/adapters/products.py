@@ -16,12 +16,11 @@ SMALLEST_SHARE = 4
 
 
 def row_blocks(W_OI: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, block (N, I) in fp32) from the first row to the last; an fp32 weight comes as views, in one piece."""
+    """(rows, block (N, I) in fp32, valid until the next) from the first row on; an fp32 weight comes in one piece."""
     if W_OI.dtype == torch.float32:
         yield slice(0, W_OI.shape[0]), W_OI
         return
-    for rows in _block_rows(W_OI):
-        yield rows, W_OI[rows].float()
+    yield from _fp32_blocks(W_OI)
 
 
 def times(W_OI: Tensor, M_IR: Tensor) -> Tensor:
@@ -80,7 +79,10 @@ def row_squares(W_OI: Tensor, weights_I: Tensor | None = None) -> Tensor:
     """Σ_j w_j W_ij², (O,) fp32."""
     out_O = torch.empty(W_OI.shape[0], device=W_OI.device)
     for rows, block_NI in _square_blocks(W_OI):
-        out_O[rows] = block_NI.sum(dim=1) if weights_I is None else block_NI @ weights_I
+        if weights_I is None:
+            torch.sum(block_NI, dim=1, out=out_O[rows])
+        else:
+            torch.mv(block_NI, weights_I, out=out_O[rows])
     return out_O
 
 
@@ -96,13 +98,16 @@ def column_squares(W_OI: Tensor, weights_O: Tensor | None = None) -> Tensor:
 
 
 def _square_blocks(W_OI: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    for rows in _block_rows(W_OI):
-        yield rows, W_OI[rows].to(torch.float32, copy=True).square_()
+    for rows, block_NI in _fp32_blocks(W_OI):
+        yield rows, block_NI.square_()
 
 
-def _block_rows(W_OI: Tensor) -> Iterator[slice]:
-    """Blocks of rows, on the CPU small enough for a core's cache."""
+def _fp32_blocks(W_OI: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Copies of W's blocks in one and the same buffer: fresh memory for each would cost more than what is computed."""
     rows, columns = W_OI.shape
     values = rows * columns if W_OI.is_cuda else BLOCK_VALUES
     step = max(1, min(values // columns, rows // SMALLEST_SHARE))
-    return (slice(start, start + step) for start in range(0, rows, step))
+    buffer_NI = torch.empty(step, columns, device=W_OI.device)
+    for start in range(0, rows, step):
+        block_NI = W_OI[start : start + step]
+        yield slice(start, start + step), buffer_NI[: block_NI.shape[0]].copy_(block_NI)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from sa3train.adapters import norms
+from sa3train.adapters.frozen import Frozen
 from sa3train.adapters.layers import FamilyLayer
 from sa3train.adapters.spec import KINDS, AdapterSpec
 from sa3train.adapters.weights import effective_weight
@@ -198,6 +200,22 @@ class TestGradients:
         # bf16 rounds each product by 2⁻⁹; norms taken in bf16 would put whole rows off by 2⁻⁸.
         assert (out.float() - exact).abs().max() < 2**-6 * exact.abs().max()
         assert abs((out.float() * exact).sum() / exact.square().sum() - 1) < 2**-9
+
+    @pytest.mark.parametrize("size", [0.05, 1.0])
+    @pytest.mark.parametrize("gained", [False, True])
+    def test_norms_on_a_bf16_base(self, gained: bool, size: float) -> None:
+        """In fp32, far closer than bf16's own 2⁻⁹."""
+        limit = 2**-20
+        torch.manual_seed(13)
+        W, A, B = torch.randn(192, 256).bfloat16(), torch.randn(8, 256) / 16, torch.randn(192, 8) / 8**0.5 * size * 16
+        gain = torch.rand(192) + 0.5 if gained else None
+        frozen, scale = Frozen(W), 0.9
+        V = W.double() + scale * B.double() @ A.double()
+        H = V if gain is None else gain.double()[:, None] * V
+        rows, _ = norms.row_norms(frozen, A, B, scale)
+        columns, _ = norms.column_norms(frozen, A, B, gain, scale)
+        assert (rows / V.norm(dim=1) - 1).abs().max() < limit
+        assert (columns / H.norm(dim=0) - 1).abs().max() < limit
 
     @pytest.mark.parametrize("dropout", [0.0, 0.5])
     @pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.rows or kind.cols])

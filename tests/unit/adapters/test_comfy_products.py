@@ -1,0 +1,101 @@
+"""LoHa and LoKr layers of ComfyUI's files."""
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sa3train.adapters import comfy_format
+from sa3train.adapters.comfy_format import read_comfy
+from sa3train.adapters.formats import load_adapter
+from sa3train.adapters.play import layer_part
+from sa3train.errors import AdapterError
+
+KEY, PATH = "diffusion_model.transformer.project_in", "model.transformer.project_in"
+
+
+def changed(tensors: dict[str, Tensor], shape: tuple[int, ...], key: str = KEY, path: str = PATH) -> Tensor:
+    """What the file's layer adds to a weight of this shape."""
+    adapter = read_comfy("file", {f"{key}.{name}": tensor for name, tensor in tensors.items()}, {})
+    assert adapter.spec.kind == "diff"
+    W = torch.zeros(shape)
+    return layer_part(adapter, path, W).weight(W)
+
+
+@pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (1.0, 0.5)])
+def test_loha_is_the_elementwise_product_of_two_products(alpha: float | None, scale: float) -> None:
+    a, b, c, d = (torch.randn(shape) for shape in ((6, 2), (2, 4), (6, 2), (2, 4)))
+    tensors = {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": c, "hada_w2_b": d}
+    if alpha is not None:
+        tensors["alpha"] = torch.tensor(alpha)
+    torch.testing.assert_close(changed(tensors, (6, 4)), scale * (a @ b) * (c @ d))
+
+
+@pytest.mark.parametrize(("split_1", "split_2"), product([False, True], repeat=2))
+def test_lokr_is_the_kronecker_product_of_whole_or_split_factors(split_1: bool, split_2: bool) -> None:
+    tensors, factors = {"alpha": torch.tensor(1.0)}, []
+    for which, split, rank, (rows, columns) in (("1", split_1, 2, (2, 3)), ("2", split_2, 4, (5, 7))):
+        a, b = torch.randn(rows, rank), torch.randn(rank, columns)
+        factors.append(a @ b)
+        tensors |= {f"lokr_w{which}_a": a, f"lokr_w{which}_b": b} if split else {f"lokr_w{which}": a @ b}
+    scale = 1 / 4 if split_2 else 1 / 2 if split_1 else 1.0
+    torch.testing.assert_close(changed(tensors, (10, 21)), scale * torch.kron(*factors))
+
+
+def test_a_convolution_gets_its_last_dimension_back() -> None:
+    w1, w2 = torch.randn(2, 2), torch.randn(3, 2, 1)
+    found = changed({"lokr_w1": w1, "lokr_w2": w2}, (6, 4, 1), "lora_unet_preprocess_conv", "model.preprocess_conv")
+    torch.testing.assert_close(found, torch.kron(w1, w2[:, :, 0])[:, :, None])
+
+
+def test_a_file_is_told_by_these_keys_and_may_have_lora_layers_too(tmp_path: Path) -> None:
+    up, down = torch.randn(3, 2), torch.randn(2, 4)
+    stored = {
+        f"{KEY}.lokr_w1": torch.ones(1, 2),
+        f"{KEY}.lokr_w2": torch.ones(3, 2),
+        "diffusion_model.transformer.project_out.lora_up.weight": up,
+        "diffusion_model.transformer.project_out.lora_down.weight": down,
+    }
+    save_file(stored, tmp_path / "a.safetensors")
+    adapter = load_adapter(tmp_path / "a.safetensors")
+    W = torch.zeros(3, 4)
+    torch.testing.assert_close(layer_part(adapter, PATH, W).weight(W), torch.ones(3, 4))
+    torch.testing.assert_close(layer_part(adapter, "model.transformer.project_out", W).weight(W), up @ down)
+
+
+M22, M32 = torch.ones(2, 2), torch.ones(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"hada_w1_a": M22}, "cannot be read here"),
+        ({"hada_w1_a": M22, "hada_w1_b": M22, "hada_w2_a": M32, "hada_w2_b": M22}, "have the shapes"),
+        ({"hada_w1_a": M22, "hada_w1_b": M32, "hada_w2_a": M22, "hada_w2_b": M22}, "do not fit"),
+        ({"lokr_w1": M22}, "incomplete"),
+        ({"lokr_w1": M22, "lokr_w2_a": M22}, "incomplete"),
+        ({"lokr_w1": M22, "lokr_w1_a": M22, "lokr_w2": M22}, "both whole and in factors"),
+        ({"lokr_w1": M22, "lokr_w2": torch.ones(4)}, "must be a matrix"),
+        ({"lokr_w1": M22, "lokr_w2": M22, "dora_scale": M22}, "cannot be read here"),
+        ({"lokr_w1": M22, "lokr_w2": M22, "lora_up.weight": M22}, "cannot be read here"),
+        ({"lokr_t2": M22, "lokr_w1": M22}, "cannot be played here"),
+        ({"lokr_w1": torch.ones(200, 200), "lokr_w2": torch.ones(200, 200)}, "no layer is as large"),
+    ],
+)
+def test_what_does_not_fit_is_refused(tensors: dict[str, Tensor], message: str) -> None:
+    with pytest.raises(AdapterError, match=message):
+        changed(tensors, (4, 4))
+
+
+def test_many_layers_together_may_not_ask_for_all_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(comfy_format, "MAX_DIFFERENCES", 100)
+    layers = {
+        f"diffusion_model.transformer.layers.{index}.self_attn.to_qkv.lokr_w{which}": torch.ones(2, 3)
+        for index in range(3)
+        for which in "12"
+    }
+    with pytest.raises(AdapterError, match="no model is as large"):
+        read_comfy("file", layers, {})

@@ -1,0 +1,88 @@
+"""Inputs made again from what autograd keeps: the same bits, and nothing kept twice."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from sa3train.adapters.inject import inject
+from sa3train.adapters.remake import recipe_of
+from sa3train.adapters.spec import KINDS, AdapterSpec
+
+
+def leaf(*shape: int) -> Tensor:
+    return torch.randn(*shape, requires_grad=True)
+
+
+def test_products_and_silu_are_made_again_to_the_same_bits() -> None:
+    a, b = leaf(3, 5) * 1.5, leaf(3, 5) + 1
+    for x in (a * b, F.silu(a)):
+        recipe = recipe_of(x)
+        assert recipe is not None
+        assert torch.equal(recipe.make(recipe.sources), x)
+        assert not any(source.requires_grad for source in recipe.sources)
+
+
+@pytest.mark.parametrize("make", [lambda: torch.randn(3), lambda: leaf(3), lambda: leaf(3) + 1, lambda: leaf(3) * 2.0])
+def test_other_inputs_have_no_recipe(make: object) -> None:
+    assert recipe_of(make()) is None  # type: ignore[operator]
+
+
+def test_there_is_no_recipe_while_saved_tensors_are_packed() -> None:
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        assert recipe_of(leaf(3) * leaf(3)) is None
+
+
+class Gated(nn.Module):
+    """A gated feed-forward, whose second layer's input is a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(6, 16), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.up(x).chunk(2, dim=-1)
+        return self.down(value * F.silu(gate))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_the_same_with_and_without_a_recipe_and_under_checkpointing(kind: str) -> None:
+    model = Gated()
+    injected = inject(model, AdapterSpec(kind, rank=2))
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in injected.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)
+    x = torch.randn(4, 6)
+
+    def gradients(how: str) -> list[Tensor]:
+        for parameter in injected.parameters():
+            parameter.grad = None
+        if how == "hooks":
+            with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+                out = model(x)
+        else:
+            out = checkpoint(model, x, use_reentrant=False) if how == "checkpoint" else model(x)
+        out.square().sum().backward()
+        return [parameter.grad for parameter in injected.parameters() if parameter.grad is not None]
+
+    plain = gradients("plain")
+    assert len(plain) == len(injected.parameters())
+    for how in ("hooks", "checkpoint"):
+        assert all(torch.equal(mine, theirs) for mine, theirs in zip(gradients(how), plain, strict=True))
+
+
+def test_the_input_of_a_gated_layer_is_kept_once() -> None:
+    """In plain Linear layers autograd keeps value and SiLU(gate); the adapter needs no third copy of their size."""
+    model = Gated()
+    injected = inject(model, AdapterSpec("lora", rank=1, include=["down"]))
+    x = torch.randn(1000, 6, requires_grad=True)
+    value, gate = model.up(x).chunk(2, dim=-1)
+    product = value * F.silu(gate)
+    out = injected.layers["down"](product)
+    node = out.grad_fn.next_functions[0][0]
+    kept = [tensor.untyped_storage().data_ptr() for tensor in node.saved_tensors if tensor is not None]
+    assert product.untyped_storage().data_ptr() not in kept
+    assert value.untyped_storage().data_ptr() in kept

@@ -1,0 +1,42 @@
+"""The modulated norm's own backward pass equals autograd's, and keeps no copy of the normed input."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sa3train.models.blocks import RMSNorm
+
+
+def by_autograd(norm: RMSNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    normed = x.float() * torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + norm.eps) * norm.gamma.float()
+    return (normed * (1 + scale.float()) + shift.float()).to(x.dtype)
+
+
+@pytest.mark.parametrize("per_token", [False, True])
+@pytest.mark.parametrize("wanted", [(True, True, True), (True, False, False), (False, True, False)])
+def test_gradients(wanted: tuple[bool, bool, bool], per_token: bool) -> None:
+    torch.manual_seed(0)
+    norm = RMSNorm(32)
+    torch.nn.init.normal_(norm.gamma)
+    tokens = 5 if per_token else 1
+    shapes = ((2, 5, 32), (2, tokens, 32), (2, tokens, 32))
+    inputs = [torch.randn(shape, requires_grad=want) for shape, want in zip(shapes, wanted, strict=True)]
+    upstream = torch.randn(2, 5, 32)
+    found, expected = norm.modulated(*inputs), by_autograd(norm, *inputs)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    parameters = [tensor for tensor in (*inputs, norm.gamma) if tensor.requires_grad]
+    mine = torch.autograd.grad(found, parameters, upstream)
+    theirs = torch.autograd.grad(expected, parameters, upstream)
+    for one, other in zip(mine, theirs, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
+def test_what_is_kept() -> None:
+    norm, kept = RMSNorm(64).bfloat16(), []
+    x = torch.randn(1, 100, 64).bfloat16().requires_grad_()
+    scale, shift = torch.randn(2, 1, 1, 64, requires_grad=True).unbind()
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        norm.modulated(x, scale, shift)
+    large = [tensor for tensor in kept if tensor.numel() >= x.numel()]
+    assert len(large) == 1
+    assert large[0].data_ptr() == x.data_ptr()
