@@ -32,7 +32,7 @@ printf 'golden cases in fp32 on the GPU\n'
 SA3TRAIN_TEST_DEVICE=cuda timeout 90 "$python" -m pytest -q tests/unit/models/test_models_golden.py ||
     printf 'golden cases: FAILED or not run\n'
 
-measure load 90 --arch medium
+measure load 150 --arch medium
 measure generate 120 --arch medium --seconds 120
 measure generate 60 --arch small --seconds 30
 measure train 120 --arch medium --seconds 120

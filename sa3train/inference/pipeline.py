@@ -19,7 +19,7 @@ from sa3train.errors import RequestError
 from sa3train.inference.generation import decode_audio, sample_latents, truncated_prompts, warnings_of
 from sa3train.inference.outputs import GenerationOutput
 from sa3train.inference.request import DEFAULT_DURATION, ModelFacts, Request, build_request
-from sa3train.inference.runtime import choose_device, choose_dtype
+from sa3train.inference.runtime import choose_device, choose_dtype, compile_blocks
 from sa3train.inference.sidecar import adapter_record, environment
 from sa3train.inference.sources import Source, load_source
 from sa3train.log import get_logger
@@ -36,6 +36,7 @@ class Generator:
         self.model = model
         self.source = source or str(model.path)
         self.precision = precision
+        self.compiled = False
         self.stack = AdapterStack(model.adaptable())
         self._records: list[dict[str, Any]] = []
         self.facts = ModelFacts(
@@ -44,16 +45,26 @@ class Generator:
 
     @classmethod
     def from_pretrained(
-        cls, name: str | os.PathLike[str], device: str | torch.device | None = None, precision: str = "auto"
+        cls,
+        name: str | os.PathLike[str],
+        device: str | torch.device | None = None,
+        precision: str = "auto",
+        *,
+        compiled: bool = False,
     ) -> "Generator":
         """Load a model by name or folder. `device` None takes CUDA or MPS when present, else the CPU.
 
-        `precision` is "fp32", "bf16", "fp16", or "auto": what the device computes fastest, measured once. Raises
+        `precision` is "fp32", "bf16", "fp16", or "auto": what the device computes fastest, measured once. `compiled`
+        has torch compile the denoiser's blocks (see `compile_blocks`): for many requests, not for the first. Raises
         `CheckpointError` when the model cannot be loaded, `ConfigError` for a device or precision that cannot be had.
         """
         place = choose_device(device)
         chosen, dtype = choose_dtype(precision, place)
-        return cls(load_checkpoint(name, place, dtype), chosen, os.fspath(name))
+        generator = cls(load_checkpoint(name, place, dtype), chosen, os.fspath(name))
+        if compiled:
+            compile_blocks(generator.model.dit)
+            generator.compiled = True
+        return generator
 
     @property
     def device(self) -> torch.device:
@@ -228,5 +239,5 @@ class Generator:
                 "inpaint_audio": None if inpaint is None else inpaint.record(),
             },
             "adapters": self.adapters,
-            "environment": environment(self.device),
+            "environment": {**environment(self.device), **({"compiled": True} if self.compiled else {})},
         }

@@ -1,9 +1,14 @@
 """Where and how precisely a model computes."""
 
+import os
+import shutil
+
 import torch
 
 from sa3train.errors import ConfigError
+from sa3train.files import cache_dir
 from sa3train.log import get_logger
+from sa3train.models.dit import DiT
 from sa3train.models.precision import auto_precision
 
 logger = get_logger(__name__)
@@ -41,3 +46,17 @@ def choose_dtype(precision: str, device: torch.device) -> tuple[str, torch.dtype
     if precision not in DTYPES:
         raise ConfigError(f"unknown precision {precision!r}; choose auto, {', '.join(DTYPES)}.")
     return precision, DTYPES[precision]
+
+
+def compile_blocks(dit: DiT, backend: str = "inductor") -> None:
+    """torch.compile each block of the denoiser, for any length of audio; it happens at the first step.
+
+    What the compiler makes is kept in the cache folder (TORCHINDUCTOR_CACHE_DIR names another) and used again by later
+    processes. Raises `ConfigError` when a CPU's compiler is not there.
+    """
+    on_cpu = next(dit.parameters()).device.type == "cpu"
+    if backend == "inductor" and on_cpu and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise ConfigError("compiling needs a C++ compiler: install g++, name one in CXX, or leave compile out.")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_dir() / "compiled"))
+    for block in dit.transformer.layers:
+        block.compile(backend=backend, dynamic=True)

@@ -2,7 +2,8 @@
 
 sa3-bench generate                                   the released small architecture, random weights, two threads
 sa3-bench load --arch medium --check                 exit code 1 when a bar is not reached
-sa3-bench all --write docs/performance.md            every bench, each in a process of its own, into the table
+sa3-bench all --write docs/performance.md            every bench, each in a process of its own, into the table;
+                                                     one that fails is a row with its message
 """
 
 import argparse
@@ -13,12 +14,13 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa3train.errors import ConfigError, SA3Error
+from sa3train.errors import ConfigError
 
 if TYPE_CHECKING:
     from sa3train.jobs.benches.figures import Options, Record
@@ -33,8 +35,10 @@ BENCHES = {
     "adapters": "a training step of each adapter kind against the frozen floor",
     "train": "the whole training loop against its step",
     "nano": "how well nano follows its prompts and reconstructs audio",
+    "studio": "first paint of the studio's page (needs the extra dev)",
 }
 PACKAGE = "sa3train.jobs.benches"
+LIMIT_S = 240  # for each bench of `all`
 
 
 def available() -> dict[str, str]:
@@ -60,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:0 …")
     parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="default: bf16")
     parser.add_argument("--threads", type=_positive, default=2, metavar="N", help="CPU threads (default: 2)")
-    parser.add_argument("--repeats", type=_positive, default=5, metavar="N", help="measured rounds (default: 5)")
+    parser.add_argument("--repeats", type=_positive, metavar="N", help="measured rounds (default: 5; of all: 3)")
     parser.add_argument("--seconds", type=float, help="length of the audio (default: the one the bars are for)")
     parser.add_argument("--kinds", type=_names, default=(), metavar="A,B", help="adapter kinds (default: all)")
     parser.add_argument("--steps", type=_positive, default=8, help="sampling steps (default: 8)")
@@ -111,22 +115,33 @@ def measure(name: str, options: "Options") -> "Record":
 
 
 def _apart(name: str, options: "Options") -> "Record":
-    """Run one bench in a process of its own, so that none inherits another's memory."""
-    from sa3train.jobs.benches.figures import Figure, Record
+    """Run one bench in a process of its own, so that none inherits another's memory or ends the others when it fails.
 
+    A bench that fails, or is not done in `LIMIT_S`, becomes one figure that says so.
+    """
+    from sa3train.jobs.benches.figures import Figure, Record, machine
+
+    flags = _flags(options)
+    command = " ".join(["sa3-bench", name, *flags])
+    program = "import sys; from sa3train.jobs.bench import main; sys.exit(main())"
+    print(f"measuring {name} ...", flush=True)
+    start = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "record.json"
-        flags = _flags(options)
-        program = "import sys; from sa3train.jobs.bench import main; sys.exit(main())"
-        print(f"measuring {name} ...", flush=True)
-        done = subprocess.run(
-            [sys.executable, "-c", program, name, *flags, "--json", str(result)], stdout=subprocess.DEVNULL, check=False
-        )
-        if done.returncode or not result.is_file():
-            raise SA3Error(f"the bench {name} failed; its message is above.")
+        arguments = [sys.executable, "-c", program, name, *flags, "--json", str(result)]
+        try:
+            done = subprocess.run(
+                arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, timeout=LIMIT_S, check=False
+            )
+            failure = done.stderr.strip().splitlines()[-1:] or ["no message"] if done.returncode else []
+        except subprocess.TimeoutExpired:
+            failure = [f"not done in {LIMIT_S} s"]
+        print(f"{name}: {failure[0] if failure else 'done'} ({time.monotonic() - start:.0f} s)", flush=True)
+        if failure or not result.is_file():
+            failed = Figure(name, None, "", note=failure[0] if failure else "it left no record")
+            return Record(name, options, [failed], {**machine(options.device), "command": command})
         found = json.loads(result.read_text(encoding="utf-8"))
     figures = [Figure(**{key: value for key, value in one.items() if key != "reached"}) for one in found["figures"]]
-    command = " ".join(["sa3-bench", name, *flags])
     return Record(name, options, figures, {**found["machine"], "command": command})
 
 
@@ -134,7 +149,9 @@ def _options(arguments: argparse.Namespace) -> "Options":
     from sa3train.jobs.benches.figures import Options
 
     fields = Options.__dataclass_fields__
-    return Options(**{key: value for key, value in vars(arguments).items() if key in fields})
+    given = {key: value for key, value in vars(arguments).items() if key in fields}
+    repeats = arguments.repeats or (3 if arguments.name == "all" else 5)
+    return Options(**{**given, "repeats": repeats})
 
 
 def _flags(options: "Options") -> list[str]:

@@ -43,7 +43,8 @@ def generate(arguments: argparse.Namespace) -> int:
     for place in output_paths(output, max(arguments.batch_size or 1, *(len(values) for values in lists))):
         check_output(place, subtype)
     precision = "fp32" if arguments.no_half else arguments.precision
-    generator = Generator.from_pretrained(arguments.model or DEFAULT_MODEL, arguments.device, precision)
+    model = arguments.model or DEFAULT_MODEL
+    generator = Generator.from_pretrained(model, arguments.device, precision, compiled=arguments.compile)
     for adapter in adapters:
         generator.load_adapter(**adapter)
     result = generator.generate(_one_or_list(prompts), **settings)
@@ -74,7 +75,8 @@ def replay(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> in
     check_output(output, record["subtype"])
     torch.set_num_threads(int(record["environment"]["threads"]))
     source = arguments.model or record["model"]["source"]
-    generator = Generator.from_pretrained(source, arguments.device, record["precision"])
+    compiled = bool(record["environment"].get("compiled"))
+    generator = Generator.from_pretrained(source, arguments.device, record["precision"], compiled=compiled)
     result = again(generator, record, sidecar.parent)
     changed = difference(record, result, generator.device)
     if changed and arguments.output is None and output.exists():

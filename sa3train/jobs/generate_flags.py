@@ -141,6 +141,11 @@ def _add_model(group: Any) -> None:
     group.add_argument("--model", help=f"name or folder (default {DEFAULT_MODEL}); nano needs no download")
     group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
     group.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default: auto")
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the denoiser: slow the first time, then faster steps; kept in the cache",
+    )
     group.add_argument("--no-half", action="store_true", help="the public tool's name for --precision fp32")
 
 

@@ -4,13 +4,13 @@ Shape legend: B batch, C audio channels or latent channels, N samples, P patches
 T latent frames, L rows of all items laid end to end.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sa3train.errors import ConfigError
+from sa3train.models.chunks import Chunk, chunks_of, whole_chunk
 from sa3train.models.config import AutoencoderConfig
 from sa3train.models.fingerprints import fingerprint_of
 from sa3train.models.same import Stack, draw_noise
@@ -97,8 +97,8 @@ class Autoencoder(nn.Module):
 
     def frames_of(self, samples: int) -> int:
         """Latent frames that `encode` makes of so many samples."""
-        unit = self.downsampling_ratio * self._encoder_groups
-        return -(-samples // unit) * self._encoder_groups
+        groups = self.encoder.resampler.groups_per_chunk
+        return -(-samples // (self.downsampling_ratio * groups)) * groups
 
     def encode(
         self,
@@ -116,17 +116,14 @@ class Autoencoder(nn.Module):
         than one chunk runs whole. Raises `ValueError` for another shape and `ConfigError` for sizes that do not fit.
         """
         _check_channels(audio_BCN, self.config.audio_channels, "audio (batch, channels, samples)")
-        if self.chunked if chunked is None else chunked:
-            ratio = self.downsampling_ratio
-            padded_BCN = F.pad(audio_BCN, (0, -audio_BCN.shape[-1] % ratio))
-            frames = padded_BCN.shape[-1] // ratio
-            if frames > chunk_size:
-                pieces = (
-                    (span, self._encode(padded_BCN[..., span.start * ratio : span.stop * ratio], noise, generator))
-                    for span in chunk_spans(frames, chunk_size, overlap)
-                )
-                return _stitch(pieces, frames, overlap, 1)
-        return self._encode(audio_BCN, noise, generator)
+        unit, ratio = self.encoder.resampler.groups_per_chunk, self.downsampling_ratio
+        frames = -(-audio_BCN.shape[-1] // ratio)
+        chunks = [whole_chunk(-(-frames // unit) * unit, unit)]
+        if (self.chunked if chunked is None else chunked) and frames > chunk_size:
+            chunks = chunks_of(frames, chunk_size, overlap, self.encoder.resampler.reach, unit)
+        audio_BCN = F.pad(audio_BCN, (0, chunks[-1].span.stop * ratio - audio_BCN.shape[-1]))
+        parts = [self._encode(audio_BCN, together, noise, generator) for together in self._batches(chunks)]
+        return torch.cat(parts, dim=-1)
 
     def decode(
         self,
@@ -144,27 +141,26 @@ class Autoencoder(nn.Module):
         errors as in `encode`.
         """
         _check_channels(z_BCT, self.latent_channels, "latents (batch, channels, frames)")
-        frames = z_BCT.shape[-1]
+        frames, unit = z_BCT.shape[-1], self.decoder.resampler.groups_per_chunk
+        chunks = [whole_chunk(frames, unit)]
         if (self.chunked if chunked is None else chunked) and frames > chunk_size:
-            pieces = (
-                (span, self._decode(z_BCT[..., span.start : span.stop], noise, generator))
-                for span in chunk_spans(frames, chunk_size, overlap)
-            )
-            return _stitch(pieces, frames, overlap, self.downsampling_ratio)
-        return self._decode(z_BCT, noise, generator)
+            chunks = chunks_of(frames, chunk_size, overlap, self.decoder.resampler.reach, unit)
+        parts = [self._decode(z_BCT, together, noise, generator) for together in self._batches(chunks)]
+        return torch.cat(parts, dim=-1)
 
     def encode_many(
         self, clips: Sequence[Tensor], *, generator: torch.Generator | None = None, noise: bool = True
     ) -> list[Tensor]:
         """Clips (C, N_i) of different lengths to latents (C, T_i), each as if encoded alone; no padding is computed."""
-        unit = self.downsampling_ratio * self._encoder_groups
+        unit = self.downsampling_ratio * self.encoder.resampler.groups_per_chunk
         patches, groups = [], []
         for clip in clips:
             _check_channels(clip[None], self.config.audio_channels, "a clip (channels, samples)")
             padded_1CN = F.pad(clip.to(self.dtype), (0, -clip.shape[-1] % unit))[None]
             patches.append(patch(padded_1CN, self.config.patch_size)[0])
             groups.append(padded_1CN.shape[-1] // self.downsampling_ratio)
-        z_LC = self.encoder(torch.cat(patches), tuple(groups), noise, generator)
+        drawn_GND = self.encoder.resampler.draw(sum(groups), patches[0], generator) if noise else None
+        z_LC = self.encoder(torch.cat(patches), tuple(groups), drawn_GND)
         latents = (self.bottleneck.encode(z_TC.mT[None])[0] for z_TC in z_LC.split(groups))
         return [z_CT.to(clip.dtype) for z_CT, clip in zip(latents, clips, strict=True)]
 
@@ -177,8 +173,10 @@ class Autoencoder(nn.Module):
         lengths = tuple(z_CT.shape[-1] for z_CT in latents)
         noisy = noise and self.config.noise_regularize
         scaled = [self.bottleneck.decode(z_CT[None].to(self.dtype), noisy, generator)[0].mT for z_CT in latents]
-        patches_LK = self.decoder(torch.cat(scaled), lengths, noise, generator)
-        whole = [-(-length // self._decoder_groups) * self._decoder_groups for length in lengths]
+        unit = self.decoder.resampler.groups_per_chunk
+        whole = [-(-length // unit) * unit for length in lengths]
+        drawn_GND = self.decoder.resampler.draw(sum(whole), scaled[0], generator) if noise else None
+        patches_LK = self.decoder(torch.cat(scaled), lengths, drawn_GND)
         stride, channels = self.config.decoder.stride, self.config.audio_channels
         parts = patches_LK.split([count * stride for count in whole])
         return [
@@ -186,57 +184,61 @@ class Autoencoder(nn.Module):
             for part, length, z_CT in zip(parts, lengths, latents, strict=True)
         ]
 
-    @property
-    def _encoder_groups(self) -> int:
-        return (self.config.encoder.chunk_size or self.config.encoder.stride) // self.config.encoder.stride
+    def _batches(self, chunks: list[Chunk]) -> list[list[Chunk]]:
+        """Chunks to compute at a time: all of SAME-S's; SAME-L's one by one, for the memory that its width takes."""
+        return [chunks] if self.config.decoder.window is None else [[chunk] for chunk in chunks]
 
-    @property
-    def _decoder_groups(self) -> int:
-        return (self.config.decoder.chunk_size or self.config.decoder.stride) // self.config.decoder.stride
+    def _encode(self, audio_BCN: Tensor, chunks: list[Chunk], noise: bool, generator: torch.Generator | None) -> Tensor:
+        """What the chunks keep, (B, C, kept frames). Random numbers are drawn for whole chunks, one after the other."""
+        batch, ratio, unit = len(audio_BCN), self.downsampling_ratio, self.encoder.resampler.groups_per_chunk
+        patches, groups, drawn = [], [], []
+        for chunk in chunks:
+            part_BCN = audio_BCN[..., chunk.computed.start * ratio : chunk.computed.stop * ratio].to(self.dtype)
+            part_BCN = F.pad(part_BCN, (0, -part_BCN.shape[-1] % (unit * ratio)))
+            patches.append(patch(part_BCN, self.config.patch_size).flatten(0, 1))
+            groups.append(part_BCN.shape[-1] // ratio)
+            drawn += _drawn(self.encoder, chunk, batch, part_BCN, generator) if noise else []
+        rows = tuple(count for count in groups for _ in range(batch))
+        z_LC = self.encoder(torch.cat(patches), rows, torch.cat(drawn) if drawn else None)
+        parts = []
+        for chunk, z_part in zip(chunks, z_LC.split([batch * count for count in groups]), strict=True):
+            z_BCT = z_part.unflatten(0, (batch, -1)).mT
+            parts.append(self.bottleneck.encode(z_BCT[..., chunk.kept_slice()]).to(audio_BCN.dtype))
+        return torch.cat(parts, dim=-1)
 
-    def _encode(self, audio_BCN: Tensor, noise: bool, generator: torch.Generator | None) -> Tensor:
-        unit = self.downsampling_ratio * self._encoder_groups
-        padded_BCN = F.pad(audio_BCN.to(self.dtype), (0, -audio_BCN.shape[-1] % unit))
-        batch, frames = padded_BCN.shape[0], padded_BCN.shape[-1] // self.downsampling_ratio
-        patches_LK = patch(padded_BCN, self.config.patch_size).flatten(0, 1)
-        z_LC = self.encoder(patches_LK, (frames,) * batch, noise, generator)
-        return self.bottleneck.encode(z_LC.unflatten(0, (batch, frames)).mT).contiguous().to(audio_BCN.dtype)
-
-    def _decode(self, z_BCT: Tensor, noise: bool, generator: torch.Generator | None) -> Tensor:
-        batch, _, frames = z_BCT.shape
-        noisy = noise and self.config.noise_regularize
-        scaled_BCT = self.bottleneck.decode(z_BCT.to(self.dtype), noisy, generator)
-        patches_LK = self.decoder(scaled_BCT.mT.flatten(0, 1), (frames,) * batch, noise, generator)
-        return unpatch(patches_LK.unflatten(0, (batch, -1)), self.config.audio_channels).to(z_BCT.dtype)
-
-
-def chunk_spans(frames: int, chunk_size: int, overlap: int) -> list[range]:
-    """The stretches of latent frames that chunked running computes: every `chunk_size - overlap`, the last at the end.
-
-    Raises `ConfigError` when the chunk is not longer than its overlap.
-    """
-    if not 0 <= overlap < chunk_size:
-        raise ConfigError(f"overlap must be at least 0 and below chunk_size, not {overlap} and {chunk_size}")
-    if frames <= chunk_size:
-        return [range(frames)]
-    starts = list(range(0, frames - chunk_size + 1, chunk_size - overlap))
-    if starts[-1] + chunk_size != frames:
-        starts.append(frames - chunk_size)
-    return [range(start, start + chunk_size) for start in starts]
+    def _decode(self, z_BCT: Tensor, chunks: list[Chunk], noise: bool, generator: torch.Generator | None) -> Tensor:
+        """What the chunks keep, (B, C, samples). Random numbers as in `_encode`, a chunk's bottleneck's first."""
+        batch, noisy = len(z_BCT), noise and self.config.noise_regularize
+        latents, drawn = [], []
+        for chunk in chunks:
+            span_BCT = z_BCT[..., chunk.span.start : chunk.span.stop].to(self.dtype)
+            scaled_BCT = self.bottleneck.decode(span_BCT, noisy, generator)[..., chunk.computed_slice()]
+            latents.append(scaled_BCT.mT.flatten(0, 1))
+            drawn += _drawn(self.decoder, chunk, batch, scaled_BCT, generator) if noise else []
+        groups = tuple(len(chunk.computed) for chunk in chunks for _ in range(batch))
+        patches_LK = self.decoder(torch.cat(latents), groups, torch.cat(drawn) if drawn else None)
+        unit, stride, ratio = (
+            self.decoder.resampler.groups_per_chunk,
+            self.config.decoder.stride,
+            self.downsampling_ratio,
+        )
+        sizes = [batch * stride * (-(-len(chunk.computed) // unit) * unit) for chunk in chunks]
+        parts = []
+        for chunk, part_LK in zip(chunks, patches_LK.split(sizes), strict=True):
+            audio_BCN = unpatch(part_LK.unflatten(0, (batch, -1)), self.config.audio_channels)
+            parts.append(audio_BCN[..., chunk.kept_slice(ratio)].to(z_BCT.dtype))
+        return torch.cat(parts, dim=-1)
 
 
-def _stitch(pieces: Iterator[tuple[range, Tensor]], frames: int, overlap: int, scale: int) -> Tensor:
-    """Lay chunks over one another, half the overlap dropped at inner edges; later chunks overwrite earlier ones."""
-    out: Tensor | None = None
-    margin = overlap // 2
-    for span, piece in pieces:
-        if out is None:
-            out = piece.new_zeros(*piece.shape[:-1], frames * scale)
-        start = span.start + (margin if span.start > 0 else 0)
-        stop = span.stop - (margin if span.stop < frames else 0)
-        out[..., start * scale : stop * scale] = piece[..., (start - span.start) * scale : (stop - span.start) * scale]
-    assert out is not None
-    return out
+def _drawn(stack: Stack, chunk: Chunk, batch: int, like: Tensor, generator: torch.Generator | None) -> list[Tensor]:
+    """The noise of a chunk's new tokens: drawn for all of it, and of that what is computed; nothing without noise."""
+    unit = stack.resampler.groups_per_chunk
+    whole = -(-len(chunk.span) // unit) * unit
+    drawn_GND = stack.resampler.draw(batch * whole, like, generator)
+    if drawn_GND is None:
+        return []
+    first, last = chunk.computed.start - chunk.span.start, chunk.computed.stop - chunk.span.start
+    return [drawn_GND.unflatten(0, (batch, whole))[:, first : -(-last // unit) * unit].flatten(0, 1)]
 
 
 def _check_channels(x: Tensor, channels: int, what: str) -> None:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
+from sa3train.models import quick
 from sa3train.models.attention import Pattern, attend
 from sa3train.models.config import FOURIER_FEATURES, HEAD_WIDTH
 
@@ -98,6 +99,11 @@ class RMSNorm(nn.Module):
             return F.rms_norm(x.float(), self.gamma.shape, self.gamma.float(), self.eps).to(x.dtype)
         return (x * inverse_rms(x, self.eps) * self.gamma.float()).to(x.dtype)
 
+    def unit(self, x: Tensor) -> Tensor:
+        """Before gamma, in fp32."""
+        exact = x.float()
+        return exact * inverse_rms(exact, self.eps)
+
     def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         """`norm(x) * (1 + scale) + shift`, rounded once."""
         out: Tensor = _Modulated.apply(x, self.gamma.float() * (1 + scale.float()), shift.float(), self.eps)
@@ -146,7 +152,12 @@ class DynamicTanh(nn.Module):
         self.beta = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.beta, self.gamma, torch.tanh(self.alpha * x))
+        return torch.addcmul(self.beta, self.gamma, self.unit(x))
+
+    def unit(self, x: Tensor) -> Tensor:
+        """Before gamma and beta."""
+        scaled = self.alpha * x
+        return quick.tanh(scaled) if quick.takes(scaled) else torch.tanh(scaled)
 
 
 class GatedLinear(nn.Module):
@@ -159,8 +170,9 @@ class GatedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
-        gated = F.silu(gate) if self.activation == "silu" else torch.sin(math.pi * gate)
-        return value * gated
+        if self.activation == "silu":
+            return value * F.silu(gate, inplace=quick.takes(gate))
+        return value * torch.sin(math.pi * gate)
 
 
 class FeedForward(nn.Module):
@@ -173,6 +185,21 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ff(x)
+
+
+def normed_and_turned(norm: "DynamicTanh | RMSNorm", x_BLHD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """`rotate(norm(x))` of queries or keys."""
+    if not quick.takes(x_BLHD):
+        return rotate(norm(x_BLHD), rotary)
+    unit_BLHD, beta = norm.unit(x_BLHD), norm.beta if isinstance(norm, DynamicTanh) else None
+    return quick.turned(unit_BLHD, quick.turn_tables(norm.gamma, beta, rotary, unit_BLHD.dtype)).to(x_BLHD.dtype)
+
+
+def normed_by_heads(norm: "RMSNorm", x_BLHD: Tensor) -> Tensor:
+    """`norm(x)` of queries or keys without positions."""
+    if not quick.takes(x_BLHD):
+        return norm(x_BLHD)
+    return quick.by_heads(norm.unit(x_BLHD).mul_(norm.gamma.float()), x_BLHD.dtype)
 
 
 def heads(x_BLC: Tensor, streams: int) -> tuple[Tensor, ...]:
@@ -204,7 +231,7 @@ class SelfAttention(nn.Module):
     def _branch(
         self, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, rotary: tuple[Tensor, Tensor], pattern: Pattern
     ) -> Tensor:
-        q_BLHD, k_BLHD = rotate(self.q_norm(q_BLHD), rotary), rotate(self.k_norm(k_BLHD), rotary)
+        q_BLHD, k_BLHD = normed_and_turned(self.q_norm, q_BLHD, rotary), normed_and_turned(self.k_norm, k_BLHD, rotary)
         return attend(q_BLHD, k_BLHD, v_BLHD, pattern)
 
 
@@ -227,11 +254,12 @@ class CrossAttention(nn.Module):
     def context(self, context_BMD: Tensor) -> tuple[Tensor, ...]:
         """Normed keys (one or two) and values, each (B, M, H, 64)."""
         *keys, values = heads(self.to_kv(context_BMD), self.streams + 1)
-        return (*(self.k_norm(key) for key in keys), values)
+        values = quick.by_heads(values, values.dtype) if quick.takes(values) else values
+        return (*(normed_by_heads(self.k_norm, key) for key in keys), values)
 
     def forward(self, x_BLD: Tensor, context: tuple[Tensor, ...], pattern: Pattern = None) -> Tensor:
         *keys, values = context
-        queries = [self.q_norm(query) for query in heads(self.to_q(x_BLD), self.streams)]
+        queries = [normed_by_heads(self.q_norm, query) for query in heads(self.to_q(x_BLD), self.streams)]
         out_BLHD = attend(queries[0], keys[0], values, pattern)
         if len(keys) == 2:
             out_BLHD = out_BLHD - attend(queries[1], keys[1], values, pattern)

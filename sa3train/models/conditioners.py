@@ -5,19 +5,22 @@ Module names are those of the released files under `conditioner.`.
 """
 
 import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 
 from sa3train.errors import CheckpointError
 from sa3train.models.blocks import FourierFeatures
 from sa3train.models.config import ConditionerConfig, NumberConfig
 from sa3train.models.sources import TextEncoderSource
+from sa3train.models.t5gemma import T5GemmaEncoder, load_encoder
 
 
 class TextEmbedding(NamedTuple):
@@ -70,8 +73,8 @@ class TextEncoder:
     def __init__(self, source: TextEncoderSource, max_length: int) -> None:
         self.source = source
         self.max_length = max_length
-        self._tokenizer: Any = None
-        self._model: Any = None
+        self._tokenizer: Tokenizer | None = None
+        self._model: T5GemmaEncoder | None = None
 
     @property
     def loaded(self) -> bool:
@@ -83,76 +86,51 @@ class TextEncoder:
         self._model = None
 
     @property
-    def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer. Raises `CheckpointError` when its files are missing."""
+    def tokenizer(self) -> Tokenizer:
+        """The folder's `tokenizer.json`, without truncation or padding. Raises `CheckpointError` when it is broken."""
         if self._tokenizer is None:
-            from transformers import AutoTokenizer
-
-            folder = self.source.folder()
+            path = self.source.folder() / "tokenizer.json"
             try:
-                tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            except (OSError, ValueError, KeyError) as error:
-                raise _unreadable(folder, error) from error
-            tokenizer.padding_side = tokenizer.truncation_side = "right"
-            self._tokenizer = tokenizer
+                content = path.read_text(encoding="utf-8")
+                if "model" not in json.loads(content):
+                    raise ValueError("tokenizer.json has no model in it")
+            except (OSError, ValueError) as error:
+                raise _unreadable(path.parent, error) from error
+            self._tokenizer = Tokenizer.from_str(content)
+            self._tokenizer.no_truncation()
+            self._tokenizer.no_padding()
         return self._tokenizer
 
-    def model(self, device: torch.device) -> Any:
+    def model(self, device: torch.device) -> T5GemmaEncoder:
         """The encoder on `device`, in its file's dtype. Raises `CheckpointError` when files are missing or broken."""
         if self._model is None:
-            from transformers import T5GemmaConfig, T5GemmaEncoderModel
-
             folder = self.source.folder()
-            if not (folder / "model.safetensors").is_file() and not (folder / "model.safetensors.index.json").is_file():
-                raise CheckpointError(
-                    f"{folder} holds no model.safetensors for the text encoder. Copy the whole folder."
-                )
             try:
-                config = T5GemmaConfig.from_pretrained(folder, is_encoder_decoder=False, local_files_only=True)
-                with quiet_transformers():
-                    loaded: Any = T5GemmaEncoderModel.from_pretrained(
-                        folder,
-                        config=config,
-                        dtype="auto",
-                        use_safetensors=True,
-                        local_files_only=True,
-                        output_loading_info=True,
-                    )
-            except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+                self._model = load_encoder(folder)
+            except (OSError, ValueError, KeyError, SafetensorError) as error:
                 raise _unreadable(folder, error) from error
-            model, info = loaded
-            if lacking := sorted(info["missing_keys"]) + [str(each) for each in info["mismatched_keys"]]:
-                raise CheckpointError(
-                    f"the text encoder in {folder} lacks {len(lacking)} tensors of a T5Gemma encoder, such as "
-                    f"{lacking[0]}. Copy the released folder."
-                )
-            self._model = model.eval().requires_grad_(False)
         return self._model.to(device)
+
+    def _tokens(self, prompts: Sequence[str]) -> list[list[int]]:
+        return [each.ids for each in self.tokenizer.encode_batch(list(prompts), add_special_tokens=False)]
 
     def token_counts(self, prompts: Sequence[str]) -> list[int]:
         """Tokens of each prompt before truncation; above `max_length` the rest of the prompt goes unread."""
-        if not prompts:
-            return []
-        return [len(ids) for ids in self.tokenizer(list(prompts), add_special_tokens=False).input_ids]
+        return [len(ids) for ids in self._tokens(prompts)]
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str], device: torch.device) -> TextEmbedding:
         """Hidden states of each prompt, as long as the longest (cut at `max_length` tokens)."""
-        tokens = self.tokenizer(
-            list(prompts),
-            add_special_tokens=False,
-            truncation=True,
-            max_length=self.max_length,
-            padding="longest",
-            return_tensors="pt",
-        )
-        ids_BL, mask_BL = tokens.input_ids.long().to(device), tokens.attention_mask.bool().to(device)
+        ids = [torch.tensor(each[: self.max_length], dtype=torch.long) for each in self._tokens(prompts)]
+        ids_BL = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
+        lengths_B = torch.tensor([len(each) for each in ids], device=device)
+        mask_BL = torch.arange(ids_BL.shape[1], device=device) < lengths_B[:, None]
         model = self.model(device)
         if ids_BL.shape[1] == 0:
-            width = model.config.encoder.hidden_size
-            return TextEmbedding(torch.zeros(*ids_BL.shape, width, dtype=model.dtype, device=device), mask_BL)
-        hidden_BLD = model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
-        return TextEmbedding(torch.where(mask_BL[..., None], hidden_BLD, 0), mask_BL)
+            return TextEmbedding(
+                torch.zeros(*ids_BL.shape, model.config.width, dtype=model.dtype, device=device), mask_BL
+            )
+        return TextEmbedding(torch.where(mask_BL[..., None], model(ids_BL, mask_BL), 0), mask_BL)
 
 
 def _unreadable(folder: Path, error: Exception) -> CheckpointError:

@@ -19,6 +19,8 @@ from sa3train.models.attention import Window
 from sa3train.models.blocks import DynamicTanh, FeedForward, Rotary, SelfAttention
 from sa3train.models.config import StackConfig
 
+TOKENS_IN_CACHE = 1088  # 10 MB of the widest activation in bf16; products of fewer rows run slower
+
 
 def draw_noise(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """N(0, 1) on `like`'s device and dtype, drawn in fp32 on the generator's device in contiguous order."""
@@ -80,22 +82,36 @@ class Resampler(nn.Module):
             Layer(config, "sine" if not encodes and index > sine_from else "silu") for index in range(config.depth)
         )
 
-    def forward(self, x_LD: Tensor, groups: tuple[int, ...], noise: bool, generator: torch.Generator | None) -> Tensor:
-        """Resample items of `groups` groups each, laid end to end.
+    def draw(self, groups: int, like: Tensor, generator: torch.Generator | None) -> Tensor | None:
+        """The noise of so many groups' new tokens, (G, N, D); None where the model has none."""
+        if not self.config.mask_noise:
+            return None
+        shape = (groups, self.new, self.config.width)
+        return self.config.mask_noise * draw_noise(shape, like, generator)
+
+    def forward(self, x_LD: Tensor, groups: tuple[int, ...], noise_GND: Tensor | None) -> Tensor:
+        """Resample items of `groups` groups each, laid end to end. `noise_GND` is that of `draw`, for whole chunks.
 
         Encoder: (16 L, patch width) to (L, D); items must fill their chunks. Decoder: (L, D) to (16 L, patch
         width), where items that do not fill their last chunk come out as if they did.
         """
         if self.direction == "encoder":
-            return self._layers(self._map(x_LD, [count * self.raw for count in groups]), groups, noise, generator)
+            return self._layers(self._map(x_LD, [count * self.raw for count in groups]), groups, noise_GND)
         x_LD, groups = self._even_out(x_LD, groups)
-        tokens = self._layers(x_LD, groups, noise, generator)
+        tokens = self._layers(x_LD, groups, noise_GND)
         return self._map(tokens, [count * self.new for count in groups])
 
     @property
     def groups_per_chunk(self) -> int:
         """Every item has a multiple of this many groups."""
         return 1 if self.config.chunk_size is None else self.config.chunk_size // self.config.stride
+
+    @property
+    def reach(self) -> int:
+        """A group's output depends on no group further away than this."""
+        # Chunks of the second half lie across two of the first; windows add up layer by layer.
+        layers = 2 * self.groups_per_chunk if self.config.window is None else self.config.depth * self.config.window
+        return layers + (1 if self.config.conv_mapping else 0)
 
     def _even_out(self, x_LD: Tensor, groups: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
         """Zero groups at the end of each item that does not fill its last chunk."""
@@ -114,11 +130,11 @@ class Resampler(nn.Module):
             return self.mapping(x_LD.unflatten(0, (len(lengths), -1))).flatten(0, 1)
         return torch.cat([self.mapping(part[None])[0] for part in x_LD.split(lengths)])
 
-    def _layers(self, x_LD: Tensor, groups: tuple[int, ...], noise: bool, generator: torch.Generator | None) -> Tensor:
+    def _layers(self, x_LD: Tensor, groups: tuple[int, ...], noise_GND: Tensor | None) -> Tensor:
         width, size = x_LD.shape[-1], self.raw + self.new
         new_GND = self.new_tokens.expand(sum(groups), self.new, width)
-        if noise and self.config.mask_noise:
-            new_GND = new_GND + self.config.mask_noise * draw_noise(new_GND.shape, x_LD, generator)
+        if noise_GND is not None:
+            new_GND = new_GND + noise_GND
         tokens_LD = torch.cat((x_LD.unflatten(0, (-1, self.raw)), new_GND), dim=1).flatten(0, 1)
         lengths = tuple(count * size for count in groups)
         run = self._in_window if self.config.window is not None else self._in_chunks
@@ -135,12 +151,20 @@ class Resampler(nn.Module):
         size = self.groups_per_chunk * (self.raw + self.new)
         half, middle = size // 2, len(self.transformers) // 2
         positions = torch.arange(size, device=tokens_LD.device)
-        tokens_LD = self._run(self.transformers[:middle], tokens_LD.unflatten(0, (-1, size)), positions).flatten(0, 1)
+        tokens_LD = self._run_chunks(self.transformers[:middle], tokens_LD.unflatten(0, (-1, size)), positions)
         parts = tokens_LD.split(lengths)
         shifted_LD = torch.cat([piece for part in parts for piece in (part[:half], part, part[-half:])])
-        shifted_LD = self._run(self.transformers[middle:], shifted_LD.unflatten(0, (-1, size)), positions).flatten(0, 1)
+        shifted_LD = self._run_chunks(self.transformers[middle:], shifted_LD.unflatten(0, (-1, size)), positions)
         parts = shifted_LD.split([length + 2 * half for length in lengths])
         return torch.cat([part[half : part.shape[0] - half] for part in parts])
+
+    def _run_chunks(self, layers: nn.ModuleList, x_BLD: Tensor, positions_L: Tensor) -> Tensor:
+        """Chunks know nothing of each other: on a CPU so many at a time that what layers make of them stays in cache.
+
+        Returns them end to end.
+        """
+        step = max(1, TOKENS_IN_CACHE // x_BLD.shape[1]) if x_BLD.device.type == "cpu" else len(x_BLD)
+        return torch.cat([self._run(layers, part, positions_L).flatten(0, 1) for part in x_BLD.split(step)])
 
     def _run(self, layers: nn.ModuleList, x_BLD: Tensor, positions_L: Tensor, pattern: Window | None = None) -> Tensor:
         rotary: tuple[Tensor, Tensor] | None = None
@@ -162,8 +186,15 @@ class Stack(nn.Module):
         modules[self.linear_index] = nn.Linear(*(ends if direction == "encoder" else ends[::-1]))
         self.layers = nn.ModuleList(modules)
 
-    def forward(self, x_LD: Tensor, groups: tuple[int, ...], noise: bool, generator: torch.Generator | None) -> Tensor:
-        resampler, linear = self.layers[self.resampler_index], self.layers[self.linear_index]
+    @property
+    def resampler(self) -> Resampler:
+        """The transformer."""
+        resampler = self.layers[self.resampler_index]
+        assert isinstance(resampler, Resampler)
+        return resampler
+
+    def forward(self, x_LD: Tensor, groups: tuple[int, ...], noise_GND: Tensor | None) -> Tensor:
+        linear = self.layers[self.linear_index]
         if self.resampler_index < self.linear_index:
-            return linear(resampler(x_LD, groups, noise, generator))
-        return resampler(linear(x_LD), groups, noise, generator)
+            return linear(self.resampler(x_LD, groups, noise_GND))
+        return self.resampler(linear(x_LD), groups, noise_GND)

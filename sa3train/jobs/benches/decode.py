@@ -7,8 +7,8 @@ from sa3train.jobs.benches.figures import Figure, Options
 from sa3train.jobs.benches.measure import interleaved, peak_allocated
 from sa3train.jobs.benches.roofline import measured_rates, same_decode
 from sa3train.jobs.benches.settings import dtype_of, own_threads
-from sa3train.models.autoencoder import chunk_spans
 from sa3train.models.checkpoint import load_checkpoint
+from sa3train.models.chunks import chunks_of, computed_frames
 
 BAR = 0.55
 
@@ -29,7 +29,8 @@ def run(options: Options) -> list[Figure]:
         memory = peak_allocated(lambda: fast.decode(latents_1CT), options.device)
     cost = same_decode(fast.config, frames)
     floor = cost.seconds(rates, dtype.itemsize)
-    computed = sum(len(span) for span in chunk_spans(frames, 128, 32))
+    resampler = fast.decoder.resampler
+    computed = computed_frames(chunks_of(frames, 128, 32, resampler.reach, resampler.groups_per_chunk))
     name = f"SAME-{'L' if arch == 'medium' else 'S'}" if arch != "nano" else "nano SAME"
     what = f"{name} decode of {seconds:g} s, {options.dtype}"
     bar = BAR if arch == "small" and options.device == "cpu" and options.dtype == "bf16" else None

@@ -25,10 +25,13 @@ class Options:
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number, and the bar it is held to, if any; `sense` says on which side of the bar is good."""
+    """One measured number, and the bar it is held to, if any; `sense` says on which side of the bar is good.
+
+    The value None: it could not be measured, and the note says why. That counts as a bar not reached.
+    """
 
     name: str
-    value: float
+    value: float | None
     unit: str
     bar: float | None = None
     sense: Literal["<=", ">="] = "<="
@@ -37,6 +40,8 @@ class Figure:
     @property
     def reached(self) -> bool | None:
         """Whether the bar is reached; None without a bar."""
+        if self.value is None:
+            return False
         if self.bar is None:
             return None
         return self.value <= self.bar if self.sense == "<=" else self.value >= self.bar
@@ -49,6 +54,8 @@ class Figure:
 
     def value_text(self) -> str:
         """Such as "0.31 ×: reached"."""
+        if self.value is None:
+            return "not measured"
         verdict = {None: "", True: ": reached", False: ": NOT reached"}[self.reached]
         return f"{number(self.value)} {self.unit}".rstrip() + verdict
 

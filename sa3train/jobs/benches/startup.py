@@ -16,7 +16,7 @@ from sa3train.errors import SA3Error
 from sa3train.jobs.benches.figures import Figure, Options
 
 CLIP_BAR, HELP_BAR = 8.0, 1.0
-COMMANDS = ("generate", "train", "encode", "data", "adapter", "bench", "quickstart")
+COMMANDS = ("generate", "train", "encode", "data", "adapter", "bench", "quickstart", "studio")
 
 
 def run(options: Options) -> list[Figure]:

@@ -9,7 +9,7 @@ import torch
 
 from sa3train.errors import AudioError, ConfigError, RequestError
 from sa3train.inference import Generator
-from sa3train.inference.runtime import choose_device, choose_dtype
+from sa3train.inference.runtime import choose_device, choose_dtype, compile_blocks
 from sa3train.testing import tone, write_clip
 
 QUICK: dict[str, Any] = {"prompt": "low hum", "duration": 0.5, "steps": 3, "seed": 4, "cfg_scale": 1.0}
@@ -247,6 +247,27 @@ def test_bad_audio_and_a_too_long_duration_are_refused(gen: Generator) -> None:
         gen.generate("x", init_audio=(44100, torch.full((2, 500), float("nan"))), init_noise_level=0.5)
     with pytest.raises(RequestError, match="whose longest is 120"):
         gen.generate("x", duration=121)
+
+
+def test_compiled_blocks_give_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    """Traced and run as they are ("eager" leaves code generation out)."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    generator = Generator.from_pretrained("nano", device="cpu", precision="fp32")
+
+    def latents() -> torch.Tensor:
+        made = generator.generate("hum", duration=1, steps=1, seed=1, return_latents=True).latents
+        assert made is not None
+        return made
+
+    plain = latents()
+    compile_blocks(generator.model.dit, backend="eager")
+    torch.testing.assert_close(latents(), plain, atol=1e-4, rtol=0)
+
+
+def test_compiling_without_a_compiler_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sa3train.inference.runtime.shutil.which", lambda name: None)
+    with pytest.raises(ConfigError, match="needs a C\\+\\+ compiler"):
+        Generator.from_pretrained("nano", device="cpu", precision="fp32", compiled=True)
 
 
 def test_from_pretrained_loads_at_the_asked_precision(tmp_path: Any) -> None:

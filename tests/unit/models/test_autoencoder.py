@@ -9,8 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sa3train.errors import ConfigError
-from sa3train.models.autoencoder import Autoencoder, chunk_spans, patch, unpatch
+from sa3train.models.autoencoder import Autoencoder, patch, unpatch
 from sa3train.models.checkpoint import load_autoencoder
+from sa3train.models.chunks import chunk_spans, chunks_of
 
 ROOT = Path(__file__).parents[2] / "golden"
 SECONDS_60 = 646  # latent frames
@@ -111,6 +112,29 @@ def test_chunked_is_close_to_whole_away_from_edges(autoencoder: Autoencoder) -> 
     assert odd.shape[-1] == 51 * 4096
     latents = autoencoder.encode(draw(1, 2, 4096 * 31 - 7), noise=False, chunked=True, chunk_size=20, overlap=12)
     assert latents.shape[-1] == 31
+
+
+@pytest.mark.parametrize(("frames", "size", "overlap"), [(75, 40, 28), (77, 40, 28), (70, 33, 31)])
+def test_what_a_chunk_drops_is_not_computed(
+    autoencoder: Autoencoder, frames: int, size: int, overlap: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result, random numbers included, is that of chunks computed whole."""
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        chunks = {"chunked": True, "chunk_size": size, "overlap": overlap}
+        audio = autoencoder.decode(draw(2, 64, frames), generator=torch.Generator().manual_seed(1), **chunks)
+        latents = autoencoder.encode(audio, generator=torch.Generator().manual_seed(2), **chunks)
+        return audio, latents
+
+    trimmed = run()
+    resampler = type(autoencoder.decoder.resampler)
+    reach = autoencoder.decoder.resampler.reach
+    unit = autoencoder.decoder.resampler.groups_per_chunk
+    assert all(chunk.computed != chunk.span for chunk in chunks_of(frames, size, overlap, reach, unit))
+    monkeypatch.setattr(resampler, "reach", frames)
+    assert all(chunk.computed == chunk.span for chunk in chunks_of(frames, size, overlap, frames, unit))
+    for found, whole in zip(trimmed, run(), strict=True):
+        torch.testing.assert_close(found, whole, atol=1e-5, rtol=0)
 
 
 def test_noise_follows_the_generator(autoencoder: Autoencoder) -> None:

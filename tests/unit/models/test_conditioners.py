@@ -90,8 +90,7 @@ def test_released_files_hold_a_decoder_too_and_bf16(tmp_path: Path) -> None:
     encoder = encoder_at(PLAIN / "t5gemma")
     config = T5GemmaConfig.from_pretrained(PLAIN / "t5gemma")
     whole = T5GemmaForConditionalGeneration(config)
-    encoder_weights = encoder.model(torch.device("cpu")).encoder.state_dict()
-    whole.model.encoder.load_state_dict(encoder_weights)
+    whole.model.encoder.load_state_dict(encoder.model(torch.device("cpu")).weights)
     whole.to(torch.bfloat16).save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(PLAIN / "t5gemma" / name, tmp_path)
@@ -99,6 +98,47 @@ def test_released_files_hold_a_decoder_too_and_bf16(tmp_path: Path) -> None:
     wanted = encoder(["a slow low hum"], torch.device("cpu")).hidden_BLD
     assert found.dtype == torch.bfloat16
     assert torch.nn.functional.cosine_similarity(found.float().flatten(), wanted.flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_encoder_is_transformers_own(tmp_path: Path, dtype: torch.dtype) -> None:
+    """Two layers, one with a window shorter than the prompt, keys shared by heads, random norms."""
+    from transformers import AutoTokenizer, T5GemmaConfig, T5GemmaEncoderModel
+
+    text = {
+        **{"vocab_size": 260, "hidden_size": 96, "intermediate_size": 112, "num_hidden_layers": 2, "head_dim": 32},
+        **{"num_attention_heads": 4, "num_key_value_heads": 2, "query_pre_attn_scalar": 48, "sliding_window": 5},
+        **{"layer_types": ["sliding_attention", "full_attention"], "attn_logit_softcapping": 0.5},
+    }
+    config = T5GemmaConfig(encoder=text, decoder=dict(text), is_encoder_decoder=False, vocab_size=260)
+    torch.manual_seed(0)
+    theirs = T5GemmaEncoderModel(config).eval()
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    theirs.to(dtype).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(PLAIN / "t5gemma" / name, tmp_path)
+    prompts = ["a slow low hum", "", "Glöckchen, leise"]
+    found = encoder_at(tmp_path)(prompts, torch.device("cpu"))
+    tokens = AutoTokenizer.from_pretrained(tmp_path)(
+        prompts, add_special_tokens=False, padding="longest", padding_side="right", return_tensors="pt"
+    )
+    assert torch.equal(found.mask_BL, tokens.attention_mask.bool())
+    with torch.no_grad():
+        wanted = theirs(input_ids=tokens.input_ids.long(), attention_mask=tokens.attention_mask).last_hidden_state
+    assert found.hidden_BLD.dtype == dtype
+    wanted = torch.where(found.mask_BL[..., None], wanted, 0).float()
+    torch.testing.assert_close(found.hidden_BLD.float(), wanted, atol=1e-4 if dtype == torch.float32 else 0.05, rtol=0)
+
+
+def test_another_text_encoder_is_refused(tmp_path: Path) -> None:
+    shutil.copytree(PLAIN / "t5gemma", tmp_path, dirs_exist_ok=True)
+    config = tmp_path / "config.json"
+    for old, new in (("gelu_pytorch_tanh", "silu"), ('"num_attention_heads"', '"heads"'), ("{", "[")):
+        shutil.copy(PLAIN / "t5gemma" / "config.json", config)
+        config.write_text(config.read_text().replace(old, new))
+        with pytest.raises(CheckpointError, match="Copy the released folder"):
+            encoder_at(tmp_path)(["hum"], torch.device("cpu"))
 
 
 def test_release_gives_the_memory_back(model: StableAudio3) -> None:

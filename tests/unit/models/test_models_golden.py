@@ -4,6 +4,7 @@
 """
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,13 @@ def cases(*prefixes: str) -> list[tuple[str, str]]:
 def models() -> dict[str, StableAudio3]:
     torch.backends.cudnn.allow_tf32 = False  # torch's default rounds convolutions on a GPU
     return {kind: load_checkpoint(ROOT / kind, DEVICE) for kind in GOLDEN}
+
+
+@pytest.fixture(autouse=True, params=[True, False], ids=["gradients", "inference"])
+def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Without gradients a CPU takes the passes of `sa3train.models.quick`: they answer to the same values."""
+    with torch.set_grad_enabled(request.param):
+        yield
 
 
 def recorded(kind: str, case: str) -> dict[str, Tensor]:
