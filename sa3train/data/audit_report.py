@@ -137,12 +137,13 @@ def _page_row(row: dict[str, Any]) -> str:
         peak = "" if row["peak_db"] is None else f" · peak {row['peak_db']} dB"
         facts = f"{row['seconds']:.2f} s · {row['sample_rate']} Hz · {row['channels']} ch{peak}{lufs}"
     return (
-        f"<tr><td>{_waveform(row.get('thumb', ''))}<td>{html.escape(row['source'])}"
+        f"<tr><td>{waveform(row.get('thumb', ''))}<td>{html.escape(row['source'])}"
         f'<div class="small">{facts}<br>{html.escape(row.get("caption", "")[:300])}</div><td>{found}</tr>\n'
     )
 
 
-def _waveform(thumb: str) -> str:
+def waveform(thumb: str) -> str:
+    """The outline of a clip (`sa3train.data.measure.thumbnail`) as SVG; nothing without one."""
     if not thumb:
         return ""
     levels = [int(digit, 36) for digit in thumb]

@@ -8,10 +8,14 @@ A batch is a dict. Without packing, row i is clip i:
 - `latents_BCT` float32: the crop, and behind it the latents of silence;
 - `padding_mask_BT` bool: True on the crop;
 - `seconds_total_B` float32, `prompts`, `keys`: B each; `at_end_B` bool: the crop reaches the end of its clip, so that
-  silence truly follows it.
+  silence truly follows it;
+- `seeds`: B numbers, one for each showing of a clip; whatever is drawn at random for it can start there.
 
-Packed, the S clips of a batch share B rows: `prompts`, `keys`, `seconds_total_B` and `at_end_B` have S entries, and
-`segment_ids_BT` (int64) holds for each frame the number of its clip, 0 … S−1 in order of row and place, −1 for padding.
+T is the same on every rank.
+
+Packed, the S clips of a batch share B rows: `prompts`, `keys`, `seeds`, `seconds_total_B` and `at_end_B` have S entries
+each, and `segment_ids_BT` (int64) holds for each frame the number of its clip, 0 … S−1 in order of row and place, −1
+for padding.
 """
 
 import math
@@ -30,12 +34,15 @@ SAMPLES_PER_FRAME = 4096
 
 
 class Request(NamedTuple):
-    """One clip to be shown: its source, its number there, the length of its crop in frames, and its own random seed."""
+    """One clip to be shown: its source, its number there, the length of its crop in frames, its own random seed, and
+    the frames of the longest crop in its batch on all ranks (0: of those in the batch at hand).
+    """
 
     source: int
     clip: int
     frames: int
     seed: int
+    longest: int = 0
 
 
 @dataclass(frozen=True)
@@ -109,6 +116,7 @@ class Planner:
             order = np.argsort(-frames, kind="stable")
             rows = [[requests[place]] for place in order]
             groups = [rows[start : start + shape.rows] for start in range(0, size, shape.rows)]
+            groups = [[[one._replace(longest=group[0][0].frames)] for (one,) in group] for group in groups]
         else:
             rows = pack(requests, shape.pack_frames, shape.rows)
             groups = [rows[start :: len(rows) // shape.rows] for start in range(len(rows) // shape.rows)]
@@ -155,14 +163,17 @@ def whole_seconds(seconds: float) -> float:
     return float(math.ceil(seconds - 1e-6))
 
 
-def collate(rows: Sequence[Sequence[dict[str, Any]]], silence_CT: torch.Tensor, tail: int, packed: int | None) -> Any:
-    """Tensors of a batch from its rows of clips (each `latent_CT`, `prompt`, `key`, `seconds_total`, `at_end`).
+def collate(
+    rows: Sequence[Sequence[dict[str, Any]]], silence_CT: torch.Tensor, tail: int, packed: int | None, longest: int = 0
+) -> Any:
+    """Tensors of a batch from its rows of clips (each `latent_CT`, `prompt`, `key`, `seed`, `seconds_total`, `at_end`).
 
-    `silence_CT` fills what no clip covers (repeated along T). Without packing, T is the longest clip plus `tail`.
+    `silence_CT` fills what no clip covers (repeated along T). Without packing, T is the longest clip, or `longest`
+    where another rank has a longer one, plus `tail`.
     """
     clips = [clip for row in rows for clip in row]
     lengths = [[clip["latent_CT"].shape[1] for clip in row] for row in rows]
-    frames = packed or max(sum(row) for row in lengths) + tail
+    frames = packed or max(longest, *(sum(row) for row in lengths)) + tail
     times = math.ceil(frames / silence_CT.shape[1])
     latents_BCT = silence_CT.float().repeat(1, times)[:, :frames].expand(len(rows), -1, -1).clone()
     segment_ids_BT = torch.full((len(rows), frames), -1, dtype=torch.int64)
@@ -181,5 +192,6 @@ def collate(rows: Sequence[Sequence[dict[str, Any]]], silence_CT: torch.Tensor, 
         "at_end_B": torch.tensor([clip["at_end"] for clip in clips], dtype=torch.bool),
         "prompts": [clip["prompt"] for clip in clips],
         "keys": [clip["key"] for clip in clips],
+        "seeds": [clip["seed"] for clip in clips],
     }
     return batch | ({"segment_ids_BT": segment_ids_BT} if packed else {})

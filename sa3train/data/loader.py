@@ -94,7 +94,8 @@ class ClipDataset:
             clips = [[self.clip(request) for request in row] for row in rows]
         except SA3Error as error:
             return error
-        return collate(clips, self.silence_CT, self.tail, self.pack_frames)
+        longest = max(request.longest for row in rows for request in row)
+        return collate(clips, self.silence_CT, self.tail, self.pack_frames, longest)
 
     def clip(self, request: Request) -> dict[str, Any]:
         """One clip, cropped, with its prompt."""
@@ -113,6 +114,7 @@ class ClipDataset:
             "latent_CT": torch.from_numpy(latent_CT[:, start : start + request.frames].astype(np.float32)),
             "prompt": prompt,
             "key": record["key"],
+            "seed": request.seed,
             "seconds_total": whole_seconds(whole if whole_clip or self.crop.seconds == "file" else seconds),
             "at_end": start + request.frames == latent_CT.shape[1],
         }

@@ -37,7 +37,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from sa3train.config import MISSING, build, is_known, unknown_key_message
+from sa3train.config import MISSING, build, is_known, known_keys, unknown_key_message
 from sa3train.errors import ConfigError, SA3Error
 
 Schema = TypeVar("Schema")
@@ -116,6 +116,7 @@ def _run_hydra(
         run_stamp()  # known to every process started from here
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us unchanged; we say what is wrong in one line
     arguments = [expand(argument, shorthand, paths, extra_folder(arguments)) for argument in arguments]
+    arguments = [opened(schema, argument) for argument in arguments]
     check_overrides(schema, arguments)
     config_path, config_name, extra = _starting_point(config_name, resume, arguments)
     codes: list[int] = [0]
@@ -162,6 +163,13 @@ def expand(argument: str, shorthand: Mapping[str, str], paths: Sequence[str], ex
     if key in paths or key in shorthand.values():
         return f"{key}={_quoted(value)}"
     return argument
+
+
+def opened(schema: type, argument: str) -> str:
+    """`key=value` for a new key inside a free-form dictionary as `++key=value`, which Hydra wants for it."""
+    key, equals, _ = argument.partition("=")
+    free = equals and "." in key and key[0].isalpha() and is_known(schema, key) and key not in known_keys(schema)
+    return f"++{argument}" if free else argument
 
 
 def extra_folder(arguments: Sequence[str]) -> Path | None:

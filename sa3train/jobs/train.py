@@ -23,9 +23,6 @@ from sa3train.training.settings import (
 if TYPE_CHECKING:
     from sa3train.training.run import TrainingResult
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclasses.dataclass(frozen=True)
 class PathSettings:
@@ -63,7 +60,7 @@ class ModelSettings:
     """The base model."""
 
     name: str
-    dtype: Literal["auto", "fp32", "bf16", "fp16"]
+    dtype: Literal["auto", "fp32", "bf16"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,9 +159,11 @@ def run_training(config: TrainConfig) -> "TrainingResult":
     gpu = uses_gpu(config.trainer)
     if started_ranks() == 1 and config.trainer.num_nodes == 1 and devices_of(config.trainer) > 1:
         parts.relaunch(devices_of(config.trainer))
-    check_world(devices_of(config.trainer) * config.trainer.num_nodes)
+    ranks = devices_of(config.trainer) * config.trainer.num_nodes
+    check_world(ranks)
+    parts.refuse_idle(config, parts.command_line(), ranks)
     join_ranks(gpu)
-    dtype = parts.torch_dtype(config.model.dtype, gpu)
+    dtype, precision = parts.precisions(config.model.dtype, config.trainer.precision, gpu)
     model = on_rank_zero_first(lambda: load_checkpoint(config.model.name, dtype=dtype, parts=("dit", "conditioner")))
     data = parts.data_module(config.data, config.seed, model.max_frames)
     data.check_autoencoder(model.name, model.autoencoder_fingerprint())
@@ -187,7 +186,7 @@ def run_training(config: TrainConfig) -> "TrainingResult":
         objective=config.objective,
         optimizer=config.optimizer,
         schedule=config.scheduler,
-        loop=config.trainer,
+        loop=dataclasses.replace(config.trainer, precision=precision),
         save=config.callbacks.save,
         judge=config.callbacks.judge,
         demos=config.callbacks.demos,

@@ -1,11 +1,12 @@
 """From the sections of a training configuration to the library's objects."""
 
 import dataclasses
+import fnmatch
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -20,19 +21,64 @@ if TYPE_CHECKING:
     from sa3train.jobs.train import AdapterSettings, DataSettings, TrainConfig
     from sa3train.training.folder import RunFolder
     from sa3train.training.run import TrainingResult
-    from sa3train.training.settings import TrackSettings
+    from sa3train.training.settings import Precision, TrackSettings
     from sa3train.training.tracking import Tracker
 
 _logger = get_logger(__name__)
 
 
-def torch_dtype(name: str, gpu: bool) -> "torch.dtype":
-    """The dtype of the frozen weights; auto is bf16 on a GPU that has it, else fp32."""
+def precisions(dtype: str, precision: "Precision", gpu: bool) -> tuple["torch.dtype", "Precision"]:
+    """The dtype of the frozen weights and the precision of the computation, with each "auto" decided.
+
+    bf16 both on a GPU that has it, else fp32: on a CPU, resuming to the bit and equal ranks are worth more than bf16's
+    speed. A base in bf16 is computed with in bf16. Raises `ConfigError` for fp32 computation on a base in bf16.
+    """
     import torch
 
-    if name == "auto":
-        name = "bf16" if gpu and torch.cuda.is_bf16_supported() else "fp32"
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    fast = gpu and torch.cuda.is_bf16_supported()
+    if dtype == "auto":
+        dtype = "bf16" if fast and precision != "fp32" else "fp32"
+    if precision == "auto":
+        precision = "bf16-mixed" if fast or dtype == "bf16" else "fp32"
+    if dtype == "bf16" and precision == "fp32":
+        raise ConfigError(
+            "trainer.precision=fp32 has no effect on a base in bf16, which computes in bf16. "
+            "Set model.dtype=fp32, or trainer.precision=bf16-mixed."
+        )
+    return {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], precision
+
+
+def refuse_idle(config: "TrainConfig", given: Sequence[str], ranks: int) -> None:
+    """Raise `ConfigError` for a `key=value` in `given` (the command line) that can change nothing in this run.
+
+    Values that a recipe or a default sets are not held to this: they wait for what would give them an effect.
+    """
+    keys = {key for key, equals, _ in (argument.lstrip("+").partition("=") for argument in given) if equals}
+    alone = config.data.batch_size * ranks == 1 and config.data.pack_frames is None
+    idle = [
+        ("callbacks.judge.*", not config.callbacks.judge.enabled, "callbacks.judge.enabled=false"),
+        ("callbacks.demos.*", not config.callbacks.demos.enabled, "callbacks.demos.enabled=false"),
+        ("objective.coupling", config.objective.coupling and alone, "one clip in a micro-batch: raise data.batch_size"),
+        ("data.tail_seconds", config.data.tail_seconds > 0 and not config.objective.silence_seconds,
+         "objective.silence_seconds=0"),
+        ("data.repeats", not config.data.more, "one source of data: it weighs sources against each other"),
+        ("data.weight", not config.data.more, "one source of data: it weighs sources against each other"),
+        ("logger.timeout", config.logger.name != "wandb", f"logger={config.logger.name}"),
+        ("trainer.strategy", config.trainer.strategy == "fsdp" and ranks == 1, "one rank: there is nothing to share"),
+        ("trainer", config.trainer.strategy == "fsdp" and ranks == 1, "one rank: fsdp shares the base among several"),
+        ("resume_changes", config.resume is None, "a run that is not resumed"),
+    ]  # fmt: skip
+    for pattern, without, because in idle:
+        for key in sorted(fnmatch.filter(keys, pattern)):
+            if without and not key.endswith(".enabled"):
+                raise ConfigError(f"{key} has no effect with {because}. Leave it out, or change that.")
+
+
+def command_line() -> list[str]:
+    """The `key=value` arguments of this run, as Hydra has read them; none where Hydra is not at work."""
+    from hydra.core.hydra_config import HydraConfig
+
+    return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
 def data_module(settings: "DataSettings", seed: int, max_frames: int) -> "LatentDataModule":

@@ -15,7 +15,8 @@ from torch import Tensor
 class Clips:
     """A micro-batch, one clip a row; `segment_ids_RT` when the model is to see it packed.
 
-    padding_mask_SF: True on real frames. at_end_S: silence follows the real part. All on the CPU except data_SCF.
+    padding_mask_SF: True on real frames. at_end_S: silence follows the real part. seeds: a number for each showing of a
+    clip, where its random numbers start. All on the CPU except data_SCF.
     """
 
     data_SCF: Tensor
@@ -25,6 +26,7 @@ class Clips:
     prompts: list[str]
     keys: list[str]
     segment_ids_RT: Tensor | None = None
+    seeds: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -35,14 +37,14 @@ def clips_of(batch: Mapping[str, Any]) -> Clips:
     latents_RCT, segment_ids_RT = batch["latents_BCT"], batch.get("segment_ids_BT")
     keys = list(batch["keys"])
     at_end_S = batch.get("at_end_B", torch.ones(len(keys), dtype=torch.bool)).cpu()
-    seconds_S, prompts = batch["seconds_total_B"].cpu(), list(batch["prompts"])
+    seconds_S, prompts, seeds = batch["seconds_total_B"].cpu(), list(batch["prompts"]), tuple(batch["seeds"])
     if segment_ids_RT is None:
-        return Clips(latents_RCT, batch["padding_mask_BT"].cpu(), seconds_S, at_end_S, prompts, keys)
+        return Clips(latents_RCT, batch["padding_mask_BT"].cpu(), seconds_S, at_end_S, prompts, keys, seeds=seeds)
     segment_ids_RT = segment_ids_RT.cpu()
     mask_SF = clip_mask(segment_ids_RT, len(keys))
     data_SCF = to_clips(latents_RCT, segment_ids_RT, mask_SF)
     # A packed row has no room behind a clip, so none is extended into silence.
-    return Clips(data_SCF, mask_SF, seconds_S, torch.zeros_like(at_end_S), prompts, keys, segment_ids_RT)
+    return Clips(data_SCF, mask_SF, seconds_S, torch.zeros_like(at_end_S), prompts, keys, segment_ids_RT, seeds)
 
 
 def clip_mask(segment_ids_RT: Tensor, clips: int) -> Tensor:

@@ -5,11 +5,10 @@ touched: every generation draws from a CPU generator of its own.
 """
 
 import contextlib
-import json
 import logging
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,11 @@ from sa3train.models.checkpoint import StableAudio3
 from sa3train.models.sources import WEIGHTS_FILE
 from sa3train.training.fixed import FixedItem
 from sa3train.training.module import LoraModule
+from sa3train.training.played import FOLDER, INDEX, Played
 from sa3train.training.settings import DemoSettings
 from sa3train.training.tracking import Tracker
 
 _logger = get_logger(__name__)
-
-FOLDER, INDEX = "demos", "demos.json"
 
 
 @dataclass(frozen=True)
@@ -45,22 +43,6 @@ class Demo:
     duration: float
     seed: int
     item: FixedItem | None = None
-
-
-@dataclass(frozen=True)
-class Played:
-    """One file: what it is, and how it measures (`measure`: LUFS, dBTP, Hz, width)."""
-
-    file: str
-    picture: str
-    demo: str
-    mode: str
-    prompt: str
-    model: str
-    strength: float
-    seed: int
-    step: int
-    measures: dict[str, float | None]
 
 
 def demos_of(settings: DemoSettings, heldout: Sequence[FixedItem]) -> list[Demo]:
@@ -147,12 +129,12 @@ class Demos(lightning.Callback):
         folder = self.run_dir / FOLDER / f"step-{step:08d}"
         played: list[Played] = []
         with torch.random.fork_rng():
-            for source in self.models:
+            for number, source in enumerate(self.models):
                 # The same precision every time, whatever this machine is quick at: demos are compared over steps.
                 precision = "bf16" if torch.device(self.device).type == "cuda" else "fp32"
                 generator = Generator.from_pretrained(source, device=self.device, precision=precision)
                 with quiet("sa3train.adapters", "sa3train.inference"):
-                    played += self._play_on(generator, adapter, step, folder)
+                    played += self._play_on(generator, adapter, step, folder, trained=number == 0)
                 del generator
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -160,20 +142,22 @@ class Demos(lightning.Callback):
         self._curves(played, step)
         return played
 
-    def _play_on(self, generator: Generator, adapter: Adapter | None, step: int, folder: Path) -> Iterator[Played]:
+    def _play_on(
+        self, generator: Generator, adapter: Adapter | None, step: int, folder: Path, *, trained: bool
+    ) -> Iterator[Played]:
         if adapter is not None:
             generator.load_adapter(adapter, strength=self.settings.strengths[0])
         for demo in self.demos:
             for strength in self.settings.strengths if adapter is not None else [0.0]:
                 if adapter is not None:
                     generator.set_strength(strength)
-                audio_CN = self._generate(generator, demo)
+                audio_CN = self._generate(generator, demo, trained)
                 yield self._record(generator, demo, audio_CN, strength, step, folder)
 
-    def _generate(self, generator: Generator, demo: Demo) -> Tensor:
+    def _generate(self, generator: Generator, demo: Demo, trained: bool) -> Tensor:
         duration = min(demo.duration, generator.facts.longest)
         settings: dict[str, Any] = {"prompt": demo.prompt, "seed": demo.seed}
-        if generator.model.objective == "rectified_flow":
+        if trained:  # its twin is sampled otherwise, in its own steps
             settings |= {"steps": self.settings.steps, "cfg_scale": self.settings.cfg_scale}
         if demo.item is not None:
             z_1CT = demo.item.clip.data_SCF.to(generator.device, generator.model.dit.dtype)
@@ -231,14 +215,3 @@ def quiet(*names: str) -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-def played_demos(run_dir: Path) -> list[Played]:
-    """Everything that was played in a run, oldest first, with `file` and `picture` relative to the run folder."""
-    found = []
-    for index in sorted((run_dir / FOLDER).glob(f"step-*/{INDEX}")):
-        for entry in json.loads(index.read_text(encoding="utf-8")):
-            place = index.parent.relative_to(run_dir)
-            demo = Played(**entry)
-            found.append(replace(demo, file=str(place / demo.file), picture=str(place / demo.picture)))
-    return found

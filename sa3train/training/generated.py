@@ -18,13 +18,11 @@ from sa3train.files import write_json
 from sa3train.inference import Generator
 from sa3train.log import get_logger, progress
 from sa3train.training.fixed import FixedItem
+from sa3train.training.report_files import COPIED, GENERATED
 
 _logger = get_logger(__name__)
 
-GENERATED = "generated.json"
 WINDOW, STRIDE = 16, 4
-COPIED = 0.5
-"""Share of the distance between unseen and training clips below which generations count as copies."""
 ENERGY = 0.25
 """Relative change of the latents' spread, against the base, above which few-step generation counts as harmed."""
 
@@ -102,12 +100,16 @@ def spread(latents: Sequence[Tensor]) -> float:
     return float(torch.stack([latent_CT.float().var(dim=1).mean() for latent_CT in latents]).mean().sqrt())
 
 
-def generate_latents(generator: Generator, prompts: Sequence[str], seconds: float, seed: int) -> list[Tensor]:
-    """One latent (C, T) per prompt, cut to `seconds`."""
+def generate_latents(
+    generator: Generator, prompts: Sequence[str], seconds: float, seed: int, **sampling: Any
+) -> list[Tensor]:
+    """One latent (C, T) per prompt, cut to `seconds`; `sampling` is `Generator.generate`'s."""
     found = []
     frames = max(1, int(seconds * generator.facts.sample_rate / generator.model.downsampling_ratio))
     for number, prompt in enumerate(progress(prompts, "generating")):
-        output = generator.generate(prompt=prompt, duration=seconds, seed=seed + number, return_latents=True)
+        output = generator.generate(
+            prompt=prompt, duration=seconds, seed=seed + number, return_latents=True, **sampling
+        )
         assert output.latents is not None
         found.append(output.latents[0, :, :frames])
     return found
@@ -124,6 +126,8 @@ def examine(
     seconds: float,
     seed: int,
     device: torch.device | str,
+    steps: int | None = None,
+    cfg_scale: float | None = None,
 ) -> dict[str, Any]:
     """Generate from training prompts with base and adapter, and write `generated.json`: memorisation and energy.
 
@@ -134,9 +138,10 @@ def examine(
         precision = "bf16" if torch.device(device).type == "cuda" else "fp32"
         generator = Generator.from_pretrained(source, device=device, precision=precision)
         seconds = min(seconds, generator.facts.longest)
-        base = generate_latents(generator, prompts, seconds, seed)
+        sampling = {"steps": steps, "cfg_scale": cfg_scale}
+        base = generate_latents(generator, prompts, seconds, seed, **sampling)
         generator.load_adapter(adapter)
-        made = generate_latents(generator, prompts, seconds, seed)
+        made = generate_latents(generator, prompts, seconds, seed, **sampling)
         del generator
     train_latents = [item.clip.data_SCF[0] for item in training]
     spreads = {"data": spread(train_latents), "base": spread(base), "adapter": spread(made)}

@@ -72,14 +72,14 @@ def here(tensor: Tensor) -> Tensor:
 
 def kept_for_backward(module: nn.Module, run: Callable[[], Tensor], blocks: nn.ModuleList) -> tuple[int, int]:
     """Bytes that autograd keeps in `run()`: of everything, and of the blocks alone. Weights do not count."""
-    owned = {here(t).untyped_storage().data_ptr() for t in [*module.parameters(), *module.buffers()]}
+    owned = {here(t).untyped_storage()._cdata for t in [*module.parameters(), *module.buffers()]}
     seen: dict[int, tuple[int, bool]] = {}
     inside = [0]
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            seen.setdefault(storage.data_ptr(), (storage.nbytes(), inside[0] > 0))
+        if storage._cdata not in owned:
+            seen.setdefault(storage._cdata, (storage.nbytes(), inside[0] > 0))
         return tensor
 
     def enter(*_: Any) -> None:
@@ -93,9 +93,10 @@ def kept_for_backward(module: nn.Module, run: Callable[[], Tensor], blocks: nn.M
     try:
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             kept = run()  # alive until counted: what it keeps must not be freed and counted twice
-        return sum(size for size, _ in seen.values()), sum(size for size, block in seen.values() if block)
-    finally:
+        found = sum(size for size, _ in seen.values()), sum(size for size, block in seen.values() if block)
         del kept
+        return found
+    finally:
         for handle in handles:
             handle.remove()
 

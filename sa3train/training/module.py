@@ -111,7 +111,7 @@ class LoraModule(lightning.LightningModule):
         )
         draw = draw_step(
             self.objective,
-            item_seeds(self.seed, micro_step, clips.keys),
+            item_seeds(self.seed, micro_step, clips.seeds),
             clips.data_SCF.shape,
             clips.padding_mask_SF,
             frames_S,

@@ -49,17 +49,11 @@ def seed_of(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
-def item_seeds(seed: int, micro_step: int, keys: Sequence[str]) -> list[int]:
-    """One seed per item of a micro-batch: by clip, not by place, so that splitting a batch over ranks changes nothing.
-
-    A clip that occurs again in the same micro-batch gets another seed.
+def item_seeds(seed: int, micro_step: int, showings: Sequence[int]) -> list[int]:
+    """One seed per item of a micro-batch, from the loader's number of its showing: never from its place in the batch,
+    so that splitting a batch over ranks changes nothing, also where one clip is in it twice.
     """
-    seen: dict[str, int] = {}
-    seeds = []
-    for key in keys:
-        seen[key] = seen.get(key, 0) + 1
-        seeds.append(seed_of(seed, micro_step, key, seen[key]))
-    return seeds
+    return [seed_of(seed, micro_step, showing) for showing in showings]
 
 
 def draw_step(

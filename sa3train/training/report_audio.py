@@ -18,7 +18,7 @@ from sa3train.training.charts import Line, line_chart
 from sa3train.training.report_page import folded
 
 if TYPE_CHECKING:
-    from sa3train.training.demos import Played
+    from sa3train.training.played import Played
 
 EMBEDDED_MIB = 48.0
 """Sounds beyond this are named by their file instead: a page should still open."""

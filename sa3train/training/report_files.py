@@ -4,13 +4,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from sa3train.training.demos import Played
+from sa3train.training.played import Played, played_demos
 
 DATA, INSPECTION, MACHINE = "data.json", "inspection.json", "machine.json"
 """What the report shows of data, adapter and machine; see `sa3train.training.inspection`."""
+
+HELDOUT, GENERATED = "heldout.json", "generated.json"
+"""What `sa3train.training.validation` and `sa3train.training.generated` leave."""
+
+COPIED = 0.5
+"""Share of the distance between unseen and training clips below which generations count as copies."""
 
 WORSE = 0.01
 """Share above its best at which held-out loss counts as getting worse."""
@@ -29,7 +34,7 @@ class RunFiles:
     data: Mapping[str, Any] = field(default_factory=dict)
     inspection: Mapping[str, Any] = field(default_factory=dict)
     machine: Mapping[str, Any] = field(default_factory=dict)
-    played: Sequence["Played"] = ()
+    played: Sequence[Played] = ()
 
     def curve(self, name: str) -> list[tuple[float, float]]:
         """(step, value) of a metric."""
@@ -53,11 +58,8 @@ class RunFiles:
 
 def read_run(run_dir: Path) -> RunFiles:
     """Read a run folder. Whatever is not there yet is left empty; a run in progress can be read at any moment."""
-    from sa3train.training.demos import played_demos
     from sa3train.training.folder import CONFIG, RECORD
-    from sa3train.training.generated import GENERATED
     from sa3train.training.tracking import read_metrics
-    from sa3train.training.validation import HELDOUT
 
     metrics, config = run_dir / "metrics.csv", run_dir / CONFIG
     rows = read_metrics(metrics)[1] if metrics.is_file() else []
@@ -102,19 +104,13 @@ def reading(run: RunFiles) -> list[str]:
             )
     if heldout is not None and train is not None and heldout > 0 > train:
         found.append("Training clips got better and unseen ones worse: fewer steps, a lower rank, or more data.")
-    if run.generated.get("memorisation", {}).get("score", 1.0) < _copied():
+    if run.generated.get("memorisation", {}).get("score", 1.0) < COPIED:
         found.append("Generations come closer to training clips than unseen clips do: they may be copies.")
     return found
 
 
 def _beside(value: float) -> str:
     return f"{abs(value):.1%} {'below' if value < 0 else 'above'}"
-
-
-def _copied() -> float:
-    from sa3train.training.generated import COPIED
-
-    return COPIED
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from sa3train.adapters.formats import load_adapter
 from sa3train.adapters.inject import Injected, inject
 from sa3train.adapters.spec import AdapterSpec
 from sa3train.data.datamodule import LatentDataModule
-from sa3train.errors import ConfigError
 from sa3train.files import write_bytes
 from sa3train.log import get_logger
 from sa3train.models.checkpoint import StableAudio3
 from sa3train.training import validation
 from sa3train.training.checkpoints import ADAPTER, BEST_ADAPTER, Saver
+from sa3train.training.checks import check_together, played_as_trained
 from sa3train.training.demos import Demos, demos_of, players
 from sa3train.training.fixed import FixedItem, heldout_items, training_items
 from sa3train.training.folder import RunFolder
@@ -158,7 +158,8 @@ def train(
     `report` keeps `report.html` up to date. `provenance` goes into every adapter file.
     """
     started = time.perf_counter()
-    check_together(model, data, objective)
+    check_together(model, data, objective, optimizer, loop)
+    demos = played_as_trained(demos, objective)
     if loop.quantize != "none":
         round_weights(model.dit, loop.quantize)
     torch.manual_seed(seed)  # the adapter's initial values, the same on every rank
@@ -171,10 +172,10 @@ def train(
     saver = Saver(run.path, tracker, every=save.every, keep=save.keep, metadata=lambda step: noted(provenance, step))
     prepare = Prepare(loop, optimizer.name, *largest_batch(data), prompt=any_prompt(data))
     meter = Meter(tracker, loop.log_every, loop.max_steps, model.sample_rate, model.downsampling_ratio)
-    heldout = heldout_items(data, judge.clips or 8)
+    heldout = heldout_items(data, judge.clips)
     judged = make_judge(run.path, tracker, saver, data, heldout, judge)
     callbacks: list[lightning.Callback] = [prepare, meter, *([judged] if judged else [])]
-    if demos is not None and demos_of(demos, heldout):
+    if demos is not None and demos.enabled and demos_of(demos, heldout):
         models = players(model, str(model.path), demos.sibling)
         callbacks.append(Demos(run.path, tracker, demos, heldout, models, device="cuda" if uses_gpu(loop) else "cpu"))
     if report:
@@ -186,7 +187,7 @@ def train(
     trainer.fit(module, train_dataloaders=batches, ckpt_path=run.state[1] if run.state else None)
     if trainer.is_global_zero and saver.interrupted is None:
         finish(run, saver, module, trainer.global_step, judged if judge.select_best else None)
-        if demos is not None and demos.memorisation_clips:
+        if demos is not None and demos.enabled and demos.memorisation_clips:
             examine(
                 run.path,
                 str(model.path),
@@ -197,6 +198,8 @@ def train(
                 seconds=demos.duration,
                 seed=demos.seed,
                 device=module.device,
+                steps=demos.steps,
+                cfg_scale=demos.cfg_scale,
             )
         tracker.adapter(run.path / ADAPTER, provenance, ("latest", f"step-{trainer.global_step}"))
     run.save(status="finished" if saver.interrupted is None else "interrupted", steps=trainer.global_step)
@@ -216,25 +219,6 @@ def train(
 def noted(provenance: Mapping[str, str], step: int) -> dict[str, str]:
     """An adapter's metadata at a step."""
     return {**provenance, "step": str(step)}
-
-
-def check_together(model: StableAudio3, data: LatentDataModule, objective: Objective) -> None:
-    """Raise `ConfigError` for settings that cancel each other; say aloud what works and is seldom wanted."""
-    if data.pack_frames is not None and objective.silence_seconds > 0:
-        raise ConfigError(
-            f"objective.silence_seconds={objective.silence_seconds} has no effect with data.pack_frames: a packed row "
-            f"has no room behind a clip. Set it to 0."
-        )
-    few_steps = objective.timesteps == "levels"
-    if model.objective == "rf_denoiser" and not few_steps:
-        _logger.warning(
-            "%s is post-trained: its sampler calls it at a few noise levels only, and this objective trains it at all "
-            "of them. Use objective=post-trained, or train on its base%s.",
-            model.name,
-            f" ({model.sibling})" if model.sibling else "",
-        )
-    if model.objective == "rectified_flow" and few_steps:
-        _logger.warning("%s is a base model, and this objective trains a few noise levels alone.", model.name)
 
 
 def finish(run: RunFolder, saver: Saver, module: LoraModule, step: int, judged: validation.Judge | None) -> None:
@@ -269,7 +253,7 @@ def make_judge(
     settings: JudgeSettings,
 ) -> validation.Judge | None:
     """The fixed evaluation, or None when it is off."""
-    if settings.clips == 0:
+    if not settings.enabled:
         return None
     if not heldout:
         _logger.warning("nothing is held out of this data: only training clips are judged. Encode with split=0.1.")

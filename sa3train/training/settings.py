@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from sa3train.errors import ConfigError
 
+Precision = Literal["auto", "fp32", "bf16-mixed"]
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -86,7 +88,7 @@ class OptimizerSettings:
 
 @dataclass(frozen=True)
 class ScheduleSettings:
-    """How the learning rate moves: straight up over `warmup_steps`, then the schedule called `name`."""
+    """The learning rate rises straight over `warmup_steps`, then follows the schedule called `name` with `options`."""
 
     name: str = "constant"
     warmup_steps: int = 0
@@ -99,10 +101,10 @@ class LoopSettings:
 
     max_steps: optimizer steps. accumulate: micro-batches per step. clip: limit of the gradient norm, 0 for none.
     average: decay of a running average (EMA) of the adapter, null for none. log_every: steps per log line.
-    precision: "auto" is bf16 on a GPU that has it, else fp32. quantize: the frozen base in 8 or 4 bits. accelerator,
-    devices, num_nodes, strategy: as in
-    Lightning; "fsdp" shards the frozen base. activation_checkpointing: none, blocks, or auto by measured memory.
-    compile: torch.compile each block. threads: CPU threads of torch, null for its own choice.
+    precision: "auto" is bf16-mixed on a GPU that has it, else fp32. quantize: the frozen base in 8 or 4 bits.
+    accelerator, devices, num_nodes, strategy: as in Lightning; "fsdp" shards the frozen base. activation_checkpointing:
+    none, blocks, or auto by measured memory. compile: torch.compile each block. threads: CPU threads of torch, null for
+    its own choice.
     """
 
     max_steps: int = 2000
@@ -110,7 +112,7 @@ class LoopSettings:
     clip: float = 1.0
     average: float | None = None
     log_every: int = 10
-    precision: Literal["auto", "fp32", "bf16-mixed"] = "auto"
+    precision: Precision = "auto"
     quantize: Literal["none", "int8", "nf4"] = "none"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int | Literal["auto"] = "auto"
@@ -148,12 +150,14 @@ class SaveSettings:
 
 @dataclass(frozen=True)
 class JudgeSettings:
-    """Fixed evaluation every `every` steps on up to `clips` held-out and `clips` training clips; 0 clips turn it off.
+    """Fixed evaluation every `every` steps on up to `clips` held-out and `clips` training clips.
 
-    rows: (clip, level) pairs computed at a time. select_best: the run's adapter is that of the lowest held-out loss.
-    patience: stop after so many judgements without a new best. seed: of the fixed noise.
+    enabled: whether it happens at all. rows: (clip, level) pairs computed at a time. select_best: the run's adapter is
+    that of the lowest held-out loss. patience: stop after so many judgements without a new best. seed: of the fixed
+    noise.
     """
 
+    enabled: bool = True
     every: int = 250
     clips: int = 16
     rows: int = 20
@@ -163,24 +167,26 @@ class JudgeSettings:
 
     def __post_init__(self) -> None:
         _at_least("callbacks.judge.every", self.every, 1)
-        _at_least("callbacks.judge.clips", self.clips, 0)
+        _at_least("callbacks.judge.clips", self.clips, 1)
         _at_least("callbacks.judge.rows", self.rows, 1)
         if self.patience is not None:
             _at_least("callbacks.judge.patience", self.patience, 1)
-        if self.clips == 0 and (self.select_best or self.patience):
-            raise ConfigError("callbacks.judge: select_best and patience have no effect with clips=0.")
+        if not self.enabled and (self.select_best or self.patience):
+            raise ConfigError("callbacks.judge: select_best and patience have no effect with enabled=false.")
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Audio from fixed seeds at step 0 and every `every` steps; no prompts and no held-out prompts turn it off.
+    """Audio from fixed seeds at step 0 and every `every` steps.
 
-    prompts: texts to play. heldout_prompts: how many captions of held-out clips to add. duration: seconds.
-    strengths: of the adapter; 0 (the base) is always played once. sibling: also play on the model's twin when it is on
-    this machine. inpaint: also inpaint the middle of a held-out clip. steps, cfg_scale: null for the model's defaults.
-    sampled_clips: generations for the memorisation score at the end; 0 for none.
+    enabled: whether it happens at all. prompts: texts to play. heldout_prompts: how many captions of held-out clips to
+    add. duration: seconds. strengths: of the adapter; 0 (the base) is always played once. sibling: also play on the
+    model's twin when it is on this machine. inpaint: also inpaint the middle of a held-out clip. steps, cfg_scale: of
+    the model that is trained, null for its defaults; the twin plays with its own. memorisation_clips: generations for
+    the memorisation score at the end; 0 for none.
     """
 
+    enabled: bool = True
     every: int = 500
     prompts: list[str] = field(default_factory=list)
     heldout_prompts: int = 2
@@ -201,6 +207,12 @@ class DemoSettings:
             raise ConfigError(f"callbacks.demos.duration={self.duration} must be above 0 seconds.")
         if not self.strengths:
             raise ConfigError("callbacks.demos.strengths is empty: give at least one, such as [1.0].")
+        if self.steps is not None:
+            _at_least("callbacks.demos.steps", self.steps, 1)
+        if not (self.prompts or self.heldout_prompts or self.inpaint or self.memorisation_clips):
+            raise ConfigError(
+                "callbacks.demos has nothing to play: give prompts, heldout_prompts or inpaint, or set enabled=false."
+            )
 
 
 @dataclass(frozen=True)

@@ -147,9 +147,8 @@ class TensorBoardSink:
 class WandbSink:
     """A Weights & Biases run: online when its server answers, else offline, to be sent later.
 
-    `mode`: online, offline or disabled. `timeout`: seconds to wait for the server at the start and at the end. The
-    run's
-    id is kept, so that a resumed run goes on in the same record.
+    `mode`: online, offline or disabled. `timeout`: seconds to wait for the server at the start and at the end; what is
+    written to disk is waited for. The run's id is kept, so that a resumed run goes on in the same record.
     """
 
     def __init__(
@@ -173,9 +172,8 @@ class WandbSink:
             _unreachable(server, folder)
             mode = "offline"
         folder.mkdir(parents=True, exist_ok=True)
-        settings = wandb.Settings(
-            base_url=server, init_timeout=timeout, finish_timeout=timeout, console="off", disable_git=True, silent=True
-        )
+        folder = folder.absolute()  # wandb's own process may be in another folder than this one
+        settings = wandb.Settings(base_url=server, init_timeout=timeout, console="off", disable_git=True, silent=True)
         arguments: dict[str, Any] = {
             "dir": str(folder),
             "project": project,
@@ -189,7 +187,11 @@ class WandbSink:
             "settings": settings,
         }
         try:
-            self.run = wandb.init(mode=mode, **arguments)  # type: ignore[arg-type]
+            if mode == "online":  # an offline run's end waits for the disk only, which is always to be waited for
+                online = settings.model_copy(update={"finish_timeout": timeout})
+                self.run = wandb.init(mode="online", **(arguments | {"settings": online}))
+            else:
+                self.run = wandb.init(mode=mode, **arguments)  # type: ignore[arg-type]
         except (wandb.errors.Error, OSError, RuntimeError) as error:
             _logger.warning("W&B does not take the run (%s).", str(error).splitlines()[0])
             _unreachable(server, folder)

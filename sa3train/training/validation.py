@@ -17,11 +17,10 @@ from sa3train.training.checkpoints import BEST_ADAPTER, Saver
 from sa3train.training.fixed import LEVELS, FixedItem, LossTable, loss_table
 from sa3train.training.meter import level_names
 from sa3train.training.module import LoraModule
+from sa3train.training.report_files import HELDOUT
 from sa3train.training.tracking import Tracker
 
 _logger = get_logger(__name__)
-
-HELDOUT = "heldout.json"
 
 
 class Judge(lightning.Callback):

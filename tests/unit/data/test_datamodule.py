@@ -62,6 +62,23 @@ def test_each_clip_is_on_exactly_one_rank_in_a_pass(
     assert set(seen.values()) == {1}
 
 
+def test_the_batches_of_all_ranks_are_that_of_one(store_maker: Maker) -> None:
+    """Cut alike and of one length, also where a clip comes twice in a batch; every showing has its own number."""
+    path, settings = str(store_maker("a", [4 + n % 5 for n in range(7)])), {"seed": 2, "tail_seconds": 0.3}
+    one = LatentDataModule(path, 4, **settings).train_dataloader()
+    two = [LatentDataModule(path, 2, rank=rank, world=2, **settings).train_dataloader() for rank in range(2)]
+    twice, seeds = 0, []
+    for whole, *parts in zip(*(islice(endless(loader), 12) for loader in (one, *two)), strict=True):
+        dealt = [row for pair in zip(*(part["latents_BCT"] for part in parts), strict=True) for row in pair]
+        assert torch.equal(torch.stack(dealt), whole["latents_BCT"])
+        assert [seed for pair in zip(*(part["seeds"] for part in parts), strict=True) for seed in pair] == whole[
+            "seeds"
+        ]
+        twice += len(set(whole["keys"])) < 4
+        seeds += whole["seeds"]
+    assert twice and len(set(seeds)) == 48
+
+
 def test_passes_stay_whole_when_the_set_does_not_divide(store_maker: Maker) -> None:
     path = str(store_maker("a", [4] * 7))
     loaders = [LatentDataModule(path, 2, rank=rank, world=2).train_dataloader() for rank in range(2)]

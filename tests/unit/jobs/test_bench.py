@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -234,6 +235,34 @@ def test_check_exits_with_1_when_a_bar_is_not_reached(
     out = capsys.readouterr().out
     assert "| time   | ≤ 2 s |" in out
     assert ("not reached: time" in out) == (value > 2)
+
+
+def test_a_bench_that_fails_is_a_row_and_the_others_go_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- cpu: begin -->\n<!-- cpu: end -->\n", encoding="utf-8")
+
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        if "decode" in command:
+            return SimpleNamespace(returncode=1, stderr="trace\nerror: no such thing")
+        if "load" in command:
+            raise subprocess.TimeoutExpired(command, 1)
+        record = Record("startup", Options(), [Figure("time", 1.0, "s", 2.0)], {"processor": "p", "load": 1})
+        where = {"cores": 2, "torch": "t", "python": "3"}
+        content = record.as_json() | {"machine": record.machine | where}
+        Path(command[-1]).write_text(json.dumps(content), encoding="utf-8")
+        return SimpleNamespace(returncode=0, stderr="")
+
+    monkeypatch.setattr(bench, "available", lambda: dict.fromkeys(("decode", "load", "startup"), "text"))
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    assert bench.main(["all", "--write", str(page)]) == 0
+    assert bench.main(["all", "--check"]) == 1
+    out = capsys.readouterr().out
+    assert "measuring decode ..." in out
+    text = page.read_text(encoding="utf-8")
+    assert all(part in text for part in ("not measured", "error: no such thing", "not done in", "1 s: reached"))
+    assert "not reached: decode; load" in out
 
 
 def test_figures_are_written_as_json(measured: Callable[..., None], tmp_path: Path) -> None:

@@ -89,3 +89,14 @@ def test_figures_of_a_player_of_noise(deaf: Classifier) -> None:
 def test_bars_of_class_and_attributes_are_the_base_models(deaf: Classifier) -> None:
     for figure in nano.following(Player("rf_denoiser"), deaf):  # type: ignore[arg-type]
         assert (figure.bar is None) == ("ending" not in figure.name)
+
+
+def test_without_weights_the_rows_say_so_and_miss_their_bars() -> None:
+    rows = nano.untrained()
+    assert {row.reached for row in rows} == {False}
+    assert all("untrained" in row.note for row in rows)
+    assert "nan" in rows[0].value_text()
+
+
+def test_classes_are_reported_one_by_one() -> None:
+    assert nano._by_class({"piano": 5.04, "hi-hat": -1.0}) == "piano 5.0, hi-hat -1.0"

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ from sa3train.data.datamodule import LatentDataModule
 from sa3train.errors import ConfigError
 from sa3train.inference import Generator
 from sa3train.models.checkpoint import load_checkpoint
-from sa3train.training.demos import demos_of, on_this_machine, played_demos, players
+from sa3train.training.checks import played_as_trained
+from sa3train.training.demos import Demos, demos_of, on_this_machine, players
 from sa3train.training.fixed import heldout_items
-from sa3train.training.settings import DemoSettings
-from sa3train.training.tracking import read_metrics
+from sa3train.training.played import played_demos
+from sa3train.training.settings import DemoSettings, Objective
+from sa3train.training.tracking import Tracker, read_metrics
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 SETTINGS = DemoSettings(
@@ -96,11 +99,40 @@ def test_demos_come_from_the_recipe_and_from_held_out_captions(shards: Path) -> 
     found = demos_of(DemoSettings(prompts=["x", "y"], heldout_prompts=3, duration=5.0), items)
     assert [demo.name for demo in found] == ["prompt0", "prompt1", "heldout0", "heldout1", "heldout2", "inpaint"]
     assert len({demo.seed for demo in found}) == 6 and found[-1].duration == 2.0, "no longer than the clip"
-    assert demos_of(DemoSettings(prompts=[], heldout_prompts=0, inpaint=False), items) == []
+    assert demos_of(DemoSettings(heldout_prompts=0, inpaint=False, memorisation_clips=2), items) == []
     assert demos_of(DemoSettings(), []) == []
 
 
-@pytest.mark.parametrize("values", [{"every": 0}, {"duration": 0.0}, {"strengths": []}, {"heldout_prompts": -1}])
+def test_steps_are_those_of_the_trained_model_and_its_twin_plays_with_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the post-trained model itself is trained: few steps are its few."""
+    asked: list[tuple[str, Any, Any]] = []
+
+    def generate(self: Generator, **settings: Any) -> Any:
+        asked.append((self.model.name, settings.get("steps"), settings.get("cfg_scale")))
+        return SimpleNamespace(audio=[torch.zeros(2, 4410)])
+
+    monkeypatch.setattr(Generator, "generate", generate)
+    settings = DemoSettings(prompts=["x"], steps=3, cfg_scale=2.0)
+    Demos(tmp_path, Tracker(), settings, [], ["nano", "nano-base"]).play(None, 0)
+    assert asked == [("nano", 3, 2.0), ("nano-base", None, None)]
+
+
+def test_what_is_trained_at_a_samplers_levels_is_played_in_its_steps() -> None:
+    few, every = Objective(timesteps="levels", sampler_steps=4, shift="none"), Objective()
+    assert played_as_trained(DemoSettings(), few) == DemoSettings(steps=4)
+    assert played_as_trained(DemoSettings(steps=8), few) == DemoSettings(steps=8)
+    assert played_as_trained(DemoSettings(), every) == DemoSettings() and played_as_trained(None, few) is None
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"every": 0}, {"duration": 0.0}, {"strengths": []}, {"heldout_prompts": -1}, {"steps": 0},
+        {"heldout_prompts": 0, "inpaint": False},
+    ],
+)  # fmt: skip
 def test_impossible_settings_are_refused(values: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"callbacks\.demos"):
         DemoSettings(**values)

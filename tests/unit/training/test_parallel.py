@@ -16,13 +16,17 @@ from sa3train.training.settings import JudgeSettings
 Make = Callable[..., Any]
 
 
-def test_two_ranks_with_half_the_batch_equal_one(trial: Make, shard_maker: Make, helpers: Any) -> None:
-    shards = shard_maker("equal", [12] * 8, heldout=2)
+LENGTHS = [12, 9, 7, 14, 10, 8, 12, 11]
+"""Six training clips of unequal lengths: with four to a batch some batches hold a clip twice."""
+
+
+def test_two_ranks_with_half_the_batch_equal_one(trial: Make, shard_maker: Make, helpers: Any, children: Any) -> None:
+    shards = shard_maker("unequal", LENGTHS, heldout=2)
     values = {"shards": shards, "max_steps": 5, "loop": {"accumulate": 2}, "spec": AdapterSpec("bora", rank=4)}
     values["judge"] = JudgeSettings(every=5, clips=3)
     one, two = trial("one", batch_size=4, **values), trial("two", batch_size=2, **values)
-    assert helpers.outcome(helpers.in_child(one.run)) == 0
-    assert [helpers.outcome(pid) for pid in helpers.two_ranks(two)] == [0, 0]
+    assert children.outcome(children.start(one)) == 0
+    assert [children.outcome(pid) for pid in children.two_ranks(two)] == [0, 0]
     expected, found = helpers.adapter_of(one.run_dir), helpers.adapter_of(two.run_dir)
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name].float(), tensor.float(), atol=1e-5, rtol=1e-3)
@@ -30,13 +34,15 @@ def test_two_ranks_with_half_the_batch_equal_one(trial: Make, shard_maker: Make,
         assert float(helpers.losses_of(two.run_dir)[step]) == pytest.approx(float(loss), abs=1e-5)
 
 
-def test_a_sharded_base_on_two_ranks_trains_what_one_rank_does(trial: Make, shard_maker: Make, helpers: Any) -> None:
-    shards = shard_maker("equal", [12] * 8, heldout=2)
+def test_a_sharded_base_on_two_ranks_trains_what_one_rank_does(
+    trial: Make, shard_maker: Make, helpers: Any, children: Any
+) -> None:
+    shards = shard_maker("unequal", LENGTHS, heldout=2)
     values = {"shards": shards, "max_steps": 4, "judge": JudgeSettings(every=4, clips=3)}
     one = trial("one", batch_size=4, loop={"accumulate": 2}, **values)
     two = trial("two", batch_size=2, loop={"accumulate": 2, "strategy": "fsdp"}, **values)
-    assert helpers.outcome(helpers.in_child(one.run)) == 0
-    assert [helpers.outcome(pid) for pid in helpers.two_ranks(two)] == [0, 0]
+    assert children.outcome(children.start(one)) == 0
+    assert [children.outcome(pid) for pid in children.two_ranks(two)] == [0, 0]
     expected, found = helpers.adapter_of(one.run_dir), helpers.adapter_of(two.run_dir)
     for name, tensor in expected.items():
         torch.testing.assert_close(found[name].float(), tensor.float(), atol=1e-5, rtol=1e-3)

@@ -142,8 +142,8 @@ def test_selection_without_held_out_clips_is_refused(trial: Make, shard_maker: M
         trial("x", shards=whole, judge=JudgeSettings(clips=2, select_best=True)).run()
     run = trial("y", shards=whole, max_steps=1, judge=JudgeSettings(clips=2, every=1))
     assert "training clips" in run.run().verdict[0]
-    with pytest.raises(ConfigError, match="no effect with clips=0"):
-        JudgeSettings(clips=0, patience=1)
+    with pytest.raises(ConfigError, match="no effect with enabled=false"):
+        JudgeSettings(enabled=False, patience=1)
 
 
 def test_the_verdict_is_in_words() -> None:

@@ -1,0 +1,203 @@
+"""Every YAML that is shipped composes, says what the code says, and every recipe trains."""
+
+import dataclasses
+import importlib.util
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from sa3train.adapters.spec import KINDS, PEFT_METHODS, AdapterSpec
+from sa3train.config import build
+from sa3train.errors import ConfigError
+from sa3train.jobs.encode import EncodeConfig
+from sa3train.jobs.runtime import config_folder, register_resolvers
+from sa3train.jobs.train import TrainConfig, main
+from sa3train.models.checkpoint import load_checkpoint
+from sa3train.models.registry import REGISTRY
+from sa3train.training.optim import OPTIMIZERS, SCHEDULES
+from sa3train.training.settings import (
+    DemoSettings,
+    JudgeSettings,
+    LoopSettings,
+    Objective,
+    OptimizerSettings,
+    SaveSettings,
+    ScheduleSettings,
+    TrackSettings,
+)
+
+ROOT = Path(__file__).parents[2]
+CONF = config_folder()
+RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
+OPTIONS = sorted(
+    f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name not in ("recipe", "hydra")
+)
+NEEDED = ("data.dir=somewhere", "adapter.start_from=some.safetensors")
+
+
+@pytest.fixture(autouse=True)
+def composing(monkeypatch: pytest.MonkeyPatch) -> None:
+    register_resolvers()
+    monkeypatch.setenv("SA3TRAIN_RUN_STAMP", "stamp")
+
+
+def composed(*overrides: str, job: str = "train", needed: tuple[str, ...] = NEEDED) -> dict[str, Any]:
+    with initialize_config_module("sa3train.conf", version_base="1.3"):
+        config = compose(job, [*needed, *overrides])
+        if "launcher=slurm" in overrides:
+            config.trainer.devices, config.trainer.num_nodes = 2, 2  # known once a job is launched
+        values = OmegaConf.to_container(config, resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_of_every_group_composes_into_known_keys(option: str) -> None:
+    config = build(TrainConfig, composed(option))
+    assert config.run_dir == "runs/style-stamp"
+
+
+@pytest.mark.parametrize("model", sorted(name for name, entry in REGISTRY.items() if entry.kind == "model"))
+def test_encoding_composes_with_every_model(model: str) -> None:
+    config = build(EncodeConfig, composed(f"model={model}", job="encode", needed=("source=audio", "out=latents")))
+    assert config.model.name == model
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_composes_and_is_named_after_itself(recipe: str) -> None:
+    assert build(TrainConfig, composed(f"recipe={recipe}")).name == recipe
+
+
+def test_every_yaml_is_reached_by_these_tests() -> None:
+    reached = {f"{group}/{name}.yaml" for group, _, name in (option.partition("=") for option in OPTIONS)}
+    reached |= {f"recipe/{name}.yaml" for name in RECIPES} | {"train.yaml", "encode.yaml"}
+    assert {path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")} == reached
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_recipe_has_a_card_that_says_what_a_user_asks(recipe: str) -> None:
+    card = (ROOT / "recipes" / f"{recipe}.md").read_text(encoding="utf-8")
+    assert card.startswith(f"# {recipe}")
+    for heading in ("Goal", "Data", "Memory", "Cost", "Command", "Measured on nano"):
+        assert re.search(rf"^## {heading}", card, re.MULTILINE), f"{recipe} lacks {heading}"
+    assert f"recipe={recipe}" in card
+    assert f"]({recipe}.md)" in (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_card_has_a_recipe() -> None:
+    assert sorted(path.stem for path in (ROOT / "recipes").glob("*.md") if path.stem != "README") == RECIPES
+
+
+def test_the_yaml_defaults_are_those_of_the_code() -> None:
+    """A library user and a command-line user get the same run."""
+    config = build(TrainConfig, composed())
+    plain = dataclasses.replace  # the recipe's own values are taken out again
+    assert config.objective == Objective() and config.optimizer == OptimizerSettings()
+    assert plain(config.scheduler, warmup_steps=0) == ScheduleSettings()
+    assert config.trainer == LoopSettings() and config.logger == TrackSettings()
+    assert config.callbacks.save == SaveSettings() and config.callbacks.judge == JudgeSettings()
+    assert plain(config.callbacks.demos, heldout_prompts=2, duration=10.0) == DemoSettings()
+    values = {field.name: getattr(config.adapter, field.name) for field in dataclasses.fields(config.adapter)}
+    del values["start_from"]
+    assert AdapterSpec(**values) == AdapterSpec("dora-rows")
+
+
+def test_the_settings_speak_of_settings_that_exist() -> None:
+    sections = (
+        Objective, OptimizerSettings, ScheduleSettings, LoopSettings, SaveSettings, JudgeSettings, DemoSettings,
+        TrackSettings,
+    )  # fmt: skip
+    for section in sections:
+        fields = {field.name for field in dataclasses.fields(section)}
+        named = set(re.findall(r"\b([a-z]+(?:_[a-z]+)*):", section.__doc__ or ""))
+        assert named <= fields, f"{section.__name__} explains {named - fields}"
+
+
+def test_the_groups_offer_what_the_code_can_do() -> None:
+    def names(group: str) -> set[str]:
+        return {path.stem for path in (CONF / group).glob("*.yaml")}
+
+    assert names("optimizer") == set(OPTIMIZERS) and names("scheduler") == set(SCHEDULES)
+    assert set(KINDS) <= names("adapter") <= {*KINDS, *PEFT_METHODS}
+    assert names("model") == {name for name, entry in REGISTRY.items() if entry.kind == "model"}
+    for group, key in (("optimizer", "name"), ("scheduler", "name"), ("adapter", "kind"), ("model", "name")):
+        for name in names(group):
+            assert yaml.safe_load((CONF / group / f"{name}.yaml").read_text())[key] == name
+
+
+def test_every_value_is_explained_where_it_stands() -> None:
+    for path in sorted(CONF.rglob("*.yaml")):
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        assert lines[0].startswith("#") or path.name == "train.yaml", f"{path.name} does not say what it is"
+
+
+def test_unknown_keys_of_a_yaml_fail(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text(
+        "# @package _global_\nname: mine\ntrainer: {max_step: 3}\nadaptr: {rank: 3}\n"
+    )
+    assert main(["--config-dir", str(tmp_path), "recipe=mine", "data=x"]) == 1
+    error = capsys.readouterr().err
+    assert "unknown setting 'trainer.max_step'. Did you mean 'trainer.max_steps'?" in error
+    assert "unknown setting 'adaptr'. Did you mean 'adapter'?" in error
+    with pytest.raises(ConfigError, match="'data.dir' must be given"):
+        build(TrainConfig, composed("data.dir=???"))
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards that nano's autoencoder could have made."""
+    place = ROOT / "tests" / "unit" / "training" / "trials.py"
+    spec = importlib.util.spec_from_file_location("training_trials", place)
+    assert spec is not None and spec.loader is not None
+    trials = sys.modules.get(spec.name) or importlib.util.module_from_spec(spec)
+    if spec.name not in sys.modules:
+        sys.modules[spec.name] = trials
+        spec.loader.exec_module(trials)
+    nano = load_checkpoint("nano-base", parts=("dit",))
+    folder: Path = trials.make_shards(
+        tmp_path_factory.mktemp("nano") / "latents", [9 + n for n in range(8)], heldout=2,
+        channels=nano.latent_channels, fingerprint=nano.autoencoder_fingerprint(),
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "TORCHELASTIC_")) or name in ("WORLD_SIZE", "RANK"):
+            monkeypatch.delenv(name)
+    return tmp_path
+
+
+QUICK = ("trainer.max_steps=2", "trainer.threads=1", "data.num_workers=0", "scheduler.warmup_steps=0")
+QUIET = ("callbacks.judge.clips=1", "callbacks.demos.enabled=false")
+
+
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in ("continue", "sweep")])
+def test_every_recipe_trains_two_steps_on_nano(recipe: str, latents: Path, place: Path) -> None:
+    model = "nano" if recipe == "post-trained" else "nano-base"
+    arguments = [f"recipe={recipe}", f"data={latents}", f"model={model}", "run_dir=out", *QUICK, *QUIET]
+    assert main(arguments) == 0
+    assert (place / "out" / "adapter.safetensors").is_file()
+    assert (place / "out" / "report.html").is_file()
+
+
+def test_the_recipe_continue_trains_two_steps_on_nano(latents: Path, place: Path) -> None:
+    common = [f"data={latents}", "model=nano-base", *QUICK, *QUIET, "adapter.rank=2"]
+    assert main([*common, "run_dir=first"]) == 0
+    assert main([*common, "recipe=continue", "run_dir=out", "adapter.start_from=first/adapter.safetensors"]) == 0
+
+
+def test_the_recipe_sweep_trains_two_steps_on_nano(latents: Path, place: Path) -> None:
+    values = ("adapter.rank=2,4", "optimizer.lr=1e-4")
+    assert main(["recipe=sweep", f"data={latents}", "model=nano-base", *QUICK, *QUIET, *values]) == 0
+    assert len(list(place.glob("runs/sweep-*/*/adapter.safetensors"))) == 2
