@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
 # Make .venv and install sa3train with what it needs. A second run finds nothing to do.
 #   bash launch/setup.sh          what users need
-#   bash launch/setup.sh --dev    and what the tests need (Debian's chromium for the report's browser test)
+#   bash launch/setup.sh --ui     and what the studio needs
+#   bash launch/setup.sh --dev    and what the tests need (Debian's chromium for the browser tests)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 extras=""
-[ "${1:-}" = "--dev" ] && extras="[dev]"
+case "${1:-}" in
+    --dev) extras="[dev]" ;;
+    --ui) extras="[ui]" ;;
+esac
 
 say() { printf '%s\n' "$*"; }
 as_root() { if [ "$(id -u)" = 0 ]; then "$@"; elif command -v sudo >/dev/null; then sudo "$@"; else return 1; fi; }
@@ -30,16 +34,16 @@ find_python() {
     return 1
 }
 
-# What is installed is known by the files that decide it; the developers' set includes the users'.
+# What is installed is known by the files that decide it; the developers' set includes the studio's, and that the users'.
 wanted=$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)
 installed() { [ "$(cat ".venv/.installed$1" 2>/dev/null)" = "$wanted" ]; }
-if [ -n "$extras" ] && ! command -v chromium >/dev/null; then
+if [ "$extras" = "[dev]" ] && ! command -v chromium >/dev/null; then
     debian_install chromium || {
-        say "The tests of the HTML report need chromium, which could not be installed; install it and run again." >&2
+        say "The tests of the pages need chromium, which could not be installed; install it and run again." >&2
         exit 1
     }
 fi
-if installed "[dev]" || { [ -z "$extras" ] && installed ""; }; then exit 0; fi
+if installed "[dev]" || installed "$extras" || { [ -z "$extras" ] && installed "[ui]"; }; then exit 0; fi
 
 python=$(find_python)
 if ! "$python" -c 'import ensurepip' 2>/dev/null; then
@@ -52,4 +56,4 @@ fi
 say "Installing sa3train${extras} into .venv (the first time takes a few minutes: PyTorch is large) ..."
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${extras}"
 printf '%s' "$wanted" >".venv/.installed$extras"
-say "Installed. Commands are in .venv/bin: sa3-encode sa3-train sa3-generate sa3-adapter sa3-data sa3-bench sa3-quickstart"
+say "Installed. Commands are in .venv/bin: sa3-encode sa3-train sa3-generate sa3-adapter sa3-data sa3-bench sa3-quickstart sa3-studio"

@@ -23,6 +23,7 @@ FLAG_JOBS = {
         "sa3-adapter": "adapter",
         "sa3-bench": "bench",
         "sa3-quickstart": "quickstart",
+        "sa3-studio": "studio",
     }.items()
 }
 

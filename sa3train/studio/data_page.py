@@ -1,0 +1,52 @@
+"""The Data page: a folder of audio is looked at, captioned, audited and encoded; prompts are seen before training."""
+
+from typing import Any
+
+import gradio as gr
+
+from sa3train.studio.captions_tab import captions_tab
+from sa3train.studio.jobs_tabs import audit_tab, encode_tab
+from sa3train.studio.prompts_tab import prompts_tab
+from sa3train.studio.survey import survey
+from sa3train.studio.ticking import ticking
+from sa3train.studio.workplace import Workplace
+
+SECONDS = 2.0
+CHOOSE = "Folders of audio below the studio's roots; a path may be typed too."
+
+
+def data_page(place: Workplace) -> None:
+    """Build the page inside an open tab."""
+    tick = ticking(SECONDS)
+    folder = gr.Dropdown(
+        audio_folders(place),
+        value=None,
+        label="Folder of audio",
+        info=CHOOSE,
+        allow_custom_value=True,
+        elem_id="data-folder",
+    )
+    known = gr.State([])
+    with gr.Tabs():
+        with gr.Tab("Captions"):
+            captions_tab(place, folder)
+        with gr.Tab("Audit"):
+            audit_tab(place, folder, tick)
+        with gr.Tab("Encode"):
+            encode_tab(place, folder, tick)
+        with gr.Tab("Prompts"):
+            prompts_tab(place, folder, tick)
+
+    def refreshed(before: list[Any], chosen: str | None) -> tuple[Any, Any]:
+        choices = audio_folders(place)
+        if choices == before:
+            return gr.skip(), gr.skip()
+        first = choices[0][1] if choices and not chosen else chosen
+        return gr.update(choices=choices, value=first), choices
+
+    tick.tick(refreshed, [known, folder], [folder, known], show_progress="hidden")
+
+
+def audio_folders(place: Workplace) -> list[tuple[str, str]]:
+    """Folders that hold audio, as a choice."""
+    return [(place.shown(path), str(path)) for path in survey(place).audio]

@@ -1,0 +1,72 @@
+/* The rack of adapters. props.value: {rows: [{path, strength, conditioner, low, high, exclude, partial}]}.
+   Files to choose from are in the page's datalist #adapter-files. */
+sa3.rack = (element, props, watch, upload) => {
+  const {make} = sa3;
+  const rows = make('div', {class: 'rows'});
+  const told = make('p', {class: 'notice error', role: 'alert', hidden: true});
+  const chooser = make('input', {type: 'file', accept: '.safetensors', hidden: true, 'aria-label': 'adapter file to upload'});
+  const value = () => props.value || {rows: []};
+  const all = () => value().rows || [];
+  const files = () => [...document.querySelectorAll('#adapter-files option')].map(option => option.value);
+  const put = next => { props.value = {...value(), rows: next}; };
+  const change = next => { put(next); draw(); };
+  const fresh = path => ({path, strength: 1, conditioner: null, low: 0, high: 1, exclude: '', partial: false});
+  const add = make('button', {type: 'button', class: 'small', onclick: () => {
+    const used = all().map(row => row.path), free = files().find(path => !used.includes(path));
+    change([...all(), fresh(free || '')]);
+    rows.lastElementChild?.querySelector('input')?.focus();
+  }}, 'Add adapter');
+  const send = make('button', {type: 'button', class: 'small', onclick: () => chooser.click()}, 'Upload adapter…');
+  chooser.addEventListener('change', async () => {
+    const file = chooser.files[0];
+    chooser.value = '';
+    told.hidden = true;
+    if (!file) return;
+    try {
+      const {path} = await upload(file);
+      change([...all(), fresh(path)]);
+    } catch (error) {
+      told.textContent = `${file.name} was not taken: ${error && error.message || error}`;
+      told.hidden = false;
+    }
+  });
+  element.append(rows, told, make('div', {class: 'row'}, add, send), chooser);
+
+  const number = (index, name, label, extra = {}) => make('label', {}, make('span', {}, label), make('input', {
+    type: 'number', step: 0.05, value: all()[index][name] ?? '', ...extra,
+    oninput: event => {
+      put(all().map((row, other) => other === index
+        ? {...row, [name]: event.target.value === '' ? null : Number(event.target.value)} : row));
+      const twin = event.target.closest('fieldset').querySelector(`input[type=range][data-of=${name}]`);
+      if (twin) twin.value = event.target.value;
+    }}));
+
+  const fields = (row, index) => make('fieldset', {},
+    make('legend', {}, `Adapter ${index + 1}`),
+    make('label', {class: 'wide'}, make('span', {}, 'File'), make('input', {
+      type: 'text', list: 'adapter-files', value: row.path, spellcheck: 'false', placeholder: 'path of a .safetensors file',
+      onchange: event => put(all().map((old, other) => other === index ? {...old, path: event.target.value} : old))})),
+    number(index, 'strength', 'Strength'),
+    make('input', {type: 'range', min: 0, max: 2, step: 0.05, value: row.strength, 'data-of': 'strength',
+      'aria-label': `strength of adapter ${index + 1}`,
+      oninput: event => {
+        const field = event.target.closest('fieldset').querySelector('label:nth-of-type(2) input');
+        field.value = event.target.value; field.dispatchEvent(new Event('input'));
+      }}),
+    make('details', {}, make('summary', {}, 'Conditioner, noise interval, layers'), make('div', {class: 'more'},
+      number(index, 'conditioner', 'In the conditioner', {placeholder: 'as strength'}),
+      number(index, 'low', 'From noise level', {min: 0, max: 1}),
+      number(index, 'high', 'to noise level', {min: 0, max: 1}),
+      make('label', {class: 'wide'}, make('span', {}, 'Layers to leave alone'), make('input', {
+        type: 'text', value: row.exclude, placeholder: 'such as cross_attn, layers.[0-5]',
+        onchange: event => put(all().map((old, other) => other === index ? {...old, exclude: event.target.value} : old))})),
+      make('label', {class: 'tick wide'}, make('input', {type: 'checkbox', checked: row.partial,
+        onchange: event => put(all().map((old, other) => other === index ? {...old, partial: event.target.checked} : old))}),
+        make('span', {}, 'load it even if only a part fits')))),
+    make('button', {type: 'button', class: 'small', 'aria-label': `remove adapter ${index + 1}`,
+      onclick: () => { change(all().filter((_, other) => other !== index)); add.focus(); }}, 'Remove'));
+
+  const draw = () => rows.replaceChildren(...all().map(fields));
+  watch('value', draw);
+  draw();
+};

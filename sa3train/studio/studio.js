@@ -1,0 +1,88 @@
+/* What every page of the studio shares: building elements, copying commands, lists that keep what plays. */
+window.sa3 = (() => {
+  const make = (tag, attributes = {}, ...children) => {
+    const element = document.createElement(tag);
+    for (const [name, value] of Object.entries(attributes)) {
+      if (name.startsWith('on')) element.addEventListener(name.slice(2), value);
+      else if (value === true) element.setAttribute(name, '');
+      else if (value !== false && value !== null && value !== undefined) element.setAttribute(name, value);
+    }
+    element.append(...children.filter(child => child !== null));
+    return element;
+  };
+
+  const copy = async button => {
+    const text = button.dataset.copy;
+    try {
+      await navigator.clipboard.writeText(text);
+    } catch {
+      const area = make('textarea', {'aria-hidden': 'true'});
+      area.value = text;
+      document.body.append(area);
+      area.select();
+      document.execCommand('copy');
+      area.remove();
+    }
+    button.textContent = 'Copied';
+    setTimeout(() => { button.textContent = 'Copy'; }, 1500);
+  };
+
+  /* A new take goes on where the one it is compared with was stopped, so that the ear can judge. */
+  let last = null;
+  const played = audio => {
+    const take = audio.closest('[data-group]'), other = last && last !== audio && last.closest('[data-group]');
+    if (other && take && !last.paused) {
+      if (other.dataset.group === take.dataset.group) audio.currentTime = last.currentTime;
+      last.pause();
+    }
+    last = audio;
+  };
+  const follow = audio => {
+    const head = audio.closest('.take')?.querySelector('.playhead');
+    if (head) head.style.left = 100 * audio.currentTime / (audio.duration || 1) + '%';
+  };
+  document.addEventListener('click', event => {
+    const button = event.target.closest('button.copy');
+    if (button) copy(button);
+    const picture = event.target.closest('.take .picture');
+    const audio = picture && picture.closest('.take').querySelector('audio');
+    if (audio) {
+      const box = picture.getBoundingClientRect();
+      audio.currentTime = (event.clientX - box.left) / box.width * (audio.duration || 0);
+      audio.play();
+    }
+  });
+  document.addEventListener('play', event => { if (event.target.matches('audio')) played(event.target); }, true);
+  document.addEventListener('timeupdate', event => { if (event.target.matches('audio')) follow(event.target); }, true);
+
+  /* props.value: [{key, html}]. Items stay in place while their html is the same, so that playing goes on. */
+  const list = (element, props, watch, act) => {
+    const shown = new Map();
+    const draw = () => {
+      const items = props.value || [];
+      const wanted = new Set(items.map(item => item.key));
+      for (const [key, entry] of shown) if (!wanted.has(key)) { entry.node.remove(); shown.delete(key); }
+      let before = element.firstElementChild;
+      for (const item of items) {
+        let entry = shown.get(item.key);
+        if (!entry) { entry = {node: make('div', {class: 'item', 'data-key': item.key})}; shown.set(item.key, entry); }
+        if (entry.html !== item.html) { entry.html = item.html; entry.node.innerHTML = item.html; }
+        if (entry.node === before) before = before.nextElementSibling;
+        else element.insertBefore(entry.node, before);
+      }
+    };
+    element.addEventListener('click', event => {
+      const button = event.target.closest('[data-action]');
+      if (button) act(button.dataset.action, button.dataset.name);
+    });
+    watch('value', draw);
+    draw();
+  };
+
+  /* Gradio's table names a picture without saying that it is one. */
+  const mend = () => {
+    for (const mark of document.querySelectorAll('.wrapper[aria-label]:not([role])')) mark.setAttribute('role', 'img');
+  };
+  new MutationObserver(mend).observe(document.documentElement, {childList: true, subtree: true});
+  return {make, list};
+})();

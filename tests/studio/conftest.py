@@ -1,0 +1,90 @@
+"""A running studio on nano and Debian's Chromium in front of it. Nothing leaves the machine."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from playwright.sync_api import Browser, Page, sync_playwright
+
+from sa3train.adapters.adapter import Adapter, architecture_of
+from sa3train.adapters.formats import save_adapter
+from sa3train.adapters.spec import AdapterSpec
+from sa3train.adapters.targets import adaptable_layers
+from sa3train.models.checkpoint import load_checkpoint
+from sa3train.studio.app import running
+from sa3train.studio.workplace import Workplace
+from sa3train.testing import tone, write_clip
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    """A workplace with adapters/one and adapters/two for nano, and audio/tone.wav of 2 s."""
+    root = tmp_path_factory.mktemp("studio")
+    model = load_checkpoint("nano-base", parts=("dit", "conditioner"))
+    draw = torch.Generator().manual_seed(0)
+    for name in ("one", "two"):
+        tensors = {}
+        for path, layer in adaptable_layers(model.adaptable()).items():
+            rows, cols = layer.weight.flatten(1).shape
+            A, B = torch.randn(2, cols, generator=draw) / cols**0.5, torch.randn(rows, 2, generator=draw) * 0.02
+            tensors[path] = {"lora_A": A, "lora_B": B}
+        facts = {"base_model": model.name, "base_architecture": architecture_of(model.adaptable())}
+        save_adapter(
+            root / "adapters" / f"{name}.safetensors", Adapter(AdapterSpec("lora", rank=2), tensors, facts, name)
+        )
+    write_clip(root / "audio" / "tone.wav", tone(2.0))
+    (root / "audio" / "words.wav").write_text("no audio at all")
+    return Workplace.at([root], device="cpu")
+
+
+@pytest.fixture(scope="session")
+def address(place: Workplace) -> Iterator[str]:
+    """Where the studio in `place` listens."""
+    with running(place, largest_upload="2mb") as found:
+        yield found
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    """Debian's Chromium."""
+    if CHROMIUM is None:
+        pytest.fail("the studio's tests need chromium: bash launch/setup.sh --dev installs it")
+    with sync_playwright() as playwright:
+        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield found
+        found.close()
+
+
+@pytest.fixture
+def page(browser: Browser, address: str) -> Iterator[Page]:
+    """A fresh page of the studio. Fails when it asks any other host, or a script of it breaks."""
+    context = browser.new_context(viewport={"width": 1400, "height": 1000}, reduced_motion="reduce")
+    found = context.new_page()
+    strangers: list[str] = []
+    broken: list[str] = []
+    found.on("request", lambda request: None if _own(request.url, address) else strangers.append(request.url))
+    found.on("pageerror", lambda error: broken.append(str(error)))
+    found.goto(address)
+    found.wait_for_selector("#play-generate")
+    found.wait_for_selector("#play-results .item")
+    yield found
+    context.close()
+    assert strangers == []
+    assert broken == []
+
+
+@pytest.fixture
+def artefacts(tmp_path: Path) -> Path:
+    """Where screenshots are kept: $SA3_ARTEFACTS, or the test's own folder."""
+    folder = Path(os.environ.get("SA3_ARTEFACTS") or tmp_path) / "studio"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _own(url: str, address: str) -> bool:
+    return url.startswith((address, "data:", "blob:"))

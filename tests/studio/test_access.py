@@ -1,0 +1,62 @@
+"""Labels, contrast and keyboard order, by axe-core and by pressing Tab."""
+
+import json
+from pathlib import Path
+from typing import Literal
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Page, expect
+
+
+def violations(page: Page) -> list[str]:
+    found = Axe().run(page).response["violations"]
+    return [
+        f"{rule['id']} ({rule['impact']}): " + "; ".join(node["html"][:200] for node in rule["nodes"][:4])
+        for rule in found
+        if rule["impact"] in ("serious", "critical")
+    ]
+
+
+def unfold(page: Page) -> None:
+    """Show what the Play page hides at first."""
+    page.get_by_role("button", name="Add adapter").click()
+    page.get_by_label("Inpaint", exact=True).check()
+    expect(page.locator(".play-source-box").first).to_be_visible()
+    for name in ("More settings", "Compare, same seed", "Load report"):
+        page.get_by_role("button", name=name).click()
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_serious(page: Page, artefacts: Path, theme: Literal["light", "dark"]) -> None:
+    page.emulate_media(color_scheme=theme)
+    page.wait_for_function("dark => document.body.classList.contains('dark') === dark", arg=theme == "dark")
+    found = {}
+    for tab in ("Play", "Runs", "Data", "Adapters"):
+        page.click(f"#tab-{tab.lower()}-button")
+        if tab == "Play":
+            unfold(page)
+        page.wait_for_timeout(300)
+        page.screenshot(path=artefacts / f"{tab.lower()}-{theme}.png", full_page=True)
+        if broken := violations(page):
+            found[tab] = broken
+    assert found == {}, json.dumps(found, indent=1)
+
+
+def test_the_keyboard_reaches_the_form_in_its_order(page: Page) -> None:
+    page.locator("#play-model input").focus()
+    reached = []
+    for _ in range(14):
+        page.keyboard.press("Tab")
+        reached.append(page.evaluate("document.activeElement.closest('[id^=play-]')?.id"))
+    wanted = [
+        "play-mode",
+        "play-prompt",
+        "play-duration",
+        "play-seed",
+        "play-batch",
+        "play-rack",
+        "play-more",
+        "play-generate",
+    ]
+    assert [name for name in dict.fromkeys(reached) if name in wanted] == wanted

@@ -1,0 +1,156 @@
+"""The Data page as a person meets it: captions are edited and undone, a folder is audited and encoded, prompts seen."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Locator, Page, expect
+
+from sa3train.studio.app import running
+from sa3train.studio.workplace import Workplace
+from sa3train.testing import noise, tone, write_clip
+
+LONG = 150_000
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 4 short clips, one of them without caption."""
+    folder = tmp_path_factory.mktemp("data-root")
+    for number in range(3):
+        write_clip(folder / "audio" / f"{number}.wav", noise(1.0 + number / 10, seed=number), f"noise, number {number}")
+    write_clip(folder / "audio" / "bare.wav", tone(1.0))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def own_address(root: Path) -> Iterator[str]:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    with running(Workplace.at([root], device="cpu")) as found:
+        yield found
+
+
+@pytest.fixture
+def page(browser: Browser, own_address: str) -> Iterator[Page]:
+    """The Data page with the folder chosen."""
+    context = browser.new_context(viewport={"width": 1400, "height": 1000}, reduced_motion="reduce")
+    context.set_default_timeout(LONG)
+    expect.set_options(timeout=LONG)
+    found = context.new_page()
+    found.goto(own_address)
+    found.get_by_role("tab", name="Data", exact=True).click()
+    expect(found.locator("#captions-count")).to_contain_text("4 clips")
+    yield found
+    context.close()
+
+
+def cell(page: Page, text: str) -> Locator:
+    return page.locator("#captions-table").get_by_role("gridcell").filter(has_text=text).first
+
+
+def write(page: Page, clip: str, caption: str) -> None:
+    """Type a caption into the table."""
+    row = page.locator("#captions-table").get_by_role("row").filter(has_text=re.compile(rf"^\s*{re.escape(clip)}"))
+    row.get_by_role("gridcell").nth(1).dblclick()
+    page.keyboard.press("Control+A")
+    page.keyboard.type(caption)
+    page.keyboard.press("Enter")
+
+
+def open_tab(page: Page, name: str) -> None:
+    page.locator("#tab-data").get_by_role("tab", name=name, exact=True).click()
+
+
+def choose(page: Page, folder: str) -> None:
+    box = page.locator("#data-folder input")
+    box.fill(folder)
+    box.press("Enter")
+    box.blur()
+
+
+def refused(page: Page, told: str) -> None:
+    toast = page.locator(".toast-body").filter(has_text=told)
+    expect(toast.first).to_be_visible(timeout=LONG)
+    for button in page.locator(".toast-close").all():
+        button.click()
+
+
+def grave(page: Page) -> list[str]:
+    found = Axe().run(page).response["violations"]
+    return [f"{v['id']}: {v['nodes'][0]['html']}" for v in found if v["impact"] in ("serious", "critical")]
+
+
+def test_captions_are_edited_saved_and_undone(page: Page, root: Path, artefacts: Path) -> None:
+    write(page, "bare.wav", "a plain tone")
+    write(page, "0.wav", "noise, the first")
+    only = page.get_by_label("Only without caption")
+    only.check()
+    refused(page, "captions are not saved yet")
+    page.locator("#captions-save").click()
+    expect(page.locator("#captions-said")).to_contain_text("bare.txt")
+    assert (root / "audio" / "bare.txt").read_text() == "a plain tone\n"
+    assert (root / "audio" / "0.txt").read_text() == "noise, the first\n"
+    expect(page.locator("#captions-said .command")).to_contain_text("printf")
+    expect(page.locator("#captions-count")).to_contain_text("0 clips")
+    only.uncheck()
+    cell(page, "bare.wav").click()
+    expect(page.locator("#captions-heard audio")).to_be_visible()
+    assert grave(page) == []
+    page.screenshot(path=artefacts / "data-captions.png", full_page=True)
+    page.locator("#captions-undo").click()
+    expect(page.locator("#captions-said")).to_contain_text("As before")
+    assert not (root / "audio" / "bare.txt").exists()
+    assert (root / "audio" / "0.txt").read_text() == "noise, number 0"
+
+
+def test_an_audit_says_what_is_wrong(page: Page, artefacts: Path) -> None:
+    open_tab(page, "Audit")
+    page.locator("#audit-start").click()
+    expect(page.locator("#audit-result")).to_contain_text("write one to a .txt of the same name")
+    expect(page.locator("#audit-said")).to_contain_text("done")
+    expect(page.locator("#audit-said .command")).to_contain_text("sa3-data audit")
+    assert page.locator("#audit-result audio").count() == 4
+    assert page.locator("#audit-result svg").count() == 4
+    assert grave(page) == []
+    page.screenshot(path=artefacts / "data-audit.png", full_page=True)
+
+
+def test_a_folder_is_encoded_and_its_prompts_are_seen(page: Page, root: Path, artefacts: Path) -> None:
+    open_tab(page, "Encode")
+    page.get_by_label("Folder for the latents").fill("latents/mine")
+    page.get_by_label("optional", exact=True).last.check()
+    page.locator("#encode-start").click()
+    expect(page.locator("#encode-result")).to_contain_text("clips to train on")
+    expect(page.locator("#encode-said .state")).to_have_text(re.compile("done"))
+    index = json.loads((root / "latents" / "mine" / "index.json").read_text())
+    assert index["clips"] == 4
+    assert grave(page) == []
+    page.screenshot(path=artefacts / "data-encode.png", full_page=True)
+    open_tab(page, "Prompts")
+    page.get_by_label("Trigger word").fill("zap")
+    page.locator("#prompts-show").click()
+    expect(page.locator("#prompts-shown")).to_contain_text("zap, noise, number 1")
+    page.get_by_label("Templates, one a line").fill("{caption}\n{mood}")
+    page.locator("#prompts-show").click()
+    refused(page, "has no effect")
+    assert grave(page) == []
+    page.screenshot(path=artefacts / "data-prompts.png", full_page=True)
+
+
+def test_folders_outside_and_links_out_are_refused(page: Page, root: Path, tmp_path: Path) -> None:
+    choose(page, "/etc")
+    refused(page, "outside the folders of this studio")
+    choose(page, "audio/../..")
+    refused(page, "outside the folders of this studio")
+    write_clip(tmp_path / "secret.wav", tone(0.2))
+    (root / "linked").mkdir()
+    (root / "linked" / "a.wav").symlink_to(tmp_path / "secret.wav")
+    choose(page, str(root / "linked"))
+    refused(page, "reaches out of the studio")
+    open_tab(page, "Audit")
+    page.locator("#audit-start").click()
+    refused(page, "reaches out of the studio")

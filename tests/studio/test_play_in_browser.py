@@ -1,0 +1,202 @@
+"""The Play page as a person meets it: all modes with two adapters, a comparison, bad uses, a reload in mid-work."""
+
+import json
+import re
+from pathlib import Path
+
+import httpx
+import pytest
+from playwright.sync_api import Page, expect
+
+from sa3train.studio.app import running
+from sa3train.studio.opening import Opening
+from sa3train.studio.workplace import Workplace
+
+LONG = 40_000
+
+
+def cards(page: Page) -> int:
+    return page.locator("#play-results article.card").count()
+
+
+def ask(page: Page, prompt: str, duration: str = "1", steps: str = "2") -> None:
+    page.fill("#play-prompt textarea", prompt)
+    page.fill("#play-duration input", duration)
+    if not page.locator("#play-steps textarea, #play-steps input").is_visible():
+        page.get_by_role("button", name="More settings").click()
+    page.fill("#play-steps textarea, #play-steps input", steps)
+
+
+def add_adapters(page: Page) -> None:
+    for number, name in enumerate(("one", "two")):
+        page.get_by_role("button", name="Add adapter").click()
+        page.locator("#play-rack fieldset").nth(number).get_by_label("File").fill(f"adapters/{name}.safetensors")
+    page.locator("#play-rack fieldset").nth(1).get_by_label("Strength", exact=True).fill("0.5")
+
+
+def choose_source(page: Page, path: str) -> None:
+    page.fill("#play-source input", path)
+    page.locator("#play-source input").press("Enter")
+    page.locator("#play-source input").blur()
+
+
+def newest(place: Workplace) -> dict[str, object]:
+    record: dict[str, object] = json.loads(max(place.history.glob("*.json")).read_text(encoding="utf-8"))
+    return record
+
+
+def made(page: Page, place: Workplace, prompt: str) -> dict[str, object]:
+    """Generate and wait for the card; the sidecar of what was made."""
+    page.click("#play-generate")
+    first = page.locator("#play-results article.card").first
+    expect(first.locator("h3")).to_have_text(prompt, timeout=LONG)
+    return newest(place)
+
+
+def refused(page: Page, told: str) -> None:
+    toast = page.locator(".toast-body").filter(has_text=told)
+    expect(toast.first).to_be_visible(timeout=LONG)
+    for button in page.locator(".toast-close").all():
+        button.click()
+
+
+def test_three_modes_with_two_adapters(page: Page, place: Workplace, artefacts: Path) -> None:
+    ask(page, "text with two adapters")
+    add_adapters(page)
+    record = made(page, place, "text with two adapters")
+    assert [entry["strength"] for entry in record["adapters"]] == [1.0, 0.5]  # type: ignore[attr-defined]
+    page.screenshot(path=artefacts / "play-text.png", full_page=True)
+
+    page.get_by_label("Audio to audio", exact=True).check()
+    choose_source(page, "audio/tone.wav")
+    ask(page, "restyled")
+    record = made(page, place, "restyled")
+    assert record["inputs"]["init_audio"]["path"].endswith("tone.wav")  # type: ignore[index]
+
+    page.get_by_label("Inpaint", exact=True).check()
+    ask(page, "filled in", duration="2")
+    canvas = page.locator("#play-regions canvas")
+    expect(canvas).to_have_attribute("aria-label", "waveform, 2 seconds, 0 regions", timeout=LONG)
+    canvas.scroll_into_view_if_needed()
+    box = canvas.bounding_box()
+    assert box is not None
+    page.mouse.move(box["x"] + box["width"] * 0.25, box["y"] + 40)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] * 0.5, box["y"] + 40, steps=4)
+    page.mouse.up()
+    expect(page.get_by_label("region 1, start in seconds")).to_have_value("0.5")
+    page.get_by_role("button", name="Add region").click()
+    page.get_by_label("region 2, end in seconds").fill("1.9")
+    page.get_by_label("region 2, end in seconds").press("Tab")
+    record = made(page, place, "filled in")
+    settings = record["settings"]
+    assert settings["inpaint_mask_start_seconds"] == [0.5, 1.0]  # type: ignore[index]
+    assert settings["inpaint_mask_end_seconds"] == [1.0, 1.9]  # type: ignore[index]
+    page.screenshot(path=artefacts / "play-inpaint.png", full_page=True)
+    page.get_by_role("button", name="remove region 2").click()
+    page.locator("#play-results article.card").first.get_by_role("button", name="Again").click()
+    expect(page.get_by_label("region 2, end in seconds")).to_have_value("1.9", timeout=LONG)
+
+
+def test_a_grid_and_what_one_does_with_a_result(page: Page, place: Workplace, artefacts: Path) -> None:
+    ask(page, "a grid")
+    add_adapters(page)
+    page.get_by_role("button", name="Compare, same seed").click()
+    page.fill("#play-strengths input, #play-strengths textarea", "0, 1")
+    page.get_by_label("Base and post-trained model side by side").check()
+    page.click("#play-compare")
+    first = page.locator("#play-results article.card").first
+    expect(first.locator(".take")).to_have_count(4, timeout=LONG)
+    assert first.locator("h3").text_content() == "a grid"
+    names = first.locator(".take b").all_text_contents()
+    assert names == ["nano, no adapter", "nano, strength ×1", "nano-base, no adapter", "nano-base, strength ×1"]
+    first.locator("summary", has_text="Copy as command").nth(1).click()
+    assert "sa3-generate --model nano" in (first.locator("code").nth(1).text_content() or "")
+    page.screenshot(path=artefacts / "play-grid.png", full_page=True)
+
+    first.locator(".take").nth(1).get_by_role("button", name="Again").click()
+    expect(page.locator("#play-rack fieldset")).to_have_count(2, timeout=LONG)
+    expect(page.locator("#play-steps textarea, #play-steps input")).to_have_value("2")
+    first.locator(".take").nth(0).get_by_role("button", name="Continue").click()
+    expect(page.locator("#play-duration input")).to_have_value("1.5", timeout=LONG)
+    expect(page.locator("#play-regions canvas")).to_be_visible()
+    ask(page, "continued", duration="1.5")
+    record = made(page, place, "continued")
+    assert record["settings"]["inpaint_mask_start_seconds"] == [1.0]  # type: ignore[index]
+
+
+def test_two_at_once_queue_cancel_is_immediate_and_a_reload_loses_nothing(page: Page, place: Workplace) -> None:
+    before = len(list(place.history.glob("*.json")))
+    ask(page, "slow one", duration="20", steps="400")
+    page.click("#play-generate")
+    expect(page.locator(".job[data-state=running]")).to_contain_text("step", timeout=LONG)
+    ask(page, "kept", duration="1", steps="60")
+    page.click("#play-generate")
+    expect(page.locator(".job[data-state=waiting]")).to_contain_text("1 before it", timeout=LONG)
+    page.get_by_role("button", name="Cancel slow one").click()
+    expect(page.locator(".job").filter(has_text="slow one")).to_have_count(0, timeout=2_000)
+    expect(page.locator(".job[data-state=running]")).to_contain_text("kept", timeout=LONG)
+    page.reload()
+    page.wait_for_selector("#play-results .item")
+    first = page.locator("#play-results article.card").first
+    expect(first.locator("h3")).to_have_text("kept", timeout=LONG)
+    assert len(list(place.history.glob("*.json"))) == before + 1
+
+
+def test_bad_uses_are_told(page: Page, place: Workplace, tmp_path: Path) -> None:
+    before = len(list(place.history.glob("*")))
+    page.click("#play-generate")
+    refused(page, "write a prompt")
+    ask(page, "bad")
+    page.get_by_role("button", name="Add adapter").click()
+    file = page.locator("#play-rack fieldset").first.get_by_label("File")
+    link = place.roots[0] / "link"
+    link.unlink(missing_ok=True)
+    link.symlink_to("/etc")
+    for path in ("/etc/passwd", "../../x.safetensors", "link/passwd"):
+        file.fill(path)
+        page.click("#play-generate")
+        refused(page, "outside the folders")
+    link.unlink()
+    page.get_by_role("button", name="remove adapter 1").click()
+    page.get_by_label("Audio to audio", exact=True).check()
+    choose_source(page, "audio/words.wav")
+    refused(page, "words.wav")
+    huge = tmp_path / "huge.wav"
+    huge.write_bytes(b"RIFF" + bytes(3 * 2**20))
+    page.locator(".play-source-box input[type=file]").set_input_files(huge)
+    refused(page, "size")
+    assert len(list(place.history.glob("*"))) == before
+    assert not [path for path in place.uploads.rglob("*") if path.is_file() and path.stat().st_size > 2 * 2**20]
+
+
+def test_uploads_are_kept_inside_the_studio(page: Page, place: Workplace) -> None:
+    page.locator("#play-rack input[type=file]").set_input_files(place.roots[0] / "adapters" / "two.safetensors")
+    uploaded = page.locator("#play-rack fieldset").first.get_by_label("File")
+    expect(uploaded).to_have_value(re.compile("two.safetensors$"), timeout=LONG)
+    assert Path(uploaded.input_value()).is_relative_to(place.uploads)
+    page.get_by_label("Audio to audio", exact=True).check()
+    page.locator(".play-source-box input[type=file]").set_input_files(place.roots[0] / "audio" / "tone.wav")
+    expect(page.locator("#play-regions canvas")).to_have_attribute("aria-label", re.compile("2 seconds"), timeout=LONG)
+    ask(page, "from uploads")
+    record = made(page, place, "from uploads")
+    assert Path(record["inputs"]["init_audio"]["path"]).is_relative_to(place.uploads)  # type: ignore[index]
+
+
+@pytest.mark.parametrize("path", ["/etc/passwd", "{root}/../x", "{root}/.env"])
+def test_other_files_are_not_served(page: Page, address: str, place: Workplace, path: str) -> None:
+    (place.roots[0] / ".env").write_text("secret")
+    answer = page.request.get(f"{address}gradio_api/file={path.replace('{root}', str(place.roots[0]))}")
+    assert answer.status in (403, 404)
+
+
+def test_a_studio_with_a_password_shows_nothing_without_it(tmp_path: Path) -> None:
+    (tmp_path / "take.wav").write_bytes(b"RIFF")
+    guarded = Workplace.at([tmp_path], device="cpu")
+    with running(guarded, Opening(password="a long password")) as found, httpx.Client(base_url=found) as client:
+        asked = f"gradio_api/file={tmp_path}/take.wav"
+        assert client.get("config").status_code == 401
+        assert client.get(asked).status_code == 401
+        assert client.post("login", data={"username": "me", "password": "a wrong word"}).status_code == 400
+        assert client.post("login", data={"username": "me", "password": "a long password"}).status_code == 200
+        assert client.get(asked).status_code == 200

@@ -1,0 +1,204 @@
+"""The Runs page as a person meets it: a run is planned, started, lost with its server, found, stopped, resumed."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, expect
+
+from sa3train.jobs.encode import main as encode_main
+from sa3train.studio import processes
+from sa3train.testing import noise, write_clip
+
+LONG = 150_000
+"""Milliseconds; a quiet machine needs a few seconds, a crowded one much more."""
+FAST = "callbacks=none\ndata.num_workers=0\ndata.batch_size=2\ntrainer.log_every=1"
+
+
+class Studio:
+    """A studio in a process of its own, that can be killed and started again at the same address."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        command = [sys.executable, "-m", "sa3train.jobs.studio", str(self.root), "--port", str(self.port)]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert self.process.stdout is not None
+        assert self.address in self.process.stdout.readline()
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the latents of 4 short clips."""
+    folder = tmp_path_factory.mktemp("runs-root")
+    for number in range(4):
+        write_clip(folder / "audio" / f"{number}.wav", noise(1.2 + number / 10, seed=number), f"noise {number}")
+    encode = [f"source={folder / 'audio'}", f"out={folder / 'latents'}", "model=nano", "split=0.3"]
+    assert encode_main(encode) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def studio(root: Path) -> Iterator[Studio]:
+    found = Studio(root)
+    yield found
+    found.kill()
+    for folder in (root / "runs").glob("*/"):
+        processes.stop(folder, at_once=True)  # what a failed test has left behind
+
+
+@pytest.fixture
+def page(browser: Browser, studio: Studio) -> Iterator[Page]:
+    """The Runs page."""
+    context = browser.new_context(viewport={"width": 1400, "height": 1000}, reduced_motion="reduce")
+    context.set_default_timeout(LONG)
+    expect.set_options(timeout=LONG)
+    found = context.new_page()
+    look(found, studio)
+    yield found
+    context.close()
+
+
+def look(page: Page, studio: Studio) -> None:
+    page.goto(studio.address)
+    page.get_by_role("tab", name="Runs", exact=True).click()
+    expect(page.locator("#run-start")).to_be_visible()
+
+
+def fill(page: Page, folder: str, steps: int, further: str = FAST) -> None:
+    page.get_by_label("Run folder").fill(folder)
+    page.get_by_label("Steps (0: recipe)").fill(str(steps))
+    page.get_by_label("Further settings").fill(further)
+
+
+def state(page: Page, words: str) -> None:
+    expect(page.locator("#run-head .state")).to_have_text(re.compile(f"^{words}"))
+
+
+def refused(page: Page, told: str) -> None:
+    toast = page.locator(".toast-body").filter(has_text=told)
+    expect(toast.first).to_be_visible(timeout=LONG)
+    for button in page.locator(".toast-close").all():
+        button.click()
+
+
+def steps(folder: Path) -> int:
+    lines = (folder / "metrics.csv").read_text().splitlines() if (folder / "metrics.csv").is_file() else []
+    return int(lines[-1].partition(",")[0]) if len(lines) > 1 else 0
+
+
+def grave(page: Page) -> list[str]:
+    found = Axe().run(page).response["violations"]
+    return [f"{v['id']}: {v['nodes'][0]['html']}" for v in found if v["impact"] in ("serious", "critical")]
+
+
+def test_a_run_outlives_the_server_and_is_found_again(page: Page, studio: Studio, root: Path, artefacts: Path) -> None:
+    fill(page, "runs/lasting", 30)
+    page.locator("#run-start").click()
+    expect(page.locator("#run-plan-shown")).to_contain_text("runs/lasting is started")
+    expect(page.locator("#run-head h2")).to_contain_text("runs/lasting")
+    pid = int((root / "runs" / "lasting" / "process.stat").read_text().split()[0])
+    studio.kill()
+    assert Path(f"/proc/{pid}").exists(), "the run went with its server"
+    studio.start()
+    look(page, studio)
+    expect(page.locator("#run-list")).to_contain_text("runs/lasting")
+    state(page, "finished")
+    assert steps(root / "runs" / "lasting") == 30
+    assert (root / "runs" / "lasting" / "adapter.safetensors").is_file()
+    expect(page.locator("#run-curves")).to_contain_text("Training loss")
+    expect(page.locator("#run-command")).to_contain_text("sa3-train recipe=instrument")
+    assert grave(page) == []
+    page.screenshot(path=artefacts / "runs.png", full_page=True)
+
+
+def test_planned_watched_stopped_and_resumed(page: Page, root: Path, artefacts: Path) -> None:
+    folder = root / "runs" / "long"
+    fill(page, "runs/long", 100_000)
+    page.locator("#run-plan").click()
+    expect(page.locator("#run-plan-shown")).to_contain_text("steps of trial")
+    expect(page.locator("#run-plan-shown")).to_contain_text(re.compile("Memory plan.*weights"))
+    assert not folder.exists()
+    page.screenshot(path=artefacts / "runs-plan.png", full_page=True)
+    page.locator("#run-start").click()
+    state(page, "running")
+    expect(page.locator("#run-curves")).to_contain_text("Steps per second")
+    page.locator("#run-start").click()
+    refused(page, "is there already")
+    page.locator("#run-stop").click()
+    state(page, "stopped")
+    reached = steps(folder)
+    assert 0 < reached < 100_000
+    assert list((folder / "checkpoints").glob("*.safetensors")), f"no state was saved:\n{processes.log_tail(folder)}"
+    page.locator("#run-resume").click()
+    state(page, "running")
+    until = time.monotonic() + LONG / 1000
+    while steps(folder) <= reached and time.monotonic() < until:
+        page.wait_for_timeout(500)
+    assert steps(folder) > reached
+    page.reload()
+    look(page, _again(page))
+    state(page, "running")
+    page.locator("#run-stop").click()
+    state(page, "stopped")
+    runs = page.locator("#tab-runs")
+    runs.get_by_role("tab", name="Log", exact=True).click()
+    expect(page.locator("#run-log")).to_contain_text("the state is saved")
+    runs.get_by_role("tab", name="Settings", exact=True).click()
+    page.locator("#run-other input").click()
+    page.get_by_role("option", name="runs/lasting").click()
+    expect(page.locator("#run-differences")).to_contain_text("trainer.max_steps")
+    assert grave(page) == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "further", "told"),
+    [
+        ("../outside", FAST, "outside the folders of this studio"),
+        ("/etc/run", FAST, "outside the folders of this studio"),
+        ("runs/x", "run_dir=/etc", "is not set here"),
+        ("runs/x", "optimizer.lrr=1", "optimizer.lr"),
+        ("link/x", FAST, "outside the folders of this studio"),
+    ],
+)
+def test_bad_wishes_are_refused_with_a_message(
+    page: Page, root: Path, tmp_path: Path, folder: str, further: str, told: str
+) -> None:
+    if folder.startswith("link"):
+        (root / "link").symlink_to(tmp_path)
+    fill(page, folder, 2, further)
+    page.locator("#run-start").click()
+    refused(page, told)
+    assert not (root / "runs" / "x").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def _again(page: Page) -> Studio:
+    """Where the page is, as `look` wants it."""
+    found = Studio.__new__(Studio)
+    found.address = page.url
+    return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_threads() -> None:
+    """Processes of the tests take one core each."""
+    os.environ.setdefault("OMP_NUM_THREADS", "1")

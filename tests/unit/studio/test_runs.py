@@ -1,0 +1,169 @@
+"""Run folders as they are found, the state each is in, and what may be done with it."""
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sa3train.errors import DataError
+from sa3train.studio import processes, runs
+from sa3train.studio.survey import look
+from sa3train.studio.workplace import Workplace
+from sa3train.training.folder import dump_settings
+
+OLD = time.time() - 7200
+
+
+def make_run(folder: Path, status: str = "running", *, steps: int = 100, old: bool = True, **settings: Any) -> Path:
+    folder.mkdir(parents=True)
+    config = {"trainer": {"max_steps": steps}, "run_dir": str(folder), **settings}
+    (folder / "config.yaml").write_text(dump_settings(config))
+    record = {"id": "x", "status": status, "started": "2026-01-01T00:00:00+00:00", "resumed": [], "steps": 40}
+    (folder / "run.json").write_text(json.dumps(record))
+    (folder / "metrics.csv").write_text("step,train/loss,time/steps_per_second\n10,1.5,2.0\n20,1.25,\n30,1.")
+    if old:
+        for file in folder.iterdir():
+            os.utime(file, (OLD, OLD))
+    return folder
+
+
+def note(folder: Path, **values: Any) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"command": ["sa3-train", "a=b"], "at": "2026-01-01T00:00:00+00:00", "boot": "gone", "stop_asked": None}
+    (folder / processes.RECORD).write_text(json.dumps(record | {"kind": "train", "parts": 0} | values))
+
+
+@pytest.mark.parametrize(
+    ("status", "started", "state"),
+    [
+        ("finished", False, "finished"),
+        ("interrupted", False, "stopped"),
+        ("running", False, "crashed"),
+        ("running", True, "crashed"),
+    ],
+)
+def test_state_from_the_files_alone(tmp_path: Path, status: str, started: bool, state: str) -> None:
+    folder = make_run(tmp_path / "run", status)
+    if started:
+        note(folder)
+    run = runs.read(folder)
+    assert run is not None
+    assert (run.state, run.total, run.loss, run.speed) == (state, 100, 1.25, 2.0)
+    assert run.step == (20 if state == "crashed" else 40)
+
+
+def test_a_process_makes_it_run_and_a_wish_to_stop_makes_it_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_run(tmp_path / "run")
+    note(folder)
+    monkeypatch.setattr(processes, "running", lambda _: 4711)
+    run = runs.read(folder)
+    assert run is not None
+    assert (run.state, run.alive, run.seconds_left) == ("running", True, 40.0)
+    note(folder, stop_asked="now")
+    assert runs.read(folder).state == "stopping"  # type: ignore[union-attr]
+    with pytest.raises(DataError, match="was asked already"):
+        runs.stop(folder)
+    monkeypatch.undo()
+    assert runs.read(folder).state == "stopped"  # type: ignore[union-attr]
+
+
+def test_a_run_that_failed_while_it_was_stopped_did_not_stop(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    note(folder, stop_asked="now")
+    (folder / processes.LOG).write_text("$ sa3-train\nTraceback (most recent call last):\n  File x\nOSError: full\n")
+    run = runs.read(folder)
+    assert run is not None
+    assert (run.state, run.error) == ("crashed", "OSError: full")
+
+
+def test_a_run_of_somebody_else_is_seen_while_it_writes(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run", old=False)
+    assert runs.read(folder).state == "elsewhere"  # type: ignore[union-attr]
+    with pytest.raises(DataError, match="started elsewhere"):
+        runs.stop(folder)
+    with pytest.raises(DataError, match="at work already"):
+        runs.resume(folder)
+    note(folder)  # ours, and dead: a fresh trace is our own
+    assert runs.read(folder).state == "crashed"  # type: ignore[union-attr]
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"resumed": [{"at": "later"}]}))
+    assert runs.read(folder).state == "elsewhere", "somebody went on with it"  # type: ignore[union-attr]
+
+
+def test_a_run_that_never_began(tmp_path: Path) -> None:
+    note(tmp_path / "run")
+    (tmp_path / "run" / processes.LOG).write_text("$ sa3-train a=b\nerror: no such data\n")
+    run = runs.read(tmp_path / "run")
+    assert run is not None
+    assert (run.state, run.error) == ("failed", "no such data")
+    assert runs.resume_command(tmp_path / "run") == ["sa3-train", "a=b"]
+
+
+def test_resuming_is_the_trainers_own_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_run(tmp_path / "run", "interrupted")
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(processes, "start", lambda where, argv, **about: seen.update(argv=argv, **about) or 1)
+    runs.resume(folder)
+    assert seen == {"argv": ["sa3-train", f"resume={folder}"], "kind": "train", "parts": 1}
+    with pytest.raises(DataError, match="is finished"):
+        runs.resume(make_run(tmp_path / "done", "finished"))
+    with pytest.raises(DataError, match="holds no run"):
+        runs.resume(tmp_path / "nothing")
+
+
+def test_a_new_run_wants_a_new_folder(tmp_path: Path) -> None:
+    make_run(tmp_path / "run")
+    with pytest.raises(DataError, match="is there already"):
+        runs.begin(tmp_path / "run", ["sa3-train"])
+
+
+def test_runs_latents_and_audio_are_found_under_the_roots_alone(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    make_run(root / "runs" / "one", "finished")
+    (root / "runs" / "one" / "demos").mkdir()
+    (root / "runs" / "one" / "demos" / "a.wav").touch()
+    note(root / "runs" / "two")
+    (root / "latents").mkdir()
+    (root / "latents" / "index.json").touch()
+    (root / "audio" / "deep").mkdir(parents=True)
+    (root / "audio" / "deep" / "a.wav").touch()
+    make_run(tmp_path / "outside" / "three")
+    (root / "link").symlink_to(tmp_path / "outside")
+    (root / ".hidden").mkdir()
+    (root / ".hidden" / "a.wav").touch()
+    place = Workplace.at([root])
+    found = look(place)
+    assert found.runs == [root / "runs" / "one", root / "runs" / "two"]
+    assert found.latents == [root / "latents"]
+    assert found.audio == [root / "audio" / "deep"]
+    assert [run.path.name for run in runs.find_runs(place)] == ["one", "two"]
+
+
+def test_the_difference_between_two_runs(tmp_path: Path) -> None:
+    one = make_run(tmp_path / "one", adapter={"kind": "lora", "rank": 8}, data={"prompts": {"trigger": "x"}})
+    two = make_run(tmp_path / "two", adapter={"kind": "lora", "rank": 16}, data={"prompts": {"trigger": ""}})
+    assert runs.settings_between(one, two) == [("adapter.rank", "8", "16"), ("data.prompts.trigger", "x", "")]
+
+
+def test_metrics_of_a_long_and_torn_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.csv"
+    lines = "".join(f"{step},{step / 7!r}\n" for step in range(20_000))
+    path.write_text(f"step,train/loss\n{lines}20000,not")
+    assert runs.last_metrics(path) == {"step": 19_999.0, "train/loss": 19_999 / 7}
+    assert runs.last_metrics(tmp_path / "none.csv") == {}
+
+
+def test_damaged_files_do_not_hide_a_run(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / "config.yaml").write_text("trainer: [")
+    (folder / "run.json").write_text("{")
+    run = runs.read(folder)
+    assert run is not None
+    assert run.total is None
+    with pytest.raises(DataError, match="cannot be read"):
+        runs.settings_between(folder, folder)
