@@ -33,7 +33,9 @@ def compare(folder: Path) -> list[dict[str, Any]]:
         settings = _flat(load_settings(heldout.parent / "config.yaml"))
         runs.append((str(heldout.parent.relative_to(folder)), settings, found))
     if not runs:
-        raise ConfigError(f"{folder} holds no run with a heldout.json: runs are judged when callbacks.judge.clips > 0.")
+        raise ConfigError(
+            f"{folder} holds no run with a heldout.json: runs are judged when callbacks.judge.enabled=true."
+        )
     varied = [key for key in runs[0][1] if len({repr(settings.get(key)) for _, settings, _ in runs}) > 1]
     rows = []
     for name, settings, found in runs:
