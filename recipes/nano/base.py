@@ -1,6 +1,10 @@
 """Train nano-base: DiT and text encoder together by flow matching on the encoded corpus, as reference section 6 says.
 
-    python recipes/nano/base.py WORK --minutes 45      # WORK/latents from latents.py; resumes WORK/base.pt
+    python recipes/nano/base.py WORK --minutes 600           # WORK/latents from targets.py; resumes WORK/base.pt
+    python recipes/nano/base.py WORK --cool 15               # from there 15 minutes down to rate 0: WORK/base-cool.pt
+
+The rate is level after a warm-up, so a run can be stopped and continued at any time; `--cool` branches off a copy whose
+rate falls, which is what to measure and ship. `--long` takes longer clips and silences (see `parts.LONG`): for later.
 
 Shapes: B items, C latent channels, T latent frames.
 """
@@ -17,9 +21,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from latents import freeze
-from parts import Average, Batch, Corpus, Nano, optimizers, set_rate, state_of, tokenizer_of
-from speed import fast_cpu_attention
+from parts import LONG, SHORT, Average, Batch, Cap, Corpus, Nano, optimizers, set_rate, state_of, tokenizer_of
+from speed import fast_cpu_blocks
+from targets import load_code, silence
 from torch import Tensor, nn
 
 from sa3train.diffusion.masks import inpainting_masks
@@ -35,6 +39,7 @@ from sa3train.diffusion.schedule import full_shift
 from sa3train.files import atomic_path
 
 DROPPED = 0.1  # items without a prompt, for guidance
+SAVE_SECONDS = 240.0
 
 
 def flow_loss(
@@ -63,34 +68,37 @@ def flow_loss(
     return sum(losses(error_BCT, inpaint_B1T, batch.real_BT), torch.zeros(()))
 
 
-def silence_of(work: Path) -> Tensor:
-    """The latent frame of silence, (C,)."""
-    with torch.no_grad():
-        return freeze(work).encode(torch.zeros(1, 2, 8 * 4096), noise=False)[0, :, 4]
-
-
 class Run:
     """A resumable run that lasts a number of minutes."""
 
-    def __init__(self, work: Path, minutes: float, rate: float, save_minutes: float = 4.0) -> None:
-        self.work, self.total, self.rate, self.save_every = work, 60 * minutes, rate, 60 * save_minutes
+    def __init__(self, work: Path, minutes: float, rate: float, long: bool = False, cool: bool = False) -> None:
+        self.work, self.rate, self.cool, self.caps = work, rate, cool, LONG if long else SHORT
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if self.device.type == "cpu":
-            fast_cpu_attention()
         torch.manual_seed(0)
-        self.tokenizer, self.silence_C = tokenizer_of(work), silence_of(work)
+        self.tokenizer, self.silence_C = tokenizer_of(work), silence(load_code(work))
         self.model = Nano(len(self.tokenizer)).to(self.device)
+        if self.device.type == "cpu":
+            fast_cpu_blocks(self.model.dit.transformer.layers)
         self.optimizers = optimizers(self.model, rate)
-        self.average = Average(self.model, 0.997)
-        self.step, self.seconds = 0, 0.0
-        self.path = work / "base.pt"
-        if self.path.exists():
-            saved = torch.load(self.path, weights_only=True, map_location=self.device)
+        self.average = Average(self.model, 0.998)
+        self.step, self.seconds, self.began = 0, 0.0, 0.0
+        self.path = work / ("base-cool.pt" if cool else "base.pt")
+        start = self.path if self.path.exists() else work / "base.pt"
+        if start.exists():
+            saved = torch.load(start, weights_only=True, map_location=self.device)
             self.model.load_state_dict(saved["model"])
             for number, optimizer in enumerate(self.optimizers):
                 optimizer.load_state_dict(saved[f"optimizer{number}"])
             self.average.state, self.average.count = saved["average"], saved["count"]
             self.step, self.seconds = saved["step"], saved["seconds"]
+            self.began = saved["began"] if start == self.path else self.seconds
+        self.total = (self.began if cool else 0.0) + 60 * minutes
+
+    def share(self) -> float:
+        """Of the rate: a warm-up over 100 steps, then level; a line down to a hundredth when cooling."""
+        if self.cool:
+            return max(0.01, (self.total - self.seconds) / (self.total - self.began))
+        return min(1.0, (self.step + 1) / 100)
 
     def save(self) -> None:
         """Everything that resuming needs."""
@@ -100,6 +108,7 @@ class Run:
             "count": self.average.count,
             "step": self.step,
             "seconds": self.seconds,
+            "began": self.began,
         }
         with atomic_path(self.path) as path:
             torch.save(saved, path)
@@ -120,21 +129,21 @@ class Run:
         total = 0.0
         for start in range(0, 128, 64):
             picks = [pick % len(corpus.latents) for pick in range(start, start + 64)]
-            batch = corpus.batch(picks, 48, rng).to(self.device)
+            batch = corpus.batch(picks, Cap(48, 64, 16, 1.0, 1.0), rng).to(self.device)
             total += float(flow_loss(self.model, batch, rng, generator, drop=0.0)) / 2
         self.model.load_state_dict(current)
         return total
 
     def train(self) -> None:
         """Until the minutes are over; a later start with more minutes goes on from there."""
-        batches = Corpus(self.work, "train", self.tokenizer, self.silence_C).batches(self.step)
+        batches = Corpus(self.work, "train", self.tokenizer, self.silence_C).batches(self.step, self.caps)
         held_out = Corpus(self.work, "val", self.tokenizer, self.silence_C)
         rng, generator = random.Random(self.step), torch.Generator().manual_seed(self.step)
         mark, saved_at = time.monotonic(), self.seconds
         recent: list[float] = []
         while self.seconds < self.total:
             for optimizer in self.optimizers:
-                set_rate(optimizer, self.rate, self.seconds / self.total)
+                set_rate(optimizer, self.rate * self.share())
                 optimizer.zero_grad(set_to_none=True)
             loss = flow_loss(self.model, next(batches).to(self.device), rng, generator)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -145,11 +154,11 @@ class Run:
             self.step += 1
             recent.append(float(loss.detach()))
             now = time.monotonic()
-            self.seconds, mark = self.seconds + now - mark, now
+            self.seconds, mark = self.seconds + min(60.0, now - mark), now  # a paused process has not trained
             if self.step % 50 == 0:
                 self.log(loss=round(sum(recent) / len(recent), 4))
                 recent = []
-            if self.seconds - saved_at > self.save_every or self.seconds >= self.total:
+            if self.seconds - saved_at > SAVE_SECONDS or self.seconds >= self.total:
                 self.log(held_out=round(self.validate(held_out), 4))
                 self.save()
                 saved_at = self.seconds
@@ -161,8 +170,10 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--minutes", type=float, default=45)
     parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--long", action="store_true", help="longer clips and silences, for the later part")
+    parser.add_argument("--cool", type=float, help="minutes in which the rate falls, on a copy")
     args = parser.parse_args()
-    Run(args.work, args.minutes, args.rate).train()
+    Run(args.work, args.cool or args.minutes, args.rate, args.long, args.cool is not None).train()
 
 
 if __name__ == "__main__":

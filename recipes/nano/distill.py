@@ -1,6 +1,6 @@
 """Distil nano-base into nano: eight steps of ping-pong at cfg 1 instead of fifty guided ones.
 
-    python recipes/nano/distill.py WORK --minutes 15      # WORK/base.pt from base.py; resumes WORK/post.pt
+    python recipes/nano/distill.py WORK --minutes 15      # WORK/base-cool.pt from base.py; resumes WORK/post.pt
 
 Trajectory regression: the guided base walks from noise to data in 16 Euler steps; from any point of that walk the
 student learns to name its end. A pool of walks is refilled while the student learns from it. The text encoder and the
@@ -23,9 +23,9 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from base import silence_of
-from parts import Average, Batch, Corpus, Nano, optimizers, set_rate, state_of, tokenizer_of
-from speed import fast_cpu_attention
+from parts import SHORT, Average, Batch, Corpus, Nano, optimizers, set_rate, state_of, tokenizer_of
+from speed import fast_cpu_blocks
+from targets import load_code, silence
 from torch import Tensor, nn
 
 from sa3train.diffusion.guidance import Condition, Guidance, guided_velocity
@@ -101,13 +101,15 @@ class Run:
     def __init__(self, work: Path, minutes: float, rate: float) -> None:
         self.work, self.total, self.rate = work, 60 * minutes, rate
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if self.device.type == "cpu":
-            fast_cpu_attention()
         self.tokenizer = tokenizer_of(work)
         self.teacher = Nano(len(self.tokenizer)).to(self.device).requires_grad_(False)
-        base = torch.load(work / "base.pt", weights_only=True, map_location=self.device)
+        cooled = work / "base-cool.pt"
+        base = torch.load(cooled if cooled.exists() else work / "base.pt", weights_only=True, map_location=self.device)
         self.teacher.load_state_dict(base["average"])
         self.student = copy.deepcopy(self.teacher.dit).requires_grad_(True)
+        if self.device.type == "cpu":
+            for model in (self.teacher.dit, self.student):
+                fast_cpu_blocks(model.transformer.layers)
         self.optimizers = optimizers(nn.ModuleDict({"dit": self.student}), rate)
         self.average = Average(self.student, 0.99)
         self.step, self.seconds = 0, 0.0
@@ -131,7 +133,9 @@ class Run:
 
     def train(self) -> None:
         """Until the minutes are over."""
-        batches = Corpus(self.work, "train", self.tokenizer, silence_of(self.work)).batches(10_000 + self.step)
+        batches = Corpus(self.work, "train", self.tokenizer, silence(load_code(self.work))).batches(
+            10_000 + self.step, SHORT
+        )
         generator, rng = torch.Generator().manual_seed(self.step), random.Random(self.step)
         pool: list[Walks] = []
         mark = time.monotonic()
@@ -140,7 +144,7 @@ class Run:
             if self.step % LESSONS == 0:
                 pool = [*pool[-POOL + 1 :], walk(self.teacher, next(batches).to(self.device), generator)]
             for optimizer in self.optimizers:
-                set_rate(optimizer, self.rate, self.seconds / self.total)
+                set_rate(optimizer, self.rate * min(1.0, 0.02 + 2 * (1 - self.seconds / self.total)))
                 optimizer.zero_grad(set_to_none=True)
             loss = lesson(self.student, rng.choice(pool), generator)
             loss.backward()  # type: ignore[no-untyped-call]

@@ -1,6 +1,6 @@
 """Put trained nano into the package: fp16 weights in `sa3train/assets/nano`, as `sa3train.models.nano` assembles them.
 
-    python recipes/nano/export.py WORK VERSION    # WORK/{ae,classifier}.safetensors, WORK/{decoder,base,post}.pt
+    python recipes/nano/export.py WORK VERSION    # WORK/{encoder,decoder,base,post}[-cool].pt, classifier.safetensors
 
 Without post.pt the base's weights serve as the post-trained model's; the model card must then say so.
 """
@@ -11,13 +11,14 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[2] / "datasets" / "nano"))
 
 import soundfile
 import torch
-from latents import freeze
+from decoder import first
 from parts import Nano, tokenizer_of
 from safetensors.torch import save_file
 from sounds import NAMES
@@ -30,22 +31,35 @@ from sa3train.models.checkpoint import released_state
 from sa3train.models.nano import ASSETS, TEXT_FOLDER
 
 
+def latest(work: Path, name: str) -> dict[str, Any] | None:
+    """The checkpoint of a part, cooled where there is one; None without any."""
+    found = [work / f"{name}-cool.pt", work / f"{name}.pt"]
+    for path in found:
+        if path.exists():
+            saved: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+            return saved
+    return None
+
+
 def load_autoencoder(work: Path) -> Autoencoder:
-    """The frozen code, with the decoder trained on since, where there is one."""
-    model = freeze(work)
-    if (work / "decoder.pt").exists():
-        average = torch.load(work / "decoder.pt", weights_only=True, map_location="cpu")["average"]
-        model.load_state_dict({name[7:]: tensor for name, tensor in average.items() if name.startswith("module.")})
+    """Encoder and decoder as trained; the decoder as set by hand where it is not."""
+    model = first(work)
+    for name, part in (("encoder", model.encoder), ("decoder", model.decoder)):
+        saved = latest(work, name)
+        if saved is not None:
+            part.load_state_dict(saved["average"])
     return model
 
 
 def load_models(work: Path) -> tuple[Nano, dict[str, Tensor]]:
-    """The base (averaged weights), and the DiT weights of the post-trained model."""
-    model = Nano(len(tokenizer_of(work)))
-    model.load_state_dict(torch.load(work / "base.pt", weights_only=True, map_location="cpu")["average"])
-    if not (work / "post.pt").exists():
+    """The base (averaged weights), and the DiT weights of the post-trained model: the base's own without post.pt."""
+    model, saved, post = Nano(len(tokenizer_of(work))), latest(work, "base"), latest(work, "post")
+    if saved is None:
+        raise FileNotFoundError(f"no base.pt in {work}: run recipes/nano/base.py {work}")
+    model.load_state_dict(saved["average"])
+    if post is None:
         return model, {name: tensor.clone() for name, tensor in model.dit.state_dict().items()}
-    return model, torch.load(work / "post.pt", weights_only=True, map_location="cpu")["average"]
+    return model, post["average"]
 
 
 def write(path: Path, state: dict[str, Tensor]) -> None:
@@ -80,6 +94,7 @@ def export(work: Path, folder: Path, version: str) -> None:
     model.dit.load_state_dict(post)
     write(folder / "nano.safetensors", released_state(parts))
     model.text.to(torch.bfloat16).save_pretrained(folder / TEXT_FOLDER)
+    (folder / TEXT_FOLDER / "model.safetensors").chmod(0o644)
     tokenizer_of(work).save_pretrained(folder / TEXT_FOLDER)
     write_rulers(work, folder)
     write_text(folder / "version.txt", version + "\n")

@@ -1,6 +1,6 @@
 """Freeze the trained autoencoder with latents of unit scale, and encode the rendered corpus with it.
 
-    python recipes/nano/latents.py WORK    # WORK/ae.pt -> WORK/ae.safetensors, WORK/latents/{train,val}-K.pt; resumable
+    python recipes/nano/latents.py WORK    # WORK/ae.pt -> WORK/ae.safetensors, WORK/linear/{train,val}-K.pt; resumable
 
 Each channel gets mean 0. Its spread follows how much the decoder listens to it: what is heard gets a larger share of
 the diffusion loss. All of it is folded into the bottleneck and the decoder's first layer, so the released layout holds
@@ -110,7 +110,7 @@ def encode_linear(model: Autoencoder, store: Store, indices: range) -> list[Tens
 
 def load(work: Path, split: str) -> list[Tensor]:
     """All latents of a split encoded so far, in the store's order."""
-    paths = sorted((work / "latents").glob(f"{split}-*.pt"), key=lambda path: int(path.stem.split("-")[1]))
+    paths = sorted((work / "linear").glob(f"{split}-*.pt"), key=lambda path: int(path.stem.split("-")[1]))
     return [z for path in paths for z in torch.load(path, weights_only=True)]
 
 
@@ -121,11 +121,11 @@ def main() -> None:
     parser.add_argument("--linear", action="store_true", help="the encoder is the linear start: take the short way")
     args = parser.parse_args()
     model, encode = freeze(args.work), encode_linear if args.linear else encode_chunk
-    (args.work / "latents").mkdir(exist_ok=True)
+    (args.work / "linear").mkdir(exist_ok=True)
     for split in ("val", "train"):
         store = Store(args.work / split)
         for number in range(len(store.entries) // CHUNK):
-            path = args.work / "latents" / f"{split}-{number}.pt"
+            path = args.work / "linear" / f"{split}-{number}.pt"
             if not path.exists():
                 began = time.monotonic()
                 latents = encode(model, store, range(number * CHUNK, (number + 1) * CHUNK))

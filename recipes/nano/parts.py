@@ -7,14 +7,15 @@ Shapes: B items, C latent channels, T latent frames, L tokens.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from latents import LOUDEST, load
+from shape import config
 from store import Store
+from targets import LOUDEST
 from text import Prompts, embed, new_encoder, train_tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
@@ -22,15 +23,33 @@ from transformers import PreTrainedTokenizerFast
 from sa3train.diffusion.masks import extend_into_silence, padding_mask
 from sa3train.models.checkpoint import build
 from sa3train.models.conditioners import Conditioning
-from sa3train.models.nano import nano_config
 from sa3train.models.parse import parse_model
 from sa3train.models.sources import TextEncoderSource
 
 FRAMES_PER_SECOND = 44100 / 4096
-CAPS = {24: 96, 48: 64, 72: 44, 130: 24}  # longest clip of a batch in frames -> items in it
-CAP_SHARES = (0.25, 0.5, 0.15, 0.1)
-TAIL = 24  # frames of silence after the longest clip
-SILENCE_SECONDS = 2.0  # mean: half the released trainer's, since clips here are short
+
+
+class Cap(NamedTuple):
+    """A kind of batch: clips of at most `frames` frames, `items` of them, `tail` frames of silence behind the longest.
+
+    `silence` is the mean of the silence that counts as real, in seconds; the released trainer has 4.
+    """
+
+    frames: int
+    items: int
+    tail: int
+    silence: float
+    share: float
+
+
+SHORT = (Cap(24, 96, 8, 0.5, 0.6), Cap(48, 56, 16, 1.0, 0.4))  # to begin with: more clips a second
+LONG = (Cap(24, 96, 24, 1.5, 0.35), Cap(48, 56, 48, 3.0, 0.4), Cap(130, 20, 62, 4.0, 0.25))
+
+
+def load(work: Path, split: str) -> list[Tensor]:
+    """All latents of a split encoded so far, in the store's order."""
+    paths = sorted((work / "latents").glob(f"{split}-*.pt"), key=lambda path: int(path.stem.split("-")[1]))
+    return [z for path in paths for z in torch.load(path, weights_only=True)]
 
 
 @dataclass
@@ -58,38 +77,39 @@ class Corpus:
         self.prompts = Prompts(tokenizer, [entry["captions"] for entry in self.entries])
         self.silence_C = silence_C
 
-    def batch(self, picks: list[int], cap: int, rng: random.Random) -> Batch:
-        """Those clips, cut to at most `cap` frames (two in three from their start), with a caption each by chance."""
-        latents_BCT = self.silence_C[None, :, None].repeat(len(picks), 1, cap + TAIL)
+    def batch(self, picks: list[int], cap: Cap, rng: random.Random) -> Batch:
+        """Those clips, cut to `cap` (two in three from their start), with a caption each by chance."""
+        whole_length = cap.frames + cap.tail
+        latents_BCT = self.silence_C[None, :, None].repeat(len(picks), 1, whole_length)
         frames, seconds, texts = [], [], []
         for row, pick in enumerate(picks):
             whole = -(-self.entries[pick]["length"] // 4096)
-            length = min(whole, cap)
-            moved = whole > cap and self.entries[pick]["plan"]["tempo"] and rng.random() < 1 / 3
-            start = rng.randrange(whole - cap + 1) if moved else 0
+            length = min(whole, cap.frames)
+            moved = whole > length and self.entries[pick]["plan"]["tempo"] and rng.random() < 1 / 3
+            start = rng.randrange(whole - length + 1) if moved else 0
             latents_BCT[row, :, :length] = (
                 self.latents[pick][:, start : start + length].float().clamp(-LOUDEST, LOUDEST)
             )
             frames.append(length)
-            seconds.append(length / FRAMES_PER_SECOND if whole > cap else self.entries[pick]["length"] / 44100)
+            seconds.append(length / FRAMES_PER_SECOND if whole > length else self.entries[pick]["length"] / 44100)
             texts.append((pick, rng.randrange(len(self.entries[pick]["captions"]))))
         frames_B = torch.tensor(frames)
         generator = torch.Generator().manual_seed(rng.getrandbits(48))
-        real_BT = padding_mask(frames_B, cap + TAIL)
-        real_BT = extend_into_silence(real_BT, generator, mean_seconds=SILENCE_SECONDS)
+        real_BT = padding_mask(frames_B, whole_length)
+        real_BT = extend_into_silence(real_BT, generator, mean_seconds=cap.silence)
         ids_BL, mask_BL = self.prompts.batch(texts)
         return Batch(latents_BCT, real_BT, torch.tensor(seconds), frames_B, ids_BL, mask_BL)
 
-    def batches(self, seed: int) -> Iterator[Batch]:
+    def batches(self, seed: int, caps: Sequence[Cap]) -> Iterator[Batch]:
         """Random batches without end; clips much shorter than the cap are left to batches of a smaller one."""
         rng = random.Random(seed)
         groups = {}
-        for cap, below in zip(CAPS, (0, *CAPS), strict=False):
+        for cap, below in zip(caps, (0, *(cap.frames for cap in caps)), strict=False):
             fitting = [i for i, z in enumerate(self.latents) if z.shape[1] > below * 2 / 3]
             groups[cap] = fitting or list(range(len(self.latents)))
         while True:
-            cap = rng.choices(tuple(CAPS), CAP_SHARES)[0]
-            yield self.batch(rng.choices(groups[cap], k=CAPS[cap]), cap, rng)
+            cap = rng.choices(caps, [cap.share for cap in caps])[0]
+            yield self.batch(rng.choices(groups[cap], k=cap.items), cap, rng)
 
 
 class Nano(nn.Module):
@@ -97,7 +117,7 @@ class Nano(nn.Module):
 
     def __init__(self, pieces: int) -> None:
         super().__init__()
-        built = build(parse_model(nano_config("rectified_flow"), "nano"), TextEncoderSource((), ()), device="cpu")
+        built = build(parse_model(config("rectified_flow"), "nano"), TextEncoderSource((), ()), device="cpu")
         self.dit, self.conditioner = built["dit"], built["conditioner"]
         self.text = new_encoder(pieces)
 
@@ -145,11 +165,10 @@ def optimizers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
     return [muon, torch.optim.AdamW([{"params": others, "share": 0.5}], lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float, progress: float) -> None:
-    """Warm-up over 2 %, level to 55 %, then a line down to a fiftieth; `progress` in 0..1."""
-    share = min(progress / 0.02 + 0.02, 1.0, 0.02 + 0.98 * max(0.0, 1 - progress) / 0.45)
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """The rate of every group, each by its share."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * share * group.get("share", 1.0)
+        group["lr"] = rate * group.get("share", 1.0)
 
 
 def state_of(**parts: Any) -> dict[str, Any]:

@@ -1,14 +1,15 @@
-"""What makes training faster on two CPU cores."""
+"""What makes training nano's small models faster on a CPU core."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sa3train.models import blocks
 from sa3train.models.attention import Pattern
-
-_attend = blocks.attend
+from sa3train.models.patterns import Padded
 
 
 def _attend_fp32(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, pattern: Pattern = None) -> Tensor:
@@ -16,9 +17,62 @@ def _attend_fp32(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, pattern: Patter
         return _attend(q_BLHD.float(), k_BLHD.float(), v_BLHD.float(), pattern)
 
 
+_attend = blocks.attend
+
+
+def _attend_short(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, pattern: Pattern = None) -> Tensor:
+    """Attention over sequences of a hundred tokens as two batched products in bf16, padding masked densely.
+
+    The library splits a padded batch into rows; the backward pass of each row's slice fills a tensor of the batch's
+    size, which took 60 % of a step.
+    """
+    with torch.autocast(q_BLHD.device.type, enabled=False):
+        q, k, v = (x.bfloat16().transpose(1, 2) for x in (q_BLHD, k_BLHD, v_BLHD))
+        scores_BHLM = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+        if isinstance(pattern, Padded):
+            scores_BHLM = scores_BHLM.masked_fill(~pattern.key_mask_BM[:, None, None, :], -1e4)
+        return (scores_BHLM.softmax(-1) @ v).transpose(1, 2).to(v_BLHD.dtype)
+
+
+def _inverse_rms(x: Tensor, eps: float) -> Tensor:
+    return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+
+
+def _norm(self: blocks.RMSNorm, x: Tensor) -> Tensor:
+    return (x.float() * _inverse_rms(x, self.eps) * self.gamma).to(x.dtype)
+
+
+def _modulated(self: blocks.RMSNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return (x.float() * _inverse_rms(x, self.eps) * (self.gamma * (1 + scale)) + shift).to(x.dtype)
+
+
 def fast_cpu_attention() -> None:
     """Keep attention in fp32 under bf16 autocast: on CPU the backward of short bf16 attention takes twice as long.
 
-    Measured on two Zen 5 cores: 0.79 s an autoencoder step before, 0.57 s after.
+    For the autoencoder. Measured on two Zen 5 cores: 0.79 s a step before, 0.57 s after.
     """
     blocks.attend = _attend_fp32
+
+
+def fast_cpu_layers(layers: nn.ModuleList) -> None:
+    """The same for the autoencoder's layers."""
+    blocks.attend = _attend_short
+    torch._dynamo.config.cache_size_limit = 64
+    for layer in layers:
+        forward: Any = torch.compile(layer.forward, dynamic=False)
+        layer.forward = forward  # type: ignore[method-assign]
+
+
+def fast_cpu_blocks(layers: nn.ModuleList) -> None:
+    """Compile a DiT's blocks with dense attention and plain norms, which inductor fuses.
+
+    Measured on one Zen 5 core, 96 clips of 48 frames: 3.4 s a step before, 1.2 s with the attention alone, half of that
+    compiled. Each new shape is compiled once (1 to 2 minutes; inductor keeps a cache).
+    """
+    blocks.attend = _attend_short
+    blocks.RMSNorm.forward = _norm  # type: ignore[method-assign]
+    blocks.RMSNorm.modulated = _modulated  # type: ignore[method-assign]
+    torch._dynamo.config.cache_size_limit = 64
+    for layer in layers:
+        forward: Any = torch.compile(layer.forward, dynamic=False)
+        layer.forward = forward  # type: ignore[method-assign]

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from shape import MAX_TOKENS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5GemmaConfig, T5GemmaEncoderModel
@@ -14,7 +15,6 @@ from sa3train.models.conditioners import TextEmbedding
 from sa3train.models.nano import nano_text_config
 
 PIECES = 1024
-MAX_TOKENS = 64
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 
 

@@ -38,7 +38,7 @@ BENCHES = {
     "studio": "first paint of the studio's page (needs the extra dev)",
 }
 PACKAGE = "sa3train.jobs.benches"
-LIMIT_S = 240  # for each bench of `all`
+LIMIT_S = 600  # for each bench of `all`
 
 
 def available() -> dict[str, str]:

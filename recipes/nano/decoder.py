@@ -1,0 +1,246 @@
+"""Train nano's decoder on computed latents: audio from what `targets.py` says a frame holds.
+
+    python recipes/nano/decoder.py WORK --minutes 60     # resumes WORK/decoder.pt; --cool as in base.py
+
+It starts as a vocoder set by hand (`vocoder.py`): pitch and bass as they are, the rest as hiss. Loss: log magnitudes of
+one random resolution and one random channel mix a step, in single bins or in mel bands by turns, and the waveform's
+error relative to the signal. Latents are jittered, since a denoiser's are never exact.
+Shapes: B items, C channels, T latent frames, N samples, D width.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import numpy as np
+import torch
+from parts import Average, load, set_rate, state_of
+from shape import autoencoder
+from speed import fast_cpu_layers
+from store import Store
+from targets import FRAME, LATENT, LOUDEST, load_code
+from torch import Tensor, nn
+from torchaudio.functional import melscale_fbanks
+from vocoder import MID_NOISE, NOISE, SIDE_NOISE, WAVE_OUT, calibrate, start
+
+from sa3train.files import atomic_path
+from sa3train.models.autoencoder import Autoencoder
+
+FRAMES, BATCH = 8, 16
+WINDOWS = (256, 512, 1024, 2048)
+MIXES = torch.tensor([[0.5, 0.5], [0.5, -0.5], [1.0, 0.0], [0.0, 1.0]])  # mid, side, left, right
+MIX_SHARES = torch.tensor([0.55, 0.15, 0.15, 0.15])
+JITTER = 0.3
+RANGE_DB = 65.0
+SAVE_SECONDS = 240.0
+
+
+class Pairs:
+    """Random stretches of `FRAMES` latent frames with their audio: (B, C, T) and (B, 2, N)."""
+
+    def __init__(self, work: Path, split: str, seed: int) -> None:
+        self.store, self.latents = Store(work / split), load(work, split)
+        self.rng = np.random.default_rng(seed)
+
+    def batch(self, size: int = BATCH) -> tuple[Tensor, Tensor]:
+        """Half of them from the clips' start, where the attacks are."""
+        latents, audio = torch.zeros(size, LATENT, FRAMES), torch.zeros(size, 2, FRAMES * FRAME)
+        for row in range(size):
+            pick = int(self.rng.integers(len(self.latents)))
+            while self.latents[pick].shape[1] < FRAMES:
+                pick = int(self.rng.integers(len(self.latents)))
+            slack = (self.latents[pick].shape[1] - FRAMES) // 2
+            first = 0 if self.rng.random() < 0.3 else 2 * int(self.rng.integers(slack + 1))
+            latents[row] = self.latents[pick][:, first : first + FRAMES].float().clamp(-LOUDEST, LOUDEST)
+            known = torch.from_numpy(self.store.audio(pick, first * FRAME, FRAMES * FRAME))
+            audio[row, :, : known.shape[1]] = known
+        return latents, audio
+
+
+def spectral_loss(real_BN: Tensor, made_BN: Tensor, window: int, level_B: Tensor, mel: bool) -> Tensor:
+    """Mean difference of log magnitudes in nats, floored under the item's peak, plus spectral convergence.
+
+    `level_B` is the item's RMS over both channels, so that an empty side signal is not measured against itself.
+    """
+    device = real_BN.device
+    taper = torch.hann_window(window, device=device)
+    both = torch.cat([real_BN, made_BN])
+    spectrum = torch.stft(both, window, window // 4, window=taper, return_complex=True)
+    power = spectrum.real.square() + spectrum.imag.square()
+    if mel:
+        bands = min(64, window // 16)
+        filters = melscale_fbanks(window // 2 + 1, 0.0, 22050.0, bands, 44100).to(device)
+        power = (power.transpose(1, 2) @ filters).transpose(1, 2)
+    magnitude = (power + 1e-10).sqrt()
+    real, made = magnitude.chunk(2)
+    top_B = torch.maximum(real.amax((1, 2)), level_B * taper.sum() * 0.05)
+    floor = top_B[:, None, None] * 10 ** (-RANGE_DB / 20)
+    logs = ((real + floor).log() - (made + floor).log()).abs().mean((1, 2))
+    scale_B = torch.maximum(real.norm(dim=(1, 2)), top_B * real[0].numel() ** 0.5 / 4)
+    return (logs + 0.5 * (real - made).norm(dim=(1, 2)) / scale_B).mean()
+
+
+def wave_loss(real_BCN: Tensor, made_BCN: Tensor) -> Tensor:
+    """Log of the error's energy relative to the signal's: each item counts by its decibels, whatever its level."""
+    error, energy = (real_BCN - made_BCN).pow(2).sum((1, 2)), real_BCN.pow(2).sum((1, 2))
+    return (error / (energy + 1e-2) + 1e-2).log().mean()
+
+
+def step_loss(
+    model: Autoencoder, z_BCT: Tensor, real_BCN: Tensor, wave: float, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """All loss terms of one batch; `total` is what is minimised."""
+    device = z_BCT.device
+    jitter = JITTER * torch.rand(len(z_BCT), 1, 1, generator=generator)
+    z_BCT = z_BCT + (jitter * torch.randn(z_BCT.shape, generator=generator)).to(device)
+    with torch.autocast(device.type, torch.bfloat16):
+        made_BCN = model.decode(z_BCT).float()
+    window = WINDOWS[int(torch.randint(len(WINDOWS), (), generator=generator))]
+    mix = MIXES[int(torch.multinomial(MIX_SHARES, 1, generator=generator))].to(device)
+    mel = bool(torch.rand((), generator=generator) < 0.5)
+    level_B = real_BCN.pow(2).mean((1, 2)).sqrt() + 1e-3
+    mixed = [(mix[:, None] * x_BCN).sum(1) for x_BCN in (real_BCN, made_BCN)]
+    terms = {"wave": wave_loss(real_BCN, made_BCN)}
+    spectral = spectral_loss(mixed[0], mixed[1], window, level_B, mel)
+    terms["mel" if mel else "bins"] = spectral
+    terms["total"] = spectral + wave * terms["wave"]
+    return terms
+
+
+def decoder_optimizers(model: Autoencoder, rate: float) -> list[torch.optim.Optimizer]:
+    """AdamW, since Muon's even steps undo what is set by hand. Queries, keys and slopes of the norms stay as set."""
+    groups: dict[float, list[nn.Parameter]] = {1.0: [], 0.1: []}
+    for name, parameter in model.decoder.named_parameters():
+        if "q_norm" in name or "k_norm" in name or name.endswith("alpha"):
+            continue
+        if "to_qkv" in name:
+            values = torch.zeros(len(parameter), 1, device=parameter.device)
+            values[2 * len(parameter) // 5 : 3 * len(parameter) // 5] = 1
+            parameter.register_hook(lambda gradient, values=values: gradient * values)
+        if name.endswith("weight_v"):
+            heard = torch.zeros(1, parameter.shape[1], 1, device=parameter.device)
+            heard[:, WAVE_OUT : NOISE + MID_NOISE + SIDE_NOISE] = 1  # amplitudes and levels are no sound
+            parameter.register_hook(lambda gradient, heard=heard: gradient * heard)
+        groups[0.1 if "mapping" in name else 1.0].append(parameter)
+    return [
+        torch.optim.AdamW(
+            [{"params": each, "share": share} for share, each in groups.items()],
+            lr=rate,
+            betas=(0.9, 0.99),
+            weight_decay=0.0,
+        )
+    ]
+
+
+def first(work: Path) -> Autoencoder:
+    """The decoder as set by hand (`vocoder.py`), its bands calibrated on 48 stretches; kept as WORK/vocoder.pt."""
+    path = work / "vocoder.pt"
+    if not path.exists():
+        pairs = Pairs(work, "train", 0).batch(48)
+        model = start(work, load_code(work), pairs[0])
+        for _ in range(3):
+            calibrate(model, *pairs)
+        torch.save(model.state_dict(), path)
+    model = autoencoder()
+    model.load_state_dict(torch.load(path, weights_only=True))
+    return model
+
+
+class Run:
+    """A resumable run that lasts a number of minutes."""
+
+    def __init__(self, work: Path, minutes: float, rate: float, wave: float, cool: bool) -> None:
+        self.work, self.rate, self.wave, self.cool = work, rate, wave, cool
+        torch.manual_seed(0)
+        self.model = first(work)
+        self.model.encoder.requires_grad_(False)
+        self.model.bottleneck.requires_grad_(False)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.model.to(self.device)
+        if self.device.type == "cpu":
+            fast_cpu_layers(self.model.decoder.layers[3].transformers)  # type: ignore[arg-type]
+        self.optimizers = decoder_optimizers(self.model, rate)
+        self.average = Average(self.model.decoder, 0.998)
+        self.step, self.seconds, self.began = 0, 0.0, 0.0
+        self.path = work / ("decoder-cool.pt" if cool else "decoder.pt")
+        start = self.path if self.path.exists() else work / "decoder.pt"
+        if start.exists():
+            saved = torch.load(start, weights_only=True, map_location=self.device)
+            self.model.decoder.load_state_dict(saved["model"])
+            for number, optimizer in enumerate(self.optimizers):
+                optimizer.load_state_dict(saved[f"optimizer{number}"])
+            self.average.state, self.average.count = saved["average"], saved["count"]
+            self.step, self.seconds = saved["step"], saved["seconds"]
+            self.began = saved["began"] if start == self.path else self.seconds
+        self.total = (self.began if cool else 0.0) + 60 * minutes
+
+    def save(self) -> None:
+        """Everything that resuming needs."""
+        parts = {"model": self.model.decoder} | {f"optimizer{i}": each for i, each in enumerate(self.optimizers)}
+        saved = state_of(**parts) | {"average": self.average.state, "count": self.average.count, "step": self.step}
+        with atomic_path(self.path) as path:
+            torch.save(saved | {"seconds": self.seconds, "began": self.began}, path)
+
+    def log(self, **values: float) -> None:
+        """One line to the screen and to WORK/decoder.jsonl."""
+        line = json.dumps({"step": self.step, "seconds": round(self.seconds), **values})
+        print(line, flush=True)
+        with (self.work / "decoder.jsonl").open("a") as file:
+            file.write(line + "\n")
+
+    def share(self) -> float:
+        """Of the rate: warm-up over 100 steps, then level; a line down when cooling."""
+        if self.cool:
+            return max(0.01, (self.total - self.seconds) / (self.total - self.began))
+        return min(1.0, (self.step + 1) / 100)
+
+    def train(self) -> None:
+        """Until the minutes are over; a later start with more minutes goes on from there."""
+        pairs = Pairs(self.work, "train", 1000 + self.step)
+        generator = torch.Generator().manual_seed(self.step)
+        mark, saved_at = time.monotonic(), self.seconds
+        sums: dict[str, list[float]] = {}
+        while self.seconds < self.total:
+            for optimizer in self.optimizers:
+                set_rate(optimizer, self.rate * self.share())
+                optimizer.zero_grad(set_to_none=True)
+            z_BCT, real_BCN = (part.to(self.device) for part in pairs.batch())
+            terms = step_loss(self.model, z_BCT, real_BCN, self.wave, generator)
+            terms["total"].backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(self.model.decoder.parameters(), 1.0)
+            for optimizer in self.optimizers:
+                optimizer.step()
+            self.average.update(self.model.decoder)
+            self.step += 1
+            for name, term in terms.items():
+                sums.setdefault(name, []).append(float(term.detach()))
+            now = time.monotonic()
+            self.seconds, mark = self.seconds + min(60.0, now - mark), now
+            if self.step % 50 == 0:
+                self.log(**{name: round(sum(values) / len(values), 4) for name, values in sums.items()})
+                sums = {}
+            if self.seconds - saved_at > SAVE_SECONDS or self.seconds >= self.total:
+                self.save()
+                saved_at = self.seconds
+
+
+def main() -> None:
+    """Train, or go on training."""
+    parser = argparse.ArgumentParser(description="train nano's decoder")
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--rate", type=float, default=1e-4)
+    parser.add_argument("--wave", type=float, default=0.2, help="weight of the waveform's error")
+    parser.add_argument("--cool", type=float, help="minutes in which the rate falls, on a copy")
+    args = parser.parse_args()
+    Run(args.work, args.cool or args.minutes, args.rate, args.wave, args.cool is not None).train()
+
+
+if __name__ == "__main__":
+    main()
