@@ -57,14 +57,14 @@ def client(tmp_path: Path) -> TestClient:
     async def answer(request: object) -> PlainTextResponse:
         return PlainTextResponse("served")
 
-    (tmp_path / "root").mkdir()
+    (tmp_path / "folder").mkdir()
     app = Starlette(routes=[Route("/{path:path}", answer)])
-    guarded = Guard(app, Workplace.at([tmp_path / "root"]), LOCAL_NAMES)
+    guarded = Guard(app, Workplace.at([tmp_path / "folder"]), LOCAL_NAMES)
     return TestClient(guarded, base_url="http://127.0.0.1:7860")
 
 
 def test_files_of_the_folders_are_served_apart_from_the_page(client: TestClient, tmp_path: Path) -> None:
-    answer = client.get(f"/gradio_api/file={tmp_path}/root/a.html")
+    answer = client.get(f"/gradio_api/file={tmp_path}/folder/a.html")
     assert answer.status_code == 200
     assert "sandbox" in answer.headers["content-security-policy"]
 
@@ -73,7 +73,7 @@ def test_files_of_the_folders_are_served_apart_from_the_page(client: TestClient,
     "path", ["/etc/passwd", "{root}/../x", "{root}/.env", "http://example.org/x", "{root}/%2e%2e/x"]
 )
 def test_other_files_are_not(client: TestClient, tmp_path: Path, path: str) -> None:
-    asked = path.replace("{root}", f"{tmp_path}/root")
+    asked = path.replace("{root}", f"{tmp_path}/folder")
     assert client.get(f"/gradio_api/file={asked}").status_code in (403, 404)
 
 
