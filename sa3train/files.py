@@ -32,7 +32,8 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         _fsync(target.parent)
     except OSError as error:
         own = {str(target), str(temporary), *map(str, target.parents)}
-        if error.errno is None or str(error.filename or target) not in own:
+        begun = temporary is not None  # before that, nothing of the caller's has run
+        if begun and (error.errno is None or str(error.filename or target) not in own):
             raise  # not about this file: the caller's own reading failed
         raise SA3Error(
             f"cannot write {target}: {error.strerror or error}. Nothing was left behind; "

@@ -58,6 +58,15 @@ def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
         write_text(tmp_path / "occupied" / "a.txt", "")
 
 
+def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, dir: Path, **__: object) -> None:  # as the system does; for root it never would
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dir / ".a.bin.x7f3.part"))
+
+    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    with pytest.raises(SA3Error, match=r"cannot write .*a\.bin: Permission denied.*choose a folder"):
+        write_text(tmp_path / "a.bin", "")
+
+
 def test_an_oserror_of_another_file_is_not_relabelled(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "a.bin"):
         (tmp_path / "missing").read_bytes()
