@@ -1,6 +1,7 @@
 """Bytes at a path or URL: a folder to list, and blobs (files or stretches of files) to read."""
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Blob:
 
     def read(self) -> bytes:
         """Its bytes. Raises `DataError` when they cannot be had in full."""
-        try:
+        with reaching("cannot be read"):
             if is_url(self.path):
                 file_system, path = fsspec.core.url_to_fs(self.path)
                 end = None if self.size < 0 else self.offset + self.size
@@ -43,8 +44,6 @@ class Blob:
                 with Path(self.path).open("rb") as file:
                     file.seek(self.offset)
                     content = file.read(self.size)
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot be read ({_reason(error)})") from error
         if 0 <= self.size != len(content):
             raise DataError(f"is cut short: {len(content)} of {self.size} bytes are there")
         return content
@@ -56,11 +55,12 @@ class Blob:
     def stamp(self) -> str:
         """Changes when the file does; empty when it is not there."""
         try:
-            if is_url(self.path):
-                file_system, path = fsspec.core.url_to_fs(self.path)
-                return _remote_stamp(file_system.info(path))
-            return _local_stamp(Path(self.path).stat())
-        except (OSError, ValueError):
+            with reaching("is not there"):
+                if is_url(self.path):
+                    file_system, path = fsspec.core.url_to_fs(self.path)
+                    return _remote_stamp(file_system.info(path))
+                return _local_stamp(Path(self.path).stat())
+        except DataError:
             return ""
 
 
@@ -83,8 +83,11 @@ class Place:
                         if os.path.realpath(entry.path) not in above:  # a link to a folder above would never end
                             yield from self._walk(entry.path, f"{prefix}{entry.name}/", above)
                     else:
-                        with contextlib.suppress(FileNotFoundError):  # a link to nowhere
-                            yield f"{prefix}{entry.name}", _local_stamp(entry.stat())
+                        try:
+                            stamp = _local_stamp(entry.stat())
+                        except FileNotFoundError:
+                            stamp = ""  # a link to nowhere: listed, so that its reading can say so
+                        yield f"{prefix}{entry.name}", stamp
         except PermissionError as error:
             raise DataError(f"may not read the folder {folder}: change its permissions, or leave it out.") from error
 
@@ -105,27 +108,27 @@ class RemotePlace(Place):
 
     def __init__(self, url: str) -> None:
         super().__init__(url.rstrip("/"))
-        try:
+        with reaching(f"cannot open {url}"):
             self.file_system, self.path = fsspec.core.url_to_fs(url)
-        except (ValueError, ImportError) as error:
-            raise DataError(f"cannot open {url}: {error}") from error
 
     def files(self) -> Iterator[tuple[str, str]]:
-        try:
-            found: dict[str, Any] = self.file_system.find(self.path, detail=True)
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot list {self.root}: {_reason(error)}") from error
         base = self.path.rstrip("/") + "/"
+        with reaching(f"cannot list {self.root}"):
+            found: dict[str, Any] = self.file_system.find(self.path, detail=True)
+            if not found:
+                self.file_system.ls(self.path)  # `find` takes a folder that cannot be had for an empty one
         for name in sorted(found):
             if name.startswith(base) and len(name) > len(base):
-                yield name.removeprefix(base), _remote_stamp(found[name])
+                # The listing of a web server names files and says nothing of them.
+                yield name.removeprefix(base), _remote_stamp(found[name]) or self.stamp(name.removeprefix(base))
 
     def local(self, name: str) -> str:
-        url, cache = f"simplecache::{self.blob(name).path}", str(cache_dir() / "downloads")
-        try:
-            return str(fsspec.open_local(url, simplecache={"cache_storage": cache}))
-        except (OSError, ValueError) as error:
-            raise DataError(f"cannot fetch {self.blob(name).path}: {_reason(error)}") from error
+        blob = self.blob(name)
+        # A copy is kept for each stamp, so that a tar which has changed is fetched anew.
+        version = hashlib.sha256(blob.stamp().encode()).hexdigest()[:16]
+        with reaching(f"cannot fetch {blob.path}"):
+            cache = str(cache_dir() / "downloads" / version)
+            return str(fsspec.open_local(f"simplecache::{blob.path}", simplecache={"cache_storage": cache}))
 
 
 def open_place(source: str) -> tuple[Place, str | None]:
@@ -143,11 +146,9 @@ def open_place(source: str) -> tuple[Place, str | None]:
 
 
 def _is_remote_file(url: str) -> bool:
-    try:
+    with reaching(f"cannot open {url}"):
         file_system, path = fsspec.core.url_to_fs(url)
         return bool(file_system.info(path).get("type") == "file")
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"cannot open {url}: {_reason(error)}") from error
 
 
 def _local_stamp(state: os.stat_result) -> str:
@@ -155,9 +156,31 @@ def _local_stamp(state: os.stat_result) -> str:
 
 
 def _remote_stamp(info: Any) -> str:
-    known = ("size", "ETag", "etag", "LastModified", "last_modified", "mtime", "created")
+    known = (
+        *("size", "ETag", "etag", "Content-MD5", "Digest", "md5Hash", "LastModified", "Last-Modified"),
+        *("last_modified", "mtime", "created"),
+    )
     return ":".join(str(info[name]) for name in known if info.get(name) is not None)
 
 
+@contextlib.contextmanager
+def reaching(what: str) -> Iterator[None]:
+    """Turn whatever a file system raises into a `DataError` that starts with `what`.
+
+    Every kind behind fsspec (HTTP, S3 …) has exceptions of its own, few of them `OSError`.
+    """
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"{what} ({_reason(error)})") from error
+
+
 def _reason(error: Exception) -> str:
+    status, message = getattr(error, "status", None), getattr(error, "message", None)
+    if status and message:
+        return f"the server answers {status} {message}"
+    if isinstance(error, FileNotFoundError):
+        return "it is not there"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

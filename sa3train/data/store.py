@@ -15,6 +15,7 @@ import fsspec
 import numpy as np
 
 from sa3train.data.index import INDEX, SILENCE, parse_index
+from sa3train.data.places import reaching
 from sa3train.errors import DataError
 from sa3train.files import sha256_of
 from sa3train.log import get_logger
@@ -148,13 +149,14 @@ class LatentStore:
         if verify == "none":
             return None
         try:
-            size = self._size(name)
-            if size != entry["bytes"]:
-                return f"has {size} bytes, index.json says {entry['bytes']}"
-            if verify == "hash" and self._sha256(name) != entry["sha256"]:
-                return "its bytes are not those that index.json has the hash of"
-        except OSError as error:
-            return f"cannot be read ({error.strerror or error})"
+            with reaching("cannot be read"):
+                size = self._size(name)
+                if size != entry["bytes"]:
+                    return f"has {size} bytes, index.json says {entry['bytes']}"
+                if verify == "hash" and self._sha256(name) != entry["sha256"]:
+                    return "its bytes are not those that index.json has the hash of"
+        except DataError as error:
+            return str(error)
         return None
 
     def _refuse(self, name: str, fault: str, allow_damaged: bool) -> None:
@@ -193,12 +195,14 @@ class LatentStore:
     def _read(self, row: int, start: int, size: int) -> bytes:
         number = int(self.shard[row])
         try:
-            if self._remote is None:
-                content = os.pread(self._descriptor(number), size, start)
-            else:
-                content = self._remote.cat_file(f"{self._root}/{self.shards[number]}", start=start, end=start + size)
-        except OSError as error:
-            raise self._damaged(row, f"cannot be read ({error})") from error
+            with reaching("cannot be read"):
+                if self._remote is None:
+                    content = os.pread(self._descriptor(number), size, start)
+                else:
+                    whole = f"{self._root}/{self.shards[number]}"
+                    content = self._remote.cat_file(whole, start=start, end=start + size)
+        except DataError as error:
+            raise self._damaged(row, str(error)) from error
         if len(content) > size:
             raise DataError(f"the server of {self.path} sends whole files only: give simplecache::{self.path} instead.")
         if len(content) < size:
@@ -214,12 +218,13 @@ class LatentStore:
 
     def _fetch(self, name: str) -> bytes:
         try:
-            if self._remote is None:
-                return (Path(self._root) / name).read_bytes()
-            return bytes(self._remote.cat_file(f"{self._root}/{name}"))
-        except (OSError, ValueError) as error:
+            with reaching(f"cannot read {self._place(name)}"):
+                if self._remote is None:
+                    return (Path(self._root) / name).read_bytes()
+                return bytes(self._remote.cat_file(f"{self._root}/{name}"))
+        except DataError as error:
             raise DataError(
-                f"cannot read {self._place(name)} ({getattr(error, 'strerror', None) or error}). "
+                f"{error}. "
                 f"Give a folder of latent shards as sa3-encode makes it; if it was cut short, run it again first."
             ) from error
 
@@ -246,8 +251,6 @@ def _locate(path: str) -> tuple[Any | None, str]:
         return None, path
     if path.startswith("file://"):
         return None, path.removeprefix("file://")
-    try:
+    with reaching(f"cannot open {path}"):
         remote, root = fsspec.core.url_to_fs(path)
-    except (ValueError, ImportError) as error:
-        raise DataError(f"cannot open {path}: {error}") from error
     return remote, root.rstrip("/")

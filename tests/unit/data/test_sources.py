@@ -1,8 +1,10 @@
 """Clips and their text are found wherever people put them; what is not understood is named."""
 
+import http.server
 import io
 import json
 import tarfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,8 +12,11 @@ import fsspec
 import numpy as np
 import pytest
 
+from sa3train.data.audit import Rules, audit_clip
 from sa3train.data.captions import describe
+from sa3train.data.places import Blob
 from sa3train.data.sources import Clip, Listing, describe_skipped, list_source
+from sa3train.data.store import LatentStore
 from sa3train.errors import DataError
 from sa3train.testing import tone, write_clip
 
@@ -198,7 +203,6 @@ def test_nothing_there_is_said(tmp_path: Path) -> None:
 def test_links_in_a_circle_end(tmp_path: Path) -> None:
     write_clip(tmp_path / "sub" / "a.wav", CLIP)
     (tmp_path / "sub" / "up").symlink_to(tmp_path)
-    (tmp_path / "dangling.wav").symlink_to(tmp_path / "missing")
     assert [clip.source for clip in list_source(str(tmp_path)).clips] == ["sub/a.wav"]
 
 
@@ -245,6 +249,61 @@ def test_http_folders_manifests_and_tars(tmp_path: Path, server: str) -> None:
     assert len(clip.audio.read()) > 1000
     with pytest.raises(DataError, match="cannot"):
         list_source(f"{server}/nothing/here.tar")
+
+
+def test_what_changes_on_a_web_server_is_noticed(tmp_path: Path, server: str) -> None:
+    write_clip(tmp_path / "set" / "a.wav", CLIP, "first")
+    make_tar(tmp_path / "set" / "t.tar", {"1.wav": wav_bytes(), "1.txt": b"in a tar"})
+    before = {clip.source: clip.stamp for clip in list_source(f"{server}/set").clips}
+    assert before == {clip.source: clip.stamp for clip in list_source(f"{server}/set").clips}
+    add(tmp_path / "set" / "a.txt", "second, and longer")
+    make_tar(tmp_path / "set" / "t.tar", {"1.wav": wav_bytes(), "1.txt": b"in a longer tar" * 100})
+    fsspec.filesystem("http").invalidate_cache()
+    listing = list_source(f"{server}/set")
+    assert all(before[clip.source] != clip.stamp for clip in listing.clips)
+    assert captions(listing)["t.tar/1.wav"].startswith("in a longer tar"), "not the copy that was fetched before"
+
+
+@pytest.mark.parametrize("fault", ["500", "cut short", "gone"])
+def test_a_web_server_that_fails_is_an_error_of_ours(fault: str) -> None:
+    class Failing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            if fault == "500":
+                self.send_error(500)
+                return
+            self.send_response(200)
+            self.send_header("Content-Length", "100000")
+            self.end_headers()
+            self.wfile.write(b"x")
+            self.close_connection = True
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Failing) as running:
+        url = f"http://127.0.0.1:{running.server_port}/set"
+        if fault == "gone":
+            running.server_close()
+        else:
+            threading.Thread(target=running.serve_forever).start()
+        with pytest.raises(DataError, match="cannot list http"):
+            list_source(url)
+        with pytest.raises(DataError, match="cannot be read"):
+            Blob.at(f"{url}/a.wav").read()
+        with pytest.raises(DataError, match=r"cannot read http.*index\.json"):
+            LatentStore(url)
+        if fault != "gone":
+            running.shutdown()
+
+
+def test_a_link_to_nowhere_is_listed_and_says_so(tmp_path: Path) -> None:
+    write_clip(tmp_path / "a.wav", CLIP, "there")
+    (tmp_path / "b.wav").symlink_to(tmp_path / "moved away.wav")
+    add(tmp_path / "b.txt", "once there")
+    clips = list_source(str(tmp_path)).clips
+    assert [clip.source for clip in clips] == ["a.wav", "b.wav"]
+    (found,) = audit_clip(clips[1], Rules())["findings"]
+    assert found["code"] == "unreadable"
 
 
 @pytest.mark.parametrize("suffix", [".mp3", ".ogg", ".flac", ".aiff"])
