@@ -15,6 +15,9 @@ from sa3train.data.prompts import PromptBuilder, PromptSettings, distinct_prompt
 from sa3train.data.store import LatentStore
 from sa3train.data.stream import ClipStream, SourceSize
 from sa3train.errors import ConfigError, DataError
+from sa3train.log import get_logger
+
+_logger = get_logger(__name__)
 
 SAMPLE_RATE = 44100
 ROLES = ("train", "prior")
@@ -197,9 +200,16 @@ class LatentDataModule(LightningDataModule):
         }
 
     def _check_beats(self) -> None:
-        if self.crop.how == "beat" and not any(record.get("beats") for record in self.records()):
+        if self.crop.how != "beat":
+            return
+        without = [str(record.get("source")) for record in self.records() if not record.get("beats")]
+        if len(without) == sum(len(store) for store in self.stores):
             raise ConfigError(
                 "crop=beat has no effect: no clip has a `beats` field (a list of seconds in its .json or manifest)."
+            )
+        if without:
+            _logger.warning(
+                "crop=beat: %d takes have no `beats`, such as %s; their crops begin anywhere.", len(without), without[0]
             )
 
 

@@ -104,7 +104,7 @@ class ClipDataset:
         row = clips.row(request.clip, chance)
         latent_CT, record = clips.store.read(row)
         free = latent_CT.shape[1] - request.frames
-        start = crop_start(free, self.crop.how, chance, record.get("beats"), self.frame_seconds)
+        start = crop_start(free, self.crop.how, chance, beats_of(record), self.frame_seconds)
         whole = float(record["seconds"])
         whole_clip = request.frames == latent_CT.shape[1]
         # The shortest duration that a generation of so many frames can have; less where the clip ends in the last.
@@ -118,6 +118,12 @@ class ClipDataset:
             "seconds_total": whole_seconds(whole if whole_clip or self.crop.seconds == "file" else seconds),
             "at_end": start + request.frames == latent_CT.shape[1],
         }
+
+
+def beats_of(record: Mapping[str, Any]) -> list[float]:
+    """A clip's beats in seconds from the start of its latents: less what `fix=trim_silence` cut off the front."""
+    trimmed = (record.get("applied") or {}).get("trim_silence", [0.0])[0]
+    return [beat - trimmed for beat in record.get("beats") or ()]
 
 
 class LatentLoader:

@@ -235,6 +235,22 @@ def test_crops_on_beats(store_maker: Maker) -> None:
         LatentDataModule(str(store_maker("b", [40])), crop_frames=10, crop="beat").setup()
 
 
+def test_beats_are_where_they_were_before_silence_was_trimmed(store_maker: Maker) -> None:
+    path = store_maker(
+        "a", [40, 40], beats=lambda _: [0.2, 1.0, 2.0], applied=lambda _: {"trim_silence": [0.5, 0.1], "dc": 0.01}
+    )
+    loader = LatentDataModule(str(path), 2, crop_frames=10, crop="beat").train_dataloader()
+    starts = {int(s) for batch in islice(endless(loader), 30) for s in batch["latents_BCT"][:, 1, 0]}
+    assert starts == {5, 16}, "0.5 s and 1.5 s after the new start; the first beat was cut off"
+
+
+def test_clips_without_beats_are_named(store_maker: Maker, caplog: pytest.LogCaptureFixture) -> None:
+    path = str(store_maker("a", [40, 40, 40], beats=lambda number: [1.0] if number == 1 else []))
+    with caplog.at_level("WARNING", "sa3train"):
+        LatentDataModule(path, 2, crop_frames=10, crop="beat").setup()
+    assert "2 takes have no `beats`, such as folder/clip0.wav" in caplog.text
+
+
 def test_held_out_clips_are_apart_and_fixed(store_maker: Maker) -> None:
     data = LatentDataModule(str(store_maker("a", [9, 8, 7, 6, 5], heldout=2)), 2, crop_frames=4)
     assert {key for batch in keys_of(data.train_dataloader(), 20) for key in batch} == {
