@@ -21,12 +21,13 @@ from sa3train.data.card import write_card
 from sa3train.data.encode_run import EncodeRun
 from sa3train.data.findings import reason
 from sa3train.data.fixes import chosen_fixes
-from sa3train.data.index import SILENCE, build_index, remove_outdated
+from sa3train.data.index import SILENCE, build_index, remove_outdated, shard_files
 from sa3train.data.latents import Encoder
 from sa3train.data.places import is_url
 from sa3train.data.plan import SPLITS, EncodePlan, EncodeSettings, Kept, done_keys, kept_latents, reconcile
 from sa3train.data.shards import STALE, ShardWriter
 from sa3train.data.sources import Listing, describe_skipped, list_source
+from sa3train.data.splits import read_list
 from sa3train.data.workplace import Workers, claim, settle, work_folder
 from sa3train.errors import DataError
 from sa3train.files import atomic_path, write_bytes
@@ -70,6 +71,7 @@ def encode_source(
     """
     workers, folder = workers or Workers(), Path(out)
     basis = latent_basis(encoder, settings)
+    _check_places(settings)
     with claim(folder, workers):
         if workers.first:
             settle(folder, {"source": _absolute(source), **basis}, settings.overwrite)
@@ -92,6 +94,14 @@ def encode_source(
             _finish(source, folder, plan, encoder, report)
         workers.wait()
     return report
+
+
+def _check_places(settings: EncodeSettings) -> None:
+    """Refuse what is named and is not there before the audit, which may take hours."""
+    if isinstance(settings.split, str):
+        read_list(settings.split)
+    if settings.reuse and not shard_files(Path(settings.reuse)):
+        raise DataError(f"reuse={settings.reuse} holds no latent shards: give a folder that sa3-encode made.")
 
 
 def latent_basis(encoder: Encoder, settings: EncodeSettings) -> dict[str, Any]:

@@ -25,8 +25,11 @@ from sa3train.data.shards import (
     record_digest,
     scan_latents,
 )
-from sa3train.data.splits import HELDOUT, TRAIN, held_out
+from sa3train.data.splits import HELDOUT, TRAIN, check_share, held_out
 from sa3train.errors import ConfigError
+from sa3train.log import get_logger
+
+_logger = get_logger(__name__)
 
 VIEWS = ("polarity", "gain")
 SPLITS = (TRAIN, HELDOUT)
@@ -62,6 +65,8 @@ class EncodeSettings:
             raise ConfigError(f"there is no view {', '.join(unknown)}; choose among {', '.join(VIEWS)}.")
         if self.duplicates not in ("keep", "drop"):
             raise ConfigError(f"duplicates is {self.duplicates!r}; choose keep or drop.")
+        if not isinstance(self.split, str):
+            check_share(self.split)
         if not 0 <= self.max_rejected <= 1:
             raise ConfigError(f"max_rejected is {self.max_rejected}; it is a share from 0 to 1.")
         if self.batch_seconds is not None and self.batch_seconds <= 0:
@@ -165,8 +170,8 @@ class Kept:
 
 
 def reconcile(folder: Path, digests: dict[str, str], world: int) -> None:
-    """Mark as outdated every shard that holds anything no longer planned or held twice, set such parts aside, and
-    finish the parts of processes that are not there this time. One process does this before any writes.
+    """Mark as outdated every shard that is damaged or holds anything no longer planned or held twice, set such parts
+    aside, and finish the parts of processes that are not there this time. One process does this before any writes.
     """
     seen: set[str] = set()
     outdated = []
@@ -175,6 +180,9 @@ def reconcile(folder: Path, digests: dict[str, str], world: int) -> None:
         entries = scan_latents(path)[0] if is_part else list(read_listing(path))
         keys = [entry.key for entry in entries]
         wanted = all(digests.get(entry.key) == entry.digest for entry in entries)
+        if wanted and not is_part and scan_latents(path)[0] != entries:
+            wanted = False
+            _logger.warning("damaged shard %s: its whole clips are kept, the others are encoded anew.", path)
         if not wanted or len(set(keys)) < len(keys) or not seen.isdisjoint(keys):
             if is_part:
                 _set_aside(path)

@@ -24,13 +24,30 @@ def held_out(
     held = np.zeros(len(sources), dtype=bool)
     if isinstance(split, str):
         held = _listed(split, sources)
-    elif not 0 <= split < 1:
-        raise ConfigError(f"split is {split}; give the share to hold out, from 0 to below 1, or the path of a list.")
-    elif split > 0:
-        held = _drawn(split, content, families, accepted)
+    else:
+        check_share(split)
+        held = _drawn(split, content, families, accepted) if split > 0 else held
     chosen = np.zeros(len(sources), dtype=bool)
     chosen[families[held & accepted]] = True
     return np.asarray(chosen[families] & accepted)
+
+
+def check_share(split: float) -> None:
+    """Raise `ConfigError` for a share outside [0, 1)."""
+    if not 0 <= split < 1:
+        raise ConfigError(f"split is {split}; give the share to hold out, from 0 to below 1, or the path of a list.")
+
+
+def read_list(path: str) -> set[str]:
+    """The sources that a held-out list names. Raises `DataError` when it cannot be read, or names none."""
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the held-out list {path} ({error}): give a text file, or a share.") from error
+    named = {line.strip().removeprefix("./") for line in lines if line.strip()}
+    if not named:
+        raise DataError(f"the held-out list {path} names no clip: write sources, one a line, or give split=0.")
+    return named
 
 
 def _drawn(share: float, content: np.ndarray, families: np.ndarray, accepted: np.ndarray) -> np.ndarray:
@@ -49,11 +66,7 @@ def _uniform(content: bytes) -> float:
 
 
 def _listed(path: str, sources: Sequence[str]) -> np.ndarray:
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the held-out list {path} ({error}): give a text file, or a share.") from error
-    wanted = {line.strip().removeprefix("./") for line in lines if line.strip()}
+    wanted = read_list(path)
     unknown = sorted(wanted - set(sources))
     if unknown:
         raise DataError(

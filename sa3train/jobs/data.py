@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa3train.errors import DataError
+from sa3train.errors import ConfigError, DataError
 from sa3train.jobs.runtime import run_job
 
 if TYPE_CHECKING:
@@ -87,7 +87,9 @@ def audit(arguments: argparse.Namespace) -> int:
 
     rules = load_rules(arguments.model, arguments.captions) if arguments.model else Rules(arguments.captions)
     folder = Path(arguments.out or f"audit-{Path(arguments.source.rstrip('/')).stem or 'source'}")
-    threads = arguments.threads or min(os.cpu_count() or 1, 8)
+    threads = min(os.cpu_count() or 1, 8) if arguments.threads is None else arguments.threads
+    if threads < 1:
+        raise ConfigError(f"--threads is {threads}; give 1 or more.")
     listing = list_clips(arguments.source)
     with claim(folder, Workers()):
         index = audit_clips(listing, rules, work_folder(folder), Workers(), threads)
@@ -155,7 +157,9 @@ def inspect(arguments: argparse.Namespace) -> int:
     print(f"{arguments.shards}: {index['clips']:.0f} takes, {index['seconds']:.1f} s, autoencoder of '{model['name']}'")
     print(f"manifest {index['manifest']}")
     for shard in index["shards"]:
-        print(f"  {shard['file']}  {shard['clips']} takes  {shard['seconds']:.1f} s  {shard['bytes'] / 1e6:.1f} MB")
+        left_out = "  damaged, left out" if shard["file"] in store.damaged else ""
+        size = f"{shard['seconds']:.1f} s  {shard['bytes'] / 1e6:.1f} MB"
+        print(f"  {shard['file']}  {shard['clips']} takes  {size}{left_out}")
     for row, record in store.records():
         if row >= arguments.n:
             break

@@ -99,7 +99,7 @@ def encode(config: EncodeConfig) -> int:
         reuse=config.reuse,
         overwrite=config.overwrite,
         shard_bytes=config.shard_mb * 1_000_000,
-        threads=config.threads or min(os.cpu_count() or 1, 8),
+        threads=min(os.cpu_count() or 1, 8) if config.threads is None else config.threads,
     )
     workers = join_workers()
     encoder = load_encoder(config.model.name, config.model.dtype, config.device, config.chunked)

@@ -193,6 +193,30 @@ def test_damage_that_was_set_aside_is_computed_again(tmp_path: Path, encoder: En
         assert np.allclose(*same, rtol=2e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("damage", ["flipped", "cut short", "record"])
+def test_a_damaged_shard_is_not_taken_for_done(
+    tmp_path: Path, encoder: Encoder, damage: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    source, out = write_set(tmp_path / "set", 4), tmp_path / "out"
+    encode(source, out, encoder, split=0.0)
+    before = {key: record for key, (record, _) in contents(out).items()}
+    (shard,) = shard_files(out)
+    entry = list(read_listing(shard))[1]
+    content = bytearray(shard.read_bytes())
+    if damage == "cut short":
+        content = content[: entry.npy_at + 200]
+    else:
+        content[entry.npy_at + 140 if damage == "flipped" else entry.json_at + 20] ^= 1
+    shard.write_bytes(content)
+    with caplog.at_level("WARNING", "sa3train"):
+        report = encode(source, out, encoder, split=0.0)
+    assert f"damaged shard {shard}" in caplog.text
+    assert (report.encoded, report.reused) == {"flipped": (1, 3), "cut short": (3, 1), "record": (0, 4)}[damage]
+    assert LatentStore(out, verify="hash").verify_shards() == {}
+    after = {key: record for key, (record, _) in contents(out).items()}
+    assert [record["caption"] for record in after.values()] == [record["caption"] for record in before.values()]
+
+
 def test_a_deleted_shard_is_made_again(tmp_path: Path, encoder: Encoder) -> None:
     source, out = write_set(tmp_path / "set", 6), tmp_path / "out"
     encode(source, out, encoder)

@@ -65,6 +65,9 @@ def test_a_list_takes_families_along(tmp_path: Path) -> None:
     listed.write_text("nowhere.wav")
     with pytest.raises(DataError, match=r"1 clip\(s\) that are not in the source, such as nowhere.wav"):
         held_out(str(listed), names(8), contents(8), families, np.ones(8, bool))
+    listed.write_text("\n \n")
+    with pytest.raises(DataError, match="names no clip"):
+        held_out(str(listed), names(8), contents(8), families, np.ones(8, bool))
     with pytest.raises(DataError, match="cannot read the held-out list"):
         held_out(str(tmp_path / "missing"), names(8), contents(8), families, np.ones(8, bool))
 

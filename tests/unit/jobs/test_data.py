@@ -129,7 +129,9 @@ def test_inspect_names_damage(shards: Path, tmp_path: Path, capsys: pytest.Captu
     assert main(["inspect", str(copy), "--verify", "--allow-damaged"]) == 0
     shard.unlink()
     assert main(["inspect", str(copy)]) == 1
+    capsys.readouterr()
     assert main(["inspect", str(copy), "--allow-damaged"]) == 0
+    assert "damaged, left out" in capsys.readouterr().out
 
 
 def test_help_is_light() -> None:
