@@ -24,6 +24,17 @@ def text(name: str, value: Any) -> str:
     """`value`, which must be text."""
     if not isinstance(value, str):
         raise RequestError(f"{name} must be text, not {value!r}.")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{name} holds what is no character ({value[error.start]!r}): write it as UTF-8.") from error
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    """`value`, which must be true or false."""
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} must be true or false, not {value!r}.")
     return value
 
 
@@ -44,5 +55,6 @@ def whole(name: str, value: Any, low: int, high: int = LARGEST) -> int:
         raise RequestError(f"{name} must be a whole number, not {value!r}.")
     checked = int(value)
     if not low <= checked <= high:
-        raise RequestError(f"{name} must be at least {low} and at most {high}, not {checked}.")
+        bounds = f"at least {low}" if checked < low else f"at most {high}"
+        raise RequestError(f"{name} must be {bounds}, not {checked}.")
     return checked

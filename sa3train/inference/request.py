@@ -11,7 +11,7 @@ from typing import Any
 from sa3train.diffusion.guidance import Guidance
 from sa3train.diffusion.samplers import SAMPLERS
 from sa3train.errors import RequestError
-from sa3train.inference.checks import LARGEST, is_list, number, per_item, text, whole
+from sa3train.inference.checks import LARGEST, flag, is_list, number, per_item, text, whole
 
 DEFAULT_DURATION = 30.0
 BASE_STEPS, BASE_CFG, BASE_SAMPLER = 50, 7.0, "euler"
@@ -153,8 +153,8 @@ def build_request(
         regions=_regions(
             facts, inpaint_mask_start_seconds, inpaint_mask_end_seconds, with_inpaint_audio, min(durations)
         ),
-        keep_exact=keep_exact,
-        chunked_decode=chunked_decode,
+        keep_exact=flag("keep_exact", keep_exact),
+        chunked_decode=None if chunked_decode is None else flag("chunked_decode", chunked_decode),
     )
 
 

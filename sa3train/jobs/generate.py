@@ -42,6 +42,8 @@ def generate(arguments: argparse.Namespace) -> int:
     lists = (prompts, arguments.negative_prompt or [], arguments.duration or [])
     for place in output_paths(output, max(arguments.batch_size or 1, *(len(values) for values in lists))):
         check_output(place, subtype)
+    if arguments.no_half and arguments.precision not in ("auto", "fp32"):
+        raise RequestError(f"--no-half means --precision fp32, and --precision {arguments.precision} was given too.")
     precision = "fp32" if arguments.no_half else arguments.precision
     model = arguments.model or DEFAULT_MODEL
     generator = Generator.from_pretrained(model, arguments.device, precision, compiled=arguments.compile)

@@ -96,6 +96,8 @@ def parse_lora(text: str) -> dict[str, Any]:
 def parse_output(arguments: argparse.Namespace) -> tuple[Path, str]:
     """The file to write and its encoding. Raises `RequestError` where -o and --format contradict each other."""
     path = Path(arguments.output or DEFAULT_OUTPUT)
+    if path.is_dir() or (arguments.output or "").endswith("/"):
+        raise RequestError(f"-o {arguments.output} is a folder: give the name of a file in it, such as {path}/out.wav.")
     if arguments.format is None:
         return path, FORMATS["flac" if path.suffix.lower() == ".flac" else "wav"][1]
     suffix, subtype = FORMATS[arguments.format]
@@ -151,7 +153,11 @@ def _add_model(group: Any) -> None:
 
 def _add_settings(group: Any) -> None:
     group.add_argument("-p", "--prompt", nargs="+", metavar="TEXT", help="several make a batch")
-    group.add_argument("--prompt-file", metavar="FILE", help="a batch with one prompt per line of FILE")
+    group.add_argument(
+        "--prompt-file",
+        metavar="FILE",
+        help="a batch with one prompt per line of FILE, those that begin with # left out",
+    )
     group.add_argument("--negative-prompt", nargs="+", metavar="TEXT", help="what to stay away from (needs guidance)")
     group.add_argument(
         "--duration", nargs="+", type=float, metavar="S", help="seconds, one or one per prompt (default 30)"

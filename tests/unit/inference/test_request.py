@@ -89,6 +89,17 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"init_noise_level": 0.5}, "init_noise_level 0.5 would do nothing without init audio"),
     ({"init_noise_level": 1.5, "with_init_audio": True}, "init_noise_level must be from 0 to 1"),
     ({"inpaint_mask_start_seconds": 1, "inpaint_mask_end_seconds": 2}, "times would do nothing without audio"),
+    (
+        {
+            "keep_exact": 1,
+            "with_inpaint_audio": True,
+            "inpaint_mask_start_seconds": 1,
+            "inpaint_mask_end_seconds": 2,
+        },
+        "keep_exact must be true or false, not 1",
+    ),
+    ({"chunked_decode": "no"}, "chunked_decode must be true or false, not 'no'"),
+    ({"prompt": "koto \udcff"}, "prompt holds what is no character"),
     ({"keep_exact": True}, "keep_exact would do nothing without audio to inpaint"),
     ({"with_inpaint_audio": True}, "needs the start and the end"),
     ({"with_inpaint_audio": True, "inpaint_mask_start_seconds": 1}, "needs the start and the end"),
