@@ -31,6 +31,7 @@ Set `SA3TRAIN_DEBUG=1` to see the traceback of a user error.
 """
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -280,8 +281,15 @@ def _explain(error: Exception) -> str:
     plug-ins get the command that installs them.
     """
     text = str(error).strip()
+    group = re.match(r"Could not override '([^']+)'\. No match in the defaults list", text)
+    if group:
+        return (
+            f"'{group[1]}' cannot be chosen here: this command, or the run that is resumed, has no such group. "
+            f"See --help for its settings; a single one is written a.b=value."
+        )
     if "submitit" in text:
         return 'launcher=slurm needs the submitit launcher: pip install "sa3train[slurm]".'
+    text = text.partition("Config search path:")[0]  # where it looked says nothing about what to do
     lines = [line for line in text.splitlines() if "use +" not in line]
     cause = error.__cause__
     if isinstance(cause, Exception) and str(cause).strip() and str(cause).strip() not in text:

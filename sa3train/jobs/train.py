@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sa3train.data.prompts import PromptSettings
-from sa3train.errors import ConfigError
+from sa3train.errors import ConfigError, SA3Error
 from sa3train.jobs.runtime import hydra_job
 from sa3train.log import rank
 from sa3train.training.settings import (
@@ -173,28 +173,32 @@ def run_training(config: TrainConfig) -> "TrainingResult":
     run = on_rank_zero(
         lambda: open_run(run_dir, table, identity, resume=config.resume is not None, allowed=config.resume_changes)
     )
-    text = PromptBank(model.conditioner)
-    text.prepare(data.distinct_prompts() or [])
-    tracker = parts.make_tracker(config.logger, run, config.name, table, identity)
-    result = train_adapter(
-        run=run,
-        model=model,
-        data=data,
-        text=text,
-        spec=parts.adapter_spec(config.adapter),
-        start_from=load_adapter(config.adapter.start_from) if config.adapter.start_from else None,
-        objective=config.objective,
-        optimizer=config.optimizer,
-        schedule=config.scheduler,
-        loop=dataclasses.replace(config.trainer, precision=precision),
-        save=config.callbacks.save,
-        judge=config.callbacks.judge,
-        demos=config.callbacks.demos,
-        report=config.callbacks.report,
-        tracker=tracker,
-        provenance=parts.provenance(config, table, identity, run.run_id),
-        seed=config.seed,
-    )
+    try:
+        text = PromptBank(model.conditioner)
+        text.prepare(data.distinct_prompts() or [])
+        tracker = parts.make_tracker(config.logger, run, config.name, table, identity)
+        result = train_adapter(
+            run=run,
+            model=model,
+            data=data,
+            text=text,
+            spec=parts.adapter_spec(config.adapter),
+            start_from=load_adapter(config.adapter.start_from) if config.adapter.start_from else None,
+            objective=config.objective,
+            optimizer=config.optimizer,
+            schedule=config.scheduler,
+            loop=dataclasses.replace(config.trainer, precision=precision),
+            save=config.callbacks.save,
+            judge=config.callbacks.judge,
+            demos=config.callbacks.demos,
+            report=config.callbacks.report,
+            tracker=tracker,
+            provenance=parts.provenance(config, table, identity, run.run_id),
+            seed=config.seed,
+        )
+    except SA3Error:
+        run.abandon()
+        raise
     tracker.close(failed=result.interrupted is not None)
     return result
 

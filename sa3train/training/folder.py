@@ -52,6 +52,14 @@ class RunFolder:
         if rank() == 0:
             write_json(self.path / RECORD, self.record)
 
+    def abandon(self) -> None:
+        """Take back a run that was refused before it made anything, so that its folder can be used (rank 0)."""
+        begun_here = not self.record["resumed"]
+        if rank() == 0 and begun_here and {entry.name for entry in self.path.iterdir()} <= {CONFIG, RECORD}:
+            for name in (CONFIG, RECORD):
+                (self.path / name).unlink(missing_ok=True)
+            self.path.rmdir()
+
 
 def requeued() -> bool:
     """Whether a scheduler or torchrun started this very job again."""

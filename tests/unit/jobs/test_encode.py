@@ -84,10 +84,14 @@ def test_too_many_bad_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (["source={source}", "out={out}", "fixes=dc"], "unknown setting 'fixes'. Did you mean 'fix'?"),
         (["source={source}", "out={out}", "fix=reverb"], "there is no fix reverb"),
         (["source={source}", "out={out}", "split=1.5"], "give the share to hold out"),
+        (["source={source}", "out={out}", "split=no-list.txt"], "cannot read the held-out list no-list.txt"),
+        (["source={source}", "out={out}", "reuse={source}"], "holds no latent shards"),
+        (["source={source}", "out={out}", "threads=0"], "threads is 0; give 1 or more"),
         (["source={source}", "out={out}", "duplicates=some"], "choose one of: keep, drop"),
         (["source={source}", "out={out}", "max_rejected=3"], "a share from 0 to 1"),
         (["source={source}", "out={out}", "shard_mb=9999"], "give from 1 000 000"),
         (["source={source}", "out={out}", "model=no-such-model"], "no-such-model"),
+        (["source={source}", "out={out}", "adapter=lora"], "'adapter' cannot be chosen here"),
         (["source={source}", "out={out}", "device=abacus"], "choose auto, cpu, cuda"),
         (["source={source}", "out=/proc/nothing/x"], "cannot write to"),
     ],
@@ -98,6 +102,7 @@ def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments
     captured = capsys.readouterr()
     assert message in captured.err
     assert "Traceback" not in captured.err
+    assert "audit:" not in captured.err, "what is asked is checked before the audio is"
 
 
 def test_nan_in_audio_is_listed(tmp_path: Path) -> None:
@@ -152,4 +157,6 @@ def test_help_is_quick_and_whole(capfd: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "sa3train.jobs.encode", "--help"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert "max_rejected" in done.stdout
+    assert "optimizer" not in done.stdout, "only what can be set here"
+    assert all(name in done.stdout for name in ("small-music", "small-sfx", "medium", "nano", "same-s", "same-l"))
     assert " torch\n" not in done.stderr, "nothing heavy is imported for --help"

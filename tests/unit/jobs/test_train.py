@@ -301,6 +301,8 @@ def test_bad_settings_end_with_one_line(
     assert run(shards, "run_dir=out", *arguments) == 1
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
+    assert "Config search path" not in error, "nothing of Hydra's insides"
+    assert not Path("out").exists(), "a run that never began does not keep the folder"
 
 
 def test_data_of_another_autoencoder_or_none_is_refused(
