@@ -281,8 +281,8 @@ def _explain(error: Exception) -> str:
     plug-ins get the command that installs them.
     """
     text = str(error).strip()
-    group = re.match(r"Could not override '([^']+)'\. No match in the defaults list", text)
-    if group:
+    group = re.match(r"Could not override '([^']+)'", text)
+    if group and (config_folder() / group[1]).is_dir():
         return (
             f"'{group[1]}' cannot be chosen here: this command, or the run that is resumed, has no such group. "
             f"See --help for its settings; a single one is written a.b=value."

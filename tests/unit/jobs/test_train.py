@@ -127,6 +127,8 @@ def test_a_run_goes_on_where_it_was_and_not_as_another(shards: Path, capsys: pyt
     assert main(["resume=out", "trainer.max_steps=3", "resume_changes=[trainer.max_steps]"]) == 0
     record = json.loads(Path("out/run.json").read_text())
     assert record["steps"] == 3 and record["resumed"][-1]["step"] == 2
+    assert main(["resume=out", "recipe=style"]) == 1
+    assert "'recipe' cannot be chosen here" in capsys.readouterr().err
     assert main(["resume=nowhere"]) == 1
     assert "there is no config.yaml in it" in capsys.readouterr().err
 
