@@ -19,6 +19,9 @@ PAGE = 40
 MOST_SEARCHED = 2000
 """In larger folders the search looks at names alone: captions would all have to be read."""
 LISTEN = "Choose a row to hear its clip."
+HELD = '["captions", "data-folder"]'
+HOLD = f"(...values) => {{ sa3.hold({HELD}, 1); return values; }}"
+FREE = f"() => {{ sa3.hold({HELD}, -1); }}"
 
 Rows = list[list[str]]
 Shown = tuple[str, dict[str, str]]
@@ -29,7 +32,7 @@ NOTHING: Shown = ("", {})
 def captions_tab(place: Workplace, folder: gr.Dropdown) -> None:
     """Build the tab."""
     shown = gr.State(NOTHING)
-    with gr.Row(equal_height=False):
+    with gr.Row(equal_height=False, elem_id="captions"):
         with gr.Column(scale=5, min_width=420):
             with gr.Row():
                 words = gr.Textbox("", label="Search clips and captions", scale=3, min_width=160)
@@ -100,12 +103,15 @@ def captions_tab(place: Workplace, folder: gr.Dropdown) -> None:
 
     outputs = [shown, table, count, page, heard]
     both = [*looking, shown, table]
-    for event in (folder.change, words.submit, bare.input, page.submit):
-        event(turned, both, outputs, show_progress="hidden")
-    again.click(told(look), looking, outputs, show_progress="hidden")
-    save.click(saved, both, [*outputs, said], show_progress="hidden")
-    undo.click(undone, both, [*outputs, said], show_progress="hidden")
-    table.select(listened, shown, heard, show_progress="hidden")
+    held: dict[str, Any] = {"js": HOLD, "show_progress": "hidden"}
+    asked = [event(turned, both, outputs, **held) for event in (folder.change, words.submit, bare.input, page.submit)]
+    asked.append(again.click(told(look), looking, outputs, **held))
+    asked += [button.click(act, both, [*outputs, said], **held) for button, act in ((save, saved), (undo, undone))]
+    for answer in asked:
+        answer.success(None, None, None, js=FREE)
+        answer.failure(None, None, None, js=FREE)
+    # One after another and none left out: the clip that is shown in the end is the one that was chosen last.
+    table.select(listened, shown, heard, show_progress="hidden", trigger_mode="multiple", concurrency_limit=1)
 
 
 def shown_folder(place: Workplace, shown: Shown) -> Path:

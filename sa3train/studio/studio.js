@@ -79,10 +79,19 @@ window.sa3 = (() => {
     draw();
   };
 
-  /* Gradio's table names a picture without saying that it is one. */
+  /* Gradio's table names a picture without saying that it is one. And it lets the keyboard into a cell that was opened
+     only a frame later: what is typed before that would be lost, so the cell's field gets the focus, and keeps it. */
+  const opened = new WeakSet();
   const mend = () => {
     for (const mark of document.querySelectorAll('.wrapper[aria-label]:not([role])')) mark.setAttribute('role', 'img');
+    for (const field of document.querySelectorAll('.virtual-body textarea')) {
+      if (!opened.has(field)) { opened.add(field); field.focus(); }
+    }
   };
+  document.addEventListener('focusin', event => {
+    const field = event.target.closest('.virtual-body [role=gridcell]')?.querySelector('textarea');
+    if (field && field !== event.target) field.focus();
+  });
   new MutationObserver(mend).observe(document.documentElement, {childList: true, subtree: true});
   return {make, list};
 })();
