@@ -41,8 +41,9 @@ def data_page(place: Workplace) -> None:
         choices = audio_folders(place)
         if choices == before:
             return gr.skip(), gr.skip()
-        first = choices[0][1] if choices and not chosen else chosen
-        return gr.update(choices=choices, value=first), choices
+        # A choice is not said again: by now there may be another.
+        first = {} if chosen or not choices else {"value": choices[0][1]}
+        return gr.update(choices=choices, **first), choices
 
     tick.tick(refreshed, [known, folder], [folder, known], show_progress="hidden")
 

@@ -67,9 +67,14 @@ class Run:
         return (self.total - self.step) / self.speed
 
 
-def find_runs(place: Workplace) -> list[Run]:
-    """Every run under the roots: those at work first, then the newest."""
-    runs = [run for run in map(read, survey(place).runs) if run is not None]
+def find_runs(place: Workplace, known: Path | None = None) -> list[Run]:
+    """Every run under the roots: those at work first, then the newest. `known` is a run that has just begun, perhaps:
+    a survey may be older than it.
+    """
+    paths = survey(place).runs
+    if known is not None and known not in paths:
+        paths = [*paths, known]
+    runs = [run for run in map(read, paths) if run is not None]
     return sorted(runs, key=lambda run: (run.alive, run.begun), reverse=True)
 
 

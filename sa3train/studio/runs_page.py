@@ -67,15 +67,16 @@ def runs_page(place: Workplace) -> None:
 
     @told
     def refreshed(path: str | None, before: dict[str, Any]) -> Values:
-        found = runs.find_runs(place)
-        labels = [(runs_view.label(place, run), str(run.path)) for run in found]
+        found = runs.find_runs(place, Path(path) if path else None)
+        labels, given = [(runs_view.label(place, run), str(run.path)) for run in found], path
         path = path if path in [value for _, value in labels] else (labels[0][1] if labels else None)
         run = next((run for run in found if str(run.path) == path), None)
         after, changed = parts_of(place, run, before)
         values: Values = {boxes[name]: html for name, html in changed.items()}
         after["list"], after["path"] = labels, path
         if after["list"] != before.get("list") or path != before.get("path"):
-            values[chosen] = gr.update(choices=labels, value=path)
+            # A choice is not said again: by now there may be another.
+            values[chosen] = gr.update(choices=labels, **({} if path == given else {"value": path}))
             values[none] = gr.update(visible=not labels)
             values[other] = gr.update(choices=[(place.shown(run.path), str(run.path)) for run in found])
         state = run.state if run else None

@@ -8,11 +8,10 @@ from typing import Any
 import gradio as gr
 
 from sa3train.errors import SA3Error
-from sa3train.studio import outlook, plan, runs
+from sa3train.studio import outlook, plan, runs, runs_view
 from sa3train.studio.listing import adapters, model_name, models
 from sa3train.studio.messages import command_box, empty, notice, told
 from sa3train.studio.plan import Choice
-from sa3train.studio.runs_view import plan_table
 from sa3train.studio.survey import survey
 from sa3train.studio.workplace import StudioError, Workplace
 
@@ -90,7 +89,9 @@ def start_form(place: Workplace, chosen: gr.Radio, tick: gr.Timer) -> None:
         values = [value for _, value in choices]
         if values == before:
             return gr.skip(), gr.skip()
-        return gr.update(choices=choices, value=now or (values[0] if values else None)), values
+        # A choice is not said again: by now there may be another.
+        first = {} if now or not values else {"value": values[0]}
+        return gr.update(choices=choices, **first), values
 
     tick.tick(refreshed, [known, data], [data, known], show_progress="hidden")
 
@@ -102,9 +103,10 @@ def plan_steps(place: Workplace, *values: Any) -> Iterator[tuple[Any, ...]]:
     yield where, notice("Composing the settings …")
     config, found = plan.compose(choice), plan.summarise(choice.data)
     known = outlook.outlook(config, found)
-    yield where, plan_table(known) + notice(f"Running {plan.TRIAL_STEPS} steps to see what they take …") + command
+    trying = notice(f"Running {plan.TRIAL_STEPS} steps to see what they take …")
+    yield where, runs_view.plan_table(known) + trying + command
     trial = plan.measure(choice)
-    yield where, plan_table([*known, *outlook.expected(config, found, trial)]) + command
+    yield where, runs_view.plan_table([*known, *outlook.expected(config, found, trial)]) + command
 
 
 def start_steps(place: Workplace, *values: Any) -> Iterator[tuple[Any, ...]]:
@@ -116,7 +118,8 @@ def start_steps(place: Workplace, *values: Any) -> Iterator[tuple[Any, ...]]:
     plan.summarise(choice.data)
     runs.begin(choice.run_dir, choice.command())
     said = notice(f"{where} is started. It goes on when this page is closed.")
-    listed = gr.update(value=str(choice.run_dir), choices=[(where, str(choice.run_dir))])
+    found = [(runs_view.label(place, run), str(run.path)) for run in runs.find_runs(place, choice.run_dir)]
+    listed = gr.update(value=str(choice.run_dir), choices=found)
     yield where, said + command_box(place.command(choice.command())), listed
 
 

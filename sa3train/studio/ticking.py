@@ -18,5 +18,6 @@ def ticking(seconds: float) -> gr.Timer:
     def looked_at(chosen: gr.SelectData) -> gr.Timer:
         return gr.Timer(active=chosen.value == name)
 
-    tabs.select(looked_at, None, timer, show_progress="hidden", queue=False)
+    # One after another and none left out, however fast tabs are changed: the last one decides.
+    tabs.select(looked_at, None, timer, show_progress="hidden", trigger_mode="multiple", concurrency_limit=1)
     return timer
