@@ -120,7 +120,7 @@ def _source() -> dict[str, Any]:
         )
         exact = gr.Checkbox(label="Kept parts exactly from their own latents", visible=False, elem_id="play-exact")
         regions = gr.HTML(
-            {},
+            {"edited": 0},
             html_template='<div class="regions-box nothing"></div>',
             js_on_load=REGIONS_JS.replace("element", "element.querySelector('.regions-box')", 1),
             visible=False,

@@ -18,6 +18,8 @@ from sa3train.studio.work import Job, Worker
 from sa3train.studio.workplace import StudioError, Workplace
 
 TICK = 0.4
+IDLE = 5.0
+"""Seconds between looks while nothing is at work: a look that is answered late must not end the looking."""
 PER_PAGE = 12
 STATUS_JS = (
     "element.addEventListener('click', event => { const button = event.target.closest('[data-cancel]'); "
@@ -169,7 +171,8 @@ def _form_events(place: Workplace, form: Form) -> None:
         code = MODES[mode]
         same = bool(source and drawn) and (drawn or {}).get("url") == place.url(source or "")
         regions = (drawn or {}).get("regions", []) if same and not (drawn or {}).get("fixed") else []
-        return drawing(place, source, code, duration, regions)
+        # `edited` lets the page tell an answer to what is drawn from one to what was drawn before.
+        return drawing(place, source, code, duration, regions) | {"edited": (drawn or {}).get("edited", 0)}
 
     def on_load() -> tuple[Any, ...]:
         return gr.update(choices=listing.models(place)), gr.update(choices=listing.audio(place))
@@ -179,9 +182,10 @@ def _form_events(place: Workplace, form: Form) -> None:
     gr.on(None, told(on_load), None, [form.model, form.source], **quick)
     drawn = [form.source, form.mode, form.duration, form.regions]
     boxes = [form.source_box, form.level, form.exact, form.regions]
-    form.mode.change(on_mode, form.mode, boxes, **quick).then(told(on_source), drawn, form.regions, **quick)
-    form.source.change(told(on_source), drawn, form.regions, **quick)
-    form.duration.change(told(on_source), drawn, form.regions, **quick)
+    in_order = quick | {"concurrency_limit": 1, "concurrency_id": "play-drawing"}
+    moded = form.mode.change(on_mode, form.mode, boxes, **quick)
+    for event in (moded.then, form.source.change, form.duration.change):
+        event(told(on_source), drawn, form.regions, **in_order)
     form.upload.upload(lambda path: path, form.upload, form.source, **quick)
 
 
@@ -193,7 +197,7 @@ def _result_events(studio: Studio, form: Form, results: Results) -> None:
     def on_tick(shown: int, seen: str) -> tuple[Any, ...]:
         status, state = studio.glance(shown)
         items = gr.skip() if state == seen else studio.items(shown)
-        return status, items, state, gr.skip() if studio.worker.pending else gr.Timer(active=False)
+        return status, items, state, gr.skip() if studio.worker.pending else gr.Timer(IDLE)
 
     def on_cancel(shown: int, event: gr.EventData) -> tuple[Any, ...]:
         studio.worker.cancel(int(event.number))
@@ -225,7 +229,7 @@ def _mode(action: str) -> Mode:
 
 def _fresh(studio: Studio, shown: int) -> tuple[Any, ...]:
     status, state = studio.glance(shown)
-    return status, studio.items(shown), state, gr.Timer(active=True)
+    return status, studio.items(shown), state, gr.Timer(TICK)
 
 
 def _queued(studio: Studio, job: Job) -> None:

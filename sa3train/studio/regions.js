@@ -1,5 +1,6 @@
 /* The waveform of the source and the regions to generate anew: drag on it, or use the table; both show the same.
-   props.value: {peaks, seconds, duration, regions: [[start, end]], url, fixed}. `fixed`: shown, not changed. */
+   props.value: {peaks, seconds, duration, regions: [[start, end]], url, fixed, edited}. `fixed`: shown, not changed;
+   `edited` counts changes made here, and comes back in the answer to a question. */
 sa3.regions = (element, props, watch) => {
   const {make} = sa3;
   const canvas = make('canvas', {role: 'img', height: 96});
@@ -23,9 +24,16 @@ sa3.regions = (element, props, watch) => {
   const last = () => Math.max(0, ...regions().map(region => region[1]));
   const round = seconds => Math.round(seconds * 100) / 100;
   const within = seconds => Math.min(span(), Math.max(0, seconds));
-  let drag = null;
+  let drag = null, edits = value().edited || 0, drawn = value();
 
-  const change = next => { props.value = {...value(), regions: next}; draw(); };
+  const change = next => { edits += 1; props.value = {...value(), regions: next, edited: edits}; draw(); };
+  /* An answer to what was drawn earlier brings everything but the regions: they have been changed since. */
+  const arrived = () => {
+    const came = value(), late = came.edited < edits && came.url === drawn.url && !came.fixed && !drawn.fixed;
+    if (late) props.value = {...came, regions: drawn.regions, edited: edits};
+    else if (came.edited !== edits) { edits += 1; props.value = {...came, edited: edits}; }
+    draw();
+  };
 
   const paint = () => {
     const width = canvas.clientWidth || 480, height = 96, scale = window.devicePixelRatio || 1;
@@ -65,6 +73,7 @@ sa3.regions = (element, props, watch) => {
     }});
 
   const draw = () => {
+    drawn = value();
     const {seconds = 0, url = '', fixed = false} = value();
     element.classList.toggle('nothing', !seconds);
     canvas.setAttribute('aria-label', seconds ? `waveform, ${round(seconds)} seconds, ${regions().length} regions` : 'no audio yet');
@@ -115,6 +124,6 @@ sa3.regions = (element, props, watch) => {
       : [...regions(), region].sort((one, other) => one[0] - other[0]));
   });
   new ResizeObserver(paint).observe(canvas);
-  watch('value', draw);
+  watch('value', arrived);
   draw();
 };
