@@ -2,12 +2,13 @@
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from playwright.sync_api import Browser, Page, sync_playwright
+from axe_playwright_python.sync_playwright import Axe
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from sa3train.adapters.adapter import Adapter, architecture_of
 from sa3train.adapters.formats import save_adapter
@@ -18,6 +19,11 @@ from sa3train.studio.app import running
 from sa3train.studio.workplace import Workplace
 from sa3train.testing import tone, write_clip
 
+LONG = 300_000
+"""Milliseconds to wait for anything: a quiet machine needs a few seconds, a crowded one much more."""
+AT_REST = """() => document.getAnimations().every(
+    one => one.playState !== 'running' || one.effect.getComputedTiming().endTime === Infinity)"""
+"""While something fades in, its colours are not yet those that it is shown in."""
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -55,7 +61,10 @@ def browser() -> Iterator[Browser]:
     if CHROMIUM is None:
         pytest.fail("the studio's tests need chromium: bash launch/setup.sh --dev installs it")
     with sync_playwright() as playwright:
-        found = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        expect.set_options(timeout=LONG)
+        found = playwright.chromium.launch(
+            executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"], timeout=LONG
+        )
         yield found
         found.close()
 
@@ -64,6 +73,7 @@ def browser() -> Iterator[Browser]:
 def page(browser: Browser, address: str) -> Iterator[Page]:
     """A fresh page of the studio. Fails when it asks any other host, or a script of it breaks."""
     context = browser.new_context(viewport={"width": 1400, "height": 1000}, reduced_motion="reduce")
+    context.set_default_timeout(LONG)
     found = context.new_page()
     strangers: list[str] = []
     broken: list[str] = []
@@ -72,10 +82,45 @@ def page(browser: Browser, address: str) -> Iterator[Page]:
     found.goto(address)
     found.wait_for_selector("#play-generate")
     found.wait_for_selector("#play-results .item")
+    while found.locator("[data-cancel]").count():  # what a failed test has left behind
+        job = found.locator(".job").first
+        number = job.locator("[data-cancel]").get_attribute("data-cancel")
+        job.locator("[data-cancel]").click()
+        expect(found.locator(f"[data-cancel='{number}']")).to_have_count(0)
     yield found
     context.close()
     assert strangers == []
     assert broken == []
+
+
+@pytest.fixture
+def refused() -> Callable[[Page, str], None]:
+    """Waits for a message on the page, and closes it."""
+
+    def wait(page: Page, told: str) -> None:
+        toasts = page.locator(".toast-body")
+        expect(toasts.filter(has_text=told).first).to_be_visible()
+        # By script and all at once: a click would wait in vain for one that has gone by itself meanwhile.
+        page.evaluate("for (const button of document.querySelectorAll('.toast-close')) button.click()")
+        expect(toasts).to_have_count(0)
+
+    return wait
+
+
+@pytest.fixture
+def grave() -> Callable[[Page], list[str]]:
+    """Finds what axe-core calls serious or critical on a page at rest."""
+
+    def find(page: Page) -> list[str]:
+        page.wait_for_function(AT_REST)
+        found = Axe().run(page).response["violations"]
+        return [
+            f"{rule['id']} ({rule['impact']}): " + "; ".join(node["html"][:200] for node in rule["nodes"][:4])
+            for rule in found
+            if rule["impact"] in ("serious", "critical")
+        ]
+
+    return find
 
 
 @pytest.fixture

@@ -7,13 +7,14 @@ from playwright.sync_api import Page, expect
 from sa3train.adapters.formats import load_adapter
 from sa3train.studio.workplace import Workplace
 
-LONG = 40_000
-
 
 def choose(page: Page, box: str, value: str) -> None:
-    page.fill(f"#{box} input", value)
-    page.locator(f"#{box} input").press("Enter")
-    page.locator(f"#{box} input").blur()
+    field = page.locator(f"#{box} input")
+    field.click()
+    page.get_by_role("option", name=value).first.wait_for()  # the list comes when the page is there
+    field.fill(value)
+    field.press("Enter")
+    field.blur()
 
 
 def test_an_adapter_is_inspected_and_converted(page: Page, place: Workplace, artefacts: Path) -> None:
@@ -22,7 +23,7 @@ def test_an_adapter_is_inspected_and_converted(page: Page, place: Workplace, art
     expect(result.locator(".empty")).to_be_visible()
     choose(page, "inspect-adapter", "adapters/one.safetensors")
     page.click("#inspect-run")
-    expect(result.locator("h3")).to_have_text("adapters/one.safetensors", timeout=LONG)
+    expect(result.locator("h3")).to_have_text("adapters/one.safetensors")
     page.screenshot(path=artefacts / "adapters-inspect.png", full_page=True)
 
     page.locator("#adapter-tools").get_by_role("tab", name="Convert").click()
@@ -30,16 +31,16 @@ def test_an_adapter_is_inspected_and_converted(page: Page, place: Workplace, art
     page.get_by_label("ComfyUI (.safetensors)").check()
     page.get_by_label("Write to").locator("visible=true").fill("out/one_comfy.safetensors")
     page.click("#convert-run")
-    expect(result.locator("h3")).to_have_text("Written: out/one_comfy.safetensors", timeout=LONG)
+    expect(result.locator("h3")).to_have_text("Written: out/one_comfy.safetensors")
     assert load_adapter(place.roots[0] / "out" / "one_comfy.safetensors").tensors
     page.screenshot(path=artefacts / "adapters-convert.png", full_page=True)
 
     page.click("#convert-run")
     toast = page.locator(".toast-body")
-    expect(toast.filter(has_text="tick Overwrite")).to_be_visible(timeout=LONG)
+    expect(toast.filter(has_text="tick Overwrite")).to_be_visible()
     page.get_by_label("Write to").locator("visible=true").fill("../one.safetensors")
     page.click("#convert-run")
-    expect(toast.filter(has_text="outside the folders")).to_be_visible(timeout=LONG)
+    expect(toast.filter(has_text="outside the folders")).to_be_visible()
     assert not (place.roots[0].parent / "one.safetensors").exists()
 
 
@@ -51,7 +52,7 @@ def test_the_list_knows_what_was_written(page: Page, place: Workplace) -> None:
     page.fill("#resize-rank textarea, #resize-rank input", "1")
     page.click("#resize-run")
     result = page.locator("#adapters-result")
-    expect(result).to_contain_text("of the change over all layers", timeout=LONG)
+    expect(result).to_contain_text("of the change over all layers")
     page.locator("#adapter-tools").get_by_role("tab", name="Merge").click()
     page.locator("#merge-paths input").click()
-    expect(page.get_by_role("option", name="out/two_r1.safetensors")).to_be_visible(timeout=LONG)
+    expect(page.get_by_role("option", name="out/two_r1.safetensors")).to_be_visible()

@@ -3,31 +3,42 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Locator, Page, expect
 
+from sa3train.studio import captions_table
 from sa3train.studio.app import running
 from sa3train.studio.workplace import Workplace
 from sa3train.testing import noise, tone, write_clip
 
-LONG = 150_000
+LONG = 300_000
+LATE_FRAMES = """() => {
+    const frame = window.requestAnimationFrame;
+    window.requestAnimationFrame = called => frame(time => setTimeout(called, 500, time));
+}"""
+Refused = Callable[[Page, str], None]
+Grave = Callable[[Page], list[str]]
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of 4 short clips, one of them without caption."""
-    folder = tmp_path_factory.mktemp("data-root")
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A folder of 4 short clips, one of them without caption, and one of a link that leads out of the studio."""
+    folder = tmp_path / "root"
     for number in range(3):
         write_clip(folder / "audio" / f"{number}.wav", noise(1.0 + number / 10, seed=number), f"noise, number {number}")
     write_clip(folder / "audio" / "bare.wav", tone(1.0))
+    write_clip(tmp_path / "secret.wav", tone(0.2))
+    (folder / "linked").mkdir()
+    (folder / "linked" / "a.wav").symlink_to(tmp_path / "secret.wav")
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def own_address(root: Path) -> Iterator[str]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     with running(Workplace.at([root], device="cpu")) as found:
@@ -39,7 +50,6 @@ def page(browser: Browser, own_address: str) -> Iterator[Page]:
     """The Data page with the folder chosen."""
     context = browser.new_context(viewport={"width": 1400, "height": 1000}, reduced_motion="reduce")
     context.set_default_timeout(LONG)
-    expect.set_options(timeout=LONG)
     found = context.new_page()
     found.goto(own_address)
     found.get_by_role("tab", name="Data", exact=True).click()
@@ -52,13 +62,22 @@ def cell(page: Page, text: str) -> Locator:
     return page.locator("#captions-table").get_by_role("gridcell").filter(has_text=text).first
 
 
+def caption_cell(page: Page, clip: str) -> Locator:
+    row = page.locator("#captions-table").get_by_role("row").filter(has_text=re.compile(rf"^\s*{re.escape(clip)}"))
+    return row.get_by_role("gridcell").nth(1)
+
+
 def write(page: Page, clip: str, caption: str) -> None:
     """Type a caption into the table."""
-    row = page.locator("#captions-table").get_by_role("row").filter(has_text=re.compile(rf"^\s*{re.escape(clip)}"))
-    row.get_by_role("gridcell").nth(1).dblclick()
+    caption_cell(page, clip).dblclick()
+    field = page.locator("#captions-table textarea")
+    expect(field).to_be_focused()
     page.keyboard.press("Control+A")
     page.keyboard.type(caption)
+    expect(field).to_have_value(caption)
     page.keyboard.press("Enter")
+    expect(field).to_have_count(0)
+    expect(caption_cell(page, clip)).to_contain_text(caption)
 
 
 def open_tab(page: Page, name: str) -> None:
@@ -66,25 +85,16 @@ def open_tab(page: Page, name: str) -> None:
 
 
 def choose(page: Page, folder: str) -> None:
+    expect(page.locator("#data-folder:not([inert])")).to_be_visible()
     box = page.locator("#data-folder input")
     box.fill(folder)
     box.press("Enter")
     box.blur()
 
 
-def refused(page: Page, told: str) -> None:
-    toast = page.locator(".toast-body").filter(has_text=told)
-    expect(toast.first).to_be_visible(timeout=LONG)
-    for button in page.locator(".toast-close").all():
-        button.click()
-
-
-def grave(page: Page) -> list[str]:
-    found = Axe().run(page).response["violations"]
-    return [f"{v['id']}: {v['nodes'][0]['html']}" for v in found if v["impact"] in ("serious", "critical")]
-
-
-def test_captions_are_edited_saved_and_undone(page: Page, root: Path, artefacts: Path) -> None:
+def test_captions_are_edited_saved_and_undone(
+    page: Page, root: Path, artefacts: Path, refused: Refused, grave: Grave
+) -> None:
     write(page, "bare.wav", "a plain tone")
     write(page, "0.wav", "noise, the first")
     only = page.get_by_label("Only without caption")
@@ -98,6 +108,7 @@ def test_captions_are_edited_saved_and_undone(page: Page, root: Path, artefacts:
     expect(page.locator("#captions-count")).to_contain_text("0 clips")
     only.uncheck()
     cell(page, "bare.wav").click()
+    expect(page.locator("#captions-heard b")).to_have_text("bare.wav")
     expect(page.locator("#captions-heard audio")).to_be_visible()
     assert grave(page) == []
     page.screenshot(path=artefacts / "data-captions.png", full_page=True)
@@ -107,19 +118,57 @@ def test_captions_are_edited_saved_and_undone(page: Page, root: Path, artefacts:
     assert (root / "audio" / "0.txt").read_text() == "noise, number 0"
 
 
-def test_an_audit_says_what_is_wrong(page: Page, artefacts: Path) -> None:
+def test_a_caption_is_kept_however_slow_the_answer(
+    page: Page, root: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No letter waits for a frame; Save ends the typing by itself; while it is answered nothing can be typed that the
+    answer would undo.
+    """
+    asked, answer, save = threading.Event(), threading.Event(), captions_table.save
+
+    def slow(*arguments: Any) -> Any:
+        asked.set()
+        assert answer.wait(LONG / 1000)
+        return save(*arguments)
+
+    monkeypatch.setattr(captions_table, "save", slow)
+    page.evaluate(LATE_FRAMES)
+    caption_cell(page, "bare.wav").dblclick()
+    page.keyboard.type("still in the field")
+    page.locator("#captions-save").click()
+    assert asked.wait(LONG / 1000)
+    cell(page, "0.wav").dblclick(force=True)
+    page.keyboard.type("too early")
+    expect(page.locator("#captions-table textarea")).to_have_count(0)
+    answer.set()
+    expect(page.locator("#captions-said")).to_contain_text("bare.txt")
+    assert (root / "audio" / "bare.txt").read_text() == "still in the field\n"
+    monkeypatch.undo()
+    write(page, "0.wav", "after the answer")
+    page.locator("#captions-undo").click()  # refused: what was held is given back after an error too
+    refused(page, "captions are not saved yet")
+    write(page, "1.wav", "after the error")
+    page.locator("#captions-save").click()
+    expect(page.locator("#captions-said")).to_contain_text("1.txt")
+    said = [(root / "audio" / f"{name}.txt").read_text() for name in (0, 1)]
+    assert said == ["after the answer\n", "after the error\n"]
+
+
+def test_an_audit_says_what_is_wrong(page: Page, artefacts: Path, grave: Grave) -> None:
     open_tab(page, "Audit")
     page.locator("#audit-start").click()
     expect(page.locator("#audit-result")).to_contain_text("write one to a .txt of the same name")
     expect(page.locator("#audit-said")).to_contain_text("done")
     expect(page.locator("#audit-said .command")).to_contain_text("sa3-data audit")
-    assert page.locator("#audit-result audio").count() == 4
-    assert page.locator("#audit-result svg").count() == 4
+    expect(page.locator("#audit-result audio")).to_have_count(4)
+    expect(page.locator("#audit-result svg")).to_have_count(4)
     assert grave(page) == []
     page.screenshot(path=artefacts / "data-audit.png", full_page=True)
 
 
-def test_a_folder_is_encoded_and_its_prompts_are_seen(page: Page, root: Path, artefacts: Path) -> None:
+def test_a_folder_is_encoded_and_its_prompts_are_seen(
+    page: Page, root: Path, artefacts: Path, refused: Refused, grave: Grave
+) -> None:
     open_tab(page, "Encode")
     page.get_by_label("Folder for the latents").fill("latents/mine")
     page.get_by_label("optional", exact=True).last.check()
@@ -141,14 +190,11 @@ def test_a_folder_is_encoded_and_its_prompts_are_seen(page: Page, root: Path, ar
     page.screenshot(path=artefacts / "data-prompts.png", full_page=True)
 
 
-def test_folders_outside_and_links_out_are_refused(page: Page, root: Path, tmp_path: Path) -> None:
+def test_folders_outside_and_links_out_are_refused(page: Page, root: Path, refused: Refused) -> None:
     choose(page, "/etc")
     refused(page, "outside the folders of this studio")
     choose(page, "audio/../..")
     refused(page, "outside the folders of this studio")
-    write_clip(tmp_path / "secret.wav", tone(0.2))
-    (root / "linked").mkdir()
-    (root / "linked" / "a.wav").symlink_to(tmp_path / "secret.wav")
     choose(page, str(root / "linked"))
     refused(page, "reaches out of the studio")
     open_tab(page, "Audit")

@@ -2,6 +2,8 @@
 
 import json
 import re
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -10,13 +12,25 @@ from playwright.sync_api import Page, expect
 
 from sa3train.studio.app import running
 from sa3train.studio.opening import Opening
+from sa3train.studio.work import Job
 from sa3train.studio.workplace import Workplace
 
-LONG = 40_000
+Refused = Callable[[Page, str], None]
 
 
-def cards(page: Page) -> int:
-    return page.locator("#play-results article.card").count()
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Until it is set, generations stand still at their next step; they can be cancelled there."""
+    opened, tell = threading.Event(), Job.tell
+
+    def waits(job: Job, message: str, share: float) -> None:
+        tell(job, message, share)
+        while message.startswith("step") and not opened.wait(0.05):
+            tell(job, message, share)
+
+    monkeypatch.setattr(Job, "tell", waits)
+    yield opened
+    opened.set()
 
 
 def ask(page: Page, prompt: str, duration: str = "1", steps: str = "2") -> None:
@@ -35,9 +49,12 @@ def add_adapters(page: Page) -> None:
 
 
 def choose_source(page: Page, path: str) -> None:
-    page.fill("#play-source input", path)
-    page.locator("#play-source input").press("Enter")
-    page.locator("#play-source input").blur()
+    field = page.locator("#play-source input")
+    field.click()
+    page.get_by_role("option", name="audio/tone.wav").first.wait_for()  # the list comes when the page is there
+    field.fill(path)
+    field.press("Enter")
+    field.blur()
 
 
 def newest(place: Workplace) -> dict[str, object]:
@@ -49,15 +66,8 @@ def made(page: Page, place: Workplace, prompt: str) -> dict[str, object]:
     """Generate and wait for the card; the sidecar of what was made."""
     page.click("#play-generate")
     first = page.locator("#play-results article.card").first
-    expect(first.locator("h3")).to_have_text(prompt, timeout=LONG)
+    expect(first.locator("h3")).to_have_text(prompt)
     return newest(place)
-
-
-def refused(page: Page, told: str) -> None:
-    toast = page.locator(".toast-body").filter(has_text=told)
-    expect(toast.first).to_be_visible(timeout=LONG)
-    for button in page.locator(".toast-close").all():
-        button.click()
 
 
 def test_three_modes_with_two_adapters(page: Page, place: Workplace, artefacts: Path) -> None:
@@ -76,7 +86,8 @@ def test_three_modes_with_two_adapters(page: Page, place: Workplace, artefacts: 
     page.get_by_label("Inpaint", exact=True).check()
     ask(page, "filled in", duration="2")
     canvas = page.locator("#play-regions canvas")
-    expect(canvas).to_have_attribute("aria-label", "waveform, 2 seconds, 0 regions", timeout=LONG)
+    expect(canvas).to_have_attribute("aria-label", "waveform, 2 seconds, 0 regions")
+    expect(page.get_by_role("button", name="Add region")).to_be_visible()  # until the mode is known, none can be drawn
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     assert box is not None
@@ -95,7 +106,7 @@ def test_three_modes_with_two_adapters(page: Page, place: Workplace, artefacts: 
     page.screenshot(path=artefacts / "play-inpaint.png", full_page=True)
     page.get_by_role("button", name="remove region 2").click()
     page.locator("#play-results article.card").first.get_by_role("button", name="Again").click()
-    expect(page.get_by_label("region 2, end in seconds")).to_have_value("1.9", timeout=LONG)
+    expect(page.get_by_label("region 2, end in seconds")).to_have_value("1.9")
 
 
 def test_a_grid_and_what_one_does_with_a_result(page: Page, place: Workplace, artefacts: Path) -> None:
@@ -106,7 +117,7 @@ def test_a_grid_and_what_one_does_with_a_result(page: Page, place: Workplace, ar
     page.get_by_label("Base and post-trained model side by side").check()
     page.click("#play-compare")
     first = page.locator("#play-results article.card").first
-    expect(first.locator(".take")).to_have_count(4, timeout=LONG)
+    expect(first.locator(".take")).to_have_count(4)
     assert first.locator("h3").text_content() == "a grid"
     names = first.locator(".take b").all_text_contents()
     assert names == ["nano, no adapter", "nano, strength ×1", "nano-base, no adapter", "nano-base, strength ×1"]
@@ -115,35 +126,38 @@ def test_a_grid_and_what_one_does_with_a_result(page: Page, place: Workplace, ar
     page.screenshot(path=artefacts / "play-grid.png", full_page=True)
 
     first.locator(".take").nth(1).get_by_role("button", name="Again").click()
-    expect(page.locator("#play-rack fieldset")).to_have_count(2, timeout=LONG)
+    expect(page.locator("#play-rack fieldset")).to_have_count(2)
     expect(page.locator("#play-steps textarea, #play-steps input")).to_have_value("2")
     first.locator(".take").nth(0).get_by_role("button", name="Continue").click()
-    expect(page.locator("#play-duration input")).to_have_value("1.5", timeout=LONG)
+    expect(page.locator("#play-duration input")).to_have_value("1.5")
     expect(page.locator("#play-regions canvas")).to_be_visible()
     ask(page, "continued", duration="1.5")
     record = made(page, place, "continued")
     assert record["settings"]["inpaint_mask_start_seconds"] == [1.0]  # type: ignore[index]
 
 
-def test_two_at_once_queue_cancel_is_immediate_and_a_reload_loses_nothing(page: Page, place: Workplace) -> None:
+def test_two_at_once_queue_cancel_is_immediate_and_a_reload_loses_nothing(
+    page: Page, place: Workplace, gate: threading.Event
+) -> None:
     before = len(list(place.history.glob("*.json")))
-    ask(page, "slow one", duration="20", steps="400")
+    ask(page, "slow one")
     page.click("#play-generate")
-    expect(page.locator(".job[data-state=running]")).to_contain_text("step", timeout=LONG)
-    ask(page, "kept", duration="1", steps="60")
+    expect(page.locator(".job[data-state=running]")).to_contain_text("step")
+    ask(page, "kept")
     page.click("#play-generate")
-    expect(page.locator(".job[data-state=waiting]")).to_contain_text("1 before it", timeout=LONG)
+    expect(page.locator(".job[data-state=waiting]")).to_contain_text("1 before it")
     page.get_by_role("button", name="Cancel slow one").click()
-    expect(page.locator(".job").filter(has_text="slow one")).to_have_count(0, timeout=2_000)
-    expect(page.locator(".job[data-state=running]")).to_contain_text("kept", timeout=LONG)
+    expect(page.locator(".job").filter(has_text="slow one")).to_have_count(0)
+    expect(page.locator(".job[data-state=running]")).to_contain_text("kept")
     page.reload()
-    page.wait_for_selector("#play-results .item")
+    expect(page.locator(".job[data-state=running]")).to_contain_text("kept")
+    gate.set()
     first = page.locator("#play-results article.card").first
-    expect(first.locator("h3")).to_have_text("kept", timeout=LONG)
+    expect(first.locator("h3")).to_have_text("kept")
     assert len(list(place.history.glob("*.json"))) == before + 1
 
 
-def test_bad_uses_are_told(page: Page, place: Workplace, tmp_path: Path) -> None:
+def test_bad_uses_are_told(page: Page, place: Workplace, tmp_path: Path, refused: Refused) -> None:
     before = len(list(place.history.glob("*")))
     page.click("#play-generate")
     refused(page, "write a prompt")
@@ -173,11 +187,11 @@ def test_bad_uses_are_told(page: Page, place: Workplace, tmp_path: Path) -> None
 def test_uploads_are_kept_inside_the_studio(page: Page, place: Workplace) -> None:
     page.locator("#play-rack input[type=file]").set_input_files(place.roots[0] / "adapters" / "two.safetensors")
     uploaded = page.locator("#play-rack fieldset").first.get_by_label("File")
-    expect(uploaded).to_have_value(re.compile("two.safetensors$"), timeout=LONG)
+    expect(uploaded).to_have_value(re.compile("two.safetensors$"))
     assert Path(uploaded.input_value()).is_relative_to(place.uploads)
     page.get_by_label("Audio to audio", exact=True).check()
     page.locator(".play-source-box input[type=file]").set_input_files(place.roots[0] / "audio" / "tone.wav")
-    expect(page.locator("#play-regions canvas")).to_have_attribute("aria-label", re.compile("2 seconds"), timeout=LONG)
+    expect(page.locator("#play-regions canvas")).to_have_attribute("aria-label", re.compile("2 seconds"))
     ask(page, "from uploads")
     record = made(page, place, "from uploads")
     assert Path(record["inputs"]["init_audio"]["path"]).is_relative_to(place.uploads)  # type: ignore[index]
