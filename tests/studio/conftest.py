@@ -19,7 +19,7 @@ from sa3train.studio.app import running
 from sa3train.studio.workplace import Workplace
 from sa3train.testing import tone, write_clip
 
-LONG = 300_000
+LONG = 600_000
 """Milliseconds to wait for anything: a quiet machine needs a few seconds, a crowded one much more."""
 AT_REST = """() => document.getAnimations().every(
     one => one.playState !== 'running' || one.effect.getComputedTiming().endTime === Infinity)"""

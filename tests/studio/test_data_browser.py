@@ -16,7 +16,7 @@ from sa3train.studio.app import running
 from sa3train.studio.workplace import Workplace
 from sa3train.testing import noise, tone, write_clip
 
-LONG = 300_000
+LONG = 600_000
 LATE_FRAMES = """() => {
     const frame = window.requestAnimationFrame;
     window.requestAnimationFrame = called => frame(time => setTimeout(called, 500, time));

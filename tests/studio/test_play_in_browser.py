@@ -5,11 +5,13 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
+from sa3train.studio import play_page
 from sa3train.studio.app import running
 from sa3train.studio.opening import Opening
 from sa3train.studio.work import Job
@@ -107,6 +109,32 @@ def test_three_modes_with_two_adapters(page: Page, place: Workplace, artefacts: 
     page.get_by_role("button", name="remove region 2").click()
     page.locator("#play-results article.card").first.get_by_role("button", name="Again").click()
     expect(page.get_by_label("region 2, end in seconds")).to_have_value("1.9")
+
+
+def test_a_late_answer_leaves_drawn_regions_alone(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    page.get_by_label("Inpaint", exact=True).check()
+    choose_source(page, "audio/tone.wav")
+    add, canvas = page.get_by_role("button", name="Add region"), page.locator("#play-regions canvas")
+    expect(add).to_be_visible()
+    asked, answer, drawing = threading.Event(), threading.Event(), play_page.drawing
+
+    def slow(*arguments: Any) -> Any:
+        asked.set()
+        assert answer.wait(600)
+        return drawing(*arguments)
+
+    monkeypatch.setattr(play_page, "drawing", slow)
+    page.fill("#play-duration input", "30")
+    assert asked.wait(600)
+    add.click()
+    field, before = page.get_by_label("region 1, end in seconds"), canvas.evaluate("one => one.toDataURL()")
+    drawn = field.input_value()
+    answer.set()
+    page.wait_for_function(
+        "before => document.querySelector('#play-regions canvas').toDataURL() !== before", arg=before
+    )
+    expect(field).to_have_value(drawn)
+    expect(canvas).to_have_attribute("aria-label", "waveform, 2 seconds, 1 regions")
 
 
 def test_a_grid_and_what_one_does_with_a_result(page: Page, place: Workplace, artefacts: Path) -> None:

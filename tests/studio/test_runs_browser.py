@@ -18,7 +18,7 @@ from sa3train.jobs.encode import main as encode_main
 from sa3train.studio import processes
 from sa3train.testing import noise, write_clip
 
-LONG = 300_000
+LONG = 600_000
 """Milliseconds; a quiet machine needs a few seconds, a crowded one much more."""
 Refused = Callable[[Page, str], None]
 Grave = Callable[[Page], list[str]]
