@@ -42,7 +42,7 @@ def data_page(place: Workplace) -> None:
         if choices == before:
             return gr.skip(), gr.skip()
         # A choice is not said again: by now there may be another.
-        first = {} if chosen or not choices else {"value": choices[0][1]}
+        first: dict[str, Any] = {} if chosen or not choices else {"value": choices[0][1]}
         return gr.update(choices=choices, **first), choices
 
     tick.tick(refreshed, [known, folder], [folder, known], show_progress="hidden")

@@ -76,7 +76,8 @@ def runs_page(place: Workplace) -> None:
         after["list"], after["path"] = labels, path
         if after["list"] != before.get("list") or path != before.get("path"):
             # A choice is not said again: by now there may be another.
-            values[chosen] = gr.update(choices=labels, **({} if path == given else {"value": path}))
+            first: dict[str, Any] = {} if path == given else {"value": path}
+            values[chosen] = gr.update(choices=labels, **first)
             values[none] = gr.update(visible=not labels)
             values[other] = gr.update(choices=[(place.shown(run.path), str(run.path)) for run in found])
         state = run.state if run else None

@@ -90,7 +90,7 @@ def start_form(place: Workplace, chosen: gr.Radio, tick: gr.Timer) -> None:
         if values == before:
             return gr.skip(), gr.skip()
         # A choice is not said again: by now there may be another.
-        first = {} if now or not values else {"value": values[0]}
+        first: dict[str, Any] = {} if now or not values else {"value": values[0]}
         return gr.update(choices=choices, **first), values
 
     tick.tick(refreshed, [known, data], [data, known], show_progress="hidden")
