@@ -48,6 +48,10 @@ QUIET = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none"
 """What a resumed run tells Hydra; fresh runs say the same in their primary YAML."""
 
 
+SPINS = "1000"
+"""Turns of a waiting thread's loop: some microseconds, so that the many short products of a small model stay fast."""
+
+
 def run_job(job: Callable[[], int | None]) -> int:
     """Run `job`; print an `SA3Error` as `error:
 
@@ -55,6 +59,7 @@ def run_job(job: Callable[[], int | None]) -> int:
     """
     from sa3train.log import set_up_logging
 
+    yield_cores()
     set_up_logging()
     try:
         return job() or 0
@@ -69,6 +74,17 @@ def run_job(job: Callable[[], int | None]) -> int:
     except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+def yield_cores() -> None:
+    """Let threads that wait for one another go to sleep soon, unless the environment says how they are to wait.
+
+    torch computes with GNU OpenMP, whose threads spin 300 000 times before they sleep. Where another program wants a
+    core, a spinning thread keeps the one it waits for from running. OpenMP reads this once, when torch is imported: so
+    it comes first in every command, and no command imports torch before. What was measured: docs/performance.md.
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
 
 
 def hydra_job(

@@ -1,5 +1,7 @@
 """Commands end with one line and an exit code, and read their configuration the same way everywhere."""
 
+import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -166,3 +168,28 @@ def test_help_loads_nothing_heavy() -> None:
     assert "trainer.max_steps=2000" in done.stdout
     for heavy in ("torch", "lightning", "transformers", "peft", "wandb"):
         assert not any(line.split("|")[-1].strip() == heavy for line in done.stderr.splitlines()), heavy
+
+
+def openmp_settings(**environment: str) -> dict[str, str]:
+    """What torch's OpenMP says it was set to, in a command of this package."""
+    program = "from sa3train.jobs.runtime import run_job; run_job(lambda: __import__('torch') and 0)"
+    keep = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
+    told = {**keep, "OMP_DISPLAY_ENV": "verbose", **environment}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=told, check=True)
+    return dict(re.findall(r"(\w+) = '(.*)'", done.stderr))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch brings GNU OpenMP on Linux only")
+def test_threads_do_not_spin_for_long_unless_the_user_says_so() -> None:
+    assert openmp_settings()["GOMP_SPINCOUNT"] == runtime.SPINS
+    assert openmp_settings(GOMP_SPINCOUNT="777")["GOMP_SPINCOUNT"] == "777"
+    assert openmp_settings(OMP_WAIT_POLICY="PASSIVE")["GOMP_SPINCOUNT"] == "0"
+    assert int(openmp_settings(OMP_WAIT_POLICY="ACTIVE")["GOMP_SPINCOUNT"]) > 10**6
+
+
+@pytest.mark.parametrize(
+    "module", ["adapter", "bench", "compare", "data", "encode", "generate", "quickstart", "studio", "train"]
+)
+def test_no_command_imports_torch_before_it_is_set_up(module: str) -> None:
+    program = f"import sys, sa3train.jobs.{module}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
