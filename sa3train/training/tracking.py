@@ -147,8 +147,9 @@ class TensorBoardSink:
 class WandbSink:
     """A Weights & Biases run: online when its server answers, else offline, to be sent later.
 
-    `mode`: online, offline or disabled. `timeout`: seconds to wait for the server at the start and at the end; what is
-    written to disk is waited for. The run's id is kept, so that a resumed run goes on in the same record.
+    `mode`: online, offline or disabled. `timeout`: seconds to wait for the server at the start and at the end, where
+    artifacts on their way may take another minute; what is written to disk is waited for. The run's id is kept, so that
+    a resumed run goes on in the same record.
     """
 
     def __init__(
@@ -173,7 +174,9 @@ class WandbSink:
             mode = "offline"
         folder.mkdir(parents=True, exist_ok=True)
         folder = folder.absolute()  # wandb's own process may be in another folder than this one
-        settings = wandb.Settings(base_url=server, init_timeout=timeout, console="off", disable_git=True, silent=True)
+        settings = wandb.Settings(
+            base_url=server, init_timeout=timeout, console="off", disable_git=True, silent=True, **_patience(timeout)
+        )
         arguments: dict[str, Any] = {
             "dir": str(folder),
             "project": project,
@@ -210,8 +213,7 @@ class WandbSink:
         else:
             with artifact.new_file("provenance.json") as note:
                 note.write(json.dumps(_clean(metadata), indent=2))
-        # What `use_artifact` does with a new artifact, but for its waiting for the server and refusing to work offline.
-        self.run._log_artifact(artifact, is_user_created=True, use_after_commit=True)
+        self._send(artifact, [], used=True)
 
     def metrics(self, values: Mapping[str, float], step: int) -> None:
         """Numbers, against our own step: a resumed run may log a step again."""
@@ -237,7 +239,18 @@ class WandbSink:
 
         artifact = wandb.Artifact(f"adapter-{self.run.id}", type="adapter", metadata=_clean(metadata))
         artifact.add_file(str(path), name=path.name)
-        self.run.log_artifact(artifact, aliases=list(aliases))
+        self._send(artifact, aliases, used=False)
+
+    def _send(self, artifact: Any, aliases: Sequence[str], used: bool) -> None:
+        """What `log_artifact` and `use_artifact` do, but for their questions to the server.
+
+        Each of those holds the run up until it is answered, and ends it when it never is. This way the artifact is in
+        the record on disk at once, and goes to the server when it can.
+        """
+        interface = self.run._interface
+        if interface is not None:  # there is none in mode disabled
+            ready, names = self.run._prepare_artifact(artifact, aliases=list(aliases) or None)
+            interface.publish_artifact(self.run, ready, names, is_user_created=used, use_after_commit=used)
 
     def close(self, failed: bool) -> None:
         """Send what is left, waiting `timeout` seconds at most; the rest stays on disk."""
@@ -280,11 +293,32 @@ class Tracker:
         for sink in list(self.sinks):
             try:
                 getattr(sink, method)(*arguments)
-            except (OSError, RuntimeError, TimeoutError) as error:
+            except _failures() as error:
                 if isinstance(sink, CsvSink):
                     raise
                 _logger.warning("%s fails and is left out from here on: %s", type(sink).__name__, error)
                 self.sinks.remove(sink)
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What a sink that fails may raise; wandb's own errors where wandb is in use."""
+    wandb = sys.modules.get("wandb")
+    return (OSError, RuntimeError, TimeoutError, *(() if wandb is None else (wandb.errors.Error,)))
+
+
+def _patience(timeout: float) -> dict[str, Any]:
+    """How long wandb tries to send an artifact: its end of a run waits for that without regard to its own limit.
+
+    By default twenty times with up to a minute between, for a server that says nothing half an hour.
+    """
+    import wandb
+
+    wanted = {
+        "x_graphql_retry_max": 2,
+        "x_graphql_retry_wait_max_seconds": 2.0,
+        "x_graphql_timeout_seconds": min(timeout, 10.0),
+    }
+    return {name: value for name, value in wanted.items() if name in wandb.Settings.model_fields}
 
 
 def _answers(url: str, timeout: float) -> bool:

@@ -62,7 +62,8 @@ def run(options: Options) -> list[Figure]:
         frames = FRAMES if options.seconds is None else int(options.seconds * 44100) // model.downsampling_ratio
         with tempfile.TemporaryDirectory() as place:
             shards = random_shards(Path(place) / "latents", model, frames)
-            flags = _flags(options, folder, shards, Path(place) / "run", frames)
+            count = options.repeats + SKIPPED + 1
+            flags = training_flags(options, folder, shards, Path(place) / "run", frames, count)
             found = run_apart(_PROGRAM, options.device, *flags)
         step = frozen_step(model, random_batch(model, options))
         floor = interleaved({"floor": step}, options.repeats, options.device).median("floor")
@@ -138,8 +139,8 @@ def random_shards(folder: Path, model: StableAudio3, frames: int) -> Path:
     return folder
 
 
-def _flags(options: Options, folder: Path, shards: Path, run_dir: Path, frames: int) -> list[str]:
-    """The command line of `sa3-train`."""
+def training_flags(options: Options, folder: Path, shards: Path, run_dir: Path, frames: int, steps: int) -> list[str]:
+    """The command line of `sa3-train`: dora-rows of rank 16, one clip a step, every step logged, nothing beside it."""
     return [
         f"data={shards}",
         f"model={folder}",
@@ -152,7 +153,7 @@ def _flags(options: Options, folder: Path, shards: Path, run_dir: Path, frames: 
         "data.batch_size=1",
         "data.tail_seconds=0",
         f"model.dtype={options.dtype}",
-        f"trainer.max_steps={options.repeats + SKIPPED + 1}",
+        f"trainer.max_steps={steps}",
         f"trainer.threads={options.threads}",
         f"trainer.accelerator={'gpu' if options.device.startswith('cuda') else 'cpu'}",
         "trainer.log_every=1",

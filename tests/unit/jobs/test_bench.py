@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sa3train.errors import ConfigError, SA3Error
 from sa3train.jobs import bench
-from sa3train.jobs.benches import adapters, decode, encode, generate, load
+from sa3train.jobs.benches import adapters, decode, encode, generate, load, tracking
 from sa3train.jobs.benches.apart import run_apart
 from sa3train.jobs.benches.checkpoints import arch_config, random_checkpoint
 from sa3train.jobs.benches.document import renew
@@ -354,3 +354,19 @@ def test_benches_run_through_on_nano(module: SimpleNamespace) -> None:
     assert len({figure.name for figure in figures}) == len(figures) >= 2
     assert all(figure.value == figure.value for figure in figures)
     assert all(figure.bar is None for figure in figures if "memory" not in figure.name)  # bars are for small and medium
+
+
+def test_tracked_blocks_are_held_against_the_untracked_ones_before_them() -> None:
+    lengths = [9.0, 9.0, 1.0, 2.0, 2.0, 3.0]  # the first pair warms up
+    starts = [0.0]
+    for length in lengths:
+        starts += [starts[-1] + length / 2, starts[-1] + length]
+    assert tracking.block_ratios(starts, 2) == ([2.0, 1.5], 0.75)
+
+
+def test_a_run_beside_a_dead_server_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracking, "KINDS", ("500",))
+    monkeypatch.setattr(tracking, "BLOCK", 2)
+    ratio, once = tracking.run(replace(QUICK, dtype="fp32"))
+    assert ratio.value is not None and once.value is not None
+    assert ratio.value > 0 and once.value > 0 and ratio.bar == 1.1

@@ -1,10 +1,7 @@
 """Metrics reach every sink under the same names; no sink, server or torn line stops a run."""
 
-import http.server
 import json
 import math
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +11,7 @@ import pytest
 import torch
 
 from sa3train.audio.metrics import mel_picture
+from sa3train.jobs.benches.dead_servers import DyingServer, dead_server, pointed_at
 from sa3train.training.tracking import CsvSink, TensorBoardSink, Tracker, WandbSink, read_metrics
 
 AUDIO = 0.1 * torch.sin(torch.linspace(0, 500, 4410)).repeat(2, 1)
@@ -146,47 +144,22 @@ def test_an_offline_wandb_run_holds_everything(tmp_path: Path) -> None:
     assert [entry.path for entry in by_type["adapter"].manifest.contents] == ["adapter.safetensors"]
 
 
-class FaultyServer(http.server.BaseHTTPRequestHandler):
-    """Answers everything with 500."""
-
-    def answer(self) -> None:
-        self.rfile.read(int(self.headers.get("content-length") or 0))
-        self.send_response(500)
-        self.end_headers()
-
-    do_GET = do_POST = do_PUT = answer
-
-    def log_message(self, *_: Any) -> None:
-        pass
-
-
 @pytest.fixture(params=["500", "silence", "refusal"])
-def dead_server(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The address of a server that answers 500, or takes connections and says nothing, or is not there."""
+def dead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A server that answers 500, or takes connections and says nothing, or is not there."""
+    with dead_server(request.param) as server:
+        send_wandb_to(server, monkeypatch)
+        yield
+
+
+def send_wandb_to(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    port = listener.getsockname()[1]
-    server = None
-    if request.param == "500":
-        listener.close()
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", port), FaultyServer)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-    elif request.param == "silence":
-        listener.listen(50)
-    else:
-        listener.close()
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
-    yield f"http://127.0.0.1:{port}"
-    if server is not None:
-        server.shutdown()
-        server.server_close()
-    listener.close()
+    for name, value in pointed_at(server).items():
+        monkeypatch.setenv(name, value)
 
 
 def test_a_server_that_does_not_answer_leaves_an_offline_run(
-    tmp_path: Path, dead_server: str, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, dead: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     sink = wandb_sink(tmp_path / "w", "online", timeout=1.0)
     tracker = Tracker([sink])
@@ -196,54 +169,47 @@ def test_a_server_that_does_not_answer_leaves_an_offline_run(
     assert "does not answer" in caplog.text and "launch/wandb_sync.sh" in caplog.text
 
 
-class DyingServer(FaultyServer):
-    """Takes a run as W&B does, until `dead` is set; then says nothing more."""
-
-    dead = threading.Event()
-
-    def answer(self) -> None:
-        body = self.rfile.read(int(self.headers.get("content-length") or 0))
-        if self.dead.is_set():
-            self.close_connection = True
-            threading.Event().wait(60)
-            return
-        query = json.loads(body).get("query", "") if "graphql" in self.path else ""
-        place = {"id": "P", "name": "p", "entity": {"id": "E", "name": "e"}}
-        data: dict[str, Any] = {}
-        if "upsertBucket" in query:
-            bucket = {"id": "B", "name": "abcd1234", "displayName": "run", "config": "{}", "historyLineCount": 0}
-            data = {"upsertBucket": {"bucket": {**bucket, "sweepName": None, "project": place}, "inserted": True}}
-        elif "RunResumeStatus" in query:
-            data = {"model": {**place, "bucket": None}}
-        answer = json.dumps({"data": data}).encode()
-        self.send_response(200)
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer)
-
-    do_GET = do_POST = do_PUT = answer
-
-
 def test_a_server_that_dies_during_the_run_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), DyingServer)
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_address[1]}")
-    sink = wandb_sink(tmp_path / "w", "online", timeout=3.0)
-    assert not sink.run.offline
+    with dead_server("death") as server:
+        send_wandb_to(server, monkeypatch)
+        sink = wandb_sink(tmp_path / "w", "online", timeout=3.0)
+        assert not sink.run.offline
+        adapter = tmp_path / "adapter.safetensors"
+        adapter.write_bytes(b"an adapter")
+        started = time.monotonic()
+        sink.metrics({"train/loss": 1.0}, 1)
+        assert DyingServer.dead.wait(30), "the server has seen metrics, and is silent from here on"
+        for step in range(2, 102):
+            sink.metrics({"train/loss": 1.0}, step)
+        sink.used("dataset", "latents-abc", {"manifest": "abc"})
+        sink.adapter(adapter, {"base_hash": "def"}, ("latest",))
+        logged = time.monotonic() - started
+        sink.close(failed=False)
+        closed = time.monotonic() - started - logged
+    assert logged < 60 and closed < 60, "no bar on speed: nothing waits for a server that never answers"
+    found = records(tmp_path / "w")
+    kinds = {record.artifact.type for record in found if record.HasField("artifact")}
+    assert sum(record.HasField("history") for record in found) == 101 and kinds == {"dataset", "adapter"}, (
+        "everything is on disk, to be sent later"
+    )
+
+
+def test_a_disabled_wandb_run_takes_everything_and_keeps_nothing(tmp_path: Path) -> None:
+    sink = wandb_sink(tmp_path / "w", "disabled")
+    sink.used("dataset", "latents-abc", {"manifest": "abc"})
     sink.metrics({"train/loss": 1.0}, 1)
-    DyingServer.dead.set()
-    started = time.monotonic()
-    for step in range(2, 102):
-        sink.metrics({"train/loss": 1.0}, step)
-    logged = time.monotonic() - started
+    sink.adapter(Path(__file__), {}, ("latest",))
     sink.close(failed=False)
-    closed = time.monotonic() - started - logged
-    server.shutdown()
-    # No timing bar, only that nothing waits for the server: it would answer after a minute.
-    assert logged < 30 and closed < 30
-    steps = [record for record in records(tmp_path / "w") if record.HasField("history")]
-    assert len(steps) == 101, "everything is on disk, to be sent later"
+    assert not list((tmp_path / "w").rglob("*.wandb"))
+
+
+def test_an_error_of_wandb_stops_no_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    import wandb
+
+    class Fails:
+        def adapter(self, path: Path, metadata: Any, aliases: Any) -> None:
+            raise wandb.errors.AuthenticationError("cannot be asked")
+
+    tracker = Tracker([Fails()])  # type: ignore[list-item]
+    tracker.adapter(tmp_path / "a", {})
+    assert "cannot be asked" in caplog.text
