@@ -34,6 +34,7 @@ BENCHES = {
     "startup": "cold start of sa3-generate and of every --help",
     "adapters": "a training step of each adapter kind against the frozen floor",
     "train": "the whole training loop against its step",
+    "quantized": "training on a base in 8 and 4 bits against the whole base: step, weights, loss",
     "tracking": "training steps with W&B whose server is of no use, against untracked ones",
     "nano": "how well nano follows its prompts and reconstructs audio",
     "studio": "first paint of the studio's page (needs the extra dev)",

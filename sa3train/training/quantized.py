@@ -1,7 +1,8 @@
 """The frozen base in 8 or 4 bits: weights are kept as codes and made full only while a layer uses them.
 
 int8: one scale per row, code = round(W / scale), scale = largest |W| / 127. nf4: blocks of 64 values, each the nearest
-of 16 quantiles of a normal distribution times the block's largest |W| (Dettmers et al. 2023, QLoRA, appendix E).
+of 16 quantiles of a normal distribution times the block's largest |W| (Dettmers et al. 2023, QLoRA, appendix E). fp8:
+one scale per row, codes are floating-point numbers of 4 exponent and 3 mantissa bits (e4m3, Micikevicius et al. 2022).
 
 A layer's weight stays one and the same parameter whose storage is empty between uses, so everything that reads it
 (adapter layers, their cached norms, autograd) works unchanged. One layer is full at a time.
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 BLOCK = 64
 LEAST = 4096
 """Weights of fewer values stay as they are."""
+FP8 = torch.float8_e4m3fn
 
 NF4 = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -29,7 +31,7 @@ NF4 = (
 
 @dataclass
 class Codes:
-    """A weight in few bits: `codes` (uint8 or int8), `scales`, and what it was."""
+    """A weight in few bits: `codes` (uint8, int8 or fp8), `scales`, and what it was."""
 
     codes: Tensor
     scales: Tensor
@@ -49,9 +51,16 @@ def to_int8(W: Tensor) -> Codes:
     return Codes((W_OI / scale_O1).round().to(torch.int8), scale_O1, W.shape, W.dtype)
 
 
-def from_int8(q: Codes) -> Tensor:
-    """The weight that `to_int8` kept."""
+def from_scaled_rows(q: Codes) -> Tensor:
+    """The weight that `to_int8` or `to_fp8` kept."""
     return (q.codes.float() * q.scales).reshape(q.shape).to(q.dtype)
+
+
+def to_fp8(W: Tensor) -> Codes:
+    """One e4m3 number per value and one fp32 scale per row, which brings the row's largest to e4m3's largest."""
+    W_OI = W.detach().reshape(W.shape[0], -1).float()
+    scale_O1 = W_OI.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / torch.finfo(FP8).max
+    return Codes((W_OI / scale_O1).to(FP8), scale_O1, W.shape, W.dtype)
 
 
 def to_nf4(W: Tensor) -> Codes:
@@ -74,8 +83,9 @@ def from_nf4(q: Codes) -> Tensor:
 
 
 KINDS: dict[str, tuple[Callable[[Tensor], Codes], Callable[[Codes], Tensor]]] = {
-    "int8": (to_int8, from_int8),
+    "int8": (to_int8, from_scaled_rows),
     "nf4": (to_nf4, from_nf4),
+    "fp8": (to_fp8, from_scaled_rows),
 }
 
 

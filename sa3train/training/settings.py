@@ -113,7 +113,7 @@ class LoopSettings:
     average: float | None = None
     log_every: int = 10
     precision: Precision = "auto"
-    quantize: Literal["none", "int8", "nf4"] = "none"
+    quantize: Literal["none", "int8", "fp8", "nf4"] = "none"
     accelerator: Literal["auto", "cpu", "gpu"] = "auto"
     devices: int | Literal["auto"] = "auto"
     num_nodes: int = 1

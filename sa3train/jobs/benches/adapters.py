@@ -109,20 +109,25 @@ def random_batch(model: StableAudio3, options: Options) -> dict[str, Tensor]:
     return {name: tensor.to(options.device) for name, tensor in batch.items()}
 
 
-def _loss(model: StableAudio3, batch: dict[str, Tensor], x_BCT: Tensor) -> Tensor:
+def velocity(model: StableAudio3, batch: dict[str, Tensor], x_BCT: Tensor, t: float = 0.5) -> Tensor:
+    """The model's velocity at noise level `t`, conditions and all."""
     hidden_BLD = batch["hidden_BLD"]
     mask_BL = torch.ones(hidden_BLD.shape[:2], dtype=torch.bool, device=hidden_BLD.device)
     conditions = model.conditioner.condition(
         TextEmbedding(hidden_BLD, mask_BL), torch.tensor([24.0], device=hidden_BLD.device)
     )
-    velocity_BCT = model.dit(
+    velocity_BCT: Tensor = model.dit(
         x_BCT,
-        torch.tensor([0.5], device=x_BCT.device),
+        torch.tensor([t], device=x_BCT.device),
         cross_attn_cond_BLD=conditions.cross_attn_cond_BLD,
         global_cond_BD=conditions.global_cond_BD,
         local_add_cond_BCT=batch["local_BCT"],
     )
-    return (velocity_BCT.float() - batch["target_BCT"]).square().mean()
+    return velocity_BCT
+
+
+def _loss(model: StableAudio3, batch: dict[str, Tensor], x_BCT: Tensor) -> Tensor:
+    return (velocity(model, batch, x_BCT).float() - batch["target_BCT"]).square().mean()
 
 
 def frozen_step(model: StableAudio3, batch: dict[str, Tensor]) -> Callable[[], Tensor]:

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from sa3train.errors import ConfigError, SA3Error
 from sa3train.jobs import bench
-from sa3train.jobs.benches import adapters, decode, encode, generate, load, tracking
+from sa3train.jobs.benches import adapters, decode, encode, generate, load, quantized, tracking
 from sa3train.jobs.benches.apart import run_apart
 from sa3train.jobs.benches.checkpoints import arch_config, random_checkpoint
 from sa3train.jobs.benches.document import renew
@@ -348,7 +348,9 @@ def quick_rates(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("quick_rates")
-@pytest.mark.parametrize("module", [decode, encode, generate, adapters, load], ids=lambda module: module.__name__[-8:])
+@pytest.mark.parametrize(
+    "module", [decode, encode, generate, adapters, load, quantized], ids=lambda module: module.__name__[-8:]
+)
 def test_benches_run_through_on_nano(module: SimpleNamespace) -> None:
     figures = module.run(QUICK)
     assert len({figure.name for figure in figures}) == len(figures) >= 2
