@@ -24,6 +24,7 @@ from sa3train.inference.sidecar import adapter_record, environment
 from sa3train.inference.sources import Source, load_source
 from sa3train.log import get_logger
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
+from sa3train.models.half import settle_in_fp16
 
 logger = get_logger(__name__)
 
@@ -54,13 +55,18 @@ class Generator:
     ) -> "Generator":
         """Load a model by name or folder. `device` None takes CUDA or MPS when present, else the CPU.
 
-        `precision` is "fp32", "bf16", "fp16", or "auto": what the device computes fastest, measured once. `compiled`
+        `precision` is "fp32", "bf16", "fp16" (but for layers that are not good enough in it, which are tried first and
+        named in the log), or "auto": what the device computes fastest, measured once. `compiled`
         has torch compile the denoiser's blocks (see `compile_blocks`): for many requests, not for the first. Raises
         `CheckpointError` when the model cannot be loaded, `ConfigError` for a device or precision that cannot be had.
         """
         place = choose_device(device)
         chosen, dtype = choose_dtype(precision, place)
-        generator = cls(load_checkpoint(name, place, dtype), chosen, os.fspath(name))
+        half = dtype is torch.float16
+        model = load_checkpoint(name, place, torch.float32 if half else dtype)
+        if half:
+            settle_in_fp16(model)
+        generator = cls(model, chosen, os.fspath(name))
         if compiled:
             compile_blocks(generator.model.dit)
             generator.compiled = True
