@@ -15,7 +15,7 @@ from torch.autograd.function import Function, once_differentiable
 
 from sa3train.adapters import norms, norms_xs
 from sa3train.adapters.frozen import Frozen
-from sa3train.adapters.norms import gain_gradients
+from sa3train.adapters.norms import GainGradients, NormGradients, gain_gradients
 from sa3train.adapters.remake import Recipe
 
 SMALL_GAIN = 1e-2
@@ -49,13 +49,16 @@ class AdaptedProduct(Function):
     ) -> Tensor:
         frozen, scale, dtype = fixed.frozen, fixed.scale, x_TI.dtype
         kind: Any = norms_xs if A_RI is None else norms
-        norm_O = gain_O = product_OR = norm_I = gain_I = product_IR = None
-        if magnitude_O is not None:
+        norm_O = product_OR = norm_I = product_RI = None
+        if magnitude_O is not None and magnitude_I is not None:
+            both = kind.both_norms(frozen, A_RI, B, magnitude_O, scale)
+            norm_O, norm_I, product_OR, product_RI = both.norm_O, both.norm_I, both.product_OR, both.product_RI
+        elif magnitude_O is not None:
             norm_O, product_OR = kind.row_norms(frozen, A_RI, B, scale)
-            gain_O = magnitude_O / norm_O
-        if magnitude_I is not None:
-            norm_I, product_IR = kind.column_norms(frozen, A_RI, B, gain_O, scale)
-            gain_I = magnitude_I / norm_I
+        elif magnitude_I is not None:
+            norm_I, product_RI = kind.column_norms(frozen, A_RI, B, scale)
+        gain_O = None if magnitude_O is None else magnitude_O / norm_O
+        gain_I = None if magnitude_I is None else magnitude_I / norm_I
         scaled_TI = gained(x_TI, gain_I)
         low_TI = scaled_TI if dropped_TI is None else gained(dropped_TI, gain_I)
         bias_O = fixed.bias_O
@@ -85,7 +88,7 @@ class AdaptedProduct(Function):
             x_TI if keep_x and recipe is None else None, dropped_TI, A_RI, B, u_TR, y_TO if keep_y else None,
             norm_O, gain_O, norm_I, gain_I, small_TN, small_O if small_TN is not None else None,
             None if product_OR is None else product_OR.to(dtype),  # only gradients read the products again
-            None if product_IR is None else product_IR.to(dtype),
+            None if product_RI is None else product_RI.to(dtype),
             *(recipe.sources if keep_x and recipe is not None else ()),
         )  # fmt: skip
         ctx.fixed, ctx.recipe, ctx.shape = fixed, recipe, x_TI.shape
@@ -104,7 +107,7 @@ class _Backward:
         (
             x_TI, self.dropped_TI, self.A_RI, self.B, self.u_TR, self.y_TO,
             self.norm_O, self.gain_O, self.norm_I, self.gain_I, self.small_TN, self.small_O,
-            self.product_OR, self.product_IR, *sources,
+            self.product_OR, self.product_RI, *sources,
         ) = ctx.saved_tensors  # fmt: skip
         self.x_TI = ctx.recipe.make(sources).reshape(ctx.shape) if sources else x_TI
         self.fixed: Fixed = ctx.fixed
@@ -118,33 +121,37 @@ class _Backward:
 
     def gradients(self) -> tuple[Tensor | None, ...]:
         grad_O = self._gradient_of_gain_O() if self.wants_rows else None
-        dmagnitude_O = dsquare_O = dmagnitude_I = None
+        dmagnitude_O = dsquare_O = dmagnitude_I = dsquare_I = None
         if grad_O is not None and not self.wants_cols:
             dmagnitude_O, dsquare_O = gain_gradients(grad_O, self.gain_O, self.norm_O)
         dz_TO, product_RI = self._gained_gradient(dsquare_O if self.wants_A else None)
         du_TR, dB = self._low_rank_gradients(dz_TO)
         dA = (du_TR.T @ self._low_rank_input()).float() if self.wants_A else None
         dx, dropped, grad_I = self._input_gradients(du_TR)
-        added = []
         if grad_I is not None:
             dmagnitude_I, dsquare_I = gain_gradients(grad_I, self.gain_I, self.norm_I)
-            columns = self.norms.column_gradients(
-                self.frozen, self.product_IR, self.A_RI, self.B, self.gain_O, dsquare_I, self.scale
-            )
-            added.append(columns)
-            if grad_O is not None:
-                grad_O.addcmul_(self.gain_O, columns.weights_O, value=2)
-                dmagnitude_O, dsquare_O = gain_gradients(grad_O, self.gain_O, self.norm_O)
-        if dsquare_O is not None:
-            rows = self.norms.row_gradients(
-                self.frozen, self.product_OR, self.A_RI, self.B, dsquare_O, self.scale, product_RI
-            )
-            added.append(rows)
-        for gradients in added:
-            dB += gradients.B
+        through = self._through_norms(grad_O, dsquare_O, dsquare_I, product_RI)
+        if through is not None:
+            dB += through.B
             if dA is not None:
-                dA += gradients.A_RI
+                dA += through.A_RI
+            if through.magnitude_O is not None:
+                dmagnitude_O = through.magnitude_O
         return dx, dropped, dA, dB, dmagnitude_O, dmagnitude_I, None, None
+
+    def _through_norms(
+        self, grad_O: Tensor | None, dsquare_O: Tensor | None, dsquare_I: Tensor | None, product_RI: Tensor | None
+    ) -> NormGradients | None:
+        """What the norms add, given the gradients of the row gains and of the squared norms."""
+        kind, of = self.norms, (self.A_RI, self.B)
+        if grad_O is not None and dsquare_I is not None:
+            given = GainGradients(self.norm_O, self.gain_O, grad_O, dsquare_I)
+            return kind.both_gradients(self.frozen, self.product_OR, self.product_RI, *of, given, self.scale)
+        if dsquare_O is not None:
+            return kind.row_gradients(self.frozen, self.product_OR, *of, dsquare_O, self.scale, product_RI)
+        if dsquare_I is not None:
+            return kind.column_gradients(self.frozen, self.product_RI, *of, dsquare_I, self.scale)
+        return None
 
     def _gained_gradient(self, dsquare_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """dz = g ⊙ dy; its product with W is left in `self.dx`.

@@ -208,12 +208,17 @@ class TestGradients:
         limit = 2**-20
         torch.manual_seed(13)
         W, A, B = torch.randn(192, 256).bfloat16(), torch.randn(8, 256) / 16, torch.randn(192, 8) / 8**0.5 * size * 16
-        gain = torch.rand(192) + 0.5 if gained else None
+        magnitude = torch.rand(192) + 0.5
         frozen, scale = Frozen(W), 0.9
         V = W.double() + scale * B.double() @ A.double()
-        H = V if gain is None else gain.double()[:, None] * V
-        rows, _ = norms.row_norms(frozen, A, B, scale)
-        columns, _ = norms.column_norms(frozen, A, B, gain, scale)
+        H = V
+        if gained:
+            H = (magnitude.double() / V.norm(dim=1))[:, None] * V
+            both = norms.both_norms(frozen, A, B, magnitude, scale)
+            rows, columns = both.norm_O, both.norm_I
+        else:
+            rows, _ = norms.row_norms(frozen, A, B, scale)
+            columns, _ = norms.column_norms(frozen, A, B, scale)
         assert (rows / V.norm(dim=1) - 1).abs().max() < limit
         assert (columns / H.norm(dim=0) - 1).abs().max() < limit
 
