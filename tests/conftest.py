@@ -1,4 +1,4 @@
-"""Shared by every test: few threads, no network, a cache of its own."""
+"""Shared by every test: few threads, no network, a cache of its own, no judging of tests by their time."""
 
 import os
 from pathlib import Path
@@ -8,6 +8,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["WANDB_MODE"] = "offline"
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session", autouse=True)

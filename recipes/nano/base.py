@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from parts import LONG, SHORT, Average, Batch, Cap, Corpus, Nano, optimizers, set_rate, state_of, tokenizer_of
-from speed import fast_cpu_blocks
+from speed import autocast, fast_cpu_blocks
 from targets import load_code, silence
 from torch import Tensor, nn
 
@@ -54,7 +54,7 @@ def flow_loss(
     noise_BCT = noise_BCT[coupling_columns(data_BCT, noise_BCT)]
     inpaint_B1T = inpainting_masks(batch.real_BT, rng)
     drop_B = (torch.rand(size, generator=generator) < drop).to(data_BCT.device)
-    with torch.autocast(data_BCT.device.type, torch.bfloat16):
+    with autocast(data_BCT.device.type):
         condition = model.condition(batch, drop_B)
         velocity_BCT = model.dit(
             noised(data_BCT, noise_BCT, t_B),

@@ -2,7 +2,7 @@
 
     python recipes/nano/decoder.py WORK --minutes 60     # resumes WORK/decoder.pt; --cool as in base.py
 
-It starts as a vocoder set by hand (`vocoder.py`): pitch and bass as they are, the rest as hiss. Loss: log magnitudes of
+It starts as a vocoder set by hand (`vocoder.py`). Loss: log magnitudes of
 one random resolution and one random channel mix a step, in single bins or in mel bands by turns, and the waveform's
 error relative to the signal. Latents are jittered, since a denoiser's are never exact.
 Shapes: B items, C channels, T latent frames, N samples, D width.
@@ -21,13 +21,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import torch
 from parts import Average, load, set_rate, state_of
-from shape import autoencoder
-from speed import fast_cpu_layers
+from speed import autocast, fast_cpu_layers
 from store import Store
 from targets import FRAME, LATENT, LOUDEST, load_code
 from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
-from vocoder import MID_NOISE, NOISE, SIDE_NOISE, WAVE_OUT, calibrate, start
+from vocoder import MID_NOISE, NOISE, PLACE, SHARES, SIDE_NOISE, TAKEN, autoencoder, calibrate, start
 
 from sa3train.files import atomic_path
 from sa3train.models.autoencoder import Autoencoder
@@ -99,7 +98,7 @@ def step_loss(
     device = z_BCT.device
     jitter = JITTER * torch.rand(len(z_BCT), 1, 1, generator=generator)
     z_BCT = z_BCT + (jitter * torch.randn(z_BCT.shape, generator=generator)).to(device)
-    with torch.autocast(device.type, torch.bfloat16):
+    with autocast(device.type):
         made_BCN = model.decode(z_BCT).float()
     window = WINDOWS[int(torch.randint(len(WINDOWS), (), generator=generator))]
     mix = MIXES[int(torch.multinomial(MIX_SHARES, 1, generator=generator))].to(device)
@@ -113,20 +112,34 @@ def step_loss(
     return terms
 
 
-def decoder_optimizers(model: Autoencoder, rate: float) -> list[torch.optim.Optimizer]:
-    """AdamW, since Muon's even steps undo what is set by hand. Queries, keys and slopes of the norms stay as set."""
-    groups: dict[float, list[nn.Parameter]] = {1.0: [], 0.1: []}
+def learning(model: Autoencoder) -> list[tuple[str, nn.Parameter, Tensor]]:
+    """What may move, each with a mask: free units, the linear layer, the mapping's sounds.
+
+    The rest stays as set: it carries large values, and a thousandth of them is heard elsewhere.
+    """
+    found = []
     for name, parameter in model.decoder.named_parameters():
-        if "q_norm" in name or "k_norm" in name or name.endswith("alpha"):
+        free = torch.ones_like(parameter)
+        layer = int(name.split(".")[3]) if "transformers" in name else -1
+        if "norm" in name or name.endswith("new_tokens") or "to_qkv" in name or "to_out" in name:
             continue
-        if "to_qkv" in name:
-            values = torch.zeros(len(parameter), 1, device=parameter.device)
-            values[2 * len(parameter) // 5 : 3 * len(parameter) // 5] = 1
-            parameter.register_hook(lambda gradient, values=values: gradient * values)
         if name.endswith("weight_v"):
-            heard = torch.zeros(1, parameter.shape[1], 1, device=parameter.device)
-            heard[:, WAVE_OUT : NOISE + MID_NOISE + SIDE_NOISE] = 1  # amplitudes and levels are no sound
-            parameter.register_hook(lambda gradient, heard=heard: gradient * heard)
+            free.zero_()[:, SHARES : NOISE + MID_NOISE + SIDE_NOISE] = 1  # levels and the place are no sound
+        elif ".ff.0." in name:
+            free.unflatten(0, (2, -1))[:, : TAKEN[layer]] = 0
+        elif layer >= 0 and ".ff.2." in name:
+            free[PLACE] = 0
+            if name.endswith("weight"):
+                free[:, : TAKEN[layer]] = 0
+        found.append((name, parameter, free))
+    return found
+
+
+def decoder_optimizers(model: Autoencoder, rate: float) -> list[torch.optim.Optimizer]:
+    """AdamW, since Muon's even steps undo what is set by hand."""
+    groups: dict[float, list[nn.Parameter]] = {1.0: [], 0.1: []}
+    for name, parameter, free in learning(model):
+        parameter.register_hook(lambda gradient, free=free: gradient * free)
         groups[0.1 if "mapping" in name else 1.0].append(parameter)
     return [
         torch.optim.AdamW(
@@ -143,7 +156,7 @@ def first(work: Path) -> Autoencoder:
     path = work / "vocoder.pt"
     if not path.exists():
         pairs = Pairs(work, "train", 0).batch(48)
-        model = start(work, load_code(work), pairs[0])
+        model = start(load_code(work))
         for _ in range(3):
             calibrate(model, *pairs)
         torch.save(model.state_dict(), path)

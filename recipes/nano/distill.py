@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 from parts import SHORT, Average, Batch, Corpus, Nano, optimizers, set_rate, state_of, tokenizer_of
-from speed import fast_cpu_blocks
+from speed import autocast, fast_cpu_blocks
 from targets import load_code, silence
 from torch import Tensor, nn
 
@@ -57,7 +57,7 @@ class Walks:
 def walk(teacher: Nano, batch: Batch, generator: torch.Generator) -> Walks:
     """The teacher's guided walks for the prompts and lengths of a batch (its latents are not looked at)."""
     device = batch.latents_BCT.device
-    with torch.autocast(device.type, torch.bfloat16):
+    with autocast(device.type):
         asked = teacher.condition(batch)
     size, channels, frames = batch.latents_BCT.shape
     local_BCT = torch.zeros(size, channels + 1, frames, device=device)
@@ -68,7 +68,7 @@ def walk(teacher: Nano, batch: Batch, generator: torch.Generator) -> Walks:
     points = []
     for t, t_next in itertools.pairwise(levels):
         points.append(x_BCT.half())
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device.type):
             v_BCT = guided_velocity(teacher.dit, x_BCT, t.expand(size).to(device), condition, GUIDANCE)
         x_BCT = x_BCT + (t_next - t).to(device) * v_BCT.float()
     return Walks(torch.stack(points), levels[:-1].to(device), x_BCT.half(), asked, real_BT, local_BCT)
@@ -81,7 +81,7 @@ def lesson(student: nn.Module, walks: Walks, generator: torch.Generator) -> Tens
     picks_B = torch.randint(len(walks.levels_K), (size,), generator=generator).to(device)
     x_BCT = walks.points_KBCT[picks_B, torch.arange(size, device=device)].float()
     t_B = walks.levels_K[picks_B]
-    with torch.autocast(device.type, torch.bfloat16):
+    with autocast(device.type):
         v_BCT = student(
             x_BCT,
             t_B,

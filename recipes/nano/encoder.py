@@ -1,199 +1,268 @@
-"""Teach nano's encoder to compute the latents that `targets.py` defines.
+"""nano's encoder: computes the latents that `targets.py` defines.
 
-    python recipes/nano/encoder.py WORK --minutes 20     # resumes WORK/encoder.pt; --cool as in base.py
+    python recipes/nano/encoder.py WORK     # -> WORK/encoder.pt
 
-It starts from the linear code's attention patterns: each patch fetches its three predecessors' values, each frame's new
-token fetches its four quarters. A patch's 62 values are its 16 strongest components and 46 windowed waves, whose
-magnitudes the first feed-forward takes (SiLU of x plus SiLU of -x); the rest is regression.
-Shapes: B items, C channels, T latent frames, N samples, D width.
+All but its end is set by hand. Patches hold cosine components of their mid and side and short waves of the treble; a
+patch sees the three before it, and the first feed-forward takes magnitudes of waves over these four patches
+(semitones, bands). A frame's new token fetches from each quarter its bands, some semitones and its low components; the
+last feed-forward takes magnitudes of the frame's lowest semitones and steps along each level. How latents follow from
+all of these is the least squares over real clips.
+
+Shapes: C latent channels, T latent frames, N samples, P patches, D width.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
-import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from decoder import Pairs
-from parts import Average, set_rate, state_of
-from safetensors.torch import load_file
-from shape import autoencoder
-from speed import fast_cpu_layers
-from targets import ENVELOPE
-from torch import Tensor, nn
+from parts import load
+from store import Store
+from targets import ENVELOPE, FRAME, LOWEST_KEY, MID_BANDS, RATE, SIDE_BANDS, TONES, WAVE, band_centres, clip, turns
+from torch import Tensor
+from vocoder import autoencoder
+from wiring import CONST, HEADS, MARK, D, FeedForward, Layer, wire_encoder
 
 from sa3train.files import atomic_path
 from sa3train.models.autoencoder import Autoencoder
-from sa3train.models.linear_code import CONST, MARK, D
 
-COMPONENTS, MID_WAVES, SIDE_WAVES = 16, 36, 10
 PATCH = 256
-SAVE_SECONDS = 240.0
+MID_COSINES, SIDE_COSINES = 40, 8
+COPIED = MID_COSINES + SIDE_COSINES  # channels of a patch that later patches fetch
+TREBLE = HEADS * COPIED  # first channel of the short waves, later of the magnitudes
+MID_TREBLE, SIDE_TREBLE = 22, 9
+LOW_TONES = 16  # semitones that only a whole frame tells apart
+HIGH_TONES = TONES - LOW_TONES
+LEVELS = MID_BANDS + SIDE_BANDS + HIGH_TONES  # magnitudes of a quarter: TREBLE ...
+LOW = 22  # cosine components (of 1024 samples) of the mid that reach the frame's token from each quarter
+PHASES = (0.0, math.pi / 3, 2 * math.pi / 3)  # |cos| at these three adds up to the same within 7 %
+STEEP = 1000.0  # gate per unit of a wave: SiLU of x and of -x make |x| above -50 dB
+KNOTS = (0.002, 0.02, 0.1, 0.5)  # where the curves along a level bend
+
+Waves = list[tuple[Tensor, Tensor]]
 
 
-def waves(count: int, low: float = 150.0, high: float = 15000.0) -> Tensor:
-    """Hann-windowed waves of a patch, their frequencies evenly spaced in mel, phases by turns: (count, PATCH)."""
-    mel = torch.linspace(math.log1p(low / 700), math.log1p(high / 700), count)
-    hertz = 700 * torch.expm1(mel)
-    turns = hertz[:, None] * torch.arange(PATCH) / 44100 + 0.25 * (torch.arange(count)[:, None] % 2)
-    rows = torch.hann_window(PATCH).clamp_min(0.05) * torch.cos(2 * math.pi * turns)
-    return rows / rows.norm(dim=1, keepdim=True)
+def cosines(size: int, count: int) -> Tensor:
+    """Orthonormal DCT-II rows (count, size)."""
+    place = torch.arange(size) + 0.5
+    rows = torch.cos(math.pi / size * torch.arange(count)[:, None] * place) * math.sqrt(2 / size)
+    rows[0] /= math.sqrt(2)
+    return rows
+
+
+def window(size: int, hertz: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine under a Hann window whose sum with a partial of amplitude 1 is 1."""
+    taper = torch.hann_window(size)
+    angle = 2 * math.pi * hertz * torch.arange(size) / RATE
+    return taper * angle.cos() * 2 / taper.sum(), taper * angle.sin() * 2 / taper.sum()
+
+
+def treble_hertz(count: int, low: float) -> Tensor:
+    """Centres of the short waves, evenly spaced, in Hz."""
+    return torch.linspace(low, 15500.0, count)
+
+
+def _mapping(state: dict[str, Tensor], block: str) -> None:
+    rows = torch.zeros(D, 512)
+    mid, side = cosines(PATCH, MID_COSINES) / 2, cosines(PATCH, SIDE_COSINES) / 2
+    rows[:MID_COSINES] = torch.cat([mid, mid], 1)
+    rows[MID_COSINES:COPIED] = torch.cat([side, -side], 1)
+    channel = TREBLE
+    for count, low, sign in ((MID_TREBLE, 3500.0, 1.0), (SIDE_TREBLE, 900.0, -1.0)):
+        for hertz in treble_hertz(count, low).tolist():
+            for wave in window(PATCH, hertz):
+                rows[channel] = torch.cat([wave, sign * wave]) / 2
+                channel += 1
+    assert channel == MARK
+    norm = rows.norm(dim=1).clamp_min(1e-6)
+    state[f"{block}.mapping.weight_v"].copy_(rows[..., None]).add_(1e-7)
+    state[f"{block}.mapping.weight_g"].copy_(state[f"{block}.mapping.weight_v"].norm(dim=(1, 2), keepdim=True))
+    state[f"{block}.mapping.weight_v"][norm < 1e-5] = 1e-7
+    state[f"{block}.mapping.weight_g"][[MARK, CONST]] = 0
+
+
+def _seen(wave: Tensor, count: int, first: int) -> Tensor:
+    """A wave of four patches (1024 samples) by the stream's channels of a patch that holds all four, (D,)."""
+    row = torch.zeros(D)
+    for back in range(HEADS):
+        piece = wave[(3 - back) * PATCH : (4 - back) * PATCH]
+        row[back * COPIED + first : back * COPIED + first + count] = cosines(PATCH, count) @ piece
+    return row
+
+
+def _magnitude(ff: FeedForward, cosine: Tensor, sine: Tensor, out: dict[int, float]) -> None:
+    """Units that add up to the amplitude of a wave, spread over channels."""
+    for phase in PHASES:
+        row = math.cos(phase) * cosine + math.sin(phase) * sine
+        for sign in (STEEP, -STEEP):
+            ff.unit({}, sign * row, {channel: weight / 1.93 for channel, weight in out.items()}, value_bias=1 / STEEP)
+
+
+def _triangles(hertz: float, bands: int) -> dict[int, float]:
+    """How much of a wave at a frequency each band takes."""
+    centres = band_centres(bands).log1p()
+    place = math.log1p(hertz)
+    upper = int(torch.bucketize(torch.tensor(place), centres))
+    if upper in (0, bands):
+        return {min(upper, bands - 1): 1.0}
+    share = float((place - centres[upper - 1]) / (centres[upper] - centres[upper - 1]))
+    return {upper - 1: 1 - share, upper: share}
+
+
+def _first(ff: FeedForward) -> None:
+    """Magnitudes over four patches into the channels of the short waves, which are taken away."""
+    side = TREBLE + MID_BANDS
+    for channel in range(TREBLE, TREBLE + 2 * (MID_TREBLE + SIDE_TREBLE)):
+        ff.unit({channel: 1.0}, {}, {channel: -1 / 8.0}, gate_bias=8.0)
+    for hertz in torch.arange(1, 37).mul(3400 / 36).tolist():
+        waves = (_seen(wave, MID_COSINES, 0) for wave in window(1024, hertz))
+        _magnitude(ff, *waves, {TREBLE + band: share for band, share in _triangles(hertz, MID_BANDS).items()})
+    for hertz in (120.0, 300.0, 480.0, 660.0):
+        waves = (_seen(wave, SIDE_COSINES, MID_COSINES) for wave in window(1024, hertz))
+        _magnitude(ff, *waves, {side + band: share for band, share in _triangles(hertz, SIDE_BANDS).items()})
+    channel = TREBLE
+    for count, low, bands, first in (
+        (MID_TREBLE, 3500.0, MID_BANDS, TREBLE),
+        (SIDE_TREBLE, 900.0, SIDE_BANDS, side),
+    ):
+        for hertz in treble_hertz(count, low).tolist():
+            cosine, sine = torch.eye(D)[channel], torch.eye(D)[channel + 1]
+            _magnitude(ff, cosine, sine, {first + band: share for band, share in _triangles(hertz, bands).items()})
+            channel += 2
+    for tone in range(HIGH_TONES):
+        hertz = 440 * 2 ** ((LOWEST_KEY + LOW_TONES + tone - 69) / 12)
+        waves = (_seen(wave, MID_COSINES, 0) for wave in window(1024, hertz))
+        _magnitude(ff, *waves, {side + SIDE_BANDS + tone: 1.0})
+
+
+def _fetched() -> list[list[int]]:
+    """Magnitude channels that each head fetches: all mid bands, and by turns what is left of the frame's token."""
+    bands = list(range(TREBLE, TREBLE + MID_BANDS))
+    rest = list(range(TREBLE + MID_BANDS, TREBLE + LEVELS)) + list(range(TREBLE + LEVELS - HIGH_TONES, TREBLE + LEVELS))
+    room = 64 - MID_BANDS - LOW
+    return [bands + rest[room * head : room * (head + 1)] for head in range(HEADS)]
+
+
+def _second(layers: list[Layer], ff: FeedForward) -> None:
+    """The frame's token: bands, semitones, low components; magnitudes of the lowest semitones; steps along levels."""
+    low = torch.stack([_seen(row, MID_COSINES, 0) for row in cosines(1024, LOW)])
+    for head, channels in enumerate(_fetched()):
+        rows = layers[1].rows(2, head)
+        rows[: len(channels), channels] = torch.eye(len(channels))
+        rows[len(channels) : len(channels) + LOW] = low
+        kept = len(channels) + LOW
+        layers[1]["self_attn.to_out.weight"][64 * head : 64 * head + kept, 64 * head : 64 * head + kept] = torch.eye(
+            kept
+        )
+    for tone in range(LOW_TONES):
+        waves = []
+        for wave in window(FRAME, float(turns()[tone]) * RATE / FRAME):
+            row = torch.zeros(D)
+            for head, channels in enumerate(_fetched()):
+                first = 64 * head + len(channels)
+                row[first : first + LOW] = cosines(1024, LOW) @ wave[1024 * head : 1024 * (head + 1)]
+            waves.append(row)
+        _magnitude(ff, waves[0], waves[1], {})
+    for head, channels in enumerate(_fetched()):
+        for index in range(len(channels)):
+            for knot in KNOTS:
+                ff.unit({}, {64 * head + index: 4 / knot}, {}, value_bias=0.25, gate_bias=-4.0)
 
 
 @torch.no_grad()
-def start(work: Path) -> Autoencoder:
-    """An autoencoder whose encoder routes and rectifies as described above."""
+def start() -> Autoencoder:
+    """An autoencoder whose encoder is wired as described above; its latents mean nothing before `solve`."""
     torch.manual_seed(0)
     model = autoencoder()
-    state, known = model.state_dict(), load_file(work / "ae.safetensors")
-    for name, tensor in known.items():
-        if name.startswith("encoder") and state[name].shape == tensor.shape:
-            state[name].copy_(tensor)
-    block = "encoder.layers.0"
-    mid, side = waves(MID_WAVES), waves(SIDE_WAVES)
-    rows = torch.cat([torch.cat([mid, mid], 1), torch.cat([side, -side], 1)]) / math.sqrt(2)
-    gain = state[f"{block}.mapping.weight_g"][0, 0, 0] * torch.linspace(1.0, 4.0, MID_WAVES)  # the treble is weak
-    rows = rows * torch.cat([gain, gain[:SIDE_WAVES] * 2])[:, None]
-    spot = slice(COMPONENTS, COMPONENTS + len(rows))
-    state[f"{block}.mapping.weight_v"][spot, :, 0] = rows
-    state[f"{block}.mapping.weight_g"][spot, 0, 0] = rows.norm(dim=1)
-    into, bias, out = (
-        state[f"{block}.transformers.0.ff.ff.{name}"] for name in ("0.proj.weight", "0.proj.bias", "2.weight")
-    )
-    inner = 3 * D
-    unit = 0
-    for copy in range(4):
-        for wave in range(len(rows)):
-            channel = 64 * copy + COMPONENTS + wave
-            if channel in (MARK, CONST):
-                continue
-            for sign in (1.0, -1.0):
-                into[unit].zero_()
-                into[inner + unit].zero_()
-                bias[unit], bias[inner + unit] = 0.25, 0
-                into[inner + unit, channel] = 4 * sign
-                out[:, unit] = 0
-                out[COMPONENTS + wave, unit] = 1.0
-                unit += 1
-    second = f"{block}.transformers.1"
-    values = state[f"{second}.self_attn.to_qkv.weight"][2 * D : 3 * D]
-    values.add_(0.03 * torch.randn_like(values))
-    state["encoder.layers.2.weight"].normal_(std=0.02)
-    state["encoder.layers.2.bias"].zero_()
+    state, block = model.state_dict(), "encoder.layers.0"
+    layers = wire_encoder(state, COPIED)
+    _mapping(state, block)
+    parts = [FeedForward(layer) for layer in layers]
+    _first(parts[0])
+    _second(layers, parts[1])
     state["bottleneck.running_std"].fill_(1)
-    model.load_state_dict(state)
     return model
 
 
-def optimizers(model: Autoencoder, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for the rest; the hand-set queries and keys stay."""
-    named = [(name, p) for name, p in model.encoder.named_parameters() if "q_norm" not in name and "k_norm" not in name]
-    for name, parameter in named:
-        if "to_qkv" in name:
-            values = torch.zeros(len(parameter), 1, device=parameter.device)
-            values[2 * D : 3 * D] = 1
-            parameter.register_hook(lambda gradient, values=values: gradient * values)
-    matrices = [p for name, p in named if p.ndim == 2 and "transformers" in name and "to_qkv" not in name]
-    chosen = {id(p) for p in matrices}
-    others = [p for _, p in named if id(p) not in chosen]
-    muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    return [muon, torch.optim.AdamW([{"params": others, "share": 1.0}], lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
+@torch.no_grad()
+def frame_tokens(model: Autoencoder, audio_CN: Tensor) -> Tensor:
+    """The frames' tokens (T, D) of whole frames as the last feed-forward meets them."""
+    caught: list[Tensor] = []
+    last = model.encoder.resampler.transformers[-1]
+    hook = last.ff_norm.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))  # type: ignore[operator]
+    model.encode(audio_CN[None], noise=False)
+    hook.remove()
+    tokens = torch.cat([part.flatten(0, 1) for part in caught])[17:-17]  # chunks lie half a chunk further
+    return tokens.unflatten(0, (-1, 17))[:, -1]
 
 
-class Run:
-    """A resumable run that lasts a number of minutes."""
+def pairs(model: Autoencoder, work: Path, split: str, count: int) -> tuple[Tensor, Tensor]:
+    """Frames' tokens (F, D) and wanted latents (F, C) of the first `count` clips."""
+    store, latents = Store(work / split), load(work, split)
+    count = min(count, len(latents))
+    tokens = torch.cat([frame_tokens(model, clip(store, index)) for index in range(count)])
+    return tokens, torch.cat([z_CT.T.float() for z_CT in latents[:count]])
 
-    def __init__(self, work: Path, minutes: float, rate: float, cool: bool) -> None:
-        self.work, self.rate, self.cool = work, rate, cool
-        self.model = start(work)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model.to(self.device)
-        self.optimizers = optimizers(self.model, rate)
-        if self.device.type == "cpu":
-            fast_cpu_layers(self.model.encoder.layers[0].transformers)  # type: ignore[arg-type]
-        self.average = Average(self.model.encoder, 0.998)
-        self.step, self.seconds, self.began = 0, 0.0, 0.0
-        self.path = work / ("encoder-cool.pt" if cool else "encoder.pt")
-        first = self.path if self.path.exists() else work / "encoder.pt"
-        if first.exists():
-            saved = torch.load(first, weights_only=True, map_location=self.device)
-            self.model.encoder.load_state_dict(saved["model"])
-            for number, optimizer in enumerate(self.optimizers):
-                optimizer.load_state_dict(saved[f"optimizer{number}"])
-            self.average.state, self.average.count = saved["average"], saved["count"]
-            self.step, self.seconds = saved["step"], saved["seconds"]
-            self.began = saved["began"] if first == self.path else self.seconds
-        self.total = (self.began if cool else 0.0) + 60 * minutes
 
-    def save(self) -> None:
-        """Everything that resuming needs."""
-        parts = {"model": self.model.encoder} | {f"optimizer{i}": each for i, each in enumerate(self.optimizers)}
-        saved = state_of(**parts) | {"average": self.average.state, "count": self.average.count, "step": self.step}
-        with atomic_path(self.path) as path:
-            torch.save(saved | {"seconds": self.seconds, "began": self.began}, path)
+class Head(torch.nn.Module):
+    """The encoder's end: its last feed-forward and the layer to the latents, on frames' tokens."""
 
-    def share(self) -> float:
-        """Of the rate: warm-up over 100 steps, then level; a line down when cooling."""
-        if self.cool:
-            return max(0.01, (self.total - self.seconds) / (self.total - self.began))
-        return min(1.0, (self.step + 1) / 100)
+    def __init__(self, model: Autoencoder) -> None:
+        super().__init__()
+        layer = model.encoder.resampler.transformers[-1]
+        self.norm, self.ff, self.linear = layer.ff_norm, layer.ff, model.encoder.layers[2]
 
-    def errors(self, pairs: Pairs, size: int = 32) -> tuple[Tensor, Tensor]:
-        """Squared errors and squared targets by channel, (C,) each."""
-        z_BCT, audio_BCN = (part.to(self.device) for part in pairs.batch(size))
-        with torch.autocast(self.device.type, torch.bfloat16):
-            made_BCT = self.model.encode(audio_BCN).float()
-        return (made_BCT - z_BCT).square().mean((0, 2)), z_BCT.square().mean((0, 2))
+    def forward(self, x_FD: Tensor) -> Tensor:
+        """(F, C)."""
+        return self.linear(x_FD + self.ff(self.norm(x_FD)))
 
-    def train(self) -> None:
-        """Until the minutes are over; a later start with more minutes goes on from there."""
-        pairs = Pairs(self.work, "train", 5000 + self.step)
-        mark, saved_at = time.monotonic(), self.seconds
-        recent: list[Tensor] = []
-        while self.seconds < self.total:
-            for optimizer in self.optimizers:
-                set_rate(optimizer, self.rate * self.share())
-                optimizer.zero_grad(set_to_none=True)
-            error_C, power_C = self.errors(pairs)
-            (error_C.mean() + 0.2 * (error_C / (power_C + 0.05)).mean()).backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(self.model.encoder.parameters(), 1.0)
-            for optimizer in self.optimizers:
-                optimizer.step()
-            self.average.update(self.model.encoder)
-            self.step += 1
-            recent.append(torch.stack([error_C.detach(), power_C]))
-            now = time.monotonic()
-            self.seconds, mark = self.seconds + min(60.0, now - mark), now
-            if self.step % 50 == 0:
-                error_C, power_C = torch.stack(recent).mean(0).cpu()
-                recent = []
-                parts = {"envelope": slice(ENVELOPE), "wave": slice(ENVELOPE, None)}
-                shares = {name: float(error_C[part].sum() / power_C[part].sum()) for name, part in parts.items()}
-                line = {"step": self.step, "seconds": round(self.seconds), "error": float(error_C.mean())} | shares
-                text = json.dumps({name: round(value, 4) for name, value in line.items()})
-                print(text, flush=True)
-                with (self.work / "encoder.jsonl").open("a") as file:
-                    file.write(text + "\n")
-            if self.seconds - saved_at > SAVE_SECONDS or self.seconds >= self.total:
-                self.save()
-                saved_at = self.seconds
+
+@torch.no_grad()
+def solve(head: Head, x_FD: Tensor, z_FC: Tensor, ridge: float = 1e-4) -> None:
+    """The least squares of latents from tokens and units together, written into the two linear layers."""
+    gated = head.ff.ff[0]
+    known = torch.cat([x_FD, gated(head.norm(x_FD)), torch.ones(len(x_FD), 1)], 1).double()
+    scale = known.square().mean(0).sqrt().clamp_min(1e-9)
+    known = known / scale
+    gram = known.T @ known / len(known)
+    gram += ridge * torch.eye(len(gram))
+    weights = (torch.linalg.solve(gram, known.T @ z_FC.double() / len(known)) / scale[:, None]).T
+    direct, units = weights[:, :D], weights[:, D:-1]
+    head.linear.weight.copy_(direct)
+    head.linear.bias.copy_(weights[:, -1])
+    head.ff.ff[2].weight.copy_(torch.linalg.pinv(direct) @ units)
+    head.ff.ff[2].bias.zero_()
+
+
+def missed(head: Head, x_FD: Tensor, z_FC: Tensor) -> dict[str, float]:
+    """Share of each kind's variance that the latents miss."""
+    with torch.no_grad():
+        error = (head(x_FD) - z_FC).square().mean(0)
+    spread = z_FC.var(0)
+    tones = ENVELOPE + WAVE
+    kinds = {"envelope": slice(ENVELOPE), "wave": slice(ENVELOPE, tones), "tones": slice(tones, None)}
+    return {name: round(float(error[part].sum() / spread[part].sum()), 4) for name, part in kinds.items()}
 
 
 def main() -> None:
-    """Train, or go on training."""
-    parser = argparse.ArgumentParser(description="train nano's encoder")
+    """Wire, solve, keep."""
+    parser = argparse.ArgumentParser(description="make nano's encoder")
     parser.add_argument("work", type=Path)
-    parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--rate", type=float, default=1e-3)
-    parser.add_argument("--cool", type=float, help="minutes in which the rate falls, on a copy")
+    parser.add_argument("--clips", type=int, default=1500)
     args = parser.parse_args()
-    Run(args.work, args.cool or args.minutes, args.rate, args.cool is not None).train()
+    model = start()
+    x_FD, z_FC = pairs(model, args.work, "train", args.clips)
+    held_out = pairs(model, args.work, "val", 200)
+    head = Head(model)
+    solve(head, x_FD, z_FC)
+    print("share of the variance that held-out clips miss:", missed(head, *held_out), flush=True)
+    with atomic_path(args.work / "encoder.pt") as path:
+        torch.save({"average": model.encoder.state_dict()}, path)
 
 
 if __name__ == "__main__":

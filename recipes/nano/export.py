@@ -16,9 +16,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[2] / "datasets" / "nano"))
 
+import numpy as np
 import soundfile
 import torch
 from decoder import first
+from numpy.typing import NDArray
 from parts import Nano, tokenizer_of
 from safetensors.torch import save_file
 from sounds import NAMES
@@ -77,10 +79,14 @@ def write_rulers(work: Path, folder: Path) -> None:
         long = (i for i, entry in enumerate(store.entries) if entry["length"] > 2 * 44100)
         pick = next(i for i in long if store.entries[i]["plan"]["sound"] == name)
         audio = store.audio(pick, 0, 3 * 44100)
-        path = folder / "held_out" / f"{name.replace(' ', '_')}.ogg"
-        with soundfile.SoundFile(path, "w", 44100, 2, subtype="VORBIS", compression_level=0.85) as file:
-            for start in range(0, audio.shape[1], 44100):  # libvorbis wants no large writes
-                file.write(audio[:, start : start + 44100].T)
+        write_ogg(folder / "held_out" / f"{name.replace(' ', '_')}.ogg", audio)
+
+
+def write_ogg(path: Path, audio_CN: NDArray[np.float32]) -> None:
+    """A low-coded Ogg Vorbis file."""
+    with soundfile.SoundFile(path, "w", 44100, 2, subtype="VORBIS", compression_level=0.85) as file:
+        for start in range(0, audio_CN.shape[1], 44100):  # libvorbis wants no large writes
+            file.write(audio_CN[:, start : start + 44100].T)
 
 
 def export(work: Path, folder: Path, version: str) -> None:

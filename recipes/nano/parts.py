@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from shape import config
+from speed import fast_cpu_muon
 from store import Store
 from targets import LOUDEST
 from text import Prompts, embed, new_encoder, train_tokenizer
@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerFast
 from sa3train.diffusion.masks import extend_into_silence, padding_mask
 from sa3train.models.checkpoint import build
 from sa3train.models.conditioners import Conditioning
+from sa3train.models.nano import nano_config
 from sa3train.models.parse import parse_model
 from sa3train.models.sources import TextEncoderSource
 
@@ -117,7 +118,7 @@ class Nano(nn.Module):
 
     def __init__(self, pieces: int) -> None:
         super().__init__()
-        built = build(parse_model(config("rectified_flow"), "nano"), TextEncoderSource((), ()), device="cpu")
+        built = build(parse_model(nano_config("rectified_flow"), "nano"), TextEncoderSource((), ()), device="cpu")
         self.dit, self.conditioner = built["dit"], built["conditioner"]
         self.text = new_encoder(pieces)
 
@@ -161,6 +162,7 @@ def optimizers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "dit.transformer.layers" in name]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen and p.numel()]
+    fast_cpu_muon()
     muon = torch.optim.Muon(matrices, lr=rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
     return [muon, torch.optim.AdamW([{"params": others, "share": 0.5}], lr=rate, betas=(0.9, 0.98), weight_decay=0.0)]
 

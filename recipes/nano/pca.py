@@ -16,10 +16,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 import torch
-from autoencoder import si_sdr
 from export import load_autoencoder
 from store import Store
 from torch import Tensor
+
+from sa3train.jobs.benches.nano import si_sdr
 
 FRAME = 4096
 

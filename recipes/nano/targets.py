@@ -1,18 +1,20 @@
-"""What a latent frame of nano is to hold, computed without any network, and the corpus as such frames.
+"""What a latent frame of nano holds, computed from audio by formula, and the corpus as such frames.
 
-    python recipes/nano/targets.py WORK      # WORK/linear from latents.py --linear -> WORK/latents
+    python recipes/nano/targets.py WORK      # WORK/{train,val} from store.py -> WORK/code.safetensors, WORK/latents
 
-The first `ENVELOPE` channels say how loud each band is in each quarter of the frame (a PCA of compressed band energies,
-mid and side); the rest are the strongest components of the waveform itself (a PCA of the linear code, so linear in the
-samples). Prompts mostly ask for what the first kind holds, and a denoiser learns it within minutes because it has no
-phase; the second kind carries pitch and bass. The encoder is taught to compute both, the decoder to undo them.
+Three kinds of channels: `ENVELOPE` principal components of how loud each band is in each quarter of the frame;
+`WAVE` of the waveform below `BASS` Hz; `TONES` shares, one a semitone from A3 on: the amplitude of its partial
+relative to its band. The first and the last have no phase, so a denoiser learns them within minutes; the second
+carries what is too low for semitones to be told apart within a frame. The encoder is taught to compute all three,
+the decoder to undo them.
 
-Shapes: B items, C latent channels, T latent frames, N samples, E band energies of a frame, W waveform components.
+Shapes: B items, C latent channels, T latent frames, N samples, E band energies of a frame, S semitones.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from functools import cache
 from pathlib import Path
@@ -20,20 +22,30 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from store import CHUNK, Store
 from torch import Tensor
 
 from sa3train.files import atomic_path
+from sa3train.models.nano import WIDTH
 
-FRAME, WINDOW = 4096, 1024
-MID_BANDS, SIDE_BANDS, QUARTERS = 28, 8, 4
-ENVELOPE, WAVE = 40, 88
-LATENT = ENVELOPE + WAVE
+RATE, FRAME, WINDOW = 44_100, 4096, 1024
+MID_BANDS, SIDE_BANDS, QUARTERS = 24, 6, 4
+ENVELOPE, WAVE, TONES = 40, 40, 48
+LATENT = ENVELOPE + WAVE + TONES
+assert LATENT == WIDTH, "nano's latents are of another width"
 POWER = 0.15  # of energy: 0.3 of amplitude, near what loudness follows
 FLOOR = 1e-14
-ENVELOPE_LEVEL, WAVE_LEVEL = 1.25, 0.85  # root mean squares over the channels of each kind: 1 over both
+FAINT = 1e-4  # amplitude of a band under which a share means nothing
+MOST = 2.5  # the largest share
+BASS = (220.0, 320.0)  # where the waveform hands over to semitones, Hz
+PATCH_WAVE, QUARTER_WAVE = 10, 15  # components of the bass in a patch and in a quarter
+ENVELOPE_LEVEL, WAVE_LEVEL, TONE_LEVEL = 1.25, 0.85, 0.85  # root mean squares over the channels of each kind
 LOUDEST = 8.0
+LOWEST_KEY = 57  # A3
+
+Code = dict[str, Tensor]
 
 
 @cache
@@ -41,15 +53,35 @@ def _bank(bands: int, low: float = 40.0, high: float = 16000.0) -> Tensor:
     """Triangular mel filters over the bins of a `WINDOW`, each summing to 1: (bands, bins)."""
     mel = 2595 * torch.log10(1 + torch.tensor([low, high], dtype=torch.float64) / 700)
     edges = 700 * (10 ** (torch.linspace(float(mel[0]), float(mel[1]), bands + 2, dtype=torch.float64) / 2595) - 1)
-    bins = torch.linspace(0, 22050, WINDOW // 2 + 1, dtype=torch.float64)
+    bins = torch.linspace(0, RATE / 2, WINDOW // 2 + 1, dtype=torch.float64)
     rise = (bins - edges[:-2, None]) / (edges[1:-1] - edges[:-2])[:, None]
     fall = (edges[2:, None] - bins) / (edges[2:] - edges[1:-1])[:, None]
     weights = torch.minimum(rise, fall).clamp_min(0)
     return (weights / weights.sum(1, keepdim=True)).float()
 
 
-def envelope(audio_BCN: Tensor) -> Tensor:
-    """Compressed band energies (B, E, T) of whole frames: mid by quarters of the frame, side over the frame."""
+def band_centres(bands: int, low: float = 40.0, high: float = 16000.0) -> Tensor:
+    """Centres in Hz of the bands of `energies`, (bands,)."""
+    edges = torch.linspace(math.log1p(low / 700), math.log1p(high / 700), bands + 2)
+    return 700 * torch.expm1(edges)[1:-1]
+
+
+@cache
+def turns() -> Tensor:
+    """Whole turns a frame of each semitone's partial, (S,): so every frame begins at the same phase."""
+    return (440 * 2 ** ((LOWEST_KEY + torch.arange(TONES) - 69) / 12) * FRAME / RATE).round()
+
+
+def band_shares(hertz: Tensor, bands: int) -> tuple[Tensor, Tensor]:
+    """The band below each frequency, and how much of the next one up belongs to it (between 0 and 1)."""
+    centres = band_centres(bands)
+    upper = torch.bucketize(hertz, centres).clamp(1, bands - 1)
+    share = (hertz - centres[upper - 1]) / (centres[upper] - centres[upper - 1])
+    return upper - 1, share.clamp(0, 1)
+
+
+def energies(audio_BCN: Tensor) -> tuple[Tensor, Tensor]:
+    """Band energies of whole frames: mid by quarters (B, MID_BANDS, 4 T), side by frames (B, SIDE_BANDS, T)."""
     batch = len(audio_BCN)
     pair = torch.stack([audio_BCN.mean(1), (audio_BCN[:, 0] - audio_BCN[:, 1]) / 2], 1).flatten(0, 1)
     taper = torch.hann_window(WINDOW, device=pair.device)
@@ -58,66 +90,107 @@ def envelope(audio_BCN: Tensor) -> Tensor:
     mid, side = power.unflatten(0, (batch, 2)).unbind(1)
     bands = torch.cat([_bank(MID_BANDS) @ mid, _bank(SIDE_BANDS) @ side], 1)
     quarters = 0.25 * bands[..., 0:-1:2] + 0.5 * bands[..., 1::2] + 0.25 * bands[..., 2::2]
-    split = quarters.unflatten(-1, (-1, QUARTERS))
-    fine = split[:, :MID_BANDS].permute(0, 1, 3, 2).flatten(1, 2)
-    return torch.cat([fine, split[:, MID_BANDS:].mean(-1)], 1).clamp_min(FLOOR).pow(POWER)
+    return quarters[:, :MID_BANDS], quarters[:, MID_BANDS:].unflatten(-1, (-1, QUARTERS)).mean(-1)
 
 
-def principal(values_EN: Tensor, count: int, power: float, level: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean, forward (count, E) and back (E, count) maps; spreads follow std**power and have RMS `level`."""
+def envelope(audio_BCN: Tensor) -> Tensor:
+    """Compressed band energies (B, E, T) of whole frames: the mid bands' quarters, then the side bands."""
+    mid, side = energies(audio_BCN)
+    fine = mid.unflatten(-1, (-1, QUARTERS)).permute(0, 1, 3, 2).flatten(1, 2)
+    return torch.cat([fine, side], 1).clamp_min(FLOOR).pow(POWER)
+
+
+def tones(audio_CN: Tensor) -> Tensor:
+    """Each semitone's amplitude in the mid signal relative to its band's over the frame, (S, T)."""
+    mono_N, frames = audio_CN.mean(0), audio_CN.shape[1] // FRAME
+    taper = torch.hann_window(2 * FRAME)
+    stretches = F.pad(mono_N, (FRAME // 2, FRAME // 2)).unfold(0, 2 * FRAME, FRAME)
+    power_TF = (torch.fft.rfft(stretches * taper).abs() / FRAME).square()  # a partial of amplitude a peaks at a²/4
+    hertz = turns() * RATE / FRAME
+    middles = (hertz[1:] * hertz[:-1]).sqrt()
+    edges = torch.cat([hertz[:1] * 2 ** (-1 / 24), middles, hertz[-1:] * 2 ** (1 / 24)]) * 2 * FRAME / RATE
+    owner = torch.bucketize(torch.arange(power_TF.shape[1], dtype=torch.float32), edges) - 1
+    inside = (owner >= 0) & (owner < TONES)
+    energy_TS = torch.zeros(frames, TONES).index_add_(1, owner[inside], power_TF[:frames, inside])
+    amplitude_ST = (energy_TS * 4 / 1.5).sqrt().T  # the taper spreads a peak over bins whose squares add up to 1.5
+    below, share = band_shares(hertz, MID_BANDS)
+    band = energies(audio_CN[None])[0][0].sqrt()
+    gain = band[below] * (1 - share)[:, None] + band[below + 1] * share[:, None]
+    loudness_ST = gain.unflatten(-1, (-1, QUARTERS)).square().mean(-1).sqrt()
+    return (amplitude_ST / (loudness_ST + FAINT)).clamp_max(MOST)
+
+
+def bass(audio_CN: Tensor) -> Tensor:
+    """What lies below `BASS`, mid and side, (2, N): half the energy of 265 Hz passes."""
+    pair = torch.stack([audio_CN.mean(0), (audio_CN[0] - audio_CN[1]) / 2])
+    size = pair.shape[1] + 4096
+    hertz = torch.fft.rfftfreq(size, 1 / RATE)
+    passed = 1 / (1 + (hertz / math.sqrt(BASS[0] * BASS[1])) ** 12).sqrt()
+    return torch.fft.irfft(torch.fft.rfft(pair, size) * passed, size)[:, : pair.shape[1]]
+
+
+def bass_patches(audio_CN: Tensor) -> Tensor:
+    """The bass by frames and patches, (T, 16, 512): mid's 256 samples, then side's."""
+    return bass(audio_CN).unflatten(1, (-1, 16, 256)).permute(1, 2, 0, 3).flatten(2)
+
+
+def _strongest(rows_NK: Tensor, count: int) -> Tensor:
+    """Orthonormal rows (count, K) that hold most of the energy."""
+    vectors = torch.linalg.eigh(rows_NK.double().T @ rows_NK.double()).eigenvectors
+    return vectors.flip(1)[:, :count].T.float()
+
+
+def _scaled(values_EN: Tensor, basis_KE: Tensor, power: float, level: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean (E,), forward (K, E) and back (E, K) maps; spreads follow std**power and have RMS `level`."""
     mean_E = values_EN.mean(1)
-    variances, basis = torch.linalg.eigh(torch.cov(values_EN.double()))
-    std = variances.flip(0)[:count].clamp_min(1e-12).sqrt()
+    std = (basis_KE @ (values_EN - mean_E[:, None])).std(1).clamp_min(1e-6)
     wanted = std.pow(power)
     wanted = level * wanted / wanted.square().mean().sqrt()
-    rows = basis.flip(1)[:, :count].T
-    return mean_E.float(), (rows * (wanted / std)[:, None]).float(), (rows * (std / wanted)[:, None]).T.float()
+    return mean_E, basis_KE * (wanted / std)[:, None], (basis_KE * (std / wanted)[:, None]).T
 
 
-def fit(store: Store, linear: list[Tensor]) -> dict[str, Tensor]:
-    """The code, from clips whose linear latents are given."""
-    energies, loudness = [], []
-    gram, cross = torch.zeros(257, 257).double(), torch.zeros(257, 2 * FRAME).double()
-    for index, z_CT in enumerate(linear):
-        audio_CN = clip(store, index, z_CT.shape[1])
-        energies.append(envelope(audio_CN[None])[0])
-        frames_TS = audio_CN.unflatten(1, (-1, FRAME)).transpose(0, 1).flatten(1)
-        known = torch.cat([z_CT.float(), torch.ones(1, z_CT.shape[1])])
-        weight = float(0.1 / (audio_CN.square().mean().sqrt() + 1e-3))  # every clip counts alike, as its SI-SDR does
-        loudness.append(weight)
-        gram += (weight**2 * known @ known.T).double()
-        cross += (weight**2 * known @ frames_TS).double()
-    back = torch.linalg.solve(gram + 1e-6 * gram.diagonal().mean() * torch.eye(257), cross)[:256]
-    metric = back @ back.T  # energy of the audio per product of linear channels
-    factor = torch.linalg.cholesky(metric + 1e-9 * metric.diagonal().mean() * torch.eye(256)).T.float()
-    heard = factor @ torch.cat([weight * z_CT.float() for weight, z_CT in zip(loudness, linear, strict=True)], 1)
-    _, wave, wave_back = principal(heard, WAVE, 0.5, WAVE_LEVEL)
-    code = {"wave_mean": torch.cat(linear, 1).float().mean(1)}
-    code |= {"wave": wave @ factor, "wave_back": torch.linalg.solve(factor, wave_back)}
-    parts = principal(torch.cat(energies, 1), ENVELOPE, 0.4, ENVELOPE_LEVEL)
-    return code | dict(zip(("envelope_mean", "envelope", "envelope_back"), parts, strict=True))
+def fit(clips: list[Tensor]) -> Code:
+    """The code of some clips (2, N) of whole frames. Each clip counts alike in the waveform's components."""
+    shapes = torch.cat([envelope(audio[None])[0] for audio in clips], 1)
+    weights = [0.1 / (float(audio.square().mean().sqrt()) + 1e-3) for audio in clips]
+    patches = torch.cat([w * bass_patches(audio) for w, audio in zip(weights, clips, strict=True)])
+    patch = _strongest(patches.flatten(0, 1), PATCH_WAVE)
+    quarter_rows = (patches @ patch.T).unflatten(1, (QUARTERS, -1)).flatten(2)
+    quarter = _strongest(quarter_rows.flatten(0, 1), QUARTER_WAVE)
+    frames = (quarter_rows @ quarter.T).flatten(1).T
+    shares = torch.cat([tones(audio) for audio in clips], 1)
+    code = {"wave_patch": patch, "wave_quarter": quarter}
+    centred = shapes - shapes.mean(1, keepdim=True)
+    for name, values, basis, power, level in (
+        ("envelope", shapes, _strongest(centred.T, ENVELOPE), 0.4, ENVELOPE_LEVEL),
+        ("wave", frames, _strongest(frames.T, WAVE), 0.5, WAVE_LEVEL),
+        ("tones", shares, torch.eye(TONES), 0.5, TONE_LEVEL),
+    ):
+        code |= dict(zip((f"{name}_mean", name, f"{name}_back"), _scaled(values, basis, power, level), strict=True))
+    return code
 
 
-def clip(store: Store, index: int, frames: int) -> Tensor:
-    """A clip's audio followed by silence to whole frames, (2, N)."""
+def clip(store: Store, index: int) -> Tensor:
+    """A clip's audio followed by silence to an even number of frames, (2, N)."""
     audio = torch.from_numpy(store.audio(index))
-    return torch.nn.functional.pad(audio, (0, frames * FRAME - audio.shape[1]))
+    return F.pad(audio, (0, -audio.shape[1] % (2 * FRAME)))
 
 
-def latents_of(code: dict[str, Tensor], audio_CN: Tensor, linear_CT: Tensor) -> Tensor:
-    """What the encoder is to give for whole frames of audio whose linear latents are given, (C, T)."""
-    shape = code["envelope"] @ (envelope(audio_CN[None])[0] - code["envelope_mean"][:, None])
-    wave = code["wave"] @ (linear_CT.float() - code["wave_mean"][:, None])
-    return torch.cat([shape, wave]).clamp(-LOUDEST, LOUDEST)
+def latents_of(code: Code, audio_CN: Tensor) -> Tensor:
+    """What the encoder is to give for whole frames of audio, (C, T)."""
+    patches = bass_patches(audio_CN) @ code["wave_patch"].T
+    frames = (patches.unflatten(1, (QUARTERS, -1)).flatten(2) @ code["wave_quarter"].T).flatten(1).T
+    parts = (("envelope", envelope(audio_CN[None])[0]), ("wave", frames), ("tones", tones(audio_CN)))
+    z_CT = torch.cat([code[name] @ (values - code[f"{name}_mean"][:, None]) for name, values in parts])
+    return z_CT.clamp(-LOUDEST, LOUDEST)
 
 
-def silence(code: dict[str, Tensor]) -> Tensor:
+def silence(code: Code) -> Tensor:
     """The latent frame of silence, (C,)."""
-    quiet = torch.full_like(code["envelope_mean"], FLOOR**POWER)
-    return torch.cat([code["envelope"] @ (quiet - code["envelope_mean"]), -code["wave"] @ code["wave_mean"]])
+    return latents_of(code, torch.zeros(2, 2 * FRAME))[:, 0]
 
 
-def load_code(work: Path) -> dict[str, Tensor]:
+def load_code(work: Path) -> Code:
     """What `main` fitted."""
     return load_file(work / "code.safetensors")
 
@@ -126,11 +199,10 @@ def main() -> None:
     """Fit on the first chunk, then encode what is not there yet."""
     parser = argparse.ArgumentParser(description="nano's latents, computed")
     parser.add_argument("work", type=Path)
-    parser.add_argument("--linear", type=Path, help="folder of linear latents (default WORK/linear)")
     args = parser.parse_args()
-    linear = args.linear or args.work / "linear"
     if not (args.work / "code.safetensors").exists():
-        code = fit(Store(args.work / "train"), torch.load(linear / "train-0.pt", weights_only=True))
+        store = Store(args.work / "train")
+        code = fit([clip(store, index) for index in range(CHUNK)])
         with atomic_path(args.work / "code.safetensors") as path:
             save_file({name: tensor.contiguous() for name, tensor in code.items()}, path)
     code = load_code(args.work)
@@ -141,10 +213,8 @@ def main() -> None:
             path = args.work / "latents" / f"{split}-{number}.pt"
             if path.exists():
                 continue
-            known = torch.load(linear / path.name, weights_only=True)
-            made = [
-                latents_of(code, clip(store, number * CHUNK + i, z.shape[1]), z).half() for i, z in enumerate(known)
-            ]
+            indices = range(number * CHUNK, (number + 1) * CHUNK)
+            made = [latents_of(code, clip(store, index)).half() for index in indices]
             with atomic_path(path) as temporary:
                 torch.save(made, temporary)
             print(path.name, flush=True)

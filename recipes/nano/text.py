@@ -6,15 +6,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from shape import MAX_TOKENS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5GemmaConfig, T5GemmaEncoderModel
 
 from sa3train.models.conditioners import TextEmbedding
-from sa3train.models.nano import nano_text_config
+from sa3train.models.nano import MAX_TOKENS, PIECES, nano_text_config
 
-PIECES = 1024
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 
 

@@ -1,51 +1,90 @@
-"""nano's decoder set by hand to undo the latents of `targets.py`: the waveform part linearly, the envelopes as noise.
+"""nano's decoder set by hand to undo the latents of `targets.py` before any training.
 
-Each output token fetches its quarter of the frame: 26 waveform components, the levels of 28 mid and 8 side bands. The
-first feed-forward turns compressed levels into amplitudes (a curve of SiLUs per band). The last one picks the patch's
-place for the waveform part, and multiplies the new tokens' own noise by the amplitudes; the mapping, a convolution over
-three patches, makes a windowed wave of each noise channel. So pitch and bass are kept and the rest is hiss of the
-right colour, loudness and timing before any training.
+Each output token fetches its quarter of the frame (bass components, band levels), one layer later the frame's shares
+of the semitones, and in the last layer its place in the frame. The first feed-forward turns compressed levels into
+amplitudes (a curve of SiLUs per band); the second multiplies shares by amplitudes; the last one, sinusoidal, turns each
+partial by its place (the sine of place times frequency: an oscillator), picks the patch's place for the bass, and
+multiplies the new tokens' own noise by the amplitudes above the semitones. The mapping, a convolution over three
+patches, makes windowed waves of all of that. Partials make whole turns a frame, so they go on smoothly from frame to
+frame without any phase in the latents.
 
-Shapes: B items, C latent channels, T latent frames, D = 256 stream, R waveform components of a quarter.
+Shapes: B items, C latent channels, T latent frames, D = 256 stream, S semitones, P places (16) in a frame.
 """
 
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
+import numpy as np
 import scipy.optimize
 import torch
-from safetensors.torch import load_file
-from shape import MASK_NOISE, autoencoder
-from targets import ENVELOPE, MID_BANDS, POWER, SIDE_BANDS, envelope
+from numpy.typing import NDArray
+from targets import (
+    BASS,
+    ENVELOPE,
+    FRAME,
+    MID_BANDS,
+    PATCH_WAVE,
+    POWER,
+    QUARTER_WAVE,
+    RATE,
+    SIDE_BANDS,
+    TONES,
+    WAVE,
+    Code,
+    band_centres,
+    band_shares,
+    energies,
+    turns,
+)
 from torch import Tensor
+from wiring import CONST, HEADS, MARK, MARKED, D, FeedForward, Layer, see_frame
 
 from sa3train.models.autoencoder import Autoencoder
-from sa3train.models.linear_code import CONST, GATE, HEADS, KEPT, MARK, PATCH_OUT, SLOPE, D, _Layer, _see_frame
+from sa3train.models.nano import MASK_NOISE, nano_config
+from sa3train.models.parse import parse_model
 
-R, PATCH, PATCH_WAVE = 26, 256, 20
+PATCH, PLACES = 256, 16
 BANDS = MID_BANDS + SIDE_BANDS
-LEVELS, LATER, MIDDLE, GAINS, WAVE_OUT, NOISE = R, 66, 67, 68, 104, 124  # first channels of the stream's parts
-MID_NOISE, SIDE_NOISE = 100, 30
-KNOTS, STEEP, GAIN = 16, 60.0, 300.0
-LOUDEST_WAVE, LEVEL, OUT = 10.0, 4.0, 10.0  # stream units: far above the noise of the new tokens
-LOUD = 10.0  # gate per stream unit of amplitude x GAIN: SiLU is linear above -60 dB
+FETCHED = QUARTER_WAVE + BANDS  # channels of a quarter in the frame's token
+LEVELS, PLACE = QUARTER_WAVE, FETCHED  # first channels of the stream's parts
+GAINS = 64
+SHARES = GAINS + BANDS
+AMPLITUDES = SHARES + TONES
+WAVE_OUT = AMPLITUDES + TONES
+NOISE = WAVE_OUT + PATCH_WAVE
+MID_NOISE, SIDE_NOISE = 28, 20
+# Where the shares travel in the frame's token: channels of later quarters that the first layer does not write.
+SLOTS = [64 * quarter + spare for quarter in (1, 2, 3) for spare in range(FETCHED, 64)]
+SLOTS = [slot for slot in SLOTS if slot >= SHARES and slot not in (MARK, CONST)][:TONES]
+KNOTS, STEEP, GAIN = 16, 60.0, 60.0
+LEVEL, SHARE = 4.0, 4.0  # stream units: far above the noise of the new tokens
+LOUD = 40.0  # gate per share: SiLU bends within a fortieth
+SLIGHT = 0.15  # a share under which there is no partial
+QUIET = (0.2, 0.33)  # compressed levels of the lowest two bands between which the bass fades in: -47 and -32 dB
 HISS = 100.0  # keeps the products of noise and amplitude near 1
-BASS = (250.0, 500.0)  # where the waveform part hands over to noise, Hz
+BEND = 0.12  # gate of the sine at full amplitude, where it is still linear
+PLACE_REACH, PLACE_GAIN = 8.0, 8.5  # largest factor of a logit, and the gain of queries and keys that reaches it
+# Units of each feed-forward:
+TAKEN = (KNOTS * BANDS, TONES + 2 * QUARTER_WAVE, 4 * TONES + 4 * PATCH_WAVE + MID_NOISE + SIDE_NOISE)
+WIDE = (math.sqrt(8 * 6.7), math.sqrt(8 * 88.6))  # gains of queries and keys: a window of a quarter
 
 State = dict[str, Tensor]
 
 
-def frequencies(count: int, low: float = 300.0, high: float = 20000.0) -> Tensor:
+def noise_centres(count: int, low: float, high: float = 18000.0) -> Tensor:
     """Noise channels' centres in Hz, denser below."""
     return 2500 * torch.expm1(torch.linspace(math.log1p(low / 2500), math.log1p(high / 2500), count))
 
 
-def band_centres(count: int, low: float = 40.0, high: float = 16000.0) -> Tensor:
-    """Centres in Hz of the mel bands of `targets.envelope`."""
-    edges = torch.linspace(math.log1p(low / 700), math.log1p(high / 700), count + 2)
-    return 700 * torch.expm1(edges)[1:-1]
+def noise_atoms(hertz: Tensor) -> Tensor:
+    """Windowed pieces of noise, each as wide as the distance to its neighbours, of unit energy: (count, 3 PATCH)."""
+    width = torch.gradient(hertz)[0]
+    draw = torch.randn(len(hertz), 8 * PATCH)
+    bins = torch.fft.rfftfreq(8 * PATCH, 1 / RATE)
+    band = torch.exp(-0.5 * ((bins - hertz[:, None]) / (0.5 * width[:, None])) ** 4)
+    pieces = torch.fft.irfft(torch.fft.rfft(draw) * band)[:, : 3 * PATCH] * torch.hann_window(3 * PATCH)
+    return pieces / pieces.norm(dim=1, keepdim=True)
 
 
 def expansion() -> tuple[Tensor, Tensor]:
@@ -61,139 +100,190 @@ def expansion() -> tuple[Tensor, Tensor]:
     return thresholds, torch.from_numpy(weights).float()
 
 
-def quarter_basis(known: State, code: State, z_BCT: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The waveform part by quarters: (4, R, C) from latents, (4, PATCH_WAVE, R) to a place's patch components, and
-    (512, PATCH_WAVE) to its samples.
-    """
-    weight = known["decoder.layers.1.weight"] * known["bottleneck.running_std"]
-    into = known["decoder.layers.3.transformers.2.ff.ff.0.proj.weight"][: 4 * PATCH_OUT, :KEPT].unflatten(0, (4, -1))
-    mapping = known["decoder.layers.3.mapping.weight_v"]
-    mapping = mapping * (known["decoder.layers.3.mapping.weight_g"] / mapping.norm(dim=(1, 2), keepdim=True))
-    samples = mapping[:, 128 : 128 + PATCH_OUT, 1]
-    linear = torch.stack([weight[64 * q : 64 * q + KEPT] @ code["wave_back"] for q in range(4)])  # (4, 62, W)
-    y_WN = z_BCT[:, ENVELOPE:].transpose(0, 1).flatten(1)
-    s_SN = torch.cat([linear[q] @ y_WN for q in range(4)], 1)
-    heard = torch.cat([samples @ into[place] for place in range(4)])
-    factor = torch.linalg.cholesky((heard.T @ heard).double() + 1e-9 * heard.square().sum() * torch.eye(KEPT)).T.float()
-    basis = torch.linalg.eigh(torch.cov((factor @ s_SN).double())).eigenvectors.flip(1)[:, :R].float()
-    down, up = basis.T @ factor, torch.linalg.solve(factor, basis)
-    scale = LOUDEST_WAVE / (down @ s_SN).std(1).amax()
-    patches = torch.stack([into[place] @ up for place in range(4)])
-    made = torch.cat([samples @ patches[place] for place in range(4)], 1)
-    spot = torch.linalg.svd(made, full_matrices=False).U[:, :PATCH_WAVE]
-    return scale * (down @ linear), (spot.T @ samples) @ patches / scale, spot
-
-
-def _attention(layers: list[_Layer]) -> None:
-    for head in range(HEADS):
-        _see_frame(layers[0], head, 4 * head + 2.5)
-        _see_frame(layers[1], head, 4 * head + 3.5)
-        _see_frame(layers[2], head, 4 * head + 2.5)
-        layers[0].rows(2, head)[:KEPT, 64 * head : 64 * head + KEPT] = torch.eye(KEPT)
-        layers[0]["self_attn.to_out.weight"][:KEPT, 64 * head : 64 * head + KEPT] = torch.eye(KEPT)
-        for layer, channel in ((layers[1], LATER), (layers[2], MIDDLE)):
-            layer["self_attn.to_out.weight"][channel, 64 * head + 63] = 1
-            torch.nn.init.normal_(layer.rows(2, head)[:63], std=0.02)
-
-
-def _amplitudes(layer: _Layer) -> None:
-    into, bias, out = layer["ff.ff.0.proj.weight"], layer["ff.ff.0.proj.bias"], layer["ff.ff.2.weight"]
-    thresholds, weights = expansion()
-    for band in range(BANDS):
-        units = slice(KNOTS * band, KNOTS * (band + 1))
-        gates = slice(3 * D + units.start, 3 * D + units.stop)
-        into[units], into[gates], bias[units] = 0, 0, 1 / STEEP  # so that what is trained stays near 1
-        into[gates, LEVELS + band] = STEEP / LEVEL
-        bias[gates] = -STEEP * thresholds
-        out[GAINS + band, units] = STEEP * weights
-
-
-def _last(layer: _Layer, patches: Tensor) -> None:
-    into, bias, out = layer["ff.ff.0.proj.weight"], layer["ff.ff.0.proj.bias"], layer["ff.ff.2.weight"]
-    for place in range(4):
-        units = slice(PATCH_WAVE * place, PATCH_WAVE * (place + 1))
-        gates = slice(3 * D + units.start, 3 * D + units.stop)
-        into[units], into[gates], bias[units] = 0, 0, 0
-        into[units, :R] = patches[place]
-        level = -3.0
-        for flag, raised in ((LATER, place in (2, 3)), (MIDDLE, place in (1, 2))):
-            into[gates, flag] = GATE * (2.0 if raised else -2.0) * SLOPE / math.tanh(SLOPE)
-            level += 0.0 if raised else 2.0
-        bias[gates] = GATE * level
-        out[WAVE_OUT : WAVE_OUT + PATCH_WAVE, units] = OUT / GATE * torch.eye(PATCH_WAVE)
-    kinds = ((MID_NOISE, MID_BANDS, GAINS, 0), (SIDE_NOISE, SIDE_BANDS, GAINS + MID_BANDS, MID_NOISE))
-    for count, bands, gains, first in kinds:
-        hertz, centres = frequencies(count), band_centres(bands)
-        place = torch.bucketize(hertz, centres).clamp(1, bands - 1)
-        share = ((hertz - centres[place - 1]) / (centres[place] - centres[place - 1])).clamp(0, 1)
-        hand_over = ((hertz.log() - math.log(BASS[0])) / math.log(BASS[1] / BASS[0])).clamp(0.05, 1)
-        for index in range(count):
-            channel = NOISE + first + index
-            unit = 4 * PATCH_WAVE + first + index
-            into[unit], into[3 * D + unit], bias[unit], bias[3 * D + unit] = 0, 0, 0, 0
-            into[unit, channel] = 1 / MASK_NOISE / HISS
-            into[3 * D + unit, gains + int(place[index]) - 1] = LOUD * (1 - share[index])
-            into[3 * D + unit, gains + int(place[index])] = LOUD * share[index]
-            out[channel, unit] = HISS / LOUD * hand_over[index]
-
-
-def _calm(layer: _Layer, taken: int) -> None:
+def _calm(ff: FeedForward) -> None:
     """Let the units that are free to learn see every channel at a spread near 1."""
     spread = torch.ones(D)
-    spread[:R], spread[LEVELS : LEVELS + BANDS], spread[GAINS : GAINS + BANDS] = LOUDEST_WAVE, LEVEL, GAIN / 10
-    for units in (slice(taken, 3 * D), slice(3 * D + taken, 6 * D)):
-        layer["ff.ff.0.proj.weight"][units] /= spread
+    spread[LEVELS : LEVELS + BANDS], spread[PLACE] = LEVEL, 5.0
+    spread[GAINS : GAINS + BANDS] = spread[AMPLITUDES : AMPLITUDES + TONES] = GAIN / 10
+    spread[SHARES : SHARES + TONES] = SHARE
+    for units in (slice(ff.taken, 3 * D), slice(3 * D + ff.taken, 6 * D)):
+        ff.into[units] /= spread
 
 
-def _mapping(state: State, block: str, spot: Tensor) -> None:
+def _frame(state: State, code: Code) -> None:
+    """The linear layer from latents to the frame's token."""
+    weight, bias = state["decoder.layers.1.weight"].zero_(), state["decoder.layers.1.bias"].zero_()
+    waves, levels = slice(ENVELOPE, ENVELOPE + WAVE), slice(0, ENVELOPE)
+    for quarter in range(HEADS):
+        part = slice(QUARTER_WAVE * quarter, QUARTER_WAVE * (quarter + 1))
+        spots = slice(64 * quarter, 64 * quarter + QUARTER_WAVE)
+        weight[spots, waves], bias[spots] = code["wave_back"][part], code["wave_mean"][part]
+        rows = [band * HEADS + quarter for band in range(MID_BANDS)] + [
+            HEADS * MID_BANDS + i for i in range(SIDE_BANDS)
+        ]
+        spots = slice(64 * quarter + LEVELS, 64 * quarter + FETCHED)
+        weight[spots, levels] = LEVEL * code["envelope_back"][rows]
+        bias[spots] = LEVEL * code["envelope_mean"][rows]
+    weight[SLOTS, ENVELOPE + WAVE :] = SHARE * code["tones_back"]
+    bias[SLOTS] = SHARE * code["tones_mean"]
+    bias[MARK], bias[CONST] = 1, 0
+
+
+def _attention(layers: list[Layer]) -> None:
+    for head in range(HEADS):
+        for layer in layers[:2]:
+            see_frame(layer, head, 4 * head + 2.5)
+        columns, rows = layers[0]["self_attn.to_out.weight"], layers[0].rows(2, head)
+        rows[:FETCHED, 64 * head : 64 * head + FETCHED] = torch.eye(FETCHED)
+        columns[:FETCHED, 64 * head : 64 * head + FETCHED] = torch.eye(FETCHED)
+        layers[1].rows(2, head)[:TONES, SLOTS] = torch.eye(TONES)
+        layers[1]["self_attn.to_out.weight"][SHARES : SHARES + TONES, 64 * head : 64 * head + TONES] = torch.eye(TONES)
+
+
+def fit_place() -> tuple[Tensor, Tensor, float]:
+    """Four windows on the frame's token whose weighted sum is a token's place in the frame, -7.5 to 7.5.
+
+    Gives their logits' factors at the rotary frequencies (HEADS, 32: cosines, sines), the weights (HEADS,), and a
+    constant. A chunk holds two frames: 16 or 17 tokens before or behind its own frame's token a token sees the other's.
+    """
+    theta = 10000.0 ** (-np.arange(16) / 16)
+
+    def waves(back: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.concatenate([np.cos(np.outer(back, theta)), np.sin(np.outer(back, theta))], 1)
+
+    back, wanted = np.arange(1.0, PLACES + 1), np.tile(np.arange(PLACES) - 7.5, 2)
+    own = np.concatenate([waves(back), waves(back)])
+    other = np.concatenate([waves(back - 17), waves(back + 17)])
+
+    def factors(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        return PLACE_REACH * np.tanh(x[: 32 * HEADS].reshape(HEADS, 32))
+
+    def misses(x: NDArray[np.float64]) -> NDArray[np.float64]:
+        seen = np.exp(own @ factors(x).T) + np.exp(other @ factors(x).T)
+        made = (seen / (seen + 2 * PLACES)) @ x[32 * HEADS : -1] + x[-1]
+        return np.concatenate([made - wanted, 0.003 * x[: 32 * HEADS]])
+
+    draw = np.random.default_rng(1)
+    guess = np.concatenate([0.1 * draw.standard_normal(32 * HEADS), np.full(HEADS, 10 / HEADS), [0.0]])
+    found = scipy.optimize.least_squares(misses, guess, max_nfev=400, x_scale="jac").x
+    weights = torch.from_numpy(found[32 * HEADS : -1]).float()
+    return torch.from_numpy(factors(found)).float(), weights, float(found[-1])
+
+
+def _place(layer: Layer, before: Layer) -> None:
+    """The last layer's attention writes the token's place; the constant comes from the feed-forward before it."""
+    factors, weights, constant = fit_place()
+    before["ff.ff.2.bias"][PLACE] = constant
+    for head in range(HEADS):
+        see_frame(layer, head, 0.0)
+        layer.rows(0, head)[40, CONST] = 0  # no mark: the windows alone decide
+        layer.rows(0, head)[:16, CONST] = 2.0
+        layer.rows(1, head)[:32, MARK] = torch.atanh(math.tanh(2.0) * factors[head] * 8 / PLACE_GAIN**2) / MARKED
+        layer["self_attn.to_out.weight"][PLACE, 64 * head + 63] = weights[head]
+        torch.nn.init.normal_(layer.rows(2, head)[:63], std=0.02)
+
+
+def _first(ff: FeedForward) -> None:
+    """Amplitudes of the bands."""
+    thresholds, weights = expansion()
+    for band in range(BANDS):
+        for threshold, weight in zip(thresholds.tolist(), weights.tolist(), strict=True):
+            gate, out = {LEVELS + band: STEEP / LEVEL}, {GAINS + band: STEEP * weight}
+            ff.unit({}, gate, out, value_bias=1 / STEEP, gate_bias=-STEEP * threshold)
+
+
+def _second(ff: FeedForward) -> None:
+    """Amplitudes of the partials: their band's times the share, small shares left out; and the bass where it is quiet.
+
+    A denoiser's latents are never exact: what is a little off nothing is to be nothing.
+    """
+    hertz = turns() * RATE / FRAME
+    below, upper = band_shares(hertz, MID_BANDS)
+    passed = 1 / (1 + (hertz / math.sqrt(BASS[0] * BASS[1])) ** 12)
+    for tone in range(TONES):
+        band, share = int(below[tone]), float(upper[tone])
+        value = {GAINS + band: 1 - share, GAINS + band + 1: share}
+        gate, weight = {SHARES + tone: LOUD / SHARE}, float((1 - passed[tone]).sqrt()) / LOUD
+        ff.unit(value, gate, {AMPLITUDES + tone: weight * (1 + SLIGHT)}, gate_bias=-LOUD * SLIGHT)
+    for wave in range(QUARTER_WAVE):
+        for level, sign in ((QUIET[1], -1.0), (QUIET[0], 1.0)):
+            gate = {LEVELS + band: -STEEP / LEVEL / 2 for band in range(2)}
+            slope = sign / STEEP / (QUIET[1] - QUIET[0])
+            ff.unit({wave: 1.0}, gate, {wave: slope}, gate_bias=STEEP * level)
+
+
+def _last(ff: FeedForward, code: Code) -> None:
+    for tone, turn in enumerate(turns().tolist()):
+        step = 2 * ((turn + 8) % 16 - 8) / PLACES  # half turns a patch
+        amplitude, share = AMPLITUDES + tone, SHARES + tone
+        ff.unit({amplitude: 1}, {PLACE: step}, {amplitude: 1}, gate_bias=0.5 + 7.5 * step)
+        ff.unit({amplitude: 1}, {}, {amplitude: -1}, gate_bias=0.5)
+        ff.unit({amplitude: 1}, {PLACE: step}, {share: 1}, gate_bias=7.5 * step)
+        ff.unit({share: 1}, {}, {share: -1}, gate_bias=0.5)
+    place = torch.arange(4)
+    waves = ((0.0, 0.5), (0.5, 0.5), (0.5, 0.0), (1.0, 0.5))  # (half turns a patch, phase) of functions of four places
+    table = torch.stack([torch.sin(math.pi * (step * place + phase)) for step, phase in waves], 1)
+    patches = code["wave_quarter"].T.unflatten(0, (4, PATCH_WAVE))  # (4, PATCH_WAVE, QUARTER_WAVE)
+    parts = torch.linalg.solve(table, patches.flatten(1)).unflatten(1, (PATCH_WAVE, -1))
+    for (step, phase), part in zip(waves, parts.tolist(), strict=True):
+        for index, row in enumerate(part):
+            gate = {PLACE: step} if step else {}
+            ff.unit(dict(enumerate(row)), gate, {WAVE_OUT + index: 1}, gate_bias=phase + 7.5 * step)
+    kinds = ((MID_NOISE, MID_BANDS, GAINS, 0, _top()), (SIDE_NOISE, SIDE_BANDS, GAINS + MID_BANDS, MID_NOISE, 300.0))
+    for count, bands, gains, first, low in kinds:
+        for index, (band, share) in enumerate(zip(*band_shares(noise_centres(count, low), bands), strict=True)):
+            channel = NOISE + first + index
+            slope, low_band = BEND / GAIN, gains + int(band)
+            gate = {low_band: slope * float(1 - share), low_band + 1: slope * float(share)}
+            ff.unit({channel: 1 / MASK_NOISE / HISS}, gate, {channel: HISS / slope / math.pi})
+
+
+def _top() -> float:
+    """Where the semitones end and noise takes over, Hz."""
+    return float(turns()[-1]) * RATE / FRAME * 2 ** (1 / 12)
+
+
+def _mapping(state: State, block: str, code: Code) -> None:
     mapping = 1e-6 * torch.randn(512, D, 3)
-    mapping[:, WAVE_OUT : WAVE_OUT + PATCH_WAVE, 1] += spot / OUT
-    time = torch.arange(3 * PATCH)
-    for count, first, sign in ((MID_NOISE, 0, 1.0), (SIDE_NOISE, MID_NOISE, -1.0)):
-        hertz = frequencies(count)
-        width = torch.gradient(hertz)[0]
-        waves = torch.cos(2 * math.pi * (hertz[:, None] * time / 44100 + torch.rand(count, 1)))
-        waves = waves * torch.hann_window(3 * PATCH) * (width[:, None] / 44100).sqrt() * 0.15 * 100 / GAIN
-        taps = waves.unflatten(1, (3, PATCH)).flip(1).permute(2, 0, 1)  # tap 2 looks at the next token
-        mapping[:, NOISE + first : NOISE + first + count] += torch.cat([taps, sign * taps])
+    mid, side = code["wave_patch"].T.chunk(2)
+    mapping[:, WAVE_OUT : WAVE_OUT + PATCH_WAVE, 1] += torch.cat([mid + side, mid - side])
+    time, window = torch.arange(-PATCH, 2 * PATCH), torch.hann_window(3 * PATCH)
+    angle = 2 * math.pi * (turns()[:, None] * time / FRAME + torch.rand(TONES, 1))
+    noise = [noise_atoms(noise_centres(MID_NOISE, _top())), noise_atoms(noise_centres(SIDE_NOISE, 300.0))]
+    atoms = ((SHARES, -angle.sin() * window / 1.5, 1.0), (AMPLITUDES, angle.cos() * window / 1.5, 1.0))
+    for first, waves, sign in (*atoms, (NOISE, 32 * noise[0], 1.0), (NOISE + MID_NOISE, 32 * noise[1], -1.0)):
+        taps = (waves / GAIN).unflatten(1, (3, PATCH)).flip(1).permute(2, 0, 1)  # tap 2 looks at the next token
+        mapping[:, first : first + len(waves)] += torch.cat([taps, sign * taps])
     state[f"{block}.mapping.weight_v"].copy_(mapping)
     state[f"{block}.mapping.weight_g"].copy_(mapping.norm(dim=(1, 2), keepdim=True))
     state[f"{block}.mapping.bias"].zero_()
 
 
+def autoencoder() -> Autoencoder:
+    """nano's autoencoder, untrained."""
+    return Autoencoder(parse_model(nano_config("rectified_flow"), "nano").autoencoder)
+
+
 @torch.no_grad()
-def start(work: Path, code: State, z_BCT: Tensor) -> Autoencoder:
-    """The autoencoder with that decoder; `z_BCT`: some latents, for the waveform's components."""
+def start(code: Code) -> Autoencoder:
+    """The autoencoder with that decoder."""
     torch.manual_seed(0)
     model = autoencoder()
-    state, known = model.state_dict(), load_file(work / "ae.safetensors")
-    block = "decoder.layers.3"
-    for index in range(3):
-        for name in ("pre_norm", "ff_norm", "self_attn.q_norm", "self_attn.k_norm"):
-            for part in ("alpha", "beta", "gamma"):
-                key = f"{block}.transformers.{index}.{name}.{part}"
-                state[key].copy_(known[key])
-    layers = []
-    for index in range(3):
-        gains = [known[f"{block}.transformers.{index}.self_attn.q_norm.gamma"][k] * math.tanh(2.0) for k in (0, 40)]
-        layers.append(_Layer(state, f"{block}.transformers.{index}", float(gains[0]), float(gains[1])))
-    down, patches, spot = quarter_basis(known, code, z_BCT)
-    weight, bias = state["decoder.layers.1.weight"].zero_(), state["decoder.layers.1.bias"].zero_()
-    for quarter in range(4):
-        weight[64 * quarter : 64 * quarter + R, ENVELOPE:] = down[quarter]
-        rows = [band * 4 + quarter for band in range(MID_BANDS)] + [4 * MID_BANDS + band for band in range(SIDE_BANDS)]
-        spots = slice(64 * quarter + LEVELS, 64 * quarter + LEVELS + BANDS)
-        weight[spots, :ENVELOPE] = LEVEL * code["envelope_back"][rows]
-        bias[spots] = LEVEL * code["envelope_mean"][rows]
-    bias[MARK], bias[CONST] = 1, 0
+    state, block = model.state_dict(), "decoder.layers.3"
+    gains = (WIDE, WIDE, (PLACE_GAIN, WIDE[1]))
+    layers = [Layer(state, f"{block}.transformers.{index}", *gain) for index, gain in enumerate(gains)]
+    _frame(state, code)
     state[f"{block}.new_tokens"].zero_()
     _attention(layers)
-    _amplitudes(layers[0])
-    _last(layers[2], patches)
-    for layer, taken in zip(layers, (KNOTS * BANDS, 0, 4 * PATCH_WAVE + MID_NOISE + SIDE_NOISE), strict=True):
-        _calm(layer, taken)
-    _mapping(state, block, spot)
-    model.load_state_dict(state)
+    _place(layers[2], layers[1])
+    parts = [FeedForward(layer) for layer in layers]
+    _first(parts[0])
+    _second(parts[1])
+    _last(parts[2], code)
+    assert tuple(part.taken for part in parts) == TAKEN
+    for part in parts:
+        _calm(part)
+    _mapping(state, block, code)
     return model
 
 
@@ -201,13 +291,8 @@ def start(work: Path, code: State, z_BCT: Tensor) -> Autoencoder:
 def calibrate(model: Autoencoder, z_BCT: Tensor, audio_BCN: Tensor) -> Tensor:
     """Scale each band's amplitude to the mean energy of these clips; gives the corrections in dB, (BANDS,)."""
     out = model.state_dict()["decoder.layers.3.transformers.0.ff.ff.2.weight"]
-    wanted, made = (_energies(each) for each in (audio_BCN, model.decode(z_BCT)))
+    wanted, made = (torch.cat([e.mean((0, 2)) for e in energies(audio)]) for audio in (audio_BCN, model.decode(z_BCT)))
     ratio = (wanted / made.clamp_min(1e-12)).sqrt().clamp(0.1, 10)
     ratio[: int((band_centres(MID_BANDS) < BASS[1]).sum())] = 1
     out[GAINS : GAINS + BANDS] *= ratio[:, None]
     return 20 * ratio.log10()
-
-
-def _energies(audio_BCN: Tensor) -> Tensor:
-    bands = envelope(audio_BCN).pow(0.5 / POWER).mean((0, 2))
-    return torch.cat([bands[: 4 * MID_BANDS].unflatten(0, (MID_BANDS, 4)).mean(1), bands[4 * MID_BANDS :]])

@@ -21,8 +21,9 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "datasets" / "nano"))
 import torch
 from parts import FRAMES_PER_SECOND, Batch, Nano, load, tokenizer_of
 from sounds import NAMES
+from speed import autocast
 from store import Store
-from targets import ENVELOPE, FLOOR, POWER, load_code
+from targets import ENVELOPE, FLOOR, MID_BANDS, POWER, QUARTERS, load_code
 from torch import Tensor, nn
 
 from sa3train.diffusion.samplers import sample_euler
@@ -36,9 +37,10 @@ def statistics(code: dict[str, Tensor], z_CT: Tensor) -> Tensor:
     bands_ET = code["envelope_back"] @ z_CT[:ENVELOPE] + code["envelope_mean"][:, None]
     bands_ET = bands_ET.clamp_min(FLOOR**POWER)
     bands_ET = bands_ET / bands_ET.square().mean().sqrt()
-    quarters = bands_ET[:112].unflatten(0, (28, 4)).permute(0, 2, 1).flatten(1)
+    mid = QUARTERS * MID_BANDS
+    quarters = bands_ET[:mid].unflatten(0, (MID_BANDS, QUARTERS)).permute(0, 2, 1).flatten(1)
     step = quarters.diff(dim=1)
-    side = bands_ET[112:].mean(1)
+    side = bands_ET[mid:].mean(1)
     parts = [quarters.mean(1), quarters.std(1), step.clamp_min(0).mean(1), step.clamp_max(0).mean(1), quarters.amax(1)]
     return torch.cat([*parts, quarters[:, :8].mean(1), side, z_CT[ENVELOPE:].square().mean(1).sqrt()])
 
@@ -93,7 +95,7 @@ def sample(
     real_BT = torch.ones(size, frames, dtype=torch.bool)
     seconds_B = torch.full((size,), seconds)
     batch = Batch(noise_BCT, real_BT, seconds_B, seconds_B, tokens.input_ids, tokens.attention_mask.bool())
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast("cpu"):
         condition = model.condition(batch)
 
         def velocity_of(x: Tensor, t: Tensor, context: Tensor, pooled: Tensor, local: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from sa3train.models.dit import DiT
 from sa3train.models.fingerprints import fingerprint_of, remembered
 from sa3train.models.parse import is_autoencoder, parse_autoencoder, parse_model, read_config
 from sa3train.models.precision import fast_fp32_products
-from sa3train.models.sources import CheckpointFiles, TextEncoderSource, locate, text_encoder_source
+from sa3train.models.sources import TextEncoderSource, locate, text_encoder_source
 from sa3train.models.weights import check_names, read_tensors, tensor_shapes
 
 #: State-dict prefix of each part in a released file.
@@ -123,7 +123,6 @@ def load_checkpoint(
     modules["autoencoder"].chunked = config.chunked
     _fill(files.weights, modules, PREFIXES, parts, device, dtype)
     modules["autoencoder"].file_fingerprint = _autoencoder_fingerprint(files.weights, PREFIXES["autoencoder"])
-    _announce(files)
     kept: Any = {name: module if name in parts else None for name, module in modules.items()}
     sibling = files.entry.sibling if files.entry is not None else None
     return StableAudio3(files.name, files.folder, config, **kept, sibling=sibling)
@@ -150,7 +149,6 @@ def load_autoencoder(
     _fill(files.weights, modules, prefixes, ("autoencoder",), device, dtype)
     autoencoder: Autoencoder = modules["autoencoder"]
     autoencoder.file_fingerprint = _autoencoder_fingerprint(files.weights, prefix)
-    _announce(files)
     return autoencoder
 
 
@@ -233,10 +231,3 @@ def _file_fingerprint(path: Path, prefixes: tuple[str, ...], strip: str = "") ->
 
 def _autoencoder_fingerprint(path: Path, prefix: str) -> Callable[[], str]:
     return functools.partial(_file_fingerprint, path, (prefix,), prefix)
-
-
-def _announce(files: CheckpointFiles) -> None:
-    if files.entry is not None and files.entry.repo_id is None:
-        from sa3train.models.nano import warn_if_untrained
-
-        warn_if_untrained()

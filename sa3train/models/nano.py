@@ -1,46 +1,40 @@
-"""nano: a Stable Audio 3 of about ten million parameters that needs no download, no token and no GPU.
+"""nano: a trained Stable Audio 3 of about ten million parameters that needs no download, no token and no GPU.
 
-The trained weights ship in `sa3train/assets/nano/`: `version.txt`, `nano.safetensors` and `nano-base.safetensors`
-(DiT and conditioner), `autoencoder.safetensors` (shared by both), all under released names, and the folder
-`t5gemma`. Where they are absent, the same architecture is made from a fixed seed and says that it is untrained; its
-autoencoder is then the linear code of `code.safetensors`, which encodes and decodes audio from the start.
-Either way both models are written once to `cache_dir()/nano/<version>/` in the released layout and loaded from
-there like any other checkpoint.
+Its weights ship in `sa3train/assets/nano/`: `version.txt`, `nano.safetensors` and `nano-base.safetensors` (DiT and
+conditioner), `autoencoder.safetensors` (shared by both), all in fp16 under released names, and the folder `t5gemma`.
+Both models are written once to `cache_dir()/nano/<version>/` in the released layout and loaded from there like any
+other checkpoint. How they were trained: `recipes/nano/`.
 """
 
-import functools
-import hashlib
-import json
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from safetensors.torch import load_file
 
 from sa3train.errors import SA3Error
 from sa3train.files import cache_dir
 from sa3train.log import get_logger
-from sa3train.models.conditioners import quiet_transformers
-from sa3train.models.linear_code import load_linear_code
-from sa3train.models.parse import parse_model
 from sa3train.models.weights import write_checkpoint
 
 logger = get_logger(__name__)
 
 ASSETS = Path(__file__).parents[1] / "assets" / "nano"
-CODE = ASSETS / "code.safetensors"  # the autoencoder's linear code, with or without trained weights beside it
 OBJECTIVES = {"nano": "rf_denoiser", "nano-base": "rectified_flow"}
 TEXT_FOLDER = "t5gemma"
-WIDTH = 256  # of latents
+WIDTH = 128  # of latents
 CONDITION_WIDTH = 128
+MAX_TOKENS = 64  # of a prompt
+PIECES = 1024  # of its tokenizer, at most
+MASK_NOISE = 0.003  # of the decoder's new tokens: what hiss is made of
 SAMPLE_SIZE = 5_292_032  # 120 s, as small
-_SEED = 20_260_101
 
 
 def nano_config(objective: str) -> dict[str, Any]:
     """The `model_config.json` of nano: "rectified_flow" (base) or "rf_denoiser" (post-trained)."""
+    text = {"model_path": TEXT_FOLDER, "max_length": MAX_TOKENS}
     return {
         "model_type": "diffusion_cond_inpaint",
         "sample_size": SAMPLE_SIZE,
@@ -51,7 +45,7 @@ def nano_config(objective: str) -> dict[str, Any]:
             "conditioning": {
                 "cond_dim": CONDITION_WIDTH,
                 "configs": [
-                    {"id": "prompt", "type": "t5gemma", "config": {"model_path": TEXT_FOLDER, "max_length": 128}},
+                    {"id": "prompt", "type": "t5gemma", "config": text},
                     {"id": "seconds_total", "type": "number", "config": {"min_val": 0, "max_val": 384}},
                 ],
             },
@@ -99,9 +93,9 @@ def nano_autoencoder_config() -> dict[str, Any]:
     decoder = {
         "out_channels": 512,
         "transformer_depths": [3],
-        "sinusoidal_blocks": [0],
+        "sinusoidal_blocks": [2],
         "conv_mapping": True,
-        "mask_noise": 0.01,
+        "mask_noise": MASK_NOISE,
         **shared,
     }
     return {
@@ -116,9 +110,9 @@ def nano_autoencoder_config() -> dict[str, Any]:
 
 
 def nano_text_config() -> dict[str, Any]:
-    """Keyword arguments of nano's T5Gemma encoder, one token per byte of the prompt."""
+    """Keyword arguments of nano's T5Gemma encoder."""
     return {
-        "vocab_size": 260,
+        "vocab_size": PIECES,
         "hidden_size": CONDITION_WIDTH,
         "intermediate_size": 384,
         "num_hidden_layers": 2,
@@ -145,24 +139,12 @@ def nano_folder(name: str) -> Path:
     return final / name
 
 
-def is_trained() -> bool:
-    """Whether trained weights ship with this installation."""
-    return (ASSETS / "version.txt").is_file()
-
-
-@functools.cache
-def warn_if_untrained() -> None:
-    """Log, once per process, that nano is untrained."""
-    if not is_trained():
-        logger.warning("nano is untrained: it shows that everything runs, not how it sounds.")
-
-
 def _version() -> str:
-    """The shipped version, or one that follows from the architecture, so that another one never meets old weights."""
-    if is_trained():
+    """The shipped version. Raises `SA3Error` when the installation lacks nano's weights."""
+    try:
         return (ASSETS / "version.txt").read_text(encoding="utf-8").strip()
-    architecture = json.dumps([nano_config("rectified_flow"), nano_text_config(), _SEED])
-    return f"untrained-{hashlib.sha256(architecture.encode() + CODE.read_bytes()).hexdigest()[:12]}"
+    except FileNotFoundError:
+        raise SA3Error(f"{ASSETS} holds no weights of nano. Install sa3train again.") from None
 
 
 def _write_once(final: Path) -> None:
@@ -171,10 +153,11 @@ def _write_once(final: Path) -> None:
         final.parent.mkdir(parents=True, exist_ok=True)
         aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
         try:
-            states, text = _trained() if is_trained() else _untrained()
+            shared = load_file(ASSETS / "autoencoder.safetensors")
             for name, objective in OBJECTIVES.items():
-                write_checkpoint(aside / name, nano_config(objective), states[name], torch.float16)
-                text(aside / name / TEXT_FOLDER)
+                state = load_file(ASSETS / f"{name}.safetensors") | shared
+                write_checkpoint(aside / name, nano_config(objective), state, torch.float16)
+                shutil.copytree(ASSETS / TEXT_FOLDER, aside / name / TEXT_FOLDER)
             aside.chmod(0o755)
             if not final.is_dir():
                 _rename(aside, final)
@@ -193,60 +176,3 @@ def _rename(aside: Path, final: Path) -> None:
     except OSError:
         if not final.is_dir():
             raise
-
-
-States = dict[str, dict[str, Tensor]]
-
-
-def _trained() -> tuple[States, Any]:
-    from safetensors.torch import load_file
-
-    shared = load_file(ASSETS / "autoencoder.safetensors")
-    states = {name: {**load_file(ASSETS / f"{name}.safetensors"), **shared} for name in OBJECTIVES}
-    return states, functools.partial(shutil.copytree, ASSETS / TEXT_FOLDER)
-
-
-def _untrained() -> tuple[States, Any]:
-    """One set of random weights for both models, the same on every call."""
-    from sa3train.models.checkpoint import build, released_state
-    from sa3train.models.sources import TextEncoderSource
-
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED)
-        modules = build(parse_model(nano_config("rectified_flow"), "nano"), TextEncoderSource((), ()), device="cpu")
-        load_linear_code(modules["autoencoder"].state_dict(), CODE)
-        encoder = new_text_encoder()
-    return dict.fromkeys(OBJECTIVES, released_state(modules)), functools.partial(write_text_encoder, encoder=encoder)
-
-
-def write_text_encoder(folder: Path, encoder: nn.Module | None = None) -> None:
-    """Write nano's tokenizer and text encoder (a fresh one if none is given) in bf16, the way transformers does."""
-    model: Any = encoder if encoder is not None else new_text_encoder()
-    folder.mkdir(parents=True, exist_ok=True)
-    with quiet_transformers():
-        model.to(torch.bfloat16).save_pretrained(folder)
-        new_tokenizer().save_pretrained(folder)
-    (folder / "model.safetensors").chmod(0o644)
-
-
-def new_text_encoder() -> nn.Module:
-    """nano's T5Gemma encoder with fresh weights."""
-    from transformers import T5GemmaConfig, T5GemmaEncoderModel
-
-    text = nano_text_config()
-    config = T5GemmaConfig(encoder=text, decoder=dict(text), is_encoder_decoder=False, vocab_size=text["vocab_size"])
-    return T5GemmaEncoderModel(config)
-
-
-def new_tokenizer() -> Any:
-    """One token per UTF-8 byte, after the four special ones; no BOS, no EOS."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
-    vocabulary = special + sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={token: index for index, token in enumerate(vocabulary)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)

@@ -1,9 +1,11 @@
 """How well nano reconstructs audio and follows prompts, by rulers that ship with it: `sa3-bench nano`.
 
-`assets/nano` holds one held-out clip per sound class (`held_out/*.ogg`) and a classifier of those classes trained on
-real clips; while its denoiser is untrained, the autoencoder alone is measured. Shapes: C channels, N samples, B items.
+`assets/nano` holds one held-out clip per sound class (`held_out/*.ogg`), a classifier of those classes and of the
+instruments kept from nano, trained on real clips, and for two of these instruments an adapter and clips that it was not
+trained on (`learned/`). Shapes: C channels, N samples, B items, M mel bands.
 """
 
+import itertools
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +22,23 @@ from sa3train.inference import Generator
 from sa3train.jobs.benches.figures import Figure, Options
 from sa3train.jobs.benches.settings import own_threads
 from sa3train.models.checkpoint import load_autoencoder
-from sa3train.models.nano import ASSETS, is_trained
+from sa3train.models.nano import ASSETS
 
 RATE = 44100
 SECONDS = 3.0
 LINEAR_SDR = 7.5  # dB: a PCA of 4096-sample stereo frames at width 256, on FluidR3 material
 CFG = 4.0
+STRENGTHS = (0.0, 0.5, 1.0)
+LEARNED_PROMPTS = (
+    "solo {}",
+    "{}, melody, 96 BPM",
+    "solo {}, arpeggio, mid register",
+    "A {} plays staccato repeated notes at 132 BPM.",
+    "TrackType: Instrument, Instruments: {}",
+    "{}, single note, legato",
+    "{}, scale run, fast",
+    "A loud {} plays legato chords.",
+)
 
 
 @dataclass(frozen=True)
@@ -75,24 +88,23 @@ def run(options: Options) -> list[Figure]:
     classifier = Classifier.load(ASSETS / "classifier.safetensors")
     with own_threads(options.threads), torch.inference_mode():
         figures = reconstruction(classifier, ASSETS / "held_out")
-        if not is_trained():
-            return figures + untrained()
         for name in ("nano-base", "nano"):
-            figures += following(Generator.from_pretrained(name, options.device, "fp32"), classifier)
-    return figures
+            generator = Generator.from_pretrained(name, options.device, "fp32")
+            figures += following(generator, classifier, classes(ASSETS / "held_out"))
+            figures += learned(generator, classifier, ASSETS / "learned")
+    return with_difference(figures)
 
 
-def untrained() -> list[Figure]:
-    """What cannot be measured before trained weights ship: no number, and the bar not reached."""
-    rows = (
-        ("nano-base: class named first", "%", 60.0, ">="),
-        ("nano-base: requested attributes right", "%", 80.0, ">="),
-        ("nano-base: ending off by, median", "s", 0.5, "<="),
-        ("nano: requested attributes fewer than nano-base's", "points", 10.0, "<="),
-        ("adapter: probability of a held-out instrument, gain from strength 0 to 1", "", 0.0, ">="),
-    )
-    note = "untrained: no denoiser's weights ship yet, see recipes/nano/README.md"
-    return [Figure(name, None, unit, bar, sense, note) for name, unit, bar, sense in rows]  # type: ignore[arg-type]
+def classes(folder: Path) -> list[str]:
+    """What nano was trained on: the classes of the held-out clips."""
+    return sorted(_class_of(path) for path in folder.glob("*.ogg"))
+
+
+def with_difference(figures: list[Figure]) -> list[Figure]:
+    """The figures, and by how many points the post-trained model's attributes fall short of the base's."""
+    right = {each.name: each.value or 0.0 for each in figures}
+    short = right["nano-base: requested attributes right"] - right["nano: requested attributes right"]
+    return [*figures, Figure("nano: requested attributes fewer than nano-base's", short, "points", 10.0)]
 
 
 def si_sdr(real_CN: Tensor, made_CN: Tensor) -> float:
@@ -139,31 +151,98 @@ def reconstruction(classifier: Classifier, folder: Path) -> list[Figure]:
     ]
 
 
-def following(generator: Generator, classifier: Classifier) -> list[Figure]:
+def following(generator: Generator, classifier: Classifier, names: list[str]) -> list[Figure]:
     """Class accuracy, attributes and endings of one model, one seed per prompt."""
     name = generator.facts.name
     base = generator.facts.objective == "rectified_flow"
     settings = {"cfg_scale": CFG} if base else {}
-    prompts = [f"solo {each}" for each in classifier.names]
+    prompts = [f"solo {each}" for each in names]
     clips = generator.generate(prompts, duration=SECONDS, seed=1, **settings).audio  # type: ignore[arg-type]
     found = [classifier.probabilities(clip, RATE) for clip in clips]
-    best = sum(int(each.argmax()) == index for index, each in enumerate(found))
-    five = sum(index in each.topk(5).indices.tolist() for index, each in enumerate(found))
+    wanted = [classifier.names.index(each) for each in names]
+    best = sum(int(each.argmax()) == index for index, each in zip(wanted, found, strict=True))
+    five = sum(index in each.topk(5).indices.tolist() for index, each in zip(wanted, found, strict=True))
     wishes = generator.generate([wish.prompt for wish in WISHES], duration=SECONDS, seed=2, **settings)  # type: ignore[arg-type]
     right = [
         ATTRIBUTES[wish.attribute].answer(clip, RATE) == wish.answer
         for wish, clip in zip(WISHES, wishes.audio, strict=True)
     ]
     late = endings(generator, settings)
-    count = len(prompts)
+    count = len(classifier.names)
     answered = 100 * sum(right) / len(right)
     note = f"{len(WISHES)} prompts, two answers each: 50 % by chance"
     return [
-        Figure(f"{name}: class named first", 100 * best / count, "%", 60 if base else None, ">=", chance(count, 1)),
-        Figure(f"{name}: class among the first five", 100 * five / count, "%", note=chance(count, 5)),
+        Figure(
+            f"{name}: class named first", 100 * best / len(names), "%", 60 if base else None, ">=", chance(count, 1)
+        ),
+        Figure(f"{name}: class among the first five", 100 * five / len(names), "%", note=chance(count, 5)),
         Figure(f"{name}: requested attributes right", answered, "%", 80 if base else None, ">=", note),
         Figure(f"{name}: ending off by, median", statistics.median(late), "s", 0.5),
     ]
+
+
+def learned(generator: Generator, classifier: Classifier, folder: Path) -> list[Figure]:
+    """What the adapters of instruments that nano never heard do to it at strengths 0, 0.5 and 1, and both at once."""
+    base = generator.facts.objective == "rectified_flow"
+    settings = {"cfg_scale": CFG} if base else {}
+    paths = sorted(folder.glob("*.safetensors"))
+    names = [_class_of(path) for path in paths]
+
+    def play(name: str) -> list[Tensor]:
+        prompts = [prompt.format(name) for prompt in LEARNED_PROMPTS]
+        return generator.generate(prompts, duration=SECONDS, seed=4, **settings).audio  # type: ignore[arg-type]
+
+    figures, alone = [], {}
+    for name, path in zip(names, paths, strict=True):
+        real_M = mean_spectrum([read_audio(clip)[0] for clip in sorted(folder.glob(f"{path.stem}_*.ogg"))])
+        generator.load_adapter(path, strength=1.0)
+        chances, distances = [], []
+        for strength in STRENGTHS:
+            generator.set_strength(strength, adapter=0)
+            clips = play(name)
+            chances.append(probability(classifier, clips, name))
+            distances.append(float((mean_spectrum(clips) - real_M).abs().mean()))
+        generator.remove_adapter(0)
+        alone[name] = chances[0]
+        title = f"{generator.facts.name} with the {name} adapter"
+        figures += [
+            Figure(f"{title}: probability of {name}, least rise", _least_rise(chances), "", 0.0, ">=", _at(chances)),
+            Figure(
+                f"{title}: spectral distance to real clips, least fall",
+                _least_rise([-each for each in distances]),
+                "dB",
+                0.0,
+                ">=",
+                _at(distances),
+            ),
+        ]
+    for path in paths:
+        generator.load_adapter(path, strength=1.0)
+    gains = {name: probability(classifier, play(name), name) - alone[name] for name in names}
+    for _ in paths:
+        generator.remove_adapter(0)
+    title = f"{generator.facts.name} with both adapters: probability of the one asked for, least gain over none"
+    return [*figures, Figure(title, min(gains.values()), "", 0.0, ">=", _by_class(gains, 2))]
+
+
+def probability(classifier: Classifier, clips: list[Tensor], name: str) -> float:
+    """The mean probability of a class over clips."""
+    index = classifier.names.index(name)
+    return statistics.fmean(float(classifier.probabilities(clip, RATE)[index]) for clip in clips)
+
+
+def mean_spectrum(clips: list[Tensor]) -> Tensor:
+    """The mean over clips of their mean log-mel spectrum relative to its loudest band, floored at -60 dB: (M,)."""
+    means = [10 * torch.log10((10 ** (mel_spectrogram(clip, RATE) / 10)).mean(dim=1)) for clip in clips]
+    return torch.stack([(each - each.max()).clamp_min(-60) for each in means]).mean(dim=0)
+
+
+def _least_rise(values: list[float]) -> float:
+    return min(after - before for before, after in itertools.pairwise(values))
+
+
+def _at(values: list[float]) -> str:
+    return ", ".join(f"{value:.2f} at {strength:g}" for value, strength in zip(values, STRENGTHS, strict=True))
 
 
 def chance(classes: int, picks: int) -> str:
@@ -183,8 +262,8 @@ def endings(generator: Generator, settings: dict[str, float]) -> list[float]:
     return off
 
 
-def _by_class(values: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.1f}" for name, value in values.items())
+def _by_class(values: dict[str, float], digits: int = 1) -> str:
+    return ", ".join(f"{name} {value:.{digits}f}" for name, value in values.items())
 
 
 def _class_of(path: Path) -> str:

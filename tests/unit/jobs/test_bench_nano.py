@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import soundfile
 import torch
 from torch import Tensor
 
@@ -45,6 +46,9 @@ def test_missing_rulers_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
         nano.run(Options())
 
 
+KNOWN = [f"sound {number}" for number in range(53)]
+
+
 @dataclass
 class Player:
     """A generator that plays noise for as long as asked, then silence."""
@@ -74,11 +78,11 @@ def deaf() -> Classifier:
     network = torch.nn.Sequential(torch.nn.Linear(FEATURES, 53))
     torch.nn.init.zeros_(network[0].weight)
     network[0].bias.data = -torch.arange(53.0)
-    return Classifier(network.requires_grad_(False), torch.zeros(FEATURES), torch.ones(FEATURES), list("x" * 53))
+    return Classifier(network.requires_grad_(False), torch.zeros(FEATURES), torch.ones(FEATURES), KNOWN)
 
 
 def test_figures_of_a_player_of_noise(deaf: Classifier) -> None:
-    figures = {each.name: each for each in nano.following(Player(late=0.25), deaf)}  # type: ignore[arg-type]
+    figures = {each.name: each for each in nano.following(Player(late=0.25), deaf, KNOWN)}  # type: ignore[arg-type]
     assert figures["fake: class named first"].value == pytest.approx(100 / 53)
     assert figures["fake: class among the first five"].value == pytest.approx(500 / 53)
     assert figures["fake: ending off by, median"].value == pytest.approx(0.25, abs=0.02)
@@ -87,15 +91,63 @@ def test_figures_of_a_player_of_noise(deaf: Classifier) -> None:
 
 
 def test_bars_of_class_and_attributes_are_the_base_models(deaf: Classifier) -> None:
-    for figure in nano.following(Player("rf_denoiser"), deaf):  # type: ignore[arg-type]
+    for figure in nano.following(Player("rf_denoiser"), deaf, KNOWN):  # type: ignore[arg-type]
         assert (figure.bar is None) == ("ending" not in figure.name)
 
 
-def test_without_weights_the_rows_say_so_and_miss_their_bars() -> None:
-    rows = nano.untrained()
-    assert {row.reached for row in rows} == {False}
-    assert all("untrained" in row.note for row in rows)
-    assert {row.value_text() for row in rows} == {"not measured"}
+@dataclass
+class Pupil(Player):
+    """Plays noise that its adapters make ever louder in one band, and remembers what was loaded."""
+
+    loaded: tuple[str, ...] = ()
+    strength: float = 1.0
+
+    def load_adapter(self, path: Path, strength: float) -> None:
+        self.loaded, self.strength = (*self.loaded, path.stem), strength
+
+    def set_strength(self, strength: float, adapter: int) -> None:
+        self.strength = strength
+
+    def remove_adapter(self, index: int) -> None:
+        self.loaded = self.loaded[:index] + self.loaded[index + 1 :]
+
+    def generate(self, prompt: list[str], duration: float, seed: int, **settings: object) -> SimpleNamespace:
+        time = torch.arange(int(duration * nano.RATE)) / nano.RATE
+        tone = self.strength * torch.sin(2 * torch.pi * 1000 * time) if self.loaded else 0 * time
+        return SimpleNamespace(audio=[noise(duration, index) * 0.01 + 0.1 * tone for index in range(len(prompt))])
+
+
+def test_adapters_are_measured_at_three_strengths_and_together(
+    deaf: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    time = torch.arange(nano.RATE) / nano.RATE
+    for name in ("sound 1", "sound 2"):
+        stem = name.replace(" ", "_")
+        (tmp_path / f"{stem}.safetensors").touch()
+        clip = 0.1 * torch.sin(2 * torch.pi * 1000 * time).expand(2, -1) + 0.001 * noise(1.0)
+        soundfile.write(tmp_path / f"{stem}_0.ogg", clip.T.numpy(), nano.RATE)
+    heard = {0.0: 0.1, 0.5: 0.2, 1.0: 0.6}
+    pupil = Pupil()
+    monkeypatch.setattr(
+        nano, "probability", lambda classifier, clips, name: heard[pupil.strength] + 0.1 * (len(pupil.loaded) == 2)
+    )
+    figures = {each.name: each for each in nano.learned(pupil, deaf, tmp_path)}  # type: ignore[arg-type]
+    assert not pupil.loaded
+    rise = figures["fake with the sound 1 adapter: probability of sound 1, least rise"]
+    assert rise.value == pytest.approx(0.1)
+    assert rise.note == "0.10 at 0, 0.20 at 0.5, 0.60 at 1"
+    fall = figures["fake with the sound 2 adapter: spectral distance to real clips, least fall"]
+    assert fall.reached
+    both = figures["fake with both adapters: probability of the one asked for, least gain over none"]
+    assert both.value == pytest.approx(0.6)
+
+
+def test_the_post_trained_models_shortfall_is_a_figure() -> None:
+    pair = [
+        nano.Figure(f"{name}: requested attributes right", value, "%")
+        for name, value in (("nano-base", 80.0), ("nano", 75.0))
+    ]
+    assert nano.with_difference(pair)[-1].value == 5
 
 
 def test_classes_are_reported_one_by_one() -> None:

@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Two instruments that nano never heard, learned from 24 clips each: adapters and real clips for `sa3-bench nano`.
+#   bash recipes/nano/learn.sh WORK [STEPS]
+set -euo pipefail
+work=$1 steps=${2:-500}
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+bin=$here/.venv/bin out=$here/sa3train/assets/nano/learned
+mkdir -p "$out" "$work/learned"
+for sound in koto "steel drums"; do
+    name=${sound// /_}
+    clips=$work/learned/$name
+    [ -d "$clips" ] || "$bin/python" "$here/datasets/nano/corpus.py" "$clips" --clips 24 --held-out "$sound"
+    "$bin/sa3-encode" source="$clips" out="$work/learned/$name-latents" model=nano-base split=0
+    rm -rf "$work/learned/$name-run"
+    "$bin/sa3-train" data="$work/learned/$name-latents" model=nano-base recipe=instrument adapter=dora-rows \
+        trainer.max_steps="$steps" optimizer.lr=1e-3 callbacks.demos.enabled=false run_dir="$work/learned/$name-run"
+    cp "$work/learned/$name-run/adapter.safetensors" "$out/$name.safetensors"
+    "$bin/python" "$here/recipes/nano/real_clips.py" "$sound" "$out"
+done
