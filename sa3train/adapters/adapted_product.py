@@ -49,7 +49,9 @@ class AdaptedProduct(Function):
     ) -> Tensor:
         frozen, scale, dtype = fixed.frozen, fixed.scale, x_TI.dtype
         kind: Any = norms_xs if A_RI is None else norms
-        norm_O = product_OR = norm_I = product_RI = None
+        norm_O: Any = None
+        norm_I: Any = None
+        product_OR = product_RI = None
         if magnitude_O is not None and magnitude_I is not None:
             both = kind.both_norms(frozen, A_RI, B, magnitude_O, scale)
             norm_O, norm_I, product_OR, product_RI = both.norm_O, both.norm_I, both.product_OR, both.product_RI
@@ -133,7 +135,7 @@ class _Backward:
         through = self._through_norms(grad_O, dsquare_O, dsquare_I, product_RI)
         if through is not None:
             dB += through.B
-            if dA is not None:
+            if dA is not None and through.A_RI is not None:
                 dA += through.A_RI
             if through.magnitude_O is not None:
                 dmagnitude_O = through.magnitude_O
