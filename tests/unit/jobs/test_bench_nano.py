@@ -97,7 +97,7 @@ def test_bars_of_class_and_attributes_are_the_base_models(deaf: Classifier) -> N
 
 @dataclass
 class Pupil(Player):
-    """Plays noise that its adapters make ever louder in one band, and remembers what was loaded."""
+    """Plays a tone that its adapters turn into noise, and remembers what was loaded."""
 
     loaded: tuple[str, ...] = ()
     strength: float = 1.0
@@ -112,20 +112,19 @@ class Pupil(Player):
         self.loaded = self.loaded[:index] + self.loaded[index + 1 :]
 
     def generate(self, prompt: list[str], duration: float, seed: int, **settings: object) -> SimpleNamespace:
-        time = torch.arange(int(duration * nano.RATE)) / nano.RATE
-        tone = self.strength * torch.sin(2 * torch.pi * 1000 * time) if self.loaded else 0 * time
-        return SimpleNamespace(audio=[noise(duration, index) * 0.01 + 0.1 * tone for index in range(len(prompt))])
+        tone = torch.sin(2 * torch.pi * 1000 * torch.arange(int(duration * nano.RATE)) / nano.RATE)
+        share = self.strength if self.loaded else 0.0
+        clips = [(1 - share) * 0.1 * tone + share * noise(duration, index) for index in range(len(prompt))]
+        return SimpleNamespace(audio=clips)
 
 
 def test_adapters_are_measured_at_three_strengths_and_together(
     deaf: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    time = torch.arange(nano.RATE) / nano.RATE
     for name in ("sound 1", "sound 2"):
         stem = name.replace(" ", "_")
         (tmp_path / f"{stem}.safetensors").touch()
-        clip = 0.1 * torch.sin(2 * torch.pi * 1000 * time).expand(2, -1) + 0.001 * noise(1.0)
-        soundfile.write(tmp_path / f"{stem}_0.ogg", clip.T.numpy(), nano.RATE)
+        soundfile.write(tmp_path / f"{stem}_0.ogg", noise(1.0).T.numpy(), nano.RATE)
     heard = {0.0: 0.1, 0.5: 0.2, 1.0: 0.6}
     pupil = Pupil()
     monkeypatch.setattr(
