@@ -257,7 +257,7 @@ def test_what_changes_on_a_web_server_is_noticed(tmp_path: Path, server: str) ->
     before = {clip.source: clip.stamp for clip in list_source(f"{server}/set").clips}
     assert before == {clip.source: clip.stamp for clip in list_source(f"{server}/set").clips}
     add(tmp_path / "set" / "a.txt", "second, and longer")
-    make_tar(tmp_path / "set" / "t.tar", {"1.wav": wav_bytes(), "1.txt": b"in a longer tar" * 2000})  # tars grow by 10 kB
+    make_tar(tmp_path / "set" / "t.tar", {"1.wav": wav_bytes(), "1.txt": b"in a longer tar" * 2000})
     fsspec.filesystem("http").invalidate_cache()
     listing = list_source(f"{server}/set")
     assert all(before[clip.source] != clip.stamp for clip in listing.clips)
