@@ -35,12 +35,29 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     opened.set()
 
 
+def settle(page: Page) -> None:
+    """Two frames: what has just been opened listens to what is typed."""
+    page.evaluate("() => new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+
+
+def fill_opened(page: Page, field: str, text: str) -> None:
+    """Fill a field whose section has just been opened; twice, since it is put in place anew while that goes on."""
+    box = page.locator(field)
+    expect(box).to_be_visible()
+    for written in ("", text):
+        settle(page)
+        box.fill(written)
+    settle(page)
+    box.blur()
+    expect(box).to_have_value(text)
+
+
 def ask(page: Page, prompt: str, duration: str = "1", steps: str = "2") -> None:
     page.fill("#play-prompt textarea", prompt)
     page.fill("#play-duration input", duration)
     if not page.locator("#play-steps textarea, #play-steps input").is_visible():
         page.get_by_role("button", name="More settings").click()
-    page.fill("#play-steps textarea, #play-steps input", steps)
+    fill_opened(page, "#play-steps textarea, #play-steps input", steps)
 
 
 def add_adapters(page: Page) -> None:
@@ -141,8 +158,10 @@ def test_a_grid_and_what_one_does_with_a_result(page: Page, place: Workplace, ar
     ask(page, "a grid")
     add_adapters(page)
     page.get_by_role("button", name="Compare, same seed").click()
-    page.fill("#play-strengths input, #play-strengths textarea", "0, 1")
+    fill_opened(page, "#play-strengths input, #play-strengths textarea", "0, 1")
     page.get_by_label("Base and post-trained model side by side").check()
+    settle(page)
+    expect(page.locator("#play-strengths input, #play-strengths textarea")).to_have_value("0, 1")
     page.click("#play-compare")
     first = page.locator("#play-results article.card").first
     expect(first.locator(".take")).to_have_count(4)
