@@ -24,12 +24,11 @@ SMALL_GAIN = 1e-2
 
 @dataclass(frozen=True, eq=False)
 class Fixed:
-    """What does not train: weight and bias, the scale s, and whether y is worth keeping for bora's backward pass."""
+    """What does not train: weight and bias, and the scale s."""
 
     frozen: Frozen
     bias_O: Tensor | None
     scale: float
-    keep_output: bool = True
 
 
 class AdaptedProduct(Function):
@@ -49,9 +48,7 @@ class AdaptedProduct(Function):
     ) -> Tensor:
         frozen, scale, dtype = fixed.frozen, fixed.scale, x_TI.dtype
         kind: Any = norms_xs if A_RI is None else norms
-        norm_O: Any = None
-        norm_I: Any = None
-        product_OR = product_RI = None
+        norm_O = gain_O = product_OR = norm_I = gain_I = product_RI = None
         if magnitude_O is not None and magnitude_I is not None:
             both = kind.both_norms(frozen, A_RI, B, magnitude_O, scale)
             norm_O, norm_I, product_OR, product_RI = both.norm_O, both.norm_I, both.product_OR, both.product_RI
@@ -59,8 +56,10 @@ class AdaptedProduct(Function):
             norm_O, product_OR = kind.row_norms(frozen, A_RI, B, scale)
         elif magnitude_I is not None:
             norm_I, product_RI = kind.column_norms(frozen, A_RI, B, scale)
-        gain_O = None if magnitude_O is None else magnitude_O / norm_O
-        gain_I = None if magnitude_I is None else magnitude_I / norm_I
+        if magnitude_O is not None and norm_O is not None:
+            gain_O = magnitude_O / norm_O
+        if magnitude_I is not None and norm_I is not None:
+            gain_I = magnitude_I / norm_I
         scaled_TI = gained(x_TI, gain_I)
         low_TI = scaled_TI if dropped_TI is None else gained(dropped_TI, gain_I)
         bias_O = fixed.bias_O
@@ -77,17 +76,15 @@ class AdaptedProduct(Function):
             y_TO.addmm_(u_TR, B.to(dtype).T, alpha=scale)
         _, _, wants_A, _, wants_rows, wants_cols, *_ = ctx.needs_input_grad
         keep_x = (wants_A and dropped_TI is None) or wants_cols
-        bora = wants_rows and wants_cols and wants_A  # keeps the most, and has the time to multiply again
-        keep_y = wants_rows and (fixed.keep_output or not bora)
         small_O = small_TN = None
         if gain_O is not None:
-            if keep_y and not y_TO.is_cuda and bool((small_O := gain_O.abs() < SMALL_GAIN).any()):
+            if wants_rows and not y_TO.is_cuda and bool((small_O := gain_O.abs() < SMALL_GAIN).any()):
                 small_TN = y_TO[:, small_O]
             y_TO.addcmul_(y_TO, (gain_O - 1).to(dtype))
             if bias_O is not None:
                 y_TO += bias_O
         ctx.save_for_backward(
-            x_TI if keep_x and recipe is None else None, dropped_TI, A_RI, B, u_TR, y_TO if keep_y else None,
+            x_TI if keep_x and recipe is None else None, dropped_TI, A_RI, B, u_TR, y_TO if wants_rows else None,
             norm_O, gain_O, norm_I, gain_I, small_TN, small_O if small_TN is not None else None,
             None if product_OR is None else product_OR.to(dtype),  # only gradients read the products again
             None if product_RI is None else product_RI.to(dtype),
@@ -207,14 +204,10 @@ class _Backward:
         return dx if self.wants_x else None, dropped if self.wants_dropped else None, grad_I
 
     def _gradient_of_gain_O(self) -> Tensor:
-        """Σ_t dy · z with z = V(c ⊙ x), which is (y − bias) / g where y was kept, and is multiplied again where not."""
+        """Σ_t dy · z with z = V(c ⊙ x) = (y − bias) / g."""
         assert self.gained_dy is not None
-        product_TO = self.gained_dy[: self.dy_TO.shape[0]]
-        if self.y_TO is None:
-            z_TO = torch.mm(gained(self.x_TI, self.gain_I), self.W_OI.T, out=product_TO)
-            z_TO.addmm_(self.u_TR, self.B.to(self.dtype).T, alpha=self.scale)
-            return z_TO.mul_(self.dy_TO).sum(dim=0).float()
-        grad_O = torch.mul(self.dy_TO, self.y_TO, out=product_TO).sum(dim=0).float()
+        product_TO = torch.mul(self.dy_TO, self.y_TO, out=self.gained_dy[: self.dy_TO.shape[0]])
+        grad_O = product_TO.sum(dim=0).float()
         if self.fixed.bias_O is not None:
             grad_O -= self.fixed.bias_O.float() * self.dy_TO.sum(dim=0).float()
         grad_O /= torch.where(self.gain_O == 0, 1.0, self.gain_O)

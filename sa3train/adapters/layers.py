@@ -21,10 +21,6 @@ from sa3train.adapters.remake import recipe_of
 from sa3train.adapters.spec import KINDS, AdapterSpec, Kind
 from sa3train.adapters.weights import initial_parameters
 
-UNKEPT_OUTPUTS = (".cross_attn.to_q",)
-"""Layers whose output nothing else keeps for the backward pass. Bora, which keeps the most, makes their products again
-there (about 1 % of a step each, for 1 % of its memory). It changes no value."""
-
 TRAINED = ("lora_A", "lora_B", "M_xs", "magnitude", "magnitude_r", "magnitude_c")
 
 
@@ -54,7 +50,6 @@ class FamilyLayer(nn.Module, BaseTunerLayer):
         self.dropout: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._frozen: dict[str, Frozen] = {}
-        self.keep_output = True
 
     def update_layer(self, adapter_name: str, spec: AdapterSpec, path: str) -> None:
         """Give this layer an adapter called `adapter_name`, at which the effective weight is the base's."""
@@ -66,7 +61,6 @@ class FamilyLayer(nn.Module, BaseTunerLayer):
         self.scaling[adapter_name] = spec.scale_of(path)
         self.kinds[adapter_name] = kind
         self.dropout[adapter_name] = spec.dropout
-        self.keep_output = not path.endswith(UNKEPT_OUTPUTS)
         self.set_adapter(self.active_adapters)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -93,8 +87,8 @@ class FamilyLayer(nn.Module, BaseTunerLayer):
         x_TI = x.reshape(-1, x.shape[-1])
         dropped_TI = F.dropout(x_TI, rate) if rate else None
         bias = self.base_layer.bias
-        fixed = Fixed(frozen, None if bias is None else bias.detach(), self.scaling[name], self.keep_output)
-        recipe = recipe_of(x) if dropped_TI is None else None
+        fixed = Fixed(frozen, None if bias is None else bias.detach(), self.scaling[name])
+        recipe = recipe_of(x, norms=kind.rows) if dropped_TI is None else None  # those kinds keep the most
         y_TO = AdaptedProduct.apply(x_TI, dropped_TI, A_RI, B, magnitude_O, magnitude_I, recipe, fixed)
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
 

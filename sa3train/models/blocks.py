@@ -6,6 +6,7 @@ Module and parameter names are those of the released files.
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -97,6 +98,9 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.is_cuda:  # one fused kernel there, a dozen operations elsewhere
             return F.rms_norm(x.float(), self.gamma.shape, self.gamma.float(), self.eps).to(x.dtype)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            out: Tensor = _Modulated.apply(x, self.gamma.float(), None, self.eps)
+            return out
         return (x * inverse_rms(x, self.eps) * self.gamma.float()).to(x.dtype)
 
     def unit(self, x: Tensor) -> Tensor:
@@ -110,29 +114,36 @@ class RMSNorm(nn.Module):
         return out
 
 
+def _modulated(sources: Sequence[Tensor]) -> Tensor:
+    """x · scale · gain (+ shift), rounded once."""
+    x, scale, gain, *shift = sources
+    return (torch.addcmul(shift[0], x * scale, gain) if shift else x * scale * gain).to(x.dtype)
+
+
 class _Modulated(Function):
-    """RMS norm times `gain` plus `shift`, both broadcast over tokens.
+    """RMS norm times `gain` plus `shift`, both broadcast over tokens; None adds nothing.
 
     For the backward pass it keeps x, which the residual stream keeps anyway. Autograd by itself would keep an fp32
-    copy of the normed x as soon as the gain has a gradient, as it has when what makes it is adapted.
+    copy of the normed x as soon as the gain has a gradient, as it has when what makes it is adapted. From what it keeps
+    its output can be made again, to the same bits: by `remake`, for a layer that needs it in the backward pass.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, shift: Tensor, eps: float) -> Tensor:
-        scale = inverse_rms(x, eps)
-        ctx.save_for_backward(x, scale, gain)
-        ctx.shift_shape = shift.shape
-        return torch.addcmul(shift, x * scale, gain).to(x.dtype)
+    def forward(ctx: Any, x: Tensor, gain: Tensor, shift: Tensor | None, eps: float) -> Tensor:
+        sources = (x, inverse_rms(x, eps), gain) if shift is None else (x, inverse_rms(x, eps), gain, shift)
+        ctx.save_for_backward(*sources)
+        ctx.remake = _modulated
+        return _modulated(sources)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, gain = ctx.saved_tensors
+        x, scale, gain, *shift = ctx.saved_tensors
         wants_x, wants_gain, wants_shift, _ = ctx.needs_input_grad
         grad_x = grad_gain = grad_shift = None
         normed, grad = x * scale, grad.float()
         if wants_shift:
-            grad_shift = grad.sum_to_size(ctx.shift_shape)
+            grad_shift = grad.sum_to_size(shift[0].shape)
         if wants_gain:
             grad_gain = (grad * normed).sum_to_size(gain.shape)
         if wants_x:

@@ -56,12 +56,10 @@ def assert_gradients_close(layer: FamilyLayer, params: dict[str, Tensor], tolera
         torch.testing.assert_close(found, expected.grad, atol=tolerance * expected.grad.abs().max().item(), rtol=0)
 
 
-@pytest.mark.parametrize("keep_output", [True, False])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("case", GOLDEN.names(""))
-def test_output_and_gradients_are_those_of_the_effective_weight(case: str, bias: bool, keep_output: bool) -> None:
+def test_output_and_gradients_are_those_of_the_effective_weight(case: str, bias: bool) -> None:
     layer, params, basis = golden_layer(case, bias)
-    layer.keep_output = keep_output
     x, y = (example_input(layer).requires_grad_() for _ in range(2))
     scale = layer.scaling["default"]
     out = layer(x)

@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from sa3train.adapters.inject import inject
 from sa3train.adapters.remake import recipe_of
 from sa3train.adapters.spec import KINDS, AdapterSpec
+from sa3train.models.blocks import RMSNorm
 
 
 def leaf(*shape: int) -> Tensor:
@@ -24,6 +25,19 @@ def test_products_and_silu_are_made_again_to_the_same_bits() -> None:
         assert not any(source.requires_grad for source in recipe.sources)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("modulated", [True, False])
+def test_norms_are_made_again_to_the_same_bits(modulated: bool, dtype: torch.dtype) -> None:
+    norm, x = RMSNorm(8).requires_grad_(False), leaf(2, 5, 8).to(dtype)
+    norm.gamma.data.uniform_(0.5, 2)
+    normed = norm.modulated(x, leaf(2, 1, 8), leaf(2, 1, 8)) if modulated else norm(x)
+    recipe = recipe_of(normed)
+    assert recipe is not None
+    assert torch.equal(recipe.make(recipe.sources), normed)
+    assert x.untyped_storage().data_ptr() == recipe.sources[0].untyped_storage().data_ptr()
+    assert recipe_of(normed, norms=False) is None
+
+
 @pytest.mark.parametrize("make", [lambda: torch.randn(3), lambda: leaf(3), lambda: leaf(3) + 1, lambda: leaf(3) * 2.0])
 def test_other_inputs_have_no_recipe(make: object) -> None:
     assert recipe_of(make()) is None  # type: ignore[operator]
@@ -35,15 +49,15 @@ def test_there_is_no_recipe_while_saved_tensors_are_packed() -> None:
 
 
 class Gated(nn.Module):
-    """A gated feed-forward, whose second layer's input is a product."""
+    """A gated feed-forward, whose first layer's input is a norm's output and whose second layer's is a product."""
 
     def __init__(self) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.up, self.down = nn.Linear(6, 16), nn.Linear(8, 6)
+        self.norm, self.up, self.down = RMSNorm(6), nn.Linear(6, 16), nn.Linear(8, 6)
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.up(x).chunk(2, dim=-1)
+        value, gate = self.up(self.norm(x)).chunk(2, dim=-1)
         return self.down(value * F.silu(gate))
 
 
@@ -72,6 +86,17 @@ def test_gradients_are_the_same_with_and_without_a_recipe_and_under_checkpointin
     assert len(plain) == len(injected.parameters())
     for how in ("hooks", "checkpoint"):
         assert all(torch.equal(mine, theirs) for mine, theirs in zip(gradients(how), plain, strict=True))
+
+
+@pytest.mark.parametrize(("kind", "kept_twice"), [("lora", True), ("dora-rows", False), ("bora", False)])
+def test_a_norm_s_output_is_not_kept_where_rows_have_magnitudes(kind: str, kept_twice: bool) -> None:
+    model = Gated().requires_grad_(False)
+    injected = inject(model, AdapterSpec(kind, rank=1, include=["up"]))
+    normed = model.norm(torch.randn(1000, 6, requires_grad=True))
+    out = injected.layers["up"](normed)
+    node = out.grad_fn.next_functions[0][0]
+    kept = [tensor.untyped_storage().data_ptr() for tensor in node.saved_tensors if tensor is not None]
+    assert (normed.untyped_storage().data_ptr() in kept) == kept_twice
 
 
 def test_the_input_of_a_gated_layer_is_kept_once() -> None:

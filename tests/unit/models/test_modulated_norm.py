@@ -31,6 +31,24 @@ def test_gradients(wanted: tuple[bool, bool, bool], per_token: bool) -> None:
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_gradients_without_modulation(trained: bool) -> None:
+    torch.manual_seed(1)
+    norm = RMSNorm(32)
+    torch.nn.init.normal_(norm.gamma)
+    norm.requires_grad_(trained)
+    x, upstream = torch.randn(2, 5, 3, 32, requires_grad=True), torch.randn(2, 5, 3, 32)
+    nothing = torch.zeros(())
+    found, expected = norm(x), by_autograd(norm, x, nothing, nothing)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    with torch.no_grad():
+        assert torch.equal(norm(x), found)
+    parameters = [x, norm.gamma] if trained else [x]
+    pairs = zip(*(torch.autograd.grad(out, parameters, upstream) for out in (found, expected)), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
+
+
 def test_what_is_kept() -> None:
     norm, kept = RMSNorm(64).bfloat16(), []
     x = torch.randn(1, 100, 64).bfloat16().requires_grad_()
