@@ -1,0 +1,49 @@
+"""The cheap half of `sa3-bench nano`, on the weights that ship: prompts and adapters change the sound as asked."""
+
+import statistics
+
+import pytest
+import torch
+
+from sa3train.audio.classify import Classifier
+from sa3train.audio.metrics import spectral_centroid
+from sa3train.inference import Generator
+from sa3train.jobs.benches.nano import ASSETS, LEARNED_PROMPTS, RATE, WISHES, classes, probability
+
+
+@pytest.fixture(scope="module")
+def nano() -> Generator:
+    return Generator.from_pretrained("nano", "cpu", "fp32")
+
+
+@pytest.fixture(scope="module")
+def classifier() -> Classifier:
+    return Classifier.load(ASSETS / "classifier.safetensors")
+
+
+def test_the_ruler_knows_every_class_and_the_learned_instruments(classifier: Classifier) -> None:
+    known = classes(ASSETS / "held_out")
+    assert len(known) == 53
+    assert {*known, "koto", "steel drums"} <= set(classifier.names)
+
+
+@torch.inference_mode()
+def test_dark_and_bright_prompts_sound_dark_and_bright(nano: Generator) -> None:
+    centroids: dict[str, list[float]] = {"dark": [], "bright": []}
+    wishes = [wish for wish in WISHES if wish.attribute == "brightness"]
+    made = nano.generate([wish.prompt for wish in wishes], duration=2.0, seed=2).audio
+    for wish, clip in zip(wishes, made, strict=True):
+        centroids[wish.answer].append(spectral_centroid(clip, RATE))
+    assert statistics.fmean(centroids["bright"]) > 2 * statistics.fmean(centroids["dark"])
+
+
+@torch.inference_mode()
+def test_the_koto_adapter_makes_it_a_koto(nano: Generator, classifier: Classifier) -> None:
+    nano.load_adapter(ASSETS / "learned" / "koto.safetensors", strength=1.0)
+    chances = []
+    for strength in (0.0, 1.0):
+        nano.set_strength(strength, adapter=0)
+        made = nano.generate([prompt.format("koto") for prompt in LEARNED_PROMPTS], duration=2.0, seed=4).audio
+        chances.append(probability(classifier, made, "koto"))
+    nano.remove_adapter(0)
+    assert chances[1] > chances[0] + 0.2
