@@ -2,9 +2,9 @@
 
     python recipes/nano/decoder.py WORK --minutes 60     # resumes WORK/decoder.pt; --cool as in base.py
 
-It starts as a vocoder set by hand (`vocoder.py`). Loss: log magnitudes of
-one random resolution and one random channel mix a step, in single bins or in mel bands by turns, and the waveform's
-error relative to the signal. Latents are jittered, since a denoiser's are never exact.
+It starts as a vocoder set by hand (`vocoder.py`). Loss: log magnitudes of one random resolution and one random channel
+mix a step, in single bins or in mel bands by turns, and the waveform's error relative to the signal. Latents are
+jittered, since a denoiser's are never exact.
 Shapes: B items, C channels, T latent frames, N samples, D width.
 """
 
