@@ -3,8 +3,8 @@
     python recipes/nano/decoder.py WORK --minutes 60     # resumes WORK/decoder.pt; --cool as in base.py
 
 It starts as a vocoder set by hand (`vocoder.py`). Loss: log magnitudes of one random resolution and one random channel
-mix a step, in single bins or in mel bands by turns, and the waveform's error relative to the signal. Latents are
-jittered, since a denoiser's are never exact.
+mix a step, in single bins or in mel bands by turns, the bands' texture, and the waveform's error relative to the
+signal. Latents are jittered, since a denoiser's are never exact, and half of them are the encoder's.
 Shapes: B items, C channels, T latent frames, N samples, D width.
 """
 
@@ -20,13 +20,15 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 import torch
+from channels import HIGH, LEVELS, MID_NOISE, NOISE, PLACE, SHARES, SIDE_NOISE, TAKEN
+from fitted import calibrate, join_bass
 from parts import Average, load, set_rate, state_of
+from sound_losses import spectral_loss, texture_loss, wave_loss
 from speed import autocast, fast_cpu_layers
 from store import Store
 from targets import FRAME, LATENT, LOUDEST, load_code
 from torch import Tensor, nn
-from torchaudio.functional import melscale_fbanks
-from vocoder import MID_NOISE, NOISE, PLACE, SHARES, SIDE_NOISE, TAKEN, autoencoder, calibrate, start
+from vocoder import autoencoder, start
 
 from sa3train.files import atomic_path
 from sa3train.models.autoencoder import Autoencoder
@@ -36,7 +38,7 @@ WINDOWS = (256, 512, 1024, 2048)
 MIXES = torch.tensor([[0.5, 0.5], [0.5, -0.5], [1.0, 0.0], [0.0, 1.0]])  # mid, side, left, right
 MIX_SHARES = torch.tensor([0.55, 0.15, 0.15, 0.15])
 JITTER = 0.3
-RANGE_DB = 65.0
+SEEN = 0.5  # share of stretches whose latents are the encoder's, where it has written them (WORK/seen.pt)
 SAVE_SECONDS = 240.0
 
 
@@ -45,50 +47,24 @@ class Pairs:
 
     def __init__(self, work: Path, split: str, seed: int) -> None:
         self.store, self.latents = Store(work / split), load(work, split)
+        seen = work / "seen.pt"
+        self.seen = torch.load(seen, weights_only=True) if split == "train" and seen.exists() else []
         self.rng = np.random.default_rng(seed)
 
     def batch(self, size: int = BATCH) -> tuple[Tensor, Tensor]:
         """Half of them from the clips' start, where the attacks are."""
         latents, audio = torch.zeros(size, LATENT, FRAMES), torch.zeros(size, 2, FRAMES * FRAME)
         for row in range(size):
-            pick = int(self.rng.integers(len(self.latents)))
-            while self.latents[pick].shape[1] < FRAMES:
-                pick = int(self.rng.integers(len(self.latents)))
-            slack = (self.latents[pick].shape[1] - FRAMES) // 2
+            source = self.seen if self.seen and self.rng.random() < SEEN else self.latents
+            pick = int(self.rng.integers(len(source)))
+            while source[pick].shape[1] < FRAMES:
+                pick = int(self.rng.integers(len(source)))
+            slack = (source[pick].shape[1] - FRAMES) // 2
             first = 0 if self.rng.random() < 0.3 else 2 * int(self.rng.integers(slack + 1))
-            latents[row] = self.latents[pick][:, first : first + FRAMES].float().clamp(-LOUDEST, LOUDEST)
+            latents[row] = source[pick][:, first : first + FRAMES].float().clamp(-LOUDEST, LOUDEST)
             known = torch.from_numpy(self.store.audio(pick, first * FRAME, FRAMES * FRAME))
             audio[row, :, : known.shape[1]] = known
         return latents, audio
-
-
-def spectral_loss(real_BN: Tensor, made_BN: Tensor, window: int, level_B: Tensor, mel: bool) -> Tensor:
-    """Mean difference of log magnitudes in nats, floored under the item's peak, plus spectral convergence.
-
-    `level_B` is the item's RMS over both channels, so that an empty side signal is not measured against itself.
-    """
-    device = real_BN.device
-    taper = torch.hann_window(window, device=device)
-    both = torch.cat([real_BN, made_BN])
-    spectrum = torch.stft(both, window, window // 4, window=taper, return_complex=True)
-    power = spectrum.real.square() + spectrum.imag.square()
-    if mel:
-        bands = min(64, window // 16)
-        filters = melscale_fbanks(window // 2 + 1, 0.0, 22050.0, bands, 44100).to(device)
-        power = (power.transpose(1, 2) @ filters).transpose(1, 2)
-    magnitude = (power + 1e-10).sqrt()
-    real, made = magnitude.chunk(2)
-    top_B = torch.maximum(real.amax((1, 2)), level_B * taper.sum() * 0.05)
-    floor = top_B[:, None, None] * 10 ** (-RANGE_DB / 20)
-    logs = ((real + floor).log() - (made + floor).log()).abs().mean((1, 2))
-    scale_B = torch.maximum(real.norm(dim=(1, 2)), top_B * real[0].numel() ** 0.5 / 4)
-    return (logs + 0.5 * (real - made).norm(dim=(1, 2)) / scale_B).mean()
-
-
-def wave_loss(real_BCN: Tensor, made_BCN: Tensor) -> Tensor:
-    """Log of the error's energy relative to the signal's: each item counts by its decibels, whatever its level."""
-    error, energy = (real_BCN - made_BCN).pow(2).sum((1, 2)), real_BCN.pow(2).sum((1, 2))
-    return (error / (energy + 1e-2) + 1e-2).log().mean()
 
 
 def step_loss(
@@ -108,7 +84,8 @@ def step_loss(
     terms = {"wave": wave_loss(real_BCN, made_BCN)}
     spectral = spectral_loss(mixed[0], mixed[1], window, level_B, mel)
     terms["mel" if mel else "bins"] = spectral
-    terms["total"] = spectral + wave * terms["wave"]
+    terms["texture"] = texture_loss(mixed[0], mixed[1], 2048, level_B)
+    terms["total"] = spectral + terms["texture"] + wave * terms["wave"]
     return terms
 
 
@@ -125,6 +102,7 @@ def learning(model: Autoencoder) -> list[tuple[str, nn.Parameter, Tensor]]:
             continue
         if name.endswith("weight_v"):
             free.zero_()[:, SHARES : NOISE + MID_NOISE + SIDE_NOISE] = 1  # levels and the place are no sound
+            free[:, LEVELS : LEVELS + 2 * HIGH] = 1
         elif ".ff.0." in name:
             free.unflatten(0, (2, -1))[:, : TAKEN[layer]] = 0
         elif layer >= 0 and ".ff.2." in name:
@@ -156,7 +134,9 @@ def first(work: Path) -> Autoencoder:
     path = work / "vocoder.pt"
     if not path.exists():
         pairs = Pairs(work, "train", 0).batch(48)
-        model = start(load_code(work))
+        code = load_code(work)
+        model = start(code)
+        join_bass(model, code, *pairs)
         for _ in range(3):
             calibrate(model, *pairs)
         torch.save(model.state_dict(), path)

@@ -1,12 +1,12 @@
 """nano's encoder: computes the latents that `targets.py` defines.
 
-    python recipes/nano/encoder.py WORK     # -> WORK/encoder.pt
+    python recipes/nano/encoder.py WORK     # -> WORK/encoder.pt, WORK/seen.pt
 
 All but its end is set by hand. Patches hold cosine components of their mid and side and short waves of the treble; a
 patch sees the three before it, and the first feed-forward takes magnitudes of waves over these four patches
 (semitones, bands). A frame's new token fetches from each quarter its bands, some semitones and its low components; the
 last feed-forward takes magnitudes of the frame's lowest semitones and steps along each level. How latents follow from
-all of these is the least squares over real clips.
+all of these is the least squares over real clips. What the encoder gives for these is kept for `decoder.py`.
 
 Shapes: C latent channels, T latent frames, N samples, P patches, D width.
 """
@@ -253,14 +253,17 @@ def main() -> None:
     """Wire, solve, keep."""
     parser = argparse.ArgumentParser(description="make nano's encoder")
     parser.add_argument("work", type=Path)
-    parser.add_argument("--clips", type=int, default=1500)
+    parser.add_argument("--clips", type=int, default=1900)
     args = parser.parse_args()
     model = start()
     x_FD, z_FC = pairs(model, args.work, "train", args.clips)
-    held_out = pairs(model, args.work, "val", 200)
+    held_out = pairs(model, args.work, "val", 100)
     head = Head(model)
     solve(head, x_FD, z_FC)
     print("share of the variance that held-out clips miss:", missed(head, *held_out), flush=True)
+    lengths = [z_CT.shape[1] for z_CT in load(args.work, "train")[: args.clips]]
+    with torch.no_grad(), atomic_path(args.work / "seen.pt") as path:
+        torch.save([z_FC.T.half().clone() for z_FC in head(x_FD).split(lengths)], path)
     with atomic_path(args.work / "encoder.pt") as path:
         torch.save({"average": model.encoder.state_dict()}, path)
 

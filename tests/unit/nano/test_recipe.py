@@ -4,14 +4,17 @@ import random
 from pathlib import Path
 
 import base
+import channels
 import corpus
 import decoder
 import distill
 import effects
 import encoder
+import fitted
 import numpy as np
 import parts
 import pytest
+import sound_losses
 import sounds
 import speed
 import store
@@ -20,10 +23,12 @@ import text
 import torch
 import vocoder
 import watch
+import waves
 from composer import make_plan
 from safetensors.torch import save_file
 
 from sa3train.files import write_json
+from sa3train.models.autoencoder import Autoencoder
 
 
 def clips(count: int) -> list[corpus.Clip]:
@@ -160,8 +165,55 @@ def test_a_semitone_comes_back_as_its_partial(work: Path) -> None:
     assert float(near / power.sum()) > 0.8
 
 
+def alike(model: Autoencoder, latents_CT: torch.Tensor) -> float:
+    """Correlation of two decodings above 500 Hz."""
+    made = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            audio_N = model.decode(latents_CT[None])[0, 0]
+        made.append((audio_N - targets.bass(torch.stack([audio_N, audio_N]))[0])[targets.FRAME : -targets.FRAME])
+    return float(torch.corrcoef(torch.stack(made))[0, 1])
+
+
+def test_noise_comes_back_as_noise_and_a_chord_does_not(work: Path) -> None:
+    """Two decodings of noise have nothing in common, two of a chord most."""
+    code, model = targets.load_code(work), decoder.first(work)
+    noise = 0.1 * torch.randn(2, 8 * targets.FRAME, generator=torch.Generator().manual_seed(0))
+    time = torch.arange(8 * targets.FRAME) / targets.RATE
+    tone = sum(0.1 * torch.sin(2 * torch.pi * 440 * 2 ** (key / 12) * time) for key in (3, 10, 15, 22, 27))
+    assert abs(alike(model, targets.latents_of(code, noise))) < 0.2
+    assert alike(model, targets.latents_of(code, torch.stack([tone, tone]))) > 0.6
+
+
+def test_bass_is_joined_across_patches(work: Path) -> None:
+    """The fitted mapping comes nearer to the bass of clips than patches cut at their edges do."""
+    code, pairs = targets.load_code(work), decoder.Pairs(work, "train", 0).batch(12)
+    cut, joined = vocoder.start(code), vocoder.start(code)
+    fitted.join_bass(joined, code, *pairs)
+
+    def error(model: Autoencoder) -> float:
+        with torch.no_grad():
+            made = model.decode(pairs[0], noise=False)
+        both = zip(pairs[1], made, strict=True)
+        return float(sum((targets.bass(real) - targets.bass(out)).square().sum() for real, out in both))
+
+    assert error(joined) < error(cut)
+
+
+def test_texture_is_of_noise_not_of_its_samples() -> None:
+    """Another draw of the same noise is near, a hum of the same spectrum in the mean is not, and silence is finite."""
+    draws = 0.1 * torch.randn(2, 32768, generator=torch.Generator().manual_seed(0))
+    level_B = torch.full((1,), 0.1)
+    steady = draws[0, :1024].repeat(32)
+    near = sound_losses.texture_loss(draws[:1], draws[1:], 2048, level_B)
+    far = sound_losses.texture_loss(draws[:1], steady[None], 2048, level_B)
+    assert float(near) < 0.4 * float(far)
+    assert torch.isfinite(sound_losses.texture_loss(torch.zeros(1, 32768), draws[1:], 2048, level_B * 0 + 1e-3))
+
+
 def test_places_are_found_in_both_frames_of_a_chunk() -> None:
-    factors, weights, constant = vocoder.fit_place()
+    factors, weights, constant = waves.fit_place()
     theta = 10000.0 ** (-torch.arange(16) / 16)
 
     def seen(back: torch.Tensor) -> torch.Tensor:
@@ -193,9 +245,9 @@ def test_training_leaves_what_is_set_by_hand(work: Path) -> None:
 
 def test_amplitudes_follow_levels() -> None:
     """The hand-set curve of SiLUs undoes the compression within 2 dB over 70 dB."""
-    thresholds, weights = vocoder.expansion()
+    thresholds, weights = waves.expansion()
     level = torch.linspace(0.08, 1.0, 50)
-    made = (torch.nn.functional.silu(vocoder.STEEP * (level[:, None] - thresholds)) * weights).sum(1) / vocoder.GAIN
+    made = (torch.nn.functional.silu(channels.STEEP * (level[:, None] - thresholds)) * weights).sum(1) / channels.GAIN
     assert float((20 * (made / level ** (0.5 / targets.POWER)).log10()).abs().max()) < 2
 
 
@@ -206,9 +258,9 @@ def test_encoder_is_wired_to_see_bands_and_semitones() -> None:
     token = encoder.frame_tokens(encoder.start(), torch.stack([tone, tone]))[3]
     high = encoder.TREBLE + targets.MID_BANDS + targets.SIDE_BANDS
     heard = 0
-    for head, channels in enumerate(encoder._fetched()):
-        levels = {channel: float(token[64 * head + index]) for index, channel in enumerate(channels)}
-        bands = [levels[channel] for channel in channels[: targets.MID_BANDS]]
+    for head, fetched in enumerate(encoder._fetched()):
+        levels = {channel: float(token[64 * head + index]) for index, channel in enumerate(fetched)}
+        bands = [levels[channel] for channel in fetched[: targets.MID_BANDS]]
         centre = float(targets.band_centres(targets.MID_BANDS)[max(range(len(bands)), key=bands.__getitem__)])
         assert abs(centre - 880) < 150
         wanted = high + 81 - targets.LOWEST_KEY - encoder.LOW_TONES
