@@ -40,6 +40,7 @@ from typing import Any, TypeVar, cast
 
 from sa3train.config import MISSING, build, is_known, known_keys, unknown_key_message
 from sa3train.errors import ConfigError, SA3Error
+from sa3train.jobs.quick_help import quick_help
 
 Schema = TypeVar("Schema")
 
@@ -152,7 +153,8 @@ def _run_hydra(
 
     saved, sys.argv = sys.argv, [sys.argv[0], *arguments, *extra]
     try:
-        hydra.main(version_base="1.3", config_path=config_path, config_name=config_name)(task)()
+        with quick_help(arguments):
+            hydra.main(version_base="1.3", config_path=config_path, config_name=config_name)(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from error
     finally:
