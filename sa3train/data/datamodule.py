@@ -44,10 +44,9 @@ class Source:
 class LatentDataModule(LightningDataModule):
     """Batches of latents with prompts, from one or several sources.
 
-    Lengths are in seconds (`crop_seconds`, `tail_seconds`) or latent frames (`crop_frames`, `max_frames`,
-    `pack_frames`). `max_frames` is the model's longest; longer clips are cropped to it. `tail_seconds` of silence
-    latents follow the longest clip of an unpacked batch, room for the objective to extend clips into silence. `pool`
-    batches are sorted by length or packed at a time. `rank` and `world` come from the trainer unless given. Raises
+    Lengths are in seconds (`crop_seconds`, `tail_seconds`) or latent frames (`crop_frames`, `pack_frames`);
+    `limit` crops to the model's longest. `tail_seconds` of silence latents follow the longest clip of an unpacked
+    batch, room for the objective to extend clips into silence. `pool` batches are sorted by length or packed at a time. `rank` and `world` come from the trainer unless given. Raises
     `ConfigError` and `DataError` in `setup`.
     """
 
@@ -60,7 +59,6 @@ class LatentDataModule(LightningDataModule):
         crop_frames: int | None = None,
         crop: str = "random",
         seconds: str = "crop",
-        max_frames: int | None = None,
         tail_seconds: float = 0.0,
         pack_frames: int | None = None,
         prompts: PromptSettings | None = None,
@@ -83,7 +81,7 @@ class LatentDataModule(LightningDataModule):
         self.heldout_clips, self.seed, self.num_workers = heldout_clips, seed, num_workers
         self.verify, self.allow_damaged = verify, allow_damaged
         self.rank, self.world = rank, world
-        self.crop = CropSettings(_crop_frames(crop_seconds, crop_frames, max_frames), crop, seconds)
+        self.crop = CropSettings(_crop_frames(crop_seconds, crop_frames), crop, seconds)
         if crop != "random" and crop_seconds is None and crop_frames is None:
             raise ConfigError(f"crop={crop} has no effect on whole clips: give crop_seconds or crop_frames.")
         if tail_seconds < 0 or (tail_seconds and pack_frames):
@@ -110,6 +108,11 @@ class LatentDataModule(LightningDataModule):
         self.stores = stores
         self.builder.check(self.records())
         self._check_beats()
+
+    def limit(self, max_frames: int) -> None:
+        """Crop to `max_frames` latent frames, the model's longest, where the settings allow more."""
+        frames = self.crop.frames
+        self.crop = dataclasses.replace(self.crop, frames=max_frames if frames is None else min(frames, max_frames))
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Every record of every source, train and held out."""
@@ -225,13 +228,12 @@ def _source(source: str | Source | Mapping[str, Any]) -> Source:
     return Source(**source)
 
 
-def _crop_frames(seconds: float | None, frames: int | None, longest: int | None) -> int | None:
-    """The longest crop in frames, from whichever limit is given; a crop in seconds is rounded up to whole frames."""
+def _crop_frames(seconds: float | None, frames: int | None) -> int | None:
+    """The longest crop in frames, from whichever is given; a crop in seconds is rounded up to whole frames."""
     if seconds is not None and frames is not None:
         raise ConfigError(f"crop_seconds={seconds} and crop_frames={frames} say the same thing: give one.")
     if seconds is not None:
         if seconds <= 0:
             raise ConfigError(f"crop_seconds is {seconds}; give more than 0.")
-        frames = -(-round(seconds * SAMPLE_RATE) // SAMPLES_PER_FRAME)
-    limits = [limit for limit in (frames, longest) if limit is not None]
-    return min(limits) if limits else None
+        return -(-round(seconds * SAMPLE_RATE) // SAMPLES_PER_FRAME)
+    return frames

@@ -164,8 +164,9 @@ def run_training(config: TrainConfig) -> "TrainingResult":
     parts.refuse_idle(config, parts.command_line(), ranks)
     join_ranks(gpu)
     dtype, precision = parts.precisions(config.model.dtype, config.trainer.precision, gpu)
+    data = parts.data_module(config.data, config.seed)  # first: what is wrong with it is said before gigabytes load
     model = on_rank_zero_first(lambda: load_checkpoint(config.model.name, dtype=dtype, parts=("dit", "conditioner")))
-    data = parts.data_module(config.data, config.seed, model.max_frames)
+    data.limit(model.max_frames)
     data.check_autoencoder(model.name, model.autoencoder_fingerprint())
     identity = {"data": data.manifest, "base": model.fingerprint()}
     run_dir = Path(config.resume or config.run_dir)

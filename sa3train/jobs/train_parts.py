@@ -81,13 +81,13 @@ def command_line() -> list[str]:
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
-def data_module(settings: "DataSettings", seed: int, max_frames: int) -> "LatentDataModule":
+def data_module(settings: "DataSettings", seed: int) -> "LatentDataModule":
     """The data module, set up; its sources are `dir` and those in `more`."""
     from sa3train.data.datamodule import LatentDataModule
 
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
     first = {"path": values.pop("dir"), "repeats": values.pop("repeats"), "weight": values.pop("weight")}
-    data = LatentDataModule([first, *values.pop("more")], seed=seed, max_frames=max_frames, **values)
+    data = LatentDataModule([first, *values.pop("more")], seed=seed, **values)
     data.setup()
     return data
 

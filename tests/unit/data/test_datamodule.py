@@ -217,6 +217,14 @@ def test_crops_are_told_their_own_length(store_maker: Maker) -> None:
         assert batch["at_end_B"].tolist() == [bool(start == 77) for start in starts]
 
 
+def test_clips_are_cropped_to_the_models_longest(store_maker: Maker) -> None:
+    for crop, longest, expected in ((None, 6, 6), (4, 6, 4), (7, 6, 6)):
+        data = LatentDataModule(str(store_maker(f"limit{crop}", [8, 8])), 2, crop_frames=crop)
+        data.setup()
+        data.limit(longest)
+        assert next(iter(data.train_dataloader()))["latents_BCT"].shape[-1] == expected
+
+
 def test_crops_begin_everywhere(store_maker: Maker) -> None:
     loader = LatentDataModule(str(store_maker("a", [8, 8])), 2, crop_frames=5).train_dataloader()
     starts = Counter(int(s) for batch in islice(endless(loader), 100) for s in batch["latents_BCT"][:, 1, 0])

@@ -307,6 +307,20 @@ def test_bad_settings_end_with_one_line(
     assert not Path("out").exists(), "a run that never began does not keep the folder"
 
 
+def test_wrong_data_is_named_before_the_base_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A medium base takes gigabytes and, the first time, a download."""
+
+    def loaded(*arguments: Any, **settings: Any) -> None:
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr("sa3train.models.checkpoint.load_checkpoint", loaded)
+    assert main([*QUICK, "data=nowhere", "run_dir=out"]) == 1
+    assert "nowhere" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
 def test_data_of_another_autoencoder_or_none_is_refused(
     shards: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
