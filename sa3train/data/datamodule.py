@@ -46,8 +46,8 @@ class LatentDataModule(LightningDataModule):
 
     Lengths are in seconds (`crop_seconds`, `tail_seconds`) or latent frames (`crop_frames`, `pack_frames`);
     `limit` crops to the model's longest. `tail_seconds` of silence latents follow the longest clip of an unpacked
-    batch, room for the objective to extend clips into silence. `pool` batches are sorted by length or packed at a time. `rank` and `world` come from the trainer unless given. Raises
-    `ConfigError` and `DataError` in `setup`.
+    batch, room for the objective to extend clips into silence. `pool` batches are sorted by length or packed at a time.
+    `rank` and `world` come from the trainer unless given. Raises `ConfigError` and `DataError` in `setup`.
     """
 
     def __init__(

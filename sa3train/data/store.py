@@ -3,6 +3,7 @@
 Tensor names end in their axes: C latent channels, T latent frames.
 """
 
+import hashlib
 import io
 import json
 import os
@@ -91,9 +92,25 @@ class LatentStore:
         return self.shards[self.shard[row]]
 
     def verify_shards(self) -> dict[str, str]:
-        """Check every byte of every listed shard against `index.json`: name → what is wrong, empty when all is well."""
+        """Check every byte of every shard and of the silence against `index.json`, and the listings against the shards:
+        name → what is wrong, empty when all is well.
+        """
         checked = {entry["file"]: self._fault(entry, "hash") for entry in self.index["shards"]}
-        return {name: fault for name, fault in checked.items() if fault}
+        found = {name: fault for name, fault in checked.items() if fault}
+        for row, listed in self.records():
+            shard = self.shard_of(row)
+            if shard not in found and not self._is_listed(row, listed):
+                found[shard] = f"its listing says otherwise than it does of clip {self.keys[row]}"
+        silence = self.index.get("silence")
+        if silence and hashlib.sha256(self._fetch(SILENCE)).hexdigest() != silence["sha256"]:
+            found[SILENCE] = "its bytes are not those that index.json has the hash of"
+        return found
+
+    def _is_listed(self, row: int, listed: dict[str, Any]) -> bool:
+        try:
+            return self.record(row) == listed
+        except DataError:
+            return False
 
     def _load(self, verify: str, allow_damaged: bool) -> None:
         columns: dict[str, list[np.ndarray]] = {name: [] for name in (*_LISTED, "shard")}
@@ -236,8 +253,6 @@ class LatentStore:
     def _sha256(self, name: str) -> str:
         if self._remote is None:
             return sha256_of(Path(self._root) / name)
-        import hashlib
-
         with self._remote.open(f"{self._root}/{name}", "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -66,7 +66,9 @@ def _preview_flags(flags: argparse.ArgumentParser) -> None:
 def _inspect_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("shards", help="folder or URL of latent shards")
     flags.add_argument("-n", type=int, default=10, help="clips to list (default 10)")
-    flags.add_argument("--verify", action="store_true", help="check every byte against the hashes of index.json")
+    flags.add_argument(
+        "--verify", action="store_true", help="check every byte against the hashes of index.json, and the listings"
+    )
     flags.add_argument("--allow-damaged", action="store_true", help="leave damaged shards out instead of stopping")
     flags.add_argument("--play", action="append", default=[], metavar="KEY", help="decode a clip to a wav; repeatable")
     flags.add_argument("--out", default=".", help="folder for the wavs (default: here)")
@@ -169,7 +171,11 @@ def inspect(arguments: argparse.Namespace) -> int:
         damaged |= store.verify_shards()
         for name, fault in damaged.items():
             print(f"damaged: {name} {fault}", file=sys.stderr)
-        print("all shards are whole" if not damaged else f"{len(damaged)} damaged shard(s)")
+        print(
+            "everything is whole"
+            if not damaged
+            else f"{len(damaged)} damaged file(s): delete them and run the same sa3-encode command again"
+        )
     if arguments.play:
         _play(store, arguments.play, Path(arguments.out), arguments.model)
     return 1 if damaged and not arguments.allow_damaged else 0

@@ -126,7 +126,8 @@ def reconstruction(classifier: Classifier, folder: Path) -> list[Figure]:
     ratios, distances, kept, known = {}, {}, 0, 0
     for path in sorted(folder.glob("*.ogg")):
         real_CN, _ = read_audio(path)
-        made_CN = autoencoder.decode(autoencoder.encode(real_CN[None]), noise=False)[0, :, : real_CN.shape[1]]
+        draws = torch.Generator().manual_seed(0)  # the decoder's noise is what hiss is made of
+        made_CN = autoencoder.decode(autoencoder.encode(real_CN[None]), generator=draws)[0, :, : real_CN.shape[1]]
         ratios[_class_of(path)] = si_sdr(real_CN, made_CN)
         distances[_class_of(path)] = log_mel_distance(real_CN, made_CN)
         if classifier.name(real_CN, RATE) == _class_of(path):
@@ -257,7 +258,8 @@ def endings(generator: Generator, settings: dict[str, float]) -> list[float]:
         prompts = ["A church organ plays legato chords.", "Sound effect: wind.", "warm pad, chords, legato"]
         made = generator.generate(prompts, duration=seconds, seed=3, return_latents=True, **settings)  # type: ignore[arg-type]
         assert made.latents is not None
-        whole = generator.model.autoencoder.decode(made.latents.to(generator.device), noise=False)
+        draws = torch.Generator().manual_seed(0)
+        whole = generator.model.autoencoder.decode(made.latents.to(generator.device), generator=draws)
         off += [abs(end_of_sound(clip.cpu(), RATE) - seconds) for clip in whole]
     return off
 

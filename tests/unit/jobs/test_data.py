@@ -95,7 +95,7 @@ def test_inspect_lists_verifies_and_plays(shards: Path, tmp_path: Path, capsys: 
     assert main(["inspect", str(shards), "--verify", "-n", "100"]) == 0
     printed = capsys.readouterr().out
     assert "8 takes" in printed
-    assert "all shards are whole" in printed
+    assert "everything is whole" in printed
     keys = [line.split()[0] for line in printed.splitlines() if "noise, no" in line]
     assert len(keys) == 8
     assert main(["inspect", str(shards), "-n", "0", "--play", keys[0], "--play", keys[1], "--out", str(tmp_path)]) == 0
@@ -125,8 +125,15 @@ def test_inspect_names_damage(shards: Path, tmp_path: Path, capsys: pytest.Captu
     assert main(["inspect", str(copy), "--verify"]) == 1
     captured = capsys.readouterr()
     assert f"damaged: {shard.name}" in captured.err
-    assert "1 damaged shard" in captured.out
+    assert "1 damaged file" in captured.out
     assert main(["inspect", str(copy), "--verify", "--allow-damaged"]) == 0
+    listing = sorted(copy.glob("train-*.jsonl"))[-1]
+    listing.write_text(listing.read_text().replace('"caption": "', '"caption": "not ', 1))
+    (copy / "silence.npy").write_bytes((copy / "silence.npy").read_bytes()[:-1] + b"x")
+    capsys.readouterr()
+    assert main(["inspect", str(copy), "--verify"]) == 1
+    error = capsys.readouterr().err
+    assert "damaged: silence.npy" in error
     shard.unlink()
     assert main(["inspect", str(copy)]) == 1
     capsys.readouterr()
