@@ -66,9 +66,7 @@ def _preview_flags(flags: argparse.ArgumentParser) -> None:
 def _inspect_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("shards", help="folder or URL of latent shards")
     flags.add_argument("-n", type=int, default=10, help="clips to list (default 10)")
-    flags.add_argument(
-        "--verify", action="store_true", help="check every byte against the hashes of index.json, and the listings"
-    )
+    flags.add_argument("--verify", action="store_true", help="check every byte against index.json, and the listings")
     flags.add_argument("--allow-damaged", action="store_true", help="leave damaged shards out instead of stopping")
     flags.add_argument("--play", action="append", default=[], metavar="KEY", help="decode a clip to a wav; repeatable")
     flags.add_argument("--out", default=".", help="folder for the wavs (default: here)")
@@ -171,11 +169,7 @@ def inspect(arguments: argparse.Namespace) -> int:
         damaged |= store.verify_shards()
         for name, fault in damaged.items():
             print(f"damaged: {name} {fault}", file=sys.stderr)
-        print(
-            "everything is whole"
-            if not damaged
-            else f"{len(damaged)} damaged file(s): delete them and run the same sa3-encode command again"
-        )
+        print(f"{len(damaged)} damaged file(s): delete and encode again" if damaged else "everything is whole")
     if arguments.play:
         _play(store, arguments.play, Path(arguments.out), arguments.model)
     return 1 if damaged and not arguments.allow_damaged else 0

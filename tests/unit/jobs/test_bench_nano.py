@@ -62,7 +62,7 @@ class Player:
 
     @property
     def model(self) -> SimpleNamespace:
-        return SimpleNamespace(autoencoder=SimpleNamespace(decode=lambda z_BCT, noise: z_BCT))
+        return SimpleNamespace(autoencoder=SimpleNamespace(decode=lambda z_BCT, generator: z_BCT))
 
     device = "cpu"
 
