@@ -27,7 +27,8 @@ def renew(path: Path, records: Sequence[Record]) -> None:
 
 
 def _heading(record: Record) -> str:
-    return record.bench if record.options.arch is None else f"{record.bench}, {record.options.arch}"
+    options = record.options
+    return ", ".join([record.bench, *filter(None, (options.arch, options.dtype if options.dtype != "bf16" else None))])
 
 
 def _parts(section: str) -> dict[str, str]:

@@ -286,10 +286,11 @@ def test_a_page_keeps_what_was_not_measured_now(tmp_path: Path) -> None:
     renew(page, [Record("load", Options(), [Figure("second", 2.0, "s")], where)])
     renew(page, [Record("decode", Options(arch="nano"), [Figure("third", 3.0, "s")], where)])
     renew(page, [Record("load", Options(), [Figure("fourth", 4.0, "s")], where)])
+    renew(page, [Record("load", Options(dtype="fp32"), [Figure("fifth", 5.0, "s")], where)])
     text = page.read_text(encoding="utf-8")
     assert text.startswith("before\n<!-- cpu: begin -->\n\n### decode\n")
     assert text.endswith("<!-- cpu: end -->\nafter\n")
-    assert all(name in text for name in ("first", "third", "fourth", "### decode, nano"))
+    assert all(name in text for name in ("first", "third", "fourth", "fifth", "### decode, nano", "### load, fp32"))
     assert "second" not in text
     assert "old" not in text
     with pytest.raises(SA3Error, match="no section for cuda"):
