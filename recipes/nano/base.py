@@ -21,7 +21,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from parts import LONG, SHORT, Average, Batch, Cap, Corpus, Nano, optimizers, set_rate, state_of, tokenizer_of
+from parts import LONG, SHORT, WHOLE, Average, Batch, Cap, Corpus, Nano, optimizers, set_rate, state_of, tokenizer_of
 from speed import autocast, fast_cpu_blocks
 from targets import load_code, silence
 from torch import Tensor, nn
@@ -72,7 +72,7 @@ class Run:
     """A resumable run that lasts a number of minutes."""
 
     def __init__(self, work: Path, minutes: float, rate: float, long: bool = False, cool: bool = False) -> None:
-        self.work, self.rate, self.cool, self.caps = work, rate, cool, LONG if long else SHORT
+        self.work, self.rate, self.cool, self.caps = work, rate, cool, WHOLE if cool else LONG if long else SHORT
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(0)
         self.tokenizer, self.silence_C = tokenizer_of(work), silence(load_code(work))

@@ -26,7 +26,7 @@ from parts import Average, load, set_rate, state_of
 from sound_losses import spectral_loss, texture_loss, wave_loss
 from speed import autocast, fast_cpu_layers
 from store import Store
-from targets import FRAME, LATENT, LOUDEST, load_code
+from targets import FRAME, LATENT, LOUDEST, load_code, silence
 from torch import Tensor, nn
 from vocoder import autoencoder, start
 
@@ -38,6 +38,7 @@ WINDOWS = (256, 512, 1024, 2048)
 MIXES = torch.tensor([[0.5, 0.5], [0.5, -0.5], [1.0, 0.0], [0.0, 1.0]])  # mid, side, left, right
 MIX_SHARES = torch.tensor([0.55, 0.15, 0.15, 0.15])
 JITTER = 0.3
+HUM = 0.1  # weight of what silence becomes
 SEEN = 0.5  # share of stretches whose latents are the encoder's, where it has written them (WORK/seen.pt)
 SAVE_SECONDS = 240.0
 
@@ -49,12 +50,13 @@ class Pairs:
         self.store, self.latents = Store(work / split), load(work, split)
         seen = work / "seen.pt"
         self.seen = torch.load(seen, weights_only=True) if split == "train" and seen.exists() else []
-        self.rng = np.random.default_rng(seed)
+        self.silence_C, self.rng = silence(load_code(work)), np.random.default_rng(seed)
 
     def batch(self, size: int = BATCH) -> tuple[Tensor, Tensor]:
-        """Half of them from the clips' start, where the attacks are."""
+        """Half of them from the clips' start, where the attacks are; an eighth is silence."""
         latents, audio = torch.zeros(size, LATENT, FRAMES), torch.zeros(size, 2, FRAMES * FRAME)
-        for row in range(size):
+        latents[:] = self.silence_C[:, None]
+        for row in range(size - size // 8):
             source = self.seen if self.seen and self.rng.random() < SEEN else self.latents
             pick = int(self.rng.integers(len(source)))
             while source[pick].shape[1] < FRAMES:
@@ -72,7 +74,8 @@ def step_loss(
 ) -> dict[str, Tensor]:
     """All loss terms of one batch; `total` is what is minimised."""
     device = z_BCT.device
-    jitter = JITTER * torch.rand(len(z_BCT), 1, 1, generator=generator)
+    silent_B = real_BCN.abs().amax((1, 2)) == 0
+    jitter = JITTER * torch.rand(len(z_BCT), 1, 1, generator=generator) * (1 - 0.6 * silent_B.cpu()[:, None, None])
     z_BCT = z_BCT + (jitter * torch.randn(z_BCT.shape, generator=generator)).to(device)
     with autocast(device.type):
         made_BCN = model.decode(z_BCT).float()
@@ -85,7 +88,9 @@ def step_loss(
     spectral = spectral_loss(mixed[0], mixed[1], window, level_B, mel)
     terms["mel" if mel else "bins"] = spectral
     terms["texture"] = texture_loss(mixed[0], mixed[1], 2048, level_B)
-    terms["total"] = spectral + terms["texture"] + wave * terms["wave"]
+    # What silence becomes, in nats of energy above -90 dB:
+    terms["hum"] = (made_BCN.square().mean((1, 2)) / 1e-9).log1p()[silent_B].sum() / silent_B.sum().clamp_min(1)
+    terms["total"] = spectral + terms["texture"] + wave * terms["wave"] + HUM * terms["hum"]
     return terms
 
 

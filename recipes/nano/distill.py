@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from parts import SHORT, Average, Batch, Corpus, Nano, optimizers, set_rate, state_of, tokenizer_of
+from parts import WHOLE, Average, Batch, Corpus, Nano, optimizers, set_rate, state_of, tokenizer_of
 from speed import autocast, fast_cpu_blocks
 from targets import load_code, silence
 from torch import Tensor, nn
@@ -133,9 +133,9 @@ class Run:
 
     def train(self) -> None:
         """Until the minutes are over."""
-        batches = Corpus(self.work, "train", self.tokenizer, silence(load_code(self.work))).batches(
-            10_000 + self.step, SHORT
-        )
+        caps = [cap._replace(items=cap.items // 2) for cap in WHOLE]
+        corpus = Corpus(self.work, "train", self.tokenizer, silence(load_code(self.work)))
+        batches = corpus.batches(10_000 + self.step, caps)
         generator, rng = torch.Generator().manual_seed(self.step), random.Random(self.step)
         pool: list[Walks] = []
         mark = time.monotonic()

@@ -45,6 +45,7 @@ class Cap(NamedTuple):
 
 SHORT = (Cap(24, 96, 8, 0.5, 0.6), Cap(48, 56, 16, 1.0, 0.4))  # to begin with: more clips a second
 LONG = (Cap(24, 96, 24, 1.5, 0.35), Cap(48, 56, 48, 3.0, 0.4), Cap(130, 20, 62, 4.0, 0.25))
+WHOLE = (Cap(24, 48, 66, 10.0, 0.4), Cap(48, 40, 66, 10.0, 0.4), Cap(130, 18, 66, 10.0, 0.2))  # tails as generation has
 
 
 def load(work: Path, split: str) -> list[Tensor]:

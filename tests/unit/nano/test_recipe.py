@@ -150,6 +150,21 @@ def test_decoder_starts_as_a_vocoder(work: Path) -> None:
     assert (work / "vocoder.pt").exists()
 
 
+@torch.no_grad()
+def test_an_eighth_of_the_stretches_is_silence_and_asks_for_silence(work: Path) -> None:
+    model = decoder.first(work)
+    latents_BCT, audio_BCN = decoder.Pairs(work, "train", 0).batch(16)
+    silent = audio_BCN.abs().amax((1, 2)) == 0
+    assert silent[-2:].all()
+    wanted = targets.silence(targets.load_code(work))[:, None].expand(-1, decoder.FRAMES)
+    torch.testing.assert_close(latents_BCT[-1], wanted)
+    terms = decoder.step_loss(model, latents_BCT[-2:], audio_BCN[-2:], 0.2, torch.Generator().manual_seed(0))
+    louder = decoder.step_loss(model, latents_BCT[-2:] + 1, audio_BCN[-2:], 0.2, torch.Generator().manual_seed(0))
+    assert 0 < float(terms["hum"]) < float(louder["hum"])
+    heard = decoder.step_loss(model, latents_BCT[:2], audio_BCN[:2] + 1e-3, 0.2, torch.Generator().manual_seed(0))
+    assert float(heard["hum"]) == 0
+
+
 def test_a_semitone_comes_back_as_its_partial(work: Path) -> None:
     """A steady tone in, its latents, and the hand-set oscillator plays the same note without a seam between frames."""
     code, model = targets.load_code(work), decoder.first(work)
