@@ -36,7 +36,7 @@ QUIET = (0.08, 0.15)  # compressed levels of the lowest two bands between which 
 PLACE_REACH, PLACE_GAIN = 8.0, 8.5  # largest factor of a logit, and the gain of queries and keys that reaches it
 # Units of each feed-forward:
 TAKEN = (
-    KNOTS * BANDS + 2 * (len(REGIONS) - 1),
+    KNOTS * BANDS + 2 * (len(REGIONS) - 1) + BANDS,
     TONES + HIGH + BANDS + 2 * MID_BANDS + 2 * QUARTER_WAVE,
     4 * (TONES + HIGH) + 5 * PATCH_WAVE + 2 * (MID_NOISE + SIDE_NOISE),
 )

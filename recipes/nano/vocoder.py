@@ -146,6 +146,8 @@ def _first(ff: FeedForward) -> None:
         for threshold, sign in zip(NOISINESS, (1.0, -1.0), strict=True):
             out = {slot: sign * SHARE / (NOISINESS[1] - NOISINESS[0])}
             ff.unit({}, mean, out, value_bias=1 / STEEP, gate_bias=-STEEP * threshold)
+    for channel in range(GAINS, GAINS + BANDS):
+        ff.unit({channel: 1}, {}, {channel: -1 / 8}, gate_bias=8.0)  # the new tokens' noise would be heard as loudness
 
 
 def _second(ff: FeedForward) -> None:
