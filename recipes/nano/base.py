@@ -4,7 +4,8 @@
     python recipes/nano/base.py WORK --cool 15               # from there 15 minutes down to rate 0: WORK/base-cool.pt
 
 The rate is level after a warm-up, so a run can be stopped and continued at any time; `--cool` branches off a copy whose
-rate falls, which is what to measure and ship. `--long` takes longer clips and silences (see `parts.LONG`): for later.
+rate falls, which is what to measure and ship; its tails are as long as those of generation (`parts.WHOLE`). `--long`
+takes longer clips and silences (`parts.LONG`): for later.
 
 Shapes: B items, C latent channels, T latent frames.
 """

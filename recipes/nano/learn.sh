@@ -6,14 +6,14 @@ work=$1 steps=${2:-500}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 bin=$here/.venv/bin out=$here/sa3train/assets/nano/learned
 mkdir -p "$out" "$work/learned"
+cd "$work/learned"  # the adapters say what they were made with: relative paths, which mean something elsewhere
 for sound in koto "steel drums"; do
     name=${sound// /_}
-    clips=$work/learned/$name
-    [ -d "$clips" ] || "$bin/python" "$here/datasets/nano/corpus.py" "$clips" --clips 24 --held-out "$sound"
-    "$bin/sa3-encode" source="$clips" out="$work/learned/$name-latents" model=nano-base split=0
-    rm -rf "$work/learned/$name-run"
-    "$bin/sa3-train" data="$work/learned/$name-latents" model=nano-base recipe=instrument adapter=dora-rows \
-        trainer.max_steps="$steps" optimizer.lr=1e-3 callbacks.demos.enabled=false run_dir="$work/learned/$name-run"
-    cp "$work/learned/$name-run/adapter.safetensors" "$out/$name.safetensors"
+    [ -d "$name" ] || "$bin/python" "$here/datasets/nano/corpus.py" "$name" --clips 24 --held-out "$sound"
+    "$bin/sa3-encode" source="$name" out="$name-latents" model=nano-base split=0 overwrite=true
+    rm -rf "$name-run"
+    "$bin/sa3-train" data="$name-latents" model=nano-base recipe=instrument adapter=dora-rows \
+        trainer.max_steps="$steps" optimizer.lr=1e-3 callbacks.demos.enabled=false run_dir="$name-run"
+    cp "$name-run/adapter.safetensors" "$out/$name.safetensors"
     "$bin/python" "$here/recipes/nano/real_clips.py" "$sound" "$out"
 done
