@@ -1,9 +1,12 @@
 """The cheap half of `sa3-bench nano`, on the weights that ship: prompts and adapters change the sound as asked."""
 
+import json
 import statistics
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from sa3train.audio.classify import Classifier
 from sa3train.audio.metrics import spectral_centroid
@@ -47,3 +50,11 @@ def test_the_koto_adapter_makes_it_a_koto(nano: Generator, classifier: Classifie
         chances.append(probability(classifier, made, "koto"))
     nano.remove_adapter(0)
     assert chances[1] > chances[0] + 0.2
+
+
+@pytest.mark.parametrize("name", ["koto", "steel_drums"])
+def test_learned_adapters_name_no_place_of_the_machine_that_made_them(name: str) -> None:
+    with safe_open(ASSETS / "learned" / f"{name}.safetensors", framework="pt") as file:
+        made_with = json.loads(file.metadata()["training_config"])
+    assert not Path(made_with["data"]["dir"]).is_absolute()
+    assert not Path(made_with["run_dir"]).is_absolute()
