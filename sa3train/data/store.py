@@ -101,10 +101,17 @@ class LatentStore:
             shard = self.shard_of(row)
             if shard not in found and not self._is_listed(row, listed):
                 found[shard] = f"its listing says otherwise than it does of clip {self.keys[row]}"
-        silence = self.index.get("silence")
-        if silence and hashlib.sha256(self._fetch(SILENCE)).hexdigest() != silence["sha256"]:
-            found[SILENCE] = "its bytes are not those that index.json has the hash of"
+        if (silence := self.index.get("silence")) is not None:
+            fault = self._silence_fault(silence["sha256"])
+            found |= {SILENCE: fault} if fault else {}
         return found
+
+    def _silence_fault(self, sha256: str) -> str | None:
+        try:
+            whole = hashlib.sha256(self._fetch(SILENCE)).hexdigest() == sha256
+        except DataError as error:
+            return str(error)
+        return None if whole else "its bytes are not those that index.json has the hash of"
 
     def _is_listed(self, row: int, listed: dict[str, Any]) -> bool:
         try:
