@@ -106,8 +106,8 @@ def learning(model: Autoencoder) -> list[tuple[str, nn.Parameter, Tensor]]:
         if "norm" in name or name.endswith("new_tokens") or "to_qkv" in name or "to_out" in name:
             continue
         if name.endswith("weight_v"):
-            free.zero_()[:, SHARES : NOISE + MID_NOISE + SIDE_NOISE] = 1  # levels and the place are no sound
-            free[:, LEVELS : LEVELS + 2 * HIGH] = 1
+            free.zero_()[:, SHARES : NOISE + MID_NOISE + SIDE_NOISE] = 1
+            free[:, LEVELS : LEVELS + 2 * HIGH] = 1  # by then the high oscillators; what is left is no sound
         elif ".ff.0." in name:
             free.unflatten(0, (2, -1))[:, : TAKEN[layer]] = 0
         elif layer >= 0 and ".ff.2." in name:

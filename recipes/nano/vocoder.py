@@ -187,12 +187,12 @@ def _second(ff: FeedForward) -> None:
 
 
 def _last(ff: FeedForward, code: Code) -> None:
-    for turn, amplitude, share in oscillators():
+    for turn, cosine, sine in oscillators():  # the cosine's channel holds the amplitude until here
         step = 2 * ((turn + 8) % 16 - 8) / PLACES  # half turns a patch
-        ff.unit({amplitude: 1}, {PLACE: step}, {amplitude: 1}, gate_bias=0.5 + 7.5 * step)
-        ff.unit({amplitude: 1}, {}, {amplitude: -1}, gate_bias=0.5)
-        ff.unit({amplitude: 1}, {PLACE: step}, {share: 1}, gate_bias=7.5 * step)
-        ff.unit({share: 1}, {}, {share: -1}, gate_bias=0.5)
+        ff.unit({cosine: 1}, {PLACE: step}, {cosine: 1}, gate_bias=0.5 + 7.5 * step)
+        ff.unit({cosine: 1}, {}, {cosine: -1}, gate_bias=0.5)
+        ff.unit({cosine: 1}, {PLACE: step}, {sine: 1}, gate_bias=7.5 * step)
+        ff.unit({sine: 1}, {}, {sine: -1}, gate_bias=0.5)
     place = torch.arange(4)
     waves = ((0.0, 0.5), (0.5, 0.5), (0.5, 0.0), (1.0, 0.5))  # (half turns a patch, phase) of functions of four places
     table = torch.stack([torch.sin(math.pi * (step * place + phase)) for step, phase in waves], 1)

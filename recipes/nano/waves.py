@@ -105,5 +105,5 @@ def oscillators() -> list[tuple[float, int, int]]:
 
 
 def top() -> float:
-    """Where the semitones end and noise takes over, Hz."""
+    """Where the semitones end and the oscillators at fixed places begin, Hz."""
     return float(turns()[-1]) * RATE / FRAME * 2 ** (1 / 12)
