@@ -69,7 +69,7 @@ def walk(teacher: Nano, batch: Batch, generator: torch.Generator) -> Walks:
     for t, t_next in itertools.pairwise(levels):
         points.append(x_BCT.half())
         with autocast(device.type):
-            v_BCT = guided_velocity(teacher.dit, x_BCT, t.expand(size).to(device), condition, GUIDANCE)
+            v_BCT = guided_velocity(teacher.dit, x_BCT, t.expand(size), condition, GUIDANCE)
         x_BCT = x_BCT + (t_next - t).to(device) * v_BCT.float()
     return Walks(torch.stack(points), levels[:-1].to(device), x_BCT.half(), asked, real_BT, local_BCT)
 

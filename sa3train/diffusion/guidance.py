@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from sa3train.transfer import to_device
+
 # Noise levels are float32: an end such as 0.6 must still include the level 0.6.
 INTERVAL_SLACK = 1e-6
 
@@ -70,9 +72,12 @@ def guided_velocity(
 ) -> Tensor:
     """The velocity (B, C, T) of `velocity_of` at `t_B` under `condition`, guided when `guidance` acts at t_B[0].
 
-    Guided calls evaluate one batch of 2B: conditions first, then the empty or negative prompt.
+    Guided calls evaluate one batch of 2B: conditions first, then the empty or negative prompt. Keep `t_B` on the CPU:
+    its first number is looked at, and on another device the host would wait for it.
     """
-    if not guidance.acts_at(float(t_B[0])):
+    guided = guidance.acts_at(float(t_B[0]))
+    t_B = to_device(t_B, x_BCT.device)
+    if not guided:
         return velocity_of(
             x_BCT,
             t_B,

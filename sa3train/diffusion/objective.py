@@ -84,7 +84,7 @@ def coupling_columns(data_BCT: Tensor, noise_BCT: Tensor) -> Tensor:
     columns = torch.empty(batch, dtype=torch.int64, device=data_BCT.device)
     for row in range(batch):
         columns[row] = log_plan_BB[row].argmax()
-        log_plan_BB[:, columns[row]] = -math.inf
+        log_plan_BB.index_fill_(1, columns[row : row + 1], -math.inf)  # by tensor: the host never waits for the number
     return columns
 
 

@@ -1,6 +1,7 @@
 """Samplers: each walks the noise levels `sigmas` (S+1,) from noise to data with a velocity model.
 
-All share one signature. `velocity(x_BCT, t)` takes t as a scalar tensor and returns noise - data (B, C, T).
+All share one signature. Keep `sigmas` on the CPU, so that no step waits for the device. `velocity(x_BCT, t)` takes t
+as a scalar tensor and returns noise - data (B, C, T).
 `callback(step, total, sigma, denoised_BCT)` is called after each step's first evaluation and may raise to cancel.
 Shapes: B items, C latent channels, T latent frames.
 """
@@ -11,6 +12,8 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from sa3train.transfer import normal
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[[int, int, float, Tensor], None]
@@ -115,7 +118,7 @@ def sample_pingpong(
         v_BCT = velocity(x_BCT, t)
         _report(callback, step, total, t, x_BCT, v_BCT)
         denoised_BCT = x_BCT - t * v_BCT
-        noise_BCT = torch.randn(x_BCT.shape, generator=generator).to(x_BCT)
+        noise_BCT = normal(x_BCT.shape, generator, x_BCT.device).to(x_BCT.dtype)
         x_BCT = (1 - t_next) * denoised_BCT + t_next * noise_BCT
     return x_BCT
 

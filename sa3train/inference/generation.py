@@ -19,6 +19,7 @@ from sa3train.inference.sources import Source
 from sa3train.log import progress
 from sa3train.models.checkpoint import StableAudio3
 from sa3train.models.dit import DiT, Prepared
+from sa3train.transfer import normal, to_device
 
 
 def sample_latents(
@@ -37,7 +38,7 @@ def sample_latents(
     """
     device = next(model.dit.parameters()).device
     frames = generated_frames(facts, max(request.duration))
-    noise_BCT = torch.randn(request.batch_size, model.latent_channels, frames, generator=generator).to(device)
+    noise_BCT = normal((request.batch_size, model.latent_channels, frames), generator, device)
     start_BCT, sigma_max = noise_BCT, 1.0
     if init is not None and request.init_noise_level is not None:
         sigma_max = request.init_noise_level
@@ -47,7 +48,7 @@ def sample_latents(
     masked_BCT = torch.zeros_like(noise_BCT)
     if inpaint is not None:
         encoded_1CT = encode_source(model, facts, inpaint, frames, device, generator)
-        kept_B1T = inpainting_mask(facts, request, frames).to(device)
+        kept_B1T = to_device(inpainting_mask(facts, request, frames), device)
         masked_BCT = encoded_1CT * kept_B1T
     latents_BCT = start_BCT
     if sigma_max > 0.0:
@@ -76,7 +77,7 @@ def _denoise(
     def velocity(x_BCT: Tensor, t: Tensor) -> Tensor:
         if stack.apply(float(t)):
             denoiser.prepared.clear()
-        t_B = t.to(x_BCT.device, torch.float32).expand(request.batch_size)
+        t_B = t.float().expand(request.batch_size)
         return guided_velocity(denoiser, x_BCT, t_B, condition, request.guidance)
 
     sigmas = sampling_schedule(request.steps, sigma_max)
@@ -126,7 +127,7 @@ def encode_source(
     generator: torch.Generator,
 ) -> Tensor:
     """Latents (1, C, T) of audio padded with silence, or cut, to the length that is generated."""
-    audio_1CN = fit(source.audio_CN, frames * facts.downsampling_ratio)[None].to(device)
+    audio_1CN = to_device(fit(source.audio_CN, frames * facts.downsampling_ratio)[None], device)
     return model.autoencoder.encode(audio_1CN, generator=generator)[..., :frames].float()
 
 
@@ -227,7 +228,7 @@ def _condition(model: StableAudio3, facts: ModelFacts, request: Request, local_B
         cross_attn_cond_BLD=cond.cross_attn_cond_BLD,
         global_cond_BD=cond.global_cond_BD,
         local_add_cond_BCT=local_BCT,
-        padding_mask_BT=real_mask(facts, request, local_BCT.shape[-1]).to(local_BCT.device),
+        padding_mask_BT=to_device(real_mask(facts, request, local_BCT.shape[-1]), local_BCT.device),
         negative_cross_attn_cond_BLD=negative_BLD,
         negative_mask_BL=negative_mask_BL,
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sa3train.models.patterns import Packed, Padded, Pattern, Window
+from sa3train.transfer import to_device
 
 VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, int], Tensor]
 
@@ -57,7 +58,7 @@ VARLEN_KERNELS: dict[str, VarlenKernel] = {"varlen": _torch_kernel, "flash": _fl
 @functools.lru_cache(maxsize=32)
 @torch.inference_mode(mode=False)
 def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor((0, *lengths)).cumsum(0).to(device=device, dtype=torch.int32)
+    return to_device(torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32), device)
 
 
 def varlen_attention(name: str, q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, pattern: Pattern) -> Tensor:

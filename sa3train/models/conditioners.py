@@ -21,6 +21,7 @@ from sa3train.models.blocks import FourierFeatures
 from sa3train.models.config import ConditionerConfig, NumberConfig
 from sa3train.models.sources import TextEncoderSource
 from sa3train.models.t5gemma import T5GemmaEncoder, load_encoder
+from sa3train.transfer import to_device
 
 
 class TextEmbedding(NamedTuple):
@@ -122,8 +123,8 @@ class TextEncoder:
     def __call__(self, prompts: Sequence[str], device: torch.device) -> TextEmbedding:
         """Hidden states of each prompt, as long as the longest (cut at `max_length` tokens)."""
         ids = [torch.tensor(each[: self.max_length], dtype=torch.long) for each in self._tokens(prompts)]
-        ids_BL = nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device)
-        lengths_B = torch.tensor([len(each) for each in ids], device=device)
+        ids_BL = to_device(nn.utils.rnn.pad_sequence(ids, batch_first=True), device)
+        lengths_B = to_device(torch.tensor([len(each) for each in ids]), device)
         mask_BL = torch.arange(ids_BL.shape[1], device=device) < lengths_B[:, None]
         model = self.model(device)
         if ids_BL.shape[1] == 0:
@@ -232,5 +233,5 @@ class Conditioner(nn.Module):
 
     def forward(self, prompts: Sequence[str], seconds: Sequence[float] | Tensor) -> Conditioning:
         """`condition` of `encode_prompts`."""
-        seconds_B = torch.as_tensor(seconds, dtype=torch.float32, device=self.device)
+        seconds_B = to_device(torch.as_tensor(seconds, dtype=torch.float32), self.device)
         return self.condition(self.encode_prompts(prompts), seconds_B)

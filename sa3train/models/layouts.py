@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sa3train.models.attention import Packed, Padded, Pattern
+from sa3train.transfer import to_device
 
 
 class Layout(Protocol):
@@ -184,4 +185,4 @@ def packed_layout(segment_ids_BT: Tensor, clips: int, memory: int, device: torch
     source_L = torch.where(position_L < memory, position_L, position_L + first_S[clip_L])
     place_F = (position_L >= memory).nonzero().squeeze(1)
     indexes = (frame_F, place_F, source_L, clip_L, position_L)
-    return PackedRows(rows, length, memory, tuple(counts_S.tolist()), *(x.to(device) for x in indexes))
+    return PackedRows(rows, length, memory, tuple(counts_S.tolist()), *(to_device(x, device) for x in indexes))

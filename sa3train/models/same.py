@@ -18,14 +18,16 @@ from torch import Tensor, nn
 from sa3train.models.attention import Window
 from sa3train.models.blocks import DynamicTanh, FeedForward, Rotary, SelfAttention
 from sa3train.models.config import StackConfig
+from sa3train.transfer import normal
 
 TOKENS_IN_CACHE = 1088  # 10 MB of the widest activation in bf16; products of fewer rows run slower
 
 
 def draw_noise(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
     """N(0, 1) on `like`'s device and dtype, drawn in fp32 on the generator's device in contiguous order."""
-    device = like.device if generator is None else generator.device
-    return torch.randn(tuple(shape), generator=generator, device=device).to(like)
+    if generator is not None and generator.device.type == "cpu":
+        return normal(shape, generator, like.device).to(like.dtype)
+    return torch.randn(tuple(shape), generator=generator, device=like.device).to(like.dtype)
 
 
 class Mapping(nn.Module):

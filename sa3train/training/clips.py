@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sa3train.transfer import to_device
+
 
 @dataclass(frozen=True)
 class Clips:
@@ -55,14 +57,21 @@ def clip_mask(segment_ids_RT: Tensor, clips: int) -> Tensor:
 
 def to_clips(packed_RCT: Tensor, segment_ids_RT: Tensor, mask_SF: Tensor) -> Tensor:
     """Frames of packed rows laid out one clip a row: (S, C, F), zeros behind each clip."""
-    frames_NC = packed_RCT.transpose(1, 2)[segment_ids_RT >= 0]  # clips are numbered in order of row and place
-    out_SFC = packed_RCT.new_zeros(*mask_SF.shape, packed_RCT.shape[1])
-    out_SFC[mask_SF] = frames_NC
-    return out_SFC.transpose(1, 2)
+    return _moved(packed_RCT, segment_ids_RT >= 0, mask_SF)  # clips are numbered in order of row and place
 
 
 def to_rows(clips_SCF: Tensor, segment_ids_RT: Tensor, mask_SF: Tensor) -> Tensor:
     """The inverse of `to_clips`: (R, C, T), zeros at padding."""
-    out_RTC = clips_SCF.new_zeros(*segment_ids_RT.shape, clips_SCF.shape[1])
-    out_RTC[segment_ids_RT >= 0] = clips_SCF.transpose(1, 2)[mask_SF]
-    return out_RTC.transpose(1, 2)
+    return _moved(clips_SCF, mask_SF, segment_ids_RT >= 0)
+
+
+def _moved(values_RCT: Tensor, from_RT: Tensor, to_SF: Tensor) -> Tensor:
+    """The frames marked in `from_RT`, in order, at those marked in `to_SF`: (S, C, F), zeros elsewhere.
+
+    By numbers worked out on the CPU: a mask as index would make the host wait for the device.
+    """
+    device = values_RCT.device
+    from_N, to_N = (to_device(mask.flatten().nonzero().squeeze(1), device) for mask in (from_RT, to_SF))
+    frames_NC = values_RCT.transpose(1, 2).flatten(0, 1).index_select(0, from_N)
+    out_NC = values_RCT.new_zeros(to_SF.numel(), values_RCT.shape[1]).index_copy(0, to_N, frames_NC)
+    return out_NC.unflatten(0, tuple(to_SF.shape)).transpose(1, 2)

@@ -21,6 +21,7 @@ from sa3train.training.meter import BINS
 from sa3train.training.module import LoraModule
 from sa3train.training.objective import Draw, seed_of
 from sa3train.training.parallel import place, summed
+from sa3train.transfer import to_device
 
 LEVELS = tuple((index + 0.5) / BINS for index in range(BINS))
 """The centres of the ten bins of noise level."""
@@ -121,7 +122,7 @@ def loss_table(
             # A rank with nothing left computes along: with a sharded base every forward pass needs all ranks.
             losses_IN = _losses(module, [items[n] for n in numbers or [0]], seed, levels).double()
             if numbers:
-                table_IN[numbers] = losses_IN
+                table_IN.index_copy_(0, to_device(torch.tensor(numbers), device), losses_IN)
     module.train(was_training)
     return LossTable(
         summed(table_IN).cpu(), tuple(item.key for item in items), tuple(item.clip.prompts[0] for item in items)
@@ -142,7 +143,7 @@ def _losses(module: LoraModule, items: Sequence[FixedItem], seed: int, levels: S
     times = len(levels)
     t_S = torch.tensor(levels).repeat(len(items))
     clips = Clips(
-        torch.cat(data).repeat_interleave(times, dim=0).to(module.device),
+        to_device(torch.cat(data), module.device).repeat_interleave(times, dim=0),
         torch.cat(masks).repeat_interleave(times, dim=0),
         torch.cat([item.clip.seconds_S for item in items]).repeat_interleave(times),
         torch.zeros(len(t_S), dtype=torch.bool),

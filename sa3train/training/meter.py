@@ -17,7 +17,8 @@ from sa3train.training.parallel import summed
 from sa3train.training.tracking import Tracker, peak_memory
 
 BINS = 10
-_SUMS = ("loss", "context_loss", "micro", "gradient_norm", "steps", "clips", "frames")
+_SUMS = ("loss", "context_loss", "gradient_norm")  # added up on the device
+_COUNTS = ("micro", "steps", "frames")  # known to the host
 
 
 def level_names(prefix: str) -> list[str]:
@@ -35,6 +36,7 @@ class Meter(lightning.Callback):
         self.tracker, self.every, self.max_steps = tracker, every, max_steps
         self.seconds_per_frame = downsampling_ratio / sample_rate
         self._sums: dict[str, Tensor] = {}
+        self._counts = dict.fromkeys(_COUNTS, 0)
         self._level_loss_N = torch.zeros(BINS)
         self._level_count_N = torch.zeros(BINS)
         self._bar: Any = None
@@ -49,11 +51,16 @@ class Meter(lightning.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The sums since the last log line."""
-        return {"sums": dict(self._sums), "loss": self._level_loss_N, "count": self._level_count_N}
+        return {
+            "sums": dict(self._sums),
+            "counts": dict(self._counts),
+            "loss": self._level_loss_N,
+            "count": self._level_count_N,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the sums."""
-        self._sums = dict(state_dict["sums"])
+        self._sums, self._counts = dict(state_dict["sums"]), dict(state_dict["counts"])
         self._level_loss_N, self._level_count_N = state_dict["loss"], state_dict["count"]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -84,16 +91,15 @@ class Meter(lightning.Callback):
         sums = self._sums
         sums["loss"] += outputs["generated_loss"]
         sums["context_loss"] += outputs["context_loss"]
-        sums["micro"] += 1
-        sums["clips"] += outputs["clips"]
-        sums["frames"] += outputs["frames"]
+        self._counts["micro"] += 1
+        self._counts["frames"] += outputs["frames"]
         bins_S = (outputs["t_B"] * BINS).long().clamp(0, BINS - 1)
         self._level_loss_N.index_add_(0, bins_S, outputs["item_loss_B"].float())
         self._level_count_N.index_add_(0, bins_S, torch.ones_like(outputs["t_B"]))
         if not stepped:
             return
         sums["gradient_norm"] += pl_module.gradient_norm
-        sums["steps"] += 1
+        self._counts["steps"] += 1
         self._steps_since += 1
         self._bar.update()
         step = trainer.global_step
@@ -108,10 +114,12 @@ class Meter(lightning.Callback):
         return {name: torch.zeros((), device=device) for name in _SUMS}
 
     def _log(self, trainer: lightning.Trainer, step: int) -> None:
+        device = self._level_loss_N.device
+        counts = torch.tensor([float(self._counts[name]) for name in _COUNTS], device=device)
         sums = torch.stack([self._sums[name] for name in _SUMS])
-        together = summed(torch.cat((sums, self._level_loss_N, self._level_count_N))).cpu()
-        value = dict(zip(_SUMS, together.tolist(), strict=False))
-        loss_N, count_N = together[len(_SUMS) : len(_SUMS) + BINS], together[len(_SUMS) + BINS :]
+        together = summed(torch.cat((counts, sums, self._level_loss_N, self._level_count_N))).cpu()
+        value = dict(zip((*_COUNTS, *_SUMS), together.tolist(), strict=False))
+        loss_N, count_N = together[-2 * BINS :].split(BINS)
         now = time.perf_counter()
         speed = self._steps_since / max(now - self._since, 1e-9)
         seconds = value["frames"] / value["steps"] * trainer.world_size * self.seconds_per_frame
@@ -129,7 +137,6 @@ class Meter(lightning.Callback):
         metrics |= {names[n]: float(loss_N[n] / count_N[n]) for n in range(BINS) if count_N[n] > 0}
         self.tracker.metrics(metrics, step)
         self._bar.set_postfix(loss=f"{self.loss:.4f}")
-        device = self._sums["loss"].device
-        self._sums = self._zeros(device)
+        self._sums, self._counts = self._zeros(device), dict.fromkeys(_COUNTS, 0)
         self._level_loss_N, self._level_count_N = torch.zeros(BINS, device=device), torch.zeros(BINS, device=device)
         self._since, self._steps_since = now, 0

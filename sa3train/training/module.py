@@ -32,6 +32,7 @@ from sa3train.training.optim import averaged_by_optimizer, make_scheduler
 from sa3train.training.parallel import couple_across_ranks
 from sa3train.training.settings import Objective
 from sa3train.training.sharded import ShardedBaseStrategy
+from sa3train.transfer import to_device
 
 TextSource = Callable[[Sequence[str]], TextEmbedding]
 MakeOptimizer = Callable[[list[tuple[str, nn.Parameter]]], Optimizer]
@@ -81,7 +82,7 @@ class LoraModule(lightning.LightningModule):
         """Velocity (S, C, F) of every clip, with the adapter as it is now."""
         x_SCF, local_SCF = noised_inputs(clips.data_SCF, draw)
         text = self._text(clips.prompts)
-        condition = self._model.conditioner.condition(text, clips.seconds_S.to(x_SCF.device))
+        condition = self._model.conditioner.condition(text, to_device(clips.seconds_S, x_SCF.device))
         cross_SMD = condition.cross_attn_cond_BLD.masked_fill(draw.dropped_B[:, None, None], 0.0)
         shared = {"cross_attn_cond_BLD": cross_SMD, "global_cond_BD": condition.global_cond_BD}
         ids_RT = clips.segment_ids_RT
@@ -123,6 +124,12 @@ class LoraModule(lightning.LightningModule):
         noise_SCF = couple_across_ranks(clips.data_SCF, draw.noise_BCT, coupling_columns)
         return Draw(noise_SCF, draw.t_B, draw.padding_mask_BT, draw.inpaint_mask_B1T, draw.dropped_B)
 
+    def transfer_batch_to_device(
+        self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
+    ) -> dict[str, Any]:
+        """The latents alone: masks and lengths are worked with on the CPU, and fetching them back would be a wait."""
+        return batch | {"latents_BCT": to_device(batch["latents_BCT"], device)}
+
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
         """One micro-batch: the loss to minimise, and what the meter shows."""
         micro_step = self.trainer.fit_loop.epoch_loop.total_batch_idx
@@ -137,7 +144,6 @@ class LoraModule(lightning.LightningModule):
             "item_loss_B": losses.item_loss_B,
             "t_B": draw.t_B,
             "frames": int(clips.padding_mask_SF.sum()),
-            "clips": len(clips),
         }
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

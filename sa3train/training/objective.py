@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sa3train.diffusion import masks, objective, schedule
 from sa3train.training.settings import Objective
+from sa3train.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Draw:
 
     def to(self, device: torch.device | str) -> "Draw":
         """The same draw on `device`."""
-        return Draw(*(getattr(self, name).to(device, non_blocking=True) for name in self.__dataclass_fields__))
+        return Draw(*(to_device(getattr(self, name), device) for name in self.__dataclass_fields__))
 
 
 @dataclass(frozen=True)

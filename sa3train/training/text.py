@@ -7,6 +7,7 @@ from torch import Tensor
 
 from sa3train.data.embeddings import EmbeddingCache, encoder_identity
 from sa3train.models.conditioners import Conditioner, TextEmbedding
+from sa3train.transfer import to_device
 
 RECENT = 4096
 """Prompts made at random (shuffled or dropped tags) that are kept in memory."""
@@ -41,7 +42,7 @@ class PromptBank:
         while len(self.recent) > RECENT:
             self.recent.popitem(last=False)
         device = self.conditioner.device
-        return TextEmbedding(embedding.hidden_BLD.to(device), embedding.mask_BL.to(device))
+        return TextEmbedding(to_device(embedding.hidden_BLD, device), to_device(embedding.mask_BL, device))
 
     def _encode(self, prompts: list[str]) -> list[Tensor]:
         return self.conditioner.encode_prompts(prompts).split()
