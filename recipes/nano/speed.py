@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sa3train.models import blocks
+from sa3train.models import blocks, norms
 from sa3train.models.attention import Pattern
 from sa3train.models.patterns import Padded
 
@@ -64,12 +64,12 @@ def _inverse_rms(x: Tensor, eps: float) -> Tensor:
     return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
 
 
-def _norm(self: blocks.RMSNorm, x: Tensor) -> Tensor:
+def _norm(self: norms.RMSNorm, x: Tensor) -> Tensor:
     return (x.float() * _inverse_rms(x, self.eps) * self.gamma).to(x.dtype)
 
 
-def _modulated(self: blocks.RMSNorm, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return (x.float() * _inverse_rms(x, self.eps) * (self.gamma * (1 + scale)) + shift).to(x.dtype)
+def _modulated(self: norms.RMSNorm, x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+    return (x.float() * _inverse_rms(x, self.eps) * (self.gamma * gain) + shift).to(x.dtype)
 
 
 def fast_cpu_layers(layers: nn.ModuleList) -> None:
@@ -88,8 +88,8 @@ def fast_cpu_blocks(layers: nn.ModuleList) -> None:
     compiled. Each new shape is compiled once (1 to 2 minutes; inductor keeps a cache).
     """
     blocks.attend = _attend_short
-    blocks.RMSNorm.forward = _norm  # type: ignore[method-assign]
-    blocks.RMSNorm.modulated = _modulated  # type: ignore[method-assign]
+    norms.RMSNorm.forward = _norm  # type: ignore[method-assign]
+    norms.RMSNorm.modulated = _modulated  # type: ignore[method-assign]
     torch._dynamo.config.cache_size_limit = 64
     for layer in layers:
         forward: Any = torch.compile(layer.forward, dynamic=False)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sa3train import __version__
 from sa3train.adapters.adapter import Adapter, architecture_of
-from sa3train.adapters.layers import FamilyConfig, FamilyTuner
+from sa3train.adapters.layers import FamilyConfig, FamilyTuner, work_together
 from sa3train.adapters.methods import NAME, start_method
 from sa3train.adapters.spec import KINDS, PLAY_ONLY, AdapterSpec
 from sa3train.adapters.targets import Filter, adaptable_layers
@@ -43,6 +43,7 @@ def inject(root: nn.Module, spec: AdapterSpec) -> "Injected":
     _check_ranks(spec, {path: layers[path] for path in paths})
     if spec.kind in KINDS:
         tuner: BaseTuner = FamilyTuner(root, FamilyConfig(spec=spec, paths=paths), NAME)
+        work_together(root.modules(), NAME)
     else:
         tuner = start_method(root, spec, paths)
         cast_adapter_dtype(root, NAME)

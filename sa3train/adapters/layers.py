@@ -3,6 +3,7 @@
 Shape suffixes: B batch, T tokens (or frames), I columns (in, or in·taps), O rows (out), R rank.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from sa3train.adapters.adapted_product import AdaptedProduct, Fixed
 from sa3train.adapters.basis import singular_basis
 from sa3train.adapters.frozen import Frozen
+from sa3train.adapters.gained_product import GainedProduct
 from sa3train.adapters.remake import recipe_of
 from sa3train.adapters.spec import KINDS, AdapterSpec, Kind
+from sa3train.adapters.together import Member, Together, few_launches
 from sa3train.adapters.weights import initial_parameters
 
 TRAINED = ("lora_A", "lora_B", "M_xs", "magnitude", "magnitude_r", "magnitude_c")
@@ -50,6 +53,7 @@ class FamilyLayer(nn.Module, BaseTunerLayer):
         self.dropout: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._frozen: dict[str, Frozen] = {}
+        self.together: dict[str, Together] = {}
 
     def update_layer(self, adapter_name: str, spec: AdapterSpec, path: str) -> None:
         """Give this layer an adapter called `adapter_name`, at which the effective weight is the base's."""
@@ -71,11 +75,15 @@ class FamilyLayer(nn.Module, BaseTunerLayer):
         if len(active) > 1:
             raise RuntimeError(f"only one adapter can be trained at a time; {active} are active")
         x = x.to(self.base_layer.weight.dtype)
-        with torch.autocast(x.device.type, enabled=False):
-            if isinstance(self.base_layer, nn.Conv1d):
-                columns_BTI = conv_columns(self.base_layer, x)
-                return self._adapted(columns_BTI, active[0]).transpose(1, 2)
-            return self._adapted(x, active[0])
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return self._unfolded(x, active[0])
+        return self._unfolded(x, active[0])
+
+    def _unfolded(self, x: Tensor, name: str) -> Tensor:
+        if isinstance(self.base_layer, nn.Conv1d):
+            return self._adapted(conv_columns(self.base_layer, x), name).transpose(1, 2)
+        return self._adapted(x, name)
 
     def _adapted(self, x: Tensor, name: str) -> Tensor:
         kind = self.kinds[name]
@@ -89,8 +97,19 @@ class FamilyLayer(nn.Module, BaseTunerLayer):
         bias = self.base_layer.bias
         fixed = Fixed(frozen, None if bias is None else bias.detach(), self.scaling[name])
         recipe = recipe_of(x, norms=kind.rows) if dropped_TI is None else None  # those kinds keep the most
+        ready = self.together[name].of(self) if name in self.together and few_launches(x) else None
+        if ready is not None:
+            y_TO = GainedProduct.apply(x_TI, dropped_TI, A_RI, B, ready.gain, ready, recipe, fixed.bias_O)
+            return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
         y_TO = AdaptedProduct.apply(x_TI, dropped_TI, A_RI, B, magnitude_O, magnitude_I, recipe, fixed)
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
+
+    def member(self, name: str) -> Member:
+        """What `together` has to know of this layer."""
+        kind = self.kinds[name]
+        magnitude = self.magnitude[name] if kind.rows or kind.cols else None
+        A_RI, B_OR = self.lora_A[name], self.lora_B[name]
+        return Member(A_RI, B_OR, magnitude, self._frozen_of(name), self.scaling[name], by_rows=not kind.cols)
 
     def _frozen_of(self, name: str) -> Frozen:
         weight, xs = self.base_layer.weight, self.kinds[name].xs
@@ -128,6 +147,18 @@ class FamilyConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.LORA
+
+
+def work_together(layers: Iterable[nn.Module], name: str) -> None:
+    """Have the adapter `name` of all `layers` worked out at once where launches are what takes time.
+
+    Not the -xs kinds and bora: their norms are worked out layer by layer.
+    """
+    found = [layer for layer in layers if isinstance(layer, FamilyLayer)]
+    chosen = [layer for layer in found if not (layer.kinds[name].xs or layer.kinds[name].both)]
+    together = Together(chosen, name)
+    for layer in chosen:
+        layer.together[name] = together
 
 
 class FamilyTuner(BaseTuner):

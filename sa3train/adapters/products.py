@@ -61,6 +61,13 @@ def transposed_times(W_OI: Tensor, M_OR: Tensor) -> Tensor:
     return out_RI
 
 
+def wide_product(X: Tensor, Y: Tensor) -> Tensor:
+    """X·Y in fp32, whatever their common dtype: on CUDA out of the accumulator of the 16-bit product."""
+    if X.dtype == torch.float32:
+        return X @ Y
+    return torch.mm(X, Y, out_dtype=torch.float32) if X.is_cuda else X.float() @ Y.float()
+
+
 def _split(M: Tensor) -> tuple[Tensor, Tensor]:
     """Two bf16 terms whose sum is M to 2⁻¹⁷: a product with a bf16 weight is then two products of tensor cores."""
     high = M.to(torch.bfloat16)

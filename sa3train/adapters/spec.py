@@ -23,10 +23,15 @@ class Kind:
     cols: bool = False
 
     @property
+    def both(self) -> bool:
+        """Whether rows and columns are renormed."""
+        return self.rows and self.cols
+
+    @property
     def parameters(self) -> tuple[str, ...]:
         """Names of the stored tensors, as in the released files."""
         low_rank = ("M_xs",) if self.xs else ("lora_A", "lora_B")
-        if self.rows and self.cols:
+        if self.both:
             return (*low_rank, "magnitude_r", "magnitude_c")
         return (*low_rank, "magnitude") if self.rows or self.cols else low_rank
 

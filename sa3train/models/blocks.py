@@ -1,4 +1,4 @@
-"""The parts both transformers are made of: norms, rotary positions, Fourier features, gated feed-forward, attention.
+"""The parts both transformers are made of: rotary positions, Fourier features, gated feed-forward, attention.
 
 Shape legend: B batch, L tokens, M context tokens, H heads, D width (or head width), N differential streams.
 Module and parameter names are those of the released files.
@@ -6,17 +6,16 @@ Module and parameter names are those of the released files.
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import Function, once_differentiable
 
 from sa3train.models import quick
 from sa3train.models.attention import Pattern, attend
 from sa3train.models.config import FOURIER_FEATURES, HEAD_WIDTH
+from sa3train.models.norms import DynamicTanh, RMSNorm
 
 ROTARY_WIDTH = HEAD_WIDTH // 2
 ROTARY_BASE = 10_000.0
@@ -72,103 +71,33 @@ class Rotary(nn.Module):
         return angles.cos(), angles.sin()
 
 
+def whole_head(rotary: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin for all of a head's dimensions, (L, 1, 64) in `dtype`, which turn it in fewer passes (`rotate`).
+
+    Signs are in the sine; the dimensions that are not turned have cosine 1 and sine 0.
+    """
+    cos_L1R, sin_L1R = rotary
+    rest = HEAD_WIDTH - ROTARY_WIDTH
+    signed_L1R = torch.cat((-sin_L1R[..., : ROTARY_WIDTH // 2], sin_L1R[..., ROTARY_WIDTH // 2 :]), dim=-1)
+    return F.pad(cos_L1R, (0, rest), value=1.0).to(dtype), F.pad(signed_L1R, (0, rest)).to(dtype)
+
+
 def rotate(x_BLHD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Half-split rotation of the first 32 of each head's dimensions, in fp32."""
+    """Half-split rotation of the first 32 of each head's dimensions, in fp32; by tables of `whole_head` in their dtype.
+
+    Any number of dimensions may lie between L and D.
+    """
     cos, sin = rotary
+    if cos.shape[-1] == HEAD_WIDTH:
+        between = (1,) * (x_BLHD.ndim - 3)
+        cos, sin = (table.to(x_BLHD.dtype).view(-1, *between, HEAD_WIDTH) for table in rotary)
+        half = ROTARY_WIDTH // 2
+        swapped = (x_BLHD[..., half:ROTARY_WIDTH], x_BLHD[..., :half], x_BLHD[..., ROTARY_WIDTH:])
+        return torch.addcmul(x_BLHD * cos, torch.cat(swapped, dim=-1), sin)
     turned, kept = x_BLHD[..., :ROTARY_WIDTH].float(), x_BLHD[..., ROTARY_WIDTH:]
     first, second = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat((-second, first), dim=-1) * sin
     return torch.cat((turned.to(x_BLHD.dtype), kept), dim=-1)
-
-
-def inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """1 / root mean square over the last dimension, kept, in fp32 without an fp32 copy of `x`."""
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    return torch.rsqrt(norm.square() / x.shape[-1] + eps)
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in fp32."""
-
-    def __init__(self, width: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.is_cuda:  # one fused kernel there, a dozen operations elsewhere
-            return F.rms_norm(x.float(), self.gamma.shape, self.gamma.float(), self.eps).to(x.dtype)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            out: Tensor = _Modulated.apply(x, self.gamma.float(), None, self.eps)
-            return out
-        return (x * inverse_rms(x, self.eps) * self.gamma.float()).to(x.dtype)
-
-    def unit(self, x: Tensor) -> Tensor:
-        """Before gamma, in fp32."""
-        exact = x.float()
-        return exact * inverse_rms(exact, self.eps)
-
-    def modulated(self, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-        """`norm(x) * (1 + scale) + shift`, rounded once."""
-        out: Tensor = _Modulated.apply(x, self.gamma.float() * (1 + scale.float()), shift.float(), self.eps)
-        return out
-
-
-def _modulated(sources: Sequence[Tensor]) -> Tensor:
-    """x · scale · gain (+ shift), rounded once."""
-    x, scale, gain, *shift = sources
-    return (torch.addcmul(shift[0], x * scale, gain) if shift else x * scale * gain).to(x.dtype)
-
-
-class _Modulated(Function):
-    """RMS norm times `gain` plus `shift`, both broadcast over tokens; None adds nothing.
-
-    For the backward pass it keeps x, which the residual stream keeps anyway. Autograd by itself would keep an fp32
-    copy of the normed x as soon as the gain has a gradient, as it has when what makes it is adapted. From what it keeps
-    its output can be made again, to the same bits: by `remake`, for a layer that needs it in the backward pass.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, shift: Tensor | None, eps: float) -> Tensor:
-        sources = (x, inverse_rms(x, eps), gain) if shift is None else (x, inverse_rms(x, eps), gain, shift)
-        ctx.save_for_backward(*sources)
-        ctx.remake = _modulated
-        return _modulated(sources)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, scale, gain, *shift = ctx.saved_tensors
-        wants_x, wants_gain, wants_shift, _ = ctx.needs_input_grad
-        grad_x = grad_gain = grad_shift = None
-        normed, grad = x * scale, grad.float()
-        if wants_shift:
-            grad_shift = grad.sum_to_size(shift[0].shape)
-        if wants_gain:
-            grad_gain = (grad * normed).sum_to_size(gain.shape)
-        if wants_x:
-            grad_normed = grad * gain
-            share = (grad_normed * normed).mean(dim=-1, keepdim=True)
-            grad_x = normed.mul_(share).sub_(grad_normed).mul_(-scale).to(x.dtype)
-        return grad_x, grad_gain, grad_shift, None
-
-
-class DynamicTanh(nn.Module):
-    """`gamma * tanh(alpha * x) + beta`: a norm without statistics."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.alpha = nn.Parameter(torch.full((1,), 4.0))
-        self.gamma = nn.Parameter(torch.ones(width))
-        self.beta = nn.Parameter(torch.zeros(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.beta, self.gamma, self.unit(x))
-
-    def unit(self, x: Tensor) -> Tensor:
-        """Before gamma and beta."""
-        scaled = self.alpha * x
-        return quick.tanh(scaled) if quick.takes(scaled) else torch.tanh(scaled)
 
 
 class GatedLinear(nn.Module):
@@ -196,6 +125,13 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ff(x)
+
+
+def turned_pair(q_norm: RMSNorm, k_norm: RMSNorm, x_BLNHD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Queries and keys, (B, L, 2, H, D), normed and turned in one go by tables of `whole_head`: two (B, L, H, D)."""
+    gamma_N1D = torch.stack((q_norm.gamma, k_norm.gamma))[:, None]
+    unit_BLNHD = F.rms_norm(x_BLNHD, (HEAD_WIDTH,), None, q_norm.eps).to(x_BLNHD.dtype)
+    return rotate(unit_BLNHD * gamma_N1D.to(x_BLNHD.dtype), rotary).unbind(dim=2)
 
 
 def normed_and_turned(norm: "DynamicTanh | RMSNorm", x_BLHD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -233,16 +169,21 @@ class SelfAttention(nn.Module):
         self.k_norm = norm(HEAD_WIDTH)
 
     def forward(self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor], pattern: Pattern = None) -> Tensor:
-        q, k, v, *second = heads(self.to_qkv(x_BLD), self.streams)
-        out_BLHD = self._branch(q, k, v, rotary, pattern)
-        if second:
-            out_BLHD = out_BLHD - self._branch(second[0], second[1], v, rotary, pattern)
+        streams_BLNHD = self.to_qkv(x_BLD).unflatten(-1, (self.streams, -1, HEAD_WIDTH))
+        v_BLHD = streams_BLNHD[:, :, 2]
+        out_BLHD = self._branch(streams_BLNHD[:, :, :2], v_BLHD, rotary, pattern)
+        if self.streams == 5:
+            out_BLHD = out_BLHD - self._branch(streams_BLNHD[:, :, 3:], v_BLHD, rotary, pattern)
         return self.to_out(out_BLHD.flatten(2))
 
-    def _branch(
-        self, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, rotary: tuple[Tensor, Tensor], pattern: Pattern
-    ) -> Tensor:
-        q_BLHD, k_BLHD = normed_and_turned(self.q_norm, q_BLHD, rotary), normed_and_turned(self.k_norm, k_BLHD, rotary)
+    def _branch(self, pair_BLNHD: Tensor, v_BLHD: Tensor, rotary: tuple[Tensor, Tensor], pattern: Pattern) -> Tensor:
+        """Attention by a pair of queries and keys, N = 2."""
+        q_norm, k_norm = self.q_norm, self.k_norm
+        if rotary[0].shape[-1] == HEAD_WIDTH and isinstance(q_norm, RMSNorm) and isinstance(k_norm, RMSNorm):
+            q_BLHD, k_BLHD = turned_pair(q_norm, k_norm, pair_BLNHD, rotary)
+        else:
+            q_BLHD, k_BLHD = pair_BLNHD.unbind(dim=2)
+            q_BLHD, k_BLHD = normed_and_turned(q_norm, q_BLHD, rotary), normed_and_turned(k_norm, k_BLHD, rotary)
         return attend(q_BLHD, k_BLHD, v_BLHD, pattern)
 
 

@@ -8,15 +8,18 @@ files under `model.model.`.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sa3train.models import norms
 from sa3train.models.attention import Pattern
-from sa3train.models.blocks import CrossAttention, FeedForward, RMSNorm, Rotary, SelfAttention, fourier_features
+from sa3train.models.blocks import CrossAttention, FeedForward, Rotary, SelfAttention, fourier_features, whole_head
 from sa3train.models.config import DiTConfig
 from sa3train.models.layouts import Layout, dense_layout, packed_layout
+from sa3train.models.norms import RMSNorm
 
 HEAD_NORM = functools.partial(RMSNorm, eps=1e-6)
 
@@ -41,6 +44,17 @@ class BlockConditions:
 
     context: tuple[Tensor, ...]
     local_BLD: Tensor | None
+
+
+class Modulation(NamedTuple):
+    """adaLN of one block, or of all (with a dimension in front): gains, shifts and gates of its two branches.
+
+    `norm(x) * gain + shift` goes into a branch, and gate times what comes out is added. Each (S, 2, D).
+    """
+
+    gains: Tensor
+    shifts: Tensor
+    gates: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +91,7 @@ class Block(nn.Module):
     def forward(
         self,
         x_BLD: Tensor,
-        modulation_SK: Tensor,
+        modulation: Modulation,
         conditions: Conditions | BlockConditions,
         rotary: tuple[Tensor, Tensor],
         layout: Layout,
@@ -85,14 +99,13 @@ class Block(nn.Module):
     ) -> Tensor:
         if isinstance(conditions, Conditions):
             conditions = self.prepare(conditions, layout)
-        spread = layout.spread(self.to_scale_shift_gate + modulation_SK)
-        scale1, shift1, gate1, scale2, shift2, gate2 = spread.chunk(6, dim=-1)
-        attended = self.self_attn(self.pre_norm.modulated(x_BLD, scale1, shift1), rotary, layout.self_pattern)
-        x_BLD = torch.addcmul(x_BLD, torch.sigmoid(1 - gate1), attended)
+        gains, shifts, gates = (layout.spread(each).unbind(dim=-2) for each in modulation)
+        attended = self.self_attn(self.pre_norm.modulated(x_BLD, gains[0], shifts[0]), rotary, layout.self_pattern)
+        x_BLD = torch.addcmul(x_BLD, gates[0], attended)
         x_BLD = x_BLD + self.cross_attn(self.cross_attend_norm(x_BLD), conditions.context, cross_pattern)
         if conditions.local_BLD is not None:
             x_BLD = x_BLD + conditions.local_BLD
-        return torch.addcmul(x_BLD, torch.sigmoid(1 - gate2), self.ff(self.ff_norm.modulated(x_BLD, scale2, shift2)))
+        return torch.addcmul(x_BLD, gates[1], self.ff(self.ff_norm.modulated(x_BLD, gains[1], shifts[1])))
 
 
 class Transformer(nn.Module):
@@ -112,16 +125,26 @@ class Transformer(nn.Module):
     def forward(self, frames: Tensor, global_SD: Tensor, prepared: Prepared) -> Tensor:
         layout = prepared.layout
         x_BLD = layout.tokens(self.project_in(frames), self.memory_tokens)
-        modulation_SK = self.global_cond_embedder(global_SD)
+        modulations = self._modulations(global_SD)
         rotary = self.rotary_pos_emb(layout.positions(x_BLD.device))
+        if norms.few_passes(x_BLD):
+            rotary = whole_head(rotary, x_BLD.dtype)
         pattern = layout.cross_pattern(prepared.context_length)
-        for block, conditions in zip(self.layers, prepared.blocks, strict=True):
-            arguments = (x_BLD, modulation_SK, conditions, rotary, layout, pattern)
+        for block, modulation, conditions in zip(self.layers, modulations, prepared.blocks, strict=True):
+            arguments = (x_BLD, modulation, conditions, rotary, layout, pattern)
             if self.checkpointing and torch.is_grad_enabled():
                 x_BLD = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x_BLD = block(*arguments)
         return self.project_out(layout.frames(x_BLD))
+
+    def _modulations(self, global_SD: Tensor) -> list[Modulation]:
+        """adaLN of every block, worked out for all at once: scale, shift and gate twice, in the order of the files."""
+        own_NK = torch.stack([block.get_parameter("to_scale_shift_gate") for block in self.layers])
+        sums_NS6D = (own_NK[:, None] + self.global_cond_embedder(global_SD)).unflatten(-1, (6, -1))
+        exact = sums_NS6D if norms.few_passes(sums_NS6D) else sums_NS6D.float()
+        parts = (1 + exact[..., 0::3, :], exact[..., 1::3, :], torch.sigmoid(1 - sums_NS6D[..., 2::3, :]))
+        return [Modulation(*each) for each in zip(*(part.unbind() for part in parts), strict=True)]
 
 
 class DiT(nn.Module):
@@ -235,6 +258,6 @@ class DiT(nn.Module):
         context = layout.context(self.to_cond_embed(cross_attn_cond_BLD.to(self.dtype)))
         local = None
         if local_add_cond_BCT is not None:
-            local = layout.pick(local_add_cond_BCT.to(self.dtype).transpose(1, 2))
+            local = layout.pick(local_add_cond_BCT.to(self.dtype).transpose(1, 2)).contiguous()
         global_SD = self.to_global_embed(global_cond_BD.to(self.dtype))
         return Prepared(layout, context_length, global_SD, [Conditions(context, local)] * self.config.depth)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sa3train.log import get_logger
 from sa3train.models.checkpoint import StableAudio3
 from sa3train.models.conditioners import TextEmbedding
-from sa3train.models.dit import Block, BlockConditions, Conditions
+from sa3train.models.dit import Block, BlockConditions, Conditions, Modulation
 
 logger = get_logger(__name__)
 
@@ -182,6 +182,8 @@ def _to(value: Any, dtype: torch.dtype) -> Any:
     """An argument of a block in `dtype`; cosines and sines of positions, which come as a pair, stay in fp32."""
     if isinstance(value, Tensor):
         return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, Modulation):  # norms take theirs in any dtype
+        return value._replace(gates=value.gates.to(dtype))
     if isinstance(value, Conditions):
         return Conditions(value.context_BMD.to(dtype), None if value.local is None else value.local.to(dtype))
     if isinstance(value, BlockConditions):

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sa3train.models.attention import Window
-from sa3train.models.blocks import DynamicTanh, FeedForward, Rotary, SelfAttention
+from sa3train.models.blocks import FeedForward, Rotary, SelfAttention
 from sa3train.models.config import StackConfig
+from sa3train.models.norms import DynamicTanh
 from sa3train.transfer import normal
 
 TOKENS_IN_CACHE = 1088  # 10 MB of the widest activation in bf16; products of fewer rows run slower

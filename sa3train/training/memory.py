@@ -1,6 +1,7 @@
-"""How much memory a run will take, before it takes it: measured from one forward pass of one clip, then added up.
+"""How much memory a run will take, before it takes it: measured from forward passes of short clips, then added up.
 
 Activations are what autograd keeps for the backward pass, counted as it keeps them, so the figure holds on any device.
+They grow by the same amount with every frame, so two short clips tell what a long one takes, without taking it.
 """
 
 from collections.abc import Callable
@@ -24,6 +25,9 @@ STATE_BYTES = {"adamw": 8, "adamw-8bit": 2, "prodigy": 16, "schedule-free": 8, "
 
 FULL = 0.85
 """Share of the free memory that a plan may fill before blocks are recomputed."""
+
+SHORT = 32
+"""Latent frames of the shorter trial; the other has twice as many."""
 
 GIB = 2**30
 
@@ -80,7 +84,7 @@ def kept_for_backward(module: nn.Module, run: Callable[[], Tensor], blocks: nn.M
         storage = tensor.untyped_storage()
         if storage._cdata not in owned:
             seen.setdefault(storage._cdata, (storage.nbytes(), inside[0] > 0))
-        return tensor
+        return tensor.detach()  # the tensor itself would hold its own graph: an output that is kept is never let go
 
     def enter(*_: Any) -> None:
         inside[0] += 1
@@ -130,13 +134,7 @@ def make_plan(
     """
     transformer = module.model.dit.transformer
     transformer.checkpointing = False
-    clips, draw = trial_clip(module, frames, prompt)
-
-    def run() -> Tensor:
-        with module.trainer_precision():
-            return module.losses(clips, draw).total
-
-    total, in_blocks = kept_for_backward(module.root, run, transformer.layers)
+    total, in_blocks = _kept_of_a_clip(module, frames, prompt)
     depth = len(transformer.layers)
     passed_on = frames * module.model.config.dit.width * transformer.memory_tokens.element_size()
     recomputed = total - in_blocks + in_blocks // max(1, depth) + depth * passed_on
@@ -155,6 +153,27 @@ def make_plan(
     chosen = lean if mode == "blocks" or (mode == "auto" and crowded) else plain
     transformer.checkpointing = chosen.checkpointing
     return chosen
+
+
+def _kept_of_a_clip(module: LoraModule, frames: int, prompt: str) -> tuple[int, int]:
+    """What `kept_for_backward` would find for a clip of `frames`."""
+
+    def kept(length: int) -> tuple[int, int]:
+        clips, draw = trial_clip(module, length, prompt)
+
+        def run() -> Tensor:
+            with module.trainer_precision():
+                return module.losses(clips, draw).total
+
+        return kept_for_backward(module.root, run, module.model.dit.transformer.layers)
+
+    if frames <= 2 * SHORT:
+        return kept(frames)
+    short, longer = kept(SHORT), kept(2 * SHORT)
+    total, in_blocks = (
+        two + (two - one) * (frames - 2 * SHORT) // SHORT for one, two in zip(short, longer, strict=True)
+    )
+    return total, in_blocks
 
 
 def free_memory(device: torch.device) -> int:

@@ -6,7 +6,7 @@ from torch import nn
 from torch.autograd import Function
 
 from sa3train.log import get_logger
-from sa3train.models import blocks
+from sa3train.models import norms
 from sa3train.training.memory import MemoryPlan, compare, make_plan
 from sa3train.training.module import LoraModule
 from sa3train.training.quantized import CodedWeights
@@ -64,7 +64,7 @@ def compile_blocks(module: LoraModule, backend: str = "inductor") -> None:
     for layer in module.injected.layers.values():
         assert isinstance(layer, nn.Module)
         layer.forward = torch.compiler.disable(layer.forward)
-    for value in vars(blocks).values():
+    for value in vars(norms).values():
         if isinstance(value, type) and issubclass(value, Function) and value is not Function:
             torch.compiler.allow_in_graph(value)
     for block in module.model.dit.transformer.layers:

@@ -9,7 +9,8 @@ from torch.utils.checkpoint import checkpoint
 from sa3train.adapters.inject import inject
 from sa3train.adapters.remake import recipe_of
 from sa3train.adapters.spec import KINDS, AdapterSpec
-from sa3train.models.blocks import RMSNorm
+from sa3train.models import norms
+from sa3train.models.norms import RMSNorm
 
 
 def leaf(*shape: int) -> Tensor:
@@ -27,7 +28,11 @@ def test_products_and_silu_are_made_again_to_the_same_bits() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("modulated", [True, False])
-def test_norms_are_made_again_to_the_same_bits(modulated: bool, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("few", [False, True])
+def test_norms_are_made_again_to_the_same_bits(
+    few: bool, modulated: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(norms, "few_passes", lambda x: few)
     norm, x = RMSNorm(8).requires_grad_(False), leaf(2, 5, 8).to(dtype)
     norm.gamma.data.uniform_(0.5, 2)
     normed = norm.modulated(x, leaf(2, 1, 8), leaf(2, 1, 8)) if modulated else norm(x)

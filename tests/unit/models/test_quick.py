@@ -4,16 +4,9 @@ import pytest
 import torch
 
 from sa3train.models import quick
-from sa3train.models.blocks import (
-    CrossAttention,
-    DynamicTanh,
-    RMSNorm,
-    Rotary,
-    SelfAttention,
-    normed_and_turned,
-    rotate,
-)
+from sa3train.models.blocks import CrossAttention, Rotary, SelfAttention, normed_and_turned, rotate
 from sa3train.models.dit import HEAD_NORM
+from sa3train.models.norms import DynamicTanh, RMSNorm
 
 NORMS = [DynamicTanh, RMSNorm]
 DTYPES = [torch.float32, torch.bfloat16]

@@ -333,7 +333,7 @@ def test_batches_are_masked_and_cut(work: Path) -> None:
 
 def test_fast_blocks_compute_the_same() -> None:
     """Dense short attention and plain norms against the library's, on a padded batch."""
-    from sa3train.models import blocks
+    from sa3train.models import blocks, norms
     from sa3train.models.patterns import Padded
 
     torch.manual_seed(0)
@@ -342,10 +342,10 @@ def test_fast_blocks_compute_the_same() -> None:
     expected = blocks.attend(q, k, v, Padded(mask))
     made = speed._attend_short(q, k, v, Padded(mask))
     assert float((made.float() - expected).abs().max()) < 0.03
-    norm = blocks.RMSNorm(32)
-    x, scale, shift = torch.randn(3, 2, 5, 32).unbind()
+    norm = norms.RMSNorm(32)
+    x, gain, shift = torch.randn(3, 2, 5, 32).unbind()
     torch.testing.assert_close(speed._norm(norm, x), norm(x))
-    torch.testing.assert_close(speed._modulated(norm, x, scale, shift), norm.modulated(x, scale, shift))
+    torch.testing.assert_close(speed._modulated(norm, x, gain, shift), norm.modulated(x, gain, shift))
 
 
 def test_distillation_walks_and_learns(work: Path) -> None:

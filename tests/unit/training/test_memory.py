@@ -1,5 +1,6 @@
 """The memory plan: measured parts that add up, and the decision to recompute blocks."""
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,28 @@ def test_what_autograd_keeps_is_counted_once_and_without_weights() -> None:
     total, inside = kept_for_backward(root, lambda: root(x).sum(), nn.ModuleList([block]))
     # The input for the first weight's gradient, tanh's output (which is the second Linear's input as well).
     assert inside == 4 * (7 * 10 + 7 * 20) and total == inside
+
+
+def test_counting_lets_go_of_what_was_kept() -> None:
+    """exp keeps its output: held as it is, that output would hold the graph that holds it, for ever."""
+    made: list[weakref.ref[Tensor]] = []
+    root = nn.Linear(3, 3)
+
+    def run() -> Tensor:
+        out = root(torch.randn(2, 3)).exp()
+        made.append(weakref.ref(out))
+        return out.sum()
+
+    kept_for_backward(root, run, nn.ModuleList())
+    assert made[0]() is None
+
+
+def test_short_trials_tell_what_a_long_clip_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = build()
+    found = plan(module, frames=300)
+    monkeypatch.setattr(memory, "SHORT", 150)
+    exact = plan(module, frames=300)
+    assert found.activations == pytest.approx(exact.activations, rel=0.01)
 
 
 def test_the_parts_are_the_tensors_there_are() -> None:
