@@ -97,7 +97,7 @@ class Together:
         self._with_gradients = False
 
     def of(self, layer: Layer) -> Ready | None:
-        """What `layer` needs, as of its parameters now; None when its weight is not at hand before it runs.
+        """What `layer` needs, as of its parameters now; None when weights are not at hand before their layers run.
 
         A layer that asks a second time begins a new forward pass, unless it is run again within a backward pass
         (activation checkpointing), where nothing has changed.
@@ -111,15 +111,14 @@ class Together:
         return self._ready.get(layer)
 
     def _work_out(self) -> None:
-        groups: dict[tuple[object, ...], list[tuple[Layer, Member]]] = {}
-        for layer in self.layers:
-            member = layer.member(self.name)
-            if has_values(member.frozen.weight):
-                groups.setdefault(member.alike, []).append((layer, member))
+        members = {layer: layer.member(self.name) for layer in self.layers}
         self._ready = {}
-        for group in groups.values():
-            layers, members = zip(*group, strict=True)
-            self._ready |= zip(layers, _group(members), strict=True)
+        if all(has_values(member.frozen.weight) for member in members.values()):
+            groups: dict[tuple[object, ...], list[Layer]] = {}
+            for layer, member in members.items():
+                groups.setdefault(member.alike, []).append(layer)
+            for layers in groups.values():
+                self._ready |= zip(layers, _group([members[layer] for layer in layers]), strict=True)
         self._states = {layer: ready.member.state for layer, ready in self._ready.items()}
         self._asked, self._with_gradients = set(), torch.is_grad_enabled()
 

@@ -63,7 +63,7 @@ class Generator:
         place = choose_device(device)
         chosen, dtype = choose_dtype(precision, place)
         half = dtype is torch.float16
-        model = load_checkpoint(name, place, torch.float32 if half else dtype)
+        model = load_checkpoint(name, place, torch.float32 if half else dtype, encoder_later=True)
         if half:
             settle_in_fp16(model)
         generator = cls(model, chosen, os.fspath(name))

@@ -56,7 +56,8 @@ class Bottleneck(nn.Module):
 class Autoencoder(nn.Module):
     """SAME. Noise is part of the released model; `noise=False` leaves it out and makes a call deterministic.
 
-    `chunked` is what `chunked=None` means in `encode` and `decode`.
+    `chunked` is what `chunked=None` means in `encode` and `decode`. `later` fills the encoder, once it is first needed,
+    where loading has left it out.
     """
 
     def __init__(self, config: AutoencoderConfig, chunked: bool = False) -> None:
@@ -68,6 +69,7 @@ class Autoencoder(nn.Module):
         self.decoder = Stack(config.decoder, patch_width, "decoder")
         self.bottleneck = Bottleneck(config.latent_width)
         self.file_fingerprint: Callable[[], str] | None = None
+        self.later: Callable[[nn.Module, torch.device, torch.dtype], None] | None = None
 
     @property
     def latent_channels(self) -> int:
@@ -89,6 +91,11 @@ class Autoencoder(nn.Module):
         """The dtype of the weights; what comes in is cast to it and what goes out is cast back."""
         return self.bottleneck.bias.dtype
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.bottleneck.bias.device
+
     def fingerprint(self) -> str:
         """Hex digest of the weights: equal for one SAME stand-alone or inside a model, in fp32 or bf16."""
         if self.file_fingerprint is not None:
@@ -99,6 +106,11 @@ class Autoencoder(nn.Module):
         """Latent frames that `encode` makes of so many samples."""
         groups = self.encoder.resampler.groups_per_chunk
         return -(-samples // (self.downsampling_ratio * groups)) * groups
+
+    def _complete(self) -> None:
+        if self.later is not None:
+            self.later(self.encoder, self.device, self.dtype)
+            self.later = None
 
     def encode(
         self,
@@ -115,6 +127,7 @@ class Autoencoder(nn.Module):
         Chunked running takes `chunk_size` frames at a time, `overlap` of them shared with the next chunk; audio shorter
         than one chunk runs whole. Raises `ValueError` for another shape and `ConfigError` for sizes that do not fit.
         """
+        self._complete()
         _check_channels(audio_BCN, self.config.audio_channels, "audio (batch, channels, samples)")
         unit, ratio = self.encoder.resampler.groups_per_chunk, self.downsampling_ratio
         frames = -(-audio_BCN.shape[-1] // ratio)
@@ -152,6 +165,7 @@ class Autoencoder(nn.Module):
         self, clips: Sequence[Tensor], *, generator: torch.Generator | None = None, noise: bool = True
     ) -> list[Tensor]:
         """Clips (C, N_i) of different lengths to latents (C, T_i), each as if encoded alone; no padding is computed."""
+        self._complete()
         unit = self.downsampling_ratio * self.encoder.resampler.groups_per_chunk
         patches, groups = [], []
         for clip in clips:

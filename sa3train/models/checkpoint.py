@@ -27,6 +27,7 @@ from sa3train.models.weights import check_names, read_tensors, tensor_shapes
 
 #: State-dict prefix of each part in a released file.
 PREFIXES = {"dit": "model.model.", "conditioner": "conditioner.", "autoencoder": "pretransform.model."}
+ENCODER = "pretransform.model.encoder."
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,11 +101,13 @@ def load_checkpoint(
     dtype: torch.dtype = torch.float32,
     *,
     parts: tuple[str, ...] = ("dit", "conditioner", "autoencoder"),
+    encoder_later: bool = False,
 ) -> StableAudio3:
     """Load a model by registry name (found in huggingface_hub's cache, or downloaded) or from a folder.
 
     The file must hold exactly the tensors its config describes, whichever `parts` are asked for; those alone are
-    read. The text encoder is left on disk until it is used, and always runs in its own dtype.
+    read. The text encoder is left on disk until it is used, and always runs in its own dtype; with `encoder_later` so
+    is the autoencoder's encoder, which text-to-audio does without.
 
     Raises `CheckpointError`: unknown name, no such folder, file missing or cut short, another architecture, gated
     repository, no network.
@@ -121,8 +124,11 @@ def load_checkpoint(
     config = parse_model(raw, str(files.config))
     modules = build(config, text_encoder_source(files, config.conditioner.text))
     modules["autoencoder"].chunked = config.chunked
-    _fill(files.weights, modules, PREFIXES, parts, device, dtype)
+    later = encoder_later and "autoencoder" in parts
+    _fill(files.weights, modules, PREFIXES, parts, device, dtype, without=(ENCODER,) if later else ())
     modules["autoencoder"].file_fingerprint = _autoencoder_fingerprint(files.weights, PREFIXES["autoencoder"])
+    if later:
+        modules["autoencoder"].later = functools.partial(_read_encoder, files.weights)
     kept: Any = {name: module if name in parts else None for name, module in modules.items()}
     sibling = files.entry.sibling if files.entry is not None else None
     return StableAudio3(files.name, files.folder, config, **kept, sibling=sibling)
@@ -194,20 +200,38 @@ def _fill(
     parts: tuple[str, ...],
     device: torch.device | str,
     dtype: torch.dtype,
+    without: tuple[str, ...] = (),
 ) -> None:
-    """Check the whole file against all modules, then read the asked parts into theirs."""
+    """Check the whole file against all modules, then read the asked parts into theirs, but for names in `without`."""
     if torch.device(device).type == "cpu":
         fast_fp32_products()
     expected = {name: tuple(tensor.shape) for name, tensor in released_state(modules, prefixes).items()}
     check_names(path, tensor_shapes(path), expected)
     for part in parts:
-        module, prefix = modules[part], prefixes[part]
-        names = [f"{prefix}{name}" for name in module.state_dict()]
-        state = {}
-        for name, tensor in read_tensors(path, names, device, dtype):
-            state[name.removeprefix(prefix)] = _rotary(path, name, tensor) if name.endswith("inv_freq") else tensor
-        module.load_state_dict(state, strict=True, assign=True)
-        module.requires_grad_(False).eval()
+        _read_into(path, prefixes[part], modules[part], device, dtype, without)
+
+
+def _read_into(
+    path: Path,
+    prefix: str,
+    module: nn.Module,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    without: tuple[str, ...] = (),
+) -> None:
+    """Read the tensors of `module`, whose names in the file begin with `prefix`."""
+    names = [name for name in (f"{prefix}{own}" for own in module.state_dict()) if not name.startswith(without)]
+    state = {}
+    for name, tensor in read_tensors(path, names, device, dtype):
+        state[name.removeprefix(prefix)] = _rotary(path, name, tensor) if name.endswith("inv_freq") else tensor
+    module.load_state_dict(state, strict=not without, assign=True)
+    module.requires_grad_(False).eval()
+
+
+def _read_encoder(path: Path, encoder: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    """The encoder that was left out. Raises `CheckpointError` when the file has gone since."""
+    tensor_shapes(path)
+    _read_into(path, ENCODER, encoder, device, dtype)
 
 
 def _rotary(path: Path, name: str, tensor: Tensor) -> Tensor:

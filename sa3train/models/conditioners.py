@@ -123,7 +123,7 @@ class TextEncoder:
     def __call__(self, prompts: Sequence[str], device: torch.device) -> TextEmbedding:
         """Hidden states of each prompt, as long as the longest (cut at `max_length` tokens)."""
         ids = [torch.tensor(each[: self.max_length], dtype=torch.long) for each in self._tokens(prompts)]
-        ids_BL = to_device(nn.utils.rnn.pad_sequence(ids, batch_first=True), device)
+        ids_BL = nn.utils.rnn.pad_sequence(ids, batch_first=True)
         lengths_B = to_device(torch.tensor([len(each) for each in ids]), device)
         mask_BL = torch.arange(ids_BL.shape[1], device=device) < lengths_B[:, None]
         model = self.model(device)

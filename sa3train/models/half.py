@@ -97,7 +97,7 @@ def _settle_autoencoder(model: StableAudio3, wide: torch.dtype) -> list[Verdict]
     autoencoder = model.autoencoder
     if autoencoder is None:
         return []
-    device = next(autoencoder.parameters()).device
+    device = autoencoder.device
     seeded = torch.Generator().manual_seed(0)
     z_BCT = torch.randn(1, model.latent_channels, _FRAMES, generator=seeded).to(device)
     watched = _Watched(autoencoder, inputs=False)

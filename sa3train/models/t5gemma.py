@@ -15,10 +15,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sa3train.errors import CheckpointError
+from sa3train.transfer import to_device
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PREFIXES = ("encoder.", "model.encoder.")  # of an encoder alone, and within a whole T5Gemma
+EMBEDDING = "embed_tokens.weight"
 _LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
 _NORMS = ("pre_self_attn", "post_self_attn", "pre_feedforward", "post_feedforward")
 
@@ -89,19 +91,26 @@ class T5GemmaEncoder:
     @property
     def dtype(self) -> torch.dtype:
         """What it computes in: its file's."""
-        return self.weights["embed_tokens.weight"].dtype
+        return self.weights[EMBEDDING].dtype
 
     def to(self, device: torch.device) -> "T5GemmaEncoder":
-        """The same encoder, its tensors on `device`."""
-        self.weights = {name: tensor.to(device) for name, tensor in self.weights.items()}
+        """The same encoder on `device`, but for its table of 256 000 tokens, of which a prompt reads a few dozen rows.
+
+        That stays where it is, as pages of the file: two thirds of the encoder's memory.
+        """
+        rest = {name: tensor.to(device) for name, tensor in self.weights.items() if name != EMBEDDING}
+        self.weights = {EMBEDDING: self.weights[EMBEDDING], **rest}
         return self
 
     def __call__(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """Hidden states (B, L, D) of tokens; True in the mask = token. Padding comes last and is never seen."""
+        """Hidden states (B, L, D) of tokens; True in the mask = token. Padding comes last and is never seen.
+
+        `ids_BL` on the CPU, where they are looked up; the mask on the encoder's device, where all else is computed.
+        """
         config, length = self.config, ids_BL.shape[1]
-        x_BLD = F.embedding(ids_BL, self.weights["embed_tokens.weight"])
+        x_BLD = to_device(F.embedding(ids_BL, self.weights[EMBEDDING]), mask_BL.device)
         x_BLD = x_BLD * torch.tensor(config.width**0.5, dtype=x_BLD.dtype)
-        places_L = torch.arange(length, device=ids_BL.device)
+        places_L = torch.arange(length, device=mask_BL.device)
         rotary = _rotary(places_L, config, x_BLD.dtype)
         apart_LL = (places_L[:, None] - places_L[None, :]).abs()
         for index, window in enumerate(config.windows):
@@ -190,4 +199,4 @@ def _weight_files(folder: Path) -> list[Path]:
 def _names(config: EncoderConfig) -> list[str]:
     parts = [*_LINEARS, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", *(f"{norm}_layernorm" for norm in _NORMS)]
     layers = [f"layers.{index}.{part}.weight" for index in range(len(config.windows)) for part in parts]
-    return ["embed_tokens.weight", "norm.weight", *layers]
+    return [EMBEDDING, "norm.weight", *layers]

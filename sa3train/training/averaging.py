@@ -27,8 +27,15 @@ class RunningAverage:
         """Take the live weights into the average; once per optimizer step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
+        self._follow_device()
+        live = [parameter.detach().float() for parameter in self._live.values()]
+        torch._foreach_lerp_(list(self.tensors.values()), live, 1 - decay)
+
+    def _follow_device(self) -> None:
+        """The live weights may have been moved to a GPU since the average began."""
         for name, parameter in self._live.items():
-            self.tensors[name].lerp_(parameter.detach().float(), 1 - decay)
+            if self.tensors[name].device != parameter.device:
+                self.tensors[name] = self.tensors[name].to(parameter.device)
 
     def state_dict(self) -> dict[str, object]:
         """Updates so far and the averaged tensors."""

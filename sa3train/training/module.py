@@ -90,7 +90,7 @@ class LoraModule(lightning.LightningModule):
             return self._model.dit(
                 x_SCF, draw.t_B, local_add_cond_BCT=local_SCF, padding_mask_BT=draw.padding_mask_BT, **shared
             )
-        mask_SF = draw.padding_mask_BT
+        mask_SF = clips.padding_mask_SF  # that of the draw too, since nothing is extended in a packed row; on the CPU
         velocity_RCT = self._model.dit(
             to_rows(x_SCF, ids_RT, mask_SF),
             draw.t_B,
@@ -189,6 +189,14 @@ class LoraModule(lightning.LightningModule):
             return {}
         averaged = averaged_by_optimizer(optimizers[0], self.trained.values())
         return {name: averaged[id(p)] for name, p in self.trained.items() if id(p) in averaged}
+
+    def cpu(self) -> "LoraModule":
+        """Off the GPU, as Lightning wants it after a run; a base in few bits has no weights to copy and stays."""
+        if all(parameter.untyped_storage().nbytes() for parameter in self.parameters()):
+            return super().cpu()
+        for parameter in self.trained.values():
+            parameter.data = parameter.data.cpu()
+        return self
 
     def export(self, metadata: Mapping[str, str]) -> Adapter:
         """The adapter as it is to be judged (see `judged`), with `metadata`."""

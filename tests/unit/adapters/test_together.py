@@ -140,7 +140,7 @@ def test_a_checkpointed_block_may_be_the_first_to_ask(small: MakeSmall, kind: st
     assert_close(gradients(model, injected, checkpointed), expected)
 
 
-def test_a_weight_that_is_not_at_hand_is_worked_out_by_its_layer(small: MakeSmall) -> None:
+def test_where_a_weight_is_not_at_hand_layers_work_alone(small: MakeSmall) -> None:
     """In few bits or sharded, a weight is made whole by hooks around its layer's forward and backward pass."""
     model = small()
     injected = moved(model, AdapterSpec("dora-rows", rank=2))

@@ -136,6 +136,20 @@ def test_fingerprints_know_the_weights_and_not_the_file(copy: Path) -> None:
     assert memory.fingerprint() == latents, "weights in memory have the digest of their file"
 
 
+def test_the_encoder_is_read_when_it_is_first_needed(copy: Path) -> None:
+    whole, later = load_checkpoint(copy).autoencoder, load_checkpoint(copy, encoder_later=True).autoencoder
+    audio_BCN, latents_BCT = torch.randn(1, 2, 4 * 4096), torch.randn(1, whole.latent_channels, 6)
+    assert torch.equal(later.decode(latents_BCT, noise=False), whole.decode(latents_BCT, noise=False))
+    assert all(tensor.is_meta for tensor in later.encoder.parameters()), "decoding reads no encoder"
+    assert later.fingerprint() == whole.fingerprint()
+    assert torch.equal(later.encode(audio_BCN, noise=False), whole.encode(audio_BCN, noise=False))
+    assert not any(tensor.is_meta or tensor.requires_grad for tensor in later.state_dict().values())
+    gone = load_checkpoint(copy, encoder_later=True).autoencoder
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        gone.encode(audio_BCN)
+
+
 @pytest.mark.parametrize("load", [load_checkpoint, load_autoencoder])
 def test_what_is_no_checkpoint_is_refused(load: object, tmp_path: Path) -> None:
     assert callable(load)
