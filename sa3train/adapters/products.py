@@ -19,11 +19,11 @@ SMALLEST_SHARE = 4
 def row_blocks(W_OI: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(rows, block (N, I) in fp32, room of its size) from the first row on; both are valid until the next.
 
-    Block and room are the same two buffers each time: fresh memory would cost more than what is computed.
+    Block and room are the same two buffers each time: fresh memory would cost more than what is computed. On a GPU all
+    of the weight is one block, gone again after its layer: launches cost more there than passes.
     """
     rows, columns = W_OI.shape
-    values = rows * columns if W_OI.is_cuda else BLOCK_VALUES
-    step = max(1, min(values // columns, rows // SMALLEST_SHARE))
+    step = rows if W_OI.is_cuda else max(1, min(BLOCK_VALUES // columns, rows // SMALLEST_SHARE))
     exact = W_OI.dtype == torch.float32
     room_NI = torch.empty(step, columns, device=W_OI.device)
     copy_NI = None if exact else torch.empty_like(room_NI)

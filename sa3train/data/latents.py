@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from sa3train.errors import ConfigError
+from sa3train.transfer import to_device
 
 CHUNK, OVERLAP = 128, 32
 """Latent frames of a chunk, and those shared with the next: the released models' own."""
@@ -114,8 +115,9 @@ class Encoder:
         audio_CN = torch.zeros(2, 48 * self.autoencoder.downsampling_ratio)
         latent_CT = self.encode([audio_CN], [0])[0]
         if latent_CT is None:
+            remedy = "copy the model again" if self.precision == "float32" else "use model.dtype=fp32"
             raise ConfigError(
-                f"the autoencoder of '{self.name}' gives no finite latents in {self.precision}: use fp32."
+                f"the autoencoder of '{self.name}' gives no finite latents of silence in {self.precision}: {remedy}."
             )
         return latent_CT[:, 16:32]
 
@@ -134,7 +136,7 @@ class Encoder:
     @torch.inference_mode()
     def _alone(self, clip_CN: torch.Tensor, seed: int, chunked: bool) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
-        return self.autoencoder.encode(clip_CN[None].to(self.device), generator=generator, chunked=chunked)[0]
+        return self.autoencoder.encode(to_device(clip_CN[None], self.device), generator=generator, chunked=chunked)[0]
 
     @torch.inference_mode()
     def _together(self, clips: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -142,7 +144,7 @@ class Encoder:
         if not clips:
             return []
         try:
-            return self.autoencoder.encode_many([clip.to(self.device) for clip in clips])
+            return self.autoencoder.encode_many([to_device(clip, self.device) for clip in clips])
         except torch.cuda.OutOfMemoryError:
             if len(clips) == 1:
                 raise

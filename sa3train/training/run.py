@@ -160,6 +160,7 @@ def train(
     started = time.perf_counter()
     check_together(model, data, objective, optimizer, loop)
     demos = played_as_trained(demos, objective)
+    device = "cuda" if uses_gpu(loop) else "cpu"
     if loop.quantize != "none":
         round_weights(model.dit, loop.quantize)
     torch.manual_seed(seed)  # the adapter's initial values, the same on every rank
@@ -177,7 +178,7 @@ def train(
     callbacks: list[lightning.Callback] = [prepare, meter, *([judged] if judged else [])]
     if demos is not None and demos.enabled and demos_of(demos, heldout):
         models = players(model, str(model.path), demos.sibling)
-        callbacks.append(Demos(run.path, tracker, demos, heldout, models, device="cuda" if uses_gpu(loop) else "cpu"))
+        callbacks.append(Demos(run.path, tracker, demos, heldout, models, device=device))
     if report:
         callbacks.append(Reporter(run.path, data, saver))
     trainer = make_trainer(run.path, loop, [*callbacks, saver])
@@ -197,7 +198,7 @@ def train(
                 clips=demos.memorisation_clips,
                 seconds=demos.duration,
                 seed=demos.seed,
-                device=module.device,
+                device=device,  # not the module's: after a run Lightning has moved it to the CPU
                 steps=demos.steps,
                 cfg_scale=demos.cfg_scale,
             )

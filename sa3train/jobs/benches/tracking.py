@@ -67,7 +67,8 @@ def run(options: Options) -> list[Figure]:
         shards = random_shards(Path(place) / "latents", model, FRAMES)
         for kind in KINDS:
             steps = BLOCK * (2 * options.repeats + 2) + 1  # one pair to warm up, one step to see the last one's end
-            flags = training_flags(options, folder, shards, Path(place) / f"run-{kind}", FRAMES, steps)
+            flags = training_flags(options, folder, shards, FRAMES)
+            flags += [f"run_dir={Path(place) / f'run-{kind}'}", f"trainer.max_steps={steps}"]
             with dead_server(kind) as server:
                 flags += ["logger=wandb", "logger.mode=online"]
                 found = run_apart(_PROGRAM, BLOCK, *flags, environment=pointed_at(server))
