@@ -1,9 +1,15 @@
 """Host to device without the host waiting for what the device is doing."""
 
-from collections.abc import Sequence
+import contextlib
+import queue
+import threading
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+_AHEAD: dict[int, "queue.Queue[Tensor | BaseException]"] = {}
+"""By the generator's id: what its thread has drawn."""
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
@@ -16,5 +22,64 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
 
 def normal(shape: Sequence[int], generator: torch.Generator | None, device: torch.device | str) -> Tensor:
     """N(0, 1) in fp32 on `device`, drawn on the CPU: the same numbers on every device, and no wait for it."""
-    pinned = torch.device(device).type == "cuda"
-    return torch.randn(tuple(shape), generator=generator, pin_memory=pinned).to(device, non_blocking=pinned)
+    pinned = _pins(device)
+    ahead = None if generator is None else _AHEAD.get(id(generator))
+    if ahead is None:
+        drawn = torch.randn(tuple(shape), generator=generator, pin_memory=pinned)
+    else:
+        drawn = _taken(ahead, tuple(shape))
+    return drawn.to(device, non_blocking=pinned)
+
+
+def _pins(device: torch.device | str) -> bool:
+    return torch.device(device).type == "cuda"
+
+
+def _taken(ahead: "queue.Queue[Tensor | BaseException]", shape: tuple[int, ...]) -> Tensor:
+    drawn = ahead.get()
+    if isinstance(drawn, BaseException):
+        raise drawn
+    if tuple(drawn.shape) != shape:
+        raise RuntimeError(f"{shape} was to be drawn, and {tuple(drawn.shape)} was announced: a mistake in sa3train.")
+    return drawn
+
+
+@contextlib.contextmanager
+def drawn_ahead(
+    generator: torch.Generator, shapes: Sequence[tuple[int, ...]], device: torch.device | str
+) -> Iterator[None]:
+    """Inside, `normal` gives numbers of `generator` that a thread draws meanwhile: `shapes`, in the order of asking.
+
+    Only for CUDA, where the host has time while the device computes: a few minutes of audio take tens of millions of
+    numbers. Where the block is left early, the generator stands somewhere among them.
+    """
+    if not shapes or not pays_ahead(device):
+        yield
+        return
+    ready: queue.Queue[Tensor | BaseException] = queue.Queue()
+    stop = threading.Event()
+
+    def draw() -> None:
+        try:
+            for shape in shapes:
+                if stop.is_set():
+                    return
+                ready.put(torch.randn(shape, generator=generator, pin_memory=_pins(device)))
+            ready.put(RuntimeError(f"more was drawn than the {len(shapes)} announced: a mistake in sa3train."))
+        except BaseException as error:  # noqa: BLE001 (it is raised where the numbers are asked for)
+            ready.put(error)
+
+    thread = threading.Thread(target=draw, name="draws", daemon=True)
+    _AHEAD[id(generator)] = ready
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        del _AHEAD[id(generator)]
+
+
+def pays_ahead(device: torch.device | str) -> bool:
+    """Whether the host has time to draw while `device` computes."""
+    return torch.device(device).type == "cuda"

@@ -64,7 +64,6 @@ def gain(audio_CN: Tensor, decibels: float) -> Tensor:
     return audio_CN * 10 ** (decibels / 20)
 
 
-def clamp_counted(audio_CN: Tensor) -> tuple[Tensor, float]:
-    """Audio clamped to ±1, and the share of samples that lay outside."""
-    share = float((audio_CN.abs() > 1).float().mean()) if audio_CN.numel() else 0.0
-    return audio_CN.clamp(-1, 1), share
+def clamp_counted(audio_CN: Tensor) -> tuple[Tensor, Tensor]:
+    """Audio clamped to ±1, and the share of samples that lay outside, a scalar on the audio's device."""
+    return audio_CN.clamp(-1, 1), (audio_CN.abs() > 1).sum() / max(1, audio_CN.numel())

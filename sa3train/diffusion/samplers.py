@@ -130,6 +130,9 @@ SAMPLERS: dict[str, Sampler] = {
     "pingpong": sample_pingpong,
 }
 
+DRAWING = ("pingpong",)
+"""Those that draw a (B, C, T) of noise in each step."""
+
 
 def _report(callback: Callback | None, step: int, total: int, t: Tensor, x_BCT: Tensor, v_BCT: Tensor) -> None:
     if callback is not None:

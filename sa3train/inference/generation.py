@@ -1,20 +1,21 @@
-"""From a checked request to audio: latents sampled, decoded, cut and clamped; what the user should know about it.
+"""From a checked request to denoised latents; `finishing` makes audio of them.
 
 Random draws, all from one CPU generator, in this order: starting noise, encoder noise, the sampler, the decoder.
 Shapes: B items, C latent channels, T latent frames, N samples.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from sa3train.adapters.stack import AdapterStack
-from sa3train.audio.edit import clamp_counted, fit
+from sa3train.audio.edit import fit
 from sa3train.diffusion.guidance import Condition, guided_velocity
 from sa3train.diffusion.masks import padding_mask, regions_mask
-from sa3train.diffusion.samplers import SAMPLERS, Callback
+from sa3train.diffusion.samplers import DRAWING, SAMPLERS, Callback
 from sa3train.diffusion.schedule import sampling_schedule
-from sa3train.errors import RequestError
-from sa3train.inference.request import ModelFacts, Request, generated_frames, real_frames, samples_of
+from sa3train.inference.request import ModelFacts, Request, generated_frames, real_frames
 from sa3train.inference.sources import Source
 from sa3train.log import progress
 from sa3train.models.checkpoint import StableAudio3
@@ -22,21 +23,26 @@ from sa3train.models.dit import DiT, Prepared
 from sa3train.transfer import normal, to_device
 
 
-def sample_latents(
+@dataclass(frozen=True, eq=False)
+class Start:
+    """Where sampling begins: latents (B, C, T) at noise level `sigma_max`; and what inpainting keeps of other audio."""
+
+    latents_BCT: Tensor
+    sigma_max: float
+    kept_B1T: Tensor
+    masked_BCT: Tensor
+
+
+def starting_point(
     model: StableAudio3,
     facts: ModelFacts,
-    stack: AdapterStack,
     request: Request,
     init: Source | None,
     inpaint: Source | None,
     generator: torch.Generator,
-    callback: Callback | None = None,
-) -> Tensor:
-    """The denoised latents (B, C, T), float32 on the model's device. T follows the longest item.
-
-    With `keep_exact` the frames that inpainting keeps are the source's own; else the model's copy of them, as released.
-    """
-    device = next(model.dit.parameters()).device
+) -> Start:
+    """Noise, or what is to be varied between it and the audio, as long as the longest item."""
+    device = model.autoencoder.device
     frames = generated_frames(facts, max(request.duration))
     noise_BCT = normal((request.batch_size, model.latent_channels, frames), generator, device)
     start_BCT, sigma_max = noise_BCT, 1.0
@@ -50,11 +56,33 @@ def sample_latents(
         encoded_1CT = encode_source(model, facts, inpaint, frames, device, generator)
         kept_B1T = to_device(inpainting_mask(facts, request, frames), device)
         masked_BCT = encoded_1CT * kept_B1T
-    latents_BCT = start_BCT
-    if sigma_max > 0.0:
-        local_BCT = torch.cat((kept_B1T, masked_BCT), dim=1)
-        latents_BCT = _denoise(model, facts, stack, request, start_BCT, sigma_max, local_BCT, generator, callback)
-    return torch.where(kept_B1T.bool(), masked_BCT, latents_BCT) if request.keep_exact else latents_BCT
+    return Start(start_BCT, sigma_max, kept_B1T, masked_BCT)
+
+
+def draws_to_come(model: StableAudio3, request: Request, start: Start) -> list[tuple[int, ...]]:
+    """Shapes of what the sampler and the decoder will draw, in order."""
+    steps = request.steps if request.sampler_type in DRAWING and start.sigma_max > 0 else 0
+    batch, _, frames = start.latents_BCT.shape
+    return [tuple(start.latents_BCT.shape)] * steps + model.autoencoder.draws(batch, frames, request.chunked_decode)
+
+
+def sample_latents(
+    model: StableAudio3,
+    facts: ModelFacts,
+    stack: AdapterStack,
+    request: Request,
+    start: Start,
+    generator: torch.Generator,
+    callback: Callback | None = None,
+) -> Tensor:
+    """The denoised latents (B, C, T), float32 on the model's device. T follows the longest item.
+
+    With `keep_exact` the frames that inpainting keeps are the source's own; else the model's copy of them, as released.
+    """
+    latents_BCT = start.latents_BCT
+    if start.sigma_max > 0.0:
+        latents_BCT = _denoise(model, facts, stack, request, start, generator, callback)
+    return torch.where(start.kept_B1T.bool(), start.masked_BCT, latents_BCT) if request.keep_exact else latents_BCT
 
 
 def _denoise(
@@ -62,12 +90,11 @@ def _denoise(
     facts: ModelFacts,
     stack: AdapterStack,
     request: Request,
-    start_BCT: Tensor,
-    sigma_max: float,
-    local_BCT: Tensor,
+    start: Start,
     generator: torch.Generator,
     callback: Callback | None,
 ) -> Tensor:
+    local_BCT = torch.cat((start.kept_B1T, start.masked_BCT), dim=1)
     # The conditions are made once, with every adapter on whatever its interval of noise levels.
     stack.apply(None)
     condition = _condition(model, facts, request, local_BCT)
@@ -80,9 +107,10 @@ def _denoise(
         t_B = t.float().expand(request.batch_size)
         return guided_velocity(denoiser, x_BCT, t_B, condition, request.guidance)
 
-    sigmas = sampling_schedule(request.steps, sigma_max)
+    sigmas = sampling_schedule(request.steps, start.sigma_max)
     sampler = SAMPLERS[request.sampler_type]
-    return sampler(velocity, start_BCT, sigmas, generator=generator, callback=_with_bar(request.steps, callback))
+    bar = _with_bar(request.steps, callback)
+    return sampler(velocity, start.latents_BCT, sigmas, generator=generator, callback=bar)
 
 
 class _Denoiser:
@@ -141,79 +169,6 @@ def inpainting_mask(facts: ModelFacts, request: Request, frames: int) -> Tensor:
 def real_mask(facts: ModelFacts, request: Request, frames: int) -> Tensor:
     """True where a frame is not padding: (B, T)."""
     return padding_mask(torch.tensor([real_frames(facts, each, frames) for each in request.duration]), frames)
-
-
-def decode_audio(
-    model: StableAudio3, facts: ModelFacts, request: Request, latents_BCT: Tensor, generator: torch.Generator
-) -> tuple[list[Tensor], list[float]]:
-    """Each item's audio (2, N_i) within ±1, on the CPU, and the share of its samples that were louder.
-
-    Raises `RequestError` when the model made NaN or infinity.
-    """
-    frames = latents_BCT.shape[-1]
-    decoded_BCN = model.autoencoder.decode(latents_BCT, generator=generator, chunked=request.chunked_decode)
-    decoded_BCN = decoded_BCN[..., : frames * facts.downsampling_ratio].float().cpu()
-    real_BN = real_mask(facts, request, frames).repeat_interleave(facts.downsampling_ratio, dim=1)
-    decoded_BCN = torch.where(real_BN[:, None, :], decoded_BCN, 0.0)
-    audio, shares = [], []
-    for index, seconds in enumerate(request.duration):
-        item_CN = decoded_BCN[index, :, : samples_of(facts, seconds)]
-        if not torch.isfinite(item_CN).all():
-            raise RequestError(
-                "the model made NaN or infinity. Try precision fp32 or bf16, a lower cfg_scale, or a lower strength."
-            )
-        clamped_CN, share = clamp_counted(item_CN)
-        audio.append(clamped_CN.contiguous())
-        shares.append(share)
-    return audio, shares
-
-
-def warnings_of(
-    facts: ModelFacts, request: Request, init: Source | None, inpaint: Source | None, shares: list[float]
-) -> list[str]:
-    """What a user should know about a finished generation."""
-    warnings = []
-    if init is not None and request.init_noise_level == 1.0:
-        warnings.append(
-            "init_audio had no effect: at init_noise_level 1 it is all noise. Try a level below 1, such as 0.9."
-        )
-    for role, source in (("init_audio", init), ("inpaint_audio", inpaint)):
-        warnings += [] if source is None else _length_warnings(facts, request, role, source)
-    for index, share in enumerate(shares):
-        if share > 0:
-            which = f"item {index}" if len(shares) > 1 else "the audio"
-            warnings.append(
-                f"{which} was louder than full scale in {share:.2%} of its samples, which were clipped to it."
-            )
-    return warnings
-
-
-def truncated_prompts(model: StableAudio3, request: Request) -> list[str]:
-    """A warning for each prompt longer than the model reads."""
-    prompts = dict.fromkeys([*request.prompt, *(request.negative_prompt or ())])
-    most = model.conditioner.max_length
-    counts = zip(prompts, model.conditioner.token_counts(list(prompts)), strict=True)
-    return [
-        f"the prompt {prompt[:40]!r}… has {count} tokens, and the model read the first {most} only."
-        for prompt, count in counts
-        if count > most
-    ]
-
-
-def _length_warnings(facts: ModelFacts, request: Request, role: str, source: Source) -> list[str]:
-    have, longest = source.audio_CN.shape[1] / facts.sample_rate, max(request.duration)
-    if have > longest + 1 / facts.sample_rate:
-        return [f"{role} is {have:.2f} s long and was cut to the duration of {longest:g} s."]
-    untouched = [have]
-    for start, end in sorted(request.regions):
-        if start <= untouched[0] + facts.downsampling_ratio / facts.sample_rate:
-            untouched[0] = max(untouched[0], end)
-    if role == "inpaint_audio" and untouched[0] + facts.downsampling_ratio / facts.sample_rate < longest:
-        return [
-            f"inpaint_audio is {have:.2f} s long: from {untouched[0]:.2f} to {longest:g} s silence is kept. "
-            f"To continue the audio, let a region start at its end and reach {longest:g} s."
-        ]
-    return []
 
 
 def _condition(model: StableAudio3, facts: ModelFacts, request: Request, local_BCT: Tensor) -> Condition:

@@ -16,7 +16,8 @@ from sa3train.adapters.stack import AdapterStack
 from sa3train.adapters.targets import split_patterns
 from sa3train.diffusion.samplers import Callback
 from sa3train.errors import RequestError
-from sa3train.inference.generation import decode_audio, sample_latents, truncated_prompts, warnings_of
+from sa3train.inference.finishing import decode_audio, truncated_prompts, warnings_of
+from sa3train.inference.generation import draws_to_come, sample_latents, starting_point
 from sa3train.inference.outputs import GenerationOutput
 from sa3train.inference.request import DEFAULT_DURATION, ModelFacts, Request, build_request
 from sa3train.inference.runtime import choose_device, choose_dtype, compile_blocks
@@ -25,6 +26,7 @@ from sa3train.inference.sources import Source, load_source
 from sa3train.log import get_logger
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
 from sa3train.models.half import settle_in_fp16
+from sa3train.transfer import drawn_ahead
 
 logger = get_logger(__name__)
 
@@ -210,10 +212,10 @@ class Generator:
         if generator is None:
             generator = torch.Generator().manual_seed(request.seed or 0)
         with torch.no_grad():
-            latents_BCT = sample_latents(
-                self.model, self.facts, self.stack, request, init, inpaint, generator, callback
-            )
-            audio, shares = decode_audio(self.model, self.facts, request, latents_BCT, generator)
+            start = starting_point(self.model, self.facts, request, init, inpaint, generator)
+            with drawn_ahead(generator, draws_to_come(self.model, request, start), self.device):
+                latents_BCT = sample_latents(self.model, self.facts, self.stack, request, start, generator, callback)
+                audio, shares = decode_audio(self.model, self.facts, request, latents_BCT, generator)
         warnings = [
             *truncated_prompts(self.model, request),
             *warnings_of(self.facts, request, init, inpaint, shares),

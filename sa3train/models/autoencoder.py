@@ -16,6 +16,9 @@ from sa3train.models.fingerprints import fingerprint_of
 from sa3train.models.same import Stack, draw_noise
 
 BOTTLENECK_NOISE = 0.001
+CHUNK_SIZE, OVERLAP = 128, 32
+WIDE_CHUNKS = 4
+"""SAME-L's chunks at a time on a GPU, where each costs as many launches as all together."""
 
 
 def patch(audio_BCN: Tensor, size: int) -> Tensor:
@@ -119,8 +122,8 @@ class Autoencoder(nn.Module):
         generator: torch.Generator | None = None,
         noise: bool = True,
         chunked: bool | None = None,
-        chunk_size: int = 128,
-        overlap: int = 32,
+        chunk_size: int = CHUNK_SIZE,
+        overlap: int = OVERLAP,
     ) -> Tensor:
         """Audio to latents (B, C, T). The end is padded with silence to whole frames (two frames in the chunked kind).
 
@@ -145,8 +148,8 @@ class Autoencoder(nn.Module):
         generator: torch.Generator | None = None,
         noise: bool = True,
         chunked: bool | None = None,
-        chunk_size: int = 128,
-        overlap: int = 32,
+        chunk_size: int = CHUNK_SIZE,
+        overlap: int = OVERLAP,
     ) -> Tensor:
         """Latents to audio (B, C, 4096 T); run whole, the chunked kind makes an odd T one frame longer.
 
@@ -154,12 +157,26 @@ class Autoencoder(nn.Module):
         errors as in `encode`.
         """
         _check_channels(z_BCT, self.latent_channels, "latents (batch, channels, frames)")
-        frames, unit = z_BCT.shape[-1], self.decoder.resampler.groups_per_chunk
-        chunks = [whole_chunk(frames, unit)]
-        if (self.chunked if chunked is None else chunked) and frames > chunk_size:
-            chunks = chunks_of(frames, chunk_size, overlap, self.decoder.resampler.reach, unit)
+        chunks = self._decoded_chunks(z_BCT.shape[-1], chunked, chunk_size, overlap)
         parts = [self._decode(z_BCT, together, noise, generator) for together in self._batches(chunks)]
         return torch.cat(parts, dim=-1)
+
+    def _decoded_chunks(self, frames: int, chunked: bool | None, chunk_size: int, overlap: int) -> list[Chunk]:
+        unit = self.decoder.resampler.groups_per_chunk
+        if (self.chunked if chunked is None else chunked) and frames > chunk_size:
+            return chunks_of(frames, chunk_size, overlap, self.decoder.resampler.reach, unit)
+        return [whole_chunk(frames, unit)]
+
+    def draws(self, batch: int, frames: int, chunked: bool | None = None) -> list[tuple[int, ...]]:
+        """The shapes that `decode` draws for latents (B, C, T) with noise, in order."""
+        shapes: list[tuple[int, ...]] = []
+        resampler, unit = self.decoder.resampler, self.decoder.resampler.groups_per_chunk
+        for chunk in self._decoded_chunks(frames, chunked, CHUNK_SIZE, OVERLAP):
+            if self.config.noise_regularize:
+                shapes.append((batch, self.latent_channels, len(chunk.span)))
+            if resampler.config.mask_noise:
+                shapes.append(resampler.drawn_shape(batch * -(-len(chunk.span) // unit) * unit))
+        return shapes
 
     def encode_many(
         self, clips: Sequence[Tensor], *, generator: torch.Generator | None = None, noise: bool = True
@@ -199,8 +216,11 @@ class Autoencoder(nn.Module):
         ]
 
     def _batches(self, chunks: list[Chunk]) -> list[list[Chunk]]:
-        """Chunks to compute at a time: all of SAME-S's; SAME-L's one by one, for the memory that its width takes."""
-        return [chunks] if self.config.decoder.window is None else [[chunk] for chunk in chunks]
+        """Chunks to compute at a time: all of SAME-S's; of SAME-L's few, for the memory that its width takes."""
+        if self.config.decoder.window is None:
+            return [chunks]
+        few = WIDE_CHUNKS if self.device.type == "cuda" else 1
+        return [chunks[at : at + few] for at in range(0, len(chunks), few)]
 
     def _encode(self, audio_BCN: Tensor, chunks: list[Chunk], noise: bool, generator: torch.Generator | None) -> Tensor:
         """What the chunks keep, (B, C, kept frames). Random numbers are drawn for whole chunks, one after the other."""

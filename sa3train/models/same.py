@@ -89,8 +89,11 @@ class Resampler(nn.Module):
         """The noise of so many groups' new tokens, (G, N, D); None where the model has none."""
         if not self.config.mask_noise:
             return None
-        shape = (groups, self.new, self.config.width)
-        return self.config.mask_noise * draw_noise(shape, like, generator)
+        return self.config.mask_noise * draw_noise(self.drawn_shape(groups), like, generator)
+
+    def drawn_shape(self, groups: int) -> tuple[int, int, int]:
+        """The shape of `draw`."""
+        return groups, self.new, self.config.width
 
     def forward(self, x_LD: Tensor, groups: tuple[int, ...], noise_GND: Tensor | None) -> Tensor:
         """Resample items of `groups` groups each, laid end to end. `noise_GND` is that of `draw`, for whole chunks.
