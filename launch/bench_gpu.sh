@@ -34,7 +34,7 @@ SA3TRAIN_TEST_DEVICE=cuda timeout 90 "$python" -m pytest -q tests/unit/models/te
 
 measure load 150 --arch medium
 measure generate 120 --arch medium --seconds 120
-measure generate 60 --arch small --seconds 30
+measure generate 90 --arch small --seconds 30
 measure train 120 --arch medium --seconds 120
 measure decode 60 --arch medium --seconds 120
 measure adapters 60 --arch small --kinds lora,dora-rows,bora

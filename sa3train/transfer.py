@@ -16,8 +16,19 @@ def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """`tensor` on `device`. From the CPU to CUDA through pinned memory, which alone is copied without a wait."""
     target = torch.device(device)
     if target.type == "cuda" and tensor.device.type == "cpu":
-        return tensor.pin_memory().to(target, non_blocking=True)
+        return tensor.contiguous().pin_memory().to(target, non_blocking=True)  # expanded, it could not be pinned
     return tensor.to(target)
+
+
+def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """`tensors`, all of one device, on the CPU; from CUDA through pinned memory, with one wait for all."""
+    if not tensors or not tensors[0].is_cuda:
+        return [tensor.cpu().contiguous() for tensor in tensors]
+    fetched = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
+    for room, tensor in zip(fetched, tensors, strict=True):
+        room.copy_(tensor, non_blocking=True)
+    torch.cuda.current_stream(tensors[0].device).synchronize()
+    return fetched
 
 
 def normal(shape: Sequence[int], generator: torch.Generator | None, device: torch.device | str) -> Tensor:

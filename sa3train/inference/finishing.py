@@ -12,7 +12,7 @@ from sa3train.inference.generation import real_mask
 from sa3train.inference.request import ModelFacts, Request, samples_of
 from sa3train.inference.sources import Source
 from sa3train.models.checkpoint import StableAudio3
-from sa3train.transfer import to_device
+from sa3train.transfer import to_device, to_host
 
 
 def decode_audio(
@@ -30,14 +30,18 @@ def decode_audio(
     decoded_BCN = torch.where(real_BN[:, None, :], decoded_BCN, 0.0)
     items = [decoded_BCN[index, :, : samples_of(facts, each)] for index, each in enumerate(request.duration)]
     clamped = [clamp_counted(item_CN) for item_CN in items]
-    # All on the device, and fetched last: there the host waits for it for the first time.
-    audio = [audio_CN.cpu().contiguous() for audio_CN, _ in clamped]
-    finite = torch.stack([torch.isfinite(item_CN).all() for item_CN in items])
-    if not bool(finite.all()):
+    shares_B = torch.stack([share for _, share in clamped])
+    *audio, finite_B, shares_B = to_host([*(audio_CN for audio_CN, _ in clamped), all_finite(items), shares_B])
+    if not bool(finite_B.all()):
         raise RequestError(
             "the model made NaN or infinity. Try precision fp32 or bf16, a lower cfg_scale, or a lower strength."
         )
-    return audio, torch.stack([share for _, share in clamped]).tolist()
+    return audio, shares_B.tolist()
+
+
+def all_finite(items: list[Tensor]) -> Tensor:
+    """Whether each item is free of NaN and infinity: (B,), on its device."""
+    return torch.stack([torch.isfinite(item_CN).all() for item_CN in items])
 
 
 def warnings_of(

@@ -4,6 +4,7 @@ Random draws, all from one CPU generator, in this order: starting noise, encoder
 Shapes: B items, C latent channels, T latent frames, N samples.
 """
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +16,12 @@ from sa3train.diffusion.guidance import Condition, guided_velocity
 from sa3train.diffusion.masks import padding_mask, regions_mask
 from sa3train.diffusion.samplers import DRAWING, SAMPLERS, Callback
 from sa3train.diffusion.schedule import sampling_schedule
+from sa3train.inference.graphs import Recorded, Step
 from sa3train.inference.request import ModelFacts, Request, generated_frames, real_frames
 from sa3train.inference.sources import Source
 from sa3train.log import progress
 from sa3train.models.checkpoint import StableAudio3
-from sa3train.models.dit import DiT, Prepared
+from sa3train.models.dit import DiT
 from sa3train.transfer import normal, to_device
 
 
@@ -74,14 +76,17 @@ def sample_latents(
     start: Start,
     generator: torch.Generator,
     callback: Callback | None = None,
+    cuda_graphs: bool = False,
 ) -> Tensor:
     """The denoised latents (B, C, T), float32 on the model's device. T follows the longest item.
 
     With `keep_exact` the frames that inpainting keeps are the source's own; else the model's copy of them, as released.
+    `cuda_graphs` records the denoiser's step and replays it, see `graphs`.
     """
     latents_BCT = start.latents_BCT
     if start.sigma_max > 0.0:
-        latents_BCT = _denoise(model, facts, stack, request, start, generator, callback)
+        denoiser = Denoiser(model.dit, cuda_graphs)
+        latents_BCT = _denoise(model, facts, stack, request, start, denoiser, generator, callback)
     return torch.where(start.kept_B1T.bool(), start.masked_BCT, latents_BCT) if request.keep_exact else latents_BCT
 
 
@@ -91,6 +96,7 @@ def _denoise(
     stack: AdapterStack,
     request: Request,
     start: Start,
+    denoiser: "Denoiser",
     generator: torch.Generator,
     callback: Callback | None,
 ) -> Tensor:
@@ -99,11 +105,9 @@ def _denoise(
     stack.apply(None)
     condition = _condition(model, facts, request, local_BCT)
 
-    denoiser = _Denoiser(model.dit)
-
     def velocity(x_BCT: Tensor, t: Tensor) -> Tensor:
         if stack.apply(float(t)):
-            denoiser.prepared.clear()
+            denoiser.forget()
         t_B = t.float().expand(request.batch_size)
         return guided_velocity(denoiser, x_BCT, t_B, condition, request.guidance)
 
@@ -113,16 +117,19 @@ def _denoise(
     return sampler(velocity, start.latents_BCT, sigmas, generator=generator, callback=bar)
 
 
-class _Denoiser:
+class Denoiser:
     """The DiT within one generation: what depends on the conditions alone is worked out once, not at every step.
 
     The conditions never change there, so the number of rows (B, or 2B under guidance) says which they are.
-    `prepared` is to be cleared when a weight changes.
     """
 
-    def __init__(self, dit: DiT) -> None:
-        self.dit = dit
-        self.prepared: dict[int, Prepared] = {}
+    def __init__(self, dit: DiT, cuda_graphs: bool = False) -> None:
+        self.dit, self.cuda_graphs = dit, cuda_graphs
+        self._steps: dict[int, Step] = {}
+
+    def forget(self) -> None:
+        """Work everything out anew: a weight has changed."""
+        self._steps.clear()
 
     def __call__(
         self,
@@ -135,15 +142,17 @@ class _Denoiser:
         padding_mask_BT: Tensor | None = None,
     ) -> Tensor:
         rows = len(x_BCT)
-        if rows not in self.prepared:
-            self.prepared[rows] = self.dit.prepare(
+        if rows not in self._steps:
+            prepared = self.dit.prepare(
                 x_BCT.shape,
                 cross_attn_cond_BLD=cross_attn_cond_BLD,
                 global_cond_BD=global_cond_BD,
                 local_add_cond_BCT=local_add_cond_BCT,
                 padding_mask_BT=padding_mask_BT,
             )
-        return self.dit.velocity(x_BCT, t_B, self.prepared[rows])
+            step: Step = functools.partial(self.dit.velocity, prepared=prepared)
+            self._steps[rows] = Recorded(step) if self.cuda_graphs else step
+        return self._steps[rows](x_BCT, t_B)
 
 
 def encode_source(

@@ -15,7 +15,7 @@ from sa3train.adapters.report import LoadReport
 from sa3train.adapters.stack import AdapterStack
 from sa3train.adapters.targets import split_patterns
 from sa3train.diffusion.samplers import Callback
-from sa3train.errors import RequestError
+from sa3train.errors import ConfigError, RequestError
 from sa3train.inference.finishing import decode_audio, truncated_prompts, warnings_of
 from sa3train.inference.generation import draws_to_come, sample_latents, starting_point
 from sa3train.inference.outputs import GenerationOutput
@@ -30,6 +30,9 @@ from sa3train.transfer import drawn_ahead
 
 logger = get_logger(__name__)
 
+WAYS = ("compiled", "cuda_graphs")
+"""Attributes of a generator that a sidecar names where they are on."""
+
 
 class Generator:
     """Generates audio with one model and any number of adapters. Every draw comes from one CPU torch generator."""
@@ -39,7 +42,7 @@ class Generator:
         self.model = model
         self.source = source or str(model.path)
         self.precision = precision
-        self.compiled = False
+        self.compiled = self.cuda_graphs = False
         self.stack = AdapterStack(model.adaptable())
         self._records: list[dict[str, Any]] = []
         self.facts = ModelFacts(
@@ -54,21 +57,26 @@ class Generator:
         precision: str = "auto",
         *,
         compiled: bool = False,
+        cuda_graphs: bool = False,
     ) -> "Generator":
         """Load a model by name or folder. `device` None takes CUDA or MPS when present, else the CPU.
 
         `precision` is "fp32", "bf16", "fp16" (but for layers that are not good enough in it, which are tried first and
         named in the log), or "auto": what the device computes fastest, measured once. `compiled`
-        has torch compile the denoiser's blocks (see `compile_blocks`): for many requests, not for the first. Raises
+        has torch compile the denoiser's blocks (see `compile_blocks`): for many requests, not for the first.
+        `cuda_graphs` sends a step's kernels to a CUDA device as one, from a request's third step on. Raises
         `CheckpointError` when the model cannot be loaded, `ConfigError` for a device or precision that cannot be had.
         """
         place = choose_device(device)
+        if cuda_graphs and place.type != "cuda":
+            raise ConfigError(f"CUDA graphs have no effect on {place.type}: leave them out, or use a CUDA device.")
         chosen, dtype = choose_dtype(precision, place)
         half = dtype is torch.float16
         model = load_checkpoint(name, place, torch.float32 if half else dtype, encoder_later=True)
         if half:
             settle_in_fp16(model)
         generator = cls(model, chosen, os.fspath(name))
+        generator.cuda_graphs = cuda_graphs
         if compiled:
             compile_blocks(generator.model.dit)
             generator.compiled = True
@@ -214,7 +222,9 @@ class Generator:
         with torch.no_grad():
             start = starting_point(self.model, self.facts, request, init, inpaint, generator)
             with drawn_ahead(generator, draws_to_come(self.model, request, start), self.device):
-                latents_BCT = sample_latents(self.model, self.facts, self.stack, request, start, generator, callback)
+                latents_BCT = sample_latents(
+                    self.model, self.facts, self.stack, request, start, generator, callback, self.cuda_graphs
+                )
                 audio, shares = decode_audio(self.model, self.facts, request, latents_BCT, generator)
         warnings = [
             *truncated_prompts(self.model, request),
@@ -247,5 +257,5 @@ class Generator:
                 "inpaint_audio": None if inpaint is None else inpaint.record(),
             },
             "adapters": self.adapters,
-            "environment": {**environment(self.device), **({"compiled": True} if self.compiled else {})},
+            "environment": environment(self.device) | {way: True for way in WAYS if getattr(self, way)},
         }

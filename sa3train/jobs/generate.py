@@ -46,7 +46,8 @@ def generate(arguments: argparse.Namespace) -> int:
         raise RequestError(f"--no-half means --precision fp32, and --precision {arguments.precision} was given too.")
     precision = "fp32" if arguments.no_half else arguments.precision
     model = arguments.model or DEFAULT_MODEL
-    generator = Generator.from_pretrained(model, arguments.device, precision, compiled=arguments.compile)
+    ways = {"compiled": arguments.compile, "cuda_graphs": arguments.cuda_graphs}
+    generator = Generator.from_pretrained(model, arguments.device, precision, **ways)
     for adapter in adapters:
         generator.load_adapter(**adapter)
     result = generator.generate(_one_or_list(prompts), **settings)
@@ -64,7 +65,7 @@ def replay(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> in
     import torch
 
     from sa3train.inference.outputs import check_output
-    from sa3train.inference.pipeline import Generator
+    from sa3train.inference.pipeline import WAYS, Generator
     from sa3train.inference.replay import again, difference
     from sa3train.inference.sidecar import read_record
 
@@ -77,8 +78,8 @@ def replay(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> in
     check_output(output, record["subtype"])
     torch.set_num_threads(int(record["environment"]["threads"]))
     source = arguments.model or record["model"]["source"]
-    compiled = bool(record["environment"].get("compiled"))
-    generator = Generator.from_pretrained(source, arguments.device, record["precision"], compiled=compiled)
+    ways = {way: bool(record["environment"].get(way)) for way in WAYS}
+    generator = Generator.from_pretrained(source, arguments.device, record["precision"], **ways)
     result = again(generator, record, sidecar.parent)
     changed = difference(record, result, generator.device)
     if changed and arguments.output is None and output.exists():

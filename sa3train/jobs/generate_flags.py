@@ -148,6 +148,11 @@ def _add_model(group: Any) -> None:
         action="store_true",
         help="compile the denoiser: slow the first time, then faster steps; kept in the cache",
     )
+    group.add_argument(
+        "--cuda-graphs",
+        action="store_true",
+        help="NVIDIA only: send each step of the denoiser to the GPU as one (not tried on a card yet)",
+    )
     group.add_argument("--no-half", action="store_true", help="the public tool's name for --precision fp32")
 
 

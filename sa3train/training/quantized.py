@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sa3train.transfer import to_device
+
 BLOCK = 64
 LEAST = 4096
 """Weights of fewer values stay as they are."""
@@ -68,7 +70,7 @@ def to_nf4(W: Tensor) -> Codes:
     flat_N = W.detach().reshape(-1).float()
     blocks_KB = torch.nn.functional.pad(flat_N, (0, -len(flat_N) % BLOCK)).view(-1, BLOCK)
     scale_K1 = blocks_KB.abs().amax(dim=1, keepdim=True).clamp(min=1e-12)
-    table = torch.tensor(NF4, device=W.device)
+    table = to_device(torch.tensor(NF4), W.device)
     edges = (table[1:] + table[:-1]) / 2
     index_N = torch.bucketize((blocks_KB / scale_K1).reshape(-1), edges).to(torch.uint8)
     return Codes(index_N[0::2] << 4 | index_N[1::2], scale_K1, W.shape, W.dtype)
@@ -77,7 +79,7 @@ def to_nf4(W: Tensor) -> Codes:
 def from_nf4(q: Codes) -> Tensor:
     """The weight that `to_nf4` kept."""
     index_N = torch.stack((q.codes >> 4, q.codes & 15), dim=1).reshape(-1).long()
-    table = torch.tensor(NF4, device=q.codes.device)
+    table = to_device(torch.tensor(NF4), q.codes.device)
     values_KB = table[index_N].view(-1, BLOCK) * q.scales
     return values_KB.reshape(-1)[: q.shape.numel()].reshape(q.shape).to(q.dtype)
 

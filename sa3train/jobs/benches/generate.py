@@ -190,26 +190,38 @@ _PROGRAM = """
 import json, statistics, sys, torch
 from sa3train.inference import Generator
 from sa3train.jobs.benches.measure import PeakMemory, interleaved
-folder, device, dtype, threads, seconds, steps, repeats, prompt = sys.argv[1:]
+folder, device, dtype, threads, seconds, steps, repeats, prompt, graphs = sys.argv[1:]
 torch.set_num_threads(int(threads))
 with PeakMemory(device) as memory:
-    generator = Generator.from_pretrained(folder, device, dtype)
-    request = lambda: generator.generate(prompt, duration=float(seconds), steps=int(steps), seed=1)
+    generator = Generator.from_pretrained(folder, device, dtype, cuda_graphs=bool(int(graphs)))
+    request = lambda: generator.generate(prompt, duration=float(seconds), steps=int(steps), seed=1, return_latents=True)
     timings = interleaved({"request": request}, int(repeats), device)
-print(json.dumps({"seconds": timings.median("request"), "peak": memory.bytes}))
+found = {"seconds": timings.median("request"), "peak": memory.bytes}
+if generator.cuda_graphs:
+    recorded = request().latents.flatten().double()
+    generator.cuda_graphs = False
+    plain = request().latents.flatten().double()
+    found["likeness"] = float(torch.nn.functional.cosine_similarity(recorded, plain, dim=0))
+print(json.dumps(found))
 """
 
 
 def _whole(options: Options, arch: str, seconds: float) -> list[Figure]:
     """A request through `Generator.generate`: text, denoiser, decode, as a user waits for it."""
     settings = (random_checkpoint(arch), options.device, options.dtype, options.threads, seconds, options.steps)
-    found = run_apart(_PROGRAM, *settings, max(1, options.repeats // 2), PROMPT)
     what = f"{arch} {seconds:g} s, {options.steps} steps, {options.dtype}, whole request"
     bar, memory_bar = _cuda_bars(replace(options, arch=arch, seconds=seconds))
-    return [
-        Figure(f"{what} incl. text and decode", found["seconds"], "s", bar),
-        Figure(f"{what}: peak memory, weights included", found["peak"] / 1e9, "GB", memory_bar),
-    ]
+    figures = []
+    for graphs in (0, 1) if options.device.startswith("cuda") else (0,):
+        found = run_apart(_PROGRAM, *settings, max(1, options.repeats // 2), PROMPT, graphs)
+        name = f"{what} with CUDA graphs" if graphs else what
+        likeness = found.get("likeness")
+        note = "" if likeness is None else f"latents against those without: cosine similarity 1 − {1 - likeness:.1e}"
+        figures += [
+            Figure(f"{name}, incl. text and decode", found["seconds"], "s", bar, note=note),
+            Figure(f"{name}: peak memory, weights included", found["peak"] / 1e9, "GB", memory_bar),
+        ]
+    return figures
 
 
 def _cuda_bars(options: Options) -> tuple[float | None, float | None]:

@@ -1,0 +1,65 @@
+"""CUDA graphs: the kernels of a denoiser's step, recorded once in a request and sent to the device as one.
+
+A step of a small model is a thousand launches, which take the host longer than the device takes to compute them.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from sa3train.log import get_logger
+
+logger = get_logger(__name__)
+
+Step = Callable[[Tensor, Tensor], Tensor]
+
+
+class Recorded:
+    """`function(x, t)` for tensors of one shape: run as it is the first time, recorded the second, then replayed.
+
+    What it reads besides must stay where it is. Where recording fails, it goes on being run as it is, and says so.
+    """
+
+    def __init__(self, function: Step) -> None:
+        self.function = function
+        self._calls = 0
+        self._inputs: tuple[Tensor, Tensor] | None = None
+        self._replay: Callable[[], None] | None = None
+        self._output = torch.empty(0)
+
+    def __call__(self, x_BCT: Tensor, t_B: Tensor) -> Tensor:
+        self._calls += 1
+        if self._calls == 2:
+            self._record(x_BCT, t_B)
+        if self._replay is None or self._inputs is None:
+            return self.function(x_BCT, t_B)
+        for kept, given in zip(self._inputs, (x_BCT, t_B), strict=True):
+            kept.copy_(given)
+        self._replay()
+        return self._output.clone()  # samplers keep a velocity while they ask for the next
+
+    def _record(self, x_BCT: Tensor, t_B: Tensor) -> None:
+        inputs = (x_BCT.clone(), t_B.clone())
+        try:
+            self._replay, self._output = capture(self.function, inputs)
+            self._inputs = inputs
+        except RuntimeError as error:
+            logger.warning("the denoiser's steps could not be recorded (%s); they are launched one by one.", error)
+
+
+def capture(function: Step, inputs: tuple[Tensor, Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """What replays `function` on the memory of `inputs`, and the memory its output will be in.
+
+    Other threads may use the device meanwhile (noise is drawn into pinned memory by one).
+    """
+    graph, stream, current = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
+    stream.wait_stream(current)
+    with torch.cuda.stream(stream):
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            output = function(*inputs)
+        finally:
+            graph.capture_end()
+    current.wait_stream(stream)
+    return graph.replay, output
