@@ -168,12 +168,16 @@ class SelfAttention(nn.Module):
         self.q_norm = norm(HEAD_WIDTH)
         self.k_norm = norm(HEAD_WIDTH)
 
-    def forward(self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor], pattern: Pattern = None) -> Tensor:
+    def forward(
+        self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor], pattern: Pattern = None, kept: slice | None = None
+    ) -> Tensor:
+        """Of all tokens, or of those in `kept` alone."""
         streams_BLNHD = self.to_qkv(x_BLD).unflatten(-1, (self.streams, -1, HEAD_WIDTH))
         v_BLHD = streams_BLNHD[:, :, 2]
-        out_BLHD = self._branch(streams_BLNHD[:, :, :2], v_BLHD, rotary, pattern)
+        branch = self._branch if kept is None else functools.partial(self._kept, kept)
+        out_BLHD = branch(streams_BLNHD[:, :, :2], v_BLHD, rotary, pattern)
         if self.streams == 5:
-            out_BLHD = out_BLHD - self._branch(streams_BLNHD[:, :, 3:], v_BLHD, rotary, pattern)
+            out_BLHD = out_BLHD - branch(streams_BLNHD[:, :, 3:], v_BLHD, rotary, pattern)
         return self.to_out(out_BLHD.flatten(2))
 
     def _branch(self, pair_BLNHD: Tensor, v_BLHD: Tensor, rotary: tuple[Tensor, Tensor], pattern: Pattern) -> Tensor:
@@ -185,6 +189,16 @@ class SelfAttention(nn.Module):
             q_BLHD, k_BLHD = pair_BLNHD.unbind(dim=2)
             q_BLHD, k_BLHD = normed_and_turned(q_norm, q_BLHD, rotary), normed_and_turned(k_norm, k_BLHD, rotary)
         return attend(q_BLHD, k_BLHD, v_BLHD, pattern)
+
+    def _kept(
+        self, kept: slice, pair_BLNHD: Tensor, v_BLHD: Tensor, rotary: tuple[Tensor, Tensor], pattern: Pattern
+    ) -> Tensor:
+        """`_branch` for the kept queries; a pattern is of all queries, so there they are picked from its outcome."""
+        if pattern is not None:
+            return self._branch(pair_BLNHD, v_BLHD, rotary, pattern)[:, kept]
+        cos, sin = rotary
+        q_BLHD = normed_and_turned(self.q_norm, pair_BLNHD[:, kept, 0], (cos[kept], sin[kept]))
+        return attend(q_BLHD, normed_and_turned(self.k_norm, pair_BLNHD[:, :, 1], rotary), v_BLHD)
 
 
 class CrossAttention(nn.Module):

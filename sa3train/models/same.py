@@ -59,8 +59,16 @@ class Layer(nn.Module):
         self.ff = FeedForward(config.width, config.ff_mult, activation)
         self.rope = Rotary()
 
-    def forward(self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor], pattern: Window | None = None) -> Tensor:
-        x_BLD = x_BLD + self.self_attn(self.pre_norm(x_BLD), rotary, pattern)
+    def forward(
+        self,
+        x_BLD: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        pattern: Window | None = None,
+        kept: slice | None = None,
+    ) -> Tensor:
+        """All tokens, or those in `kept` alone: nothing is then made of the others."""
+        attended_BLD = self.self_attn(self.pre_norm(x_BLD), rotary, pattern, kept)
+        x_BLD = (x_BLD if kept is None else x_BLD[:, kept]) + attended_BLD
         return x_BLD + self.ff(self.ff_norm(x_BLD))
 
 
@@ -144,39 +152,59 @@ class Resampler(nn.Module):
         tokens_LD = torch.cat((x_LD.unflatten(0, (-1, self.raw)), new_GND), dim=1).flatten(0, 1)
         lengths = tuple(count * size for count in groups)
         run = self._in_window if self.config.window is not None else self._in_chunks
+        if self.direction == "encoder" and (self.config.window is not None or self.groups_per_chunk % 2 == 0):
+            return run(
+                tokens_LD, lengths, slice(self.raw, None, size)
+            )  # one token of 17: the last layer makes no other
         return run(tokens_LD, lengths).unflatten(0, (-1, size))[:, self.raw :].flatten(0, 1)
 
-    def _in_window(self, tokens_LD: Tensor, lengths: tuple[int, ...]) -> Tensor:
+    def _in_window(self, tokens_LD: Tensor, lengths: tuple[int, ...], kept: slice | None = None) -> Tensor:
         assert self.config.window is not None
         pattern = Window(lengths, self.config.window * (self.raw + self.new))
         positions = torch.cat([torch.arange(length, device=tokens_LD.device) for length in lengths])
-        return self._run(self.transformers, tokens_LD[None], positions, pattern)[0]
+        return self._run(self.transformers, tokens_LD[None], positions, pattern, kept)[0]
 
-    def _in_chunks(self, tokens_LD: Tensor, lengths: tuple[int, ...]) -> Tensor:
-        """First half of the layers in chunks, second half in chunks that lie half a chunk further."""
+    def _in_chunks(self, tokens_LD: Tensor, lengths: tuple[int, ...], kept: slice | None = None) -> Tensor:
+        """First half of the layers in chunks, second half in chunks that lie half a chunk further.
+
+        `kept` is of the tokens of a chunk, and the same wherever a chunk begins.
+        """
         size = self.groups_per_chunk * (self.raw + self.new)
         half, middle = size // 2, len(self.transformers) // 2
         positions = torch.arange(size, device=tokens_LD.device)
         tokens_LD = self._run_chunks(self.transformers[:middle], tokens_LD.unflatten(0, (-1, size)), positions)
         parts = tokens_LD.split(lengths)
         shifted_LD = torch.cat([piece for part in parts for piece in (part[:half], part, part[-half:])])
-        shifted_LD = self._run_chunks(self.transformers[middle:], shifted_LD.unflatten(0, (-1, size)), positions)
-        parts = shifted_LD.split([length + 2 * half for length in lengths])
-        return torch.cat([part[half : part.shape[0] - half] for part in parts])
+        shifted_LD = self._run_chunks(self.transformers[middle:], shifted_LD.unflatten(0, (-1, size)), positions, kept)
+        share = 1 if kept is None else kept.step
+        parts = shifted_LD.split([(length + 2 * half) // share for length in lengths])
+        return torch.cat([part[half // share : part.shape[0] - half // share] for part in parts])
 
-    def _run_chunks(self, layers: nn.ModuleList, x_BLD: Tensor, positions_L: Tensor) -> Tensor:
+    def _run_chunks(
+        self, layers: nn.ModuleList, x_BLD: Tensor, positions_L: Tensor, kept: slice | None = None
+    ) -> Tensor:
         """Chunks know nothing of each other: on a CPU so many at a time that what layers make of them stays in cache.
 
         Returns them end to end.
         """
         step = max(1, TOKENS_IN_CACHE // x_BLD.shape[1]) if x_BLD.device.type == "cpu" else len(x_BLD)
-        return torch.cat([self._run(layers, part, positions_L).flatten(0, 1) for part in x_BLD.split(step)])
+        parts = x_BLD.split(step)
+        return torch.cat([self._run(layers, part, positions_L, kept=kept).flatten(0, 1) for part in parts])
 
-    def _run(self, layers: nn.ModuleList, x_BLD: Tensor, positions_L: Tensor, pattern: Window | None = None) -> Tensor:
+    def _run(
+        self,
+        layers: nn.ModuleList,
+        x_BLD: Tensor,
+        positions_L: Tensor,
+        pattern: Window | None = None,
+        kept: slice | None = None,
+    ) -> Tensor:
+        """All layers; the last gives the kept tokens alone."""
         rotary: tuple[Tensor, Tensor] | None = None
-        for layer in layers:
+        last = len(layers) - 1
+        for index, layer in enumerate(layers):
             rotary = rotary or layer.rope(positions_L)  # type: ignore[operator]
-            x_BLD = layer(x_BLD, rotary, pattern)
+            x_BLD = layer(x_BLD, rotary, pattern, kept if index == last else None)
         return x_BLD
 
 

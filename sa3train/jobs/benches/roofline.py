@@ -113,7 +113,7 @@ def same_encode(config: AutoencoderConfig, frames: int, batch: int = 1) -> Cost:
     stack, patch = config.encoder, config.audio_channels * config.patch_size
     groups = _whole_groups(stack, frames) * batch
     mapping = linear(groups * stack.stride, patch * (3 if stack.conv_mapping else 1), stack.width)
-    return mapping + _layers(stack, groups, batch) + linear(groups, stack.width, stack.latent_width)
+    return mapping + _layers(stack, groups, batch, ends_in_one=True) + linear(groups, stack.width, stack.latent_width)
 
 
 def same_decode(config: AutoencoderConfig, frames: int, batch: int = 1) -> Cost:
@@ -129,8 +129,11 @@ def _whole_groups(stack: StackConfig, frames: int) -> int:
     return -(-frames // unit) * unit
 
 
-def _layers(stack: StackConfig, groups: int, batch: int) -> Cost:
-    """A resampler's transformer over groups of stride + 1 tokens; the chunked kind's second half has a chunk more."""
+def _layers(stack: StackConfig, groups: int, batch: int, ends_in_one: bool = False) -> Cost:
+    """A resampler's transformer over groups of stride + 1 tokens; the chunked kind's second half has a chunk more.
+
+    `ends_in_one`: the last layer makes one token of each group; in a window its attention is that of all.
+    """
     size, width, inner = stack.stride + 1, stack.width, int(stack.width * stack.ff_mult)
     tokens = float(groups * size)
     if stack.window is None:
@@ -141,8 +144,10 @@ def _layers(stack: StackConfig, groups: int, batch: int) -> Cost:
     cost = Cost()
     for index in range(stack.depth):
         rows = shifted if index >= stack.depth // 2 else tokens
-        cost += linear(rows, width, 5 * width) + attention(rows, keys, width, 2) + linear(rows, width, width)
-        cost += linear(rows, width, 2 * inner) + linear(rows, inner, width)
+        made = rows / size if ends_in_one and index == stack.depth - 1 else rows
+        queries = made if stack.window is None else rows
+        cost += linear(rows, width, 5 * width) + attention(queries, keys, width, 2) + linear(made, width, width)
+        cost += linear(made, width, 2 * inner) + linear(made, inner, width)
     return cost
 
 
