@@ -11,6 +11,9 @@ from torch import Tensor
 _AHEAD: dict[int, "queue.Queue[Tensor | BaseException]"] = {}
 """By the generator's id: what its thread has drawn."""
 
+DRAWN_AHEAD = 16
+"""Tensors that wait to be taken at most: a sampler's steps, or some chunks of a decoder (8 MB each in medium)."""
+
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """`tensor` on `device`. From the CPU to CUDA through pinned memory, which alone is copied without a wait."""
@@ -67,28 +70,35 @@ def drawn_ahead(
     if not shapes or not pays_ahead(device):
         yield
         return
-    ready: queue.Queue[Tensor | BaseException] = queue.Queue()
+    if id(generator) in _AHEAD:
+        raise RuntimeError("the numbers of this generator are being drawn ahead already.")
+    ready: queue.Queue[Tensor | BaseException] = queue.Queue(DRAWN_AHEAD)
     stop = threading.Event()
+
+    def put(drawn: Tensor | BaseException) -> None:
+        while not stop.is_set():
+            with contextlib.suppress(queue.Full):
+                return ready.put(drawn, timeout=0.05)
 
     def draw() -> None:
         try:
             for shape in shapes:
                 if stop.is_set():
                     return
-                ready.put(torch.randn(shape, generator=generator, pin_memory=_pins(device)))
-            ready.put(RuntimeError(f"more was drawn than the {len(shapes)} announced: a mistake in sa3train."))
+                put(torch.randn(shape, generator=generator, pin_memory=_pins(device)))
+            put(RuntimeError(f"more was drawn than the {len(shapes)} announced: a mistake in sa3train."))
         except BaseException as error:  # noqa: BLE001 (it is raised where the numbers are asked for)
-            ready.put(error)
+            put(error)
 
     thread = threading.Thread(target=draw, name="draws", daemon=True)
-    _AHEAD[id(generator)] = ready
-    thread.start()
     try:
+        _AHEAD[id(generator)] = ready
+        thread.start()
         yield
     finally:
         stop.set()
+        _AHEAD.pop(id(generator), None)
         thread.join()
-        del _AHEAD[id(generator)]
 
 
 def pays_ahead(device: torch.device | str) -> bool:

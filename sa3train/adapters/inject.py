@@ -80,6 +80,12 @@ class Injected:
         """The trainable parameters, in a fixed order."""
         return list(self.named_parameters().values())
 
+    @property
+    def worked_out_bytes(self) -> int:
+        """Bytes that are held beside the parameters where layers are worked out together (on a GPU)."""
+        found = {id(each): each for layer in self.layers.values() for each in getattr(layer, "together", {}).values()}
+        return sum(each.nbytes for each in found.values())
+
     def param_groups(self, lr: float, ratio: float = 1.0) -> list[dict[str, Any]]:
         """Optimizer groups; with LoRA+ `ratio`, the B matrices learn at `lr` × ratio (Hayou et al. 2024).
 

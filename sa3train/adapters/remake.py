@@ -3,7 +3,7 @@
 An adapter needs its layer's input in the backward pass. When that input is a product a·b or silu(a), the multiplication
 before it keeps a and b anyway, so keeping them costs nothing and the input is multiplied again, to the same bits.
 The step before may also say itself how: an autograd Function with a `remake` takes its own saved tensors, as the norms
-of `models.blocks` do.
+of `models.norms` do.
 """
 
 from collections.abc import Callable, Sequence

@@ -6,6 +6,7 @@ the products with each W are made layer by layer. Columns are the rows of Vᵀ =
 Shape suffixes: N layers, O rows (out), I columns (in), R rank; for columns O and I change places.
 """
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -76,6 +77,13 @@ class Ready:
     less_1: Tensor | None = None
     divisor: Tensor | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all of them, and of the product with W that the gain's gradient needs: as large as a factor."""
+        gains = [each for each in (self.gain, self.less_1, self.divisor) if each is not None]
+        product = (self.B_OR if self.member.by_rows else self.A_RI).nbytes if gains else 0
+        return self.A_RI.nbytes + self.B_OR.nbytes + product + sum(each.nbytes for each in gains)
+
 
 class Layer(Protocol):
     """What is asked of an adapted layer."""
@@ -87,7 +95,11 @@ class Layer(Protocol):
 
 
 class Together:
-    """All layers of an adapter. Each forward pass works everything out anew, at the first layer that asks."""
+    """All layers of an adapter. Each forward pass works everything out anew, at the first layer that asks.
+
+    A pass is known by a layer that asks again. After a pass of some layers, one of the others goes on with it: change
+    parameters behind torch's back (through `.data`) only between passes of the same layers.
+    """
 
     def __init__(self, layers: Sequence[Layer], name: str) -> None:
         self.layers, self.name = layers, name
@@ -109,6 +121,15 @@ class Together:
             self._work_out()
         self._asked.add(layer)
         return self._ready.get(layer)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Together":
+        """For copies of the layers, with nothing worked out."""
+        return Together(copy.deepcopy(self.layers, memo), self.name)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what was worked out last, which autograd does not count."""
+        return sum(ready.nbytes for ready in self._ready.values())
 
     def _work_out(self) -> None:
         members = {layer: layer.member(self.name) for layer in self.layers}
@@ -153,13 +174,15 @@ class _Gains(Function):
         gain_NO = _magnitudes(members) / norm_NO
         # Not by save_for_backward: the first layer that asks may be in a checkpointed block, which would drop them.
         ctx.product_NOR, ctx.norm_NO = product_NOR.to(members[0].frozen.weight.dtype), norm_NO
-        ctx.members = members
+        ctx.members, ctx.states = members, [member.state for member in members]
         return gain_NO
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
         members, scale = ctx.members, ctx.members[0].scale
+        if [member.state for member in members] != ctx.states:
+            raise RuntimeError("an adapter was changed in place between a forward pass and its backward pass.")
         left_NOR, right_NRI = _factors(members)
         gain_NO = _magnitudes(members) / ctx.norm_NO
         magnitude_NO, square_NO = gain_gradients(grad_NO, gain_NO, ctx.norm_NO)

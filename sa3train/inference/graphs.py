@@ -3,6 +3,7 @@
 A step of a small model is a thousand launches, which take the host longer than the device takes to compute them.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -45,21 +46,31 @@ class Recorded:
             self._replay, self._output = capture(self.function, inputs)
             self._inputs = inputs
         except RuntimeError as error:
-            logger.warning("the denoiser's steps could not be recorded (%s); they are launched one by one.", error)
+            why = error.__context__ or error  # ending a recording that has failed is an error too, and says less
+            logger.warning("the denoiser's steps could not be recorded (%s); they are launched one by one.", why)
 
 
 def capture(function: Step, inputs: tuple[Tensor, Tensor]) -> tuple[Callable[[], None], Tensor]:
     """What replays `function` on the memory of `inputs`, and the memory its output will be in.
 
-    Other threads may use the device meanwhile (noise is drawn into pinned memory by one).
+    Other threads may use the device meanwhile (noise is drawn into pinned memory by one). Waits for the device once.
     """
-    graph, stream, current = torch.cuda.CUDAGraph(), torch.cuda.Stream(), torch.cuda.current_stream()
-    stream.wait_stream(current)
-    with torch.cuda.stream(stream):
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            output = function(*inputs)
-        finally:
-            graph.capture_end()
-    current.wait_stream(stream)
-    return graph.replay, output
+    device = inputs[0].device
+    graph = torch.cuda.CUDAGraph()
+    with (
+        torch.cuda.device(device),
+        torch.cuda.graph(graph, stream=_recording_stream(device), capture_error_mode="thread_local"),
+    ):
+        output = function(*inputs)
+
+    def replay() -> None:
+        with torch.cuda.device(device):
+            graph.replay()
+
+    return replay, output
+
+
+@functools.cache
+def _recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all recordings of a device: cuBLAS keeps memory for every stream it has seen."""
+    return torch.cuda.Stream(device)

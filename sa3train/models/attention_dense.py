@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sa3train.models.patterns import Packed, Padded, Pattern, Window
+from sa3train.transfer import to_device
 
 WINDOW_BLOCK = 64
 Rows = Callable[..., Tensor]  # (q_BLHD, k_BMHD, v_BMHD, mask broadcastable to BHLM or None) -> BLHD
@@ -114,4 +115,5 @@ def window_blocks(lengths: tuple[int, ...], radius: int, device: torch.device) -
         places.append(torch.arange(length) + blocks * size)
         start, blocks = start + length, blocks + count
     found = (torch.cat(queries), torch.cat(keys), torch.cat(visible), torch.cat(places))
-    return found[0].to(device), found[1].to(device), found[2].to(device), found[3].to(device)
+    first, second, third, fourth = (to_device(tensor, device) for tensor in found)
+    return first, second, third, fourth

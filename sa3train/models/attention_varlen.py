@@ -55,7 +55,9 @@ def _flash_kernel(
 VARLEN_KERNELS: dict[str, VarlenKernel] = {"varlen": _torch_kernel, "flash": _flash_kernel}
 
 
-@functools.lru_cache(maxsize=32)
+@functools.lru_cache(
+    maxsize=32
+)  # let go of in time: nothing that CUDA graphs record may read them (see inference.graphs)
 @torch.inference_mode(mode=False)
 def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
     return to_device(torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32), device)

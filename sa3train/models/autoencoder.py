@@ -4,6 +4,7 @@ Shape legend: B batch, C audio channels or latent channels, N samples, P patches
 T latent frames, L rows of all items laid end to end.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 
 import torch
@@ -15,6 +16,7 @@ from sa3train.models.config import AutoencoderConfig
 from sa3train.models.fingerprints import fingerprint_of
 from sa3train.models.same import Stack, draw_noise
 
+_COMPLETING = threading.Lock()
 BOTTLENECK_NOISE = 0.001
 CHUNK_SIZE, OVERLAP = 128, 32
 WIDE_CHUNKS = 4
@@ -111,9 +113,13 @@ class Autoencoder(nn.Module):
         return -(-samples // (self.downsampling_ratio * groups)) * groups
 
     def _complete(self) -> None:
-        if self.later is not None:
-            self.later(self.encoder, self.device, self.dtype)
-            self.later = None
+        with (
+            _COMPLETING,
+            torch.inference_mode(mode=False),
+        ):  # weights are no inference tensors, whoever needs them first
+            if self.later is not None:
+                self.later(self.encoder, self.device, self.dtype)
+                self.later = None
 
     def encode(
         self,

@@ -71,29 +71,29 @@ class Rotary(nn.Module):
         return angles.cos(), angles.sin()
 
 
-def whole_head(rotary: tuple[Tensor, Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin for all of a head's dimensions, (L, 1, 64) in `dtype`, which turn it in fewer passes (`rotate`).
+def whole_head(rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """cos and sin for all of a head's dimensions, (L, 1, 64), which turn it in fewer passes (`rotate`).
 
     Signs are in the sine; the dimensions that are not turned have cosine 1 and sine 0.
     """
     cos_L1R, sin_L1R = rotary
     rest = HEAD_WIDTH - ROTARY_WIDTH
     signed_L1R = torch.cat((-sin_L1R[..., : ROTARY_WIDTH // 2], sin_L1R[..., ROTARY_WIDTH // 2 :]), dim=-1)
-    return F.pad(cos_L1R, (0, rest), value=1.0).to(dtype), F.pad(signed_L1R, (0, rest)).to(dtype)
+    return F.pad(cos_L1R, (0, rest), value=1.0), F.pad(signed_L1R, (0, rest))
 
 
 def rotate(x_BLHD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Half-split rotation of the first 32 of each head's dimensions, in fp32; by tables of `whole_head` in their dtype.
+    """Half-split rotation of the first 32 of each head's dimensions, in fp32; the tables may be those of `whole_head`.
 
     Any number of dimensions may lie between L and D.
     """
     cos, sin = rotary
     if cos.shape[-1] == HEAD_WIDTH:
         between = (1,) * (x_BLHD.ndim - 3)
-        cos, sin = (table.to(x_BLHD.dtype).view(-1, *between, HEAD_WIDTH) for table in rotary)
+        cos, sin = (table.view(-1, *between, HEAD_WIDTH) for table in rotary)
         half = ROTARY_WIDTH // 2
         swapped = (x_BLHD[..., half:ROTARY_WIDTH], x_BLHD[..., :half], x_BLHD[..., ROTARY_WIDTH:])
-        return torch.addcmul(x_BLHD * cos, torch.cat(swapped, dim=-1), sin)
+        return torch.addcmul(x_BLHD * cos, torch.cat(swapped, dim=-1), sin).to(x_BLHD.dtype)
     turned, kept = x_BLHD[..., :ROTARY_WIDTH].float(), x_BLHD[..., ROTARY_WIDTH:]
     first, second = turned.chunk(2, dim=-1)
     turned = turned * cos + torch.cat((-second, first), dim=-1) * sin

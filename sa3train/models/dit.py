@@ -128,7 +128,7 @@ class Transformer(nn.Module):
         modulations = self._modulations(global_SD)
         rotary = self.rotary_pos_emb(layout.positions(x_BLD.device))
         if norms.few_passes(x_BLD):
-            rotary = whole_head(rotary, x_BLD.dtype)
+            rotary = whole_head(rotary)
         pattern = layout.cross_pattern(prepared.context_length)
         for block, modulation, conditions in zip(self.layers, modulations, prepared.blocks, strict=True):
             arguments = (x_BLD, modulation, conditions, rotary, layout, pattern)

@@ -142,7 +142,7 @@ def make_plan(
     state = STATE_BYTES.get(optimizer, 8)
     fixed = {
         "weights": weight_bytes(module.root) + (coded_bytes or 0),
-        "adapter": 4 * values,
+        "adapter": 4 * values + module.injected.worked_out_bytes,
         "gradients": 4 * values,
         "optimizer": state * values,
         "average": 4 * values if module.average is not None else 0,

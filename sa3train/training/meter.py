@@ -60,7 +60,10 @@ class Meter(lightning.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the sums."""
-        self._sums, self._counts = dict(state_dict["sums"]), dict(state_dict["counts"])
+        sums = dict(state_dict["sums"])
+        counts = state_dict.get("counts", sums)  # once they were all sums, on the device
+        self._sums = {name: sums[name] for name in _SUMS if name in sums}
+        self._counts = {name: int(counts[name]) for name in _COUNTS}
         self._level_loss_N, self._level_count_N = state_dict["loss"], state_dict["count"]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:

@@ -45,4 +45,5 @@ def shard_base(root: nn.Module) -> None:
     for layer, weight in users(root):
         if weight.numel() >= LEAST and not weight.requires_grad:
             whole = {parameter for parameter in layer.parameters() if parameter is not weight}
-            fully_shard(layer, mesh=mesh, ignored_params=whole)
+            # Each layer is a root of its own, and roots stay whole after a forward pass unless told otherwise.
+            fully_shard(layer, mesh=mesh, ignored_params=whole, reshard_after_forward=True)

@@ -53,6 +53,23 @@ def test_leaving_early_ends_the_thread() -> None:
     assert not transfer._AHEAD
 
 
+def test_one_thread_a_generator() -> None:
+    generator = seeded()
+    with drawn_ahead(generator, SHAPES, "cpu"):
+        with pytest.raises(RuntimeError, match="already"), drawn_ahead(generator, SHAPES, "cpu"):
+            pass
+        assert torch.equal(normal(SHAPES[0], generator, "cpu"), normal(SHAPES[0], seeded(), "cpu"))
+
+
+def test_no_more_waits_than_the_room_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transfer, "DRAWN_AHEAD", 2)
+    ahead, plain = seeded(), seeded()
+    with drawn_ahead(ahead, [(2,)] * 9, "cpu"):
+        assert transfer._AHEAD[id(ahead)].maxsize == 2
+        found = [normal((2,), ahead, "cpu") for _ in range(9)]
+    assert torch.equal(torch.stack(found), torch.stack([normal((2,), plain, "cpu") for _ in range(9)]))
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize("name", ["plain", "diff"])
 def test_decoders_announce_what_they_draw(name: str, chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:

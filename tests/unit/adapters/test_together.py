@@ -1,6 +1,10 @@
 """All layers worked out at once: the same outputs and gradients as layer by layer, in every pass of a training."""
 
+import copy
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -156,3 +160,72 @@ def test_where_a_weight_is_not_at_hand_layers_work_alone(small: MakeSmall) -> No
         owner.register_forward_pre_hook(fill)  # type: ignore[attr-defined]
     for _ in range(2):
         assert_close(gradients(model, injected), expected)
+
+
+SHARDED = """
+import runpy, sys, torch
+from sa3train.adapters import layers
+from sa3train.adapters.inject import inject
+from sa3train.adapters.spec import AdapterSpec
+from sa3train.training import sharded
+
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
+Small, kind = runpy.run_path(sys.argv[2])["Small"], sys.argv[3]
+layers.few_launches, sharded.LEAST = lambda x: True, 1
+
+def made():
+    model = Small()
+    injected = inject(model, AdapterSpec(kind, rank=2))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in injected.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model, lambda: torch.autograd.grad(model().square().sum(), injected.parameters())
+
+_, gradients = made()
+expected = gradients()
+model, gradients = made()
+sharded.shard_base(model)
+for _ in range(2):
+    for mine, theirs in zip(gradients(), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=0)
+    with torch.no_grad():
+        model()
+    model()  # and a pass with gradients that no backward pass follows, as the memory plan makes it
+    whole = [name for name, weight in model.named_parameters() if type(weight.data) is torch.Tensor and "base" in name
+             and weight.ndim > 1]
+    assert not whole, f"gathered, and left so: {whole}"
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sharded_base_is_whole_only_while_its_layers_run(kind: str, tmp_path: Path) -> None:
+    small = Path(__file__).with_name("conftest.py")
+    command = [sys.executable, "-c", SHARDED, str(tmp_path / "store"), str(small), kind]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_change_in_place_before_the_backward_pass_is_refused(small: MakeSmall) -> None:
+    model = small()
+    injected = moved(model, AdapterSpec("dora-rows", rank=2))
+    loss = model().square().sum()
+    with torch.no_grad():
+        injected.parameters()[0].add_(1.0)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        loss.backward()
+
+
+def test_a_model_that_has_been_run_can_be_copied(small: MakeSmall) -> None:
+    model = small()
+    injected = moved(model, AdapterSpec("dora-rows", rank=2))
+    expected = gradients(model, injected)
+    twin = copy.deepcopy(model)
+    parameters = [parameter for parameter in twin.parameters() if parameter.requires_grad]
+    found = torch.autograd.grad(twin().float().square().sum(), parameters)
+    mine = dict(zip([name for name, p in model.named_parameters() if p.requires_grad], found, strict=True))
+    for path, gradient in zip(injected.named_parameters(), expected, strict=True):
+        name = next(key for key in mine if key.replace(".default", "") == path)
+        torch.testing.assert_close(mine[name], gradient)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from sa3train.adapters import layers
 from sa3train.adapters.inject import inject
 from sa3train.adapters.spec import AdapterSpec
 from sa3train.models.checkpoint import load_checkpoint
@@ -58,6 +59,15 @@ def test_counting_lets_go_of_what_was_kept() -> None:
 
     kept_for_backward(root, run, nn.ModuleList())
     assert made[0]() is None
+
+
+def test_what_layers_work_out_together_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = plan(build())
+    monkeypatch.setattr(layers, "few_launches", lambda x: True)
+    module = build()
+    together = plan(module)
+    factors = sum(4 * parameter.numel() for name, parameter in module.trained.items())
+    assert together.adapter == plain.adapter + factors, "A and s·B of lora, in the base's dtype, which is fp32 here"
 
 
 def test_short_trials_tell_what_a_long_clip_takes(monkeypatch: pytest.MonkeyPatch) -> None:
