@@ -53,15 +53,19 @@ class Recorded:
 def capture(function: Step, inputs: tuple[Tensor, Tensor]) -> tuple[Callable[[], None], Tensor]:
     """What replays `function` on the memory of `inputs`, and the memory its output will be in.
 
-    Other threads may use the device meanwhile (noise is drawn into pinned memory by one). Waits for the device once.
+    Other threads may use the device meanwhile (noise is drawn into pinned memory by one). Not by `torch.cuda.graph`,
+    which first gives back all cached memory, pinned memory too: a request would pay for that more than it gains.
     """
     device = inputs[0].device
-    graph = torch.cuda.CUDAGraph()
-    with (
-        torch.cuda.device(device),
-        torch.cuda.graph(graph, stream=_recording_stream(device), capture_error_mode="thread_local"),
-    ):
-        output = function(*inputs)
+    graph, stream, current = torch.cuda.CUDAGraph(), _recording_stream(device), torch.cuda.current_stream(device)
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        stream.wait_stream(current)
+        graph.capture_begin(capture_error_mode="thread_local")
+        try:
+            output = function(*inputs)
+        finally:
+            graph.capture_end()
+    current.wait_stream(stream)
 
     def replay() -> None:
         with torch.cuda.device(device):

@@ -107,8 +107,7 @@ def test_a_request_ends_and_waits_once_for_its_audio(generated: Any, name: str) 
     assert [channels for channels, _ in seen["shapes"]] == [2] * len(REQUESTS[name])
     assert [samples for _, samples in seen["shapes"]] == REQUESTS[name]
     assert seen["launches"] > 0
-    recordings = 1 if name == "cuda graphs" else 0  # before it records, torch waits for all that was launched
-    assert len(seen["waits"]) == 1 + recordings, "\n".join(seen["waits"])
+    assert len(seen["waits"]) == 1, "\n".join(seen["waits"])
 
 
 @pytest.mark.parametrize("name", TRAININGS)
