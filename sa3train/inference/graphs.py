@@ -5,6 +5,8 @@ A step of a small model is a thousand launches, which take the host longer than 
 
 import functools
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,15 +59,8 @@ def capture(function: Step, inputs: tuple[Tensor, Tensor]) -> tuple[Callable[[],
     which first gives back all cached memory, pinned memory too: a request would pay for that more than it gains.
     """
     device = inputs[0].device
-    graph, stream, current = torch.cuda.CUDAGraph(), _recording_stream(device), torch.cuda.current_stream(device)
-    with torch.cuda.device(device), torch.cuda.stream(stream):
-        stream.wait_stream(current)
-        graph.capture_begin(capture_error_mode="thread_local")
-        try:
-            output = function(*inputs)
-        finally:
-            graph.capture_end()
-    current.wait_stream(stream)
+    place = _place(device)
+    graph, output = _recorded(lambda: function(*inputs), device, place.stream, place.anchor.pool())
 
     def replay() -> None:
         with torch.cuda.device(device):
@@ -74,7 +69,33 @@ def capture(function: Step, inputs: tuple[Tensor, Tensor]) -> tuple[Callable[[],
     return replay, output
 
 
+def _recorded(
+    function: Callable[[], Tensor], device: torch.device, stream: torch.cuda.Stream, pool: Any = None
+) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+    graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
+    with torch.cuda.device(device), torch.cuda.stream(stream):
+        stream.wait_stream(current)
+        graph.capture_begin(pool, capture_error_mode="thread_local")
+        try:
+            output = function()
+        finally:
+            graph.capture_end()
+    current.wait_stream(stream)
+    return graph, output
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where recordings are made: one stream, since cuBLAS keeps memory for every stream it has seen, and the memory of
+    a first graph, which stays, so that each request records into the memory of the last.
+    """
+
+    stream: torch.cuda.Stream
+    anchor: torch.cuda.CUDAGraph
+
+
 @functools.cache
-def _recording_stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all recordings of a device: cuBLAS keeps memory for every stream it has seen."""
-    return torch.cuda.Stream(device)
+def _place(device: torch.device) -> Place:
+    stream = torch.cuda.Stream(device)
+    anchor, _ = _recorded(lambda: torch.zeros(1, device=device), device, stream)
+    return Place(stream, anchor)
