@@ -12,11 +12,11 @@ from torch.autograd.function import Function, once_differentiable
 
 from sa3train.adapters.products import wide_product
 from sa3train.adapters.remake import Recipe
-from sa3train.adapters.together import Ready
+from sa3train.adapters.together import Gain, Ready
 
 
 class GainedProduct(Function):
-    """See the top of the file. Differentiable in x, its dropped-out twin, A, B and the gain."""
+    """See the top of the file. Differentiable in x, its dropped-out twin, A, B and the gains."""
 
     @staticmethod
     def forward(
@@ -25,12 +25,13 @@ class GainedProduct(Function):
         dropped_TI: Tensor | None,
         A_RI: Tensor,
         B_OR: Tensor,
-        gain: Tensor | None,
+        gain_O: Tensor | None,
+        gain_I: Tensor | None,
         ready: Ready,
         recipe: Recipe | None,
         bias_O: Tensor | None,
     ) -> Tensor:
-        less_O, less_I = _by_side(ready)
+        less_O, less_I = _less_1(ready.rows), _less_1(ready.columns)
         scaled_TI = _gained(x_TI, less_I)
         low_TI = scaled_TI if dropped_TI is None else _gained(dropped_TI, less_I)
         W_OI = ready.member.frozen.W_OI
@@ -42,11 +43,11 @@ class GainedProduct(Function):
             y_TO.addcmul_(y_TO, less_O)
             if bias_O is not None:
                 y_TO += bias_O
-        _, _, wants_A, _, wants_gain, *_ = ctx.needs_input_grad
-        keep_x = (wants_A and dropped_TI is None) or (wants_gain and less_I is not None)
+        _, _, wants_A, _, wants_O, wants_I, *_ = ctx.needs_input_grad
+        keep_x = (wants_A and dropped_TI is None) or wants_I
         ctx.save_for_backward(
             x_TI if keep_x and recipe is None else None, dropped_TI, u_TR,
-            y_TO if wants_gain and less_O is not None else None,
+            y_TO if wants_O else None,
             *(recipe.sources if keep_x and recipe is not None else ()),
         )  # fmt: skip
         ctx.ready, ctx.recipe, ctx.bias_O, ctx.shape = ready, recipe, bias_O, x_TI.shape
@@ -59,12 +60,10 @@ class GainedProduct(Function):
         if sources:
             x_TI = ctx.recipe.make(sources).reshape(ctx.shape)
         ready, member = ctx.ready, ctx.ready.member
-        wants_x, wants_dropped, wants_A, wants_B, wants_gain, *_ = ctx.needs_input_grad
-        less_O, less_I = _by_side(ready)
-        grad_gain = None
-        if wants_gain and less_O is not None:
-            grad_gain = _gradient_of_rows(dy_TO, y_TO, ctx.bias_O, ready)
-        dz_TO = _gained(dy_TO, less_O)
+        wants_x, wants_dropped, wants_A, wants_B, wants_O, wants_I, *_ = ctx.needs_input_grad
+        less_I = _less_1(ready.columns)
+        grad_O = _gradient_of_rows(dy_TO, y_TO, ctx.bias_O, ready) if wants_O else None
+        dz_TO = _gained(dy_TO, _less_1(ready.rows))
         du_TR = dz_TO @ ready.B_OR
         dB = wide_product(dz_TO.T, u_TR) if wants_B else None
         if dB is not None and member.scale != 1:
@@ -72,24 +71,25 @@ class GainedProduct(Function):
         low_TI = _gained(x_TI if dropped_TI is None else dropped_TI, less_I) if wants_A else None
         dA = None if low_TI is None else wide_product(du_TR.T, low_TI)
         dx = dropped = None
-        if wants_x or (wants_gain and less_I is not None):
+        if wants_x or wants_I:
             dx = dz_TO @ member.frozen.W_OI
             if dropped_TI is None:
                 dx.addmm_(du_TR, ready.A_RI)
-        if dropped_TI is not None and (wants_dropped or (wants_gain and less_I is not None)):
+        if dropped_TI is not None and (wants_dropped or wants_I):
             dropped = du_TR @ ready.A_RI
-        if wants_gain and less_I is not None and dx is not None:
-            grad_gain = (dx * x_TI).sum(dim=0, dtype=torch.float32)
+        grad_I = None
+        if wants_I and dx is not None:
+            grad_I = (dx * x_TI).sum(dim=0, dtype=torch.float32)
             if dropped is not None:
-                grad_gain += (dropped * dropped_TI).sum(dim=0, dtype=torch.float32)
+                grad_I += (dropped * dropped_TI).sum(dim=0, dtype=torch.float32)
         dx = None if dx is None else _gained(dx, less_I)
         dropped = None if dropped is None else _gained(dropped, less_I)
-        return dx if wants_x else None, dropped if wants_dropped else None, dA, dB, grad_gain, None, None, None
+        dx, dropped = dx if wants_x else None, dropped if wants_dropped else None
+        return dx, dropped, dA, dB, grad_O, grad_I, None, None, None
 
 
-def _by_side(ready: Ready) -> tuple[Tensor | None, Tensor | None]:
-    """gain − 1 of rows and of columns, whichever there is."""
-    return (ready.less_1, None) if ready.member.by_rows else (None, ready.less_1)
+def _less_1(gain: Gain | None) -> Tensor | None:
+    return None if gain is None else gain.less_1
 
 
 def _gained(x: Tensor, less_1: Tensor | None) -> Tensor:
@@ -99,8 +99,8 @@ def _gained(x: Tensor, less_1: Tensor | None) -> Tensor:
 
 def _gradient_of_rows(dy_TO: Tensor, y_TO: Tensor, bias_O: Tensor | None, ready: Ready) -> Tensor:
     """Σ_t dy · z with z = V(c ⊙ x) = (y − bias) / g."""
-    assert ready.divisor is not None
+    assert ready.rows is not None
     grad_O = (dy_TO * y_TO).sum(dim=0, dtype=torch.float32)
     if bias_O is not None:
         grad_O.addcmul_(bias_O.float(), dy_TO.sum(dim=0, dtype=torch.float32), value=-1)
-    return grad_O.div_(ready.divisor)
+    return grad_O.div_(ready.rows.divisor)

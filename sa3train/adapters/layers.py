@@ -21,7 +21,8 @@ from sa3train.adapters.frozen import Frozen
 from sa3train.adapters.gained_product import GainedProduct
 from sa3train.adapters.remake import recipe_of
 from sa3train.adapters.spec import KINDS, AdapterSpec, Kind
-from sa3train.adapters.together import Member, Together, few_launches
+from sa3train.adapters.stacked import Member
+from sa3train.adapters.together import Together, few_launches
 from sa3train.adapters.weights import initial_parameters
 
 TRAINED = ("lora_A", "lora_B", "M_xs", "magnitude", "magnitude_r", "magnitude_c")
@@ -99,7 +100,8 @@ class FamilyLayer(nn.Module, BaseTunerLayer):
         recipe = recipe_of(x, norms=kind.rows) if dropped_TI is None else None  # those kinds keep the most
         ready = self.together[name].of(self) if name in self.together and few_launches(x) else None
         if ready is not None:
-            y_TO = GainedProduct.apply(x_TI, dropped_TI, A_RI, B, ready.gain, ready, recipe, fixed.bias_O)
+            gains = (None if each is None else each.value for each in (ready.rows, ready.columns))
+            y_TO = GainedProduct.apply(x_TI, dropped_TI, A_RI, B, *gains, ready, recipe, fixed.bias_O)
             return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
         y_TO = AdaptedProduct.apply(x_TI, dropped_TI, A_RI, B, magnitude_O, magnitude_I, recipe, fixed)
         return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
@@ -107,9 +109,12 @@ class FamilyLayer(nn.Module, BaseTunerLayer):
     def member(self, name: str) -> Member:
         """What `together` has to know of this layer."""
         kind = self.kinds[name]
+        given = (self.lora_A[name], self.lora_B[name])
+        frozen, scale = self._frozen_of(name), self.scaling[name]
+        if kind.both:
+            return Member(*given, self.magnitude_r[name], frozen, scale, second=self.magnitude_c[name])
         magnitude = self.magnitude[name] if kind.rows or kind.cols else None
-        A_RI, B_OR = self.lora_A[name], self.lora_B[name]
-        return Member(A_RI, B_OR, magnitude, self._frozen_of(name), self.scaling[name], by_rows=not kind.cols)
+        return Member(*given, magnitude, frozen, scale, by_rows=not kind.cols)
 
     def _frozen_of(self, name: str) -> Frozen:
         weight, xs = self.base_layer.weight, self.kinds[name].xs
@@ -152,10 +157,9 @@ class FamilyConfig(PeftConfig):
 def work_together(layers: Iterable[nn.Module], name: str) -> None:
     """Have the adapter `name` of all `layers` worked out at once where launches are what takes time.
 
-    Not the -xs kinds and bora: their norms are worked out layer by layer.
+    Not the -xs kinds: their norms are worked out layer by layer.
     """
-    found = [layer for layer in layers if isinstance(layer, FamilyLayer)]
-    chosen = [layer for layer in found if not (layer.kinds[name].xs or layer.kinds[name].both)]
+    chosen = [layer for layer in layers if isinstance(layer, FamilyLayer) and not layer.kinds[name].xs]
     together = Together(chosen, name)
     for layer in chosen:
         layer.together[name] = together

@@ -17,7 +17,7 @@ from sa3train.adapters.spec import AdapterSpec
 from sa3train.adapters.together import Together
 
 MakeSmall = Callable[..., nn.Module]
-KINDS = ["lora", "dora-rows", "dora-cols"]
+KINDS = ["lora", "dora-rows", "dora-cols", "bora"]
 
 
 @pytest.fixture(autouse=True)

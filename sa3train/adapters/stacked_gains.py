@@ -1,0 +1,120 @@
+"""Gains of stacked layers, and their gradients: the formulas of `norms`, with N layers in front.
+
+Shape suffixes: N layers, O rows (out), I columns (in), R rank.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import Function, once_differentiable
+
+from sa3train.adapters.norms import gain_gradients, root_of
+from sa3train.adapters.stacked import Member, back_products, factors, magnitudes, products, unchanged
+
+
+class Gains(Function):
+    """magnitude / ‖V‖ of the rows of several layers of one shape, (N, O); differentiable in A, B and magnitude."""
+
+    @staticmethod
+    def forward(ctx: Any, members: Sequence[Member], *parameters: Tensor) -> Tensor:
+        scale = members[0].scale
+        left_NOR, right_NRI = factors(members)
+        product_NOR = products(members, right_NRI)
+        gram_NRR = right_NRI @ right_NRI.mT
+        sum_NOR = torch.baddbmm(product_NOR, left_NOR, gram_NRR, beta=2 * scale, alpha=scale * scale)
+        base_NO = torch.stack([member.squares() for member in members])
+        norm_NO = root_of(base_NO, sum_NOR.mul_(left_NOR).sum(dim=-1))
+        gain_NO = magnitudes(members) / norm_NO
+        # Not by save_for_backward: the first layer that asks may be in a checkpointed block, which would drop them.
+        ctx.product_NOR, ctx.norm_NO = product_NOR.to(members[0].frozen.weight.dtype), norm_NO
+        ctx.members, ctx.states = members, [member.state for member in members]
+        return gain_NO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
+        members, scale = ctx.members, ctx.members[0].scale
+        unchanged(members, ctx.states)
+        left_NOR, right_NRI = factors(members)
+        gain_NO = magnitudes(members) / ctx.norm_NO
+        magnitude_NO, square_NO = gain_gradients(grad_NO, gain_NO, ctx.norm_NO)
+        weights_NO1 = square_NO[..., None].mul_(2 * scale)
+        weighted_NOR = weights_NO1 * left_NOR
+        back_NRI = back_products(members, weighted_NOR)
+        right_NRI_ = torch.baddbmm(back_NRI, left_NOR.mT @ weighted_NOR, right_NRI, alpha=scale)
+        gram_NRR = right_NRI @ right_NRI.mT
+        left_NOR_ = torch.baddbmm(ctx.product_NOR.float(), left_NOR, gram_NRR, alpha=scale).mul_(weights_NO1)
+        A, B = (right_NRI_, left_NOR_) if members[0].by_rows else (left_NOR_.mT, right_NRI_.mT)
+        triples = zip(A.unbind(), B.unbind(), magnitude_NO.unbind(), strict=True)
+        return None, *(gradient for triple in triples for gradient in triple)
+
+
+class BothGains(Function):
+    """Bora's gains, (N, O) of rows and (N, I) of columns of H = g ⊙ V; differentiable in all four parameters."""
+
+    @staticmethod
+    def forward(ctx: Any, members: Sequence[Member], *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        scale, dtype = members[0].scale, members[0].frozen.weight.dtype
+        B_NOR, A_NRI = factors(members)
+        product_NOR, gram_NRR = products(members, A_NRI), A_NRI @ A_NRI.mT
+        sum_NOR = torch.baddbmm(product_NOR, B_NOR, gram_NRR, beta=2 * scale, alpha=scale * scale)
+        base_NO = torch.stack([member.squares() for member in members])
+        norm_NO = root_of(base_NO, sum_NOR.mul_(B_NOR).sum(dim=-1))
+        gain_NO = magnitudes(members) / norm_NO
+        weights_NO = gain_NO.square()
+        weighted_NOR = weights_NO[..., None] * B_NOR
+        back_NRI = back_products(members, weighted_NOR, exact=True)
+        sum_NRI = torch.baddbmm(back_NRI, B_NOR.mT @ weighted_NOR, A_NRI, beta=2 * scale, alpha=scale * scale)
+        norm_NI = root_of(_squares(members, weights_NO), sum_NRI.mul_(A_NRI).sum(dim=1))
+        ctx.product_NOR, ctx.back_NRI, ctx.norm_NO, ctx.norm_NI = (
+            product_NOR.to(dtype),
+            back_NRI.to(dtype),
+            norm_NO,
+            norm_NI,
+        )
+        ctx.members, ctx.states = members, [member.state for member in members]
+        return gain_NO, _seconds(members) / norm_NI
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_NO: Tensor, grad_NI: Tensor) -> tuple[Tensor | None, ...]:
+        """As `norms.both_gradients`, which names the steps."""
+        members, scale = ctx.members, ctx.members[0].scale
+        unchanged(members, ctx.states)
+        B_NOR, A_NRI = factors(members)
+        gain_NO = magnitudes(members) / ctx.norm_NO
+        second_NI, square_NI = gain_gradients(grad_NI, _seconds(members) / ctx.norm_NI, ctx.norm_NI)
+        weighted_NRI = A_NRI * square_NI[:, None]
+        crossed_NOR = (B_NOR @ (weighted_NRI @ A_NRI.mT)).mul_(scale)
+        P_NOR = products(members, weighted_NRI)
+        through_NO = _squares(members, square_NI, rows=True)
+        through_NO += torch.add(P_NOR, crossed_NOR, alpha=0.5).mul_(B_NOR).sum(dim=-1).mul_(2 * scale)
+        magnitude_NO, square_NO = gain_gradients(
+            torch.addcmul(grad_NO, gain_NO, through_NO, value=2), gain_NO, ctx.norm_NO
+        )
+        rows_NO1, columns_NO1 = square_NO[..., None].mul_(2 * scale), gain_NO.square()[..., None]
+        weighted_NOR = rows_NO1 * B_NOR
+        grad_A = torch.baddbmm(back_products(members, weighted_NOR), B_NOR.mT @ weighted_NOR, A_NRI, alpha=scale)
+        back_NRI = ctx.back_NRI.float().mul_(square_NI[:, None])
+        grad_A.add_(
+            torch.baddbmm(back_NRI, B_NOR.mT @ (columns_NO1 * B_NOR), weighted_NRI, alpha=scale), alpha=2 * scale
+        )
+        grad_B = torch.baddbmm(ctx.product_NOR.float(), B_NOR, A_NRI @ A_NRI.mT, alpha=scale).mul_(rows_NO1)
+        grad_B.addcmul_(P_NOR.add_(crossed_NOR), columns_NO1, value=2 * scale)
+        found = (grad_A, grad_B, magnitude_NO, second_NI)
+        return None, *(each for layer in zip(*(part.unbind() for part in found), strict=True) for each in layer)
+
+
+def _seconds(members: Sequence[Member]) -> Tensor:
+    return torch.stack([member.second.detach() for member in members if member.second is not None])
+
+
+def _squares(members: Sequence[Member], weights: Tensor, rows: bool = False) -> Tensor:
+    """Σ_i w_i W_ij² of each layer, (N, I), or with `rows` Σ_j w_j W_ij², (N, O); squares one weight at a time."""
+    found = []
+    for member, weights_ in zip(members, weights, strict=True):
+        squares_OI = member.W_OI.float().square()
+        found.append(torch.mv(squares_OI if rows else squares_OI.T, weights_))
+    return torch.stack(found)
