@@ -197,8 +197,7 @@ def frame_tokens(model: Autoencoder, audio_CN: Tensor) -> Tensor:
     hook = last.ff_norm.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))  # type: ignore[operator]
     model.encode(audio_CN[None], noise=False)
     hook.remove()
-    tokens = torch.cat([part.flatten(0, 1) for part in caught])[17:-17]  # chunks lie half a chunk further
-    return tokens.unflatten(0, (-1, 17))[:, -1]
+    return torch.cat([part.flatten(0, 1) for part in caught])[1:-1]  # chunks lie half a chunk, one frame, further
 
 
 def pairs(model: Autoencoder, work: Path, split: str, count: int) -> tuple[Tensor, Tensor]:
