@@ -40,8 +40,7 @@ def times(W_OI: Tensor, M_IR: Tensor) -> Tensor:
     if W_OI.dtype == torch.float32:
         return W_OI @ M_IR
     if W_OI.is_cuda and W_OI.dtype == torch.bfloat16:
-        both = torch.cat(_split(M_IR), dim=1)
-        return torch.mm(W_OI, both, out_dtype=torch.float32).unflatten(1, (2, -1)).sum(dim=1)
+        return wide_product(W_OI, torch.cat(two_terms(M_IR), dim=1)).unflatten(1, (2, -1)).sum(dim=1)
     out_OR = torch.empty(W_OI.shape[0], M_IR.shape[1], device=W_OI.device)
     for rows, block_NI, _ in row_blocks(W_OI):
         torch.mm(block_NI, M_IR, out=out_OR[rows])
@@ -53,8 +52,7 @@ def transposed_times(W_OI: Tensor, M_OR: Tensor) -> Tensor:
     if W_OI.dtype == torch.float32:
         return M_OR.T @ W_OI
     if W_OI.is_cuda and W_OI.dtype == torch.bfloat16:
-        both = torch.cat(_split(M_OR.T))
-        return torch.mm(both, W_OI, out_dtype=torch.float32).unflatten(0, (2, -1)).sum(dim=0)
+        return wide_product(torch.cat(two_terms(M_OR.T)), W_OI).unflatten(0, (2, -1)).sum(dim=0)
     out_RI = torch.zeros(M_OR.shape[1], W_OI.shape[1], device=W_OI.device)
     for rows, block_NI, _ in row_blocks(W_OI):
         out_RI.addmm_(M_OR[rows].T, block_NI)
@@ -68,7 +66,7 @@ def wide_product(X: Tensor, Y: Tensor) -> Tensor:
     return torch.mm(X, Y, out_dtype=torch.float32) if X.is_cuda else X.float() @ Y.float()
 
 
-def _split(M: Tensor) -> tuple[Tensor, Tensor]:
+def two_terms(M: Tensor) -> tuple[Tensor, Tensor]:
     """Two bf16 terms whose sum is M to 2⁻¹⁷: a product with a bf16 weight is then two products of tensor cores."""
     high = M.to(torch.bfloat16)
     return high, (M - high).to(torch.bfloat16)

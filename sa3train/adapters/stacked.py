@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sa3train.adapters.frozen import Frozen
-from sa3train.adapters.products import times, wide_product
+from sa3train.adapters.products import times, two_terms, wide_product
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +81,7 @@ def products(members: Sequence[Member], right_NRI: Tensor) -> Tensor:
         return torch.stack([W_OI @ right_RI.T for W_OI, right_RI in zip(weights, right_NRI, strict=True)])
     if weights[0].dtype != torch.bfloat16:
         return torch.stack([times(W_OI, right_RI.T) for W_OI, right_RI in zip(weights, right_NRI, strict=True)])
-    both_NSI = _two_terms(right_NRI)
+    both_NSI = torch.cat(two_terms(right_NRI), dim=1)
     stacked = torch.stack([wide_product(W_OI, both_SI.T) for W_OI, both_SI in zip(weights, both_NSI, strict=True)])
     return stacked.unflatten(-1, (2, -1)).sum(dim=-2)
 
@@ -90,12 +90,6 @@ def back_products(members: Sequence[Member], left_NOR: Tensor, exact: bool = Fal
     """leftᵀ·W of each layer, (N, R, I) fp32; with `left` rounded to the weight's dtype unless `exact`."""
     dtype, left_NRO = members[0].frozen.weight.dtype, left_NOR.mT
     two = exact and dtype == torch.bfloat16
-    given = _two_terms(left_NRO) if two else left_NRO.to(dtype)
+    given = torch.cat(two_terms(left_NRO), dim=1) if two else left_NRO.to(dtype)
     stacked = torch.stack([wide_product(each, member.W_OI) for each, member in zip(given, members, strict=True)])
     return stacked.unflatten(1, (2, -1)).sum(dim=1) if two else stacked
-
-
-def _two_terms(M_NRI: Tensor) -> Tensor:
-    """Two bf16 terms whose sum is M to 2⁻¹⁷, one under the other: (N, 2R, I)."""
-    high_NRI = M_NRI.to(torch.bfloat16)
-    return torch.cat((high_NRI, (M_NRI - high_NRI).to(torch.bfloat16)), dim=1)

@@ -19,13 +19,7 @@ class Gains(Function):
 
     @staticmethod
     def forward(ctx: Any, members: Sequence[Member], *parameters: Tensor) -> Tensor:
-        scale = members[0].scale
-        left_NOR, right_NRI = factors(members)
-        product_NOR = products(members, right_NRI)
-        gram_NRR = right_NRI @ right_NRI.mT
-        sum_NOR = torch.baddbmm(product_NOR, left_NOR, gram_NRR, beta=2 * scale, alpha=scale * scale)
-        base_NO = torch.stack([member.squares() for member in members])
-        norm_NO = root_of(base_NO, sum_NOR.mul_(left_NOR).sum(dim=-1))
+        product_NOR, norm_NO = _row_norms(members, *factors(members))
         gain_NO = magnitudes(members) / norm_NO
         # Not by save_for_backward: the first layer that asks may be in a checkpointed block, which would drop them.
         ctx.product_NOR, ctx.norm_NO = product_NOR.to(members[0].frozen.weight.dtype), norm_NO
@@ -35,18 +29,12 @@ class Gains(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
-        members, scale = ctx.members, ctx.members[0].scale
+        members = ctx.members
         unchanged(members, ctx.states)
-        left_NOR, right_NRI = factors(members)
         gain_NO = magnitudes(members) / ctx.norm_NO
         magnitude_NO, square_NO = gain_gradients(grad_NO, gain_NO, ctx.norm_NO)
-        weights_NO1 = square_NO[..., None].mul_(2 * scale)
-        weighted_NOR = weights_NO1 * left_NOR
-        back_NRI = back_products(members, weighted_NOR)
-        right_NRI_ = torch.baddbmm(back_NRI, left_NOR.mT @ weighted_NOR, right_NRI, alpha=scale)
-        gram_NRR = right_NRI @ right_NRI.mT
-        left_NOR_ = torch.baddbmm(ctx.product_NOR.float(), left_NOR, gram_NRR, alpha=scale).mul_(weights_NO1)
-        A, B = (right_NRI_, left_NOR_) if members[0].by_rows else (left_NOR_.mT, right_NRI_.mT)
+        left, right = _row_gradients(members, ctx.product_NOR, *factors(members), square_NO)
+        A, B = (right, left) if members[0].by_rows else (left.mT, right.mT)
         triples = zip(A.unbind(), B.unbind(), magnitude_NO.unbind(), strict=True)
         return None, *(gradient for triple in triples for gradient in triple)
 
@@ -58,22 +46,15 @@ class BothGains(Function):
     def forward(ctx: Any, members: Sequence[Member], *parameters: Tensor) -> tuple[Tensor, Tensor]:
         scale, dtype = members[0].scale, members[0].frozen.weight.dtype
         B_NOR, A_NRI = factors(members)
-        product_NOR, gram_NRR = products(members, A_NRI), A_NRI @ A_NRI.mT
-        sum_NOR = torch.baddbmm(product_NOR, B_NOR, gram_NRR, beta=2 * scale, alpha=scale * scale)
-        base_NO = torch.stack([member.squares() for member in members])
-        norm_NO = root_of(base_NO, sum_NOR.mul_(B_NOR).sum(dim=-1))
+        product_NOR, norm_NO = _row_norms(members, B_NOR, A_NRI)
         gain_NO = magnitudes(members) / norm_NO
         weights_NO = gain_NO.square()
         weighted_NOR = weights_NO[..., None] * B_NOR
         back_NRI = back_products(members, weighted_NOR, exact=True)
         sum_NRI = torch.baddbmm(back_NRI, B_NOR.mT @ weighted_NOR, A_NRI, beta=2 * scale, alpha=scale * scale)
         norm_NI = root_of(_squares(members, weights_NO), sum_NRI.mul_(A_NRI).sum(dim=1))
-        ctx.product_NOR, ctx.back_NRI, ctx.norm_NO, ctx.norm_NI = (
-            product_NOR.to(dtype),
-            back_NRI.to(dtype),
-            norm_NO,
-            norm_NI,
-        )
+        ctx.product_NOR, ctx.back_NRI = product_NOR.to(dtype), back_NRI.to(dtype)
+        ctx.norm_NO, ctx.norm_NI = norm_NO, norm_NI
         ctx.members, ctx.states = members, [member.state for member in members]
         return gain_NO, _seconds(members) / norm_NI
 
@@ -94,17 +75,37 @@ class BothGains(Function):
         magnitude_NO, square_NO = gain_gradients(
             torch.addcmul(grad_NO, gain_NO, through_NO, value=2), gain_NO, ctx.norm_NO
         )
-        rows_NO1, columns_NO1 = square_NO[..., None].mul_(2 * scale), gain_NO.square()[..., None]
-        weighted_NOR = rows_NO1 * B_NOR
-        grad_A = torch.baddbmm(back_products(members, weighted_NOR), B_NOR.mT @ weighted_NOR, A_NRI, alpha=scale)
+        grad_B, grad_A = _row_gradients(members, ctx.product_NOR, B_NOR, A_NRI, square_NO)
+        columns_NO1 = gain_NO.square()[..., None]
         back_NRI = ctx.back_NRI.float().mul_(square_NI[:, None])
         grad_A.add_(
             torch.baddbmm(back_NRI, B_NOR.mT @ (columns_NO1 * B_NOR), weighted_NRI, alpha=scale), alpha=2 * scale
         )
-        grad_B = torch.baddbmm(ctx.product_NOR.float(), B_NOR, A_NRI @ A_NRI.mT, alpha=scale).mul_(rows_NO1)
         grad_B.addcmul_(P_NOR.add_(crossed_NOR), columns_NO1, value=2 * scale)
         found = (grad_A, grad_B, magnitude_NO, second_NI)
         return None, *(each for layer in zip(*(part.unbind() for part in found), strict=True) for each in layer)
+
+
+def _row_norms(members: Sequence[Member], left_NOR: Tensor, right_NRI: Tensor) -> tuple[Tensor, Tensor]:
+    """W·rightᵀ (N, O, R) and the norms of the rows of V (N, O), as `norms.row_norms`."""
+    scale, product_NOR = members[0].scale, products(members, right_NRI)
+    gram_NRR = right_NRI @ right_NRI.mT
+    sum_NOR = torch.baddbmm(product_NOR, left_NOR, gram_NRR, beta=2 * scale, alpha=scale * scale)
+    base_NO = torch.stack([member.squares() for member in members])
+    return product_NOR, root_of(base_NO, sum_NOR.mul_(left_NOR).sum(dim=-1))
+
+
+def _row_gradients(
+    members: Sequence[Member], product_NOR: Tensor, left_NOR: Tensor, right_NRI: Tensor, square_NO: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of both factors through the squared norms of the rows, given theirs, as `norms.row_gradients`."""
+    scale, weights_NO1 = members[0].scale, square_NO[..., None] * (2 * members[0].scale)
+    weighted_NOR = weights_NO1 * left_NOR
+    back_NRI = back_products(members, weighted_NOR)
+    of_right_NRI = torch.baddbmm(back_NRI, left_NOR.mT @ weighted_NOR, right_NRI, alpha=scale)
+    gram_NRR = right_NRI @ right_NRI.mT
+    of_left_NOR = torch.baddbmm(product_NOR.float(), left_NOR, gram_NRR, alpha=scale).mul_(weights_NO1)
+    return of_left_NOR, of_right_NRI
 
 
 def _seconds(members: Sequence[Member]) -> Tensor:
