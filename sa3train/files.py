@@ -1,9 +1,12 @@
 """Files appear whole or not at all, and are known by their content."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,27 +14,73 @@ from typing import Any
 
 from sa3train.errors import SA3Error
 
+PART = ".part"
+
+
+@contextlib.contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """Yield an empty folder in the folder of `target`, for what is to be renamed to `target`; it is removed at the end.
+
+    First, what writers of `target` that were killed have left there is removed. Whoever still writes holds a lock on
+    its folder, which the system lets go of however the process dies. Raises `OSError` when the folder cannot be made.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f".{target.name[:100]}."
+    _remove_abandoned(target.parent, prefix)
+    folder, lock = _locked_folder(target.parent, prefix)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=PART, dir=parent))
+        with contextlib.suppress(FileNotFoundError):  # removed before it was locked: make another
+            lock = os.open(folder, os.O_RDONLY)
+            with contextlib.suppress(OSError):  # a file system without locks: nobody can remove it either
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            if folder.exists():
+                return folder, lock
+            os.close(lock)
+
+
+def _remove_abandoned(parent: Path, prefix: str) -> None:
+    """Remove the folders of that prefix that nobody holds; one that cannot be locked or removed stays."""
+    ours = re.compile(re.escape(prefix) + "[a-z0-9_]{8}" + re.escape(PART))
+    for folder in parent.iterdir():
+        if not ours.fullmatch(folder.name):
+            continue
+        with contextlib.suppress(OSError):
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder)
+            finally:
+                os.close(lock)
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is fsynced and renamed to `path`, on failure removed.
+    """Yield a temporary path near `path`; on success it is fsynced and renamed to `path`, on failure removed.
 
     Raises `SA3Error` when the folder cannot be written or the disk is full, naming the folder and the remedy.
     """
     target = Path(path)
     temporary: Path | None = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{target.name[:100]}.", suffix=".part", dir=target.parent)
-        os.close(handle)
-        temporary = Path(name)
-        yield temporary
-        temporary.chmod(0o666 & ~_umask())  # mkstemp, and some writers, leave files that only their owner may read
-        _fsync(temporary)
-        temporary.replace(target)
-        _fsync(target.parent)
+        with beside(target) as folder:
+            temporary = folder / target.name  # alone in a folder: some writers put a file of their own beside it
+            temporary.touch()
+            yield temporary
+            temporary.chmod(0o666 & ~_umask())  # some writers leave files that only their owner may read
+            _fsync(temporary)
+            temporary.replace(target)
+            _fsync(target.parent)
     except OSError as error:
-        own = {str(target), str(temporary), *map(str, target.parents)}
+        own = {str(target), str(temporary), *map(str, (temporary or target).parents)}
         begun = temporary is not None  # before that, nothing of the caller's has run
         if begun and (error.errno is None or str(error.filename or target) not in own):
             raise  # not about this file: the caller's own reading failed
@@ -39,9 +88,6 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             f"cannot write {target}: {error.strerror or error}. Nothing was left behind; "
             f"free some space or choose a folder you may write to, then run again."
         ) from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from sa3train.errors import SA3Error
+from sa3train.files import beside
 
 
 @contextlib.contextmanager
@@ -20,21 +21,17 @@ def atomic_folder(path: str | os.PathLike[str], is_ours: Callable[[Path], bool])
     target = Path(path)
     if target.exists() and not (target.is_dir() and (is_ours(target) or not any(target.iterdir()))):
         raise SA3Error(f"{target} exists and holds something else. Give another name, or move it away first.")
-    aside: Path | None = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=".part", dir=target.parent))
-        aside.chmod(0o755)
-        yield aside
-        _put(aside, target)
+        with beside(target) as workplace:
+            aside = workplace / target.name
+            aside.mkdir()
+            yield aside
+            _put(aside, target)
     except OSError as error:
         raise SA3Error(
             f"cannot write {target}: {error.strerror or error}. Nothing was left behind; free some space or choose a "
             f"folder you may write to, then run again."
         ) from error
-    finally:
-        if aside is not None:
-            shutil.rmtree(aside, ignore_errors=True)
 
 
 def _put(aside: Path, target: Path) -> None:

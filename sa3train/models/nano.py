@@ -7,7 +7,6 @@ other checkpoint. How they were trained: `recipes/nano/`.
 """
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from sa3train.errors import SA3Error
-from sa3train.files import cache_dir
+from sa3train.files import beside, cache_dir
 from sa3train.log import get_logger
 from sa3train.models.weights import write_checkpoint
 
@@ -150,19 +149,15 @@ def _version() -> str:
 def _write_once(final: Path) -> None:
     """Write both models aside and rename them into place; whoever comes second keeps the first one's."""
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-        try:
+        with beside(final) as workplace:
+            aside = workplace / final.name
             shared = load_file(ASSETS / "autoencoder.safetensors")
             for name, objective in OBJECTIVES.items():
                 state = load_file(ASSETS / f"{name}.safetensors") | shared
                 write_checkpoint(aside / name, nano_config(objective), state, torch.float16)
                 shutil.copytree(ASSETS / TEXT_FOLDER, aside / name / TEXT_FOLDER)
-            aside.chmod(0o755)
             if not final.is_dir():
                 _rename(aside, final)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
     except OSError as error:
         raise SA3Error(
             f"cannot write nano to {final} ({error.strerror or error}). Free some space, or set SA3TRAIN_CACHE "

@@ -3,12 +3,13 @@
 import errno
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
 
 from sa3train.errors import SA3Error
-from sa3train.files import atomic_path, write_json, write_text
+from sa3train.files import atomic_path, beside, write_json, write_text
 
 
 def test_a_finished_file_replaces_the_old_one_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
@@ -62,7 +63,7 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path, monkeypatch: 
     def refuse(*_: object, dir: Path, **__: object) -> None:  # as the system does; for root it never would
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dir / ".a.bin.x7f3.part"))
 
-    monkeypatch.setattr("tempfile.mkstemp", refuse)
+    monkeypatch.setattr("tempfile.mkdtemp", refuse)
     with pytest.raises(SA3Error, match=r"cannot write .*a\.bin: Permission denied.*choose a folder"):
         write_text(tmp_path / "a.bin", "")
 
@@ -71,3 +72,70 @@ def test_an_oserror_of_another_file_is_not_relabelled(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "a.bin"):
         (tmp_path / "missing").read_bytes()
     assert not list(tmp_path.iterdir())
+
+
+def killed_while_writing(target: Path) -> None:
+    """Leave what a process leaves that SIGKILL meets between two lines of its writing."""
+    child = os.fork()
+    if child == 0:
+        with atomic_path(target) as temporary:
+            temporary.write_text("half")
+            (temporary.parent / ".tmpOfTheWriter").write_text("half")  # safetensors writes to a file of its own
+            os.kill(os.getpid(), signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status)
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    write_text(target, "old")
+    for _ in range(2):
+        killed_while_writing(target)
+    killed_while_writing(tmp_path / "a.txt.more")
+    assert target.read_text() == "old"
+    assert len(list(tmp_path.iterdir())) == 3, "the second write removed what the first one left"
+    (tmp_path / ".a.txt.notes.part").mkdir()
+    write_text(target, "new")
+    names = sorted(entry.name for entry in tmp_path.iterdir())
+    assert target.read_text() == "new"
+    assert len(names) == 3 and names[0] == ".a.txt.more." + names[0][12:20] + ".part", "that of another file stays"
+    assert names[1:] == [".a.txt.notes.part", "a.txt"], "and what only looks like it"
+
+
+def test_a_writer_at_work_keeps_what_it_has(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    with atomic_path(target) as slow:
+        slow.unlink()  # a writer may put another file in its place
+        slow.write_text("slow")
+        write_text(target, "quick")
+        assert target.read_text() == "quick"
+    assert target.read_text() == "slow"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_folder_removed_before_it_was_locked_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    lock, removed = fcntl.flock, []
+
+    def late(handle: int, how: int) -> None:
+        lock(handle, how)
+        if not removed:
+            removed.extend(tmp_path.iterdir())
+            removed[0].rmdir()
+
+    monkeypatch.setattr("fcntl.flock", late)
+    with beside(tmp_path / "a") as folder:
+        assert folder.is_dir() and folder != removed[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_locks_nothing_is_taken_for_abandoned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with atomic_path(tmp_path / "a.txt") as slow:
+        slow.write_text("slow")
+        write_text(tmp_path / "a.txt", "quick")
+    assert (tmp_path / "a.txt").read_text() == "slow"

@@ -7,9 +7,7 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import struct
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sa3train.errors import ConfigError, SA3Error
-from sa3train.files import cache_dir, write_json
+from sa3train.files import beside, cache_dir, write_json
 from sa3train.jobs.benches.figures import ARCHES
 from sa3train.log import get_logger
 from sa3train.models.blocks import inverse_frequencies
@@ -68,13 +66,9 @@ def random_checkpoint(arch: str, dtype: torch.dtype = torch.float32) -> Path:
         return final
     logger.info(f"making a random {arch} checkpoint in {final}")
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-        try:
-            _write(aside, arch, config, dtype)
-            aside.rename(final)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        with beside(final) as workplace:
+            _write(workplace / final.name, arch, config, dtype)
+            (workplace / final.name).rename(final)
     except OSError as error:
         if not final.is_dir():
             raise SA3Error(
