@@ -27,3 +27,7 @@ class DataError(SA3Error):
 
 class RequestError(SA3Error):
     """A generation request that cannot be carried out as asked."""
+
+
+class MemoryShortageError(SA3Error):
+    """A device whose memory does not suffice for what was asked."""

@@ -15,6 +15,11 @@ DRAWN_AHEAD = 16
 """Tensors that wait to be taken at most: a sampler's steps, or some chunks of a decoder (8 MB each in medium)."""
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """The floating point type with the most digits on `device`: float64, but on Apple's GPUs, which have none."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
     """`tensor` on `device`. From the CPU to CUDA through pinned memory, which alone is copied without a wait."""
     target = torch.device(device)

@@ -101,6 +101,7 @@ class FamilyLayer(nn.Module, BaseTunerLayer):
         ready = self.together[name].of(self) if name in self.together and few_launches(x) else None
         if ready is not None:
             gains = (None if each is None else each.value for each in (ready.rows, ready.columns))
+            B = B if ready.change_OR is None else ready.change_OR
             y_TO = GainedProduct.apply(x_TI, dropped_TI, A_RI, B, *gains, ready, recipe, fixed.bias_O)
             return y_TO.view(*x.shape[:-1], y_TO.shape[-1])
         y_TO = AdaptedProduct.apply(x_TI, dropped_TI, A_RI, B, magnitude_O, magnitude_I, recipe, fixed)
@@ -109,12 +110,12 @@ class FamilyLayer(nn.Module, BaseTunerLayer):
     def member(self, name: str) -> Member:
         """What `together` has to know of this layer."""
         kind = self.kinds[name]
-        given = (self.lora_A[name], self.lora_B[name])
+        A_RI, B = (None, self.M_xs[name]) if kind.xs else (self.lora_A[name], self.lora_B[name])
         frozen, scale = self._frozen_of(name), self.scaling[name]
         if kind.both:
-            return Member(*given, self.magnitude_r[name], frozen, scale, second=self.magnitude_c[name])
+            return Member(A_RI, B, self.magnitude_r[name], frozen, scale, second=self.magnitude_c[name])
         magnitude = self.magnitude[name] if kind.rows or kind.cols else None
-        return Member(*given, magnitude, frozen, scale, by_rows=not kind.cols)
+        return Member(A_RI, B, magnitude, frozen, scale, by_rows=not kind.cols)
 
     def _frozen_of(self, name: str) -> Frozen:
         weight, xs = self.base_layer.weight, self.kinds[name].xs
@@ -155,11 +156,8 @@ class FamilyConfig(PeftConfig):
 
 
 def work_together(layers: Iterable[nn.Module], name: str) -> None:
-    """Have the adapter `name` of all `layers` worked out at once where launches are what takes time.
-
-    Not the -xs kinds: their norms are worked out layer by layer.
-    """
-    chosen = [layer for layer in layers if isinstance(layer, FamilyLayer) and not layer.kinds[name].xs]
+    """Have the adapter `name` of all `layers` worked out at once where launches are what takes time."""
+    chosen = [layer for layer in layers if isinstance(layer, FamilyLayer)]
     together = Together(chosen, name)
     for layer in chosen:
         layer.together[name] = together

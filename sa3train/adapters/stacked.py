@@ -1,6 +1,7 @@
 """Adapted layers of one shape, stacked: their factors, magnitudes and products with each weight, N layers in front.
 
 Gains of columns are those of the rows of Vᵀ = Wᵀ + s·AᵀBᵀ; where it says rows below, columns are meant for such layers.
+The -xs kinds train M (R, R) alone; their A is Vᵀ and their B is U·M, with U and V frozen.
 Shape suffixes: N layers, O rows (out), I columns (in), R rank; where columns are gained, O and I change places.
 """
 
@@ -18,11 +19,12 @@ from sa3train.adapters.products import times, two_terms, wide_product
 class Member:
     """One adapted layer: parameters, frozen weight, the scale s, and whether gains are of rows or of columns.
 
-    `second` is the magnitude of the columns where rows are gained before them (bora).
+    The -xs kinds have no `A_RI`, and M for `B`. `second` is the magnitude of the columns where rows are gained before
+    them (bora).
     """
 
-    A_RI: nn.Parameter
-    B_OR: nn.Parameter
+    A_RI: nn.Parameter | None
+    B: nn.Parameter
     magnitude: nn.Parameter | None
     frozen: Frozen
     scale: float
@@ -32,14 +34,14 @@ class Member:
     @property
     def parameters(self) -> list[nn.Parameter]:
         """All there are, in the order of the fields."""
-        given = (self.A_RI, self.B_OR, self.magnitude, self.second)
+        given = (self.A_RI, self.B, self.magnitude, self.second)
         return [each for each in given if each is not None]
 
     @property
     def alike(self) -> tuple[object, ...]:
         """What layers must have in common to be stacked."""
         weight, shapes = self.frozen.weight, tuple(each.shape for each in self.parameters)
-        return (shapes, self.by_rows, self.scale, weight.dtype, weight.device)
+        return (self.frozen.W_OI.shape, shapes, self.by_rows, self.scale, weight.dtype, weight.device)
 
     @property
     def state(self) -> tuple[object, ...]:
@@ -67,10 +69,15 @@ def magnitudes(members: Sequence[Member]) -> Tensor:
     return torch.stack([member.magnitude.detach() for member in members if member.magnitude is not None])
 
 
+def second_magnitudes(members: Sequence[Member]) -> Tensor:
+    """(N, I)."""
+    return torch.stack([member.second.detach() for member in members if member.second is not None])
+
+
 def factors(members: Sequence[Member]) -> tuple[Tensor, Tensor]:
-    """(N, O, R) and (N, R, I) whose product is the change of the weight whose rows are gained."""
-    A_NRI = torch.stack([member.A_RI.detach() for member in members])
-    B_NOR = torch.stack([member.B_OR.detach() for member in members])
+    """(N, O, R) and (N, R, I) whose product is the change of the weight whose rows are gained; not of the -xs kinds."""
+    A_NRI = torch.stack([member.A_RI.detach() for member in members if member.A_RI is not None])
+    B_NOR = torch.stack([member.B.detach() for member in members])
     return (B_NOR, A_NRI) if members[0].by_rows else (A_NRI.mT, B_NOR.mT)
 
 
@@ -93,3 +100,12 @@ def back_products(members: Sequence[Member], left_NOR: Tensor, exact: bool = Fal
     given = torch.cat(two_terms(left_NRO), dim=1) if two else left_NRO.to(dtype)
     stacked = torch.stack([wide_product(each, member.W_OI) for each, member in zip(given, members, strict=True)])
     return stacked.unflatten(1, (2, -1)).sum(dim=1) if two else stacked
+
+
+def weighted_squares(members: Sequence[Member], weights: Tensor, rows: bool = False) -> Tensor:
+    """Σ_i w_i W_ij² of each layer, (N, I), or with `rows` Σ_j w_j W_ij², (N, O); squares one weight at a time."""
+    found = []
+    for member, weights_ in zip(members, weights, strict=True):
+        squares_OI = member.W_OI.float().square()
+        found.append(torch.mv(squares_OI if rows else squares_OI.T, weights_))
+    return torch.stack(found)

@@ -11,7 +11,16 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
 from sa3train.adapters.norms import gain_gradients, root_of
-from sa3train.adapters.stacked import Member, back_products, factors, magnitudes, products, unchanged
+from sa3train.adapters.stacked import (
+    Member,
+    back_products,
+    factors,
+    magnitudes,
+    products,
+    second_magnitudes,
+    unchanged,
+    weighted_squares,
+)
 
 
 class Gains(Function):
@@ -52,11 +61,11 @@ class BothGains(Function):
         weighted_NOR = weights_NO[..., None] * B_NOR
         back_NRI = back_products(members, weighted_NOR, exact=True)
         sum_NRI = torch.baddbmm(back_NRI, B_NOR.mT @ weighted_NOR, A_NRI, beta=2 * scale, alpha=scale * scale)
-        norm_NI = root_of(_squares(members, weights_NO), sum_NRI.mul_(A_NRI).sum(dim=1))
+        norm_NI = root_of(weighted_squares(members, weights_NO), sum_NRI.mul_(A_NRI).sum(dim=1))
         ctx.product_NOR, ctx.back_NRI = product_NOR.to(dtype), back_NRI.to(dtype)
         ctx.norm_NO, ctx.norm_NI = norm_NO, norm_NI
         ctx.members, ctx.states = members, [member.state for member in members]
-        return gain_NO, _seconds(members) / norm_NI
+        return gain_NO, second_magnitudes(members) / norm_NI
 
     @staticmethod
     @once_differentiable
@@ -66,11 +75,11 @@ class BothGains(Function):
         unchanged(members, ctx.states)
         B_NOR, A_NRI = factors(members)
         gain_NO = magnitudes(members) / ctx.norm_NO
-        second_NI, square_NI = gain_gradients(grad_NI, _seconds(members) / ctx.norm_NI, ctx.norm_NI)
+        second_NI, square_NI = gain_gradients(grad_NI, second_magnitudes(members) / ctx.norm_NI, ctx.norm_NI)
         weighted_NRI = A_NRI * square_NI[:, None]
         crossed_NOR = (B_NOR @ (weighted_NRI @ A_NRI.mT)).mul_(scale)
         P_NOR = products(members, weighted_NRI)
-        through_NO = _squares(members, square_NI, rows=True)
+        through_NO = weighted_squares(members, square_NI, rows=True)
         through_NO += torch.add(P_NOR, crossed_NOR, alpha=0.5).mul_(B_NOR).sum(dim=-1).mul_(2 * scale)
         magnitude_NO, square_NO = gain_gradients(
             torch.addcmul(grad_NO, gain_NO, through_NO, value=2), gain_NO, ctx.norm_NO
@@ -106,16 +115,3 @@ def _row_gradients(
     gram_NRR = right_NRI @ right_NRI.mT
     of_left_NOR = torch.baddbmm(product_NOR.float(), left_NOR, gram_NRR, alpha=scale).mul_(weights_NO1)
     return of_left_NOR, of_right_NRI
-
-
-def _seconds(members: Sequence[Member]) -> Tensor:
-    return torch.stack([member.second.detach() for member in members if member.second is not None])
-
-
-def _squares(members: Sequence[Member], weights: Tensor, rows: bool = False) -> Tensor:
-    """Σ_i w_i W_ij² of each layer, (N, I), or with `rows` Σ_j w_j W_ij², (N, O); squares one weight at a time."""
-    found = []
-    for member, weights_ in zip(members, weights, strict=True):
-        squares_OI = member.W_OI.float().square()
-        found.append(torch.mv(squares_OI if rows else squares_OI.T, weights_))
-    return torch.stack(found)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sa3train.adapters.stacked import Member
 from sa3train.adapters.stacked_gains import BothGains, Gains
+from sa3train.adapters.stacked_gains_xs import BothGainsXS, ChangesXS, GainsXS
 
 
 def few_launches(x: Tensor) -> bool:
@@ -38,20 +39,27 @@ class Gain:
 
 @dataclass(frozen=True, eq=False)
 class Ready:
-    """What a layer's product needs: A and s·B in the base's dtype, and the gains of its kind."""
+    """What a layer's product needs: A and s·B in the base's dtype, and the gains of its kind.
+
+    For the -xs kinds, A is Vᵀ and B is U·M, which is also here in fp32, differentiable, as `change_OR`.
+    """
 
     member: Member
     A_RI: Tensor
     B_OR: Tensor
     rows: Gain | None = None
     columns: Gain | None = None
+    change_OR: Tensor | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all of them, and of the products with W that the gains' gradients need, each a factor's size."""
-        gains = [each for gain in (self.rows, self.columns) if gain is not None for each in vars(gain).values()]
+        known = [each for gain in (self.rows, self.columns) if gain is not None for each in vars(gain).values()]
         kept = (self.B_OR.nbytes if self.rows else 0) + (self.A_RI.nbytes if self.columns else 0)
-        return self.A_RI.nbytes + self.B_OR.nbytes + kept + sum(each.nbytes for each in gains)
+        if self.change_OR is not None:  # an -xs kind, of whose products with W only those of both gains are kept
+            known.append(self.change_OR)
+            kept = self.A_RI.nbytes if self.rows and self.columns else 0
+        return self.A_RI.nbytes + self.B_OR.nbytes + kept + sum(each.nbytes for each in known)
 
 
 class Layer(Protocol):
@@ -115,19 +123,28 @@ class Together:
 
 def _group(members: Sequence[Member]) -> list[Ready]:
     first, dtype, count = members[0], members[0].frozen.weight.dtype, len(members)
-    with torch.no_grad():
-        A = torch.stack([member.A_RI for member in members]).to(dtype).unbind()
-        B = torch.stack([member.B_OR for member in members]).mul_(first.scale).to(dtype).unbind()
     parameters = [each for member in members for each in member.parameters]
+    changes: Sequence[Tensor | None] = [None] * count
+    if first.A_RI is None:
+        changes = ChangesXS.apply(members, *(member.B for member in members)).unbind()
+    with torch.no_grad():
+        A = torch.stack([_right(member) for member in members]).to(dtype).unbind()
+        B_OR = [member.B if change is None else change for member, change in zip(members, changes, strict=True)]
+        B = torch.stack(B_OR).mul_(first.scale).to(dtype).unbind()
+    gains, both = (Gains, BothGains) if first.A_RI is not None else (GainsXS, BothGainsXS)
     rows: Sequence[Gain | None] = [None] * count
     columns: Sequence[Gain | None] = [None] * count
     if first.second is not None:
-        rows, columns = (_forms(gain, dtype) for gain in BothGains.apply(members, *parameters))
+        rows, columns = (_forms(gain, dtype) for gain in both.apply(members, *parameters))
     elif first.magnitude is not None and first.by_rows:
-        rows = _forms(Gains.apply(members, *parameters), dtype)
+        rows = _forms(gains.apply(members, *parameters), dtype)
     elif first.magnitude is not None:
-        columns = _forms(Gains.apply(members, *parameters), dtype)
-    return [Ready(*each) for each in zip(members, A, B, rows, columns, strict=True)]
+        columns = _forms(gains.apply(members, *parameters), dtype)
+    return [Ready(*each) for each in zip(members, A, B, rows, columns, changes, strict=True)]
+
+
+def _right(member: Member) -> Tensor:
+    return member.frozen.bases[1].T if member.A_RI is None else member.A_RI
 
 
 def _forms(gain_NO: Tensor, dtype: torch.dtype) -> list[Gain]:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from sa3train.errors import ConfigError
+from sa3train.shortage import is_shortage, memory_named
 from sa3train.transfer import to_device
 
 CHUNK, OVERLAP = 128, 32
@@ -88,16 +89,16 @@ class Encoder:
 
     def latents(self, clips: Sequence[torch.Tensor], seeds: Sequence[int]) -> list[torch.Tensor]:
         """(C, T) latents of each clip (2, N), float32 on the CPU. The same, whoever else is in the batch: no padding is
-        computed, and noise that the model adds is drawn from the clip's own seed.
+        computed, and noise that the model adds is drawn from the clip's own seed. Raises `MemoryShortageError`.
         """
-        try:
+        longest = max((clip.shape[1] for clip in clips), default=0) / self.autoencoder.sample_rate
+        remedies = [
+            *([] if self.chunked else ["chunked=true"]),
+            *(["model.dtype=bf16"] if self.precision == "float32" else []),
+            "another device",
+        ]
+        with memory_named(self.device, f"encoding a clip of {longest:.0f} s", remedies):
             return self._latents(clips, seeds)
-        except torch.cuda.OutOfMemoryError as error:
-            longest = max(clip.shape[1] for clip in clips) / self.autoencoder.sample_rate
-            raise ConfigError(
-                f"the GPU memory does not hold a clip of {longest:.0f} s: encode with chunked=true, model.dtype=bf16, "
-                f"or on another device."
-            ) from error
 
     def _latents(self, clips: Sequence[torch.Tensor], seeds: Sequence[int]) -> list[torch.Tensor]:
         alone: dict[int, torch.Tensor] = {}
@@ -145,10 +146,10 @@ class Encoder:
             return []
         try:
             return self.autoencoder.encode_many([to_device(clip, self.device) for clip in clips])
-        except torch.cuda.OutOfMemoryError:
-            if len(clips) == 1:
+        except RuntimeError as error:
+            if len(clips) == 1 or not is_shortage(error):
                 raise
-            torch.cuda.empty_cache()
+        torch.cuda.empty_cache()
         middle = len(clips) // 2
         return [*self._together(clips[:middle]), *self._together(clips[middle:])]
 

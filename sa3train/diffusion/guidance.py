@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sa3train.transfer import to_device
+from sa3train.transfer import to_device, widest
 
 # Noise levels are float32: an end such as 0.6 must still include the level 0.6.
 INTERVAL_SLACK = 1e-6
@@ -145,7 +145,8 @@ def _cap(difference_BCT: Tensor, real_B1T: Tensor | None, threshold: float) -> T
 
 def _parallel(difference_BCT: Tensor, denoised_BCT: Tensor, real_B1T: Tensor | None) -> Tensor:
     """The part of the difference along the denoised estimate, measured in float64 over the real frames."""
-    d_BCT, along_BCT = difference_BCT.double(), denoised_BCT.double()
+    wide = widest(difference_BCT.device)
+    d_BCT, along_BCT = difference_BCT.to(wide), denoised_BCT.to(wide)
     if real_B1T is not None:
         d_BCT, along_BCT = d_BCT * real_B1T, along_BCT * real_B1T
     unit_BCT = torch.nn.functional.normalize(along_BCT.flatten(1), dim=1).view_as(along_BCT)

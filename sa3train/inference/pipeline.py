@@ -19,13 +19,14 @@ from sa3train.errors import ConfigError, RequestError
 from sa3train.inference.finishing import decode_audio, truncated_prompts, warnings_of
 from sa3train.inference.generation import draws_to_come, sample_latents, starting_point
 from sa3train.inference.outputs import GenerationOutput
-from sa3train.inference.request import DEFAULT_DURATION, ModelFacts, Request, build_request
-from sa3train.inference.runtime import choose_device, choose_dtype, compile_blocks
+from sa3train.inference.request import DEFAULT_DURATION, ModelFacts, Request, build_request, described
+from sa3train.inference.runtime import choose_device, choose_dtype, compile_blocks, what_helps
 from sa3train.inference.sidecar import adapter_record, environment
 from sa3train.inference.sources import Source, load_source
 from sa3train.log import get_logger
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
 from sa3train.models.half import settle_in_fp16
+from sa3train.shortage import memory_named
 from sa3train.transfer import drawn_ahead
 
 logger = get_logger(__name__)
@@ -65,16 +66,18 @@ class Generator:
         named in the log), or "auto": what the device computes fastest, measured once. `compiled`
         has torch compile the denoiser's blocks (see `compile_blocks`): for many requests, not for the first.
         `cuda_graphs` sends a step's kernels to a CUDA device as one, from a request's third step on. Raises
-        `CheckpointError` when the model cannot be loaded, `ConfigError` for a device or precision that cannot be had.
+        `CheckpointError` when the model cannot be loaded, `ConfigError` for a device or precision that cannot be had,
+        `MemoryShortageError` when the device does not hold it.
         """
         place = choose_device(device)
         if cuda_graphs and place.type != "cuda":
             raise ConfigError(f"CUDA graphs have no effect on {place.type}: leave them out, or use a CUDA device.")
         chosen, dtype = choose_dtype(precision, place)
         half = dtype is torch.float16
-        model = load_checkpoint(name, place, torch.float32 if half else dtype, encoder_later=True)
-        if half:
-            settle_in_fp16(model)
+        with memory_named(place, f"loading {os.fspath(name)} in {chosen}", what_helps(place, chosen)):
+            model = load_checkpoint(name, place, torch.float32 if half else dtype, encoder_later=True)
+            if half:
+                settle_in_fp16(model)
         generator = cls(model, chosen, os.fspath(name))
         generator.cuda_graphs = cuda_graphs
         if compiled:
@@ -188,7 +191,7 @@ class Generator:
         the CPU) takes its place. `callback(step, total, sigma, denoised)` may raise to cancel.
 
         Raises `RequestError` for a request that cannot be met or a setting without effect, `AudioError` for unusable
-        audio.
+        audio, `MemoryShortageError` when the device does not hold what is asked for.
         """
         if generator is not None and generator.device.type != "cpu":
             raise RequestError("generator must be a CPU generator: every draw is made there, on all devices.")
@@ -219,7 +222,8 @@ class Generator:
         )
         if generator is None:
             generator = torch.Generator().manual_seed(request.seed or 0)
-        with torch.no_grad():
+        remedies = what_helps(self.device, self.precision, request, self.cuda_graphs)
+        with torch.no_grad(), memory_named(self.device, f"generating {described(request)}", remedies):
             start = starting_point(self.model, self.facts, request, init, inpaint, generator)
             with drawn_ahead(generator, draws_to_come(self.model, request, start), self.device):
                 latents_BCT = sample_latents(

@@ -82,6 +82,12 @@ class Request:
         }
 
 
+def described(request: Request) -> str:
+    """Items and seconds, for a message."""
+    count, seconds = request.batch_size, max(request.duration)
+    return f"{seconds:g} s" if count == 1 else f"{count} items of up to {seconds:g} s"
+
+
 def samples_of(facts: ModelFacts, seconds: float) -> int:
     """Samples that `seconds` are cut to."""
     return int(seconds * facts.sample_rate)

@@ -7,6 +7,7 @@ import torch
 
 from sa3train.errors import ConfigError
 from sa3train.files import cache_dir
+from sa3train.inference.request import Request
 from sa3train.log import get_logger
 from sa3train.models.dit import DiT
 from sa3train.models.precision import auto_precision
@@ -46,6 +47,24 @@ def choose_dtype(precision: str, device: torch.device) -> tuple[str, torch.dtype
     if precision not in DTYPES:
         raise ConfigError(f"unknown precision {precision!r}; choose auto, {', '.join(DTYPES)}.")
     return precision, DTYPES[precision]
+
+
+def what_helps(
+    device: torch.device, precision: str, request: Request | None = None, cuda_graphs: bool = False
+) -> list[str]:
+    """What may be changed where `device` holds too little for the model, or for `request` beside it."""
+    seconds = 0.0 if request is None else max(request.duration)
+    bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    found = [
+        ("fewer items at a time", request is not None and request.batch_size > 1),
+        (f"a duration under {seconds:g} s", request is not None),
+        ("chunked decoding", request is not None and request.chunked_decode is False),
+        ("no CUDA graphs", cuda_graphs),
+        (f"precision {'bf16' if bf16 else 'fp16'}", precision == "fp32"),
+        ("a smaller model", True),
+        ("another device, such as cpu", device.type != "cpu"),
+    ]
+    return [words for words, would_help in found if would_help]
 
 
 def compile_blocks(dit: DiT, backend: str = "inductor") -> None:

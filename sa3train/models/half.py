@@ -21,6 +21,7 @@ from sa3train.log import get_logger
 from sa3train.models.checkpoint import StableAudio3
 from sa3train.models.conditioners import TextEmbedding
 from sa3train.models.dit import Block, BlockConditions, Conditions, Modulation
+from sa3train.transfer import widest
 
 logger = get_logger(__name__)
 
@@ -175,7 +176,8 @@ def _fixed_input(model: StableAudio3) -> Callable[[], Tensor]:
 
 def _error(found: Tensor, exact: Tensor) -> float:
     """‖found − exact‖ / ‖exact‖; not a number when `found` has one that is none."""
-    return ((found.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-12)).item()
+    wide = widest(exact.device)
+    return ((found.to(wide) - exact.to(wide)).norm() / exact.to(wide).norm().clamp(min=1e-12)).item()
 
 
 def _to(value: Any, dtype: torch.dtype) -> Any:

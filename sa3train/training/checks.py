@@ -37,6 +37,17 @@ def check_together(
         _logger.warning("%s is a base model, and this objective trains a few noise levels alone.", model.name)
 
 
+def what_helps(loop: LoopSettings, frames: int, rows: int, packed: bool) -> list[str]:
+    """Settings that make a training smaller, the gentlest first. Its largest batch has `rows` rows of `frames`."""
+    found = [
+        ("trainer.activation_checkpointing=blocks", loop.activation_checkpointing != "blocks"),
+        (f"data.batch_size={max(1, rows // 2)} trainer.accumulate={2 * loop.accumulate}", rows > 1),
+        (f"data.{'pack' if packed else 'crop'}_frames={frames // 2}", frames > 1),
+        ("trainer.quantize=int8 or nf4", loop.quantize == "none"),
+    ]
+    return [words for words, would_help in found if would_help]
+
+
 def played_as_trained(demos: DemoSettings | None, objective: Objective) -> DemoSettings | None:
     """The demos in as many steps as the noise levels that are trained, where these are a sampler's and none are set."""
     if demos is None or objective.sampler_steps is None or demos.steps is not None:

@@ -1,8 +1,7 @@
 """A run's folder: begun, resumed, or refused. `run.json` says what the run is; `config.yaml` how it was set.
 
 A resumed run must be the run that was started: what differs in settings, data or base model is listed and refused
-unless
-allowed by name.
+unless allowed by name.
 """
 
 import datetime
@@ -21,13 +20,15 @@ from sa3train import __version__
 from sa3train.config import differences
 from sa3train.errors import ConfigError
 from sa3train.files import write_json, write_text
-from sa3train.log import rank
+from sa3train.log import get_logger, rank
+
+_logger = get_logger(__name__)
 
 CONFIG, RECORD = "config.yaml", "run.json"
 
 FREE = (
     "resume", "resume_changes", "run_dir", "paths.*", "logger.*", "callbacks.save.*", "callbacks.demos.*",
-    "data.num_workers", "trainer.log_every", "launcher*",
+    "data.num_workers", "trainer.log_every", "trainer.activation_checkpointing", "launcher*",
 )  # fmt: skip
 """Settings that may change from one part of a run to the next: they do not touch what is learned."""
 
@@ -53,12 +54,20 @@ class RunFolder:
             write_json(self.path / RECORD, self.record)
 
     def abandon(self) -> None:
-        """Take back a run that was refused before it made anything, so that its folder can be used (rank 0)."""
+        """Take back a run that was refused before it made anything, so that its folder can be used; of one that was
+        stopped by an error, say how to go on (rank 0).
+        """
+        from sa3train.training.checkpoints import newest_state
+
+        if rank() != 0:
+            return
         begun_here = not self.record["resumed"]
-        if rank() == 0 and begun_here and {entry.name for entry in self.path.iterdir()} <= {CONFIG, RECORD}:
+        if begun_here and {entry.name for entry in self.path.iterdir()} <= {CONFIG, RECORD}:
             for name in (CONFIG, RECORD):
                 (self.path / name).unlink(missing_ok=True)
             self.path.rmdir()
+        elif state := newest_state(self.path):
+            _logger.info("step %d is saved; once this is mended, go on with: sa3-train resume=%s", state[0], self.path)
 
 
 def requeued() -> bool:

@@ -23,7 +23,7 @@ def make_trainer(run_dir: Path, loop: LoopSettings, callbacks: Sequence[lightnin
         max_steps=loop.max_steps,
         accumulate_grad_batches=loop.accumulate,
         gradient_clip_val=loop.clip or None,
-        accelerator=loop.accelerator,
+        accelerator="gpu" if uses_gpu(loop) else "cpu",  # Lightning's own "auto" would take Apple's GPU
         devices=devices_of(loop),
         num_nodes=loop.num_nodes,
         strategy=_strategy(loop),

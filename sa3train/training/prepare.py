@@ -1,5 +1,7 @@
 """What happens to the model on its device before the first step: few bits, memory plan, checkpointing, compile."""
 
+from collections.abc import Sequence
+
 import lightning.pytorch as lightning
 import torch
 from torch import nn
@@ -7,7 +9,7 @@ from torch.autograd import Function
 
 from sa3train.log import get_logger
 from sa3train.models import norms
-from sa3train.training.memory import MemoryPlan, compare, make_plan
+from sa3train.training.memory import GIB, MemoryPlan, compare, free_memory, make_plan
 from sa3train.training.module import LoraModule
 from sa3train.training.quantized import CodedWeights
 from sa3train.training.settings import LoopSettings
@@ -18,12 +20,15 @@ _logger = get_logger(__name__)
 class Prepare(lightning.Callback):
     """Puts the base in few bits when asked, says what memory the run will take, decides on recomputing, compiles.
 
-    `frames` and `rows`: the largest micro-batch to come. After the run `verdict` says how far off the plan was.
+    `frames` and `rows`: the largest micro-batch to come. `remedies`: what would make it smaller. After the run
+    `verdict` says how far off the plan was.
     """
 
-    def __init__(self, loop: LoopSettings, optimizer: str, frames: int, rows: int, prompt: str) -> None:
+    def __init__(
+        self, loop: LoopSettings, optimizer: str, frames: int, rows: int, prompt: str, remedies: Sequence[str] = ()
+    ) -> None:
         self.loop, self.optimizer = loop, optimizer
-        self.frames, self.rows, self.prompt = frames, rows, prompt
+        self.frames, self.rows, self.prompt, self.remedies = frames, rows, prompt, remedies
         self.plan: MemoryPlan | None = None
         self.verdict: str | None = None
 
@@ -45,6 +50,10 @@ class Prepare(lightning.Callback):
         _logger.info("memory this run will take (%d clips of %d frames a step):", self.rows, self.frames)
         for line in self.plan.lines():
             _logger.info(line)
+        free = free_memory(pl_module.device)
+        if self.plan.total - self.plan.weights > free:
+            given = free / GIB, "; ".join(self.remedies) or "a smaller model"
+            _logger.warning("beside the weights that is more than the %.1f GiB that are free. What helps: %s.", *given)
         if self.loop.compile:
             compile_blocks(pl_module)
 

@@ -20,9 +20,10 @@ from sa3train.data.datamodule import LatentDataModule
 from sa3train.files import write_bytes
 from sa3train.log import get_logger
 from sa3train.models.checkpoint import StableAudio3
+from sa3train.shortage import memory_named
 from sa3train.training import validation
 from sa3train.training.checkpoints import ADAPTER, BEST_ADAPTER, Saver
-from sa3train.training.checks import check_together, played_as_trained
+from sa3train.training.checks import check_together, played_as_trained, what_helps
 from sa3train.training.demos import Demos, demos_of, players
 from sa3train.training.fixed import FixedItem, heldout_items, training_items
 from sa3train.training.folder import RunFolder
@@ -171,7 +172,9 @@ def train(
         model, injected, text, objective=objective, optimizer=optimizer, schedule=schedule, loop=loop, seed=seed
     )
     saver = Saver(run.path, tracker, every=save.every, keep=save.keep, metadata=lambda step: noted(provenance, step))
-    prepare = Prepare(loop, optimizer.name, *largest_batch(data), prompt=any_prompt(data))
+    frames, rows = largest_batch(data)
+    remedies = what_helps(loop, frames, rows, data.pack_frames is not None)
+    prepare = Prepare(loop, optimizer.name, frames, rows, prompt=any_prompt(data), remedies=remedies)
     meter = Meter(tracker, loop.log_every, loop.max_steps, model.sample_rate, model.downsampling_ratio)
     heldout = heldout_items(data, judge.clips)
     judged = make_judge(run.path, tracker, saver, data, heldout, judge)
@@ -185,7 +188,8 @@ def train(
     data.rank, data.world = trainer.global_rank, trainer.world_size
     batches = EndlessBatches(data.train_dataloader(), loop.max_steps * loop.accumulate)
     module.train()  # the base has nothing that training mode changes; the adapter may have dropout
-    trainer.fit(module, train_dataloaders=batches, ckpt_path=run.state[1] if run.state else None)
+    with memory_named(device, f"training on up to {rows} x {frames} latent frames", remedies):
+        trainer.fit(module, train_dataloaders=batches, ckpt_path=run.state[1] if run.state else None)
     if trainer.is_global_zero and saver.interrupted is None:
         finish(run, saver, module, trainer.global_step, judged if judge.select_best else None)
         if demos is not None and demos.enabled and demos.memorisation_clips:

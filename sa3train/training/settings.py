@@ -102,9 +102,9 @@ class LoopSettings:
     max_steps: optimizer steps. accumulate: micro-batches per step. clip: limit of the gradient norm, 0 for none.
     average: decay of a running average (EMA) of the adapter, null for none. log_every: steps per log line.
     precision: "auto" is bf16-mixed on a GPU that has it, else fp32. quantize: the frozen base in 8 or 4 bits.
-    accelerator, devices, num_nodes, strategy: as in Lightning; "fsdp" shards the frozen base. activation_checkpointing:
-    none, blocks, or auto by measured memory. compile: torch.compile each block. threads: CPU threads of torch, null for
-    its own choice.
+    accelerator, devices, num_nodes, strategy: as in Lightning, but that "auto" is CUDA, else the CPU; "fsdp" shards the
+    frozen base. activation_checkpointing: none, blocks, or auto by measured memory. compile: torch.compile each block.
+    threads: CPU threads of torch, null for its own choice.
     """
 
     max_steps: int = 2000

@@ -67,8 +67,10 @@ def random_checkpoint(arch: str, dtype: torch.dtype = torch.float32) -> Path:
     logger.info(f"making a random {arch} checkpoint in {final}")
     try:
         with beside(final) as workplace:
-            _write(workplace / final.name, arch, config, dtype)
-            (workplace / final.name).rename(final)
+            aside = workplace / final.name
+            aside.mkdir()
+            _write(aside, arch, config, dtype)
+            aside.rename(final)
     except OSError as error:
         if not final.is_dir():
             raise SA3Error(

@@ -17,7 +17,7 @@ from sa3train.adapters.spec import AdapterSpec
 from sa3train.adapters.together import Together
 
 MakeSmall = Callable[..., nn.Module]
-KINDS = ["lora", "dora-rows", "dora-cols", "bora"]
+KINDS = [f"{name}{end}" for end in ("", "-xs") for name in ("lora", "dora-rows", "dora-cols", "bora")]
 
 
 @pytest.fixture(autouse=True)
@@ -200,7 +200,7 @@ torch.distributed.destroy_process_group()
 """
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["lora", "dora-rows", "dora-cols", "bora", "bora-xs"])
 def test_a_sharded_base_is_whole_only_while_its_layers_run(kind: str, tmp_path: Path) -> None:
     small = Path(__file__).with_name("conftest.py")
     command = [sys.executable, "-c", SHARDED, str(tmp_path / "store"), str(small), kind]

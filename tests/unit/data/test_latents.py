@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sa3train.data.latents import Encoder
-from sa3train.errors import ConfigError
+from sa3train.errors import MemoryShortageError
 from sa3train.models.checkpoint import load_autoencoder
 from sa3train.testing import GoldenSet, noise
 
@@ -86,7 +86,7 @@ def test_little_memory_halves_the_batch(encoder: Encoder, monkeypatch: pytest.Mo
         assert torch.allclose(one, two, rtol=0, atol=1e-4)
     assert sizes == [5, 2, 3, 1, 2]
     monkeypatch.setattr(encoder.autoencoder, "encode_many", lambda several: small(several, most=0))
-    with pytest.raises(ConfigError, match="does not hold a clip of 1 s: encode with chunked=true"):
+    with pytest.raises(MemoryShortageError, match=r"while encoding a clip of 1 s\. What helps: model\.dtype=bf16; or"):
         encoder.latents(audio, [0] * 5)
 
 

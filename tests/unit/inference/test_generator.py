@@ -6,11 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from sa3train.errors import AudioError, ConfigError, RequestError
-from sa3train.inference import Generator
-from sa3train.inference.runtime import choose_device, choose_dtype, compile_blocks
+from sa3train.diffusion import guidance
+from sa3train.errors import AudioError, ConfigError, MemoryShortageError, RequestError
+from sa3train.inference import Generator, pipeline
+from sa3train.inference.runtime import choose_device, choose_dtype, compile_blocks, what_helps
 from sa3train.testing import tone, write_clip
+from sa3train.transfer import widest
 
 QUICK: dict[str, Any] = {"prompt": "low hum", "duration": 0.5, "steps": 3, "seed": 4, "cfg_scale": 1.0}
 SOURCE = (44100, torch.from_numpy(tone(1.0).T.copy()))
@@ -296,3 +299,57 @@ def test_devices_and_precisions_that_cannot_be_had_are_said() -> None:
         choose_device("quantum")
     with pytest.raises(ConfigError, match="CUDA devices are here"):
         choose_device("cuda:99")
+
+
+def test_what_does_not_fit_is_said_with_what_would_help(gen: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(pipeline, "sample_latents", full)
+    with pytest.raises(MemoryShortageError, match=r"while generating 0\.5 s\. What helps: a duration under 0\.5 s; "):
+        gen.generate(**QUICK)
+    with pytest.raises(
+        MemoryShortageError, match=r"3 items of up to 0\.5 s\. What helps: fewer items .* chunked decoding"
+    ):
+        gen.generate(**QUICK | {"prompt": ["a", "b", "c"], "chunked_decode": False})
+    monkeypatch.setattr(pipeline, "load_checkpoint", full)
+    with pytest.raises(
+        MemoryShortageError, match=r"while loading nano in fp32\. What helps: precision bf16; or a smaller"
+    ):
+        Generator.from_pretrained("nano", "cpu", "fp32")
+
+
+def test_a_graphics_card_without_bf16_is_told_of_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    for supported, precision in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, known=supported: known)
+        assert f"precision {precision}" in what_helps(cuda, "fp32")
+    assert what_helps(cuda, "bf16", None, True) == ["no CUDA graphs", "a smaller model", "another device, such as cpu"]
+
+
+class NoFloat64(TorchDispatchMode):
+    """As on Apple's GPUs, which have no such numbers."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype in (torch.float64, torch.complex128):
+                raise TypeError(f"Cannot convert a MPS Tensor to float64 ({func})")
+        return out
+
+
+def test_nothing_is_computed_in_float64_where_a_device_has_none(
+    gen: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guided = QUICK | {"cfg_scale": 4.0, "negative_prompt": "harsh", "apg_scale": 1.0}
+    with pytest.raises(TypeError, match="float64"), NoFloat64():
+        gen.generate(**guided)
+    wide = gen.generate(**guided)
+    monkeypatch.setattr(guidance, "widest", lambda device: torch.float32)
+    regions = {"inpaint_mask_start_seconds": 0.1, "inpaint_mask_end_seconds": 0.3}
+    for settings in ({}, {"init_audio": SOURCE, "init_noise_level": 0.6}, {"inpaint_audio": SOURCE, **regions}):
+        with NoFloat64():
+            found = gen.generate(**guided, **settings)
+        if not settings:
+            torch.testing.assert_close(found.audio[0], wide.audio[0], atol=1e-4, rtol=0)
+    assert widest(torch.device("mps")) is torch.float32 and widest(torch.device("cuda")) is torch.float64

@@ -12,10 +12,11 @@ from sa3train.adapters import layers
 from sa3train.adapters.inject import inject
 from sa3train.adapters.spec import AdapterSpec
 from sa3train.models.checkpoint import load_checkpoint
-from sa3train.training import memory
+from sa3train.training import memory, prepare
+from sa3train.training.checks import what_helps
 from sa3train.training.memory import kept_for_backward, make_plan, weight_bytes
 from sa3train.training.module import LoraModule
-from sa3train.training.prepare import compile_blocks
+from sa3train.training.prepare import Prepare, compile_blocks
 from sa3train.training.run import make_module
 from sa3train.training.settings import LoopSettings, Objective, OptimizerSettings, ScheduleSettings
 from sa3train.training.text import PromptBank
@@ -156,3 +157,26 @@ def test_compiled_blocks_train_the_same() -> None:
     assert compared
     for gradient, expected in compared:
         torch.testing.assert_close(gradient, expected)
+
+
+def test_a_plan_that_does_not_fit_is_said_before_the_first_step(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def begin() -> None:
+        caplog.clear()
+        Prepare(LoopSettings(), "adamw", 40, 3, "x", ["less"]).on_fit_start(None, build())  # type: ignore[arg-type]
+
+    begin()
+    assert "more than" not in caplog.text
+    monkeypatch.setattr(prepare, "free_memory", lambda device: 1000)
+    begin()
+    assert "more than the 0.0 GiB that are free. What helps: less." in caplog.text
+
+
+def test_what_helps_is_what_is_not_done_yet() -> None:
+    assert what_helps(LoopSettings(accumulate=3), 256, 8, packed=False) == [
+        "trainer.activation_checkpointing=blocks", "data.batch_size=4 trainer.accumulate=6", "data.crop_frames=128",
+        "trainer.quantize=int8 or nf4",
+    ]  # fmt: skip
+    done = LoopSettings(activation_checkpointing="blocks", quantize="nf4")
+    assert what_helps(done, 256, 1, packed=True) == ["data.pack_frames=128"]
