@@ -73,11 +73,12 @@ class Generator:
         if cuda_graphs and place.type != "cuda":
             raise ConfigError(f"CUDA graphs have no effect on {place.type}: leave them out, or use a CUDA device.")
         chosen, dtype = choose_dtype(precision, place)
-        half = dtype is torch.float16
         with memory_named(place, f"loading {os.fspath(name)} in {chosen}", what_helps(place, chosen)):
-            model = load_checkpoint(name, place, torch.float32 if half else dtype, encoder_later=True)
-            if half:
-                settle_in_fp16(model)
+            if dtype is torch.float16:
+                model = load_checkpoint(name, "cpu")
+                settle_in_fp16(model, place)
+            else:
+                model = load_checkpoint(name, place, dtype, encoder_later=True)
         generator = cls(model, chosen, os.fspath(name))
         generator.cuda_graphs = cuda_graphs
         if compiled:

@@ -126,14 +126,20 @@ def join_workers() -> "Workers":
 
 
 def load_encoder(name: str, dtype: str, device: str, chunked: bool = True) -> "Encoder":
-    """The autoencoder of a model, or a SAME alone, on its device."""
+    """The autoencoder of a model, or a SAME alone, on its device; in fp16 only if it is good enough in it."""
     import torch
 
     from sa3train.data.latents import Encoder
     from sa3train.models.checkpoint import load_autoencoder
+    from sa3train.models.half import settle_autoencoder
 
-    precision = {"auto": torch.float32, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
-    return Encoder(load_autoencoder(name, torch_device(device), precision), name, chunked)
+    place = torch_device(device)
+    if dtype == "fp16":
+        autoencoder = load_autoencoder(name)  # on the CPU: it comes to its place when it is tried
+        settle_autoencoder(autoencoder, place)
+    else:
+        autoencoder = load_autoencoder(name, place, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    return Encoder(autoencoder, name, chunked)
 
 
 def load_rules(name: str, captions: str) -> "Rules":

@@ -1,4 +1,4 @@
-"""Run on the stand-in: plays nano and nano-base in bf16, in every mode. Prints JSON.
+"""Run on the stand-in: plays nano and nano-base in bf16, in every mode, and nano in fp16. Prints JSON.
 
 For each request there is an answer: the `error` it ended with, the `shapes` of its audio, the `waits` of the host for
 the device, and the `launches` of kernels. Not among them is the first request of each model, which loads the text
@@ -59,6 +59,9 @@ def main() -> dict[str, Any]:
     nano.cuda_graphs = True
     found["cuda graphs"] = played(nano, prompt="a koto", duration=1, steps=8)
     base.load_adapter(ADAPTER, interval=(0.3, 0.8))
+    half = Generator.from_pretrained("nano", "cuda", "fp16")
+    played(half, prompt="first", duration=1)
+    found["fp16"] = played(half, prompt="a koto", duration=1)
     found["adapter in an interval"] = played(base, prompt="a koto", duration=1, steps=6, cfg_scale=1.0)
     return found
 

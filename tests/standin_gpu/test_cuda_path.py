@@ -31,6 +31,7 @@ TRAININGS = {
     "packed": PACKED,
     "recomputed": [RECOMPUTED],
     "bora-recomputed": ["adapter=bora", RECOMPUTED],
+    "bora-xs": ["adapter=bora-xs"],
     "average": ["trainer.average=0.9"],
     "int8": ["trainer.quantize=int8"],
     "fp8": ["trainer.quantize=fp8"],
@@ -45,6 +46,7 @@ REQUESTS = {
     "inpainting": [44100],
     "adapter in an interval": [44100],
     "cuda graphs": [44100],
+    "fp16": [44100],
 }
 """What run_generation.py asks for: samples of each item."""
 

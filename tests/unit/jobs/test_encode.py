@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sa3train.data.store import LatentStore
-from sa3train.jobs.encode import load_rules, main, one_at_a_time, torch_device, without_sweep
+from sa3train.jobs.encode import load_encoder, load_rules, main, one_at_a_time, torch_device, without_sweep
 from sa3train.testing import noise, write_clip
 
 MODEL = str(Path(__file__).parents[2] / "golden" / "plain")
@@ -160,3 +160,8 @@ def test_help_is_quick_and_whole(capfd: pytest.CaptureFixture[str]) -> None:
     assert "optimizer" not in done.stdout, "only what can be set here"
     assert all(name in done.stdout for name in ("small-music", "small-sfx", "medium", "nano", "same-s", "same-l"))
     assert " torch\n" not in done.stderr, "nothing heavy is imported for --help"
+
+
+def test_fp16_is_tried_before_it_is_taken() -> None:
+    assert load_encoder(MODEL, "fp16", "cpu").precision == "float16"
+    assert load_encoder("nano", "fp16", "cpu").precision == "float32", "hand-set units cancel: 3.5 % off in fp16"

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from sa3train.inference import Generator
-from sa3train.models.checkpoint import StableAudio3, load_checkpoint
-from sa3train.models.half import ERROR, LARGEST, Verdict, settle_in_fp16
+from sa3train.models.checkpoint import StableAudio3, load_autoencoder, load_checkpoint
+from sa3train.models.half import settle_autoencoder, settle_in_fp16
+from sa3train.models.half_trial import ERROR, LARGEST, Verdict
 
 PLAIN = Path(__file__).parents[2] / "golden" / "plain"
 
@@ -54,7 +55,7 @@ def test_a_block_that_saturates_is_kept_and_named_and_the_others_are_halved(capl
     assert not torch.isfinite(velocity(naive)).all(), "otherwise this test shows nothing"
     model = model_with(saturating=1)
     with caplog.at_level(logging.INFO):
-        verdicts = {verdict.layer: verdict for verdict in settle_in_fp16(model)}
+        verdicts = {verdict.layer: verdict for verdict in settle_in_fp16(model, "cpu")}
     assert [name for name, verdict in verdicts.items() if verdict.kept_wide] == ["block 1"]
     assert verdicts["block 1"].largest > LARGEST > verdicts["block 0"].largest > 0
     assert "kept in float32: block 1 (numbers up to" in caplog.text
@@ -70,7 +71,7 @@ def test_a_block_that_saturates_is_kept_and_named_and_the_others_are_halved(capl
 def test_a_model_without_large_numbers_is_fp16_throughout(caplog: pytest.LogCaptureFixture) -> None:
     exact, model = velocity(model_with()), model_with()
     with caplog.at_level(logging.INFO):
-        verdicts = settle_in_fp16(model)
+        verdicts = settle_in_fp16(model, "cpu")
     assert not any(verdict.kept_wide for verdict in verdicts) and "kept in" not in caplog.text
     assert dtypes(model.dit) == {torch.float16}
     assert (velocity(model) - exact).norm() <= ERROR * exact.norm()
@@ -86,7 +87,7 @@ def test_large_numbers_between_blocks_keep_all_that_they_pass_through(output: bo
         if not output:
             model.dit.transformer.project_out.weight *= 1e-6
     exact = velocity(model)
-    kept = [verdict.layer for verdict in settle_in_fp16(model) if verdict.kept_wide]
+    kept = [verdict.layer for verdict in settle_in_fp16(model, "cpu") if verdict.kept_wide]
     blocks = len(model.dit.transformer.layers)
     all_of_it = ["the denoiser as a whole"] if output else []
     assert kept == [*(f"block {index}" for index in range(blocks)), "project_out", *all_of_it]
@@ -106,3 +107,39 @@ def test_the_generator_tries_layers_when_fp16_is_asked_for(caplog: pytest.LogCap
         generator = Generator.from_pretrained(PLAIN, "cpu", "fp16")
     assert "fp16 in " in caplog.text and generator.precision == "fp16"
     assert next(generator.model.dit.parameters()).dtype is torch.float16
+
+
+@torch.no_grad()
+def test_blocks_come_to_the_device_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No block is there in fp32 when another one runs: after its turn it is judged and small."""
+    model, met = model_with(saturating=1), []
+    blocks = list(model.dit.transformer.layers)
+    for block in blocks:
+        block.register_forward_pre_hook(lambda *_: met.append([dtypes(each) for each in blocks]))
+    settle_in_fp16(model, "cpu")
+    fp16, fp32 = {torch.float16}, {torch.float32}
+    assert met[:4:2] == [[fp32] * len(blocks), [fp16] + [fp32] * (len(blocks) - 1)]
+    kept = {id(tensor) for tensor in model.dit.parameters()}
+    assert kept == {id(tensor) for tensor in model_parameters(model)}, "the same parameters, for adapters to find"
+
+
+def model_parameters(model: StableAudio3) -> list[Tensor]:
+    return list(model.adaptable()["model"].parameters())
+
+
+def test_what_is_kept_wide_is_not_rounded_to_fp16_on_its_way() -> None:
+    exact, model = model_with(saturating=1), model_with(saturating=1)
+    settle_in_fp16(model, "cpu")
+    ours, theirs = (each.dit.transformer.layers[1].state_dict() for each in (model, exact))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_an_autoencoder_alone_is_tried_too(caplog: pytest.LogCaptureFixture) -> None:
+    good, bad = load_autoencoder(PLAIN), load_autoencoder(PLAIN)
+    with torch.no_grad():
+        bad.decoder.layers[3].mapping.bias += 1e6  # type: ignore[union-attr, operator]
+    with caplog.at_level(logging.INFO):
+        assert not settle_autoencoder(good, "cpu").kept_wide and good.dtype is torch.float16
+        assert "fp16 in 1 of 1 layers" in caplog.text and "kept in" not in caplog.text
+        assert settle_autoencoder(bad, "cpu").kept_wide and bad.dtype is torch.float32
+    assert "kept in float32: the autoencoder (numbers up to 1." in caplog.text
