@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,19 +43,26 @@ class GenerationOutput:
         item alone, to `path` itself. Returns the audio files. Raises `SA3Error` when they cannot be written; files
         appear whole or not at all.
         """
-        places = output_paths(path, len(self.audio)) if item is None else [output_paths(path, 1)[0]]
-        items = range(len(self.audio)) if item is None else [item]
-        contents = [self.encoded(index, place.suffix, subtype) for index, place in zip(items, places, strict=True)]
+        if item is None:
+            return self.save_at(output_paths(path, len(self.audio)), subtype)
+        return self.save_at(output_paths(path, 1), subtype, [item])
+
+    def save_at(
+        self, places: Sequence[Path], subtype: str = "PCM_16", items: Sequence[int] | None = None
+    ) -> list[Path]:
+        """`save` of `items` (all of them, where None) to a place each."""
+        chosen = range(len(self.audio)) if items is None else items
+        contents = [self.encoded(index, place.suffix, subtype) for index, place in zip(chosen, places, strict=True)]
         for place in places:
             check_output(place, subtype)
-        for index, place, content in zip(items, places, contents, strict=True):
+        for index, place, content in zip(chosen, places, contents, strict=True):
             write_bytes(place, content)
             try:
                 write_json(sidecar_path(place), self.sidecar(index, place.name, content, subtype))
             except SA3Error:
                 place.unlink(missing_ok=True)
                 raise
-        return places
+        return list(places)
 
     def encoded(self, item: int, suffix: str = DEFAULT_SUFFIX, subtype: str = "PCM_16") -> bytes:
         """The bytes of the audio file of one item."""

@@ -2,6 +2,7 @@
 
 sa3-generate -p "warm analog pad" --model nano --duration 5 -o pad.wav
 sa3-generate -p "solo cello" --model nano-base --lora cello.safetensors=0.8 -o cello.wav
+sa3-generate --prompt-file prompts.txt --at-a-time 4 -o out.wav
 sa3-generate --from cello.json
 """
 
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sa3train.errors import RequestError
+from sa3train.jobs.generate_batches import Writer, in_groups
 from sa3train.jobs.generate_flags import (
     DEFAULT_INIT_NOISE_LEVEL,
     DEFAULT_MODEL,
@@ -40,7 +42,10 @@ def generate(arguments: argparse.Namespace) -> int:
     from sa3train.inference.pipeline import Generator
 
     lists = (prompts, arguments.negative_prompt or [], arguments.duration or [])
-    for place in output_paths(output, max(arguments.batch_size or 1, *(len(values) for values in lists))):
+    count = max(arguments.batch_size or 1, *(len(values) for values in lists))
+    groups = in_groups({"prompt": _one_or_list(prompts), **settings}, count, arguments.at_a_time)
+    places = output_paths(output, count)
+    for place in places:
         check_output(place, subtype)
     if arguments.no_half and arguments.precision not in ("auto", "fp32"):
         raise RequestError(f"--no-half means --precision fp32, and --precision {arguments.precision} was given too.")
@@ -50,9 +55,11 @@ def generate(arguments: argparse.Namespace) -> int:
     generator = Generator.from_pretrained(model, arguments.device, precision, **ways)
     for adapter in adapters:
         generator.load_adapter(**adapter)
-    result = generator.generate(_one_or_list(prompts), **settings)
-    for path, audio, seed in zip(result.save(output, subtype), result.audio, result.seeds, strict=True):
-        print(f"{path}: {audio.shape[1] / result.sample_rate:.2f} s, seed {seed}, sidecar {path.stem}.json")
+    with Writer(subtype) as writer:
+        for group in groups:
+            result = generator.generate(**group)
+            writer.write(result, places[: len(result.audio)])
+            places = places[len(result.audio) :]
     return 0
 
 

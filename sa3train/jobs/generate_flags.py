@@ -168,6 +168,12 @@ def _add_settings(group: Any) -> None:
         "--duration", nargs="+", type=float, metavar="S", help="seconds, one or one per prompt (default 30)"
     )
     group.add_argument("--batch-size", type=int, metavar="N", help="variations of one prompt")
+    group.add_argument(
+        "--at-a-time",
+        type=int,
+        metavar="N",
+        help="items in memory at once; files appear as they are done, and each N have the next seed (default: all)",
+    )
     group.add_argument("--seed", type=int, default=-1, help="default -1: a random one, which is printed")
     group.add_argument("--steps", type=int, help="default 50 on base models, 8 on post-trained")
     group.add_argument("--sampler", metavar="NAME", help="euler, dpmpp, rk4, pingpong (default by model)")

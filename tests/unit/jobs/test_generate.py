@@ -15,7 +15,9 @@ import soundfile
 import torch
 from safetensors.torch import load_file, save_file
 
+from sa3train.errors import RequestError, SA3Error
 from sa3train.files import sha256_of
+from sa3train.inference import Generator
 from sa3train.jobs.generate import main
 from sa3train.jobs.generate_flags import build_parser, parse_adapters, parse_lora, parse_output
 from sa3train.testing import tone, write_clip
@@ -99,6 +101,57 @@ def test_variations_of_one_prompt_and_prompts_from_a_file() -> None:
     Path("prompts.txt").write_text("# two\nhum\n\nbells\n")
     assert run("--prompt-file", "prompts.txt", "-o", "b.wav") == 0
     assert sidecar("b_1.json")["settings"]["prompt"] == ["hum", "bells"]
+
+
+def test_items_at_a_time_are_batches_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("-p", "hum", "bells", "rain", "--duration", "0.2", "0.3", "0.4")
+    assert run(*given, "--at-a-time", 2, "-o", "a.wav") == 0
+    assert [soundfile.info(f"a_{index}.wav").frames for index in range(3)] == [8820, 13230, 17640]
+    assert [sidecar(f"a_{index}.json")["settings"]["prompt"] for index in (0, 1, 2)] == [["hum", "bells"]] * 2 + [
+        ["rain"]
+    ]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[1] for line in said] == [" seed 3", " seed 3", " seed 4"]
+    assert run("-p", "rain", "--duration", "0.4", "--seed", 4, "-o", "alone.wav") == 0
+    assert Path("a_2.wav").read_bytes() == Path("alone.wav").read_bytes()
+    for index in range(3):
+        make_again(f"a_{index}")
+
+
+def test_variations_at_a_time_and_a_limit_that_is_not_reached() -> None:
+    assert run("-p", "hum", "--batch-size", 3, "--at-a-time", 2, "-o", "a.wav") == 0
+    assert [sidecar(f"a_{index}.json")["settings"]["batch_size"] for index in range(3)] == [2, 2, 1]
+    assert run("-p", "hum", "--batch-size", 3, "--at-a-time", 9, "-o", "b.wav") == 0
+    assert run("-p", "hum", "--batch-size", 3, "-o", "c.wav") == 0
+    assert Path("b_2.wav").read_bytes() == Path("c_2.wav").read_bytes()
+
+
+def test_what_was_made_before_an_error_stays(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate, calls = Generator.generate, []
+
+    def fails(self: Generator, *args: Any, **settings: Any) -> Any:
+        calls.append(settings["prompt"])
+        if len(calls) == 3:
+            raise RequestError("no more")
+        return generate(self, *args, **settings)
+
+    monkeypatch.setattr(Generator, "generate", fails)
+    assert run("-p", "a", "b", "c", "d", "--at-a-time", 1, "-o", "x.wav") == 1
+    assert "error: no more" in capsys.readouterr().err
+    assert calls == ["a", "b", "c"] and sorted(path.name for path in Path().glob("x_*.wav")) == ["x_0.wav", "x_1.wav"]
+
+
+def test_an_error_in_writing_ends_the_command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise SA3Error("cannot write x_0.wav: the disk is full")
+
+    monkeypatch.setattr("sa3train.inference.outputs.write_bytes", full)
+    assert run("-p", "a", "b", "--at-a-time", 1, "-o", "x.wav") == 1
+    assert "error: cannot write x_0.wav" in capsys.readouterr().err
 
 
 def test_audio_to_audio_and_again_after_moving_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,6 +412,8 @@ BAD: list[tuple[tuple[Any, ...], str]] = [
     (("--steps", 0), "steps must be at least 1"),
     (("--sampler", "heun"), "unknown sampler 'heun'"),
     (("--prompt-file", "text.wav"), "in one way"),
+    (("--at-a-time", "0"), "at least one item"),
+    (("--duration", 1, 2, 3, "-p", "a", "b", "--at-a-time", 1), "duration has 3 values for a batch of 2"),
     (("-o", "text.wav/a.wav"), "is not a folder you may write to"),
     (("-o", "same-only"), "-o same-only is a folder"),
     (("-o", "later/"), "-o later/ is a folder"),
