@@ -29,7 +29,7 @@ measure() { # NAME LIMIT [FLAGS]: what does not end in time keeps its place in t
 }
 
 printf 'golden cases in fp32 on the GPU\n'
-SA3TRAIN_TEST_DEVICE=cuda timeout 90 "$python" -m pytest -q tests/unit/models/test_models_golden.py ||
+SA3TRAIN_TEST_DEVICE=cuda timeout 120 "$python" -m pytest -q tests/unit/*/test_*golden*.py ||
     printf 'golden cases: FAILED or not run\n'
 
 measure load 150 --arch medium

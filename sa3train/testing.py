@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+DEVICE = os.environ.get("SA3TRAIN_TEST_DEVICE", "cpu")
+"""Where recorded cases are computed; `launch/bench_gpu.sh` asks for CUDA."""
+
 
 class GoldenSet:
     """Recorded inputs and outputs of the released implementation: an index JSON beside a safetensors file.
@@ -32,11 +35,11 @@ class GoldenSet:
         """The recorded settings of `case`, without its tensor index."""
         return {key: value for key, value in self.cases[case].items() if key != "tensors"}
 
-    def tensors(self, case: str) -> dict[str, torch.Tensor]:
-        """Every tensor of `case`, by its name within the case."""
+    def tensors(self, case: str, device: str = "cpu") -> dict[str, torch.Tensor]:
+        """Every tensor of `case` on `device`, by its name within the case."""
         index = self.cases[case]["tensors"]
         with safe_open(self.stem.with_suffix(".safetensors"), framework="pt") as file:
-            return {name: file.get_tensor(key) for name, key in index.items()}
+            return {name: file.get_tensor(key).to(device) for name, key in index.items()}
 
     def tensor(self, key: str) -> torch.Tensor:
         """One tensor by its key in the file."""

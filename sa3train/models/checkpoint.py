@@ -21,7 +21,7 @@ from sa3train.models.config import ModelConfig
 from sa3train.models.dit import DiT
 from sa3train.models.fingerprints import fingerprint_of, remembered
 from sa3train.models.parse import is_autoencoder, parse_autoencoder, parse_model, read_config
-from sa3train.models.precision import fast_fp32_products
+from sa3train.models.precision import exact_fp32_convolutions, fast_fp32_products
 from sa3train.models.sources import TextEncoderSource, locate, text_encoder_source
 from sa3train.models.weights import check_names, read_tensors, tensor_shapes
 
@@ -203,6 +203,7 @@ def _fill(
     without: tuple[str, ...] = (),
 ) -> None:
     """Check the whole file against all modules, then read the asked parts into theirs, but for names in `without`."""
+    exact_fp32_convolutions()
     if torch.device(device).type == "cpu":
         fast_fp32_products()
     expected = {name: tuple(tensor.shape) for name, tensor in released_state(modules, prefixes).items()}

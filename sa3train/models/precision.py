@@ -94,6 +94,15 @@ def fast_fp32_products() -> bool:
     return False
 
 
+def exact_fp32_convolutions() -> None:
+    """Have GPUs convolve fp32 in fp32; torch's default is TF32, with 10 bits, though its products are exact.
+
+    The setting is torch's, for the whole process. Where somebody lets products be rounded, convolutions stay so.
+    """
+    if torch.get_float32_matmul_precision() == "highest":
+        torch.backends.cudnn.allow_tf32 = False
+
+
 def largest_error() -> float:
     """Error of fp32 products as a share of their largest value, over the shapes and layouts that layers use."""
     generator = torch.Generator().manual_seed(0)

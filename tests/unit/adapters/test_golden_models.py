@@ -13,7 +13,7 @@ from sa3train.adapters.formats import load_adapter, save_adapter
 from sa3train.adapters.spec import KINDS
 from sa3train.adapters.stack import AdapterStack
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
-from sa3train.testing import GoldenSet
+from sa3train.testing import DEVICE, GoldenSet
 
 ROOT = Path(__file__).parents[2] / "golden"
 GOLDEN = {kind: GoldenSet(ROOT / kind / "cases") for kind in ("plain", "diff")}
@@ -27,7 +27,7 @@ def cases(prefix: str) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, StableAudio3]:
-    return {kind: load_checkpoint(ROOT / kind, parts=("dit", "conditioner")) for kind in GOLDEN}
+    return {kind: load_checkpoint(ROOT / kind, DEVICE, parts=("dit", "conditioner")) for kind in GOLDEN}
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def play(stack: AdapterStack, kind: str, case: str) -> None:
 
 @torch.no_grad()
 def assert_velocity(model: StableAudio3, kind: str, case: str) -> None:
-    tensors = GOLDEN[kind].tensors(case)
+    tensors = GOLDEN[kind].tensors(case, DEVICE)
     velocity_BCT = model.dit(
         tensors["x"],
         tensors["t"],
@@ -85,9 +85,9 @@ def assert_velocity(model: StableAudio3, kind: str, case: str) -> None:
 def test_adapter(models: dict[str, StableAudio3], stacks: dict[str, AdapterStack], kind: str, case: str) -> None:
     play(stacks[kind], kind, case)
     assert_velocity(models[kind], kind, case)
-    seconds_B = torch.tensor(GOLDEN[kind].settings(case)["seconds"])
+    seconds_B = torch.tensor(GOLDEN[kind].settings(case)["seconds"], device=DEVICE)
     embedding_B1D = models[kind].conditioner.conditioners["seconds_total"](seconds_B)
-    expected_B1D = GOLDEN[kind].tensors(case)["seconds_embedding"]
+    expected_B1D = GOLDEN[kind].tensors(case, DEVICE)["seconds_embedding"]
     torch.testing.assert_close(embedding_B1D, expected_B1D, atol=TOLERANCE, rtol=0)
 
 

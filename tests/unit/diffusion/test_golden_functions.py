@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sa3train.diffusion import masks, objective, samplers, schedule
-from sa3train.testing import GoldenSet
+from sa3train.testing import DEVICE, GoldenSet
 
 GOLDEN = GoldenSet(Path(__file__).parents[2] / "golden" / "functions")
 TOLERANCE = 1e-4
@@ -59,11 +59,11 @@ def test_schedule(case: str) -> None:
 
 @pytest.mark.parametrize("case", GOLDEN.names("sampler."))
 def test_sampler(case: str) -> None:
-    tensors = GOLDEN.tensors(case)
+    tensors = GOLDEN.tensors(case, DEVICE)
     assert GOLDEN.settings(case)["velocity"] == "sin(x)*t + 0.3*x"
     sample = samplers.SAMPLERS[case.split(".")[1]]
     result = sample(
-        lambda x, t: torch.sin(x) * t + 0.3 * x, tensors["noise"], tensors["sigmas"], generator=seeded(case)
+        lambda x, t: torch.sin(x) * t + 0.3 * x, tensors["noise"], tensors["sigmas"].cpu(), generator=seeded(case)
     )
     assert_near(result, tensors["result"])
 
@@ -97,10 +97,10 @@ def test_resize_padding_mask() -> None:
 
 
 def test_coupling() -> None:
-    tensors = GOLDEN.tensors("coupling")
+    tensors = GOLDEN.tensors("coupling", DEVICE)
     assert torch.equal(objective.coupling_columns(tensors["data"], tensors["noise"]), tensors["columns"])
 
 
 def test_masked_loss() -> None:
-    tensors = GOLDEN.tensors("masked_loss")
+    tensors = GOLDEN.tensors("masked_loss", DEVICE)
     assert_near(objective.masked_loss(tensors["mse"], tensors["generated"]), tensors["loss"])

@@ -9,7 +9,7 @@ import torch
 from sa3train.diffusion.guidance import Condition, Guidance, guided_velocity
 from sa3train.models.checkpoint import load_checkpoint
 from sa3train.models.dit import DiT
-from sa3train.testing import GoldenSet
+from sa3train.testing import DEVICE, GoldenSet
 
 ROOT = Path(__file__).parents[2] / "golden"
 SETS = {which: GoldenSet(ROOT / which / "cases") for which in ("plain", "diff")}
@@ -19,12 +19,12 @@ TOLERANCE = 1e-4
 
 @functools.cache
 def dit(which: str) -> DiT:
-    return load_checkpoint(ROOT / which, parts=("dit",)).dit
+    return load_checkpoint(ROOT / which, DEVICE, parts=("dit",)).dit
 
 
 @pytest.mark.parametrize(("which", "case"), CASES)
 def test_guided_velocity(which: str, case: str) -> None:
-    tensors, settings = SETS[which].tensors(case), SETS[which].settings(case)
+    tensors, settings = SETS[which].tensors(case, DEVICE), SETS[which].settings(case)
     condition = Condition(
         tensors["cross_attn_cond"],
         tensors["global_cond"],

@@ -9,13 +9,14 @@ import pytest
 
 from sa3train.inference.pipeline import Generator
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
+from sa3train.testing import DEVICE
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 @functools.cache
 def loaded(which: str) -> StableAudio3:
-    return load_checkpoint(GOLDEN / which)
+    return load_checkpoint(GOLDEN / which, DEVICE)
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
 """Conditioning, DiT and SAME against the recorded outputs of the released implementation.
 
-`SA3TRAIN_TEST_DEVICE=cuda` runs them there (launch/bench_gpu.sh does).
+`SA3TRAIN_TEST_DEVICE=cuda` runs recorded cases there, here and in the other files of golden cases (launch/bench_gpu.sh
+does).
 """
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,11 @@ from torch import Tensor
 
 from sa3train.models import norms
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
-from sa3train.testing import GoldenSet
+from sa3train.testing import DEVICE, GoldenSet
 
 ROOT = Path(__file__).parents[2] / "golden"
 GOLDEN = {kind: GoldenSet(ROOT / kind / "cases") for kind in ("plain", "diff")}
 TOLERANCE = 1e-4
-DEVICE = os.environ.get("SA3TRAIN_TEST_DEVICE", "cpu")
 
 
 def cases(*prefixes: str) -> list[tuple[str, str]]:
@@ -28,7 +27,6 @@ def cases(*prefixes: str) -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def models() -> dict[str, StableAudio3]:
-    torch.backends.cudnn.allow_tf32 = False  # torch's default rounds convolutions on a GPU
     return {kind: load_checkpoint(ROOT / kind, DEVICE) for kind in GOLDEN}
 
 
@@ -47,7 +45,7 @@ def passes(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def recorded(kind: str, case: str) -> dict[str, Tensor]:
-    return {name: tensor.to(DEVICE) for name, tensor in GOLDEN[kind].tensors(case).items()}
+    return GOLDEN[kind].tensors(case, DEVICE)
 
 
 @pytest.mark.parametrize(("kind", "case"), cases("conditioning"))

@@ -2,22 +2,27 @@
 
 import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from sa3train.files import cache_dir
 from sa3train.models import precision
+from sa3train.models.checkpoint import load_autoencoder
+
+GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     """Nothing remembered from other tests, and torch's setting as it was."""
-    before = torch.get_float32_matmul_precision()
+    before, rounded = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     precision.cpu_gain.cache_clear()
     precision.fast_fp32_products.cache_clear()
     yield
     torch.set_float32_matmul_precision(before)
+    torch.backends.cudnn.allow_tf32 = rounded
     precision.cpu_gain.cache_clear()
     precision.fast_fp32_products.cache_clear()
 
@@ -87,3 +92,11 @@ def test_the_permission_is_taken_back_when_products_turn_out_rounded(monkeypatch
     torch.set_float32_matmul_precision("highest")
     assert not precision.fast_fp32_products()
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_loading_leaves_no_convolution_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    for chosen, expected in (("high", True), ("highest", False)):
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda known=chosen: known)
+        torch.backends.cudnn.allow_tf32 = True
+        load_autoencoder(GOLDEN / "plain")
+        assert torch.backends.cudnn.allow_tf32 is expected

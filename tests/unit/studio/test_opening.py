@@ -1,6 +1,6 @@
 """The server is closed by default, and lets through what it should."""
 
-import time
+import sys
 from pathlib import Path
 
 import pytest
@@ -38,12 +38,11 @@ def test_the_command_refuses_before_it_loads_anything(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.delenv("SA3_STUDIO_PASSWORD", raising=False)
-    started = time.monotonic()
+    monkeypatch.setitem(sys.modules, "sa3train.studio.app", None)  # importing the page would fail
     assert main([str(tmp_path), "--host", "0.0.0.0"]) == 1
     assert "needs a password" in capsys.readouterr().err
     assert main([str(tmp_path / "none")]) == 1
     assert "is not a folder" in capsys.readouterr().err
-    assert time.monotonic() - started < 5
 
 
 def test_the_command_starts_closed_on_nano() -> None:

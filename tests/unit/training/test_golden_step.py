@@ -8,7 +8,7 @@ import torch
 from sa3train.adapters.inject import inject
 from sa3train.adapters.spec import AdapterSpec
 from sa3train.models.checkpoint import load_checkpoint
-from sa3train.testing import GoldenSet
+from sa3train.testing import DEVICE, GoldenSet
 from sa3train.training.clips import Clips
 from sa3train.training.module import LoraModule
 from sa3train.training.objective import Draw
@@ -26,8 +26,8 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 @pytest.mark.parametrize("case", GoldenSet(GOLDEN / "plain" / "cases").names("train."))
 def test_training_step_equals_the_recorded_one(folder: str, case: str) -> None:
     golden = GoldenSet(GOLDEN / folder / "cases")
-    settings, tensors = golden.settings(case), golden.tensors(case)
-    model = load_checkpoint(GOLDEN / folder, parts=("dit", "conditioner"))
+    settings, tensors = golden.settings(case), golden.tensors(case, DEVICE)
+    model = load_checkpoint(GOLDEN / folder, DEVICE, parts=("dit", "conditioner"))
     spec = AdapterSpec(settings["adapter_type"], rank=settings["rank"], alpha=settings["alpha"])
     injected = inject(model.adaptable(), spec)
     given: dict[str, dict[str, torch.Tensor]] = {}
@@ -51,8 +51,8 @@ def test_training_step_equals_the_recorded_one(folder: str, case: str) -> None:
     clips = Clips(
         tensors["latents"].float(),
         padding_mask,
-        torch.tensor(settings["seconds_total"]),
-        torch.ones(count, dtype=torch.bool),
+        torch.tensor(settings["seconds_total"], device=DEVICE),
+        torch.ones(count, dtype=torch.bool, device=DEVICE),
         list(settings["prompts"]),
         [str(number) for number in range(count)],
     )
@@ -61,7 +61,7 @@ def test_training_step_equals_the_recorded_one(folder: str, case: str) -> None:
         tensors["t"].float(),
         padding_mask,
         tensors["inpaint_mask"].float(),
-        torch.zeros(count, dtype=torch.bool),
+        torch.zeros(count, dtype=torch.bool, device=DEVICE),
     )
     velocity = module(clips, draw)
     real = padding_mask[:, None, :]  # outputs at padded positions mean nothing
