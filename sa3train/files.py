@@ -5,59 +5,70 @@ import fcntl
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sa3train.errors import SA3Error
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 PART = ".part"
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
+_ABANDONED = re.compile(rf"\..*\.{_HOST}-[a-z0-9_]{{8}}{re.escape(PART)}")
+_SWEPT: set[Path] = set()
+"""Folders whose abandoned parts this process has removed."""
 
 
 @contextlib.contextmanager
 def beside(target: Path) -> Iterator[Path]:
     """Yield an empty folder in the folder of `target`, for what is to be renamed to `target`; it is removed at the end.
 
-    First, what writers of `target` that were killed have left there is removed. Whoever still writes holds a lock on
-    its folder, which the system lets go of however the process dies. Raises `OSError` when the folder cannot be made.
+    What writers that were killed have left in the folder of `target` is removed when a process first comes there.
+    Whoever still writes holds a lock on its part, which the system lets go of however the process dies. Network file
+    systems may keep such locks on each host alone, so parts carry their host's name, and other hosts' are left alone.
+    Raises `OSError` when the folder cannot be made.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f".{target.name[:100]}."
-    _remove_abandoned(target.parent, prefix)
-    folder, lock = _locked_folder(target.parent, prefix)
+    folder = target.parent.absolute()
+    if folder not in _SWEPT:
+        _SWEPT.add(folder)
+        _remove_abandoned(folder)
+    part, lock = _locked_part(target)
     try:
-        yield folder
+        yield part
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(part, ignore_errors=True)
         os.close(lock)
 
 
-def _locked_folder(parent: Path, prefix: str) -> tuple[Path, int]:
+def _locked_part(target: Path) -> tuple[Path, int]:
     while True:
-        folder = Path(tempfile.mkdtemp(prefix=prefix, suffix=PART, dir=parent))
+        part = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.{_HOST}-", suffix=PART, dir=target.parent))
         with contextlib.suppress(FileNotFoundError):  # removed before it was locked: make another
-            lock = os.open(folder, os.O_RDONLY)
+            lock = os.open(part, os.O_RDONLY)
             with contextlib.suppress(OSError):  # a file system without locks: nobody can remove it either
                 fcntl.flock(lock, fcntl.LOCK_EX)
-            if folder.exists():
-                return folder, lock
+            if part.exists():
+                return part, lock
             os.close(lock)
 
 
-def _remove_abandoned(parent: Path, prefix: str) -> None:
-    """Remove the folders of that prefix that nobody holds; one that cannot be locked or removed stays."""
-    ours = re.compile(re.escape(prefix) + "[a-z0-9_]{8}" + re.escape(PART))
-    for folder in parent.iterdir():
-        if not ours.fullmatch(folder.name):
-            continue
+def _remove_abandoned(folder: Path) -> None:
+    """Remove this host's parts that nobody holds; one that cannot be locked or removed stays."""
+    with os.scandir(folder) as entries:
+        parts = [entry.path for entry in entries if _ABANDONED.fullmatch(entry.name)]
+    for part in parts:
         with contextlib.suppress(OSError):
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            lock = os.open(part, os.O_RDONLY | os.O_DIRECTORY)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder)
+                shutil.rmtree(part)
             finally:
                 os.close(lock)
 
@@ -94,6 +105,23 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
     """Write `content` to `path` atomically."""
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file atomically. Raises `SA3Error` as `atomic_path` does."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic_path(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary, None if metadata is None else dict(metadata))
+        except SafetensorError as error:  # the system's refusals come as text
+            code = re.search(r"os error (\d+)", str(error))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(temporary)) from error
 
 
 def write_text(path: str | os.PathLike[str], content: str) -> None:

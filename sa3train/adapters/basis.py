@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sa3train.adapters.header import read_header
 from sa3train.adapters.weights import flatten_weight
 from sa3train.errors import AdapterError, SA3Error
-from sa3train.files import atomic_path, cache_dir
+from sa3train.files import cache_dir, write_tensors
 from sa3train.log import get_logger
 
 logger = get_logger(__name__)
@@ -80,8 +80,7 @@ def _cached(key: str, rank: int, compute: Callable[[], tuple[Tensor, Tensor]]) -
         return found
     U_OR, V_IR = compute()
     try:
-        with atomic_path(path) as temporary:
-            save_file({"U": U_OR, "V": V_IR}, temporary)
+        write_tensors(path, {"U": U_OR, "V": V_IR})
     except SA3Error as error:
         logger.warning("the singular vectors could not be kept for the next run: %s", error)
     return U_OR, V_IR

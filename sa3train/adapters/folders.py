@@ -1,6 +1,7 @@
 """Folders that appear whole or not at all."""
 
 import contextlib
+import glob
 import os
 import shutil
 import tempfile
@@ -19,6 +20,7 @@ def atomic_folder(path: str | os.PathLike[str], is_ours: Callable[[Path], bool])
     `SA3Error` for any other file or folder there, and when nothing can be written.
     """
     target = Path(path)
+    _put_back(target)
     if target.exists() and not (target.is_dir() and (is_ours(target) or not any(target.iterdir()))):
         raise SA3Error(f"{target} exists and holds something else. Give another name, or move it away first.")
     try:
@@ -32,6 +34,15 @@ def atomic_folder(path: str | os.PathLike[str], is_ours: Callable[[Path], bool])
             f"cannot write {target}: {error.strerror or error}. Nothing was left behind; free some space or choose a "
             f"folder you may write to, then run again."
         ) from error
+
+
+def _put_back(target: Path) -> None:
+    """Put back what was there before a writer that was killed between its two renames."""
+    if not target.exists() and target.parent.is_dir():
+        for earlier in target.parent.glob(f".{glob.escape(target.name[:100])}.????????.old"):
+            with contextlib.suppress(OSError):
+                earlier.rename(target)
+            return
 
 
 def _put(aside: Path, target: Path) -> None:

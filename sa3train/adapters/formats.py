@@ -6,14 +6,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.header import FLOATS, Header, read_header
 from sa3train.adapters.native import is_native, native_metadata, native_tensors, read_native
 from sa3train.errors import AdapterError
-from sa3train.files import atomic_path
+from sa3train.files import write_tensors
 from sa3train.log import get_logger
 
 logger = get_logger(__name__)
@@ -81,8 +80,7 @@ def read_tensors(path: Path, header: Header) -> dict[str, Tensor]:
 
 def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write tensors and metadata to `path` atomically."""
-    with atomic_path(path) as temporary:
-        save_file(dict(sorted(tensors.items())), temporary, dict(sorted(metadata.items())))
+    write_tensors(path, dict(sorted(tensors.items())), dict(sorted(metadata.items())))
 
 
 def storable(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from sa3train.audio.metrics import mel_spectrogram
+from sa3train.files import write_tensors
 
 BANDS = 64
 RANGE_DB = 70.0
@@ -59,7 +59,8 @@ class Classifier:
     def save(self, path: Path) -> None:
         """fp16 safetensors with the class names in its metadata."""
         state = {**self.network.state_dict(), "mean": self.mean_D, "spread": self.spread_D}
-        save_file({k: v.half().contiguous() for k, v in state.items()}, path, {"names": json.dumps(self.names)})
+        halves = {name: tensor.half().contiguous() for name, tensor in state.items()}
+        write_tensors(path, halves, {"names": json.dumps(self.names)})
 
     @staticmethod
     def load(path: Path) -> "Classifier":

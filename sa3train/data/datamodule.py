@@ -82,6 +82,7 @@ class LatentDataModule(LightningDataModule):
         self.verify, self.allow_damaged = verify, allow_damaged
         self.rank, self.world = rank, world
         self.crop = CropSettings(_crop_frames(crop_seconds, crop_frames), crop, seconds)
+        self.cut_by = "crop_frames" if crop_frames is not None else "crop_seconds"
         if crop != "random" and crop_seconds is None and crop_frames is None:
             raise ConfigError(f"crop={crop} has no effect on whole clips: give crop_seconds or crop_frames.")
         if tail_seconds < 0 or (tail_seconds and pack_frames):
@@ -113,6 +114,11 @@ class LatentDataModule(LightningDataModule):
         """Crop to `max_frames` latent frames, the model's longest, where the settings allow more."""
         frames = self.crop.frames
         self.crop = dataclasses.replace(self.crop, frames=max_frames if frames is None else min(frames, max_frames))
+
+    @property
+    def longest_crop(self) -> int:
+        """Latent frames of the longest training clip, cropped; without the tail."""
+        return max(int(clips.lengths(self.crop.frames).max()) for clips in self.train_clips)
 
     def records(self) -> Iterator[dict[str, Any]]:
         """Every record of every source, train and held out."""

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
-from sa3train.files import atomic_path, cache_dir
+from sa3train.errors import SA3Error
+from sa3train.files import cache_dir, write_tensors
 from sa3train.log import get_logger
 
 _logger = get_logger(__name__)
@@ -112,9 +112,8 @@ class EmbeddingCache:
         tensors = {_name(prompt): hidden_LD for prompt, hidden_LD in embeddings.items()}
         pack = hashlib.sha256("".join(sorted(tensors)).encode()).hexdigest()[:32]
         try:
-            with atomic_path(self.folder / f"{pack}.safetensors") as path:
-                save_file(tensors, path)
-        except (ValueError, SafetensorError) as error:
+            write_tensors(self.folder / f"{pack}.safetensors", tensors)
+        except SA3Error as error:
             _logger.warning("text embeddings are not kept: %s", error)
 
 

@@ -114,15 +114,16 @@ class Generator:
         """
         loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
         excluded = split_patterns(exclude_layers)
-        report = self.stack.add(
-            loaded,
-            strength,
-            conditioner_strength=conditioner_strength,
-            interval=interval,
-            exclude_layers=excluded,
-            allow_partial=allow_partial,
-            base=self.model,
-        )
+        with memory_named(self.device, "loading an adapter", what_helps(self.device, self.precision)):
+            report = self.stack.add(
+                loaded,
+                strength,
+                conditioner_strength=conditioner_strength,
+                interval=interval,
+                exclude_layers=excluded,
+                allow_partial=allow_partial,
+                base=self.model,
+            )
         self._records.append(
             {
                 **adapter_record(adapter, loaded),

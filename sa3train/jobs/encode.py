@@ -132,13 +132,15 @@ def load_encoder(name: str, dtype: str, device: str, chunked: bool = True) -> "E
     from sa3train.data.latents import Encoder
     from sa3train.models.checkpoint import load_autoencoder
     from sa3train.models.half import settle_autoencoder
+    from sa3train.shortage import memory_named
 
     place = torch_device(device)
-    if dtype == "fp16":
-        autoencoder = load_autoencoder(name)  # on the CPU: it comes to its place when it is tried
-        settle_autoencoder(autoencoder, place)
-    else:
-        autoencoder = load_autoencoder(name, place, torch.bfloat16 if dtype == "bf16" else torch.float32)
+    with memory_named(place, f"loading the autoencoder of {name}", ["model.dtype=bf16", "another device"]):
+        if dtype == "fp16":
+            autoencoder = load_autoencoder(name)  # on the CPU: it comes to its place when it is tried
+            settle_autoencoder(autoencoder, place)
+        else:
+            autoencoder = load_autoencoder(name, place, torch.bfloat16 if dtype == "bf16" else torch.float32)
     return Encoder(autoencoder, name, chunked)
 
 

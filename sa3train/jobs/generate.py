@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sa3train.errors import RequestError
-from sa3train.jobs.generate_batches import Writer, in_groups
+from sa3train.jobs.generate_batches import Writer, check_groups, in_groups
 from sa3train.jobs.generate_flags import (
     DEFAULT_INIT_NOISE_LEVEL,
     DEFAULT_MODEL,
@@ -55,6 +55,7 @@ def generate(arguments: argparse.Namespace) -> int:
     generator = Generator.from_pretrained(model, arguments.device, precision, **ways)
     for adapter in adapters:
         generator.load_adapter(**adapter)
+    check_groups(groups, generator.facts)
     with Writer(subtype) as writer:
         for group in groups:
             result = generator.generate(**group)

@@ -6,11 +6,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from sa3train.errors import RequestError
+from sa3train.errors import RequestError, SA3Error
+from sa3train.log import get_logger
 
 if TYPE_CHECKING:
     from sa3train.inference.outputs import GenerationOutput
+    from sa3train.inference.request import ModelFacts
 
+_logger = get_logger(__name__)
+
+AUDIO = ("init_audio", "inpaint_audio")
 PER_ITEM = ("prompt", "negative_prompt", "duration")
 
 
@@ -40,6 +45,15 @@ def in_groups(settings: Mapping[str, Any], count: int, at_a_time: int | None) ->
     return groups
 
 
+def check_groups(groups: Sequence[Mapping[str, Any]], facts: "ModelFacts") -> None:
+    """Raise `RequestError` for what the generator would refuse in any group, before the first is made."""
+    from sa3train.inference.request import build_request
+
+    for group in groups:
+        given: dict[str, Any] = {f"with_{name}": name in group for name in AUDIO}
+        build_request(facts, **given, **{name: value for name, value in group.items() if name not in AUDIO})
+
+
 class Writer:
     """Writes files beside what goes on, in a thread; use as a context manager, which ends once all are written.
 
@@ -58,8 +72,14 @@ class Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._thread.shutdown()
-        if kind is None and self._last is not None:
+        if self._last is None:
+            return
+        try:
             self._last.result()
+        except SA3Error as unwritten:
+            if kind is None:
+                raise
+            _logger.error("%s", unwritten)  # beside the error that ended it all
 
     def write(self, result: "GenerationOutput", places: Sequence[Path]) -> None:
         """Keep each item of `result` at its place, with its sidecar, and say so; first comes what was given before."""

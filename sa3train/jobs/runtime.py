@@ -34,6 +34,7 @@ import os
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -149,6 +150,7 @@ def _run_hydra(
         except SA3Error as error:
             if os.getpid() != here:  # in a process of a launcher: it carries the error back
                 raise
+            _let_go(error)
             failures.append(error)  # kept from Hydra, which would print around it; the other jobs of a sweep still run
 
     saved, sys.argv = sys.argv, [sys.argv[0], *arguments, *extra]
@@ -162,6 +164,14 @@ def _run_hydra(
     if failures:
         raise failures[0]
     return max(codes)
+
+
+def _let_go(error: BaseException) -> None:
+    """Clear what the calls that failed held, a model on a GPU say: an error that is kept would keep it all."""
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
 
 
 def expand(argument: str, shorthand: Mapping[str, str], paths: Sequence[str], extra: Path | None = None) -> str:

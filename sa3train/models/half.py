@@ -4,7 +4,7 @@ fp16 ends at 65504 and has 11 significant bits: a layer with larger numbers insi
 infinity of them. The model runs in fp32 on a fixed input; every block of the denoiser then runs in fp16 on the very
 inputs it had, and is compared. What fails is kept in bf16 on a GPU that has it, else in fp32. The autoencoder is tried
 as a whole, and so is the denoiser once its blocks are settled. Blocks come to the device in fp32 one at a time, each
-when it runs, so that the device never holds more than the fp16 model and a block.
+when it runs, so that the device never holds more of a denoiser than what stays of it and a block.
 
 Shapes: B items, C latent channels, T latent frames, L text tokens, D widths.
 """
@@ -72,7 +72,7 @@ def _settle_denoiser(model: StableAudio3, device: torch.device) -> list[Verdict]
     model.conditioner.to(device)
     blocks = {f"block {index}": block for index, block in enumerate(dit.transformer.layers)}
     layers = {**blocks, "project_out": dit.transformer.project_out}
-    in_layers = {id(tensor) for layer in layers.values() for tensor in layer.parameters()}
+    in_layers = {id(tensor) for layer in layers.values() for tensor in [*layer.parameters(), *layer.buffers()]}
     others = [tensor for tensor in [*dit.parameters(), *dit.buffers()] if id(tensor) not in in_layers]
     gates = [block.get_parameter("to_scale_shift_gate") for block in blocks.values()]  # read for all blocks at once
     for tensor in (*others, *gates):

@@ -32,7 +32,7 @@ class Verdict:
 
 
 class Weights:
-    """A layer's weights, which may be cast there and back: what was loaded stays where it is, in the mapped file."""
+    """A layer's weights, which may be cast there and back: what was loaded (mapped, if the file is fp32) stays."""
 
     def __init__(self, layer: nn.Module, device: torch.device) -> None:
         self.tensors, self.device = [*layer.parameters(), *layer.buffers()], device

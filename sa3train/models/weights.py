@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sa3train.errors import CheckpointError
-from sa3train.files import atomic_path, write_json
+from sa3train.files import write_json, write_tensors
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 _RELEASE_AFTER = 256 * 1024**2  # bytes of a mapped file that may stay in memory while it is converted
@@ -92,7 +91,5 @@ def write_checkpoint(folder: Path, config: dict[str, Any], state: dict[str, Tens
         name: tensor.detach().to("cpu", torch.float32 if name.endswith("inv_freq") else dtype).contiguous().clone()
         for name, tensor in state.items()
     }
-    with atomic_path(folder / "model.safetensors") as temporary:
-        save_file(stored, temporary)
-        temporary.chmod(0o644)  # safetensors leaves a file that only its owner may read
+    write_tensors(folder / "model.safetensors", stored)
     write_json(folder / "model_config.json", config)

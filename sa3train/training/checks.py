@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from sa3train.data.datamodule import LatentDataModule
+from sa3train.data.batches import SAMPLES_PER_FRAME
+from sa3train.data.datamodule import SAMPLE_RATE, LatentDataModule
 from sa3train.errors import ConfigError
 from sa3train.log import get_logger
 from sa3train.models.checkpoint import StableAudio3
@@ -37,12 +38,16 @@ def check_together(
         _logger.warning("%s is a base model, and this objective trains a few noise levels alone.", model.name)
 
 
-def what_helps(loop: LoopSettings, frames: int, rows: int, packed: bool) -> list[str]:
-    """Settings that make a training smaller, the gentlest first. Its largest batch has `rows` rows of `frames`."""
+def what_helps(data: LatentDataModule, loop: LoopSettings, recomputing: bool) -> list[str]:
+    """Settings that make a training smaller, the gentlest first; `recomputing`: whether blocks are recomputed."""
+    rows, longest = data.batch_size, data.longest_crop
+    fewer = max((part for part in range(1, rows) if rows % part == 0), default=rows)
+    half = longest // 2 if data.cut_by == "crop_frames" else longest * SAMPLES_PER_FRAME / SAMPLE_RATE / 2
     found = [
-        ("trainer.activation_checkpointing=blocks", loop.activation_checkpointing != "blocks"),
-        (f"data.batch_size={max(1, rows // 2)} trainer.accumulate={2 * loop.accumulate}", rows > 1),
-        (f"data.{'pack' if packed else 'crop'}_frames={frames // 2}", frames > 1),
+        ("trainer.activation_checkpointing=blocks", not recomputing),
+        (f"data.batch_size={fewer} trainer.accumulate={loop.accumulate * rows // fewer}", fewer < rows),
+        (f"data.pack_frames={longest}", data.pack_frames is not None and data.pack_frames > longest),
+        (f"data.{data.cut_by}={half:.3g}", longest > 1),
         ("trainer.quantize=int8 or nf4", loop.quantize == "none"),
     ]
     return [words for words, would_help in found if would_help]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sa3train.adapters.adapter import Adapter
 from sa3train.audio.metrics import measure, mel_picture
-from sa3train.errors import SA3Error
+from sa3train.errors import MemoryShortageError, SA3Error
 from sa3train.files import write_bytes, write_json
 from sa3train.inference import Generator
 from sa3train.log import get_logger
@@ -119,7 +119,12 @@ class Demos(lightning.Callback):
         """Demos are not worth a run: what cannot be played, or has no room beside the training, is said aloud."""
         try:
             self.play(adapter, step)
-        except (SA3Error, torch.OutOfMemoryError) as error:
+        except MemoryShortageError:
+            _logger.warning(
+                "no demos at step %d: no room beside the training. Set callbacks.demos.duration below %g, or "
+                "callbacks.demos.enabled=false.", step, self.settings.duration,
+            )  # fmt: skip
+        except SA3Error as error:
             _logger.warning("no demos at step %d: %s", step, error)
 
     def play(self, adapter: Adapter | None, step: int) -> list[Played]:

@@ -32,6 +32,9 @@ FREE = (
 )  # fmt: skip
 """Settings that may change from one part of a run to the next: they do not touch what is learned."""
 
+KEPT = ("trainer.activation_checkpointing",)
+"""Those of them that later parts of a run go on with, as they make it fit into memory."""
+
 
 @dataclass
 class RunFolder:
@@ -125,8 +128,8 @@ def _go_on(
 
     record = json.loads((run_dir / RECORD).read_text(encoding="utf-8"))
     saved = load_settings(run_dir / CONFIG)
-    changes = differences(saved, json.loads(json.dumps(dict(settings))))
-    changes = {key: change for key, change in changes.items() if not _matches(key, FREE)}
+    found = differences(saved, json.loads(json.dumps(dict(settings))))
+    changes = {key: change for key, change in found.items() if not _matches(key, FREE)}
     changes |= differences(record["identity"], dict(identity), "identity.")
     refused = {key: change for key, change in changes.items() if "all" not in allowed and not _matches(key, allowed)}
     if refused:
@@ -141,6 +144,7 @@ def _go_on(
     resumed = {"at": _now(), "step": state[0] if state else 0, "version": __version__}
     if changes:
         resumed["changes"] = {key: [old, new] for key, (old, new) in changes.items()}
+    if changes or any(_matches(key, KEPT) for key in found):
         write_text(run_dir / CONFIG, dump_settings(settings))
     folder.save(status="running", identity=dict(identity), resumed=[*record["resumed"], resumed])
     return folder

@@ -178,8 +178,9 @@ def _kept_of_a_clip(module: LoraModule, frames: int, prompt: str) -> tuple[int, 
 
 def free_memory(device: torch.device) -> int:
     """Bytes that can still be taken on `device`, the weights being there already."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # what torch holds and does not use is free, too
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     import psutil
 
     return int(psutil.virtual_memory().available)

@@ -1,6 +1,6 @@
 """What happens to the model on its device before the first step: few bits, memory plan, checkpointing, compile."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import lightning.pytorch as lightning
 import torch
@@ -20,17 +20,28 @@ _logger = get_logger(__name__)
 class Prepare(lightning.Callback):
     """Puts the base in few bits when asked, says what memory the run will take, decides on recomputing, compiles.
 
-    `frames` and `rows`: the largest micro-batch to come. `remedies`: what would make it smaller. After the run
-    `verdict` says how far off the plan was.
+    `frames` and `rows`: the largest micro-batch to come. `remedies`: what would make it smaller, whether or not blocks
+    are recomputed. After the run `verdict` says how far off the plan was.
     """
 
     def __init__(
-        self, loop: LoopSettings, optimizer: str, frames: int, rows: int, prompt: str, remedies: Sequence[str] = ()
+        self,
+        loop: LoopSettings,
+        optimizer: str,
+        frames: int,
+        rows: int,
+        prompt: str,
+        remedies: Callable[[bool], Sequence[str]],
     ) -> None:
         self.loop, self.optimizer = loop, optimizer
         self.frames, self.rows, self.prompt, self.remedies = frames, rows, prompt, remedies
         self.plan: MemoryPlan | None = None
         self.verdict: str | None = None
+
+    @property
+    def recomputing(self) -> bool:
+        """Whether blocks are recomputed, as far as that is known."""
+        return self.loop.activation_checkpointing == "blocks" or (self.plan is not None and self.plan.checkpointing)
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Everything, in this order: the plan is of the model as it will train."""
@@ -52,7 +63,7 @@ class Prepare(lightning.Callback):
             _logger.info(line)
         free = free_memory(pl_module.device)
         if self.plan.total - self.plan.weights > free:
-            given = free / GIB, "; ".join(self.remedies) or "a smaller model"
+            given = free / GIB, "; ".join(self.remedies(self.recomputing)) or "a smaller model"
             _logger.warning("beside the weights that is more than the %.1f GiB that are free. What helps: %s.", *given)
         if self.loop.compile:
             compile_blocks(pl_module)

@@ -1,5 +1,6 @@
 """A whole training run from its parts: `train(...)`. Everything here is plain Python values and library objects."""
 
+import functools
 import logging
 import time
 import warnings
@@ -173,7 +174,7 @@ def train(
     )
     saver = Saver(run.path, tracker, every=save.every, keep=save.keep, metadata=lambda step: noted(provenance, step))
     frames, rows = largest_batch(data)
-    remedies = what_helps(loop, frames, rows, data.pack_frames is not None)
+    remedies = functools.partial(what_helps, data, loop)
     prepare = Prepare(loop, optimizer.name, frames, rows, prompt=any_prompt(data), remedies=remedies)
     meter = Meter(tracker, loop.log_every, loop.max_steps, model.sample_rate, model.downsampling_ratio)
     heldout = heldout_items(data, judge.clips)
@@ -188,7 +189,7 @@ def train(
     data.rank, data.world = trainer.global_rank, trainer.world_size
     batches = EndlessBatches(data.train_dataloader(), loop.max_steps * loop.accumulate)
     module.train()  # the base has nothing that training mode changes; the adapter may have dropout
-    with memory_named(device, f"training on up to {rows} x {frames} latent frames", remedies):
+    with memory_named(device, f"training on {rows} x {frames} latent frames", lambda: remedies(prepare.recomputing)):
         trainer.fit(module, train_dataloaders=batches, ckpt_path=run.state[1] if run.state else None)
     if trainer.is_global_zero and saver.interrupted is None:
         finish(run, saver, module, trainer.global_step, judged if judge.select_best else None)
@@ -240,8 +241,7 @@ def largest_batch(data: LatentDataModule) -> tuple[int, int]:
     """Frames and rows of the largest micro-batch that can come."""
     if data.pack_frames is not None:
         return data.pack_frames, data.batch_size
-    longest = max(int(clips.lengths(data.crop.frames).max()) for clips in data.train_clips)
-    return longest + data.tail, data.batch_size
+    return data.longest_crop + data.tail, data.batch_size
 
 
 def any_prompt(data: LatentDataModule) -> str:

@@ -3,11 +3,15 @@
 import errno
 import json
 import os
+import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from sa3train import files
 from sa3train.errors import SA3Error
 from sa3train.files import atomic_path, beside, write_json, write_text
 
@@ -88,18 +92,45 @@ def killed_while_writing(target: Path) -> None:
 
 def test_what_a_killed_writer_left_goes_with_the_next_write(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
-    write_text(target, "old")
-    for _ in range(2):
-        killed_while_writing(target)
-    killed_while_writing(tmp_path / "a.txt.more")
+    target.write_text("old")
+    for name in ("a.txt", "a.txt", "step-8.safetensors"):
+        killed_while_writing(tmp_path / name)
     assert target.read_text() == "old"
-    assert len(list(tmp_path.iterdir())) == 3, "the second write removed what the first one left"
-    (tmp_path / ".a.txt.notes.part").mkdir()
+    assert len(list(tmp_path.iterdir())) == 2, "each process removed what the one before had left"
+    mine = next(entry.name for entry in tmp_path.iterdir() if entry.name.endswith(".part"))
+    others = [".a.txt.notes.part", mine.replace(files._HOST, "0" * len(files._HOST))]
+    for name in others:
+        (tmp_path / name).mkdir()
     write_text(target, "new")
-    names = sorted(entry.name for entry in tmp_path.iterdir())
     assert target.read_text() == "new"
-    assert len(names) == 3 and names[0] == ".a.txt.more." + names[0][12:20] + ".part", "that of another file stays"
-    assert names[1:] == [".a.txt.notes.part", "a.txt"], "and what only looks like it"
+    left = {entry.name for entry in tmp_path.iterdir()}
+    assert left == {"a.txt", *others}, "what another host may be writing, and what only looks like it, stays"
+
+
+def test_a_process_looks_for_leftovers_once_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[Path] = []
+    monkeypatch.setattr(files, "_remove_abandoned", looked.append)
+    monkeypatch.chdir(tmp_path)
+    for path in ("a", "b", tmp_path / "c", "deeper/d", "deeper/e"):
+        write_text(path, "")
+    assert looked == [tmp_path, tmp_path / "deeper"]
+
+
+def test_a_full_disk_is_named_for_tensors_too(tmp_path: Path) -> None:
+    """The system refuses what goes beyond 10 kB of a file."""
+    script = (
+        "import sys, torch; from sa3train.files import write_tensors; "
+        "write_tensors(sys.argv[1], {'a': torch.ones(9999)})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "a.safetensors")],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)),
+    )
+    assert "SA3Error: cannot write" in done.stderr and "a.safetensors: File too large. Nothing was left" in done.stderr
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_writer_at_work_keeps_what_it_has(tmp_path: Path) -> None:
@@ -107,6 +138,7 @@ def test_a_writer_at_work_keeps_what_it_has(tmp_path: Path) -> None:
     with atomic_path(target) as slow:
         slow.unlink()  # a writer may put another file in its place
         slow.write_text("slow")
+        files._SWEPT.clear()
         write_text(target, "quick")
         assert target.read_text() == "quick"
     assert target.read_text() == "slow"
@@ -137,5 +169,6 @@ def test_without_locks_nothing_is_taken_for_abandoned(tmp_path: Path, monkeypatc
     monkeypatch.setattr("fcntl.flock", refuse)
     with atomic_path(tmp_path / "a.txt") as slow:
         slow.write_text("slow")
+        files._SWEPT.clear()
         write_text(tmp_path / "a.txt", "quick")
     assert (tmp_path / "a.txt").read_text() == "slow"

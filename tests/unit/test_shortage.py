@@ -1,5 +1,7 @@
 """Memory that does not suffice is said in words, and what would help."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -33,6 +35,39 @@ def test_what_torch_really_says_is_known() -> None:
         memory_named("cpu", "reading", ["less"]),
     ):
         torch.empty(2**60, dtype=torch.uint8)
+
+
+def test_it_is_the_memory_that_ran_out_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsaid(device: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for figures, expected in (
+        (
+            lambda device: (0, 8 * 2**30),
+            r"memory of Card ran out \(of 8\.0 GiB, 7\.0 are this process's and 0\.0 free\)",
+        ),
+        (unsaid, "memory of cuda ran out while"),
+    ):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", figures)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 7 * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
+        with pytest.raises(MemoryShortageError, match=expected), memory_named("cuda", "x", ["y"]):
+            raise SAID[0]
+    for host in SAID[1:3]:
+        with pytest.raises(MemoryShortageError, match="of this machine"), memory_named("cuda", "x", lambda: ["y"]):
+            raise host
+
+
+def test_what_failed_is_let_go() -> None:
+    def fails() -> None:
+        held = torch.ones(1)
+        kept.append(weakref.ref(held))
+        raise MemoryError
+
+    kept: list[weakref.ref[torch.Tensor]] = []
+    with pytest.raises(MemoryShortageError) as error, memory_named("cpu", "x", ["y"]):
+        fails()
+    assert error.value.__cause__ is not None and kept[0]() is None
 
 
 def test_other_errors_pass() -> None:

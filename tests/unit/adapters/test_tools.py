@@ -321,3 +321,13 @@ def test_a_comparison_finds_what_differs(base: Any, trained: Trained) -> None:
         assert row["relative_difference"] == pytest.approx(float((one - other).norm() / one.norm()), rel=1e-3)
     frozen = compared(first, trained(AdapterSpec("lora-xs", rank=2), base))
     assert all(row["cosine"] is None for row in frozen["layers"].values())
+
+
+def test_what_was_there_comes_back_after_a_kill_between_two_renames(tmp_path: Path) -> None:
+    earlier = tmp_path / ".mine.a1b2c3d4.old"
+    earlier.mkdir()
+    (earlier / "model.safetensors").write_text("before")
+    with pytest.raises(ValueError, match="stopped"), atomic_folder(tmp_path / "mine", lambda _: True):
+        raise ValueError("stopped")
+    assert (tmp_path / "mine" / "model.safetensors").read_text() == "before"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["mine"]

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from sa3train.errors import RequestError, SA3Error
 from sa3train.files import sha256_of
-from sa3train.inference import Generator
+from sa3train.inference import Generator, outputs
 from sa3train.jobs.generate import main
 from sa3train.jobs.generate_flags import build_parser, parse_adapters, parse_lora, parse_output
 from sa3train.testing import tone, write_clip
@@ -143,15 +144,43 @@ def test_what_was_made_before_an_error_stays(
     assert calls == ["a", "b", "c"] and sorted(path.name for path in Path().glob("x_*.wav")) == ["x_0.wav", "x_1.wav"]
 
 
-def test_an_error_in_writing_ends_the_command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_files_are_written_while_the_next_items_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    generate, write, begun = Generator.generate, outputs.write_bytes, threading.Event()
+
+    def begins(self: Generator, *args: Any, **settings: Any) -> Any:
+        if settings["prompt"] == "b":
+            begun.set()
+        return generate(self, *args, **settings)
+
+    def waits(path: Path, content: bytes) -> None:
+        assert begun.wait(60), "the first file waits for the second item"
+        write(path, content)
+
+    monkeypatch.setattr(Generator, "generate", begins)
+    monkeypatch.setattr(outputs, "write_bytes", waits)
+    assert run("-p", "a", "b", "--at-a-time", 1, "-o", "x.wav") == 0
+    assert Path("x_0.wav").exists() and Path("x_1.wav").exists()
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_an_error_in_writing_is_said(
+    both: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    generate = Generator.generate
+
+    def fails(self: Generator, *args: Any, **settings: Any) -> Any:
+        if both and settings["prompt"] == "b":
+            raise RequestError("no more")
+        return generate(self, *args, **settings)
+
     def full(*_: Any) -> None:
         raise SA3Error("cannot write x_0.wav: the disk is full")
 
-    monkeypatch.setattr("sa3train.inference.outputs.write_bytes", full)
+    monkeypatch.setattr(Generator, "generate", fails)
+    monkeypatch.setattr(outputs, "write_bytes", full)
     assert run("-p", "a", "b", "--at-a-time", 1, "-o", "x.wav") == 1
-    assert "error: cannot write x_0.wav" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "cannot write x_0.wav: the disk is full" in said and ("error: no more" in said) == both
 
 
 def test_audio_to_audio_and_again_after_moving_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -414,6 +443,7 @@ BAD: list[tuple[tuple[Any, ...], str]] = [
     (("--prompt-file", "text.wav"), "in one way"),
     (("--at-a-time", "0"), "at least one item"),
     (("--duration", 1, 2, 3, "-p", "a", "b", "--at-a-time", 1), "duration has 3 values for a batch of 2"),
+    (("--duration", 1, 1000, "-p", "a", "b", "--at-a-time", 1), "duration 1000 s is beyond"),
     (("-o", "text.wav/a.wav"), "is not a folder you may write to"),
     (("-o", "same-only"), "-o same-only is a folder"),
     (("-o", "later/"), "-o later/ is a folder"),

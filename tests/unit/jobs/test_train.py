@@ -405,11 +405,12 @@ def test_a_run_without_memory_says_what_helps_and_goes_on_with_it(
     most = 0
     assert run(shards, "run_dir=r", "trainer.max_steps=4", "callbacks.save.every=2") == 1
     said = capsys.readouterr().err
-    assert "ran out while training on up to 2 x " in said and "trainer.activation_checkpointing=blocks; " in said
+    assert "ran out while training on 2 x " in said and "trainer.activation_checkpointing=blocks; " in said
     assert "Traceback" not in said and "resume=" not in said and not Path("r/checkpoints").exists()
     most, run_dir = len(steps) + 3, "r2"
     assert run(shards, f"run_dir={run_dir}", "trainer.max_steps=4", "callbacks.save.every=2") == 1
     assert f"step 2 is saved; once this is mended, go on with: sa3-train resume={run_dir}" in capsys.readouterr().err
     most = 1000
     assert main([f"resume={run_dir}", "trainer.activation_checkpointing=blocks"]) == 0
+    assert yaml.safe_load(Path(run_dir, "config.yaml").read_text())["trainer"]["activation_checkpointing"] == "blocks"
     assert [row["step"] for row in read_metrics(Path(run_dir, "metrics.csv"))[1]] == ["1", "2", "3", "4"]

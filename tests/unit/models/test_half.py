@@ -110,8 +110,8 @@ def test_the_generator_tries_layers_when_fp16_is_asked_for(caplog: pytest.LogCap
 
 
 @torch.no_grad()
-def test_blocks_come_to_the_device_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No block is there in fp32 when another one runs: after its turn it is judged and small."""
+def test_a_block_is_small_before_the_next_one_runs() -> None:
+    """So that a device, to which each comes when it runs, holds one of them in fp32 at a time."""
     model, met = model_with(saturating=1), []
     blocks = list(model.dit.transformer.layers)
     for block in blocks:

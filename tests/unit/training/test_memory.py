@@ -2,6 +2,7 @@
 
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -164,7 +165,9 @@ def test_a_plan_that_does_not_fit_is_said_before_the_first_step(
 ) -> None:
     def begin() -> None:
         caplog.clear()
-        Prepare(LoopSettings(), "adamw", 40, 3, "x", ["less"]).on_fit_start(None, build())  # type: ignore[arg-type]
+        Prepare(LoopSettings(), "adamw", 40, 3, "x", lambda recomputing: ["less"] * (not recomputing)).on_fit_start(
+            None, build()
+        )  # type: ignore[arg-type]
 
     begin()
     assert "more than" not in caplog.text
@@ -173,10 +176,18 @@ def test_a_plan_that_does_not_fit_is_said_before_the_first_step(
     assert "more than the 0.0 GiB that are free. What helps: less." in caplog.text
 
 
-def test_what_helps_is_what_is_not_done_yet() -> None:
-    assert what_helps(LoopSettings(accumulate=3), 256, 8, packed=False) == [
-        "trainer.activation_checkpointing=blocks", "data.batch_size=4 trainer.accumulate=6", "data.crop_frames=128",
-        "trainer.quantize=int8 or nf4",
+@pytest.mark.parametrize(
+    ("rows", "fewer"), [(8, "data.batch_size=4 trainer.accumulate=6"), (3, "data.batch_size=1 trainer.accumulate=9")]
+)
+def test_what_helps_is_what_is_not_done_yet(rows: int, fewer: str) -> None:
+    def data(**values: Any) -> Any:
+        return SimpleNamespace(**{"batch_size": rows, "longest_crop": 216, "pack_frames": None, **values})
+
+    seconds, frames = data(cut_by="crop_seconds"), data(cut_by="crop_frames")
+    assert what_helps(seconds, LoopSettings(accumulate=3), recomputing=False) == [
+        "trainer.activation_checkpointing=blocks", fewer, "data.crop_seconds=10", "trainer.quantize=int8 or nf4",
     ]  # fmt: skip
-    done = LoopSettings(activation_checkpointing="blocks", quantize="nf4")
-    assert what_helps(done, 256, 1, packed=True) == ["data.pack_frames=128"]
+    assert "data.crop_frames=108" in what_helps(frames, LoopSettings(), recomputing=True)
+    packed = data(cut_by="crop_seconds", pack_frames=400, batch_size=1)
+    done = LoopSettings(quantize="nf4")
+    assert what_helps(packed, done, recomputing=True) == ["data.pack_frames=216", "data.crop_seconds=10"]
