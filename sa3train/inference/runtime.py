@@ -11,6 +11,7 @@ from sa3train.inference.request import Request
 from sa3train.log import get_logger
 from sa3train.models.dit import DiT
 from sa3train.models.precision import auto_precision
+from sa3train.models.quick import has_bf16_instructions
 
 logger = get_logger(__name__)
 
@@ -54,15 +55,15 @@ def what_helps(
 ) -> list[str]:
     """What may be changed where `device` holds too little for the model, or for `request` beside it."""
     seconds = 0.0 if request is None else max(request.duration)
-    bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    cpu, bf16 = device.type == "cpu", device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     found = [
         ("fewer items at a time", request is not None and request.batch_size > 1),
         (f"a duration under {seconds:g} s", request is not None),
         ("chunked decoding", request is not None and request.chunked_decode is False),
         ("no CUDA graphs", cuda_graphs),
-        (f"precision {'bf16' if bf16 else 'fp16'}", precision == "fp32"),
+        (f"precision {'bf16' if bf16 else 'fp16'}", precision == "fp32" and (not cpu or has_bf16_instructions())),
         ("a smaller model", True),
-        ("another device, such as cpu", device.type != "cpu"),
+        ("another device, such as cpu", not cpu),
     ]
     return [words for words, would_help in found if would_help]
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sa3train.diffusion import guidance
 from sa3train.errors import AudioError, ConfigError, MemoryShortageError, RequestError
-from sa3train.inference import Generator, pipeline
+from sa3train.inference import Generator, pipeline, runtime
 from sa3train.inference.runtime import choose_device, choose_dtype, compile_blocks, what_helps
 from sa3train.testing import tone, write_clip
 from sa3train.transfer import widest
@@ -313,10 +313,10 @@ def test_what_does_not_fit_is_said_with_what_would_help(gen: Generator, monkeypa
     ):
         gen.generate(**QUICK | {"prompt": ["a", "b", "c"], "chunked_decode": False})
     monkeypatch.setattr(pipeline, "load_checkpoint", full)
-    with pytest.raises(
-        MemoryShortageError, match=r"while loading nano in fp32\. What helps: precision bf16; or a smaller"
-    ):
-        Generator.from_pretrained("nano", "cpu", "fp32")
+    for known, words in ((True, "precision bf16; or a smaller"), (False, "a smaller model")):
+        monkeypatch.setattr(runtime, "has_bf16_instructions", lambda known=known: known)
+        with pytest.raises(MemoryShortageError, match=rf"while loading nano in fp32\. What helps: {words}"):
+            Generator.from_pretrained("nano", "cpu", "fp32")
 
 
 def test_a_graphics_card_without_bf16_is_told_of_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
