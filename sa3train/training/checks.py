@@ -42,12 +42,13 @@ def what_helps(data: LatentDataModule, loop: LoopSettings, recomputing: bool) ->
     """Settings that make a training smaller, the gentlest first; `recomputing`: whether blocks are recomputed."""
     rows, longest = data.batch_size, data.longest_crop
     fewer = max((part for part in range(1, rows) if rows % part == 0), default=rows)
-    half = longest // 2 if data.cut_by == "crop_frames" else longest * SAMPLES_PER_FRAME / SAMPLE_RATE / 2
+    seconds = longest * SAMPLES_PER_FRAME / SAMPLE_RATE / 2
+    half = longest // 2 if data.cut_by == "crop_frames" else f"{seconds:.1f}"
     found = [
         ("trainer.activation_checkpointing=blocks", not recomputing),
         (f"data.batch_size={fewer} trainer.accumulate={loop.accumulate * rows // fewer}", fewer < rows),
         (f"data.pack_frames={longest}", data.pack_frames is not None and data.pack_frames > longest),
-        (f"data.{data.cut_by}={half:.3g}", longest > 1),
+        (f"data.{data.cut_by}={half}", longest > 1),
         ("trainer.quantize=int8 or nf4", loop.quantize == "none"),
     ]
     return [words for words, would_help in found if would_help]

@@ -185,9 +185,11 @@ def test_what_helps_is_what_is_not_done_yet(rows: int, fewer: str) -> None:
 
     seconds, frames = data(cut_by="crop_seconds"), data(cut_by="crop_frames")
     assert what_helps(seconds, LoopSettings(accumulate=3), recomputing=False) == [
-        "trainer.activation_checkpointing=blocks", fewer, "data.crop_seconds=10", "trainer.quantize=int8 or nf4",
+        "trainer.activation_checkpointing=blocks", fewer, "data.crop_seconds=10.0", "trainer.quantize=int8 or nf4",
     ]  # fmt: skip
     assert "data.crop_frames=108" in what_helps(frames, LoopSettings(), recomputing=True)
+    frames.longest_crop = 2582
+    assert "data.crop_frames=1291" in what_helps(frames, LoopSettings(), recomputing=True)
     packed = data(cut_by="crop_seconds", pack_frames=400, batch_size=1)
     done = LoopSettings(quantize="nf4")
-    assert what_helps(packed, done, recomputing=True) == ["data.pack_frames=216", "data.crop_seconds=10"]
+    assert what_helps(packed, done, recomputing=True) == ["data.pack_frames=216", "data.crop_seconds=10.0"]
