@@ -31,9 +31,9 @@ class LatentStore:
     """The clips of a folder of shards. One row is one take of a clip; rows of one clip differ in their view.
 
     `path` is a folder or any fsspec URL (`memory://`, `http://`, `s3://`, `simplecache::https://…`). Shards are checked
-    at opening as `verify` says: `size` (there, and of the right size), `hash` (every byte), or `none`. A damaged shard
-    is a `DataError` that names it, unless `allow_damaged`: then it is named in the log, left out, and listed in
-    `.damaged`. Every clip is checked as it is read, whatever `verify` says.
+    at opening as `verify` says: `size` (there, and of the right size), `hash` (every byte, of silence.npy too), or
+    `none`. A damaged shard is a `DataError` that names it, unless `allow_damaged`: then it is named in the log, left
+    out, and listed in `.damaged`. Every clip is checked as it is read, whatever `verify` says.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, verify: str = "size", allow_damaged: bool = False) -> None:
@@ -83,7 +83,11 @@ class LatentStore:
     def silence(self, frames: int, start: int = 0) -> np.ndarray:
         """(C, frames) float16: what the autoencoder makes of silence, from latent frame `start` on."""
         if self._silence_CT is None:
-            self._silence_CT = np.load(io.BytesIO(self._fetch(SILENCE)), allow_pickle=False)
+            content = self._fetch(SILENCE)
+            try:
+                self._silence_CT = np.load(io.BytesIO(content), allow_pickle=False)
+            except (ValueError, EOFError) as error:
+                raise self._bad_silence(f"it is no array ({error})") from error
         silence_CT = self._silence_CT
         return silence_CT[:, np.arange(start, start + frames) % silence_CT.shape[1]]
 
@@ -101,17 +105,22 @@ class LatentStore:
             shard = self.shard_of(row)
             if shard not in found and not self._is_listed(row, listed):
                 found[shard] = f"its listing says otherwise than it does of clip {self.keys[row]}"
-        if (silence := self.index.get("silence")) is not None:
-            fault = self._silence_fault(silence["sha256"])
-            found |= {SILENCE: fault} if fault else {}
-        return found
+        fault = self._silence_fault()
+        return found | ({SILENCE: fault} if fault else {})
 
-    def _silence_fault(self, sha256: str) -> str | None:
+    def _silence_fault(self) -> str | None:
+        if (silence := self.index.get("silence")) is None:
+            return None
         try:
-            whole = hashlib.sha256(self._fetch(SILENCE)).hexdigest() == sha256
+            whole = hashlib.sha256(self._fetch(SILENCE)).hexdigest() == silence["sha256"]
         except DataError as error:
             return str(error)
         return None if whole else "its bytes are not those that index.json has the hash of"
+
+    def _bad_silence(self, fault: str) -> DataError:
+        return DataError(
+            f"damaged {self._place(SILENCE)}: {fault}. Run the same sa3-encode command again, which makes it anew."
+        )
 
     def _is_listed(self, row: int, listed: dict[str, Any]) -> bool:
         try:
@@ -131,6 +140,8 @@ class LatentStore:
                 self._refuse(entry["file"], fault, allow_damaged)
                 continue
             splits.append(np.full(entry["clips"], entry["split"]))
+        if verify == "hash" and (silent := self._silence_fault()):
+            raise self._bad_silence(silent)
         for name, parts in columns.items():
             setattr(self, name, np.concatenate(parts) if parts else np.zeros(0, np.int64))
         self.split = np.concatenate(splits) if splits else np.zeros(0, "U1")

@@ -519,3 +519,19 @@ def test_fewer_processes_take_over_what_more_left(tmp_path: Path, encoder: Encod
     report = encode(source, out, encoder)
     assert report.encoded <= 2, "only what was cut off"
     assert contents(out) == contents(tmp_path / "calm")
+
+
+def test_a_silence_that_is_not_what_was_written_is_refused(tmp_path: Path, encoder: Encoder) -> None:
+    source, out = write_set(tmp_path / "set", 2), tmp_path / "out"
+    encode(source, out, encoder)
+    good = (out / "silence.npy").read_bytes()
+    (out / "silence.npy").write_bytes(good[:-2] + b"\0\1")
+    with pytest.raises(DataError, match=r"damaged .*silence\.npy: its bytes are not .* Run the same sa3-encode"):
+        LatentStore(out, verify="hash")
+    (out / "silence.npy").write_bytes(good[:40])
+    store = LatentStore(out)
+    with pytest.raises(DataError, match=r"damaged .*silence\.npy: it is no array"):
+        store.silence(3)
+    encode(source, out, encoder)
+    assert (out / "silence.npy").read_bytes() == good
+    assert LatentStore(out, verify="hash").silence(3).shape[1] == 3
