@@ -2,6 +2,7 @@
 
 sa3-data audit SOURCE                  what is wrong with the files, and what to do about it
 sa3-data preview SHARDS -n 20          what the model will be told
+sa3-data preview --run RUN_DIR         what the model of a run was told
 sa3-data inspect SHARDS --verify       what is in the shards, and whether they are whole
 """
 
@@ -14,6 +15,7 @@ from sa3train.errors import ConfigError, DataError
 from sa3train.jobs.runtime import run_job
 
 if TYPE_CHECKING:
+    from sa3train.data.datamodule import LatentDataModule
     from sa3train.data.prompts import PromptSettings
     from sa3train.data.store import LatentStore
 
@@ -45,7 +47,8 @@ def _audit_flags(flags: argparse.ArgumentParser) -> None:
 
 
 def _preview_flags(flags: argparse.ArgumentParser) -> None:
-    flags.add_argument("shards", help="folder or URL of latent shards")
+    flags.add_argument("shards", nargs="?", help="folder or URL of latent shards")
+    flags.add_argument("--run", dest="run_dir", metavar="RUN_DIR", help="shards and all settings of a training run")
     flags.add_argument("-n", type=int, default=20, help="how many clips (default 20)")
     flags.add_argument("--seed", type=int, default=0, help="the training run's seed: then these are its first clips")
     flags.add_argument("--batch-size", type=int, default=4, help="the training run's")
@@ -108,14 +111,19 @@ def preview(arguments: argparse.Namespace) -> int:
     """Print the prompts of the first clips that training would show."""
     from sa3train.data.datamodule import LatentDataModule
 
-    data = LatentDataModule(
-        arguments.shards,
-        arguments.batch_size,
-        crop_seconds=arguments.crop_seconds,
-        seconds=arguments.seconds,
-        prompts=prompt_settings(arguments),
-        seed=arguments.seed,
-    )
+    if arguments.run_dir is not None:
+        data = data_of_run(arguments)
+    elif arguments.shards is None:
+        raise ConfigError("name a folder of latent shards, or a training run: --run RUN_DIR.")
+    else:
+        data = LatentDataModule(
+            arguments.shards,
+            arguments.batch_size,
+            crop_seconds=arguments.crop_seconds,
+            seconds=arguments.seconds,
+            prompts=prompt_settings(arguments),
+            seed=arguments.seed,
+        )
     loader = data.train_dataloader()
     shown = window = 0
     while shown < arguments.n:
@@ -127,8 +135,27 @@ def preview(arguments: argparse.Namespace) -> int:
         window += 1
     prompts = data.distinct_prompts()
     count = "more than can be listed" if prompts is None else str(len(prompts))
-    print(f"\n{len(data.train_clips[0])} training clips, distinct prompts: {count}")
+    print(f"\n{sum(map(len, data.train_clips))} training clips, distinct prompts: {count}")
     return 0
+
+
+def data_of_run(arguments: argparse.Namespace) -> "LatentDataModule":
+    """The data of a training run, as it is set there. Raises `ConfigError` for other flags, and where there is none."""
+    from sa3train.config import build
+    from sa3train.jobs.train import TrainConfig
+    from sa3train.jobs.train_parts import data_module
+    from sa3train.training.folder import CONFIG, load_settings
+
+    unset = vars(build_parser().parse_args(["preview"]))
+    idle = [name for name, value in vars(arguments).items() if name not in ("run_dir", "n") and value != unset[name]]
+    if idle:
+        names = ", ".join(name.replace("_", "-") for name in idle)
+        raise ConfigError(f"{names} would do nothing with --run, which takes every setting from the run.")
+    path = Path(arguments.run_dir) / CONFIG
+    if not path.is_file():
+        raise ConfigError(f"{arguments.run_dir} holds no training run: there is no {path}.")
+    config = build(TrainConfig, load_settings(path))
+    return data_module(config.data, config.seed)
 
 
 def prompt_settings(arguments: argparse.Namespace) -> "PromptSettings":

@@ -1,6 +1,7 @@
 """`sa3-data audit`, `preview`, `inspect`: what they print, leave and return."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import soundfile
 
 from sa3train.jobs.data import main
 from sa3train.jobs.encode import main as encode
+from sa3train.jobs.train import main as train
 from sa3train.testing import noise, tone, write_clip
 
 MODEL = str(Path(__file__).parents[2] / "golden" / "plain")
@@ -80,6 +82,30 @@ def test_preview_tells_what_training_will(shards: Path, capsys: pytest.CaptureFi
     ]
     assert printed[:5] == told[:5]
     assert printed[-1].endswith("distinct prompts: 16")
+
+
+def test_preview_of_a_run_tells_what_it_was_told(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("SA3TRAIN_RUN_STAMP", raising=False)
+    quick = ["trainer=cpu", "trainer.max_steps=1", "data.num_workers=0", "adapter.rank=2", "callbacks=none"]
+    told = ["data.prompts.trigger=sks", "data.crop_seconds=0.3", "data.tail_seconds=0", "seed=5", "data.batch_size=2"]
+    assert train([f"data={shards}", f"model={MODEL}", "run_dir=run", *quick, *told]) == 0
+    os.environ.pop("SA3TRAIN_RUN_STAMP", None)
+    capsys.readouterr()
+    assert main(["preview", "--run", "run", "-n", "3"]) == 0
+    of_run = capsys.readouterr().out
+    flags = ["--trigger", "sks", "--crop-seconds", "0.3", "--seed", "5", "--batch-size", "2"]
+    assert main(["preview", str(shards), "-n", "3", *flags]) == 0
+    assert of_run == capsys.readouterr().out and "sks" in of_run
+    for arguments, message in (
+        (["--run", "run", "--trigger", "x", str(shards)], "shards, trigger would do nothing with --run"),
+        (["--run", "none"], "none holds no training run"),
+        ([], "name a folder of latent shards, or a training run"),
+    ):
+        assert main(["preview", *arguments]) == 1
+        assert message in capsys.readouterr().err
 
 
 def test_preview_refuses_settings_without_effect(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
