@@ -67,9 +67,19 @@ def studio(root: Path) -> Iterator[Studio]:
         processes.stop(folder, at_once=True)  # what a failed test has left behind
 
 
+def clear(root: Path) -> None:
+    """Take away the runs of a test that came before, which may have been this one's first try."""
+    for folder in (root / "runs").glob("*/"):
+        processes.stop(folder, at_once=True)
+        while processes.running(folder) is not None:
+            time.sleep(0.05)
+        shutil.rmtree(folder)
+
+
 @pytest.fixture
-def page(browser: Browser, studio: Studio) -> Iterator[Page]:
-    """The Runs page."""
+def page(browser: Browser, studio: Studio, root: Path) -> Iterator[Page]:
+    """The Runs page, with no run on it."""
+    clear(root)
     context = browser.new_context(viewport={"width": 1400, "height": 1000}, reduced_motion="reduce")
     context.set_default_timeout(LONG)
     found = context.new_page()
