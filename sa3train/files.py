@@ -61,7 +61,8 @@ def _locked_part(target: Path) -> tuple[Path, int]:
 
 def _remove_abandoned(folder: Path) -> None:
     """Remove this host's parts that nobody holds; one that cannot be locked or removed stays."""
-    with os.scandir(folder) as entries:
+    parts: list[str] = []
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:  # one may write where one may not look
         parts = [entry.path for entry in entries if _ABANDONED.fullmatch(entry.name)]
     for part in parts:
         with contextlib.suppress(OSError):
@@ -110,13 +111,13 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 def write_tensors(
     path: str | os.PathLike[str], tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file atomically. Raises `SA3Error` as `atomic_path` does."""
+    """Write a safetensors file atomically, names in order. Raises `SA3Error` as `atomic_path` does."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with atomic_path(path) as temporary:
         try:
-            save_file(dict(tensors), temporary, None if metadata is None else dict(metadata))
+            save_file(dict(sorted(tensors.items())), temporary, dict(sorted((metadata or {}).items())) or None)
         except SafetensorError as error:  # the system's refusals come as text
             code = re.search(r"os error (\d+)", str(error))
             if code is None:

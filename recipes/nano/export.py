@@ -22,12 +22,11 @@ import torch
 from decoder import first
 from numpy.typing import NDArray
 from parts import Nano, tokenizer_of
-from safetensors.torch import save_file
 from sounds import NAMES
 from store import Store
 from torch import Tensor
 
-from sa3train.files import atomic_path, write_text
+from sa3train.files import write_tensors, write_text
 from sa3train.models.autoencoder import Autoencoder
 from sa3train.models.checkpoint import released_state
 from sa3train.models.nano import ASSETS, TEXT_FOLDER
@@ -66,8 +65,7 @@ def load_models(work: Path) -> tuple[Nano, dict[str, Tensor]]:
 
 def write(path: Path, state: dict[str, Tensor]) -> None:
     """An fp16 safetensors file."""
-    with atomic_path(path) as temporary:
-        save_file({name: tensor.half().contiguous() for name, tensor in state.items()}, temporary)
+    write_tensors(path, {name: tensor.half().contiguous() for name, tensor in state.items()})
 
 
 def write_rulers(work: Path, folder: Path) -> None:

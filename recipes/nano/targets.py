@@ -23,11 +23,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from store import CHUNK, Store
 from torch import Tensor
 
-from sa3train.files import atomic_path
+from sa3train.files import atomic_path, write_tensors
 from sa3train.models.nano import WIDTH
 
 RATE, FRAME, WINDOW = 44_100, 4096, 1024
@@ -203,8 +203,7 @@ def main() -> None:
     if not (args.work / "code.safetensors").exists():
         store = Store(args.work / "train")
         code = fit([clip(store, index) for index in range(CHUNK)])
-        with atomic_path(args.work / "code.safetensors") as path:
-            save_file({name: tensor.contiguous() for name, tensor in code.items()}, path)
+        write_tensors(args.work / "code.safetensors", {name: tensor.contiguous() for name, tensor in code.items()})
     code = load_code(args.work)
     (args.work / "latents").mkdir(exist_ok=True)
     for split in ("val", "train"):

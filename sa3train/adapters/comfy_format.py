@@ -17,6 +17,7 @@ from sa3train.adapters.native import checked, native_metadata, spec_of_ranks
 from sa3train.adapters.peft_format import CONVOLUTIONS
 from sa3train.adapters.spec import AdapterSpec
 from sa3train.errors import AdapterError
+from sa3train.files import write_tensors
 
 PREFIX = "diffusion_model."
 FLAT_PREFIX = "lora_unet_"
@@ -107,12 +108,12 @@ def write_comfy(path: str | os.PathLike[str], adapter: Adapter, dtype: torch.dty
 
     Conditioner layers are left out (see `left_out_of_comfy`); the native metadata is kept.
     """
-    from sa3train.adapters.formats import storable, write_safetensors
+    from sa3train.adapters.formats import storable
 
     tensors = comfy_tensors(adapter)
     alphas = {key: tensor for key, tensor in tensors.items() if key.endswith(".alpha")}
     others = {key: tensor for key, tensor in tensors.items() if key not in alphas}
-    write_safetensors(path, storable(others, dtype) | alphas, native_metadata(adapter))
+    write_tensors(path, storable(others, dtype) | alphas, native_metadata(adapter))
 
 
 def _native_path(source: str, name: str) -> str:

@@ -59,7 +59,7 @@ def save_adapter(path: str | os.PathLike[str], adapter: Adapter, dtype: torch.dt
     carry.
     """
     if Path(path).suffix == ".safetensors":
-        write_safetensors(path, storable(native_tensors(adapter), dtype), native_metadata(adapter))
+        write_tensors(path, storable(native_tensors(adapter), dtype), native_metadata(adapter))
     else:
         from sa3train.adapters.peft_format import write_peft_folder
 
@@ -76,11 +76,6 @@ def read_tensors(path: Path, header: Header) -> dict[str, Tensor]:
             return {key: file.get_tensor(key) for key in header.entries}
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"cannot read {path}: {error}. The file is damaged; download or save it again.") from error
-
-
-def write_safetensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write tensors and metadata to `path` atomically."""
-    write_tensors(path, dict(sorted(tensors.items())), dict(sorted(metadata.items())))
 
 
 def storable(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

@@ -153,6 +153,11 @@ def gain_gradients(grad: Tensor, gain: Tensor, norm: Tensor) -> tuple[Tensor, Te
     return grad_magnitude, (grad_magnitude * gain).div_(norm).mul_(-0.5)
 
 
+def row_gain_gradients(grad_O: Tensor, through_O: Tensor, gain_O: Tensor, norm_O: Tensor) -> tuple[Tensor, Tensor]:
+    """`gain_gradients` of bora's rows: `through_O` is the gradient that reaches g² by way of the columns."""
+    return gain_gradients(torch.addcmul(grad_O, gain_O, through_O, value=2), gain_O, norm_O)
+
+
 def norm_of(base_O: Tensor, product_OR: Tensor, B_OR: Tensor, gram_RR: Tensor, scale: float) -> Tensor:
     """√(‖W‖² + 2s·rowsum(P ⊙ B) + s²·rowsum(BG ⊙ B)) + 1e-12, with P = WAᵀ and G = AAᵀ."""
     sum_OR = torch.addmm(product_OR, B_OR, gram_RR, beta=2 * scale, alpha=scale * scale)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sa3train.adapters.frozen import Frozen
-from sa3train.adapters.norms import BothNorms, GainGradients, NormGradients, gain_gradients, root_of
+from sa3train.adapters.norms import BothNorms, GainGradients, NormGradients, root_of, row_gain_gradients
 from sa3train.adapters.products import squares_and_times, squares_and_transposed_times
 
 
@@ -87,8 +87,7 @@ def both_gradients(
     grad_w_O, P_OR = squares_and_times(frozen.W_OI, given.grad_I, weighted_IR)
     sum_OR = torch.addmm(U_OR @ (M_RR @ gram_RR @ M_RR.T), P_OR, M_RR.T, beta=scale * scale, alpha=2 * scale)
     grad_w_O += sum_OR.mul_(U_OR).sum(dim=1)
-    grad_O = torch.addcmul(given.grad_O, given.gain_O, grad_w_O, value=2)
-    magnitude_O, square_O = gain_gradients(grad_O, given.gain_O, given.norm_O)
+    magnitude_O, square_O = row_gain_gradients(given.grad_O, grad_w_O, given.gain_O, given.norm_O)
     weighted_gram_RR = (U_OR * given.gain_O.square()[:, None]).T @ U_OR
     grad_M = torch.addmm(Y_RI.float() @ weighted_IR, weighted_gram_RR @ M_RR, gram_RR, alpha=scale).mul_(2 * scale)
     rows = row_gradients(frozen, product, A_RI, M_RR, square_O, scale, None)

@@ -21,7 +21,7 @@ from sa3train.adapters.header import parse_json, read_header
 from sa3train.adapters.native import checked, native_metadata, spec_of_ranks
 from sa3train.adapters.spec import PEFT_METHODS, AdapterSpec
 from sa3train.errors import AdapterError
-from sa3train.files import write_text
+from sa3train.files import write_tensors, write_text
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -100,7 +100,7 @@ def write_peft_folder(path: str | os.PathLike[str], adapter: Adapter, dtype: tor
     The native metadata travels in the tensors' file, so that nothing of it is lost on the way back. Raises
     `AdapterError` for a kind that PEFT does not have.
     """
-    from sa3train.adapters.formats import storable, write_safetensors
+    from sa3train.adapters.formats import storable
 
     spec, paths = adapter.spec, sorted(adapter.tensors)
     if spec.kind in PEFT_METHODS:
@@ -122,7 +122,7 @@ def write_peft_folder(path: str | os.PathLike[str], adapter: Adapter, dtype: tor
         )
     stored = storable(named, dtype)
     with atomic_folder(path, lambda folder: {item.name for item in folder.iterdir()} <= {CONFIG, WEIGHTS}) as aside:
-        write_safetensors(aside / WEIGHTS, stored, native_metadata(adapter) | {"format": "pt"})
+        write_tensors(aside / WEIGHTS, stored, native_metadata(adapter) | {"format": "pt"})
         write_text(aside / CONFIG, config)
 
 

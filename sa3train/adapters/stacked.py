@@ -64,6 +64,11 @@ def unchanged(members: Sequence[Member], states: Sequence[object]) -> None:
         raise RuntimeError("an adapter was changed in place between a forward pass and its backward pass.")
 
 
+def by_layer(*stacked: Tensor) -> list[Tensor]:
+    """Gradients of each kind of parameter, layers in front, in the order of all layers' parameters."""
+    return [each for layer in zip(*(part.unbind() for part in stacked), strict=True) for each in layer]
+
+
 def magnitudes(members: Sequence[Member]) -> Tensor:
     """(N, O)."""
     return torch.stack([member.magnitude.detach() for member in members if member.magnitude is not None])

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from sa3train.adapters.norms import gain_gradients, root_of
+from sa3train.adapters.norms import gain_gradients, root_of, row_gain_gradients
 from sa3train.adapters.stacked import (
     Member,
     back_products,
+    by_layer,
     factors,
     magnitudes,
     products,
@@ -44,8 +45,7 @@ class Gains(Function):
         magnitude_NO, square_NO = gain_gradients(grad_NO, gain_NO, ctx.norm_NO)
         left, right = _row_gradients(members, ctx.product_NOR, *factors(members), square_NO)
         A, B = (right, left) if members[0].by_rows else (left.mT, right.mT)
-        triples = zip(A.unbind(), B.unbind(), magnitude_NO.unbind(), strict=True)
-        return None, *(gradient for triple in triples for gradient in triple)
+        return None, *by_layer(A, B, magnitude_NO)
 
 
 class BothGains(Function):
@@ -81,9 +81,7 @@ class BothGains(Function):
         P_NOR = products(members, weighted_NRI)
         through_NO = weighted_squares(members, square_NI, rows=True)
         through_NO += torch.add(P_NOR, crossed_NOR, alpha=0.5).mul_(B_NOR).sum(dim=-1).mul_(2 * scale)
-        magnitude_NO, square_NO = gain_gradients(
-            torch.addcmul(grad_NO, gain_NO, through_NO, value=2), gain_NO, ctx.norm_NO
-        )
+        magnitude_NO, square_NO = row_gain_gradients(grad_NO, through_NO, gain_NO, ctx.norm_NO)
         grad_B, grad_A = _row_gradients(members, ctx.product_NOR, B_NOR, A_NRI, square_NO)
         columns_NO1 = gain_NO.square()[..., None]
         back_NRI = ctx.back_NRI.float().mul_(square_NI[:, None])
@@ -91,8 +89,7 @@ class BothGains(Function):
             torch.baddbmm(back_NRI, B_NOR.mT @ (columns_NO1 * B_NOR), weighted_NRI, alpha=scale), alpha=2 * scale
         )
         grad_B.addcmul_(P_NOR.add_(crossed_NOR), columns_NO1, value=2 * scale)
-        found = (grad_A, grad_B, magnitude_NO, second_NI)
-        return None, *(each for layer in zip(*(part.unbind() for part in found), strict=True) for each in layer)
+        return None, *by_layer(grad_A, grad_B, magnitude_NO, second_NI)
 
 
 def _row_norms(members: Sequence[Member], left_NOR: Tensor, right_NRI: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from sa3train.adapters.norms import gain_gradients, root_of
+from sa3train.adapters.norms import gain_gradients, root_of, row_gain_gradients
 from sa3train.adapters.stacked import (
     Member,
     back_products,
+    by_layer,
     magnitudes,
     products,
     second_magnitudes,
@@ -55,7 +56,7 @@ class GainsXS(Function):
         magnitude_NO, square_NO = gain_gradients(grad_NO, magnitudes(members) / ctx.norm_NO, ctx.norm_NO)
         M_NRR = _row_gradients(members, *_gained(members), square_NO)
         M_NRR = M_NRR if members[0].by_rows else M_NRR.mT
-        return None, *(each for pair in zip(M_NRR.unbind(), magnitude_NO.unbind(), strict=True) for each in pair)
+        return None, *by_layer(M_NRR, magnitude_NO)
 
 
 class BothGainsXS(Function):
@@ -95,14 +96,11 @@ class BothGainsXS(Function):
             U_NOR @ (M_NRR @ gram_NRR @ M_NRR.mT), P_NOR, M_NRR.mT, beta=scale * scale, alpha=2 * scale
         )
         through_NO = weighted_squares(members, square_NI, rows=True).add_(sum_NOR.mul_(U_NOR).sum(dim=-1))
-        magnitude_NO, square_NO = gain_gradients(
-            torch.addcmul(grad_NO, gain_NO, through_NO, value=2), gain_NO, ctx.norm_NO
-        )
+        magnitude_NO, square_NO = row_gain_gradients(grad_NO, through_NO, gain_NO, ctx.norm_NO)
         grad_M = _row_gradients(members, U_NOR, M_NRR, gram_of_V_NRR, square_NO)
         weighted_gram_NRR = (U_NOR * gain_NO.square()[..., None]).mT @ U_NOR
         columns_NRR = torch.baddbmm(ctx.Y_NRI.float() @ weighted_NIR, weighted_gram_NRR @ M_NRR, gram_NRR, alpha=scale)
-        found = (grad_M.add_(columns_NRR, alpha=2 * scale), magnitude_NO, second_NI)
-        return None, *(each for layer in zip(*(part.unbind() for part in found), strict=True) for each in layer)
+        return None, *by_layer(grad_M.add_(columns_NRR, alpha=2 * scale), magnitude_NO, second_NI)
 
 
 def _row_norms(members: Sequence[Member], U_NOR: Tensor, M_NRR: Tensor, gram_of_V_NRR: Tensor) -> Tensor:

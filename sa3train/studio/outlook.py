@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from sa3train.shortage import GIB
 from sa3train.studio.plan import TRIAL_STEPS, DataSummary, Trial
 from sa3train.training.report import duration
 
@@ -10,7 +11,6 @@ LEVELS = 10
 """Noise levels at which the fixed evaluation judges each clip."""
 DEMO_STEPS, DEMO_PASSES = 50, 2
 """A base model's sampler, with guidance; its twin's few steps are small beside them."""
-GIB = 2**30
 
 
 def outlook(config: Mapping[str, Any], data: DataSummary) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 
 from sa3train.log import get_logger
+from sa3train.shortage import GIB
 from sa3train.training.clips import Clips
 from sa3train.training.module import LoraModule
 from sa3train.training.objective import Draw
@@ -28,8 +29,6 @@ FULL = 0.85
 
 SHORT = 32
 """Latent frames of the shorter trial; the other has twice as many."""
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

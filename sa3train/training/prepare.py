@@ -9,7 +9,8 @@ from torch.autograd import Function
 
 from sa3train.log import get_logger
 from sa3train.models import norms
-from sa3train.training.memory import GIB, MemoryPlan, compare, free_memory, make_plan
+from sa3train.shortage import GIB
+from sa3train.training.memory import MemoryPlan, compare, free_memory, make_plan
 from sa3train.training.module import LoraModule
 from sa3train.training.quantized import CodedWeights
 from sa3train.training.settings import LoopSettings
