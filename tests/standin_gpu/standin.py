@@ -18,13 +18,15 @@ FRAMES = 3
 def allow_blank_kernels() -> None:
     """Let through the few places where the library looks at numbers that the device has computed.
 
-    cuDNN chooses its algorithms by asking for more than the stand-in answers: torch's own convolutions are used.
+    cuDNN chooses its algorithms by asking for more than the stand-in answers: torch's own convolutions are used, and
+    varlen attention (which from torch 2.14 on asks for cuDNN's version) takes its flash kernel.
     """
     from sa3train.adapters import stack
     from sa3train.inference import finishing
     from sa3train.training import fixed, meter
 
     torch.backends.cudnn.enabled = False
+    torch.backends.cudnn.version = lambda: None
     allclose, norms = torch.allclose, stack.squared_norms
     torch.allclose = lambda a, b, *args, **kwargs: (a.is_cuda and b.is_cuda) or allclose(a, b, *args, **kwargs)
     finishing.all_finite = lambda items: to_device(torch.ones(len(items)), items[0].device)
