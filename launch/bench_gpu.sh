@@ -24,7 +24,7 @@ measure() { # NAME LIMIT [FLAGS]: what does not end in time keeps its place in t
         printf 'not measured (8 minutes are over): %s %s\n' "$name" "$*"
         return
     fi
-    timeout "$((limit < left ? limit : left))" "$python" -m sa3train.jobs.bench "$name" --device cuda "$@" \
+    timeout "$((limit < left ? limit : left))" "$python" -m sa3train.cli.bench "$name" --device cuda "$@" \
         --write docs/performance.md --json "$out/$name-$SECONDS.json" || printf 'not measured: %s %s\n' "$name" "$*"
 }
 

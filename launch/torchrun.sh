@@ -21,4 +21,4 @@ else
           --master-addr "${HEAD:?host name of machine 0}" --master-port "${PORT:-29400}")
 fi
 exec "$python" -m torch.distributed.run "${meet[@]}" --nproc-per-node "$ranks" \
-    -m sa3train.jobs.train trainer.devices="$ranks" trainer.num_nodes="$nodes" "$@"
+    -m sa3train.cli.train trainer.devices="$ranks" trainer.num_nodes="$nodes" "$@"

@@ -2,7 +2,7 @@
 
 import sys
 
-from sa3train.jobs.train import main
+from sa3train.cli.train import main
 
 if __name__ == "__main__":
     sys.exit(main())

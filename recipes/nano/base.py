@@ -27,6 +27,7 @@ from speed import autocast, fast_cpu_blocks
 from targets import load_code, silence
 from torch import Tensor, nn
 
+from sa3train.core.files import atomic_path
 from sa3train.diffusion.masks import inpainting_masks
 from sa3train.diffusion.objective import (
     coupling_columns,
@@ -37,7 +38,6 @@ from sa3train.diffusion.objective import (
     velocity_target,
 )
 from sa3train.diffusion.schedule import full_shift
-from sa3train.files import atomic_path
 
 DROPPED = 0.1  # items without a prompt, for guidance
 SAVE_SECONDS = 240.0

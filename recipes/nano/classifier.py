@@ -22,9 +22,9 @@ from corpus import Clip, chunk
 from sounds import HELD_OUT, NAMES
 from store import Store
 
-from sa3train.audio.attributes import ATTRIBUTES
-from sa3train.audio.classify import Classifier, features, train
-from sa3train.files import write_json
+from sa3train.core.files import write_json
+from sa3train.evaluation.attributes import ATTRIBUTES
+from sa3train.evaluation.classifier import Classifier, features, train
 
 SECONDS = 5  # of each clip that is looked at
 HELD = ("hammond organ", "church organ", "accordion", "string ensemble", "choir", "warm pad", "violin", "trumpet")

@@ -30,7 +30,7 @@ from targets import FRAME, LATENT, LOUDEST, load_code, silence
 from torch import Tensor, nn
 from vocoder import autoencoder, start
 
-from sa3train.files import atomic_path
+from sa3train.core.files import atomic_path
 from sa3train.models.autoencoder import Autoencoder
 
 FRAMES, BATCH = 8, 16

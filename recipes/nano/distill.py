@@ -28,9 +28,9 @@ from speed import autocast, fast_cpu_blocks
 from targets import load_code, silence
 from torch import Tensor, nn
 
+from sa3train.core.files import atomic_path
 from sa3train.diffusion.guidance import Condition, Guidance, guided_velocity
 from sa3train.diffusion.schedule import sampling_schedule
-from sa3train.files import atomic_path
 from sa3train.models.conditioners import Conditioning
 
 WALK_STEPS = 16

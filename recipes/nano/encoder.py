@@ -28,7 +28,7 @@ from torch import Tensor
 from vocoder import autoencoder
 from wiring import CONST, HEADS, MARK, D, FeedForward, Layer, wire_encoder
 
-from sa3train.files import atomic_path
+from sa3train.core.files import atomic_path
 from sa3train.models.autoencoder import Autoencoder
 
 PATCH = 256

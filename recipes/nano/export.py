@@ -26,7 +26,7 @@ from sounds import NAMES
 from store import Store
 from torch import Tensor
 
-from sa3train.files import write_tensors, write_text
+from sa3train.core.files import write_tensors, write_text
 from sa3train.models.autoencoder import Autoencoder
 from sa3train.models.checkpoint import released_state
 from sa3train.models.nano import ASSETS, TEXT_FOLDER

@@ -12,12 +12,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from sa3train.audio.classify import Classifier
 from sa3train.audio.io import encode_audio
 from sa3train.audio.metrics import mel_picture
-from sa3train.files import write_bytes, write_text
+from sa3train.bench.nano import CFG, WISHES
+from sa3train.core.files import write_bytes, write_text
+from sa3train.evaluation.classifier import Classifier
 from sa3train.inference import Generator
-from sa3train.jobs.benches.nano import CFG, WISHES
 from sa3train.models.nano import ASSETS
 
 RATE, SECONDS = 44100, 4.0

@@ -23,9 +23,9 @@ from transformers import PreTrainedTokenizerFast
 from sa3train.diffusion.masks import extend_into_silence, padding_mask
 from sa3train.models.checkpoint import build
 from sa3train.models.conditioners import Conditioning
+from sa3train.models.hub import TextEncoderSource
 from sa3train.models.nano import nano_config
 from sa3train.models.parse import parse_model
-from sa3train.models.sources import TextEncoderSource
 
 FRAMES_PER_SECOND = 44100 / 4096
 

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sa3train.models import blocks, norms
-from sa3train.models.attention import Pattern
-from sa3train.models.patterns import Padded
+from sa3train.models.attention import Padded, Pattern
 
 
 def half_helps(device_type: str) -> bool:

@@ -21,7 +21,7 @@ import numpy as np
 from corpus import Clip, chunk
 from numpy.typing import NDArray
 
-from sa3train.files import write_json
+from sa3train.core.files import write_json
 
 CHUNK = 300  # clips
 

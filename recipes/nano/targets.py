@@ -27,7 +27,7 @@ from safetensors.torch import load_file
 from store import CHUNK, Store
 from torch import Tensor
 
-from sa3train.files import atomic_path, write_tensors
+from sa3train.core.files import atomic_path, write_tensors
 from sa3train.models.nano import WIDTH
 
 RATE, FRAME, WINDOW = 44_100, 4096, 1024

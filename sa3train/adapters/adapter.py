@@ -8,8 +8,8 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from sa3train.adapters.layer_filter import adaptable_layers
 from sa3train.adapters.spec import AdapterSpec
-from sa3train.adapters.targets import adaptable_layers
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sa3train.adapters.targets import Filter, split_patterns
-from sa3train.errors import AdapterError
+from sa3train.adapters.layer_filter import Filter, split_patterns
+from sa3train.core.errors import AdapterError
 
 MAX_RANK = 16384
 LARGEST = 1e9

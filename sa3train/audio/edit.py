@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from sa3train.errors import AudioError
+from sa3train.core.errors import AudioError
 
 HALF_POWER = math.sqrt(0.5)
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from sa3train.audio.edit import to_channels
 from sa3train.audio.resample import resample
-from sa3train.errors import AudioError
-from sa3train.files import write_bytes
+from sa3train.core.errors import AudioError
+from sa3train.core.files import write_bytes
 
 Source = str | PathLike[str] | bytes
 

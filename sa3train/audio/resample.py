@@ -6,7 +6,7 @@ import torch
 import torchaudio.functional
 from torch import Tensor
 
-from sa3train.errors import AudioError
+from sa3train.core.errors import AudioError
 
 # The "best" Kaiser filter of resampy, as torchaudio documents it: passband to 0.948 of Nyquist, -150 dB beyond.
 WIDTH = 64

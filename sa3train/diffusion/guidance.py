@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sa3train.transfer import to_device, widest
+from sa3train.core.device import to_device, widest
 
 # Noise levels are float32: an end such as 0.6 must still include the level 0.6.
 INTERVAL_SLACK = 1e-6

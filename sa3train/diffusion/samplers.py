@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sa3train.transfer import normal
+from sa3train.core.device import normal
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[[int, int, float, Tensor], None]

@@ -1,21 +1,12 @@
-"""Playing a model: `Generator.from_pretrained("nano").generate(prompt=...)`."""
+"""Play a model: `Generator.from_pretrained("nano").generate(prompt=...)`."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from sa3train.core.lazy import make_getattr
 
 if TYPE_CHECKING:
+    from sa3train.inference.generator import Generator
     from sa3train.inference.outputs import GenerationOutput
-    from sa3train.inference.pipeline import Generator
 
 __all__ = ["GenerationOutput", "Generator"]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "Generator":
-        from sa3train.inference.pipeline import Generator
-
-        return Generator
-    if name == "GenerationOutput":
-        from sa3train.inference.outputs import GenerationOutput
-
-        return GenerationOutput
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = make_getattr(__name__, {"GenerationOutput": "outputs", "Generator": "generator"})

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from sa3train.audio.io import encode_audio
-from sa3train.errors import RequestError, SA3Error
-from sa3train.files import write_bytes, write_json
+from sa3train.core.errors import RequestError, SA3Error
+from sa3train.core.files import write_bytes, write_json
 from sa3train.inference.sidecar import FORMAT, MADE_BY, is_record
 
 DEFAULT_SUFFIX = ".wav"

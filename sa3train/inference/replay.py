@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from sa3train.errors import RequestError
+from sa3train.core.errors import RequestError
+from sa3train.inference.generator import Generator
 from sa3train.inference.outputs import GenerationOutput
-from sa3train.inference.pipeline import Generator
 from sa3train.inference.sidecar import environment, find_unchanged
 
 

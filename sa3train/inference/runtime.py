@@ -5,13 +5,13 @@ import shutil
 
 import torch
 
-from sa3train.errors import ConfigError
-from sa3train.files import cache_dir
+from sa3train.core.errors import ConfigError
+from sa3train.core.files import cache_dir
+from sa3train.core.log import get_logger
 from sa3train.inference.request import Request
-from sa3train.log import get_logger
+from sa3train.models.cpu_kernels import has_bf16_instructions
 from sa3train.models.dit import DiT
 from sa3train.models.precision import auto_precision
-from sa3train.models.quick import has_bf16_instructions
 
 logger = get_logger(__name__)
 

@@ -12,8 +12,8 @@ import soundfile
 import torch
 
 from sa3train.adapters.adapter import Adapter
-from sa3train.errors import RequestError
-from sa3train.files import sha256_of
+from sa3train.core.errors import RequestError
+from sa3train.core.files import sha256_of
 
 MADE_BY = "sa3train"
 FORMAT = 1

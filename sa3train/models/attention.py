@@ -2,20 +2,256 @@
 
 Shape legend: B batch (or 1 for packed tokens), L query tokens, M key tokens, H heads, D head width.
 Patterns say who sees whom; backends say how it is computed: `BACKENDS` is the table, and `force_backend` pins one.
+
+Who sees whom: the token patterns of attention.
+
+Shape legend: B batch, L query tokens, M key tokens.
+
+- `None`: every query sees every key of its batch row.
+- `Padded`: keys past an item's real length are never seen.
+- `Packed`: one row of several sequences laid end to end; none sees another.
+- `Window`: like `Packed`, and only keys at distance <= radius. Linear in memory and time.
+
+Attention patterns brought to plain attention over rows, which torch's SDPA or blocks of matrix products compute.
+
+Shape legend: B batch rows (1 for packed tokens), L query tokens, M key tokens, H heads, D head width, N window blocks.
+
+Attention by fused kernels over flat tokens and cumulative lengths: torch's varlen_attn or flash-attn (CUDA, 16-bit).
+
+Shape legend: L query tokens, M key tokens, H heads, D head width.
 """
 
 import contextlib
 import functools
 import importlib.util
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from sa3train.models.attention_dense import blocked_rows, dense, sdpa_rows
-from sa3train.models.attention_varlen import varlen_attention
-from sa3train.models.patterns import Packed, Padded, Pattern, Window
+from sa3train.core.device import to_device
+
+
+@dataclass(frozen=True, eq=False)
+class Padded:
+    """True = real. Real tokens come first in every row (the varlen kernels rely on it)."""
+
+    key_mask_BM: Tensor
+
+    @functools.cached_property
+    def bounds(self) -> Tensor:
+        """Cumulative token counts (2B + 1,) int32 that make each row's real part and its rest two sequences."""
+        rows, length = self.key_mask_BM.shape
+        real_B = self.key_mask_BM.sum(dim=1)
+        starts_B = torch.arange(rows, device=real_B.device) * length
+        bounds = torch.stack((starts_B, starts_B + real_B), dim=1).flatten()
+        return torch.cat((bounds, bounds.new_full((1,), rows * length))).to(torch.int32)
+
+    @functools.cached_property
+    def lengths(self) -> list[int]:
+        """Real tokens of each row. Waits for the device."""
+        return self.key_mask_BM.sum(dim=1).tolist()
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Lengths of the sequences that make up the one query row and the one key row."""
+
+    query_lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Lengths of the sequences that make up the one row, and how far each token sees to both sides."""
+
+    lengths: tuple[int, ...]
+    radius: int
+
+
+Pattern = Padded | Packed | Window | None
+
+
+WINDOW_BLOCK = 64
+Rows = Callable[..., Tensor]  # (q_BLHD, k_BMHD, v_BMHD, mask broadcastable to BHLM or None) -> BLHD
+SCORES_PER_BLOCK = 2**20  # 2 MiB in bf16: stays in the cache, and long enough for the products to run at their rate
+
+
+def sdpa_rows(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, mask: Tensor | None = None) -> Tensor:
+    out_BHLD = F.scaled_dot_product_attention(
+        q_BLHD.transpose(1, 2), k_BMHD.transpose(1, 2), v_BMHD.transpose(1, 2), attn_mask=mask
+    )
+    return out_BHLD.transpose(1, 2)
+
+
+def blocked_rows(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, mask: Tensor | None = None) -> Tensor:
+    """QKᵀ, softmax and the sum of values for as many rows, heads and queries at a time as fit a block of scores."""
+    (rows, length, heads, width), keys = q_BLHD.shape, k_BMHD.shape[1]
+    out_BLHD = torch.empty_like(q_BLHD, memory_format=torch.contiguous_format)
+    row_step = max(1, SCORES_PER_BLOCK // (heads * length * keys))
+    head_step = min(heads, max(1, SCORES_PER_BLOCK // (length * keys)))
+    query_step = min(length, max(1, SCORES_PER_BLOCK // keys))
+    q_BHLD, k_BHDM, v_BHMD = q_BLHD.transpose(1, 2), k_BMHD.permute(0, 2, 3, 1), v_BMHD.transpose(1, 2)
+    for b, h, q in itertools.product(
+        range(0, rows, row_step), range(0, heads, head_step), range(0, length, query_step)
+    ):
+        bs, hs, qs = slice(b, b + row_step), slice(h, h + head_step), slice(q, q + query_step)
+        scores_BHLM = torch.matmul(q_BHLD[bs, hs, qs] * width**-0.5, k_BHDM[bs, hs])
+        if mask is not None:
+            seen = mask[bs] if mask.shape[2] == 1 else mask[bs, :, qs]
+            scores_BHLM.masked_fill_(~seen, -torch.inf)
+        out_BLHD[bs, qs, hs] = torch.matmul(scores_BHLM.softmax(dim=-1), v_BHMD[bs, hs]).transpose(1, 2)
+    return out_BLHD
+
+
+def dense(rows: Rows, q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, pattern: Pattern) -> Tensor:
+    match pattern:
+        case Padded(key_mask_BM):
+            if q_BLHD.device.type == "cpu":
+                return _dense_padded(rows, q_BLHD, k_BMHD, v_BMHD, pattern.lengths)
+            return rows(q_BLHD, k_BMHD, v_BMHD, key_mask_BM[:, None, None, :])
+        case Packed(query_lengths, key_lengths):
+            return _dense_packed(rows, q_BLHD, k_BMHD, v_BMHD, query_lengths, key_lengths)
+        case Window(lengths, radius):
+            return _dense_window(rows, q_BLHD, k_BMHD, v_BMHD, lengths, radius)
+    return rows(q_BLHD, k_BMHD, v_BMHD)
+
+
+def _dense_padded(rows: Rows, q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Rows of one length together, over their real keys alone: no mask, and neighbours' lengths change nothing."""
+    parts, start = [], 0
+    for length, run in itertools.groupby(lengths):
+        span = slice(start, start := start + len(list(run)))
+        parts.append(rows(q_BLHD[span], k_BMHD[span, :length], v_BMHD[span, :length]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _dense_packed(
+    rows: Rows,
+    q_1LHD: Tensor,
+    k_1MHD: Tensor,
+    v_1MHD: Tensor,
+    query_lengths: Sequence[int],
+    key_lengths: Sequence[int],
+) -> Tensor:
+    if len(set(query_lengths)) == 1 and len(set(key_lengths)) == 1:
+        count = len(query_lengths)
+        q, k, v = (x.reshape(count, -1, *x.shape[2:]) for x in (q_1LHD, k_1MHD, v_1MHD))
+        return rows(q, k, v).reshape(q_1LHD.shape)
+    parts = zip(q_1LHD.split(query_lengths, 1), k_1MHD.split(key_lengths, 1), v_1MHD.split(key_lengths, 1), strict=True)
+    return torch.cat([rows(q, k, v) for q, k, v in parts], dim=1)
+
+
+def _dense_window(
+    rows: Rows, q_1LHD: Tensor, k_1LHD: Tensor, v_1LHD: Tensor, lengths: tuple[int, ...], radius: int
+) -> Tensor:
+    """Blocks of queries, each with its own stretch of keys: memory grows with L, never with L²."""
+    queries_NL, keys_NM, visible_NLM, places_L = window_blocks(lengths, radius, q_1LHD.device)
+    blocks_NLHD = rows(q_1LHD[0, queries_NL], k_1LHD[0, keys_NM], v_1LHD[0, keys_NM], visible_NLM[:, None])
+    return blocks_NLHD.flatten(0, 1)[places_L][None]
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(mode=False)  # kept tensors must also serve a later call with gradients
+def window_blocks(lengths: tuple[int, ...], radius: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Query and key positions of each block, who sees whom, and where in the flattened blocks each token is."""
+    size = WINDOW_BLOCK
+    queries, keys, visible, places = [], [], [], []
+    start = blocks = 0
+    for length in lengths:
+        count = -(-length // size)
+        first_N = torch.arange(count) * size
+        query_NL = first_N[:, None] + torch.arange(size)
+        key_NM = first_N[:, None] - radius + torch.arange(size + 2 * radius)
+        near_NLM = (query_NL[:, :, None] - key_NM[:, None, :]).abs() <= radius
+        exists_NM = (key_NM >= 0) & (key_NM < length)
+        # A query past the end is thrown away afterwards; it sees something so that its softmax stays finite.
+        past_NL = query_NL >= length
+        visible.append((near_NLM & exists_NM[:, None, :]) | past_NL[:, :, None])
+        queries.append(query_NL.clamp(max=length - 1) + start)
+        keys.append(key_NM.clamp(0, length - 1) + start)
+        places.append(torch.arange(length) + blocks * size)
+        start, blocks = start + length, blocks + count
+    found = (torch.cat(queries), torch.cat(keys), torch.cat(visible), torch.cat(places))
+    first, second, third, fourth = (to_device(tensor, device) for tensor in found)
+    return first, second, third, fourth
+
+
+VarlenKernel = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, int, int, int], Tensor]
+
+
+def _torch_kernel(
+    q_LHD: Tensor,
+    k_MHD: Tensor,
+    v_MHD: Tensor,
+    bounds_q: Tensor,
+    bounds_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    radius: int,
+) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    window = (radius, radius)
+    out = varlen_attn(q_LHD, k_MHD, v_MHD, bounds_q, bounds_k, longest_q, longest_k, window_size=window)
+    return out if isinstance(out, Tensor) else out[0]
+
+
+def _flash_kernel(
+    q_LHD: Tensor,
+    k_MHD: Tensor,
+    v_MHD: Tensor,
+    bounds_q: Tensor,
+    bounds_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    radius: int,
+) -> Tensor:
+    from flash_attn import flash_attn_varlen_func
+
+    window = (radius, radius)
+    out: Tensor = flash_attn_varlen_func(
+        q_LHD, k_MHD, v_MHD, bounds_q, bounds_k, longest_q, longest_k, window_size=window
+    )
+    return out
+
+
+#: Fused kernels by backend name; `radius` -1 = no window.
+VARLEN_KERNELS: dict[str, VarlenKernel] = {"varlen": _torch_kernel, "flash": _flash_kernel}
+
+
+@functools.lru_cache(
+    maxsize=32
+)  # let go of in time: nothing that CUDA graphs record may read them (see inference.graphs)
+@torch.inference_mode(mode=False)
+def _bounds(lengths: tuple[int, ...], device: torch.device) -> Tensor:
+    return to_device(torch.tensor((0, *lengths)).cumsum(0, dtype=torch.int32), device)
+
+
+def varlen_attention(name: str, q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, pattern: Pattern) -> Tensor:
+    (rows, length), keys, device = q_BLHD.shape[:2], k_BMHD.shape[1], q_BLHD.device
+    radius, longest_q, longest_k = -1, length, keys
+    match pattern:
+        case Padded():
+            if length != keys:
+                raise ValueError(f"a padded pattern is for self-attention, not {length} queries over {keys} keys")
+            bounds_q = bounds_k = pattern.bounds
+        case Packed(query_lengths, key_lengths):
+            bounds_q, bounds_k = _bounds(query_lengths, device), _bounds(key_lengths, device)
+            longest_q, longest_k = max(query_lengths), max(key_lengths)
+        case Window(lengths, radius):
+            bounds_q = bounds_k = _bounds(lengths, device)
+            longest_q = longest_k = max(lengths)
+        case _:
+            bounds_q, bounds_k = _bounds((length,) * rows, device), _bounds((keys,) * rows, device)
+    q_LHD, k_MHD, v_MHD = (x.flatten(0, 1).contiguous() for x in (q_BLHD, k_BMHD, v_BMHD))
+    out_LHD = VARLEN_KERNELS[name](q_LHD, k_MHD, v_MHD, bounds_q, bounds_k, longest_q, longest_k, radius)
+    return out_LHD.view(q_BLHD.shape)
+
 
 __all__ = ["BACKENDS", "Packed", "Padded", "Pattern", "Window", "attend", "force_backend", "preferred_backend"]
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sa3train.models import quick
+from sa3train.models import cpu_kernels
 from sa3train.models.attention import Pattern, attend
 from sa3train.models.config import FOURIER_FEATURES, HEAD_WIDTH
 from sa3train.models.norms import DynamicTanh, RMSNorm
@@ -111,7 +111,7 @@ class GatedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.proj(x).chunk(2, dim=-1)
         if self.activation == "silu":
-            return value * F.silu(gate, inplace=quick.takes(gate))
+            return value * F.silu(gate, inplace=cpu_kernels.takes(gate))
         return value * torch.sin(math.pi * gate)
 
 
@@ -136,17 +136,18 @@ def turned_pair(q_norm: RMSNorm, k_norm: RMSNorm, x_BLNHD: Tensor, rotary: tuple
 
 def normed_and_turned(norm: "DynamicTanh | RMSNorm", x_BLHD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """`rotate(norm(x))` of queries or keys."""
-    if not quick.takes(x_BLHD):
+    if not cpu_kernels.takes(x_BLHD):
         return rotate(norm(x_BLHD), rotary)
     unit_BLHD, beta = norm.unit(x_BLHD), norm.beta if isinstance(norm, DynamicTanh) else None
-    return quick.turned(unit_BLHD, quick.turn_tables(norm.gamma, beta, rotary, unit_BLHD.dtype)).to(x_BLHD.dtype)
+    tables = cpu_kernels.turn_tables(norm.gamma, beta, rotary, unit_BLHD.dtype)
+    return cpu_kernels.turned(unit_BLHD, tables).to(x_BLHD.dtype)
 
 
 def normed_by_heads(norm: "RMSNorm", x_BLHD: Tensor) -> Tensor:
     """`norm(x)` of queries or keys without positions."""
-    if not quick.takes(x_BLHD):
+    if not cpu_kernels.takes(x_BLHD):
         return norm(x_BLHD)
-    return quick.by_heads(norm.unit(x_BLHD).mul_(norm.gamma.float()), x_BLHD.dtype)
+    return cpu_kernels.by_heads(norm.unit(x_BLHD).mul_(norm.gamma.float()), x_BLHD.dtype)
 
 
 def heads(x_BLC: Tensor, streams: int) -> tuple[Tensor, ...]:
@@ -220,7 +221,7 @@ class CrossAttention(nn.Module):
     def context(self, context_BMD: Tensor) -> tuple[Tensor, ...]:
         """Normed keys (one or two) and values, each (B, M, H, 64)."""
         *keys, values = heads(self.to_kv(context_BMD), self.streams + 1)
-        values = quick.by_heads(values, values.dtype) if quick.takes(values) else values
+        values = cpu_kernels.by_heads(values, values.dtype) if cpu_kernels.takes(values) else values
         return (*(normed_by_heads(self.k_norm, key) for key in keys), values)
 
     def forward(self, x_BLD: Tensor, context: tuple[Tensor, ...], pattern: Pattern = None) -> Tensor:

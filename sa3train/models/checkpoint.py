@@ -12,18 +12,17 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from sa3train.errors import CheckpointError
-from sa3train.models import registry
+from sa3train.core.errors import CheckpointError
+from sa3train.models import hub
 from sa3train.models.autoencoder import Autoencoder
 from sa3train.models.blocks import inverse_frequencies
 from sa3train.models.conditioners import Conditioner
 from sa3train.models.config import ModelConfig
 from sa3train.models.dit import DiT
-from sa3train.models.fingerprints import fingerprint_of, remembered
+from sa3train.models.hub import TextEncoderSource, locate, text_encoder_source
 from sa3train.models.parse import is_autoencoder, parse_autoencoder, parse_model, read_config
 from sa3train.models.precision import exact_fp32_convolutions, fast_fp32_products
-from sa3train.models.sources import TextEncoderSource, locate, text_encoder_source
-from sa3train.models.weights import check_names, read_tensors, tensor_shapes
+from sa3train.models.weight_files import check_names, fingerprint_of, read_tensors, remembered, tensor_shapes
 
 #: State-dict prefix of each part in a released file.
 PREFIXES = {"dit": "model.model.", "conditioner": "conditioner.", "autoencoder": "pretransform.model."}
@@ -114,7 +113,7 @@ def load_checkpoint(
     """
     if unknown := set(parts) - set(PREFIXES):
         raise ValueError(f"parts {sorted(unknown)} do not exist; there are {', '.join(PREFIXES)}")
-    entry = registry.find(os.fspath(name_or_path))
+    entry = hub.find(os.fspath(name_or_path))
     if entry is not None and entry.kind == "autoencoder":
         raise _only_autoencoder(name_or_path)
     files = locate(name_or_path)

@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from sa3train.errors import CheckpointError
+from sa3train.core.device import to_device
+from sa3train.core.errors import CheckpointError
 from sa3train.models.blocks import FourierFeatures
 from sa3train.models.config import ConditionerConfig, NumberConfig
-from sa3train.models.sources import TextEncoderSource
+from sa3train.models.hub import TextEncoderSource
 from sa3train.models.t5gemma import T5GemmaEncoder, load_encoder
-from sa3train.transfer import to_device
 
 
 class TextEmbedding(NamedTuple):

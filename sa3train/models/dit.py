@@ -18,8 +18,8 @@ from sa3train.models import norms
 from sa3train.models.attention import Pattern
 from sa3train.models.blocks import CrossAttention, FeedForward, Rotary, SelfAttention, fourier_features, whole_head
 from sa3train.models.config import DiTConfig
-from sa3train.models.layouts import Layout, dense_layout, packed_layout
 from sa3train.models.norms import RMSNorm
+from sa3train.models.packing import Layout, dense_layout, packed_layout
 
 HEAD_NORM = functools.partial(RMSNorm, eps=1e-6)
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from sa3train.errors import SA3Error
-from sa3train.files import beside, cache_dir
-from sa3train.log import get_logger
-from sa3train.models.weights import write_checkpoint
+from sa3train.core.errors import SA3Error
+from sa3train.core.files import beside, cache_dir
+from sa3train.core.log import get_logger
+from sa3train.models.weight_files import write_checkpoint
 
 logger = get_logger(__name__)
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import Function, once_differentiable
 
-from sa3train.models import quick
+from sa3train.models import cpu_kernels
 
 
 def few_passes(x: Tensor) -> bool:
@@ -155,4 +155,4 @@ class DynamicTanh(nn.Module):
     def unit(self, x: Tensor) -> Tensor:
         """Before gamma and beta."""
         scaled = self.alpha * x
-        return quick.tanh(scaled) if quick.takes(scaled) else torch.tanh(scaled)
+        return cpu_kernels.tanh(scaled) if cpu_kernels.takes(scaled) else torch.tanh(scaled)

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sa3train.errors import CheckpointError
-from sa3train.log import get_logger
+from sa3train.core.errors import CheckpointError
+from sa3train.core.log import get_logger
 from sa3train.models.config import (
     FOURIER_FEATURES,
     HEAD_WIDTH,

@@ -13,9 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sa3train.errors import SA3Error
-from sa3train.files import cache_dir, write_text
-from sa3train.log import get_logger
+from sa3train.core.errors import SA3Error
+from sa3train.core.files import cache_dir, write_text
+from sa3train.core.log import get_logger
 
 logger = get_logger(__name__)
 

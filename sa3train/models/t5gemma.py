@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from sa3train.errors import CheckpointError
-from sa3train.transfer import to_device
+from sa3train.core.device import to_device
+from sa3train.core.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

@@ -13,37 +13,36 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import gradio as gr
 from starlette.middleware import Middleware
 
-from sa3train.studio.adapters_page import adapters_page
-from sa3train.studio.data_page import data_page
-from sa3train.studio.guard import LOCAL_NAMES, Guard
-from sa3train.studio.opening import Opening
-from sa3train.studio.play_page import play_page
-from sa3train.studio.runs_page import runs_page
-from sa3train.studio.workplace import StudioError, Workplace
+from sa3train.studio.adapters.page import adapters_page
+from sa3train.studio.data.page import data_page
+from sa3train.studio.play.page import play_page
+from sa3train.studio.runs.page import runs_page
+from sa3train.studio.server.access import LOCAL_NAMES, Guard, Opening
+from sa3train.studio.server.workspace import StudioError, Workspace
 
 LARGEST_UPLOAD = "512mb"
-PAGES: dict[str, Callable[[Workplace], None]] = {
+PAGES: dict[str, Callable[[Workspace], None]] = {
     "Play": play_page,
     "Runs": runs_page,
     "Data": data_page,
     "Adapters": adapters_page,
 }
-HERE = Path(__file__).parent
+ASSETS = Path(__file__).parent / "assets"
 
 
-def build_app(place: Workplace) -> gr.Blocks:
-    """The whole page of a studio in `place`."""
-    os.environ["GRADIO_TEMP_DIR"] = str(place.uploads)  # components read it when they are made
+def build_app(workspace: Workspace) -> gr.Blocks:
+    """The whole page of a studio in `workspace`."""
+    os.environ["GRADIO_TEMP_DIR"] = str(workspace.uploads)  # components read it when they are made
     with gr.Blocks(title="sa3train studio", analytics_enabled=False, fill_width=True) as page:
-        gr.HTML(_head(place), elem_id="studio-head", apply_default_css=False)
+        gr.HTML(_head(workspace), elem_id="studio-head", apply_default_css=False)
         with gr.Tabs(elem_id="studio-tabs"):
             for name, build in PAGES.items():
                 with gr.Tab(name, id=name.lower(), elem_id=f"tab-{name.lower()}"):
-                    build(place)
+                    build(workspace)
     return page
 
 
-def serve(page: gr.Blocks, place: Workplace, opening: Opening, largest_upload: str = LARGEST_UPLOAD) -> str:
+def serve(page: gr.Blocks, workspace: Workspace, opening: Opening, largest_upload: str = LARGEST_UPLOAD) -> str:
     """Start the server in threads of its own and return its address; `page.close()` ends it. Raises `StudioError`."""
     opening.check()
     hosts = None if opening.is_open else LOCAL_NAMES
@@ -58,7 +57,7 @@ def serve(page: gr.Blocks, place: Workplace, opening: Opening, largest_upload: s
             prevent_thread_lock=True,
             quiet=True,
             show_error=True,
-            allowed_paths=[str(root) for root in place.roots],
+            allowed_paths=[str(root) for root in workspace.roots],
             max_file_size=largest_upload,
             ssr_mode=False,
             footer_links=[],
@@ -66,7 +65,7 @@ def serve(page: gr.Blocks, place: Workplace, opening: Opening, largest_upload: s
             enable_monitoring=False,
             theme=_theme(),
             head=page_head(),
-            app_kwargs={"middleware": [Middleware(Guard, place=place, hosts=hosts)]},
+            app_kwargs={"middleware": [Middleware(Guard, workspace=workspace, hosts=hosts)]},
         )
     except OSError as error:
         raise StudioError(f"cannot listen on {opening.host}: {error}. Choose another --port.") from error
@@ -74,20 +73,20 @@ def serve(page: gr.Blocks, place: Workplace, opening: Opening, largest_upload: s
 
 
 @contextlib.contextmanager
-def running(place: Workplace, opening: Opening | None = None, **settings: Any) -> Iterator[str]:
+def running(workspace: Workspace, opening: Opening | None = None, **settings: Any) -> Iterator[str]:
     """A studio for as long as the block lasts; gives its address."""
-    page = build_app(place)
+    page = build_app(workspace)
     try:
-        yield serve(page, place, opening or Opening(), **settings)
+        yield serve(page, workspace, opening or Opening(), **settings)
     finally:
         page.close(verbose=False)
 
 
 def page_head() -> str:
     """The page's own style and scripts, inside it: nothing is fetched, and Gradio leaves the style as it is."""
-    styles = "".join(path.read_text(encoding="utf-8") for path in sorted(HERE.glob("*.css")))
+    styles = "".join(path.read_text(encoding="utf-8") for path in sorted(ASSETS.glob("*.css")))
     # studio.js comes first: the others hang their parts on what it makes.
-    paths = sorted(HERE.glob("*.js"), key=lambda path: (path.name != "studio.js", path.name))
+    paths = sorted(ASSETS.glob("*.js"), key=lambda path: (path.name != "studio.js", path.name))
     scripts = "".join(path.read_text(encoding="utf-8") for path in paths)
     return f"<style>{styles}</style><script>{scripts}</script>"
 
@@ -96,11 +95,11 @@ def _same(given: str, password: str) -> bool:
     return hmac.compare_digest(given.encode(), password.encode())
 
 
-def _head(place: Workplace) -> str:
+def _head(workspace: Workspace) -> str:
     from html import escape
 
-    folders = ", ".join(escape(str(root)) for root in place.roots)
-    return f"<h1>sa3train studio</h1><p>Works in {folders}; results are kept in {escape(place.shown(place.home))}.</p>"
+    folders = ", ".join(escape(str(root)) for root in workspace.roots)
+    return f"<h1>sa3train studio</h1><p>Works in {folders}; results: {escape(workspace.shown(workspace.home))}.</p>"
 
 
 def _theme() -> gr.themes.Base:

@@ -1,0 +1,1 @@
+"""Train adapters with Lightning: module, objective step, callbacks, checkpoints, loggers."""

@@ -2,10 +2,10 @@
 
 import dataclasses
 
-from sa3train.data.batches import SAMPLES_PER_FRAME
-from sa3train.data.datamodule import SAMPLE_RATE, LatentDataModule
-from sa3train.errors import ConfigError
-from sa3train.log import get_logger
+from sa3train.core.errors import ConfigError
+from sa3train.core.log import get_logger
+from sa3train.data.loading.datamodule import SAMPLE_RATE, LatentDataModule
+from sa3train.data.loading.sampler import SAMPLES_PER_FRAME
 from sa3train.models.checkpoint import StableAudio3
 from sa3train.training.settings import DemoSettings, LoopSettings, Objective, OptimizerSettings
 

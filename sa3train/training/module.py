@@ -14,25 +14,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from sa3train.adapters.adapter import Adapter
-from sa3train.adapters.inject import Injected
+from sa3train.adapters.layers.inject import Injected
+from sa3train.core.device import to_device
 from sa3train.diffusion.objective import coupling_columns, effective_frames
 from sa3train.models.checkpoint import StableAudio3
 from sa3train.models.conditioners import TextEmbedding
-from sa3train.training.averaging import RunningAverage, swapped_in
-from sa3train.training.clips import Clips, clips_of, to_clips, to_rows
-from sa3train.training.objective import (
-    Draw,
-    Losses,
-    draw_step,
-    item_seeds,
-    noised_inputs,
-    step_losses,
-)
+from sa3train.training.batch import Clips, clips_of, to_clips, to_rows
+from sa3train.training.distributed import ShardedBaseStrategy, couple_across_ranks
+from sa3train.training.ema import RunningAverage, swapped_in
 from sa3train.training.optim import averaged_by_optimizer, make_scheduler
-from sa3train.training.parallel import couple_across_ranks
 from sa3train.training.settings import Objective
-from sa3train.training.sharded import ShardedBaseStrategy
-from sa3train.transfer import to_device
+from sa3train.training.step import Draw, Losses, draw_step, item_seeds, noised_inputs, step_losses
 
 TextSource = Callable[[Sequence[str]], TextEmbedding]
 MakeOptimizer = Callable[[list[tuple[str, nn.Parameter]]], Optimizer]

@@ -13,8 +13,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
-from sa3train.config import closest
-from sa3train.errors import ConfigError
+from sa3train.core.config import closest
+from sa3train.core.errors import ConfigError
 
 Group = dict[str, Any]
 Builder = Callable[[list[Group], float, tuple[float, float], float, Mapping[str, Any]], Optimizer]

@@ -14,29 +14,29 @@ import torch
 from torch.utils.data import IterableDataset
 
 from sa3train.adapters.adapter import Adapter
-from sa3train.adapters.formats import load_adapter
-from sa3train.adapters.inject import Injected, inject
+from sa3train.adapters.formats.io import load_adapter
+from sa3train.adapters.layers.inject import Injected, inject
 from sa3train.adapters.spec import AdapterSpec
-from sa3train.data.datamodule import LatentDataModule
-from sa3train.files import write_bytes
-from sa3train.log import get_logger
+from sa3train.core.device import memory_named
+from sa3train.core.files import write_bytes
+from sa3train.core.log import get_logger
+from sa3train.data.loading.datamodule import LatentDataModule
 from sa3train.models.checkpoint import StableAudio3
-from sa3train.shortage import memory_named
-from sa3train.training import validation
-from sa3train.training.checkpoints import ADAPTER, BEST_ADAPTER, Saver
+from sa3train.reports.run_report import write_report
+from sa3train.training.callbacks import validation
+from sa3train.training.callbacks.checkpoint import ADAPTER, BEST_ADAPTER, Saver
+from sa3train.training.callbacks.demos import Demos, demos_of, players
+from sa3train.training.callbacks.memory_plan import Prepare
+from sa3train.training.callbacks.metrics import Meter
+from sa3train.training.callbacks.report import Reporter
+from sa3train.training.callbacks.validation import FixedItem, heldout_items, training_items
 from sa3train.training.checks import check_together, played_as_trained, what_helps
-from sa3train.training.demos import Demos, demos_of, players
-from sa3train.training.fixed import FixedItem, heldout_items, training_items
-from sa3train.training.folder import RunFolder
-from sa3train.training.generated import examine
-from sa3train.training.inspection import Reporter
-from sa3train.training.machine import make_trainer, uses_gpu
-from sa3train.training.meter import Meter
+from sa3train.training.loggers import Tracker, peak_memory
+from sa3train.training.memorization import examine
 from sa3train.training.module import LoraModule, TextSource
 from sa3train.training.optim import learning_rate_factor, make_optimizer
-from sa3train.training.prepare import Prepare
-from sa3train.training.quantized import round_weights
-from sa3train.training.report import write_report
+from sa3train.training.quantization import round_weights
+from sa3train.training.run_dir import RunFolder
 from sa3train.training.settings import (
     DemoSettings,
     JudgeSettings,
@@ -46,7 +46,7 @@ from sa3train.training.settings import (
     SaveSettings,
     ScheduleSettings,
 )
-from sa3train.training.tracking import Tracker, peak_memory
+from sa3train.training.trainer import make_trainer, uses_gpu
 
 _logger = get_logger(__name__)
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # its tips and device lists; ours say what matters

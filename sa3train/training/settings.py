@@ -6,7 +6,7 @@ The YAML groups of `conf/` have the same names and keys; each section checks its
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from sa3train.errors import ConfigError
+from sa3train.core.errors import ConfigError
 
 Precision = Literal["auto", "fp32", "bf16-mixed"]
 
@@ -241,7 +241,7 @@ class TrackSettings:
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    from sa3train.config import closest
+    from sa3train.core.config import closest
 
     if value not in known:
         close = closest(value, known)

@@ -14,13 +14,14 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from sa3train.adapters.spec import KINDS, PEFT_METHODS, AdapterSpec
-from sa3train.config import build
-from sa3train.errors import ConfigError
-from sa3train.jobs.encode import EncodeConfig
-from sa3train.jobs.runtime import config_folder, register_resolvers
-from sa3train.jobs.train import TrainConfig, main
+from sa3train.cli.encode import EncodeConfig
+from sa3train.cli.hydra_app import config_folder, register_resolvers
+from sa3train.cli.train import main
+from sa3train.cli.train_config import TrainConfig
+from sa3train.core.config import build
+from sa3train.core.errors import ConfigError
 from sa3train.models.checkpoint import load_checkpoint
-from sa3train.models.registry import REGISTRY
+from sa3train.models.hub import REGISTRY
 from sa3train.training.optim import OPTIMIZERS, SCHEDULES
 from sa3train.training.settings import (
     DemoSettings,

@@ -14,9 +14,9 @@ DOCUMENTS = [
     for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("*/*.md"), *ROOT.glob("*/*/*.md")])
     if not {".venv", "shared", "golden"} & set(path.relative_to(ROOT).parts)
 ]
-HYDRA_JOBS = {"sa3-encode": "sa3train.jobs.encode", "sa3-train": "sa3train.jobs.train"}
+HYDRA_JOBS = {"sa3-encode": "sa3train.cli.encode", "sa3-train": "sa3train.cli.train"}
 FLAG_JOBS = {
-    name: f"sa3train.jobs.{module}"
+    name: f"sa3train.cli.{module}"
     for name, module in {
         "sa3-generate": "generate",
         "sa3-data": "data",

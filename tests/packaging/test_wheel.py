@@ -50,8 +50,8 @@ def test_every_module_and_setting_of_the_tree_is_in_the_wheel(wheel: zipfile.Zip
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sa3train").rglob("*.py")}
     assert modules <= packed
     assert "sa3train/py.typed" in packed
-    page = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sa3train/studio").glob("*.[cj]s*")}
-    assert "sa3train/studio/studio.css" in page
+    page = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sa3train/studio").rglob("*.[cj]s*")}
+    assert "sa3train/studio/assets/studio.css" in page
     assert page <= packed
     settings = {
         f"sa3train/conf/{path.relative_to(ROOT / 'conf').as_posix()}" for path in (ROOT / "conf").rglob("*.yaml")

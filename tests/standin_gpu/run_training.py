@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from standin import ROOT, Watch, allow_blank_kernels
 
-from sa3train.jobs.train import main as sa3_train
+from sa3train.cli.train import main as sa3_train
 from sa3train.models.checkpoint import load_checkpoint
-from sa3train.training import prepare
+from sa3train.training.callbacks import memory_plan
 from sa3train.training.module import LoraModule
 
 STEPS = 6
@@ -47,7 +47,7 @@ def trained(arguments: list[str], run_dir: Path) -> dict[str, Any]:
 def observed() -> Iterator[dict[str, Any]]:
     """What is seen of the run within, complete when it is over."""
     watch, watching, seen = Watch(), ExitStack(), dict[str, Any]()
-    step, plan = LoraModule.training_step, prepare.make_plan
+    step, plan = LoraModule.training_step, memory_plan.make_plan
 
     def training_step(module: LoraModule, batch: Any, batch_idx: int) -> Any:
         place = divmod(batch_idx, module.trainer.accumulate_grad_batches)
@@ -68,12 +68,12 @@ def observed() -> Iterator[dict[str, Any]]:
         torch.cuda.reset_peak_memory_stats()
         return made
 
-    LoraModule.training_step, prepare.make_plan = training_step, make_plan
+    LoraModule.training_step, memory_plan.make_plan = training_step, make_plan
     try:
         with watching:
             yield seen
     finally:
-        LoraModule.training_step, prepare.make_plan = step, plan
+        LoraModule.training_step, memory_plan.make_plan = step, plan
     seen["peak"] = torch.cuda.max_memory_allocated()
     gc.collect()  # the next run begins with an empty device
 
@@ -81,6 +81,7 @@ def observed() -> Iterator[dict[str, Any]]:
 def main(folder: Path, configurations: dict[str, list[str]]) -> dict[str, Any]:
     """All of them, one after the other, on twelve clips of 100 to 180 frames: on the stand-in length costs nothing."""
     allow_blank_kernels()
+    sys.path.append(str(ROOT / "tests"))
     make_shards = runpy.run_path(str(ROOT / "tests" / "unit" / "training" / "trials.py"))["make_shards"]
     model = load_checkpoint("nano-base", parts=("dit", "conditioner"))
     lengths = [100 + 10 * (number % 9) for number in range(12)]

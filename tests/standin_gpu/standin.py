@@ -8,7 +8,7 @@ from typing import Any, Self
 
 import torch
 
-from sa3train.transfer import to_device
+from sa3train.core.device import to_device
 
 ROOT = Path(__file__).parents[2]
 FRAMES = 3
@@ -21,19 +21,19 @@ def allow_blank_kernels() -> None:
     cuDNN chooses its algorithms by asking for more than the stand-in answers: torch's own convolutions are used, and
     varlen attention (which from torch 2.14 on asks for cuDNN's version) takes its flash kernel.
     """
-    from sa3train.adapters import stack
-    from sa3train.inference import finishing
-    from sa3train.training import fixed, meter
+    from sa3train.adapters.apply import stack
+    from sa3train.inference import sampling
+    from sa3train.training.callbacks import metrics, validation
 
     torch.backends.cudnn.enabled = False
     torch.backends.cudnn.version = lambda: None
     allclose, norms = torch.allclose, stack.squared_norms
     torch.allclose = lambda a, b, *args, **kwargs: (a.is_cuda and b.is_cuda) or allclose(a, b, *args, **kwargs)
-    finishing.all_finite = lambda items: to_device(torch.ones(len(items)), items[0].device)
+    sampling.all_finite = lambda items: to_device(torch.ones(len(items)), items[0].device)
     # An adapter is refused by how much it changes a weight.
     stack.squared_norms = lambda W, changed: tuple(1.0 for _ in norms(W, changed))
     # On one rank the sum over ranks is the values themselves, among them counts that are divided by.
-    meter.summed = fixed.summed = lambda values: torch.ones(values.shape).to(values.device)
+    metrics.summed = validation.summed = lambda values: torch.ones(values.shape).to(values.device)
 
 
 def launches() -> int:

@@ -10,14 +10,14 @@ import torch
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
+from helpers.audio import tone, write_clip
 from sa3train.adapters.adapter import Adapter, architecture_of
-from sa3train.adapters.formats import save_adapter
+from sa3train.adapters.formats.io import save_adapter
+from sa3train.adapters.layer_filter import adaptable_layers
 from sa3train.adapters.spec import AdapterSpec
-from sa3train.adapters.targets import adaptable_layers
 from sa3train.models.checkpoint import load_checkpoint
 from sa3train.studio.app import running
-from sa3train.studio.workplace import Workplace
-from sa3train.testing import tone, write_clip
+from sa3train.studio.server.workspace import Workspace
 
 LONG = 600_000
 """Milliseconds to wait for anything: a quiet machine needs a few seconds, a crowded one much more."""
@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     """A workplace with adapters/one and adapters/two for nano, and audio/tone.wav of 2 s."""
     root = tmp_path_factory.mktemp("studio")
     model = load_checkpoint("nano-base", parts=("dit", "conditioner"))
@@ -55,13 +55,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
         )
     write_clip(root / "audio" / "tone.wav", tone(2.0))
     (root / "audio" / "words.wav").write_text("no audio at all")
-    return Workplace.at([root], device="cpu")
+    return Workspace.at([root], device="cpu")
 
 
 @pytest.fixture(scope="session")
-def address(place: Workplace) -> Iterator[str]:
-    """Where the studio in `place` listens."""
-    with running(place, largest_upload="2mb") as found:
+def address(workspace: Workspace) -> Iterator[str]:
+    """Where the studio in `workspace` listens."""
+    with running(workspace, largest_upload="2mb") as found:
         yield found
 
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from playwright.sync_api import Page, expect
 
-from sa3train.adapters.formats import load_adapter
-from sa3train.studio.workplace import Workplace
+from sa3train.adapters.formats.io import load_adapter
+from sa3train.studio.server.workspace import Workspace
 
 
 def choose(page: Page, box: str, value: str) -> None:
@@ -17,7 +17,7 @@ def choose(page: Page, box: str, value: str) -> None:
     field.blur()
 
 
-def test_an_adapter_is_inspected_and_converted(page: Page, place: Workplace, artefacts: Path) -> None:
+def test_an_adapter_is_inspected_and_converted(page: Page, workspace: Workspace, artefacts: Path) -> None:
     page.click("#tab-adapters-button")
     result = page.locator("#adapters-result")
     expect(result.locator(".empty")).to_be_visible()
@@ -32,7 +32,7 @@ def test_an_adapter_is_inspected_and_converted(page: Page, place: Workplace, art
     page.get_by_label("Write to").locator("visible=true").fill("out/one_comfy.safetensors")
     page.click("#convert-run")
     expect(result.locator("h3")).to_have_text("Written: out/one_comfy.safetensors")
-    assert load_adapter(place.roots[0] / "out" / "one_comfy.safetensors").tensors
+    assert load_adapter(workspace.roots[0] / "out" / "one_comfy.safetensors").tensors
     page.screenshot(path=artefacts / "adapters-convert.png", full_page=True)
 
     page.click("#convert-run")
@@ -41,10 +41,10 @@ def test_an_adapter_is_inspected_and_converted(page: Page, place: Workplace, art
     page.get_by_label("Write to").locator("visible=true").fill("../one.safetensors")
     page.click("#convert-run")
     expect(toast.filter(has_text="outside the folders")).to_be_visible()
-    assert not (place.roots[0].parent / "one.safetensors").exists()
+    assert not (workspace.roots[0].parent / "one.safetensors").exists()
 
 
-def test_the_list_knows_what_was_written(page: Page, place: Workplace) -> None:
+def test_the_list_knows_what_was_written(page: Page, workspace: Workspace) -> None:
     page.click("#tab-adapters-button")
     page.locator("#adapter-tools").get_by_role("tab", name="Resize").click()
     choose(page, "resize-adapter", "adapters/two.safetensors")

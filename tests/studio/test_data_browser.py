@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
-from sa3train.studio import captions_table
+from helpers.audio import noise, tone, write_clip
 from sa3train.studio.app import running
-from sa3train.studio.workplace import Workplace
-from sa3train.testing import noise, tone, write_clip
+from sa3train.studio.data import captions
+from sa3train.studio.server.workspace import Workspace
 
 LONG = 600_000
 LATE_FRAMES = """() => {
@@ -41,7 +41,7 @@ def root(tmp_path: Path) -> Path:
 @pytest.fixture
 def own_address(root: Path) -> Iterator[str]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with running(Workplace.at([root], device="cpu")) as found:
+    with running(Workspace.at([root], device="cpu")) as found:
         yield found
 
 
@@ -124,14 +124,14 @@ def test_a_caption_is_kept_however_slow_the_answer(
     """No letter waits for a frame; Save ends the typing by itself; while it is answered nothing can be typed that the
     answer would undo.
     """
-    asked, answer, save = threading.Event(), threading.Event(), captions_table.save
+    asked, answer, save = threading.Event(), threading.Event(), captions.save
 
     def slow(*arguments: Any) -> Any:
         asked.set()
         assert answer.wait(LONG / 1000)
         return save(*arguments)
 
-    monkeypatch.setattr(captions_table, "save", slow)
+    monkeypatch.setattr(captions, "save", slow)
     page.evaluate(LATE_FRAMES)
     caption_cell(page, "bare.wav").dblclick()
     page.keyboard.type("still in the field")

@@ -11,11 +11,11 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
-from sa3train.studio import play_page
 from sa3train.studio.app import running
-from sa3train.studio.opening import Opening
-from sa3train.studio.work import Job
-from sa3train.studio.workplace import Workplace
+from sa3train.studio.play import page as play_page
+from sa3train.studio.server.access import Opening
+from sa3train.studio.server.jobs import Job
+from sa3train.studio.server.workspace import Workspace
 
 Refused = Callable[[Page, str], None]
 
@@ -41,7 +41,7 @@ def settle(page: Page) -> None:
 
 
 def fill_opened(page: Page, field: str, text: str) -> None:
-    """Fill a field whose section has just been opened; twice, since it is put in place anew while that goes on."""
+    """Fill a field whose section has just been opened; twice, since it is put in workspace anew while that goes on."""
     box = page.locator(field)
     expect(box).to_be_visible()
     for written in ("", text):
@@ -76,30 +76,30 @@ def choose_source(page: Page, path: str) -> None:
     field.blur()
 
 
-def newest(place: Workplace) -> dict[str, object]:
-    record: dict[str, object] = json.loads(max(place.history.glob("*.json")).read_text(encoding="utf-8"))
+def newest(workspace: Workspace) -> dict[str, object]:
+    record: dict[str, object] = json.loads(max(workspace.history.glob("*.json")).read_text(encoding="utf-8"))
     return record
 
 
-def made(page: Page, place: Workplace, prompt: str) -> dict[str, object]:
+def made(page: Page, workspace: Workspace, prompt: str) -> dict[str, object]:
     """Generate and wait for the card; the sidecar of what was made."""
     page.click("#play-generate")
     first = page.locator("#play-results article.card").first
     expect(first.locator("h3")).to_have_text(prompt)
-    return newest(place)
+    return newest(workspace)
 
 
-def test_three_modes_with_two_adapters(page: Page, place: Workplace, artefacts: Path) -> None:
+def test_three_modes_with_two_adapters(page: Page, workspace: Workspace, artefacts: Path) -> None:
     ask(page, "text with two adapters")
     add_adapters(page)
-    record = made(page, place, "text with two adapters")
+    record = made(page, workspace, "text with two adapters")
     assert [entry["strength"] for entry in record["adapters"]] == [1.0, 0.5]  # type: ignore[attr-defined]
     page.screenshot(path=artefacts / "play-text.png", full_page=True)
 
     page.get_by_label("Audio to audio", exact=True).check()
     choose_source(page, "audio/tone.wav")
     ask(page, "restyled")
-    record = made(page, place, "restyled")
+    record = made(page, workspace, "restyled")
     assert record["inputs"]["init_audio"]["path"].endswith("tone.wav")  # type: ignore[index]
 
     page.get_by_label("Inpaint", exact=True).check()
@@ -118,7 +118,7 @@ def test_three_modes_with_two_adapters(page: Page, place: Workplace, artefacts: 
     page.get_by_role("button", name="Add region").click()
     page.get_by_label("region 2, end in seconds").fill("1.9")
     page.get_by_label("region 2, end in seconds").press("Tab")
-    record = made(page, place, "filled in")
+    record = made(page, workspace, "filled in")
     settings = record["settings"]
     assert settings["inpaint_mask_start_seconds"] == [0.5, 1.0]  # type: ignore[index]
     assert settings["inpaint_mask_end_seconds"] == [1.0, 1.9]  # type: ignore[index]
@@ -154,7 +154,7 @@ def test_a_late_answer_leaves_drawn_regions_alone(page: Page, monkeypatch: pytes
     expect(canvas).to_have_attribute("aria-label", "waveform, 2 seconds, 1 regions")
 
 
-def test_a_grid_and_what_one_does_with_a_result(page: Page, place: Workplace, artefacts: Path) -> None:
+def test_a_grid_and_what_one_does_with_a_result(page: Page, workspace: Workspace, artefacts: Path) -> None:
     ask(page, "a grid")
     add_adapters(page)
     page.get_by_role("button", name="Compare, same seed").click()
@@ -179,14 +179,14 @@ def test_a_grid_and_what_one_does_with_a_result(page: Page, place: Workplace, ar
     expect(page.locator("#play-duration input")).to_have_value("1.5")
     expect(page.locator("#play-regions canvas")).to_be_visible()
     ask(page, "continued", duration="1.5")
-    record = made(page, place, "continued")
+    record = made(page, workspace, "continued")
     assert record["settings"]["inpaint_mask_start_seconds"] == [1.0]  # type: ignore[index]
 
 
 def test_two_at_once_queue_cancel_is_immediate_and_a_reload_loses_nothing(
-    page: Page, place: Workplace, gate: threading.Event
+    page: Page, workspace: Workspace, gate: threading.Event
 ) -> None:
-    before = len(list(place.history.glob("*.json")))
+    before = len(list(workspace.history.glob("*.json")))
     ask(page, "slow one")
     page.click("#play-generate")
     expect(page.locator(".job[data-state=running]")).to_contain_text("step")
@@ -201,17 +201,17 @@ def test_two_at_once_queue_cancel_is_immediate_and_a_reload_loses_nothing(
     gate.set()
     first = page.locator("#play-results article.card").first
     expect(first.locator("h3")).to_have_text("kept")
-    assert len(list(place.history.glob("*.json"))) == before + 1
+    assert len(list(workspace.history.glob("*.json"))) == before + 1
 
 
-def test_bad_uses_are_told(page: Page, place: Workplace, tmp_path: Path, refused: Refused) -> None:
-    before = len(list(place.history.glob("*")))
+def test_bad_uses_are_told(page: Page, workspace: Workspace, tmp_path: Path, refused: Refused) -> None:
+    before = len(list(workspace.history.glob("*")))
     page.click("#play-generate")
     refused(page, "write a prompt")
     ask(page, "bad")
     page.get_by_role("button", name="Add adapter").click()
     file = page.locator("#play-rack fieldset").first.get_by_label("File")
-    link = place.roots[0] / "link"
+    link = workspace.roots[0] / "link"
     link.unlink(missing_ok=True)
     link.symlink_to("/etc")
     for path in ("/etc/passwd", "../../x.safetensors", "link/passwd"):
@@ -227,33 +227,33 @@ def test_bad_uses_are_told(page: Page, place: Workplace, tmp_path: Path, refused
     huge.write_bytes(b"RIFF" + bytes(3 * 2**20))
     page.locator(".play-source-box input[type=file]").set_input_files(huge)
     refused(page, "size")
-    assert len(list(place.history.glob("*"))) == before
-    assert not [path for path in place.uploads.rglob("*") if path.is_file() and path.stat().st_size > 2 * 2**20]
+    assert len(list(workspace.history.glob("*"))) == before
+    assert not [path for path in workspace.uploads.rglob("*") if path.is_file() and path.stat().st_size > 2 * 2**20]
 
 
-def test_uploads_are_kept_inside_the_studio(page: Page, place: Workplace) -> None:
-    page.locator("#play-rack input[type=file]").set_input_files(place.roots[0] / "adapters" / "two.safetensors")
+def test_uploads_are_kept_inside_the_studio(page: Page, workspace: Workspace) -> None:
+    page.locator("#play-rack input[type=file]").set_input_files(workspace.roots[0] / "adapters" / "two.safetensors")
     uploaded = page.locator("#play-rack fieldset").first.get_by_label("File")
     expect(uploaded).to_have_value(re.compile("two.safetensors$"))
-    assert Path(uploaded.input_value()).is_relative_to(place.uploads)
+    assert Path(uploaded.input_value()).is_relative_to(workspace.uploads)
     page.get_by_label("Audio to audio", exact=True).check()
-    page.locator(".play-source-box input[type=file]").set_input_files(place.roots[0] / "audio" / "tone.wav")
+    page.locator(".play-source-box input[type=file]").set_input_files(workspace.roots[0] / "audio" / "tone.wav")
     expect(page.locator("#play-regions canvas")).to_have_attribute("aria-label", re.compile("2 seconds"))
     ask(page, "from uploads")
-    record = made(page, place, "from uploads")
-    assert Path(record["inputs"]["init_audio"]["path"]).is_relative_to(place.uploads)  # type: ignore[index]
+    record = made(page, workspace, "from uploads")
+    assert Path(record["inputs"]["init_audio"]["path"]).is_relative_to(workspace.uploads)  # type: ignore[index]
 
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "{root}/../x", "{root}/.env"])
-def test_other_files_are_not_served(page: Page, address: str, place: Workplace, path: str) -> None:
-    (place.roots[0] / ".env").write_text("secret")
-    answer = page.request.get(f"{address}gradio_api/file={path.replace('{root}', str(place.roots[0]))}")
+def test_other_files_are_not_served(page: Page, address: str, workspace: Workspace, path: str) -> None:
+    (workspace.roots[0] / ".env").write_text("secret")
+    answer = page.request.get(f"{address}gradio_api/file={path.replace('{root}', str(workspace.roots[0]))}")
     assert answer.status in (403, 404)
 
 
 def test_a_studio_with_a_password_shows_nothing_without_it(tmp_path: Path) -> None:
     (tmp_path / "take.wav").write_bytes(b"RIFF")
-    guarded = Workplace.at([tmp_path], device="cpu")
+    guarded = Workspace.at([tmp_path], device="cpu")
     with running(guarded, Opening(password="a long password")) as found, httpx.Client(base_url=found) as client:
         asked = f"gradio_api/file={tmp_path}/take.wav"
         assert client.get("config").status_code == 401

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from sa3train.jobs.encode import main as encode_main
-from sa3train.studio import processes
-from sa3train.testing import noise, write_clip
+from helpers.audio import noise, write_clip
+from sa3train.cli.encode import main as encode_main
+from sa3train.studio.server import processes
 
 LONG = 600_000
 """Milliseconds; a quiet machine needs a few seconds, a crowded one much more."""
@@ -37,7 +37,7 @@ class Studio:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "sa3train.jobs.studio", str(self.root), "--port", str(self.port)]
+        command = [sys.executable, "-m", "sa3train.cli.studio", str(self.root), "--port", str(self.port)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         assert self.address in self.process.stdout.readline()

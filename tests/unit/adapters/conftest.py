@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sa3train.adapters.adapter import Adapter
-from sa3train.adapters.inject import Injected, inject
+from sa3train.adapters.layers.inject import Injected, inject
 from sa3train.adapters.spec import AdapterSpec
 
 WIDTH, HIDDEN = 12, 20

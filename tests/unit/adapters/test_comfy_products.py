@@ -8,11 +8,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sa3train.adapters import comfy_format
-from sa3train.adapters.comfy_format import read_comfy
-from sa3train.adapters.formats import load_adapter
-from sa3train.adapters.play import layer_part
-from sa3train.errors import AdapterError
+from sa3train.adapters.apply.layer_weight import layer_part
+from sa3train.adapters.formats import comfy
+from sa3train.adapters.formats.comfy import read_comfy
+from sa3train.adapters.formats.io import load_adapter
+from sa3train.core.errors import AdapterError
 
 KEY, PATH = "diffusion_model.transformer.project_in", "model.transformer.project_in"
 
@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_refused(tensors: dict[str, Tensor], message: str) 
 
 
 def test_many_layers_together_may_not_ask_for_all_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comfy_format, "MAX_DIFFERENCES", 100)
+    monkeypatch.setattr(comfy, "MAX_DIFFERENCES", 100)
     layers = {
         f"diffusion_model.transformer.layers.{index}.self_attn.to_qkv.lokr_w{which}": torch.ones(2, 3)
         for index in range(3)

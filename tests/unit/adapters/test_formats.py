@@ -12,20 +12,20 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from helpers.golden import PLAIN
 from sa3train.adapters.adapter import Adapter
-from sa3train.adapters.comfy_format import ENDINGS, read_comfy, write_comfy
-from sa3train.adapters.convert import convert
-from sa3train.adapters.formats import load_adapter, save_adapter
-from sa3train.adapters.lowrank import Cut
-from sa3train.adapters.peft_format import NAMES, adapter_from_peft, write_peft_folder
-from sa3train.adapters.play import layer_part
+from sa3train.adapters.apply.layer_weight import layer_part
+from sa3train.adapters.apply.stack import AdapterStack
+from sa3train.adapters.formats.comfy import ENDINGS, read_comfy, write_comfy
+from sa3train.adapters.formats.io import load_adapter, save_adapter
+from sa3train.adapters.formats.peft import NAMES, adapter_from_peft, write_peft_folder
+from sa3train.adapters.layer_filter import adaptable_layers
 from sa3train.adapters.spec import KINDS, AdapterSpec
-from sa3train.adapters.stack import AdapterStack
-from sa3train.adapters.targets import adaptable_layers
-from sa3train.errors import AdapterError, SA3Error
+from sa3train.adapters.tools.convert import convert
+from sa3train.adapters.tools.low_rank import Cut
+from sa3train.core.errors import AdapterError, SA3Error
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
 
-PLAIN = Path(__file__).parents[2] / "golden" / "plain"
 CONV, LINEAR = "model.preprocess_conv", "model.transformer.layers.0.self_attn.to_qkv"
 EMBEDDER = "conditioners.seconds_total.embedder.embedding.1"
 

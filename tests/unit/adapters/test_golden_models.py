@@ -9,14 +9,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from sa3train.adapters.formats import load_adapter, save_adapter
+from helpers.golden import DEVICE, GOLDEN, GoldenSet
+from sa3train.adapters.apply.stack import AdapterStack
+from sa3train.adapters.formats.io import load_adapter, save_adapter
 from sa3train.adapters.spec import KINDS
-from sa3train.adapters.stack import AdapterStack
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
-from sa3train.testing import DEVICE, GoldenSet
 
-ROOT = Path(__file__).parents[2] / "golden"
-GOLDEN = {kind: GoldenSet(ROOT / kind / "cases") for kind in ("plain", "diff")}
+ROOT = GOLDEN
+GOLDEN = {kind: GoldenSet(f"{kind}/cases") for kind in ("plain", "diff")}
 FILES = [path for kind in GOLDEN for path in sorted((ROOT / kind / "adapters").glob("*.safetensors"))]
 TOLERANCE = 1e-4
 

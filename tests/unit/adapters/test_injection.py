@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from sa3train.adapters import basis
-from sa3train.adapters.inject import inject
-from sa3train.adapters.layers import FamilyLayer
+from sa3train.adapters.apply import svd_basis
+from sa3train.adapters.layer_filter import Filter, adaptable_layers
+from sa3train.adapters.layers.inject import inject
+from sa3train.adapters.layers.peft_layers import FamilyLayer
 from sa3train.adapters.spec import KINDS, AdapterSpec
-from sa3train.adapters.targets import Filter, adaptable_layers
-from sa3train.errors import AdapterError
-from sa3train.files import cache_dir
+from sa3train.core.errors import AdapterError
+from sa3train.core.files import cache_dir
 
 BLOCK = "model.transformer.layers.{}.ff.{}"
 WITH_A = [name for name, kind in KINDS.items() if not kind.xs]
@@ -99,7 +99,7 @@ class TestScales:
     def test_patterns_and_rslora_survive_the_file(
         self, small: type[Any], trained: Callable[..., Any], tmp_path: Path
     ) -> None:
-        from sa3train.adapters.formats import load_adapter, save_adapter
+        from sa3train.adapters.formats.io import load_adapter, save_adapter
 
         spec = AdapterSpec("bora", 4, rslora=True, rank_pattern={"layers.1": 2}, alpha_pattern={"layers[10-11]": 3.0})
         adapter = trained(spec, small())
@@ -180,8 +180,8 @@ class TestBases:
 
     def test_they_are_computed_once_per_weight(self, small: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
         counted = []
-        exact = basis.exact_basis
-        monkeypatch.setattr(basis, "exact_basis", lambda W, rank: counted.append(1) or exact(W, rank))
+        exact = svd_basis.exact_basis
+        monkeypatch.setattr(svd_basis, "exact_basis", lambda W, rank: counted.append(1) or exact(W, rank))
         first = inject(small(seed=77), AdapterSpec("lora-xs", rank=3))
         assert len(counted) == 9
         second = inject(small(seed=77), AdapterSpec("bora-xs", rank=2))
@@ -196,11 +196,11 @@ class TestBases:
 
     def test_a_damaged_cache_is_computed_again(self, small: type[Any]) -> None:
         W = small(seed=79)["model"]["transformer"]["layers"]["0"]["ff"]["up"].weight
-        U, V = basis.singular_basis(W, 3)
-        name = basis.weight_hash(W)
+        U, V = svd_basis.singular_basis(W, 3)
+        name = svd_basis.weight_hash(W)
         file = cache_dir() / "svd" / name[:2] / f"{name}.safetensors"
         file.write_bytes(file.read_bytes()[:-5])
-        again = basis.singular_basis(W, 3)
+        again = svd_basis.singular_basis(W, 3)
         assert torch.equal(again[0], U)
         assert torch.equal(again[1], V)
 

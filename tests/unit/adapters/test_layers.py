@@ -1,18 +1,16 @@
 """The PEFT layers against the formulae: outputs and every gradient, without a weight-sized tensor."""
 
-from pathlib import Path
-
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sa3train.adapters.layers import FamilyLayer
+from helpers.golden import GoldenSet
+from sa3train.adapters.apply.effective_weight import effective_weight
+from sa3train.adapters.layers.peft_layers import FamilyLayer
 from sa3train.adapters.spec import KINDS, AdapterSpec
-from sa3train.adapters.weights import effective_weight
-from sa3train.testing import GoldenSet
 
-GOLDEN = GoldenSet(Path(__file__).parents[2] / "golden" / "adapters")
+GOLDEN = GoldenSet("adapters")
 
 
 def golden_layer(case: str, bias: bool = True) -> tuple[FamilyLayer, dict[str, Tensor], dict[str, Tensor]]:

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sa3train.adapters import norms
-from sa3train.adapters.frozen import Frozen
-from sa3train.adapters.layers import FamilyLayer
+from sa3train.adapters.apply.effective_weight import effective_weight
+from sa3train.adapters.layers import weight_norms
+from sa3train.adapters.layers.frozen_weight import Frozen
+from sa3train.adapters.layers.peft_layers import FamilyLayer
 from sa3train.adapters.spec import KINDS, AdapterSpec
-from sa3train.adapters.weights import effective_weight
 
 
 def layer_of(kind: str, base: nn.Linear | nn.Conv1d, **settings: Any) -> FamilyLayer:
@@ -214,11 +214,11 @@ class TestGradients:
         H = V
         if gained:
             H = (magnitude.double() / V.norm(dim=1))[:, None] * V
-            both = norms.both_norms(frozen, A, B, magnitude, scale)
+            both = weight_norms.both_norms(frozen, A, B, magnitude, scale)
             rows, columns = both.norm_O, both.norm_I
         else:
-            rows, _ = norms.row_norms(frozen, A, B, scale)
-            columns, _ = norms.column_norms(frozen, A, B, scale)
+            rows, _ = weight_norms.row_norms(frozen, A, B, scale)
+            columns, _ = weight_norms.column_norms(frozen, A, B, scale)
         assert (rows / V.norm(dim=1) - 1).abs().max() < limit
         assert (columns / H.norm(dim=0) - 1).abs().max() < limit
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from sa3train.adapters.adapter import Adapter, architecture_of
-from sa3train.adapters.play import layer_part
-from sa3train.adapters.report import LoadReport, group_of
+from sa3train.adapters.apply.layer_weight import layer_part
+from sa3train.adapters.apply.load_report import LoadReport, group_of
+from sa3train.adapters.apply.stack import AdapterStack
+from sa3train.adapters.layer_filter import adaptable_layers
 from sa3train.adapters.spec import KINDS, AdapterSpec
-from sa3train.adapters.stack import AdapterStack
-from sa3train.adapters.targets import adaptable_layers
-from sa3train.errors import AdapterError
+from sa3train.core.errors import AdapterError
 
 CONDITIONER = "conditioners.seconds_total.embedder.embedding.1"
 
@@ -193,7 +193,7 @@ class TestRefusals:
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("what", ["all zero", "untrained"])
     def test_without_effect(self, model: Any, trained: Callable[..., Adapter], kind: str, what: str) -> None:
-        from sa3train.adapters.inject import inject
+        from sa3train.adapters.layers.inject import inject
 
         if what == "untrained":
             injected = inject(model, AdapterSpec(kind, rank=2))

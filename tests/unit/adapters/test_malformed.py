@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sa3train.adapters.adapter import Adapter
-from sa3train.adapters.comfy_format import write_comfy
-from sa3train.adapters.formats import load_adapter, save_adapter
-from sa3train.adapters.header import MAX_HEADER
+from sa3train.adapters.apply.stack import AdapterStack
+from sa3train.adapters.formats.comfy import write_comfy
+from sa3train.adapters.formats.io import load_adapter, save_adapter
 from sa3train.adapters.spec import AdapterSpec
-from sa3train.adapters.stack import AdapterStack
-from sa3train.errors import AdapterError
+from sa3train.core.errors import AdapterError
+from sa3train.core.safetensors_file import MAX_HEADER
 
 EXAMPLES = 2100
 PATH = "model.transformer.layers.0.ff.up"

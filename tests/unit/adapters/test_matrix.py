@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from sa3train.adapters.adapter import Adapter
-from sa3train.adapters.formats import load_adapter, save_adapter
-from sa3train.adapters.inject import inject
+from sa3train.adapters.apply.stack import AdapterStack
+from sa3train.adapters.formats.io import load_adapter, save_adapter
+from sa3train.adapters.layers.inject import inject
 from sa3train.adapters.spec import KINDS, AdapterSpec
-from sa3train.adapters.stack import AdapterStack
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CLOSE = {"fp32": 1e-5, "bf16": 3e-2}

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from sa3train.adapters.adapter import Adapter
-from sa3train.adapters.formats import load_adapter, save_adapter
-from sa3train.adapters.inject import inject
+from sa3train.adapters.apply.stack import AdapterStack
+from sa3train.adapters.formats.io import load_adapter, save_adapter
+from sa3train.adapters.layer_filter import adaptable_layers
+from sa3train.adapters.layers.inject import inject
 from sa3train.adapters.spec import PEFT_METHODS, AdapterSpec
-from sa3train.adapters.stack import AdapterStack
-from sa3train.adapters.targets import adaptable_layers
-from sa3train.errors import AdapterError
+from sa3train.core.errors import AdapterError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CLOSE = {"fp32": 1e-5, "bf16": 3e-2}

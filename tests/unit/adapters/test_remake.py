@@ -6,8 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sa3train.adapters.inject import inject
-from sa3train.adapters.remake import recipe_of
+from sa3train.adapters.layers.fused_linear import recipe_of
+from sa3train.adapters.layers.inject import inject
 from sa3train.adapters.spec import KINDS, AdapterSpec
 from sa3train.models import norms
 from sa3train.models.norms import RMSNorm

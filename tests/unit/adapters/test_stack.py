@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from sa3train.adapters.adapter import Adapter
-from sa3train.adapters.play import layer_part
+from sa3train.adapters.apply.layer_weight import layer_part
+from sa3train.adapters.apply.stack import AdapterStack
+from sa3train.adapters.layer_filter import Filter, adaptable_layers
 from sa3train.adapters.spec import KINDS, AdapterSpec
-from sa3train.adapters.stack import AdapterStack
-from sa3train.adapters.targets import Filter, adaptable_layers
-from sa3train.errors import AdapterError
+from sa3train.core.errors import AdapterError
 
 CONDITIONER = "conditioners.seconds_total.embedder.embedding.1"
 SPECS = {

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from sa3train.adapters import layers
-from sa3train.adapters.inject import Injected, inject
+from sa3train.adapters.layers import peft_layers
+from sa3train.adapters.layers.batched_linear import Together
+from sa3train.adapters.layers.inject import Injected, inject
 from sa3train.adapters.spec import AdapterSpec
-from sa3train.adapters.together import Together
 
 MakeSmall = Callable[..., nn.Module]
 KINDS = [f"{name}{end}" for end in ("", "-xs") for name in ("lora", "dora-rows", "dora-cols", "bora")]
@@ -25,7 +25,7 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], No
     """Layers are worked out together, as on a GPU, until switched off."""
 
     def switch(together: bool) -> None:
-        monkeypatch.setattr(layers, "few_launches", lambda x: together)
+        monkeypatch.setattr(peft_layers, "few_launches", lambda x: together)
 
     switch(True)
     return switch
@@ -164,15 +164,15 @@ def test_where_a_weight_is_not_at_hand_layers_work_alone(small: MakeSmall) -> No
 
 SHARDED = """
 import runpy, sys, torch
-from sa3train.adapters import layers
-from sa3train.adapters.inject import inject
+from sa3train.adapters.layers import peft_layers
+from sa3train.adapters.layers.inject import inject
 from sa3train.adapters.spec import AdapterSpec
-from sa3train.training import sharded
+from sa3train.training import distributed
 
 torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[1]}", rank=0, world_size=1)
 Small, kind = runpy.run_path(sys.argv[2])["Small"], sys.argv[3]
-layers.few_launches, sharded.LEAST = lambda x: True, 1
+peft_layers.few_launches, distributed.LEAST = lambda x: True, 1
 
 def made():
     model = Small()
@@ -186,7 +186,7 @@ def made():
 _, gradients = made()
 expected = gradients()
 model, gradients = made()
-sharded.shard_base(model)
+distributed.shard_base(model)
 for _ in range(2):
     for mine, theirs in zip(gradients(), expected, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-5 * float(theirs.abs().max()), rtol=0)

@@ -11,22 +11,21 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from helpers.golden import PLAIN
 from sa3train.adapters.adapter import Adapter
-from sa3train.adapters.folders import atomic_folder
-from sa3train.adapters.formats import load_adapter, save_adapter
-from sa3train.adapters.inspection import compared, examined, inspected, plot_layers
-from sa3train.adapters.lowrank import Cut, cut_matrix, cut_product, inner_product
-from sa3train.adapters.merge_checkpoint import Ingredient, merge_into_checkpoint, rewrite_tensors
-from sa3train.adapters.play import layer_part
+from sa3train.adapters.apply.layer_weight import layer_part
+from sa3train.adapters.apply.stack import AdapterStack
+from sa3train.adapters.formats.io import load_adapter, save_adapter
+from sa3train.adapters.layer_filter import adaptable_layers
 from sa3train.adapters.spec import KINDS, AdapterSpec
-from sa3train.adapters.stack import AdapterStack
-from sa3train.adapters.targets import adaptable_layers
-from sa3train.adapters.tools import as_difference, differences, extracted, merged, resized, scaled, unfrozen
-from sa3train.errors import AdapterError, SA3Error
-from sa3train.files import sha256_of
+from sa3train.adapters.tools.edit import as_difference, differences, extracted, merged, resized, scaled, unfrozen
+from sa3train.adapters.tools.inspect import compared, examined, inspected, plot_layers
+from sa3train.adapters.tools.low_rank import Cut, cut_matrix, cut_product, inner_product
+from sa3train.adapters.tools.merge_checkpoint import Ingredient, merge_into_checkpoint, rewrite_tensors
+from sa3train.core.errors import AdapterError, SA3Error
+from sa3train.core.files import atomic_folder, sha256_of
 from sa3train.models.checkpoint import load_checkpoint
 
-PLAIN = Path(__file__).parents[2] / "golden" / "plain"
 Trained = Callable[..., Adapter]
 
 

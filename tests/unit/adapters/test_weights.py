@@ -1,15 +1,18 @@
 """The family's formulae against the recorded ones: effective weights and every gradient, Linear and Conv1d."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
+from helpers.golden import GoldenSet
+from sa3train.adapters.apply.effective_weight import (
+    effective_weight,
+    flatten_weight,
+    initial_parameters,
+    legacy_dora_kind,
+)
 from sa3train.adapters.spec import KINDS
-from sa3train.adapters.weights import effective_weight, flatten_weight, initial_parameters, legacy_dora_kind
-from sa3train.testing import GoldenSet
 
-GOLDEN = GoldenSet(Path(__file__).parents[2] / "golden" / "adapters")
+GOLDEN = GoldenSet("adapters")
 STRENGTHS = (0.5, 1.0, 1.7)
 
 

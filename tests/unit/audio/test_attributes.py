@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from sa3train.audio.attributes import ATTRIBUTES, end_of_sound, onset_times, pitch
-from sa3train.audio.classify import Classifier, features, train
+from sa3train.evaluation.attributes import ATTRIBUTES, end_of_sound, onset_times, pitch
+from sa3train.evaluation.classifier import Classifier, features, train
 
 RATE = 44100
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sa3train.audio.edit import DOWNMIX, clamp_counted, crop, fit, gain, to_channels
-from sa3train.errors import AudioError
+from sa3train.core.errors import AudioError
 
 
 @pytest.mark.parametrize("count", sorted(DOWNMIX))

@@ -9,10 +9,10 @@ import pytest
 import soundfile
 import torch
 
+from helpers.audio import noise, tone
 from sa3train.audio import io as audio_io
 from sa3train.audio.io import audio_info, encode_audio, load_audio, read_audio, write_audio
-from sa3train.errors import AudioError, SA3Error
-from sa3train.testing import noise, tone
+from sa3train.core.errors import AudioError, SA3Error
 
 RATE = 44100
 KINDS = [

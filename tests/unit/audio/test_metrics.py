@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from helpers.audio import noise, tone
 from sa3train.audio import metrics
-from sa3train.testing import noise, tone
 
 RATE = 48000
 

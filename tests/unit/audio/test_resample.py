@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 
+from helpers.audio import tone
 from sa3train.audio import resample as module
 from sa3train.audio.resample import resample
-from sa3train.errors import AudioError
-from sa3train.testing import tone
+from sa3train.core.errors import AudioError
 
 
 def sine(rate: int, seconds: float = 0.4, frequency: float = 997.0) -> torch.Tensor:

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sa3train.data.index import SILENCE, build_index
-from sa3train.data.latents import Encoder
-from sa3train.data.shards import ShardWriter
+from helpers.audio import noise, write_clip
+from helpers.golden import GOLDEN
+from sa3train.data.encode.encoder import Encoder
+from sa3train.data.shards.index import SILENCE, build_index
+from sa3train.data.shards.writer import ShardWriter
 from sa3train.models.checkpoint import load_autoencoder
-from sa3train.testing import noise, write_clip
 
 CHANNELS = 4
 
@@ -56,9 +57,6 @@ def make_store(folder: Path, lengths: list[int], heldout: int = 0, prefix: str =
 @pytest.fixture
 def store_maker(tmp_path: Path) -> Callable[..., Path]:
     return lambda name, *args, **kwargs: make_store(tmp_path / name, *args, **kwargs)
-
-
-GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 @pytest.fixture(scope="session")

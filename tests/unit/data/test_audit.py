@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from sa3train.data.audit import AuditIndex, Rules, audit_clip, journal_stamps, problem_rows, run_audit
-from sa3train.data.audit_report import Summary, clip_line, write_audit
-from sa3train.data.findings import KINDS, is_rejected, reason
-from sa3train.data.measure import measure
-from sa3train.data.sources import list_source
-from sa3train.testing import noise, sweep, tone, write_clip
+from helpers.audio import noise, sweep, tone, write_clip
+from sa3train.data.audit.audit import AuditIndex, Rules, audit_clip, journal_stamps, problem_rows, run_audit
+from sa3train.data.audit.checks import KINDS, is_rejected, measure, reason
+from sa3train.data.audit.report import Summary, clip_line, write_audit
+from sa3train.data.sources.listing import list_source
 
 RULES = Rules(longest_seconds=20.0, count_tokens=lambda texts: [len(text.split()) for text in texts], max_tokens=5)
 
@@ -230,7 +229,7 @@ def test_an_audit_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monke
     journal.write_bytes(journal.read_bytes()[:-25])  # killed while writing the third row
     seen = []
     monkeypatch.setattr(
-        "sa3train.data.audit.audit_clip", lambda clip, rules: seen.append(clip.source) or audit_clip(clip, rules)
+        "sa3train.data.audit.audit.audit_clip", lambda clip, rules: seen.append(clip.source) or audit_clip(clip, rules)
     )
     run_audit(clips, RULES, journal, journal_stamps([journal]), threads=1)
     assert seen == ["2.wav", "3.wav", "4.wav"]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from sa3train.data.datamodule import LatentDataModule, Source
-from sa3train.data.prompts import PromptSettings
-from sa3train.errors import ConfigError, DataError
+from sa3train.core.errors import ConfigError, DataError
+from sa3train.data.loading.datamodule import LatentDataModule, Source
+from sa3train.data.loading.prompts import PromptSettings
 
 Maker = Callable[..., Path]
 

@@ -6,9 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from sa3train.data.embeddings import EmbeddingCache, encoder_identity
-
-from .conftest import GOLDEN
+from helpers.golden import GOLDEN
+from sa3train.data.loading.embedding_cache import EmbeddingCache, encoder_identity
 
 
 class Counting:
@@ -65,7 +64,7 @@ def test_another_encoder_has_its_own(tmp_path: Path) -> None:
 
 
 def test_many_prompts_make_several_packs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sa3train.data.embeddings.PACK", 20)
+    monkeypatch.setattr("sa3train.data.loading.embedding_cache.PACK", 20)
     encode = Counting()
     prompts = [f"prompt {number}" for number in range(50)]
     cache = EmbeddingCache("model", tmp_path)

@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 import torch
 
+from helpers.audio import noise, tone, write_clip
 from sa3train.audio.io import load_audio, read_audio
 from sa3train.audio.metrics import loudness_lufs, peak_db
-from sa3train.data.audit import Rules
-from sa3train.data.encode import EncodeReport, encode_source
-from sa3train.data.index import shard_files
-from sa3train.data.latents import Encoder
-from sa3train.data.plan import EncodeSettings, clip_key
-from sa3train.data.shards import read_listing
-from sa3train.data.store import LatentStore
-from sa3train.data.workplace import Workers
-from sa3train.errors import ConfigError, DataError
-from sa3train.testing import noise, tone, write_clip
+from sa3train.core.errors import ConfigError, DataError
+from sa3train.data.audit.audit import Rules
+from sa3train.data.encode.encode import EncodeReport, encode_source
+from sa3train.data.encode.encoder import Encoder
+from sa3train.data.encode.plan import EncodeSettings, clip_key
+from sa3train.data.encode.workers import Workers
+from sa3train.data.shards.index import shard_files
+from sa3train.data.shards.reader import LatentStore
+from sa3train.data.shards.writer import read_listing
 
 from .conftest import write_set
 
@@ -97,7 +97,7 @@ def test_a_second_run_does_nothing(tmp_path: Path, encoder: Encoder, monkeypatch
     encode(source, tmp_path / "out", encoder)
     shards = {path: path.stat().st_mtime_ns for path in shard_files(tmp_path / "out")}
     before, index = contents(tmp_path / "out"), (tmp_path / "out" / "index.json").read_text()
-    monkeypatch.setattr("sa3train.data.audit.audit_clip", lambda *_: pytest.fail("audited again"))
+    monkeypatch.setattr("sa3train.data.audit.audit.audit_clip", lambda *_: pytest.fail("audited again"))
     report = encode(source, tmp_path / "out", encoder)
     assert report.encoded == report.reused == 0
     assert {path: path.stat().st_mtime_ns for path in shard_files(tmp_path / "out")} == shards
@@ -135,7 +135,7 @@ def test_the_old_set_stays_whole_until_the_new_one_is(
     before = contents(out)
     (source / "part0" / "00.txt").write_text("another caption")
     with monkeypatch.context() as patched:
-        patched.setattr("sa3train.data.encode.build_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr("sa3train.data.encode.encode.build_index", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             encode(source, out, encoder)
     assert contents(out) == before
@@ -295,7 +295,7 @@ def test_clips_that_fail_while_encoding_are_listed(
     tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = write_set(tmp_path / "set", 5), tmp_path / "out"
-    monkeypatch.setattr("sa3train.data.encode_run.read_audio", lambda path: read_audio(_swapped(path)))
+    monkeypatch.setattr("sa3train.data.encode.pipeline.read_audio", lambda path: read_audio(_swapped(path)))
 
     def _swapped(path: Any) -> Any:
         return str(source / "part0" / "00.wav") if str(path).endswith("01.wav") else path
@@ -340,7 +340,7 @@ def test_fixes_are_applied_and_sources_left_alone(tmp_path: Path, encoder: Encod
 
 
 def test_the_loudness_fix_keeps_below_its_ceiling() -> None:
-    from sa3train.data.fixes import apply_fixes
+    from sa3train.data.encode.fixes import apply_fixes
 
     quiet, _ = apply_fixes(torch.from_numpy(noise(2.0, peak=0.02).T.copy()), 44100, ["loudness"])
     assert loudness_lufs(quiet, 44100) == pytest.approx(-14, abs=0.1)
@@ -403,7 +403,7 @@ def test_the_output_must_not_lie_in_the_source(tmp_path: Path, encoder: Encoder)
 
 
 def test_one_run_at_a_time(tmp_path: Path, encoder: Encoder) -> None:
-    from sa3train.data.workplace import claim
+    from sa3train.data.encode.workers import claim
 
     source = write_set(tmp_path / "set", 1)
     with claim(tmp_path / "out", Workers()), pytest.raises(DataError, match="another encode is writing"):

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from sa3train.data.latents import Encoder
-from sa3train.errors import MemoryShortageError
+from helpers.audio import noise
+from helpers.golden import GOLDEN, GoldenSet
+from sa3train.core.errors import MemoryShortageError
+from sa3train.data.encode.encoder import Encoder
 from sa3train.models.checkpoint import load_autoencoder
-from sa3train.testing import GoldenSet, noise
-
-from .conftest import GOLDEN
 
 CASES = ["same.encode.8192", "same.encode.28672", "same.encode.49152"]
 
@@ -28,8 +27,8 @@ def model(request: pytest.FixtureRequest) -> Encoder:
 @pytest.mark.parametrize("case", CASES)
 def test_golden(model: Encoder, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The recordings were made without noise and several clips at once; ours also in the company of other clips."""
-    monkeypatch.setattr("sa3train.models.same.draw_noise", lambda shape, like, generator: like.new_zeros(shape))
-    recorded = GoldenSet(GOLDEN / model.name / "cases").tensors(case)
+    monkeypatch.setattr("sa3train.models.resampler.draw_noise", lambda shape, like, generator: like.new_zeros(shape))
+    recorded = GoldenSet(f"{model.name}/cases").tensors(case)
     audio = [*recorded["audio"].float(), *clips([0.4, 1.7])]
     latents = model.latents(audio, [0] * len(audio))
     for mine, theirs in zip(latents, recorded["latents"].float(), strict=False):
@@ -37,7 +36,7 @@ def test_golden(model: Encoder, case: str, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_golden_noise(model: Encoder) -> None:
-    recorded = GoldenSet(GOLDEN / model.name / "cases").tensors("same.encode.noisy")
+    recorded = GoldenSet(f"{model.name}/cases").tensors("same.encode.noisy")
     assert len(recorded["audio"]) == 1
     (mine,) = model.latents(list(recorded["audio"].float()), [12])
     assert torch.allclose(mine, recorded["latents"][0].float(), rtol=0, atol=1e-4)

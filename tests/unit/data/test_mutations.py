@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import soundfile
 
-from sa3train.data.audit import Rules
-from sa3train.data.encode import encode_source
-from sa3train.data.latents import Encoder
-from sa3train.data.plan import EncodeSettings
-from sa3train.data.sources import list_source
-from sa3train.data.store import LatentStore
-from sa3train.testing import noise
+from helpers.audio import noise
+from sa3train.data.audit.audit import Rules
+from sa3train.data.encode.encode import encode_source
+from sa3train.data.encode.encoder import Encoder
+from sa3train.data.encode.plan import EncodeSettings
+from sa3train.data.shards.reader import LatentStore
+from sa3train.data.sources.listing import list_source
 
 from .test_shards import mutated
 
@@ -59,8 +59,8 @@ def sources_listed(out: Path) -> set[str]:
 
 def slowest(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds of processor time that each clip takes in the audit and in loading for the autoencoder."""
-    import sa3train.data.audit as audit
-    from sa3train.data.encode_run import EncodeRun
+    import sa3train.data.audit.audit as audit
+    from sa3train.data.encode.pipeline import EncodeRun
 
     taken: list[float] = []
 

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from sa3train.data.datamodule import LatentDataModule
-from sa3train.data.index import SILENCE, build_index
-from sa3train.data.shards import ShardWriter
+from helpers.golden import GOLDEN
+from sa3train.data.loading.datamodule import LatentDataModule
+from sa3train.data.shards.index import SILENCE, build_index
+from sa3train.data.shards.writer import ShardWriter
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
-
-from .conftest import GOLDEN
 
 LENGTHS = [5, 9, 12, 3, 7, 20, 4, 11, 6, 8]
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from sa3train.data.prompts import PromptBuilder, PromptSettings, Template, distinct_prompts, fields_of, fill
-from sa3train.errors import ConfigError, DataError
+from sa3train.core.errors import ConfigError, DataError
+from sa3train.data.loading.prompts import PromptBuilder, PromptSettings, Template, distinct_prompts, fields_of, fill
 
 RECORD: dict[str, Any] = {
     "caption": "warm pad, slow, in A minor",

@@ -11,13 +11,13 @@ PROGRAM = """
 import json, sys, time
 from pathlib import Path
 import numpy as np
-from sa3train.data.audit import AuditIndex
-from sa3train.data.batches import Planner, Shape
-from sa3train.data.loader import Clips
-from sa3train.data.sources import list_source
-from sa3train.data.splits import held_out
-from sa3train.data.store import LatentStore
-from sa3train.data.stream import ClipStream, SourceSize
+from sa3train.data.audit.audit import AuditIndex
+from sa3train.data.loading.sampler import Planner, Shape
+from sa3train.data.loading.loader import Clips
+from sa3train.data.sources.listing import list_source
+from sa3train.data.encode.plan import held_out
+from sa3train.data.shards.reader import LatentStore
+from sa3train.data.loading.sampler import ClipStream, SourceSize
 
 root, count, shards = Path(sys.argv[1]), int(sys.argv[2]), 100
 times, started = {}, time.perf_counter()

@@ -16,8 +16,10 @@ import numpy as np
 import pytest
 import webdataset
 
-from sa3train.data.index import build_index, check_index, parse_index, shard_files
-from sa3train.data.shards import (
+from sa3train.core.errors import DataError
+from sa3train.data.shards.index import build_index, check_index, parse_index, shard_files
+from sa3train.data.shards.reader import LatentStore
+from sa3train.data.shards.writer import (
     ShardWriter,
     finish_part,
     listing_path,
@@ -25,8 +27,6 @@ from sa3train.data.shards import (
     record_digest,
     scan_latents,
 )
-from sa3train.data.store import LatentStore
-from sa3train.errors import DataError
 
 from .conftest import make_latents
 
@@ -152,7 +152,7 @@ def test_nothing_written_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_an_error_that_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sa3train.data.shards as shards
+    import sa3train.data.shards.writer as shards
 
     writer = ShardWriter(tmp_path, "train")
     writer.add(make_latents(4, 0), record(0))

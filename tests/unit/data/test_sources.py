@@ -12,13 +12,13 @@ import fsspec
 import numpy as np
 import pytest
 
-from sa3train.data.audit import Rules, audit_clip
-from sa3train.data.captions import describe
-from sa3train.data.places import Blob
-from sa3train.data.sources import Clip, Listing, describe_skipped, list_source
-from sa3train.data.store import LatentStore
-from sa3train.errors import DataError
-from sa3train.testing import tone, write_clip
+from helpers.audio import tone, write_clip
+from sa3train.core.errors import DataError
+from sa3train.data.audit.audit import Rules, audit_clip
+from sa3train.data.shards.reader import LatentStore
+from sa3train.data.sources.captions import describe
+from sa3train.data.sources.listing import Clip, Listing, describe_skipped, list_source
+from sa3train.data.sources.storage import Blob
 
 CLIP = tone(0.2)
 

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sa3train.data.duplicates import exact_originals, near_originals
-from sa3train.data.splits import held_out
-from sa3train.errors import ConfigError, DataError
+from sa3train.core.errors import ConfigError, DataError
+from sa3train.data.audit.checks import exact_originals, near_originals
+from sa3train.data.encode.plan import held_out
 
 
 def contents(count: int, seed: int = 0) -> np.ndarray:

@@ -2,15 +2,14 @@
 
 import random
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
 
+from helpers.golden import DEVICE, GoldenSet
 from sa3train.diffusion import masks, objective, samplers, schedule
-from sa3train.testing import DEVICE, GoldenSet
 
-GOLDEN = GoldenSet(Path(__file__).parents[2] / "golden" / "functions")
+GOLDEN = GoldenSet("functions")
 TOLERANCE = 1e-4
 
 SHIFTS = {

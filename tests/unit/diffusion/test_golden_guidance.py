@@ -1,18 +1,17 @@
 """Every golden guidance case, with the DiT of both checkpoints."""
 
 import functools
-from pathlib import Path
 
 import pytest
 import torch
 
+from helpers.golden import DEVICE, GOLDEN, GoldenSet
 from sa3train.diffusion.guidance import Condition, Guidance, guided_velocity
 from sa3train.models.checkpoint import load_checkpoint
 from sa3train.models.dit import DiT
-from sa3train.testing import DEVICE, GoldenSet
 
-ROOT = Path(__file__).parents[2] / "golden"
-SETS = {which: GoldenSet(ROOT / which / "cases") for which in ("plain", "diff")}
+ROOT = GOLDEN
+SETS = {which: GoldenSet(f"{which}/cases") for which in ("plain", "diff")}
 CASES = [(which, case) for which, golden in SETS.items() for case in golden.names("dit.")]
 TOLERANCE = 1e-4
 

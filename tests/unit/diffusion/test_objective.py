@@ -1,13 +1,12 @@
 """Each objective option against its formula."""
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 
+from helpers.golden import GoldenSet
 from sa3train.diffusion import masks, objective, schedule
-from sa3train.testing import GoldenSet
 
 T = torch.linspace(0.01, 0.99, 50)
 
@@ -87,7 +86,7 @@ def test_losses_ignore_padding_and_weigh_items() -> None:
 
 @pytest.mark.parametrize("which", ["plain", "diff"])
 def test_losses_of_the_recorded_training_step(which: str) -> None:
-    golden = GoldenSet(Path(__file__).parents[2] / "golden" / which / "cases")
+    golden = GoldenSet(f"{which}/cases")
     step = golden.tensors("train.step")
     error = objective.squared_error(step["velocity"], objective.velocity_target(step["latents"], step["noise"]))
     loss, context = objective.losses(error, step["inpaint_mask"], step["padding_mask"])

@@ -3,15 +3,12 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
-from sa3train.inference.pipeline import Generator
+from helpers.golden import DEVICE, GOLDEN
+from sa3train.inference.generator import Generator
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
-from sa3train.testing import DEVICE
-
-GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 @functools.cache

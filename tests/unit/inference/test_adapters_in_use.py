@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 
-from sa3train.adapters.formats import load_adapter
-from sa3train.errors import AdapterError
+from helpers.golden import GOLDEN
+from sa3train.adapters.formats.io import load_adapter
+from sa3train.core.errors import AdapterError
 from sa3train.inference import Generator
 
-ADAPTERS = Path(__file__).parents[2] / "golden" / "plain" / "adapters"
+ADAPTERS = GOLDEN / "plain" / "adapters"
 LORA, DORA = ADAPTERS / "lora.safetensors", ADAPTERS / "dora-rows.safetensors"
 SETTINGS: dict[str, Any] = {"prompt": "low hum", "duration": 0.4, "steps": 3, "seed": 4, "cfg_scale": 2.0}
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from helpers.audio import tone, write_clip
+from sa3train.core.device import widest
+from sa3train.core.errors import AudioError, ConfigError, MemoryShortageError, RequestError
 from sa3train.diffusion import guidance
-from sa3train.errors import AudioError, ConfigError, MemoryShortageError, RequestError
-from sa3train.inference import Generator, pipeline, runtime
+from sa3train.inference import Generator, generator, runtime
 from sa3train.inference.runtime import choose_device, choose_dtype, compile_blocks, what_helps
-from sa3train.testing import tone, write_clip
-from sa3train.transfer import widest
 
 QUICK: dict[str, Any] = {"prompt": "low hum", "duration": 0.5, "steps": 3, "seed": 4, "cfg_scale": 1.0}
 SOURCE = (44100, torch.from_numpy(tone(1.0).T.copy()))
@@ -305,14 +305,14 @@ def test_what_does_not_fit_is_said_with_what_would_help(gen: Generator, monkeypa
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(pipeline, "sample_latents", full)
+    monkeypatch.setattr(generator, "sample_latents", full)
     with pytest.raises(MemoryShortageError, match=r"while generating 0\.5 s\. What helps: a duration under 0\.5 s; "):
         gen.generate(**QUICK)
     with pytest.raises(
         MemoryShortageError, match=r"3 items of up to 0\.5 s\. What helps: fewer items .* chunked decoding"
     ):
         gen.generate(**QUICK | {"prompt": ["a", "b", "c"], "chunked_decode": False})
-    monkeypatch.setattr(pipeline, "load_checkpoint", full)
+    monkeypatch.setattr(generator, "load_checkpoint", full)
     for known, words in ((True, "precision bf16; or a smaller"), (False, "a smaller model")):
         monkeypatch.setattr(runtime, "has_bf16_instructions", lambda known=known: known)
         with pytest.raises(MemoryShortageError, match=rf"while loading nano in fp32\. What helps: {words}"):

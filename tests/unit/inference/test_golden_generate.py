@@ -1,16 +1,15 @@
 """Every golden whole generation, both checkpoints, base and post-trained."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-from sa3train.inference.pipeline import Generator
-from sa3train.testing import GoldenSet
+from helpers.golden import GOLDEN, GoldenSet
+from sa3train.inference.generator import Generator
 
-ROOT = Path(__file__).parents[2] / "golden"
-SETS = {which: GoldenSet(ROOT / which / "cases") for which in ("plain", "diff")}
+ROOT = GOLDEN
+SETS = {which: GoldenSet(f"{which}/cases") for which in ("plain", "diff")}
 WAV = "generate.wav"
 CASES = [(which, case) for which, golden in SETS.items() for case in golden.names("generate.") if case != WAV]
 TOLERANCE = 1e-3

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from sa3train.errors import ConfigError
-from sa3train.inference import Generator, graphs
-from sa3train.inference.graphs import Recorded, Step
+from sa3train.core.errors import ConfigError
+from sa3train.inference import Generator, cuda_graphs
+from sa3train.inference.cuda_graphs import Recorded, Step
 
-ASSETS = Path(graphs.__file__).parents[1] / "assets"
+ASSETS = Path(cuda_graphs.__file__).parents[1] / "assets"
 REQUEST: dict[str, Any] = {"prompt": "koto", "duration": 1.0, "seed": 2}
 
 
@@ -26,7 +26,7 @@ def recordings(monkeypatch: pytest.MonkeyPatch) -> list[Step]:
         output = torch.full_like(inputs[0], torch.nan)  # recording computes nothing
         return lambda: output.copy_(function(*inputs)), output
 
-    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(cuda_graphs, "capture", capture)
     return made
 
 
@@ -71,7 +71,7 @@ def test_what_cannot_be_recorded_is_run_as_it_is(
     def refuse(*_: object) -> None:
         raise RuntimeError("operation not permitted")
 
-    monkeypatch.setattr(graphs, "capture", refuse)
+    monkeypatch.setattr(cuda_graphs, "capture", refuse)
     step = Recorded(lambda x, t: x * t)
     for number in range(4):
         assert step(torch.full((2,), 3.0), torch.tensor(float(number))).tolist() == [3.0 * number] * 2

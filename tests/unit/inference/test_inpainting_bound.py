@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.audio import noise, tone
 from sa3train.inference import Generator
-from sa3train.testing import noise, tone
 
 SECONDS, START, END = 3.0, 1.0, 2.0
 SETTINGS: dict[str, Any] = {

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 
-from sa3train import files
+from helpers.audio import tone
 from sa3train.audio.io import read_audio
-from sa3train.errors import AudioError, RequestError, SA3Error
-from sa3train.files import sha256_of
+from sa3train.core import files
+from sa3train.core.errors import AudioError, RequestError, SA3Error
+from sa3train.core.files import sha256_of
 from sa3train.inference.outputs import GenerationOutput, check_output, output_paths
 from sa3train.inference.sidecar import read_record
-from sa3train.testing import tone
 
 
 def output(count: int = 1) -> GenerationOutput:

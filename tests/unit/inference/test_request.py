@@ -4,8 +4,8 @@ from typing import Any
 
 import pytest
 
+from sa3train.core.errors import RequestError
 from sa3train.diffusion.masks import regions_mask
-from sa3train.errors import RequestError
 from sa3train.inference.request import ModelFacts, build_request, generated_frames, real_frames
 
 BASE = ModelFacts("nano-base", "rectified_flow", 44100, 4096, 1292)

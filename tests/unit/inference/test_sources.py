@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from sa3train.errors import AudioError, RequestError
-from sa3train.files import sha256_of
-from sa3train.inference.sources import load_source
-from sa3train.testing import tone, write_clip
+from helpers.audio import tone, write_clip
+from sa3train.core.errors import AudioError, RequestError
+from sa3train.core.files import sha256_of
+from sa3train.inference.input_audio import load_source
 
 RATE = 44100
 AUDIO = torch.from_numpy(tone(0.2).T.copy())

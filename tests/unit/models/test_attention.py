@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sa3train.models import attention, attention_dense, attention_varlen
+from sa3train.models import attention
 from sa3train.models.attention import Packed, Padded, Pattern, Window, attend, force_backend
 
 LENGTHS = (130, 1, 64, 37)
@@ -62,7 +62,7 @@ def emulated_kernel(
 @pytest.mark.parametrize("case", CASES)
 def test_backend_equals_reference(case: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("varlen", "flash"):
-        monkeypatch.setitem(attention_varlen.VARLEN_KERNELS, name, emulated_kernel)
+        monkeypatch.setitem(attention.VARLEN_KERNELS, name, emulated_kernel)
     queries, keys, pattern = CASES[case]
     tensors = inputs(queries, keys)
     weight = torch.randn(*queries, 2, 64, generator=torch.Generator().manual_seed(1))
@@ -82,7 +82,7 @@ def test_backend_equals_reference(case: str, backend: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("case", CASES)
 def test_blocks_of_products_equal_reference(case: str, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the size of a block: parts of the queries, of the heads, of the rows, or everything."""
-    monkeypatch.setattr(attention_dense, "SCORES_PER_BLOCK", scores)
+    monkeypatch.setattr(attention, "SCORES_PER_BLOCK", scores)
     queries, keys, pattern = CASES[case]
     tensors = tuple(tensor.detach() for tensor in inputs(queries, keys))
     real = pattern.key_mask_BM if isinstance(pattern, Padded) else torch.ones(queries, dtype=torch.bool)
@@ -123,7 +123,7 @@ def test_padding_is_never_seen() -> None:
 
 def test_no_gradient_after_inference_mode_is_lost() -> None:
     """Index tensors that a first call under inference mode leaves in the cache serve training too."""
-    attention_dense.window_blocks.cache_clear()
+    attention.window_blocks.cache_clear()
     q, k, v = inputs((1, 100), (1, 100))
     with torch.inference_mode():
         attend(q.detach(), k.detach(), v.detach(), Window((100,), 5))

@@ -1,19 +1,18 @@
 """SAME beyond the recorded cases: many clips at once, chunk geometry, memory, noise, precision."""
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sa3train.errors import ConfigError
-from sa3train.models.autoencoder import Autoencoder, patch, unpatch
+from helpers.golden import GOLDEN
+from sa3train.core.errors import ConfigError
+from sa3train.models.autoencoder import Autoencoder, chunk_spans, chunks_of, patch, unpatch
 from sa3train.models.checkpoint import load_autoencoder
-from sa3train.models.chunks import chunk_spans, chunks_of
 
-ROOT = Path(__file__).parents[2] / "golden"
+ROOT = GOLDEN
 SECONDS_60 = 646  # latent frames
 
 

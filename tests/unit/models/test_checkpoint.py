@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sa3train.errors import CheckpointError
+from helpers.golden import GOLDEN
+from sa3train.core.errors import CheckpointError
 from sa3train.models.checkpoint import load_autoencoder, load_checkpoint
-from sa3train.models.weights import read_tensors
+from sa3train.models.weight_files import read_tensors
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 PLAIN = GOLDEN / "plain"
 
 
@@ -98,7 +98,7 @@ def test_loading_in_the_stored_precision_maps_the_file_and_never_writes_it(copy:
 
 
 def test_reading_in_windows_gives_every_tensor_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sa3train.models.weights._RELEASE_AFTER", 100_000)
+    monkeypatch.setattr("sa3train.models.weight_files._RELEASE_AFTER", 100_000)
     state = load_file(PLAIN / "model.safetensors")
     found = list(read_tensors(PLAIN / "model.safetensors", sorted(state), "cpu", torch.float64))
     assert [name for name, _ in found] == sorted(state)

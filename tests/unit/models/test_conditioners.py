@@ -7,12 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sa3train.errors import CheckpointError
+from helpers.golden import PLAIN
+from sa3train.core.errors import CheckpointError
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
 from sa3train.models.conditioners import Conditioner, TextEmbedding, TextEncoder
-from sa3train.models.sources import TextEncoderSource
-
-PLAIN = Path(__file__).parents[2] / "golden" / "plain"
+from sa3train.models.hub import TextEncoderSource
 
 
 @pytest.fixture(scope="module")

@@ -1,17 +1,16 @@
 """Padding, packing, preparing and precision of the DiT."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
+from helpers.golden import GOLDEN
 from sa3train.models.attention import force_backend
 from sa3train.models.checkpoint import load_checkpoint
 from sa3train.models.dit import DiT
-from sa3train.models.layouts import packed_layout
+from sa3train.models.packing import packed_layout
 
-ROOT = Path(__file__).parents[2] / "golden"
+ROOT = GOLDEN
 LENGTHS = (17, 5, 1, 30)
 #: Two rows of 40 frames: clip 2 and clip 0 in the first, clip 3 and clip 1 in the second, the rest padding.
 PLACES = {2: (0, 0), 0: (0, 3), 3: (1, 0), 1: (1, 30)}

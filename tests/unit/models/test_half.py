@@ -1,18 +1,15 @@
 """fp16: layers that saturate or stray in it are found, kept in fp32 and named; the rest is fp16, and the sum right."""
 
 import logging
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from helpers.golden import PLAIN
 from sa3train.inference import Generator
 from sa3train.models.checkpoint import StableAudio3, load_autoencoder, load_checkpoint
-from sa3train.models.half import settle_autoencoder, settle_in_fp16
-from sa3train.models.half_trial import ERROR, LARGEST, Verdict
-
-PLAIN = Path(__file__).parents[2] / "golden" / "plain"
+from sa3train.models.fp16_check import ERROR, LARGEST, Verdict, settle_autoencoder, settle_in_fp16
 
 
 def model_with(saturating: int | None = None) -> StableAudio3:

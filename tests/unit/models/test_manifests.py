@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from sa3train.errors import CheckpointError
+from helpers.golden import GOLDEN
+from sa3train.core.errors import CheckpointError
 from sa3train.models.autoencoder import Autoencoder
 from sa3train.models.checkpoint import PREFIXES, build, released_state
+from sa3train.models.hub import TextEncoderSource
 from sa3train.models.parse import is_autoencoder, parse_autoencoder, parse_model, read_config
-from sa3train.models.sources import TextEncoderSource
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 MANIFESTS = json.loads((GOLDEN / "state_dict_manifests.json").read_text())
 CONFIGS = sorted((GOLDEN / "configs").glob("*.json"))
 MODELS = [path for path in CONFIGS if not path.stem.startswith("same")]

@@ -5,19 +5,18 @@ does).
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from helpers.golden import DEVICE, GOLDEN, GoldenSet
 from sa3train.models import norms
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
-from sa3train.testing import DEVICE, GoldenSet
 
-ROOT = Path(__file__).parents[2] / "golden"
-GOLDEN = {kind: GoldenSet(ROOT / kind / "cases") for kind in ("plain", "diff")}
+ROOT = GOLDEN
+GOLDEN = {kind: GoldenSet(f"{kind}/cases") for kind in ("plain", "diff")}
 TOLERANCE = 1e-4
 
 
@@ -32,7 +31,7 @@ def models() -> dict[str, StableAudio3]:
 
 @pytest.fixture(autouse=True, params=[True, False], ids=["gradients", "inference"])
 def both_ways(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Without gradients a CPU takes the passes of `sa3train.models.quick`: they answer to the same values."""
+    """Without gradients a CPU takes the passes of `sa3train.models.cpu_kernels`: they answer to the same values."""
     with torch.set_grad_enabled(request.param):
         yield
 

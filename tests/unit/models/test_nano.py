@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from sa3train.errors import SA3Error
+from sa3train.core.errors import SA3Error
 from sa3train.models import nano
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
 from sa3train.models.conditioners import TextEncoder

@@ -2,16 +2,14 @@
 
 import json
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 
-from sa3train.files import cache_dir
+from helpers.golden import GOLDEN
+from sa3train.core.files import cache_dir
 from sa3train.models import precision
 from sa3train.models.checkpoint import load_autoencoder
-
-GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 @pytest.fixture(autouse=True)

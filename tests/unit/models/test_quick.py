@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sa3train.models import quick
+from sa3train.models import cpu_kernels
 from sa3train.models.blocks import CrossAttention, Rotary, SelfAttention, normed_and_turned, rotate
 from sa3train.models.dit import HEAD_NORM
 from sa3train.models.norms import DynamicTanh, RMSNorm
@@ -50,14 +50,14 @@ def test_attention(norm: type[DynamicTanh], differential: bool) -> None:
 
 def test_tanh_is_exact() -> None:
     x = torch.cat((torch.linspace(-12, 12, 5001), torch.logspace(-8, 0, 101), torch.tensor([torch.inf, -torch.inf])))
-    torch.testing.assert_close(quick.tanh(x).double(), torch.tanh(x.double()), atol=1e-7, rtol=2e-7)
-    assert quick.tanh(torch.tensor([torch.nan])).isnan().all()
+    torch.testing.assert_close(cpu_kernels.tanh(x).double(), torch.tanh(x.double()), atol=1e-7, rtol=2e-7)
+    assert cpu_kernels.tanh(torch.tensor([torch.nan])).isnan().all()
 
 
 def test_who_takes_it() -> None:
     x = draw(2, 2)
-    assert not quick.takes(x)
+    assert not cpu_kernels.takes(x)
     with torch.no_grad():
-        assert quick.takes(x)
-        assert not quick.takes(x.half())
-        assert quick.takes(x.bfloat16()) == quick.has_bf16_instructions()
+        assert cpu_kernels.takes(x)
+        assert not cpu_kernels.takes(x.half())
+        assert cpu_kernels.takes(x.bfloat16()) == cpu_kernels.has_bf16_instructions()

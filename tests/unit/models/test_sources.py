@@ -10,13 +10,12 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from sa3train.errors import CheckpointError
+from helpers.golden import PLAIN
+from sa3train.core.errors import CheckpointError
 from sa3train.models.checkpoint import load_autoencoder, load_checkpoint
 from sa3train.models.config import TextConfig
-from sa3train.models.registry import REGISTRY, find
-from sa3train.models.sources import CheckpointFiles, cached_names, locate, text_encoder_source
+from sa3train.models.hub import REGISTRY, CheckpointFiles, cached_names, find, locate, text_encoder_source
 
-PLAIN = Path(__file__).parents[2] / "golden" / "plain"
 RESPONSE = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co/x"))
 
 

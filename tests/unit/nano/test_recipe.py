@@ -27,7 +27,7 @@ import waves
 from composer import make_plan
 from safetensors.torch import save_file
 
-from sa3train.files import write_json
+from sa3train.core.files import write_json
 from sa3train.models.autoencoder import Autoencoder
 
 
@@ -334,7 +334,7 @@ def test_batches_are_masked_and_cut(work: Path) -> None:
 def test_fast_blocks_compute_the_same() -> None:
     """Dense short attention and plain norms against the library's, on a padded batch."""
     from sa3train.models import blocks, norms
-    from sa3train.models.patterns import Padded
+    from sa3train.models.attention import Padded
 
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 9, 4, 64).unbind()

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from sa3train.audio.classify import Classifier
 from sa3train.audio.metrics import spectral_centroid
+from sa3train.bench.nano import ASSETS, LEARNED_PROMPTS, RATE, WISHES, classes, probability
+from sa3train.evaluation.classifier import Classifier
 from sa3train.inference import Generator
-from sa3train.jobs.benches.nano import ASSETS, LEARNED_PROMPTS, RATE, WISHES, classes, probability
 
 
 @pytest.fixture(scope="module")

@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.audio import tone, write_clip
 from sa3train.adapters.adapter import Adapter, architecture_of
-from sa3train.adapters.formats import save_adapter
+from sa3train.adapters.formats.io import save_adapter
+from sa3train.adapters.layer_filter import adaptable_layers
 from sa3train.adapters.spec import AdapterSpec
-from sa3train.adapters.targets import adaptable_layers
 from sa3train.models.checkpoint import load_checkpoint
-from sa3train.studio.playing import Player
-from sa3train.studio.work import Job
-from sa3train.studio.workplace import Workplace
-from sa3train.testing import tone, write_clip
+from sa3train.studio.play.player import Player
+from sa3train.studio.server.jobs import Job
+from sa3train.studio.server.workspace import Workspace
 
 
 @pytest.fixture(scope="session")
@@ -38,12 +38,12 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(tmp_path: Path, shelf: Path) -> Workplace:
+def workspace(tmp_path: Path, shelf: Path) -> Workspace:
     """A workplace of its own: adapters/one, adapters/two, audio/tone.wav of 2 s."""
     root = tmp_path / "root"
     shutil.copytree(shelf, root / "adapters")
     write_clip(root / "audio" / "tone.wav", tone(2.0))
-    return Workplace.at([root], device="cpu")
+    return Workspace.at([root], device="cpu")
 
 
 @pytest.fixture(scope="session")
@@ -53,10 +53,10 @@ def players() -> dict[str, Player]:
 
 
 @pytest.fixture
-def player(place: Workplace, players: dict[str, Player]) -> Player:
-    """A player in `place`, with the models that earlier tests loaded."""
-    known = players.setdefault("known", Player(place))
-    known.place = place
+def player(workspace: Workspace, players: dict[str, Player]) -> Player:
+    """A player in `workspace`, with the models that earlier tests loaded."""
+    known = players.setdefault("known", Player(workspace))
+    known.workspace = workspace
     return known
 
 

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from sa3train.data.captions import describe
-from sa3train.data.sources import list_source
-from sa3train.errors import SA3Error
-from sa3train.studio import captions_tab, captions_table
-from sa3train.studio.captions_table import Edit
-from sa3train.studio.workplace import Workplace
+from sa3train.core.errors import SA3Error
+from sa3train.data.sources.captions import describe
+from sa3train.data.sources.listing import list_source
+from sa3train.studio.data import captions, captions_tab
+from sa3train.studio.data.captions import Edit
+from sa3train.studio.server.workspace import Workspace
 
 
 @pytest.fixture
@@ -28,22 +28,22 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def place(folder: Path) -> Workplace:
-    return Workplace.at([folder.parent])
+def workspace(folder: Path) -> Workspace:
+    return Workspace.at([folder.parent])
 
 
-def captions(folder: Path) -> dict[str, str]:
+def read_captions(folder: Path) -> dict[str, str]:
     return {clip.source: describe(clip).caption for clip in list_source(str(folder)).clips}
 
 
-def save(place: Workplace, folder: Path, **edits: tuple[str, str]) -> int:
+def save(workspace: Workspace, folder: Path, **edits: tuple[str, str]) -> int:
     named = {"text": "text.wav", "fields": "fields.wav", "bare": "bare.wav", "listed": "deep/listed.wav"}
-    changes = captions_table.save(place, folder, [Edit(named[name], *edit) for name, edit in edits.items()])
+    changes = captions.save(workspace, folder, [Edit(named[name], *edit) for name, edit in edits.items()])
     return len(changes)
 
 
-def test_each_caption_goes_where_encoding_reads_it(place: Workplace, folder: Path) -> None:
-    assert captions(folder) == {
+def test_each_caption_goes_where_encoding_reads_it(workspace: Workspace, folder: Path) -> None:
+    assert read_captions(folder) == {
         "text.wav": "old words", "fields.wav": "old fields", "bare.wav": "", "deep/listed.wav": "from the list"
     }  # fmt: skip
     edits = {
@@ -52,37 +52,37 @@ def test_each_caption_goes_where_encoding_reads_it(place: Workplace, folder: Pat
         "bare": ("", "at last"),
         "listed": ("from the list", "better"),
     }
-    assert save(place, folder, **edits) == 4
-    assert captions(folder) == {
+    assert save(workspace, folder, **edits) == 4
+    assert read_captions(folder) == {
         "text.wav": "new words", "fields.wav": "new fields ü", "bare.wav": "at last", "deep/listed.wav": "better"
     }  # fmt: skip
     assert json.loads((folder / "fields.json").read_text()) == {"genre": "dub", "prompt": "new fields ü", "bpm": 90}
     assert (folder / "bare.txt").read_text() == "at last\n"
 
 
-def test_undo_restores_every_byte_save_by_save(place: Workplace, folder: Path) -> None:
+def test_undo_restores_every_byte_save_by_save(workspace: Workspace, folder: Path) -> None:
     before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
-    save(place, folder, text=("old words", "one"), bare=("", "two"))
-    save(place, folder, text=("one", "three"), fields=("old fields", "four"))
-    assert captions_table.saves(place, folder) == 2
-    assert sorted(captions_table.undo(place, folder)) == ["audio/fields.json", "audio/text.txt"]
-    assert captions(folder)["text.wav"] == "one"
-    captions_table.undo(Workplace.at(place.roots), folder)  # by another server
+    save(workspace, folder, text=("old words", "one"), bare=("", "two"))
+    save(workspace, folder, text=("one", "three"), fields=("old fields", "four"))
+    assert captions.saves(workspace, folder) == 2
+    assert sorted(captions.undo(workspace, folder)) == ["audio/fields.json", "audio/text.txt"]
+    assert read_captions(folder)["text.wav"] == "one"
+    captions.undo(Workspace.at(workspace.roots), folder)  # by another server
     assert {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} == before
     with pytest.raises(SA3Error, match="nothing to undo"):
-        captions_table.undo(place, folder)
+        captions.undo(workspace, folder)
 
 
-def test_nothing_changed_is_nothing_saved(place: Workplace, folder: Path) -> None:
-    assert save(place, folder, text=("old words", " old words ")) == 0
-    assert captions_table.saves(place, folder) == 0
+def test_nothing_changed_is_nothing_saved(workspace: Workspace, folder: Path) -> None:
+    assert save(workspace, folder, text=("old words", " old words ")) == 0
+    assert captions.saves(workspace, folder) == 0
 
 
 def test_a_save_that_is_cut_short_can_be_undone(
-    place: Workplace, folder: Path, monkeypatch: pytest.MonkeyPatch
+    workspace: Workspace, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (folder / "text.txt").read_bytes()
-    write = captions_table.write_bytes
+    write = captions.write_bytes
     calls: list[Path] = []
 
     def once(path: Path, content: bytes) -> None:
@@ -91,25 +91,25 @@ def test_a_save_that_is_cut_short_can_be_undone(
             raise SA3Error("the disk is full")
         write(path, content)
 
-    monkeypatch.setattr(captions_table, "write_bytes", once)
+    monkeypatch.setattr(captions, "write_bytes", once)
     with pytest.raises(SA3Error, match="disk is full"):
-        save(place, folder, text=("old words", "new"), bare=("", "new"))
+        save(workspace, folder, text=("old words", "new"), bare=("", "new"))
     monkeypatch.undo()
-    assert captions(folder)["text.wav"] == "new"
-    captions_table.undo(place, folder)
+    assert read_captions(folder)["text.wav"] == "new"
+    captions.undo(workspace, folder)
     assert (folder / "text.txt").read_bytes() == before
     assert not (folder / "bare.txt").exists()
 
 
-def test_what_others_wrote_meanwhile_is_never_overwritten(place: Workplace, folder: Path) -> None:
+def test_what_others_wrote_meanwhile_is_never_overwritten(workspace: Workspace, folder: Path) -> None:
     (folder / "text.txt").write_text("theirs")
     with pytest.raises(SA3Error, match="changed elsewhere since it was shown"):
-        save(place, folder, bare=("", "mine"), text=("old words", "mine"))
+        save(workspace, folder, bare=("", "mine"), text=("old words", "mine"))
     assert not (folder / "bare.txt").exists(), "half of a refused save was written"
-    save(place, folder, text=("theirs", "mine"))
+    save(workspace, folder, text=("theirs", "mine"))
     (folder / "text.txt").write_text("theirs again")
     with pytest.raises(SA3Error, match="changed elsewhere since"):
-        captions_table.undo(place, folder)
+        captions.undo(workspace, folder)
     assert (folder / "text.txt").read_text() == "theirs again"
 
 
@@ -122,27 +122,27 @@ def test_what_others_wrote_meanwhile_is_never_overwritten(place: Workplace, fold
     ],
 )
 def test_captions_that_cannot_be_kept_are_refused(
-    place: Workplace, folder: Path, edit: dict[str, tuple[str, str]], told: str
+    workspace: Workspace, folder: Path, edit: dict[str, tuple[str, str]], told: str
 ) -> None:
     with pytest.raises(SA3Error, match=told):
-        save(place, folder, **edit)
-    assert captions_table.saves(place, folder) == 0
+        save(workspace, folder, **edit)
+    assert captions.saves(workspace, folder) == 0
 
 
-def test_clips_that_are_gone_archived_or_share_a_file(place: Workplace, folder: Path) -> None:
+def test_clips_that_are_gone_archived_or_share_a_file(workspace: Workspace, folder: Path) -> None:
     with pytest.raises(SA3Error, match="no longer there"):
-        captions_table.save(place, folder, [Edit("ghost.wav", "", "boo")])
+        captions.save(workspace, folder, [Edit("ghost.wav", "", "boo")])
     with tarfile.open(folder / "more.tar", "w") as tar:
         tar.add(folder / "bare.wav", "inner.wav")
     with pytest.raises(SA3Error, match="lies in an archive"):
-        captions_table.save(place, folder, [Edit("more.tar/inner.wav", "", "boo")])
+        captions.save(workspace, folder, [Edit("more.tar/inner.wav", "", "boo")])
     (folder / "bare.flac").write_bytes(b"fLaC")
     with pytest.raises(SA3Error, match="share one caption file"):
-        captions_table.save(place, folder, [Edit("bare.wav", "", "a"), Edit("bare.flac", "", "b")])
+        captions.save(workspace, folder, [Edit("bare.wav", "", "a"), Edit("bare.flac", "", "b")])
 
 
 @pytest.mark.parametrize("link", ["folder", "audio", "caption"])
-def test_links_out_of_the_studio_are_refused(place: Workplace, folder: Path, tmp_path: Path, link: str) -> None:
+def test_links_out_of_the_studio_are_refused(workspace: Workspace, folder: Path, tmp_path: Path, link: str) -> None:
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "a.wav").write_bytes(b"RIFF")
@@ -154,32 +154,32 @@ def test_links_out_of_the_studio_are_refused(place: Workplace, folder: Path, tmp
     }[link]
     (folder / name).symlink_to(target)
     with pytest.raises(SA3Error, match="reaches out of the studio's folders"):
-        captions_table.clips_of(place, folder)
+        captions.clips_of(workspace, folder)
     with pytest.raises(SA3Error, match="outside the folders"):
-        captions_table.clips_of(place, outside)
+        captions.clips_of(workspace, outside)
     with pytest.raises(SA3Error, match="outside the folders"):
-        captions_table.clips_of(place, folder / ".." / ".." / "outside")
+        captions.clips_of(workspace, folder / ".." / ".." / "outside")
 
 
-def test_a_damaged_undo_log_is_said(place: Workplace, folder: Path) -> None:
-    save(place, folder, bare=("", "x"))
-    next((place.home / captions_table.UNDO).iterdir()).write_text("[")
+def test_a_damaged_undo_log_is_said(workspace: Workspace, folder: Path) -> None:
+    save(workspace, folder, bare=("", "x"))
+    next((workspace.home / captions.UNDO).iterdir()).write_text("[")
     with pytest.raises(SA3Error, match="is damaged"):
-        captions_table.undo(place, folder)
+        captions.undo(workspace, folder)
 
 
-def test_the_table_is_searched_and_paged(place: Workplace, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_is_searched_and_paged(workspace: Workspace, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captions_tab, "PAGE", 3)
-    rows, total, page = captions_tab.rows_of(place, folder, "", False, 99)
+    rows, total, page = captions_tab.rows_of(workspace, folder, "", False, 99)
     assert (len(rows), total, page) == (1, 4, 2)
-    assert captions_tab.rows_of(place, folder, "OLD", False, 1)[0] == [
+    assert captions_tab.rows_of(workspace, folder, "OLD", False, 1)[0] == [
         ["fields.wav", "old fields"], ["text.wav", "old words"]
     ]  # fmt: skip
-    assert captions_tab.rows_of(place, folder, "", True, 1)[0] == [["bare.wav", ""]]
+    assert captions_tab.rows_of(workspace, folder, "", True, 1)[0] == [["bare.wav", ""]]
     monkeypatch.setattr(captions_tab, "MOST_SEARCHED", 2)
-    assert captions_tab.rows_of(place, folder, "listed", False, 1)[1] == 1
+    assert captions_tab.rows_of(workspace, folder, "listed", False, 1)[1] == 1
     with pytest.raises(SA3Error, match="audit it"):
-        captions_tab.rows_of(place, folder, "", True, 1)
+        captions_tab.rows_of(workspace, folder, "", True, 1)
 
 
 def test_the_tables_rows_become_edits() -> None:

@@ -5,48 +5,56 @@ from pathlib import Path
 import pytest
 
 from sa3train.models.nano import nano_folder
-from sa3train.studio import listing
-from sa3train.studio.messages import command_box, message_of, notice, told
-from sa3train.studio.workplace import StudioError, Workplace
+from sa3train.studio.server.widgets import command_box, message_of, notice, told
+from sa3train.studio.server.workspace import (
+    StudioError,
+    Workspace,
+    describe_model,
+    list_adapters,
+    list_audio,
+    list_models,
+    resolve_model_name,
+    walk_folders,
+)
 
 
-def test_adapters_and_audio_are_found_but_nothing_hidden(place: Workplace) -> None:
-    hidden = place.roots[0] / ".cache"
+def test_adapters_and_audio_are_found_but_nothing_hidden(workspace: Workspace) -> None:
+    hidden = workspace.roots[0] / ".cache"
     hidden.mkdir()
     (hidden / "x.safetensors").write_bytes(b"")
-    (place.roots[0] / "peft").mkdir()
-    (place.roots[0] / "peft" / "adapter_config.json").write_text("{}")
-    found = listing.adapters(place)
+    (workspace.roots[0] / "peft").mkdir()
+    (workspace.roots[0] / "peft" / "adapter_config.json").write_text("{}")
+    found = list_adapters(workspace)
     assert sorted(found) == ["adapters/one.safetensors", "adapters/two.safetensors", "peft"]
-    assert listing.audio(place) == ["audio/tone.wav"]
+    assert list_audio(workspace) == ["audio/tone.wav"]
 
 
-def test_model_folders_are_offered_beside_the_names(place: Workplace) -> None:
-    mine = place.roots[0] / "mine"
+def test_model_folders_are_offered_beside_the_names(workspace: Workspace) -> None:
+    mine = workspace.roots[0] / "mine"
     mine.mkdir()
     for file in nano_folder("nano").iterdir():
         if file.is_file():
             (mine / file.name).write_bytes(file.read_bytes())
-    values = {value: label for label, value in listing.models(place)}
+    values = {value: label for label, value in list_models(workspace)}
     assert values[str(mine)] == "mine"
     assert values["nano"] == "nano"
     assert "not downloaded" in values["medium"]
-    assert listing.model_name(place, str(mine)) == str(mine)
-    assert not any("mine" in name for name in listing.adapters(place))
+    assert resolve_model_name(workspace, str(mine)) == str(mine)
+    assert not any("mine" in name for name in list_adapters(workspace))
 
 
-def test_a_model_says_what_it_is(place: Workplace) -> None:
-    assert "post-trained model" in listing.model_facts(place, "nano")
-    assert "50 steps" in listing.model_facts(place, "nano-base")
-    assert "licence" in listing.model_facts(place, "medium").lower()
-    assert "outside the folders" in listing.model_facts(place, "/etc")
+def test_a_model_says_what_it_is(workspace: Workspace) -> None:
+    assert "post-trained model" in describe_model(workspace, "nano")
+    assert "50 steps" in describe_model(workspace, "nano-base")
+    assert "licence" in describe_model(workspace, "medium").lower()
+    assert "outside the folders" in describe_model(workspace, "/etc")
 
 
-def test_a_huge_folder_is_not_walked_to_its_end(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_huge_folder_is_not_walked_to_its_end(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(30):
-        (place.roots[0] / f"d{number:02d}").mkdir()
-    monkeypatch.setattr(listing, "MOST_FOLDERS", 10)
-    assert len(list(listing.folders(place))) == 10
+        (workspace.roots[0] / f"d{number:02d}").mkdir()
+    monkeypatch.setattr("sa3train.studio.server.workspace.MOST_FOLDERS", 10)
+    assert len(list(walk_folders(workspace))) == 10
 
 
 def test_errors_reach_the_page_as_text() -> None:

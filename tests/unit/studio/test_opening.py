@@ -9,10 +9,9 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from sa3train.jobs.studio import build_parser, main
-from sa3train.studio.guard import LOCAL_NAMES, Guard
-from sa3train.studio.opening import Opening
-from sa3train.studio.workplace import StudioError, Workplace
+from sa3train.cli.studio import build_parser, main
+from sa3train.studio.server.access import LOCAL_NAMES, Guard, Opening
+from sa3train.studio.server.workspace import StudioError, Workspace
 
 
 @pytest.mark.parametrize(
@@ -58,7 +57,7 @@ def client(tmp_path: Path) -> TestClient:
 
     (tmp_path / "folder").mkdir()
     app = Starlette(routes=[Route("/{path:path}", answer)])
-    guarded = Guard(app, Workplace.at([tmp_path / "folder"]), LOCAL_NAMES)
+    guarded = Guard(app, Workspace.at([tmp_path / "folder"]), LOCAL_NAMES)
     return TestClient(guarded, base_url="http://127.0.0.1:7860")
 
 

@@ -9,16 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from sa3train.errors import AdapterError, RequestError
+from sa3train.cli import generate
+from sa3train.core.errors import AdapterError, RequestError
 from sa3train.inference.outputs import GenerationOutput
-from sa3train.jobs import generate
-from sa3train.studio import cards, history
-from sa3train.studio.adapter_wishes import AdapterWish
-from sa3train.studio.commands import generate_command
-from sa3train.studio.playing import Player, comparison, without_effect
-from sa3train.studio.wishes import Wish
-from sa3train.studio.work import Cancelled, Job
-from sa3train.studio.workplace import StudioError, Workplace
+from sa3train.studio.play import cards, history
+from sa3train.studio.play.player import Player, comparison, without_effect
+from sa3train.studio.play.request import AdapterWish, Wish
+from sa3train.studio.server.commands import generate_command
+from sa3train.studio.server.jobs import Cancelled, Job
+from sa3train.studio.server.workspace import StudioError, Workspace
 
 BOTH = (
     AdapterWish("adapters/one.safetensors", 0.8, 0.4),
@@ -37,7 +36,7 @@ MODES = {
 
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_plays_with_two_adapters_and_its_command_makes_the_same(
-    place: Workplace, player: Player, job: Job, mode: str, tmp_path: Path
+    workspace: Workspace, player: Player, job: Job, mode: str, tmp_path: Path
 ) -> None:
     (entry,) = player.play(MODES[mode], job)
     assert entry.audio.is_file()
@@ -45,20 +44,20 @@ def test_every_mode_plays_with_two_adapters_and_its_command_makes_the_same(
     assert entry.studio["mode"] == mode
     assert len(entry.record["adapters"]) == 2
     again = tmp_path / "again.wav"
-    words = shlex.split(place.command(generate_command(entry.record, str(again))))
+    words = shlex.split(workspace.command(generate_command(entry.record, str(again))))
     assert words[0] == "sa3-generate"
     assert generate.main([*words[1:], "--device", "cpu"]) == 0
     assert again.read_bytes() == entry.audio.read_bytes()
 
 
-def test_the_sidecar_is_one_of_sa3_generate(place: Workplace, player: Player, job: Job, tmp_path: Path) -> None:
+def test_the_sidecar_is_one_of_sa3_generate(workspace: Workspace, player: Player, job: Job, tmp_path: Path) -> None:
     (entry,) = player.play(WISH, job)
-    sidecar, again = place.history / f"{entry.name}.json", tmp_path / "again.wav"
+    sidecar, again = workspace.history / f"{entry.name}.json", tmp_path / "again.wav"
     assert generate.main(["--from", str(sidecar), "-o", str(again), "--device", "cpu"]) == 0
     assert again.read_bytes() == entry.audio.read_bytes()
 
 
-def test_again_with_these_settings_is_the_same_wish(place: Workplace, player: Player, job: Job) -> None:
+def test_again_with_these_settings_is_the_same_wish(workspace: Workspace, player: Player, job: Job) -> None:
     for wish in (MODES["restyle"], MODES["inpaint"]):
         (entry,) = player.play(wish, job)
         again = Wish.of_record(entry.record)
@@ -66,16 +65,16 @@ def test_again_with_these_settings_is_the_same_wish(place: Workplace, player: Pl
         assert repeated.audio.read_bytes() == entry.audio.read_bytes()
 
 
-def test_a_comparison_keeps_its_seed(place: Workplace, player: Player, job: Job) -> None:
+def test_a_comparison_keeps_its_seed(workspace: Workspace, player: Player, job: Job) -> None:
     found = player.compare(replace(WISH, seed=-1), [0.0, 1.0], True, job)
     assert [entry.studio["cell"] for entry in found] == [
         *("nano, no adapter", "nano, strength ×1", "nano-base, no adapter", "nano-base, strength ×1")
     ]
     assert len({entry.record["seed"] for entry in found}) == 1
     assert len({entry.audio.read_bytes() for entry in found}) == 4
-    (group,) = history.grouped(history.entries(place))
+    (group,) = history.grouped(history.entries(workspace))
     assert [entry.name for entry in group] == [entry.name for entry in found]
-    assert "--columns: 2" in cards.card(place, group)
+    assert "--columns: 2" in cards.card(workspace, group)
 
 
 def test_comparisons_without_a_difference_are_told() -> None:
@@ -93,7 +92,7 @@ def test_a_comparison_says_what_it_leaves_out() -> None:
     assert comparison(WISH, [1.0], False)[0].note == ""
 
 
-def test_a_batch_is_kept_item_by_item(place: Workplace, player: Player, job: Job, tmp_path: Path) -> None:
+def test_a_batch_is_kept_item_by_item(workspace: Workspace, player: Player, job: Job, tmp_path: Path) -> None:
     found = player.play(replace(WISH, batch_size=2, adapters=()), job)
     assert [entry.record["item"] for entry in found] == [0, 1]
     assert cards.measures_of(found[0]) != cards.measures_of(found[1])
@@ -102,7 +101,7 @@ def test_a_batch_is_kept_item_by_item(place: Workplace, player: Player, job: Job
     assert (tmp_path / "again_1.wav").read_bytes() == found[1].audio.read_bytes()
 
 
-def test_adapters_stay_loaded_and_leave_without_a_trace(place: Workplace, player: Player, job: Job) -> None:
+def test_adapters_stay_loaded_and_leave_without_a_trace(workspace: Workspace, player: Player, job: Job) -> None:
     bare = replace(WISH, adapters=())
     (before,) = player.play(bare, job)
     reports = player.check(WISH, job)
@@ -113,10 +112,10 @@ def test_adapters_stay_loaded_and_leave_without_a_trace(place: Workplace, player
     assert before.audio.read_bytes() == after.audio.read_bytes() != loaded.audio.read_bytes()
 
 
-def test_a_refused_adapter_leaves_none_behind(place: Workplace, player: Player, job: Job) -> None:
+def test_a_refused_adapter_leaves_none_behind(workspace: Workspace, player: Player, job: Job) -> None:
     bare = replace(WISH, adapters=())
     (before,) = player.play(bare, job)
-    (place.roots[0] / "adapters" / "text.safetensors").write_text("no adapter at all")
+    (workspace.roots[0] / "adapters" / "text.safetensors").write_text("no adapter at all")
     with pytest.raises(AdapterError):
         player.play(replace(WISH, adapters=(*BOTH, AdapterWish("adapters/text.safetensors"))), job)
     (after,) = player.play(bare, job)
@@ -131,13 +130,13 @@ def test_settings_out_of_range_are_the_librarys_errors(player: Player, job: Job,
         player.play(replace(WISH, **changes), job)  # type: ignore[arg-type]
 
 
-def test_a_wrong_file_as_source_is_told(place: Workplace, player: Player, job: Job) -> None:
-    (place.roots[0] / "audio" / "text.wav").write_text("no audio at all")
+def test_a_wrong_file_as_source_is_told(workspace: Workspace, player: Player, job: Job) -> None:
+    (workspace.roots[0] / "audio" / "text.wav").write_text("no audio at all")
     with pytest.raises(ValueError, match=r"text\.wav"):
         player.play(replace(WISH, mode="restyle", source="audio/text.wav"), job)
 
 
-def test_a_cancelled_generation_leaves_nothing(place: Workplace, player: Player) -> None:
+def test_a_cancelled_generation_leaves_nothing(workspace: Workspace, player: Player) -> None:
     job = Job("test", lambda job: None, state="running")
     told: list[str] = []
 
@@ -152,7 +151,7 @@ def test_a_cancelled_generation_leaves_nothing(place: Workplace, player: Player)
     with pytest.raises(Cancelled):
         player.play(replace(WISH, steps=50), job)
     assert not any(message.startswith("step 2 ") for message in told)
-    assert history.entries(place) == []
+    assert history.entries(workspace) == []
 
 
 def output(audio: Sequence[torch.Tensor]) -> GenerationOutput:
@@ -170,26 +169,28 @@ def output(audio: Sequence[torch.Tensor]) -> GenerationOutput:
     return GenerationOutput(list(audio), 44100, [1] * len(audio), None, [0.0] * len(audio), ["<i>told</i>"], record)
 
 
-def test_texts_from_files_are_shown_as_texts(place: Workplace) -> None:
-    (entry,) = history.keep(place, output([torch.zeros(2, 44100)]), {"mode": "text", "reports": []})
-    shown = cards.card(place, [entry])
+def test_texts_from_files_are_shown_as_texts(workspace: Workspace) -> None:
+    (entry,) = history.keep(workspace, output([torch.zeros(2, 44100)]), {"mode": "text", "reports": []})
+    shown = cards.card(workspace, [entry])
     assert "<script>" not in shown
     assert "<i>" not in shown
     assert "silent" in shown
 
 
-def test_the_history_passes_over_what_is_no_result(place: Workplace) -> None:
-    kept = history.keep(place, output([torch.rand(2, 44100), torch.rand(2, 44100)]), {"mode": "text", "reports": []})
-    (place.history / "99999999-000000-ffff.json").write_text("{")
-    (place.history / "99999999-000001-ffff.json").write_text(json.dumps({"made_by": "someone"}))
-    assert sorted(entry.name for entry in history.entries(place)) == sorted(entry.name for entry in kept)
+def test_the_history_passes_over_what_is_no_result(workspace: Workspace) -> None:
+    kept = history.keep(
+        workspace, output([torch.rand(2, 44100), torch.rand(2, 44100)]), {"mode": "text", "reports": []}
+    )
+    (workspace.history / "99999999-000000-ffff.json").write_text("{")
+    (workspace.history / "99999999-000001-ffff.json").write_text(json.dumps({"made_by": "someone"}))
+    assert sorted(entry.name for entry in history.entries(workspace)) == sorted(entry.name for entry in kept)
     kept[0].audio.unlink()
-    assert [entry.name for entry in history.entries(place)] == [kept[1].name]
+    assert [entry.name for entry in history.entries(workspace)] == [kept[1].name]
     with pytest.raises(StudioError, match="no result"):
-        history.entry(place, "../adapters/one")
+        history.entry(workspace, "../adapters/one")
 
 
-def test_results_are_told_apart_by_state(place: Workplace) -> None:
-    before = history.state_of(place)
-    history.keep(place, output([torch.rand(2, 4410)]), {"mode": "text", "reports": []})
-    assert history.state_of(place) != before
+def test_results_are_told_apart_by_state(workspace: Workspace) -> None:
+    before = history.state_of(workspace)
+    history.keep(workspace, output([torch.rand(2, 4410)]), {"mode": "text", "reports": []})
+    assert history.state_of(workspace) != before

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from sa3train.errors import DataError
-from sa3train.studio import processes, runs
-from sa3train.studio.survey import Survey, look
-from sa3train.studio.workplace import Workplace
-from sa3train.training.folder import dump_settings
+from sa3train.core.errors import DataError
+from sa3train.reports.run_files import dump_settings
+from sa3train.studio.runs import runs
+from sa3train.studio.server import processes
+from sa3train.studio.server.workspace import Survey, Workspace, refresh_survey
 
 OLD = time.time() - 7200
 
@@ -136,24 +136,24 @@ def test_runs_latents_and_audio_are_found_under_the_roots_alone(tmp_path: Path) 
     (root / "link").symlink_to(tmp_path / "outside")
     (root / ".hidden").mkdir()
     (root / ".hidden" / "a.wav").touch()
-    place = Workplace.at([root])
-    found = look(place)
+    workspace = Workspace.at([root])
+    found = refresh_survey(workspace)
     assert found.runs == [root / "runs" / "one", root / "runs" / "two"]
     assert found.latents == [root / "latents"]
     assert found.audio == [root / "audio" / "deep"]
-    assert [run.path.name for run in runs.find_runs(place)] == ["one", "two"]
+    assert [run.path.name for run in runs.find_runs(workspace)] == ["one", "two"]
 
 
 def test_a_run_that_began_after_the_survey_is_found_when_it_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new = make_run(tmp_path / "old", "finished"), make_run(tmp_path / "new", "finished")
-    place = Workplace.at([tmp_path])
-    monkeypatch.setattr(runs, "survey", lambda place: Survey(runs=[old]))
-    assert [run.path for run in runs.find_runs(place)] == [old]
-    assert {run.path for run in runs.find_runs(place, new)} == {old, new}
-    assert [run.path for run in runs.find_runs(place, old)] == [old]
-    assert [run.path for run in runs.find_runs(place, tmp_path / "gone")] == [old]
+    workspace = Workspace.at([tmp_path])
+    monkeypatch.setattr(runs, "survey_folders", lambda workspace: Survey(runs=[old]))
+    assert [run.path for run in runs.find_runs(workspace)] == [old]
+    assert {run.path for run in runs.find_runs(workspace, new)} == {old, new}
+    assert [run.path for run in runs.find_runs(workspace, old)] == [old]
+    assert [run.path for run in runs.find_runs(workspace, tmp_path / "gone")] == [old]
 
 
 def test_the_difference_between_two_runs(tmp_path: Path) -> None:

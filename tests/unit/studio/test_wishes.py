@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from sa3train.errors import RequestError
-from sa3train.studio.adapter_wishes import AdapterWish
-from sa3train.studio.play_form import values_of, wish_of
-from sa3train.studio.wishes import Wish, factors, regions_of
-from sa3train.studio.workplace import StudioError, Workplace
+from sa3train.core.errors import RequestError
+from sa3train.studio.play.form import values_of, wish_of
+from sa3train.studio.play.request import AdapterWish, Wish, factors, regions_of
+from sa3train.studio.server.workspace import StudioError, Workspace
 
 PLAIN = Wish("nano", "a tone", duration=1.0)
 
@@ -42,10 +41,10 @@ def test_rows_that_say_nothing_usable_are_refused(row: dict[str, object], told: 
         AdapterWish.of_row(row)
 
 
-def test_a_wish_is_checked(place: Workplace) -> None:
-    checked = replace(PLAIN, adapters=(AdapterWish("adapters/one.safetensors"),)).checked(place)
+def test_a_wish_is_checked(workspace: Workspace) -> None:
+    checked = replace(PLAIN, adapters=(AdapterWish("adapters/one.safetensors"),)).checked(workspace)
     assert checked.seed >= 0
-    assert checked.adapters[0].path == str(place.roots[0] / "adapters" / "one.safetensors")
+    assert checked.adapters[0].path == str(workspace.roots[0] / "adapters" / "one.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -63,23 +62,23 @@ def test_a_wish_is_checked(place: Workplace) -> None:
         ({"model": "medum"}, "there is no model folder"),
     ],
 )
-def test_wishes_that_cannot_be_are_refused(place: Workplace, change: dict[str, object], told: str) -> None:
+def test_wishes_that_cannot_be_are_refused(workspace: Workspace, change: dict[str, object], told: str) -> None:
     with pytest.raises(StudioError, match=told):
-        replace(PLAIN, **change).checked(place)  # type: ignore[arg-type]
+        replace(PLAIN, **change).checked(workspace)  # type: ignore[arg-type]
 
 
-def test_a_continuation_starts_where_the_audio_ends(place: Workplace) -> None:
-    wish = replace(PLAIN, mode="continue", source="audio/tone.wav", duration=3.0).checked(place)
+def test_a_continuation_starts_where_the_audio_ends(workspace: Workspace) -> None:
+    wish = replace(PLAIN, mode="continue", source="audio/tone.wav", duration=3.0).checked(workspace)
     assert wish.regions == ((2.0, 3.0),)
     assert wish.arguments()["inpaint_mask_start_seconds"] == [2.0]
 
 
-def test_modes_give_their_own_arguments(place: Workplace) -> None:
+def test_modes_give_their_own_arguments(workspace: Workspace) -> None:
     assert "init_audio" not in PLAIN.arguments()
-    restyled = replace(PLAIN, mode="restyle", source="audio/tone.wav").checked(place).arguments()
-    assert restyled["init_audio"] == str(place.roots[0] / "audio" / "tone.wav")
+    restyled = replace(PLAIN, mode="restyle", source="audio/tone.wav").checked(workspace).arguments()
+    assert restyled["init_audio"] == str(workspace.roots[0] / "audio" / "tone.wav")
     regions = ((0.1, 0.4), (0.6, 0.9))
-    filled = replace(PLAIN, mode="inpaint", source="audio/tone.wav", regions=regions).checked(place).arguments()
+    filled = replace(PLAIN, mode="inpaint", source="audio/tone.wav", regions=regions).checked(workspace).arguments()
     assert (filled["inpaint_mask_start_seconds"], filled["inpaint_mask_end_seconds"]) == ([0.1, 0.6], [0.4, 0.9])
 
 
@@ -110,12 +109,12 @@ def test_regions_must_be_numbers() -> None:
         regions_of([[None, 1]])
 
 
-def test_the_form_holds_a_whole_wish(place: Workplace) -> None:
+def test_the_form_holds_a_whole_wish(workspace: Workspace) -> None:
     wish = Wish(
         "nano-base", "a tone", "inpaint", "noise", 1.5, 7, 2, 3, 2.5, "dpmpp", (0.1, 0.9), 1.0, 0.2, 0.5,
-        str(Path(place.roots[0]) / "audio" / "tone.wav"), 0.7, ((0.5, 1.0),), True, True, "fp32",
+        str(Path(workspace.roots[0]) / "audio" / "tone.wav"), 0.7, ((0.5, 1.0),), True, True, "fp32",
         (AdapterWish("adapters/one.safetensors", 0.5, 0.2, (0.1, 0.6), "ff", True),),
     )  # fmt: skip
-    again = wish_of(*values_of(place, wish))
+    again = wish_of(*values_of(workspace, wish))
     assert replace(again, source=wish.source) == wish
-    assert again.checked(place).source == wish.source
+    assert again.checked(workspace).source == wish.source

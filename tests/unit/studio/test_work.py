@@ -4,10 +4,10 @@ import threading
 
 import pytest
 
-from sa3train.errors import RequestError
-from sa3train.studio.cards import status
-from sa3train.studio.work import MOST_WAITING, Job, Worker
-from sa3train.studio.workplace import StudioError
+from sa3train.core.errors import RequestError
+from sa3train.studio.play.cards import status
+from sa3train.studio.server.jobs import MOST_WAITING, Job, Worker
+from sa3train.studio.server.workspace import StudioError
 
 
 class Gate:

@@ -7,18 +7,17 @@ from typing import Any
 import pytest
 import torch
 
-from sa3train.adapters.inject import inject
+from helpers.golden import GOLDEN
+from sa3train.adapters.layers.inject import inject
 from sa3train.adapters.spec import AdapterSpec
-from sa3train.data.datamodule import LatentDataModule
+from sa3train.data.loading.datamodule import LatentDataModule
 from sa3train.models.checkpoint import load_checkpoint
-from sa3train.training.clips import Clips, clips_of, to_clips, to_rows
+from sa3train.training.batch import Clips, clips_of, to_clips, to_rows
 from sa3train.training.module import LoraModule
-from sa3train.training.objective import Draw
+from sa3train.training.prompt_embeddings import PromptBank
 from sa3train.training.run import make_module
 from sa3train.training.settings import LoopSettings, Objective, OptimizerSettings, ScheduleSettings
-from sa3train.training.text import PromptBank
-
-GOLDEN = Path(__file__).parents[2] / "golden"
+from sa3train.training.step import Draw
 
 
 @pytest.fixture(scope="module")

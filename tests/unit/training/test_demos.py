@@ -10,19 +10,19 @@ import pytest
 import soundfile
 import torch
 
-from sa3train.adapters.formats import load_adapter
-from sa3train.data.datamodule import LatentDataModule
-from sa3train.errors import ConfigError
+from helpers.golden import GOLDEN
+from sa3train.adapters.formats.io import load_adapter
+from sa3train.core.errors import ConfigError
+from sa3train.data.loading.datamodule import LatentDataModule
 from sa3train.inference import Generator
 from sa3train.models.checkpoint import load_checkpoint
+from sa3train.reports.run_files import played_demos, read_metrics
+from sa3train.training.callbacks.demos import Demos, demos_of, on_this_machine, players
+from sa3train.training.callbacks.validation import heldout_items
 from sa3train.training.checks import played_as_trained
-from sa3train.training.demos import Demos, demos_of, on_this_machine, players
-from sa3train.training.fixed import heldout_items
-from sa3train.training.played import played_demos
+from sa3train.training.loggers import Tracker
 from sa3train.training.settings import DemoSettings, Objective
-from sa3train.training.tracking import Tracker, read_metrics
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 SETTINGS = DemoSettings(
     every=2, prompts=["a hum"], heldout_prompts=1, duration=0.6, steps=2, cfg_scale=2.0, strengths=[0.5, 1.0], seed=4
 )

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from sa3train.errors import ConfigError
-from sa3train.training.checkpoints import newest_state, state_path
-from sa3train.training.folder import dump_settings, load_settings, open_run, requeued
-from sa3train.training.state import save_state
+from sa3train.core.errors import ConfigError
+from sa3train.reports.run_files import dump_settings, load_settings
+from sa3train.training.callbacks.checkpoint import newest_state, save_state, state_path
+from sa3train.training.run_dir import open_run, requeued
 
 SETTINGS: dict[str, Any] = {
     "run_dir": "a", "adapter": {"rank": 4}, "logger": {"name": "csv"}, "data": {"num_workers": 0, "crop": (1, 2)},

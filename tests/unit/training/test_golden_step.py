@@ -1,21 +1,17 @@
 """The recorded training step of the released implementation: velocity, both losses, and every gradient."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
-from sa3train.adapters.inject import inject
+from helpers.golden import DEVICE, GOLDEN, GoldenSet
+from sa3train.adapters.layers.inject import inject
 from sa3train.adapters.spec import AdapterSpec
 from sa3train.models.checkpoint import load_checkpoint
-from sa3train.testing import DEVICE, GoldenSet
-from sa3train.training.clips import Clips
+from sa3train.training.batch import Clips
 from sa3train.training.module import LoraModule
-from sa3train.training.objective import Draw
 from sa3train.training.optim import learning_rate_factor, make_optimizer
 from sa3train.training.settings import Objective
-
-GOLDEN = Path(__file__).parents[2] / "golden"
+from sa3train.training.step import Draw
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -23,9 +19,9 @@ def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("folder", ["plain", "diff"])
-@pytest.mark.parametrize("case", GoldenSet(GOLDEN / "plain" / "cases").names("train."))
+@pytest.mark.parametrize("case", GoldenSet("plain/cases").names("train."))
 def test_training_step_equals_the_recorded_one(folder: str, case: str) -> None:
-    golden = GoldenSet(GOLDEN / folder / "cases")
+    golden = GoldenSet(f"{folder}/cases")
     settings, tensors = golden.settings(case), golden.tensors(case, DEVICE)
     model = load_checkpoint(GOLDEN / folder, DEVICE, parts=("dit", "conditioner"))
     spec = AdapterSpec(settings["adapter_type"], rank=settings["rank"], alpha=settings["alpha"])

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sa3train.adapters.spec import AdapterSpec
-from sa3train.jobs.encode import main as encode
+from sa3train.cli.encode import main as encode
 from sa3train.training.settings import JudgeSettings, OptimizerSettings
 
 SAMPLE = Path(__file__).parents[3] / "datasets" / "sample"

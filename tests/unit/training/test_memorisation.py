@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sa3train.adapters.inject import inject
+from sa3train.adapters.layers.inject import inject
 from sa3train.adapters.spec import AdapterSpec
-from sa3train.data.datamodule import LatentDataModule
+from sa3train.data.loading.datamodule import LatentDataModule
 from sa3train.models.checkpoint import load_checkpoint
-from sa3train.training.fixed import heldout_items, training_items
-from sa3train.training.generated import WINDOW, examine, memorisation, nearest, spread, windows
+from sa3train.training.callbacks.validation import heldout_items, training_items
+from sa3train.training.memorization import WINDOW, examine, memorisation, nearest, spread, windows
 
 
 def music(seed: int, count: int, frames: int = 40, channels: int = 8) -> list[Tensor]:

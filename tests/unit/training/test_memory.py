@@ -1,7 +1,6 @@
 """The memory plan: measured parts that add up, and the decision to recompute blocks."""
 
 import weakref
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,20 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sa3train.adapters import layers
-from sa3train.adapters.inject import inject
+from helpers.golden import GOLDEN
+from sa3train.adapters.layers import peft_layers
+from sa3train.adapters.layers.inject import inject
 from sa3train.adapters.spec import AdapterSpec
 from sa3train.models.checkpoint import load_checkpoint
-from sa3train.training import memory, prepare
+from sa3train.training.callbacks import memory_plan
+from sa3train.training.callbacks.memory_plan import Prepare, compile_blocks, kept_for_backward, make_plan, weight_bytes
 from sa3train.training.checks import what_helps
-from sa3train.training.memory import kept_for_backward, make_plan, weight_bytes
 from sa3train.training.module import LoraModule
-from sa3train.training.prepare import Prepare, compile_blocks
+from sa3train.training.prompt_embeddings import PromptBank
 from sa3train.training.run import make_module
 from sa3train.training.settings import LoopSettings, Objective, OptimizerSettings, ScheduleSettings
-from sa3train.training.text import PromptBank
-
-GOLDEN = Path(__file__).parents[2] / "golden"
 
 
 def build(average: float | None = None) -> LoraModule:
@@ -35,7 +32,7 @@ def build(average: float | None = None) -> LoraModule:
     )  # fmt: skip
 
 
-def plan(module: LoraModule, **values: Any) -> memory.MemoryPlan:
+def plan(module: LoraModule, **values: Any) -> memory_plan.MemoryPlan:
     given: dict[str, Any] = {"frames": 40, "rows": 3, "prompt": "x", "optimizer": "adamw", "mode": "none"}
     return make_plan(module, **(given | values))
 
@@ -65,7 +62,7 @@ def test_counting_lets_go_of_what_was_kept() -> None:
 
 def test_what_layers_work_out_together_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = plan(build())
-    monkeypatch.setattr(layers, "few_launches", lambda x: True)
+    monkeypatch.setattr(peft_layers, "few_launches", lambda x: True)
     module = build()
     together = plan(module)
     factors = sum(4 * parameter.numel() for name, parameter in module.trained.items())
@@ -75,7 +72,7 @@ def test_what_layers_work_out_together_is_counted(monkeypatch: pytest.MonkeyPatc
 def test_short_trials_tell_what_a_long_clip_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     module = build()
     found = plan(module, frames=300)
-    monkeypatch.setattr(memory, "SHORT", 150)
+    monkeypatch.setattr(memory_plan, "SHORT", 150)
     exact = plan(module, frames=300)
     assert found.activations == pytest.approx(exact.activations, rel=0.01)
 
@@ -98,7 +95,7 @@ def test_the_plan_meets_what_a_step_keeps() -> None:
     """Counted again on a real micro-batch of three clips."""
     module = build()
     planned = plan(module).activations
-    clips, draw = memory.trial_clip(module, 40, "x")
+    clips, draw = memory_plan.trial_clip(module, 40, "x")
     three = type(clips)(
         clips.data_SCF.repeat(3, 1, 1), clips.padding_mask_SF.repeat(3, 1), clips.seconds_S.repeat(3),
         clips.at_end_S.repeat(3), clips.prompts * 3, ["a", "b", "c"],
@@ -118,7 +115,7 @@ def test_recomputing_keeps_less_and_changes_no_gradient() -> None:
         found = plan(module, mode=mode)
         assert found.checkpointing == (mode == "blocks") == module.model.dit.transformer.checkpointing
         sizes.append(found.activations)
-        clips, draw = memory.trial_clip(module, 12, "x")
+        clips, draw = memory_plan.trial_clip(module, 12, "x")
         module.losses(clips, draw).total.backward()
         gradients.append([p.grad for p in module.trained.values() if p.grad is not None])
     assert sizes[1] < sizes[0]
@@ -128,10 +125,10 @@ def test_recomputing_keeps_less_and_changes_no_gradient() -> None:
 
 def test_auto_recomputes_when_the_plan_fills_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     module = build()
-    monkeypatch.setattr(memory, "free_memory", lambda device: 2**40)
+    monkeypatch.setattr(memory_plan, "free_memory", lambda device: 2**40)
     roomy = plan(module, mode="auto")
     assert not roomy.checkpointing
-    monkeypatch.setattr(memory, "free_memory", lambda device: roomy.activations)
+    monkeypatch.setattr(memory_plan, "free_memory", lambda device: roomy.activations)
     assert plan(module, mode="auto").checkpointing
 
 
@@ -148,7 +145,7 @@ def test_compiled_blocks_train_the_same() -> None:
     """With the backend that traces but generates no code: what is ours to test is that blocks can be traced."""
     module, plain = build(), build()
     compile_blocks(module, backend="eager")
-    clips, draw = memory.trial_clip(module, 12, "x")
+    clips, draw = memory_plan.trial_clip(module, 12, "x")
     losses = [one.losses(clips, draw).total for one in (module, plain)]
     torch.testing.assert_close(losses[0], losses[1])
     for loss in losses:
@@ -165,13 +162,11 @@ def test_a_plan_that_does_not_fit_is_said_before_the_first_step(
 ) -> None:
     def begin() -> None:
         caplog.clear()
-        Prepare(LoopSettings(), "adamw", 40, 3, "x", lambda recomputing: ["less"] * (not recomputing)).on_fit_start(
-            None, build()
-        )  # type: ignore[arg-type]
+        Prepare(LoopSettings(), "adamw", 40, 3, "x", lambda recomputing: ["less"]).on_fit_start(None, build())  # type: ignore[arg-type]
 
     begin()
     assert "more than" not in caplog.text
-    monkeypatch.setattr(prepare, "free_memory", lambda device: 1000)
+    monkeypatch.setattr(memory_plan, "free_memory", lambda device: 1000)
     begin()
     assert "more than the 0.0 GiB that are free. What helps: less." in caplog.text
 

@@ -6,9 +6,10 @@ import random
 import pytest
 import torch
 
+from sa3train.core.errors import ConfigError
 from sa3train.diffusion import masks, objective, schedule
-from sa3train.errors import ConfigError
-from sa3train.training.objective import (
+from sa3train.training.settings import Objective
+from sa3train.training.step import (
     Draw,
     draw_step,
     item_seeds,
@@ -18,7 +19,6 @@ from sa3train.training.objective import (
     visited_levels,
     weights,
 )
-from sa3train.training.settings import Objective
 
 SHAPE = (6, 4, 20)
 LENGTHS = torch.tensor([20, 15, 10, 5, 20, 8])

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from sa3train.errors import ConfigError
-from sa3train.training.averaging import RunningAverage, swapped_in
+from sa3train.core.errors import ConfigError
+from sa3train.training.ema import RunningAverage, swapped_in
 from sa3train.training.optim import (
     OPTIMIZERS,
     averaged_by_optimizer,

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from sa3train.adapters.spec import AdapterSpec
-from sa3train.errors import ConfigError
-from sa3train.training.parallel import check_world, started_ranks
+from sa3train.core.errors import ConfigError
+from sa3train.training.distributed import check_world, started_ranks
 from sa3train.training.settings import JudgeSettings
 
 Make = Callable[..., Any]

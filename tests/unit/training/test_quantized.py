@@ -1,19 +1,17 @@
 """The base in few bits: how far off, how small, and that training on it is training on the rounded weights."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from sa3train.adapters.inject import inject
+from helpers.golden import GOLDEN
+from sa3train.adapters.layers.inject import inject
 from sa3train.adapters.spec import AdapterSpec
 from sa3train.models.checkpoint import load_checkpoint
-from sa3train.training.quantized import KINDS, LEAST, NF4, CodedWeights, round_weights, weights_of
-
-GOLDEN = Path(__file__).parents[2] / "golden"
+from sa3train.training.quantization import KINDS, LEAST, NF4, CodedWeights, round_weights, weights_of
 
 
 @pytest.mark.parametrize("shape", [(96, 130), (64, 64, 3), (7, 33)])

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import soundfile
 
-from sa3train.testing import noise, tone
-from sa3train.training import report_audio
-from sa3train.training.charts import Line, line_chart, smoothed, thinned, ticks
-from sa3train.training.report import render, write_report
-from sa3train.training.report_files import change, read_run, reading
+from helpers.audio import noise, tone
+from sa3train.reports import audio
+from sa3train.reports.charts import Line, line_chart, smoothed, thinned, ticks
+from sa3train.reports.run_files import change, read_run, reading
+from sa3train.reports.run_report import render, write_report
 
 LEVELS = [(number + 0.5) / 10 for number in range(10)]
 HOSTILE = '<script>alert("x")</script> & "drums"'
@@ -119,7 +119,7 @@ def test_the_newest_step_is_open_and_earlier_ones_are_folded(run: Path) -> None:
 
 def test_a_page_has_a_limit_and_names_what_is_beyond(run: Path) -> None:
     whole = len(write_report(run).read_bytes())
-    text = report_audio.listening(run, read_run(run).played, report_audio.Budget(0.4 * whole))
+    text = audio.listening(run, read_run(run).played, audio.Budget(0.4 * whole))
     assert 0 < text.count("<audio") < 5
     assert "older sounds are in the run folder only" in text
     assert "step-00000010/nano-base-prompt0-1.wav" in text

@@ -14,10 +14,9 @@ import pytest
 import torch
 
 from sa3train.adapters.spec import AdapterSpec
-from sa3train.training.checkpoints import saved_states, state_path
+from sa3train.reports.run_files import read_metrics
+from sa3train.training.callbacks.checkpoint import load_state, saved_states, state_path
 from sa3train.training.settings import JudgeSettings
-from sa3train.training.state import load_state
-from sa3train.training.tracking import read_metrics
 
 Make = Callable[..., Any]
 

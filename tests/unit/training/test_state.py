@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sa3train.training.state import StateError, load_state, pack, save_state, unpack
+from sa3train.training.callbacks.checkpoint import StateError, load_state, pack, save_state, unpack
 
 LEAVES = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)

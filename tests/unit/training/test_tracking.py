@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from sa3train.audio.metrics import mel_picture
-from sa3train.jobs.benches.dead_servers import DyingServer, dead_server, pointed_at
-from sa3train.training.tracking import CsvSink, TensorBoardSink, Tracker, WandbSink, read_metrics
+from sa3train.bench.tracking import DyingServer, dead_server, pointed_at
+from sa3train.reports.run_files import read_metrics
+from sa3train.training.loggers import CsvSink, TensorBoardSink, Tracker, WandbSink
 
 AUDIO = 0.1 * torch.sin(torch.linspace(0, 500, 4410)).repeat(2, 1)
 

@@ -8,23 +8,22 @@ from typing import Any
 import pytest
 import torch
 
-from sa3train.adapters.formats import load_adapter
-from sa3train.adapters.inject import inject
+from helpers.golden import GOLDEN
+from sa3train.adapters.formats.io import load_adapter
+from sa3train.adapters.layers.inject import inject
 from sa3train.adapters.spec import AdapterSpec
-from sa3train.data.datamodule import LatentDataModule
+from sa3train.core.errors import ConfigError
+from sa3train.data.loading.datamodule import LatentDataModule
 from sa3train.diffusion.objective import squared_error
-from sa3train.errors import ConfigError
 from sa3train.models.checkpoint import load_checkpoint
-from sa3train.training.fixed import LEVELS, heldout_items, loss_table, training_items
+from sa3train.reports.run_files import read_metrics
+from sa3train.training.callbacks.validation import LEVELS, heldout_items, loss_table, training_items, verdict
 from sa3train.training.module import LoraModule
-from sa3train.training.objective import Draw, seed_of
+from sa3train.training.prompt_embeddings import PromptBank
 from sa3train.training.run import make_module
 from sa3train.training.settings import JudgeSettings, LoopSettings, Objective, OptimizerSettings, ScheduleSettings
-from sa3train.training.text import PromptBank
-from sa3train.training.tracking import read_metrics
-from sa3train.training.validation import verdict
+from sa3train.training.step import Draw, seed_of
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 Make = Callable[..., Any]
 
 

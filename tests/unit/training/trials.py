@@ -22,17 +22,21 @@ import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from helpers.golden import GOLDEN
 from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.spec import AdapterSpec
-from sa3train.data.datamodule import LatentDataModule
-from sa3train.data.index import SILENCE, build_index
-from sa3train.data.shards import ShardWriter
-from sa3train.log import rank
+from sa3train.core.log import rank
+from sa3train.data.loading.datamodule import LatentDataModule
+from sa3train.data.shards.index import SILENCE, build_index
+from sa3train.data.shards.writer import ShardWriter
 from sa3train.models.checkpoint import load_checkpoint
-from sa3train.training.folder import open_run
+from sa3train.reports.run_files import read_metrics
+from sa3train.training.distributed import join_ranks, on_rank_zero
+from sa3train.training.loggers import CsvSink, Tracker
 from sa3train.training.module import LoraModule
-from sa3train.training.parallel import join_ranks, on_rank_zero
+from sa3train.training.prompt_embeddings import PromptBank
 from sa3train.training.run import TrainingResult, train
+from sa3train.training.run_dir import open_run
 from sa3train.training.settings import (
     DemoSettings,
     JudgeSettings,
@@ -42,10 +46,7 @@ from sa3train.training.settings import (
     SaveSettings,
     ScheduleSettings,
 )
-from sa3train.training.text import PromptBank
-from sa3train.training.tracking import CsvSink, Tracker, read_metrics
 
-GOLDEN = Path(__file__).parents[2] / "golden"
 NAME = "training_trials"
 """What this file is called as a module, in pytest and in the program alike, so that runs can be sent to it."""
 CHANNELS = 64

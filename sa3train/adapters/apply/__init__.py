@@ -1,0 +1,1 @@
+"""Adapters on a loaded model: stacks, effective weights and load reports."""

@@ -1,0 +1,1 @@
+"""Adapter files in and out: native safetensors, PEFT folders, ComfyUI."""

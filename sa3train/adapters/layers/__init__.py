@@ -1,0 +1,1 @@
+"""Adapters in training: PEFT layers with exact norms and their gradients."""

@@ -1,0 +1,1 @@
+"""Work on adapter files: inspect, diff, convert, merge, extract, resize, scale."""

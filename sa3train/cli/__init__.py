@@ -1,0 +1,1 @@
+"""Command-line entry points; the only readers of Hydra configs and command-line flags."""

@@ -1,0 +1,1 @@
+"""Check audio and captions before encoding, and report findings."""

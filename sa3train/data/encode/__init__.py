@@ -1,0 +1,1 @@
+"""Encode clips into latent shards, restartable and in several processes."""

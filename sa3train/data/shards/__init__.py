@@ -1,0 +1,1 @@
+"""Write, index and read latent shards (tar files with an index)."""

@@ -1,0 +1,1 @@
+"""List source clips and their captions, from local folders, tars, manifests and remote storage."""

@@ -1,0 +1,1 @@
+"""The Adapters page: inspect, convert and merge adapter files."""

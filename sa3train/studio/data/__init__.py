@@ -1,0 +1,1 @@
+"""The Data page: audit, caption and encode audio, preview prompts."""

@@ -1,0 +1,1 @@
+"""The Play page: generate with adapters and compare results."""

@@ -1,0 +1,1 @@
+"""The Runs page: start, watch, stop and resume training runs."""

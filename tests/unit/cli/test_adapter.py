@@ -1,0 +1,235 @@
+"""`sa3-adapter`: every command through its main on a checkpoint of the released layout, and every kind of bad input."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from helpers.golden import PLAIN
+from sa3train.adapters.formats.io import load_adapter, save_adapter
+from sa3train.adapters.tools.low_rank import Loss
+from sa3train.cli.adapter import build_parser, main
+
+ADAPTERS = PLAIN / "adapters"
+LORA, DORA, BORA, XS = (ADAPTERS / f"{kind}.safetensors" for kind in ("lora", "dora-rows", "bora", "lora-xs"))
+OTHER = PLAIN.parent / "diff" / "adapters" / "lora.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*words: Any) -> int:
+    return main([str(word) for word in words])
+
+
+def told(capsys: pytest.CaptureFixture[str], *words: Any) -> dict[str, Any]:
+    """What a command prints with --json."""
+    capsys.readouterr()
+    assert run(*words, "--json") == 0
+    return dict(json.loads(capsys.readouterr().out))
+
+
+@pytest.mark.parametrize("path", sorted(ADAPTERS.glob("*.safetensors")), ids=lambda path: path.stem)
+def test_inspect_tells_every_kind_with_and_without_a_model(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", path, "--layers") == 0
+    shown = capsys.readouterr().out
+    assert path.stem in shown
+    assert "self-attention" in shown
+    assert run("inspect", path, "--model", PLAIN, "--plot", "norms.png") == 0
+    shown = capsys.readouterr().out
+    assert "it can be loaded" in shown
+    assert "‖W' − W‖ / ‖W‖" in shown
+    assert Path("norms.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_inspect_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    found = told(capsys, "inspect", DORA, "--model", PLAIN)
+    assert (found["kind"], found["refused"]) == ("dora-rows", None)
+    assert found["load_report"]["effect"]["all"] > 0.01
+    assert set(found["load_report"]["layer_effect"]) == set(found["layers"])
+    assert "load_report" not in told(capsys, "inspect", DORA)
+
+
+def test_inspect_shows_a_misfit_and_then_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("inspect", OTHER, "--model", PLAIN) == 1
+    shown = capsys.readouterr()
+    assert "shape-wrong" in shown.out
+    assert shown.err.startswith("error: ")
+    assert "is refused" in shown.err
+
+
+def test_diff_compares_tensors_or_whole_changes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("diff", LORA, LORA) == 0
+    assert "bit for bit" in capsys.readouterr().out
+    assert run("diff", LORA, DORA, "--layers") == 0
+    shown = capsys.readouterr().out
+    assert "kind" in shown
+    assert "31 of 31 shared layers" in shown
+    found = told(capsys, "diff", LORA, BORA, "--model", PLAIN)
+    assert found["compared"] == "changes of weights"
+    assert all(row["cosine"] is not None for row in found["layers"].values())
+
+
+def test_convert_there_and_back(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("convert", LORA, "folder") == 0
+    assert run("convert", "folder", "back.safetensors") == 0
+    before, after = load_file(LORA), load_file("back.safetensors")
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    capsys.readouterr()
+    assert run("convert", BORA, "comfy.safetensors", "--to", "comfy", "--model", PLAIN) == 0
+    shown = capsys.readouterr().out
+    assert "LEFT OUT: 1 layer(s) of the duration embedder" in shown
+    assert "measured error of the written file: 0.0" in shown
+    found = told(capsys, "convert", XS, "x.safetensors", "--to", "comfy", "--model", PLAIN, "--dtype", "f32")
+    assert (found["kind"], found["layers"]) == ("lora", 30)
+    assert found["error"] < 1e-4
+    found = told(capsys, "convert", BORA, "low", "--to", "peft", "--model", PLAIN, "--rank", 8)
+    assert (found["kind"], found["rank"]) == ("lora", "8")
+    assert 0.01 < found["error"] < 1
+    assert run("inspect", "low") == 0
+
+
+def test_convert_reads_a_pickle_and_inspect_refuses_it(capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads(load_adapter(DORA).metadata["lora_config"])
+    torch.save({"state_dict": load_file(DORA), "lora_config": config}, "old.ckpt")
+    assert run("inspect", "old.ckpt") == 1
+    assert "sa3-adapter convert old.ckpt old.safetensors" in capsys.readouterr().err
+    assert run("convert", "old.ckpt", "old.safetensors") == 0
+    assert "weights-only reader" in capsys.readouterr().out
+    assert load_adapter("old.safetensors").fingerprint == load_adapter(DORA).fingerprint
+
+
+def test_merge_into_one_adapter(capsys: pytest.CaptureFixture[str]) -> None:
+    found = told(capsys, "merge", f"{LORA}=0.8", f"{LORA}=0.2", "-o", "same.safetensors", "--rank", 4, "--dtype", "f32")
+    assert found["error"] < 1e-6
+    apart = told(capsys, "diff", LORA, "same.safetensors")["layers"]
+    assert max(row["relative_difference"] for row in apart.values()) < 1e-4
+    found = told(capsys, "merge", LORA, f"{DORA}=0.5", "-o", "both.safetensors", "--rank", 6, "--model", PLAIN)
+    assert 0.01 < found["error"] < 1
+    assert run("inspect", "both.safetensors", "--model", PLAIN) == 0
+
+
+def test_merge_into_a_checkpoint_and_extract_it_again(capsys: pytest.CaptureFixture[str]) -> None:
+    found = told(capsys, "merge", f"{LORA}=0.8", "-o", "merged", "--model", PLAIN)
+    assert found["reports"][0]["missing"] == []
+    assert run("merge", f"{LORA}=0.8", "-o", "merged", "--model", PLAIN) == 0
+    assert "1 adapter(s) in its weights" in capsys.readouterr().out
+    found = told(capsys, "extract", "merged", "--base", PLAIN, "-o", "again.safetensors", "--rank", 4)
+    assert found["error"] < 0.02  # what the checkpoint's bf16 weights rounded
+    assert found["not_carried"] == []
+    rows = told(capsys, "diff", LORA, "again.safetensors")["layers"]
+    assert all(row["cosine"] > 0.999 for row in rows.values())
+    metadata = load_adapter("again.safetensors").metadata
+    assert (metadata["base_model"], metadata["extracted_from"]) == ("plain", "merged")
+    assert len(metadata["base_hash"]) == 64
+    assert run("inspect", "again.safetensors", "--model", PLAIN) == 0
+
+
+def test_extract_names_what_a_lora_cannot_hold(capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(PLAIN, "tuned", ignore=shutil.ignore_patterns("adapters", "cases*"))
+    tensors = load_file("tuned/model.safetensors")
+    tensors["model.model.transformer.project_in.weight"] += 0.1
+    tensors["model.model.transformer.layers.0.pre_norm.gamma"] += 0.1
+    save_file(tensors, "tuned/model.safetensors")
+    found = told(capsys, "extract", "tuned", "--base", PLAIN, "-o", "x.safetensors", "--energy", 0.99)
+    assert found["layers"] == 1
+    assert found["not_carried"] == ["model.transformer.layers.0.pre_norm.gamma"]
+
+
+def test_resize_and_scale(capsys: pytest.CaptureFixture[str]) -> None:
+    found = told(capsys, "resize", LORA, "two.safetensors", "--rank", 2)
+    assert found["rank"] == "2"
+    assert found["error"] > 0.01
+    assert told(capsys, "resize", DORA, "dora.safetensors", "--energy", 0.5)["kind"] == "dora-rows"
+    found = told(capsys, "resize", XS, "xs.safetensors", "--rank", 4, "--model", PLAIN)
+    assert found["notes"] == ["lora-xs became lora"]
+    assert run("scale", LORA, "half.safetensors", "-0.5") == 0
+    half = load_adapter("half.safetensors")
+    assert half.spec.scale_of("model.transformer.project_in") == -0.5
+    with safe_open("half.safetensors", framework="pt") as file:
+        assert "scale" in file.metadata()["sa3train_history"]
+    found = told(capsys, "scale", DORA, "d.safetensors", "0.5", "--model", PLAIN, "--rank", 64)
+    assert found["kind"] == "lora"
+
+
+def test_another_base_than_it_was_trained_on_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = load_adapter(XS)
+    save_adapter("xs.safetensors", replace(adapter, metadata={**adapter.metadata, "base_hash": "0" * 64}))
+    assert run("convert", "xs.safetensors", "peft", "--model", PLAIN) == 0
+    assert "warning: xs.safetensors: it was trained on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["inspect", "none.safetensors"], "there is no adapter at"),
+        (["inspect", PLAIN / "model.safetensors"], "whole checkpoint"),
+        (["inspect", "."], "is no PEFT adapter"),
+        (["inspect", LORA, "--model", "nowhere"], "nowhere"),
+        (["inspect", LORA, "--plot", "/proc/none/x.png"], "cannot write"),
+        (["diff", LORA, OTHER, "--model", PLAIN], "is refused"),
+        (["convert", BORA, "out"], "peft has no bora"),
+        (["convert", BORA, "out.safetensors", "--to", "comfy"], "--model NAME"),
+        (["convert", LORA, "out", "--to", "comfy"], "does not suit"),
+        (["convert", LORA, "out.safetensors", "--to", "peft"], "does not suit"),
+        (["convert", LORA, "out.safetensors", "--rank", "2"], "use: sa3-adapter resize"),
+        (["convert", "none.ckpt", "out.safetensors"], "there is no adapter at"),
+        (["merge", LORA, "-o", "out"], "say what to merge into"),
+        (["merge", f"{LORA}=loud", "-o", "out", "--model", PLAIN], "is no strength"),
+        (["merge", OTHER, "-o", "out", "--model", PLAIN], "is refused"),
+        (["merge", DORA, LORA, "-o", "out.safetensors", "--rank", "3"], "needs the weights"),
+        (["merge", LORA, "-o", "out", "--rank", "3", "--allow-partial"], "are for checkpoints"),
+        (["extract", PLAIN, "--base", PLAIN, "-o", "out.safetensors", "--rank", "4"], "nothing to extract"),
+        (
+            ["extract", PLAIN.parent / "diff", "--base", PLAIN, "-o", "out.safetensors", "--rank", "4"],
+            "different archi",
+        ),
+        (["extract", PLAIN, "--base", PLAIN, "-o", "out.safetensors"], "say how far to cut"),
+        (["resize", LORA, "out.safetensors"], "say how far to cut"),
+        (["resize", LORA, "out.safetensors", "--rank", "0"], "at least 1"),
+        (["resize", LORA, "out.safetensors", "--energy", "2"], "at most 1"),
+        (["resize", XS, "out.safetensors", "--rank", "2"], "needs the weights"),
+        (["scale", LORA, "out.safetensors", "0"], "other than 0"),
+        (["scale", DORA, "out.safetensors", "0.5"], "not in proportion"),
+    ],
+    ids=lambda value: " ".join(Path(str(word)).name for word in value)[:60] if isinstance(value, list) else "",
+)
+def test_wrong_input_is_a_message_and_leaves_nothing(
+    words: list[Any], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run(*words) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_misused_flags_exit_with_2() -> None:
+    for words in ([], ["fold"], ["resize", "a", "b", "--rank", "2", "--energy", "0.5"], ["scale", "a", "b", "loud"]):
+        with pytest.raises(SystemExit) as caught:
+            build_parser().parse_args(words)
+        assert caught.value.code == 2
+
+
+def test_help_is_light() -> None:
+    code = "import sys; from sa3train.cli.adapter import build_parser; build_parser(); print('torch' in sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "False"
+
+
+def test_no_loss_is_said_to_be_none() -> None:
+    from sa3train.cli.adapter_tables import loss_lines
+
+    assert loss_lines(None, "error") == []
+    assert loss_lines(Loss({"a": (0.0, 1.0)}, ["b"]), "error") == ["error: none", "not carried: b"]

@@ -1,0 +1,168 @@
+"""`sa3-encode` as a command: what it makes, what it prints, and how it fails."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from helpers.audio import noise, write_clip
+from helpers.golden import PLAIN
+from sa3train.cli.encode import load_encoder, load_rules, main, one_at_a_time, torch_device, without_sweep
+from sa3train.data.shards.reader import LatentStore
+
+MODEL = str(PLAIN)
+
+
+def write_set(folder: Path, count: int = 6) -> Path:
+    for number in range(count):
+        write_clip(folder / f"{number}.wav", noise(0.3 + 0.1 * number, seed=number, peak=0.3), f"noise {number}")
+    return folder
+
+
+def run(*arguments: str) -> int:
+    return main([f"model={MODEL}", "device=cpu", "threads=1", *arguments])
+
+
+def test_the_command_makes_a_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = write_set(tmp_path / "my set, [1]"), tmp_path / "out"
+    assert run(f"source={source}", f"out={out}") == 0
+    printed = capsys.readouterr().out
+    assert "6 clips, 0 rejected" in printed
+    assert "6 takes (heldout 1, train 5)" in printed or "6 takes" in printed
+    assert "× real time" in printed
+    assert "padding" in printed
+    store = LatentStore(out, verify="hash")
+    assert len(store) == 6
+    assert store.index["model"]["name"] == MODEL
+    assert store.index["settings"]["precision"] == "float32"
+    assert run(f"source={source}", f"out={out}") == 0
+    assert "nothing to encode" in capsys.readouterr().out
+
+
+def test_lists_are_written_with_commas(tmp_path: Path) -> None:
+    assert without_sweep("fix=trim_silence,dc,loudness") == "fix=[trim_silence,dc,loudness]"
+    assert without_sweep("views=[gain]") == "views=[gain]"
+    assert without_sweep("source=a,b") == 'source="a,b"'
+    assert without_sweep("split=0.1") == "split=0.1"
+    source, out = write_set(tmp_path / "set", 2), tmp_path / "out"
+    assert run(f"source={source}", f"out={out}", "fix=trim_silence,dc,loudness", "views=polarity,gain", "split=0") == 0
+    assert LatentStore(out).index["settings"]["fix"] == ["dc", "trim_silence", "loudness"]
+    assert len(LatentStore(out)) == 6
+
+
+def test_a_split_may_be_a_list(tmp_path: Path) -> None:
+    source, out = write_set(tmp_path / "set"), tmp_path / "out"
+    (tmp_path / "held.txt").write_text("2.wav\n4.wav\n")
+    assert run(f"source={source}", f"out={out}", f"split={tmp_path / 'held.txt'}") == 0
+    store = LatentStore(out)
+    assert {store.record(row)["source"] for row in store.rows("heldout")} == {"2.wav", "4.wav"}
+
+
+def test_too_many_bad_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = write_set(tmp_path / "set"), tmp_path / "out"
+    write_clip(source / "uncaptioned.wav", noise(0.5, seed=50))
+    assert run(f"source={source}", f"out={out}") == 1
+    error = capsys.readouterr().err
+    assert "error: 1 of 7 clips" in error
+    assert "uncaptioned.wav, no caption" in error
+    (row,) = map(json.loads, (out / "rejected.jsonl").read_text().splitlines())
+    assert row == {"source": "uncaptioned.wav", "reason": "no caption", "codes": ["no_caption"]}
+    assert run(f"source={source}", f"out={out}", "max_rejected=0.2") == 0
+    assert len(LatentStore(out)) == 6
+    assert "1 rejected" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["source=/nowhere", "out={out}"], "there is no /nowhere"),
+        (["source={source}", "out={source}/x"], "lies inside the source"),
+        (["source={source}"], "'out' must be given"),
+        (["source={source}", "out={out}", "fixes=dc"], "unknown setting 'fixes'. Did you mean 'fix'?"),
+        (["source={source}", "out={out}", "fix=reverb"], "there is no fix reverb"),
+        (["source={source}", "out={out}", "split=1.5"], "give the share to hold out"),
+        (["source={source}", "out={out}", "split=no-list.txt"], "cannot read the held-out list no-list.txt"),
+        (["source={source}", "out={out}", "reuse={source}"], "holds no latent shards"),
+        (["source={source}", "out={out}", "threads=0"], "threads is 0; give 1 or more"),
+        (["source={source}", "out={out}", "duplicates=some"], "choose one of: keep, drop"),
+        (["source={source}", "out={out}", "max_rejected=3"], "a share from 0 to 1"),
+        (["source={source}", "out={out}", "shard_mb=9999"], "give from 1 000 000"),
+        (["source={source}", "out={out}", "model=no-such-model"], "no-such-model"),
+        (["source={source}", "out={out}", "adapter=lora"], "'adapter' cannot be chosen here"),
+        (["source={source}", "out={out}", "device=abacus"], "choose auto, cpu, cuda"),
+        (["source={source}", "out=/proc/nothing/x"], "cannot write to"),
+    ],
+)
+def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    source = write_set(tmp_path / "set", 1)
+    assert run(*(argument.format(source=source, out=tmp_path / "out") for argument in arguments)) == 1
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert "audit:" not in captured.err, "what is asked is checked before the audio is"
+
+
+def test_nan_in_audio_is_listed(tmp_path: Path) -> None:
+    import soundfile
+
+    source, out = write_set(tmp_path / "set", 10), tmp_path / "out"
+    samples = noise(0.5)
+    samples[7] = np.nan
+    soundfile.write(source / "nan.wav", samples, 44100, subtype="FLOAT")
+    (source / "nan.txt").write_text("x")
+    assert run(f"source={source}", f"out={out}", "max_rejected=0.1") == 0
+    (row,) = map(json.loads, (out / "rejected.jsonl").read_text().splitlines())
+    assert row["codes"] == ["not_finite"]
+
+
+def test_two_processes_by_torchrun(tmp_path: Path) -> None:
+    source = write_set(tmp_path / "set", 8)
+    settings = [f"source={source}", f"model={MODEL}", "device=cpu", "threads=1", "batch_seconds=1"]
+    assert main([*settings, f"out={tmp_path / 'one'}"]) == 0
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*launcher, "-m", "sa3train.cli.encode", *settings, f"out={tmp_path / 'two'}"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("real time") == 1, "the first process speaks for all"
+    one, two = LatentStore(tmp_path / "one", verify="hash"), LatentStore(tmp_path / "two", verify="hash")
+    assert sorted(one.keys) == sorted(two.keys)
+    rows = {key: row for row, key in enumerate(two.keys)}
+    assert all(np.array_equal(one.latent(row), two.latent(rows[key])) for row, key in enumerate(one.keys))
+    assert one.index["manifest"] == two.index["manifest"]
+    assert {shard["file"].split("-")[1] for shard in two.index["shards"]} == {"000", "001"}
+
+
+def test_what_the_model_says_of_captions_and_length() -> None:
+    rules = load_rules(MODEL, "required")
+    assert rules.max_tokens == 24
+    assert rules.count_tokens is not None
+    assert rules.count_tokens(["a slow low hum"])[0] > 3
+    assert rules.longest_seconds == pytest.approx(120, abs=1)
+
+
+def test_devices() -> None:
+    assert torch_device("cpu").type == "cpu"
+    assert torch_device("auto").type in ("cpu", "cuda")
+
+
+def test_one_at_a_time() -> None:
+    assert one_at_a_time(lambda texts: [len(text) for text in texts])(["ab"]) == [2]
+
+
+def test_help_is_quick_and_whole(capfd: pytest.CaptureFixture[str]) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "sa3train.cli.encode", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "max_rejected" in done.stdout
+    assert "optimizer" not in done.stdout, "only what can be set here"
+    assert all(name in done.stdout for name in ("small-music", "small-sfx", "medium", "nano", "same-s", "same-l"))
+    assert " torch\n" not in done.stderr, "nothing heavy is imported for --help"
+
+
+def test_fp16_is_tried_before_it_is_taken() -> None:
+    assert load_encoder(MODEL, "fp16", "cpu").precision == "float16"
+    assert load_encoder("nano", "fp16", "cpu").precision == "float32", "hand-set units cancel: 3.5 % off in fp16"

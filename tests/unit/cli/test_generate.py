@@ -1,0 +1,551 @@
+"""`sa3-generate`: all modes, sidecars that make the same bytes again, and every kind of bad input."""
+
+import json
+import resource
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from safetensors.torch import load_file, save_file
+
+from helpers.audio import tone, write_clip
+from helpers.golden import GOLDEN
+from sa3train.cli.generate import main
+from sa3train.cli.generate_args import build_parser, parse_adapters, parse_lora, parse_output
+from sa3train.core.errors import RequestError, SA3Error
+from sa3train.core.files import sha256_of
+from sa3train.inference import Generator, outputs
+
+MODEL = str(GOLDEN / "plain")
+ADAPTERS = GOLDEN / "plain" / "adapters"
+LORA, DORA = ADAPTERS / "lora.safetensors", ADAPTERS / "dora-rows.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*flags: Any, model: str = MODEL) -> int:
+    quick = ["--model", model, "--duration", "0.3", "--steps", "2", "--seed", "3", "--device", "cpu"]
+    return main([*quick, *(str(flag) for flag in flags)])
+
+
+def sidecar(name: str = "a.json") -> dict[str, Any]:
+    return dict(json.loads(Path(name).read_text()))
+
+
+def make_again(name: str = "a", suffix: str = ".wav") -> None:
+    """Remove the audio, make it from its sidecar, and compare every byte."""
+    before = Path(name + suffix).read_bytes()
+    Path(name + suffix).unlink()
+    assert main(["--from", f"{name}.json"]) == 0
+    assert Path(name + suffix).read_bytes() == before
+
+
+# Every mode
+
+
+def test_text_to_audio_and_again_from_its_sidecar(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("-p", "low hum", "-o", "a.wav") == 0
+    assert "a.wav: 0.30 s, seed 3, sidecar a.json" in capsys.readouterr().out
+    info = soundfile.info("a.wav")
+    assert (info.samplerate, info.channels, info.frames, info.subtype) == (44100, 2, 13230, "PCM_16")
+    record = sidecar()
+    assert record["sha256"] == sha256_of("a.wav")
+    assert record["settings"] | {"steps": 2, "seed": 3, "cfg_scale": 7.0, "prompt": ["low hum"]} == record["settings"]
+    assert record["environment"]["torch"] == torch.__version__
+    make_again()
+    assert "identical to the recorded file" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "suffix", "subtype"),
+    [
+        (("--format", "wav24"), ".wav", "PCM_24"),
+        (("--format", "wav32f"), ".wav", "FLOAT"),
+        (("--format", "flac"), ".flac", "PCM_24"),
+        (("-o", "output.flac"), ".flac", "PCM_24"),
+    ],
+)
+def test_formats(flags: tuple[str, ...], suffix: str, subtype: str) -> None:
+    assert run("-p", "low hum", *flags) == 0
+    assert soundfile.info(f"output{suffix}").subtype == subtype
+    make_again("output", suffix)
+
+
+def test_a_random_seed_is_recorded() -> None:
+    assert run("-p", "low hum", "--seed", "-1", "-o", "a.wav") == 0
+    assert sidecar()["seed"] >= 0
+    make_again()
+
+
+def test_a_batch_with_a_prompt_negative_prompt_and_duration_each() -> None:
+    flags = ("-p", "hum", "bells", "--negative-prompt", "harsh", "thin", "--duration", "0.2", "0.4")
+    assert run(*flags, "-o", "a.wav") == 0
+    assert [soundfile.info(f"a_{index}.wav").frames for index in range(2)] == [8820, 17640]
+    assert sidecar("a_1.json")["item"] == 1
+    make_again("a_1")
+
+
+def test_variations_of_one_prompt_and_prompts_from_a_file() -> None:
+    assert run("-p", "hum", "--batch-size", 2, "-o", "a.wav") == 0
+    assert Path("a_0.wav").read_bytes() != Path("a_1.wav").read_bytes()
+    Path("prompts.txt").write_text("# two\nhum\n\nbells\n")
+    assert run("--prompt-file", "prompts.txt", "-o", "b.wav") == 0
+    assert sidecar("b_1.json")["settings"]["prompt"] == ["hum", "bells"]
+
+
+def test_items_at_a_time_are_batches_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("-p", "hum", "bells", "rain", "--duration", "0.2", "0.3", "0.4")
+    assert run(*given, "--at-a-time", 2, "-o", "a.wav") == 0
+    assert [soundfile.info(f"a_{index}.wav").frames for index in range(3)] == [8820, 13230, 17640]
+    assert [sidecar(f"a_{index}.json")["settings"]["prompt"] for index in (0, 1, 2)] == [["hum", "bells"]] * 2 + [
+        ["rain"]
+    ]
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split(",")[1] for line in said] == [" seed 3", " seed 3", " seed 4"]
+    assert run("-p", "rain", "--duration", "0.4", "--seed", 4, "-o", "alone.wav") == 0
+    assert Path("a_2.wav").read_bytes() == Path("alone.wav").read_bytes()
+    for index in range(3):
+        make_again(f"a_{index}")
+
+
+def test_variations_at_a_time_and_a_limit_that_is_not_reached() -> None:
+    assert run("-p", "hum", "--batch-size", 3, "--at-a-time", 2, "-o", "a.wav") == 0
+    assert [sidecar(f"a_{index}.json")["settings"]["batch_size"] for index in range(3)] == [2, 2, 1]
+    assert run("-p", "hum", "--batch-size", 3, "--at-a-time", 9, "-o", "b.wav") == 0
+    assert run("-p", "hum", "--batch-size", 3, "-o", "c.wav") == 0
+    assert Path("b_2.wav").read_bytes() == Path("c_2.wav").read_bytes()
+
+
+def test_what_was_made_before_an_error_stays(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate, calls = Generator.generate, []
+
+    def fails(self: Generator, *args: Any, **settings: Any) -> Any:
+        calls.append(settings["prompt"])
+        if len(calls) == 3:
+            raise RequestError("no more")
+        return generate(self, *args, **settings)
+
+    monkeypatch.setattr(Generator, "generate", fails)
+    assert run("-p", "a", "b", "c", "d", "--at-a-time", 1, "-o", "x.wav") == 1
+    assert "error: no more" in capsys.readouterr().err
+    assert calls == ["a", "b", "c"] and sorted(path.name for path in Path().glob("x_*.wav")) == ["x_0.wav", "x_1.wav"]
+
+
+def test_files_are_written_while_the_next_items_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    generate, write, begun = Generator.generate, outputs.write_bytes, threading.Event()
+
+    def begins(self: Generator, *args: Any, **settings: Any) -> Any:
+        if settings["prompt"] == "b":
+            begun.set()
+        return generate(self, *args, **settings)
+
+    def waits(path: Path, content: bytes) -> None:
+        assert begun.wait(60), "the first file waits for the second item"
+        write(path, content)
+
+    monkeypatch.setattr(Generator, "generate", begins)
+    monkeypatch.setattr(outputs, "write_bytes", waits)
+    assert run("-p", "a", "b", "--at-a-time", 1, "-o", "x.wav") == 0
+    assert Path("x_0.wav").exists() and Path("x_1.wav").exists()
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_an_error_in_writing_is_said(
+    both: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate = Generator.generate
+
+    def fails(self: Generator, *args: Any, **settings: Any) -> Any:
+        if both and settings["prompt"] == "b":
+            raise RequestError("no more")
+        return generate(self, *args, **settings)
+
+    def full(*_: Any) -> None:
+        raise SA3Error("cannot write x_0.wav: the disk is full")
+
+    monkeypatch.setattr(Generator, "generate", fails)
+    monkeypatch.setattr(outputs, "write_bytes", full)
+    assert run("-p", "a", "b", "--at-a-time", 1, "-o", "x.wav") == 1
+    said = capsys.readouterr().err
+    assert "cannot write x_0.wav: the disk is full" in said and ("error: no more" in said) == both
+
+
+def test_audio_to_audio_and_again_after_moving_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_clip("source.wav", tone(0.3, channels=1, sample_rate=22050), sample_rate=22050)
+    assert run("-p", "bossa", "--init-audio", "source.wav", "-o", "a.wav") == 0
+    record = sidecar()
+    assert record["settings"]["init_noise_level"] == 0.9
+    assert record["inputs"]["init_audio"] == {"path": "source.wav", "sha256": sha256_of("source.wav")}
+    make_again()
+    shutil.copytree(tmp_path, tmp_path.parent / "moved")
+    monkeypatch.chdir(tmp_path.parent)
+    (tmp_path.parent / "moved" / "a.wav").unlink()
+    assert main(["--from", "moved/a.json"]) == 0
+    assert sha256_of("moved/a.wav") == record["sha256"]
+
+
+def test_inpainting_two_regions_of_a_surround_file() -> None:
+    soundfile.write("six.wav", np.repeat(tone(1.0, channels=1), 6, axis=1) * 0.2, 44100)
+    regions = ("--inpaint-start", 0.2, "--inpaint-start", 0.6, "--inpaint-end", 0.4, "--inpaint-end", 0.8)
+    assert run("-p", "kick", "--duration", 1, "--inpaint-audio", "six.wav", *regions, "-o", "a.wav") == 0
+    assert sidecar()["settings"]["inpaint_mask_start_seconds"] == [0.2, 0.6]
+    make_again()
+    assert (
+        run("-p", "kick", "--duration", 1, "--inpaint-audio", "six.wav", *regions, "--keep-exact", "-o", "b.wav") == 0
+    )
+    assert Path("a.wav").read_bytes() != Path("b.wav").read_bytes()
+
+
+def test_continuation_as_the_public_readme_writes_it() -> None:
+    write_clip("input.wav", tone(0.5))
+    flags = ("--inpaint-audio", "input.wav", "--inpaint-start", 0.5, "--inpaint-end", 1.0, "--duration", 1.0)
+    assert run("-p", "dreamy synth outro", *flags, "-o", "out.wav") == 0
+    assert soundfile.info("out.wav").duration == 1.0
+    assert sidecar("out.json")["warnings"] == []
+
+
+def test_guidance_sampler_and_decoding_flags_reach_the_sidecar() -> None:
+    flags = ("--sampler", "dpmpp", "--cfg-scale", 3, "--cfg-interval", 0.2, 0.9, "--cfg-norm-threshold", 4)
+    more = ("--cfg-rescale", 0.4, "--apg-scale", 0.5, "--no-chunked-decode", "--no-half")
+    assert run("-p", "hum", *flags, *more, "-o", "a.wav") == 0
+    expected = {
+        "sampler_type": "dpmpp",
+        "cfg_scale": 3.0,
+        "cfg_interval": [0.2, 0.9],
+        "cfg_norm_threshold": 4.0,
+        "scale_phi": 0.4,
+        "apg_scale": 0.5,
+        "chunked_decode": False,
+    }
+    assert sidecar()["settings"] | expected == sidecar()["settings"]
+    assert sidecar()["precision"] == "fp32"
+    make_again()
+
+
+def test_adapters_with_strengths_intervals_and_layers() -> None:
+    assert run("-p", "hum", "-o", "bare.wav") == 0
+    assert run("-p", "hum", "--lora", f"{LORA}=0", "-o", "off.wav") == 0
+    assert Path("off.wav").read_bytes() == Path("bare.wav").read_bytes()
+    first = ("--lora", f"{LORA}=0.8@0.5-1", "--conditioner-strength", 0.2)
+    second = ("--lora", f"{DORA}=0.5", "--exclude-layers", "layers[1-1], to_global_embed")
+    assert run("-p", "hum", *first, *second, "-o", "a.wav") == 0
+    recorded = sidecar()["adapters"]
+    assert [(entry["path"], entry["sha256"]) for entry in recorded] == [
+        (str(LORA), sha256_of(LORA)),
+        (str(DORA), sha256_of(DORA)),
+    ]
+    assert (recorded[0]["strength"], recorded[0]["interval"], recorded[0]["conditioner_strength"]) == (
+        0.8,
+        [0.5, 1.0],
+        0.2,
+    )
+    assert recorded[1]["exclude_layers"] == ["layers[1-1]", "to_global_embed"]
+    assert Path("a.wav").read_bytes() != Path("bare.wav").read_bytes()
+    make_again()
+
+
+def test_the_public_tool_s_adapter_flags() -> None:
+    flags = ("--lora-ckpt-path", LORA, "--lora-ckpt-path", DORA, "--lora-strength", "0.3", "--lora-index", 1)
+    assert run("-p", "hum", *flags, "-o", "a.wav") == 0
+    assert [entry["strength"] for entry in sidecar()["adapters"]] == [1.0, 0.3]
+    assert run("-p", "hum", "--lora-ckpt-path", LORA, "--lora-strength", "0.3", "-o", "a.wav") == 0
+    assert [entry["strength"] for entry in sidecar()["adapters"]] == [0.3]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("a.safetensors", {"adapter": "a.safetensors"}),
+        ("a.safetensors=0.8", {"adapter": "a.safetensors", "strength": 0.8}),
+        ("a=b/c.safetensors=-1", {"adapter": "a=b/c.safetensors", "strength": -1.0}),
+        ("a.safetensors@0.2-0.8", {"adapter": "a.safetensors", "interval": (0.2, 0.8)}),
+        ("a@b.safetensors=1.5@0-0.5", {"adapter": "a@b.safetensors", "strength": 1.5, "interval": (0.0, 0.5)}),
+    ],
+)
+def test_how_an_adapter_is_written(text: str, expected: dict[str, Any]) -> None:
+    assert parse_lora(text) == expected
+
+
+def test_a_file_whose_name_looks_like_a_strength_is_taken_as_it_is() -> None:
+    Path("take=2").write_text("")
+    assert parse_lora("take=2") == {"adapter": "take=2"}
+    assert parse_lora("take=2=0.5") == {"adapter": "take=2", "strength": 0.5}
+
+
+def test_adapters_keep_the_order_of_the_command_line() -> None:
+    flags = [
+        "--lora",
+        "x=1",
+        "--lora-ckpt-path",
+        "y",
+        "--conditioner-strength",
+        "0.1",
+        "--lora",
+        "z",
+        "--allow-partial",
+    ]
+    parsed = parse_adapters(build_parser().parse_args(flags))
+    assert [entry["adapter"] for entry in parsed] == ["x", "y", "z"]
+    assert parsed[1]["conditioner_strength"] == 0.1
+    assert all(entry["allow_partial"] for entry in parsed)
+
+
+def test_help_needs_nothing_heavy() -> None:
+    code = (
+        "import sys; from sa3train.cli.generate import build_parser; text = build_parser().format_help(); "
+        "assert '--lora PATH' in text; "
+        "sys.exit(str({'torch', 'numpy', 'transformers', 'lightning', 'soundfile', 'hydra'} & set(sys.modules) or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == ""
+
+
+# What has changed since
+
+
+def test_a_changed_input_adapter_or_model_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(MODEL, "model", ignore=shutil.ignore_patterns("cases*", "adapters"))
+    shutil.copy(LORA, "style.safetensors")
+    write_clip("source.wav", tone(0.3))
+    assert (
+        run("-p", "x", "--lora", "style.safetensors", "--init-audio", "source.wav", "-o", "a.wav", model="model") == 0
+    )
+    Path("a.wav").unlink()
+
+    shutil.copy(DORA, "style.safetensors")
+    assert main(["--from", "a.json"]) == 1
+    assert "adapter style.safetensors has changed since" in capsys.readouterr().err
+    Path("style.safetensors").unlink()
+    assert main(["--from", "a.json"]) == 1
+    assert "adapter style.safetensors is not there any more" in capsys.readouterr().err
+    shutil.copy(LORA, "style.safetensors")
+
+    write_clip("source.wav", tone(0.3, 441.0))
+    assert main(["--from", "a.json"]) == 1
+    assert "init_audio source.wav has changed since" in capsys.readouterr().err
+    write_clip("source.wav", tone(0.3))
+
+    weights = load_file("model/model.safetensors")
+    changed = {
+        **weights,
+        "model.model.transformer.project_in.weight": weights["model.model.transformer.project_in.weight"] + 1,
+    }
+    save_file(changed, "model/model.safetensors")
+    assert main(["--from", "a.json"]) == 1
+    assert "model model has changed since" in capsys.readouterr().err
+    assert not Path("a.wav").exists()
+    assert main(["--from", "a.json", "--model", MODEL]) == 0
+
+
+def test_another_result_does_not_overwrite_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("-p", "hum", "-o", "a.wav") == 0
+    record = sidecar()
+    record["sha256"] = record["audio_sha256"] = "0" * 64
+    record["environment"]["torch"] = "1.0"
+    Path("a.json").write_text(json.dumps(record))
+    assert main(["--from", "a.json"]) == 1
+    error = capsys.readouterr().err
+    assert "not the same as recorded (torch 1.0 is now" in error
+    assert "a.wav was left as it is" in error
+    assert main(["--from", "a.json", "-o", "b.wav"]) == 0
+    assert Path("a.wav").read_bytes() == Path("b.wav").read_bytes()
+
+
+def test_the_same_audio_in_other_bytes_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("-p", "hum", "-o", "a.ogg") == 0
+    assert main(["--from", "a.json", "-o", "b.ogg"]) == 0
+    assert "the same audio in other bytes" in capsys.readouterr().out
+
+
+def test_what_was_never_a_file_or_a_seed_cannot_be_made_again(capsys: pytest.CaptureFixture[str]) -> None:
+    from sa3train.inference import Generator
+
+    gen = Generator.from_pretrained(MODEL, device="cpu")
+    quick: dict[str, Any] = {"prompt": "x", "duration": 0.2, "steps": 1}
+    gen.generate(**quick, init_audio=(44100, torch.zeros(2, 4410)), init_noise_level=0.5).save("a.wav")
+    assert main(["--from", "a.json"]) == 1
+    assert "init_audio was given as an array" in capsys.readouterr().err
+    gen.generate(**quick, generator=torch.Generator().manual_seed(1)).save("b.wav")
+    assert main(["--from", "b.json"]) == 1
+    assert "a generator of the caller's own" in capsys.readouterr().err
+
+
+def test_settings_beside_a_sidecar_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("-p", "hum", "-o", "a.wav") == 0
+    assert main(["--from", "a.json", "--steps", "4", "--cfg-scale", "2"]) == 1
+    assert "cfg-scale, steps would do nothing with --from" in capsys.readouterr().err
+    assert main(["--from", "a.json", "-o", "a.flac"]) == 1
+    assert "records a .wav file" in capsys.readouterr().err
+
+
+# Bad input
+
+
+def clip(name: str, bad: float | None = None) -> str:
+    samples = tone(0.3)
+    if bad is not None:
+        samples[5] = bad
+    soundfile.write(name, samples, 44100, subtype="FLOAT")
+    return name
+
+
+INPAINT = ("--inpaint-audio", "clip.wav")
+BAD: list[tuple[tuple[Any, ...], str]] = [
+    (("--model", "small-musik"), "small-musik"),
+    (("--model", "nowhere/model"), "nowhere/model"),
+    (("--model", "."), "model_config.json"),
+    (("--model", "same-only"), "autoencoder"),
+    (("--device", "abacus"), "unknown device 'abacus'"),
+    (("--lora", GOLDEN / "diff" / "adapters" / "lora.safetensors"), "fit"),
+    (("--lora", "old.ckpt"), "pickle"),
+    (("--lora", "none.safetensors"), "there is no adapter at none.safetensors"),
+    (("--lora", f"{LORA}=loud"), f"strength 'loud' in --lora {LORA}=loud is not a number"),
+    (("--lora", f"{LORA}=nan"), "strength 'nan'"),
+    (("--lora", f"{LORA}@x-1"), "noise level 'x'"),
+    (("--lora", f"{LORA}@0.9-0.1"), "interval"),
+    (("--lora", LORA, "--conditioner-strength", "much"), "strength 'much' in --conditioner-strength much"),
+    (("--lora-ckpt-path", LORA, "--lora-strength", "loud"), "strength 'loud' in --lora-strength loud"),
+    (("--lora-ckpt-path", LORA, "--lora-strength", "1", "--lora-index", 3), "--lora-index 3: 1 --lora-ckpt-path"),
+    (("--lora-strength", "1"), "--lora-strength acts on --lora-ckpt-path"),
+    (("--lora-index", "0"), "--lora-index would do nothing"),
+    (("--allow-partial",), "--allow-partial would do nothing"),
+    (("--init-audio", "nan.wav"), "NaN or infinite"),
+    (("--init-audio", "missing.wav"), "no such audio file: missing.wav"),
+    (("--init-audio", "text.wav"), "cannot read text.wav"),
+    ((*INPAINT, "--inpaint-start", 0.2, "--inpaint-end", 0.1), "ends before it starts"),
+    ((*INPAINT, "--inpaint-start", 0.1, "--inpaint-end", 9), "ends after the duration of 0.3 s"),
+    ((*INPAINT, "--inpaint-start", 0.1), "needs the start and the end"),
+    ((*INPAINT, "--inpaint-start", 0, "--inpaint-start", 0.1, "--inpaint-end", 0.1), "2 starts and 1 ends"),
+    (INPAINT, "needs the start and the end"),
+    (("--inpaint-start", 0.1, "--inpaint-end", 0.2), "would do nothing without audio to inpaint"),
+    (("--keep-exact",), "keep_exact would do nothing"),
+    (("--duration", 0), "duration must be above 0"),
+    (("--duration", -1), "duration must be above 0"),
+    (("--duration", 1000), "whose longest is 120"),
+    (("--duration", 1, 2, 3, "-p", "a", "b"), "duration has 3 values for a batch of 2"),
+    (("--cfg-scale", 1, "--negative-prompt", "x"), "negative_prompt would do nothing at cfg_scale 1"),
+    (("--init-noise-level", 0.5), "would do nothing without init audio"),
+    (("--steps", 0), "steps must be at least 1"),
+    (("--sampler", "heun"), "unknown sampler 'heun'"),
+    (("--prompt-file", "text.wav"), "in one way"),
+    (("--at-a-time", "0"), "at least one item"),
+    (("--duration", 1, 2, 3, "-p", "a", "b", "--at-a-time", 1), "duration has 3 values for a batch of 2"),
+    (("--duration", 1, 1000, "-p", "a", "b", "--at-a-time", 1), "duration 1000 s is beyond"),
+    (("-o", "text.wav/a.wav"), "is not a folder you may write to"),
+    (("-o", "same-only"), "-o same-only is a folder"),
+    (("-o", "later/"), "-o later/ is a folder"),
+    (("--no-half", "--precision", "bf16"), "--no-half means --precision fp32"),
+    (("-o", "a.xyz"), "unknown kind of file '.xyz'"),
+    (("-o", "a.flac", "--format", "wav"), "--format wav makes .wav files, but -o names a.flac"),
+    (("-o", "theirs.wav"), "would overwrite theirs.json"),
+    (("--from", "none.json"), "would do nothing with --from"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD, ids=[message for _, message in BAD])
+def test_bad_input_is_one_line_and_exit_code_one(
+    flags: tuple[Any, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip("clip.wav")
+    clip("nan.wav", float("nan"))
+    Path("text.wav").write_text("this is text")
+    Path("theirs.json").write_text("{}")
+    torch.save({"a": torch.zeros(1)}, "old.ckpt")
+    shutil.copytree(MODEL, "same-only", ignore=shutil.ignore_patterns("cases*", "adapters", "t5gemma"))
+    config = json.loads(Path("same-only/model_config.json").read_text())
+    Path("same-only/model_config.json").write_text(
+        json.dumps(
+            {"model_type": "autoencoder", "sample_rate": 44100, "model": config["model"]["pretransform"]["config"]}
+        )
+    )
+    before = sorted(path.name for path in Path().iterdir())
+    assert run("-p", "x", "-o", "out.wav", *flags) == 1
+    error = capsys.readouterr().err
+    lines = [line for line in error.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert message in error
+    assert "Traceback" not in error
+    assert sorted(path.name for path in Path().iterdir()) == before
+
+
+def test_nothing_to_generate_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("-o", "a.wav") == 1
+    assert "say what to generate" in capsys.readouterr().err
+    Path("prompts.txt").write_text("# none\n")
+    assert run("--prompt-file", "prompts.txt") == 1
+    assert "has no prompt in it" in capsys.readouterr().err
+    assert run("--prompt-file", "none.txt") == 1
+    assert "cannot read prompts from none.txt" in capsys.readouterr().err
+    assert main(["--from", "none.json"]) == 1
+    assert "no such sidecar" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--duration", "long"),
+        ("--conditioner-strength", "1"),
+        ("--chunked-decode", "--no-chunked-decode"),
+        ("--precision", "fp64"),
+        ("--unknown",),
+    ],
+)
+def test_misused_flags_exit_with_two(flags: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run("-p", "x", *flags)
+    assert stopped.value.code == 2
+
+
+def test_a_disk_that_fills_up_leaves_nothing(tmp_path: Path) -> None:
+    """The process may write no file beyond 10 kB: the system refuses the rest as it does on a full disk."""
+    flags = ["-p", "x", "--model", MODEL, "--device", "cpu", "--duration", "0.3", "--steps", "1", "-o", "a.wav"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sa3train.cli.generate", *flags],
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)),
+    )
+    assert done.returncode == 1
+    assert "error: cannot write a.wav: File too large. Nothing was left behind" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def readme_commands() -> list[list[str]]:
+    lines = (Path(__file__).parents[3] / "inference" / "README.md").read_text(encoding="utf-8").splitlines()
+    return [shlex.split(line)[1:] for line in lines if line.startswith("sa3-generate ")]
+
+
+@pytest.mark.parametrize("flags", readme_commands(), ids=" ".join)
+def test_the_readme_s_commands_are_understood(flags: list[str]) -> None:
+    arguments = build_parser().parse_args(flags)
+    if arguments.sidecar is None:
+        assert parse_output(arguments)
+        assert len(parse_adapters(arguments)) == sum(flag == "--lora" for flag in flags)
+
+
+@pytest.mark.parametrize("name", ["music", "instruments", "effects"])
+def test_the_prompt_files_hold_prompts(name: str) -> None:
+    path = Path(__file__).parents[3] / "inference" / "prompts" / f"{name}.txt"
+    prompts = [line for line in path.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    assert len(prompts) == 6
+
+
+def test_the_script_is_the_command() -> None:
+    script = Path(__file__).parents[3] / "inference" / "generate.py"
+    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert "sa3-generate" in done.stdout

@@ -1,0 +1,418 @@
+"""`sa3-train` from the command line: what it leaves, what it refuses, how it ends."""
+
+import contextlib
+import http.server
+import importlib.util
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors import safe_open
+
+from helpers.golden import PLAIN
+from sa3train.cli import train_setup
+from sa3train.cli.compare import compare, table
+from sa3train.cli.train import main
+from sa3train.cli.train_config import TrainConfig
+from sa3train.models.checkpoint import load_checkpoint
+from sa3train.models.conditioners import TextEncoder
+from sa3train.reports.run_files import read_metrics
+from sa3train.training.module import LoraModule
+
+GOLDEN = PLAIN
+QUICK = (
+    "trainer=cpu", "trainer.max_steps=2", "trainer.log_every=1", "trainer.threads=1", "data.num_workers=0",
+    "data.batch_size=2", "data.crop_seconds=null", "data.tail_seconds=0.3", "adapter.rank=4",
+    "scheduler.warmup_steps=0", f"model={GOLDEN}", "callbacks=none",
+)  # fmt: skip
+
+
+def trials() -> Any:
+    """The helpers of the training tests; test folders are not packages."""
+    place = Path(__file__).parents[1] / "training" / "trials.py"
+    spec = importlib.util.spec_from_file_location("training_trials", place)
+    assert spec is not None and spec.loader is not None
+    if spec.name not in sys.modules:
+        sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[spec.name])
+    return sys.modules[spec.name]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards that the golden model's autoencoder could have made."""
+    fingerprint = load_checkpoint(GOLDEN, parts=("dit",)).autoencoder_fingerprint()
+    folder: Path = trials().make_shards(
+        tmp_path_factory.mktemp("d"), [8, 9, 10, 11], heldout=1, fingerprint=fingerprint
+    )
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Runs go to a folder of their own, and no launcher is around."""
+    monkeypatch.chdir(tmp_path)
+    for name in list(os.environ):
+        if name.startswith(("SLURM_", "TORCHELASTIC_")) or name in ("WORLD_SIZE", "RANK", "SA3TRAIN_RUN_STAMP"):
+            monkeypatch.delenv(name)
+    yield tmp_path
+    os.environ.pop("SA3TRAIN_RUN_STAMP", None)
+
+
+def run(shards: Path, *arguments: str) -> int:
+    return main([f"data={shards}", *QUICK, *arguments])
+
+
+def test_a_run_leaves_adapter_settings_metrics_and_state(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    judged = ("callbacks.judge.enabled=true", "callbacks.judge.every=2", "callbacks.report=true")
+    assert run(shards, "run_dir=out", "adapter=dora-rows", "data.prompts.trigger=zmx", *judged) == 0
+    folder = Path("out")
+    with safe_open(folder / "adapter.safetensors", framework="pt") as file:
+        metadata, keys = file.metadata(), list(file.keys())
+    config = json.loads(metadata["lora_config"])
+    assert config["rank"] == 4 and config["adapter_type"] == "dora-rows"
+    assert metadata["step"] == "2" and metadata["base_model"] == str(GOLDEN) and metadata["trigger"] == "zmx"
+    assert metadata["base_hash"] == load_checkpoint(GOLDEN, parts=("dit",)).fingerprint()
+    index = json.loads((shards / "index.json").read_text())
+    assert metadata["data_manifest"] == index["manifest"] and metadata["sa3train_version"]
+    assert json.loads(metadata["training_config"])["trainer"]["max_steps"] == 2
+    assert "model.transformer.layers.0.self_attn.to_qkv.parametrizations.weight.0.lora_A" in keys
+    settings = yaml.safe_load((folder / "config.yaml").read_text())
+    assert settings["optimizer"]["lr"] == 1e-4 and settings["data"]["dir"] == str(shards)
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+    assert (folder / "metrics.csv").is_file() and (folder / "report.html").is_file()
+    assert list((folder / "checkpoints").glob("*.safetensors"))
+    printed = capsys.readouterr().out
+    assert "loss on fixed noise and timesteps, held-out clips: base" in printed
+    assert "adapter: out/adapter.safetensors" in printed
+
+
+def test_no_autoencoder_is_loaded_and_prompts_are_encoded_once_on_a_machine(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SA3TRAIN_CACHE", str(tmp_path / "cache"))
+    seen: list[Any] = []
+    asked: list[list[str]] = []
+    whole, encode = LoraModule.on_fit_start, TextEncoder.__call__
+
+    def look(self: LoraModule) -> None:
+        seen.append((self.model.autoencoder, self.model.conditioner.text_encoder.loaded))
+        whole(self)
+
+    def count(self: TextEncoder, prompts: Any, device: Any) -> Any:
+        asked.append(list(prompts))
+        return encode(self, prompts, device)
+
+    monkeypatch.setattr(LoraModule, "on_fit_start", look)
+    monkeypatch.setattr(TextEncoder, "__call__", count)
+    assert run(shards, "run_dir=a") == 0 and run(shards, "run_dir=b", "trainer.max_steps=3") == 0
+    assert seen == [(None, False), (None, False)]
+    assert sorted(prompt for prompts in asked for prompt in prompts) == [f"caption {n}" for n in range(4)]
+
+
+def test_a_run_goes_on_where_it_was_and_not_as_another(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(shards, "run_dir=out") == 0
+    assert run(shards, "run_dir=out") == 1
+    assert "already holds a run. Go on with it: sa3-train resume=out" in capsys.readouterr().err
+    assert main(["resume=out", "trainer.max_steps=3"]) == 1
+    error = capsys.readouterr().err
+    assert "trainer.max_steps: 2 -> 3" in error and "resume_changes=[trainer.max_steps]" in error
+    assert main(["resume=out", "trainer.max_steps=3", "resume_changes=[trainer.max_steps]"]) == 0
+    record = json.loads(Path("out/run.json").read_text())
+    assert record["steps"] == 3 and record["resumed"][-1]["step"] == 2
+    assert main(["resume=out", "recipe=style"]) == 1
+    assert "'recipe' cannot be chosen here" in capsys.readouterr().err
+    assert main(["resume=nowhere"]) == 1
+    assert "there is no config.yaml in it" in capsys.readouterr().err
+
+
+def test_a_signal_ends_the_run_with_its_exit_code_and_the_way_on(
+    shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = LoraModule.training_step
+
+    def stopped(self: LoraModule, batch: Any, batch_idx: int) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LoraModule, "training_step", stopped)
+        assert run(shards, "run_dir=out") == 128 + signal.SIGTERM
+    assert "sa3-train resume=out" in capsys.readouterr().out
+    assert json.loads(Path("out/run.json").read_text())["status"] == "interrupted"
+    assert main(["resume=out"]) == 0
+
+
+def test_a_warned_slurm_job_is_queued_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(train_setup.subprocess, "run", lambda command, **_: asked.append(command))
+    train_setup.requeue(signal.SIGUSR1)
+    assert asked == [], "no job"
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    train_setup.requeue(signal.SIGTERM)
+    assert asked == [], "SLURM itself queues what it preempts"
+    train_setup.requeue(signal.SIGUSR1)
+    assert asked == [["scontrol", "requeue", "77"]]
+
+
+def test_continuing_an_adapter_starts_from_it(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(shards, "run_dir=first", "optimizer.lr=1e-2") == 0
+    start = "adapter.start_from=first/adapter.safetensors"
+    assert run(shards, "recipe=continue", "run_dir=second", "optimizer.lr=1e-9", start, "trainer.max_steps=1") == 0
+    with (
+        safe_open("first/adapter.safetensors", framework="pt") as a,
+        safe_open("second/adapter.safetensors", "pt") as b,
+    ):
+        for key in a.keys():  # noqa: SIM118 (not a dict)
+            assert (a.get_tensor(key) - b.get_tensor(key)).abs().max() < 1e-3
+    assert run(shards, "recipe=continue", "run_dir=third", start, "adapter=lora") == 1
+    assert "is dora-rows, and lora is being trained" in capsys.readouterr().err
+
+
+def test_a_base_in_bf16_trains_nearly_the_same(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    losses = []
+    for dtype in ("fp32", "bf16"):
+        assert run(shards, "trainer.precision=auto", f"model.dtype={dtype}", f"run_dir={dtype}") == 0
+        losses.append([float(row["train/loss"]) for row in read_metrics(Path(dtype) / "metrics.csv")[1]])
+    assert losses[0] != losses[1] and losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert run(shards, "run_dir=x", "model.dtype=bf16") == 1, "trainer=cpu computes in fp32"
+    assert "trainer.precision=fp32 has no effect on a base in bf16" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("gpu", "given", "found"),
+    [
+        (False, ("auto", "auto"), (torch.float32, "fp32")),
+        (False, ("bf16", "auto"), (torch.bfloat16, "bf16-mixed")),
+        (False, ("fp32", "bf16-mixed"), (torch.float32, "bf16-mixed")),
+        (True, ("auto", "auto"), (torch.bfloat16, "bf16-mixed")),
+        (True, ("fp32", "auto"), (torch.float32, "bf16-mixed")),
+        (True, ("auto", "fp32"), (torch.float32, "fp32")),
+    ],
+)
+def test_precision_is_decided_by_the_machine_where_it_is_left_open(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, given: tuple[str, str], found: tuple[torch.dtype, str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    assert train_setup.precisions(*given, gpu) == found
+
+
+def test_prior_preservation_mixes_in_another_set_and_judges_only_ones_own(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A regularisation set keeps the model from forgetting: it has its share of clips and no held-out ones."""
+    fingerprint = json.loads((shards / "index.json").read_text())["model"]["fingerprint"]
+    prior = trials().make_shards(tmp_path / "prior", [9] * 6, heldout=1, fingerprint=fingerprint, prefix="prior")
+    shown: list[str] = []
+    step = LoraModule.training_step
+
+    def look(self: LoraModule, batch: Any, batch_idx: int) -> Any:
+        shown.extend(batch["keys"])
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(LoraModule, "training_step", look)
+    more = ("data.more=[{path: %s, role: prior}]" % prior, "data.prior_share=0.25")  # noqa: UP031 (braces)
+    judged = ("callbacks.judge.enabled=true", "callbacks.judge.every=100")
+    assert run(shards, "run_dir=out", *more, *judged, "trainer.max_steps=12") == 0
+    assert sum(key.startswith("prior") for key in shown) == 6 and len(shown) == 24
+    judged_on = json.loads(Path("out/heldout.json").read_text())["items"]
+    assert not any(item["key"].startswith("prior") for part in judged_on.values() for item in part)
+
+
+@pytest.mark.parametrize("answer", ["500", "silence"])
+def test_a_run_outlives_its_wandb_server(
+    shards: Path, answer: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Everything is in the run folder, and in wandb's own record, to be sent later."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+    with dead_server(answer) as address:
+        monkeypatch.setenv("WANDB_BASE_URL", address)
+        assert run(shards, "run_dir=out", "logger=wandb", "logger.timeout=2") == 0
+    said = capsys.readouterr().err
+    assert "does not answer" in said and "launch/wandb_sync.sh" in said
+    assert [row["step"] for row in read_metrics(Path("out/metrics.csv"))[1]] == ["1", "2"]
+    assert Path("out/adapter.safetensors").is_file()
+    records = list(Path("out/wandb/wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(records) == 1 and records[0].stat().st_size > 1000
+
+
+@contextlib.contextmanager
+def dead_server(answer: str) -> Iterator[str]:
+    """The address of a server that answers everything with 500, or takes connections and says nothing."""
+
+    class Faulty(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(500)
+            self.end_headers()
+
+        do_GET = do_POST
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    if answer == "silence":
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        return
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Faulty) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trainer.max_step=3"], "unknown setting 'trainer.max_step'. Did you mean 'trainer.max_steps'?"),
+        (["+extra.thing=1"], "unknown setting 'extra.thing'"),
+        (["adapter=lra"], "Could not find 'adapter/lra'"),
+        (["recipe=stile"], "Could not find 'recipe/stile'"),
+        (["objective.loss=l1"], "choose one of: mse, huber"),
+        (["optimizer.lr=fast"], "'optimizer.lr' must be a number"),
+        (["optimizer.options.amsgard=true"], "Did you mean 'amsgrad'"),
+        (["trainer.max_steps=0"], "must be at least 1"),
+        (["logger.mode=offline"], "no effect with logger=csv"),
+        (["adapter.include=[nothing.here]"], "nothing.here"),
+        (["data.pack_frames=64", "data.tail_seconds=0"], "no effect with data.pack_frames"),
+        (["trainer.devices=2", "trainer.num_nodes=2"], "asks for 4 ranks, but 1 was started"),
+        (["callbacks.judge.every=2"], "callbacks.judge.every has no effect with callbacks.judge.enabled=false"),
+        (["callbacks.demos.duration=2"], "no effect with callbacks.demos.enabled=false"),
+        (["data.batch_size=1", "objective.coupling=true"], "no effect with one clip in a micro-batch"),
+        (["objective.silence_seconds=0", "data.tail_seconds=1"], "no effect with objective.silence_seconds=0"),
+        (["data.repeats=2"], "no effect with one source of data"),
+        (["trainer.strategy=fsdp"], "trainer.strategy has no effect with one rank"),
+        (["logger.timeout=3"], "no effect with logger=csv"),
+        (["resume_changes=[all]"], "no effect with a run that is not resumed"),
+        (["optimizer=schedule-free", "trainer.average=0.9"], "schedule-free's own average"),
+        (["data.prior_share=0.2"], "a source with role=prior go together"),
+        (["adapter.start_from=missing.safetensors"], "no adapter at missing.safetensors"),
+        (["model=no-such-model"], "no-such-model"),
+    ],
+)
+def test_bad_settings_end_with_one_line(
+    shards: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert run(shards, "run_dir=out", *arguments) == 1
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert "Config search path" not in error, "nothing of Hydra's insides"
+    assert not Path("out").exists(), "a run that never began does not keep the folder"
+
+
+def test_wrong_data_is_named_before_the_base_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A medium base takes gigabytes and, the first time, a download."""
+
+    def loaded(*arguments: Any, **settings: Any) -> None:
+        raise AssertionError("the base was loaded")
+
+    monkeypatch.setattr("sa3train.models.checkpoint.load_checkpoint", loaded)
+    assert main([*QUICK, "data=nowhere", "run_dir=out"]) == 1
+    assert "nowhere" in capsys.readouterr().err
+    assert not Path("out").exists()
+
+
+def test_data_of_another_autoencoder_or_none_is_refused(
+    shards: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    index = json.loads((shards / "index.json").read_text())
+    for name in shards.iterdir():
+        (tmp_path / "other").mkdir(exist_ok=True)
+        (tmp_path / "other" / name.name).write_bytes(name.read_bytes())
+    index["model"] |= {"fingerprint": "0" * 64, "name": "medium"}
+    (tmp_path / "other" / "index.json").write_text(json.dumps(index))
+    assert run(tmp_path / "other", "run_dir=out") == 1
+    assert "autoencoder of 'medium'" in capsys.readouterr().err
+    assert run(tmp_path / "empty", "run_dir=out") == 1
+    assert "sa3-encode" in capsys.readouterr().err
+    assert main([*QUICK, "run_dir=out"]) == 1
+    assert "'data.dir' must be given" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("file").write_text("in the way")
+    assert run(shards, "run_dir=file/run") == 1
+    assert "cannot write file/run" in capsys.readouterr().err
+
+
+def test_ranks_that_were_started_but_not_asked_for_are_an_error(
+    shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert run(shards, "run_dir=out") == 1
+    assert "4 ranks were started but 1 would train together" in capsys.readouterr().err
+
+
+def test_several_devices_become_torchrun(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command starts itself again, once per rank, under a name that all of them know."""
+    executed: list[list[str]] = []
+
+    def instead(path: str, command: list[str]) -> None:
+        executed.append(command)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(train_setup.os, "execv", instead)
+    with pytest.raises(SystemExit):
+        run(shards, "run_dir=out", "trainer.devices=2")
+    command = executed[0]
+    assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    assert command[5:7] == ["-m", "sa3train.cli.train"] and f"data.dir={shards}" in command
+    assert os.environ["SA3TRAIN_RUN_STAMP"]
+
+
+def test_a_sweep_is_a_folder_of_runs_that_can_be_compared(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    judged = ("callbacks.judge.enabled=true", "callbacks.judge.every=1", "callbacks.judge.select_best=false")
+    assert run(shards, "recipe=sweep", "adapter.rank=4", "optimizer.lr=1e-4,1e-2", "name=sw", *judged) == 0
+    folders = sorted(path.parent for path in Path("runs").glob("sw-*/*/run.json"))
+    assert [folder.name for folder in folders] == ["000", "001"]
+    rows = compare(folders[0].parent)
+    assert {row["optimizer.lr"] for row in rows} == {1e-4, 1e-2} and "adapter.rank" not in rows[0], "what varies"
+    assert [row["best"] for row in rows] == sorted(row["best"] for row in rows) and set(rows[0]) >= {
+        "run",
+        "base",
+        "last",
+    }
+    assert len(table(rows)) == 3 and "optimizer.lr" in table(rows)[0]
+
+
+def test_every_key_of_the_configuration_is_typed() -> None:
+    from sa3train.core.config import known_keys
+
+    assert {"adapter.rank", "callbacks.judge.patience", "data.prompts.trigger"} <= set(known_keys(TrainConfig))
+
+
+def test_a_run_without_memory_says_what_helps_and_goes_on_with_it(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    step, steps = LoraModule.training_step, []
+
+    def full(self: LoraModule, *args: Any) -> Any:
+        steps.append(1)
+        if len(steps) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return step(self, *args)
+
+    monkeypatch.setattr(LoraModule, "training_step", full)
+    most = 0
+    assert run(shards, "run_dir=r", "trainer.max_steps=4", "callbacks.save.every=2") == 1
+    said = capsys.readouterr().err
+    assert "ran out while training on 2 x " in said and "trainer.activation_checkpointing=blocks; " in said
+    assert "Traceback" not in said and "resume=" not in said and not Path("r/checkpoints").exists()
+    most, run_dir = len(steps) + 3, "r2"
+    assert run(shards, f"run_dir={run_dir}", "trainer.max_steps=4", "callbacks.save.every=2") == 1
+    assert f"step 2 is saved; once this is mended, go on with: sa3-train resume={run_dir}" in capsys.readouterr().err
+    most = 1000
+    assert main([f"resume={run_dir}", "trainer.activation_checkpointing=blocks"]) == 0
+    assert yaml.safe_load(Path(run_dir, "config.yaml").read_text())["trainer"]["activation_checkpointing"] == "blocks"
+    assert [row["step"] for row in read_metrics(Path(run_dir, "metrics.csv"))[1]] == ["1", "2", "3", "4"]
