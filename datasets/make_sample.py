@@ -42,7 +42,7 @@ MOODS = {
 
 @dataclass(frozen=True)
 class Piece:
-    """One clip's plan. `beats` is its length in beats of 60 / bpm seconds; the tail comes on top."""
+    """Plan of one clip. `beats` is its length in beats of 60 / bpm seconds, without the tail."""
 
     instruments: tuple[str, ...]
     figure: str
@@ -52,14 +52,14 @@ class Piece:
     beats: int
 
 
-def ladder(scale: str, root: str, low: int, high: int) -> list[int]:
-    """The MIDI keys of a scale between two keys, both included."""
+def list_scale_keys(scale: str, root: str, low: int, high: int) -> list[int]:
+    """List the MIDI keys of a scale between two keys, both included."""
     return [key for key in range(low, high + 1) if (key - ROOTS[root]) % 12 in SCALES[scale]]
 
 
-def koto(piece: Piece, rng: random.Random, channel: int) -> list[Note]:
-    """Koto figures: a walking melody, a falling glissando, an arpeggio over a bass string, or octaves."""
-    beat, keys = 60 / piece.bpm, ladder(piece.scale, piece.root, 50, 81)
+def compose_koto(piece: Piece, rng: random.Random, channel: int) -> list[Note]:
+    """Compose koto figures: a walking melody, a falling glissando, an arpeggio over a bass string, or octaves."""
+    beat, keys = 60 / piece.bpm, list_scale_keys(piece.scale, piece.root, 50, 81)
     notes: list[Note] = []
     place, at = len(keys) // 2 + rng.randint(-2, 2), 0.0
     if piece.figure == "glissando":
@@ -87,9 +87,9 @@ def koto(piece: Piece, rng: random.Random, channel: int) -> list[Note]:
     return notes
 
 
-def shamisen(piece: Piece, rng: random.Random, channel: int) -> list[Note]:
-    """Short struck phrases: repeated notes that hurry, then rest."""
-    beat, keys = 60 / piece.bpm, ladder(piece.scale, piece.root, 52, 74)
+def compose_shamisen(piece: Piece, rng: random.Random, channel: int) -> list[Note]:
+    """Compose short struck phrases: accelerating repeated notes, then a rest."""
+    beat, keys = 60 / piece.bpm, list_scale_keys(piece.scale, piece.root, 52, 74)
     notes: list[Note] = []
     place, at = len(keys) // 2, 0.0
     while at < piece.beats:
@@ -102,9 +102,9 @@ def shamisen(piece: Piece, rng: random.Random, channel: int) -> list[Note]:
     return notes
 
 
-def shakuhachi(piece: Piece, rng: random.Random, channel: int) -> list[Note]:
-    """Long breaths: slow notes, now and then a grace note before them."""
-    beat, keys = 60 / piece.bpm, ladder(piece.scale, piece.root, 62, 81)
+def compose_shakuhachi(piece: Piece, rng: random.Random, channel: int) -> list[Note]:
+    """Compose long breaths: slow notes, sometimes with a grace note."""
+    beat, keys = 60 / piece.bpm, list_scale_keys(piece.scale, piece.root, 62, 81)
     notes: list[Note] = []
     place, at = rng.randrange(2, len(keys) - 2), 0.0
     while at < piece.beats:
@@ -119,8 +119,8 @@ def shakuhachi(piece: Piece, rng: random.Random, channel: int) -> list[Note]:
     return notes
 
 
-def taiko(piece: Piece, rng: random.Random, channel: int) -> list[Note]:
-    """A sparse pulse of low drum strokes with softer strokes between."""
+def compose_taiko(piece: Piece, rng: random.Random, channel: int) -> list[Note]:
+    """Compose a sparse pulse of low drum strokes with softer strokes between."""
     beat = 60 / piece.bpm
     accents = rng.choice(((0, 1.5, 2), (0, 0.5, 2, 3), (0, 2, 2.5, 3.5)))
     notes: list[Note] = []
@@ -134,15 +134,15 @@ def taiko(piece: Piece, rng: random.Random, channel: int) -> list[Note]:
 
 
 PLAYERS: dict[str, Callable[[Piece, random.Random, int], list[Note]]] = {
-    "koto": koto,
-    "shamisen": shamisen,
-    "shakuhachi": shakuhachi,
-    "taiko": taiko,
+    "koto": compose_koto,
+    "shamisen": compose_shamisen,
+    "shakuhachi": compose_shakuhachi,
+    "taiko": compose_taiko,
 }
 
 
-def plan(seed: int) -> list[Piece]:
-    """The 36 pieces: 18 for koto alone, 6 each for shamisen and shakuhachi, 2 for taiko, 4 duets."""
+def plan_pieces(seed: int) -> list[Piece]:
+    """Plan the 36 pieces: 18 for koto alone, 6 each for shamisen and shakuhachi, 2 for taiko, 4 duets."""
     rng = random.Random(seed)
     figures = ["melody", "arpeggio", "glissando", "octaves", "tremolo", "melody"] * 3
     groups: list[tuple[tuple[str, ...], str]] = [(("koto",), figure) for figure in figures]
@@ -158,7 +158,7 @@ def plan(seed: int) -> list[Piece]:
 
 
 def compose(piece: Piece, rng: random.Random) -> Score:
-    """The piece as a score; the last note rings for up to 1.6 s, and no clip passes 7.9 s."""
+    """Compose the score of a piece; the last note rings for up to 1.6 s, and no clip exceeds 7.9 s."""
     score = Score(seconds=min(7.9, piece.beats * 60 / piece.bpm + 1.6))
     for channel, name in enumerate(piece.instruments):
         score.programs[channel] = PROGRAMS[name]
@@ -167,8 +167,8 @@ def compose(piece: Piece, rng: random.Random) -> Score:
     return score
 
 
-def caption(piece: Piece, number: int) -> str:
-    """Tags for every other clip, a plain sentence for the rest: users write both."""
+def write_caption(piece: Piece, number: int) -> str:
+    """Write the caption: tags for every other clip, a plain sentence for the rest, as users write both."""
     who, mood = " and ".join(piece.instruments), MOODS[piece.scale]
     pitched = piece.instruments != ("taiko",)
     if number % 2 == 0:
@@ -182,14 +182,14 @@ def caption(piece: Piece, number: int) -> str:
     return f"Japanese traditional music, {who} playing {piece.figure}{key}, {mood}, {piece.bpm} BPM, in a quiet hall"
 
 
-def make(seed: int) -> list[tuple[str, Audio, str]]:
-    """(name, audio (2, N), caption) of every clip."""
-    pieces = plan(seed)
+def render_clips(seed: int) -> list[tuple[str, Audio, str]]:
+    """Render every clip: (name, audio (2, N), caption)."""
+    pieces = plan_pieces(seed)
     scores = [compose(piece, random.Random(f"{seed}/{number}")) for number, piece in enumerate(pieces)]
     clips = []
     for number, (piece, audio) in enumerate(zip(pieces, render(scores), strict=True)):
         name = f"{number:02d}_{'_'.join(piece.instruments)}_{piece.figure.replace(' ', '_')}_{piece.bpm}bpm"
-        clips.append((name, fade_ends(level(trim_tail(audio), rms_db=-19.0, peak=0.84)), caption(piece, number)))
+        clips.append((name, fade_ends(level(trim_tail(audio), rms_db=-19.0, peak=0.84)), write_caption(piece, number)))
     return clips
 
 
@@ -200,7 +200,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=20)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    for name, audio, text in make(args.seed):
+    for name, audio, text in render_clips(args.seed):
         with soundfile.SoundFile(
             args.out / f"{name}.ogg", "w", SAMPLE_RATE, 2, subtype="VORBIS", compression_level=0.4
         ) as file:

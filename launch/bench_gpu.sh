@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# Every figure of an NVIDIA GPU into docs/performance.md, in at most 8 minutes, with no network and no download.
-#
-#   bash launch/bench_gpu.sh                 results also in bench_gpu.json.d/ (or the folder given)
-#
-# Needs: torch 2.11 with CUDA 12.8 or later (the wheels of constraints.txt), a GPU with bf16 (compute capability 8.0 or later),
-# 16 GB of disk for random checkpoints in SA3TRAIN_CACHE. flash-attn is not needed: torch's own varlen attention is used.
-# PYTHON names another interpreter than .venv's; it needs this folder on its path.
+# Benchmark an NVIDIA GPU and update docs/performance.md, in at most 8 minutes, without network access or downloads.
+#   bash launch/bench_gpu.sh                            figures also go to bench_gpu.json.d/ (or the folder given)
+#   PYTHON=/path/to/python bash launch/bench_gpu.sh     another environment than .venv; this checkout goes on its path
+# It needs torch with CUDA (torch 2.14 or 2.15 with torchaudio 2.11.1, or 2.11.0 with 2.11.0; launch/smoke.sh tests the
+# environment), a GPU with bf16 (compute capability 8.0 or later), and 16 GB of disk for random checkpoints in
+# SA3TRAIN_CACHE. flash-attn is not needed: torch's own varlen attention is used.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,9 +14,9 @@ end=$((SECONDS + 480))
 mkdir -p "$out"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
 
-"$python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "error: torch sees no CUDA device here.")'
+"$python" -c 'import sys, torch; sys.exit(0 if torch.cuda.is_available() else "error: torch finds no CUDA device.")'
 
-measure() { # NAME LIMIT [FLAGS]: what does not end in time keeps its place in the list as not measured
+measure() { # NAME LIMIT [FLAGS]: a benchmark that does not finish in time is reported as not measured
     local name=$1 limit=$2 left=$((end - SECONDS))
     shift 2
     if [ "$left" -lt 20 ]; then
@@ -25,7 +24,7 @@ measure() { # NAME LIMIT [FLAGS]: what does not end in time keeps its place in t
         return
     fi
     timeout "$((limit < left ? limit : left))" "$python" -m sa3train.cli.bench "$name" --device cuda "$@" \
-        --write docs/performance.md --json "$out/$name-$SECONDS.json" || printf 'not measured: %s %s\n' "$name" "$*"
+        --update docs/performance.md --json "$out/$name-$SECONDS.json" || printf 'not measured: %s %s\n' "$name" "$*"
 }
 
 printf 'golden cases in fp32 on the GPU\n'
@@ -37,4 +36,4 @@ measure generate 120 --arch medium --seconds 120
 measure generate 90 --arch small --seconds 30
 measure train 120 --arch medium --seconds 120
 measure decode 60 --arch medium --seconds 120
-measure adapters 60 --arch small --kinds lora,dora-rows,bora
+measure adapters 60 --arch small --adapter-types lora,dora-rows,bora

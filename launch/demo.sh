@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job on the sample set: audit, encode, train an adapter, play it in all three modes. Arguments go to sa3-quickstart.
+# Demo on the sample set: audit, encode, train an adapter, generate in all three modes. Arguments go to sa3-quickstart.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash launch/setup.sh

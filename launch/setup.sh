@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Make .venv and install sa3train with what it needs. A second run finds nothing to do.
-#   bash launch/setup.sh          what users need
-#   bash launch/setup.sh --ui     and what the studio needs
-#   bash launch/setup.sh --dev    and what the tests need (Debian's chromium for the browser tests)
+# Create .venv and install sa3train with its dependencies. Running it again does nothing if it is up to date.
+#   bash launch/setup.sh          the commands
+#   bash launch/setup.sh --ui     and the studio
+#   bash launch/setup.sh --dev    and the tools of the tests (and Debian's chromium for the browser tests)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -29,17 +29,17 @@ find_python() {
             return 0
         fi
     done
-    say "No Python 3.11 to 3.13 was found. Install one (Debian/Ubuntu: sudo apt-get install python3 python3-venv)," >&2
-    say "or name it: PYTHON=/path/to/python3.12 bash launch/setup.sh" >&2
+    say "Python 3.11 to 3.13 was not found. Install it (Debian/Ubuntu: sudo apt-get install python3 python3-venv)," >&2
+    say "or give its path: PYTHON=/path/to/python3.12 bash launch/setup.sh" >&2
     return 1
 }
 
-# What is installed is known by the files that decide it; the developers' set includes the studio's, and that the users'.
+# .venv/.installed* hold the hash of the files that an installation depends on. [dev] includes [ui].
 wanted=$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)
 installed() { [ "$(cat ".venv/.installed$1" 2>/dev/null)" = "$wanted" ]; }
 if [ "$extras" = "[dev]" ] && ! command -v chromium >/dev/null; then
     debian_install chromium || {
-        say "The tests of the pages need chromium, which could not be installed; install it and run again." >&2
+        say "The browser tests need chromium, which could not be installed. Install it and run this script again." >&2
         exit 1
     }
 fi
@@ -48,7 +48,7 @@ if installed "[dev]" || installed "$extras" || { [ -z "$extras" ] && installed "
 python=$(find_python)
 if ! "$python" -c 'import ensurepip' 2>/dev/null; then
     debian_install python3-venv || {
-        say "$python has no venv module. Install it (Debian/Ubuntu: sudo apt-get install python3-venv) and run again." >&2
+        say "$python has no venv module. Install it (Debian/Ubuntu: sudo apt-get install python3-venv) and run this script again." >&2
         exit 1
     }
 fi

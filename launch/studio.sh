@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Set up and start the studio, a local page, on nano: http://127.0.0.1:7860. Arguments go to sa3-studio.
-#   bash launch/studio.sh                          works in the folder it is started from
+# Set up and start the studio, a local web page, with nano: http://127.0.0.1:7860. Arguments go to sa3-studio.
+#   bash launch/studio.sh                          in the current folder
 #   bash launch/studio.sh runs my_audio --model small-music
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"

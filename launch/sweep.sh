@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Ranks × learning rates (recipe sweep), then a table of the runs by held-out loss. Arguments go to sa3-train.
+# Sweep ranks and learning rates (recipe sweep), then print the runs by held-out loss. Arguments go to sa3-train.
 #   bash launch/sweep.sh data=DIR model=small-music-base
 #   bash launch/sweep.sh data=DIR launcher=slurm hydra.launcher.partition=gpu      one job per run
 #   bash launch/sweep.sh data=DIR adapter.rank=4,64 optimizer.lr=1e-4              other values

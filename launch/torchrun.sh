@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# One training on all GPUs of this machine, or on several machines. Arguments go to sa3-train.
+# Run one training on all GPUs of this machine, or on several machines. Arguments go to sa3-train.
 #   bash launch/torchrun.sh data=DIR recipe=style                       every GPU of this machine
 #   RANKS=4 bash launch/torchrun.sh …                                   four ranks
-#   NODES=2 NODE=0 HEAD=host0 bash launch/torchrun.sh … run_dir=DIR     on each machine, NODE counting from 0;
-#                                                                       DIR on a disk that all of them see
+#   NODES=2 NODE=0 HEAD=host0 bash launch/torchrun.sh … run_dir=DIR     on each machine, with NODE from 0;
+#                                                                       DIR on a disk shared by all machines
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 python=.venv/bin/python
@@ -15,7 +15,7 @@ if [ "$nodes" -eq 1 ]; then
 else
     case " $* " in
         *" run_dir="* | *" resume="*) ;;
-        *) echo "error: on several machines give run_dir=DIR (or resume=DIR) on a disk that all of them see" >&2; exit 1 ;;
+        *) echo "error: several machines need run_dir=DIR (or resume=DIR) on a disk that all of them share" >&2; exit 1 ;;
     esac
     meet=(--nnodes "$nodes" --node-rank "${NODE:?number of this machine, from 0}"
           --master-addr "${HEAD:?host name of machine 0}" --master-port "${PORT:-29400}")

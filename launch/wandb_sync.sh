@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Send runs that were recorded offline (logger.mode=offline, or a server that did not answer) to Weights & Biases.
-#   bash launch/wandb_sync.sh              every run under runs/
-#   bash launch/wandb_sync.sh RUN_DIR …    these
-#   DRY=1 bash launch/wandb_sync.sh …      say what would be sent
-# A run that was resumed is sent in order, part after part, under one id.
+# Upload runs that were recorded offline (logger.mode=offline, or the server did not answer) to Weights & Biases.
+#   bash launch/wandb_sync.sh              all runs below runs/
+#   bash launch/wandb_sync.sh RUN_DIR …    these runs
+#   DRY=1 bash launch/wandb_sync.sh …      print what would be uploaded
+# The parts of a resumed run are uploaded in order under one id.
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 [ "$#" -gt 0 ] || set -- runs
@@ -13,7 +13,7 @@ for folder in "$@"; do
     found+=("$folder"/**/offline-run-*/)
 done
 if [ "${#found[@]}" -eq 0 ]; then
-    echo "error: no offline runs under: $*" >&2
+    echo "error: no offline runs below: $*. Give the folder of a run." >&2
     exit 1
 fi
 exec "$here/.venv/bin/wandb" sync --yes ${DRY:+--dry-run} "${found[@]}"

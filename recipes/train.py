@@ -1,4 +1,4 @@
-"""`sa3-train`, for editors and debuggers: python recipes/train.py recipe=style data=latents model=nano-base"""
+"""Run `sa3-train` from an editor or debugger: python recipes/train.py recipe=style data=latents model=nano-base"""
 
 import sys
 

@@ -18,31 +18,31 @@ SKIPPED_TOKENS = {
 }  # fmt: skip
 VERBS = frozenset(
     """
-    accumulate add align allow append apply assert assign attach audit augment await bake blend broadcast build cache
-    call cap carry cast center check choose claim clamp clear clip close code collate collect combine compare compile
-    compose compress compute concatenate confirm connect convert copy count create crop cut decide decode decompress
-    deduplicate define delete denoise derive describe detach detect differ disable discard discover display divide
-    download draw drop edit embed enable encode end ensure enter escape estimate evaluate examine exclude exit expand
-    explain export extend extract fetch fill filter find finish fit fix flatten flush fold follow forget format forward
-    free freeze fuse gather generate get give grow guess handle has hash have hide hold identify import include infer
-    init initialize inject insert inspect install interpolate invalidate invert is iterate join keep kill know launch
+    accumulate add align allow append apply arrange assert assign attach attend audit augment average await bake
+    blend broadcast build cache call cancel cap capture carry cast center check choose claim clamp clear clip close
+    code collate collect combine compare compile compose compress compute concatenate confirm connect convert copy
+    count couple create crop cut decide declare decode decompress deduplicate define delete denoise dequantize
+    derive describe detach detect differ disable discard discover display divide download draw drop edit embed
+    enable encode end ensure enter escape estimate evaluate examine exclude exit expand explain export extend
+    extract fetch fill filter find finish fit fix flatten flush fold follow force forget format forward free freeze
+    fuse gather generate get give grow guess halt handle has hash have hide hold identify import include infer init
+    initialize inject insert inspect install interpolate invalidate invert is iterate join keep kill know launch
     learn limit link list listen load localize locate lock log look lower make map mark mask match may measure merge
     migrate mix monitor move must name needs normalize notify observe offload omit open override own pack pad parse
-    partition patch pause pick place plan play plot poll precompute predict preload prepare preserve preview print
-    probe process propose protect prune publish pull push put quantize quote raise randomize read rebuild recommend
-    recompute reconcile reconstruct record recover redraw reduce refresh refuse register reject release reload remember
-    remove rename render reopen repeat replace replay report request requeue require resample rescale reserve reset
-    reshape resize resolve restart restore resume retry return reuse revert rewrite rotate round run sample sanitize
-    save scale scan schedule search select send separate serialize serve set shard shift shorten should show shuffle
-    shut skip sleep slice solve sort split start stop store stream strip submit subtract suggest summarize supports swap
-    switch sync synchronize take terminate test time tokenize touch track train transfer transform translate transpose
-    trim truncate try undo unfold unload unlock unpack unwrap update upload use uses validate verify visit wait warn
-    watch widen wire wrap write zero
+    partition patch patchify pause pick place plan play plot poll precompute predict prefetch preload prepare
+    preserve preview print probe process propose protect prune publish pull push put quantize queue quote raise
+    randomize read rebuild recommend recompute reconcile reconstruct record recover redraw reduce refresh refuse
+    register reject release reload remember remove rename render reopen repeat replace replay report request requeue
+    require resample rescale reserve reset reshape resize resolve restart restore resume retry return reuse revert
+    rewrite rotate round run sample sanitize save scale scan scatter schedule search select send separate serialize
+    serve set shard share shift shorten should show shuffle shut skip sleep slice smooth solve sort split start stop
+    store stream strip submit subtract suggest sum summarize supports swap switch sync synchronize take tell
+    terminate test thin time tokenize touch track train transfer transform translate transpose trim truncate try
+    turn undo unfold unload unlock unpack unpatchify unwrap update upload use uses validate verify visit wait walk
+    warn watch widen wire wrap write yield zero
     """.split()  # noqa: SIM905
 )
-"""First words that count as verbs."""
-BARE_VERBS = VERBS
-"""One-word names that are verbs (`merge`, `resize`) say what they do and do not count as one-word names."""
+"""First words that count as verbs. One-word names that are verbs (`merge`, `resize`) do not count as one-word names."""
 
 
 def iterate_modules(folder: str) -> Iterator[Path]:
@@ -82,12 +82,23 @@ def is_sampler(path: Path) -> bool:
 
 def is_one_word(path: Path, name: str) -> bool:
     """Tell whether a name is one lower-case word that is neither a bare verb nor a sampler's."""
-    return name.islower() and "_" not in name and name not in BARE_VERBS and not is_sampler(path)
+    return name.islower() and "_" not in name and name not in VERBS and not is_sampler(path)
 
 
 def starts_with_verb(name: str) -> bool:
     """Tell whether a function's name starts with a verb."""
     return name.split("_")[0] in VERBS or name in ("main",)
+
+
+def list_one_word_names(folder: str = "sa3train") -> list[tuple[Path, str]]:
+    """List the public names that are one lower-case word."""
+    return [(path, name) for path, name, _ in list_public_names(folder) if is_one_word(path, name)]
+
+
+def list_verbless_functions(folder: str = "sa3train") -> list[tuple[Path, str]]:
+    """List the public functions whose name does not start with a verb."""
+    names = list_public_names(folder)
+    return [(path, name) for path, name, is_function in names if is_function and not starts_with_verb(name)]
 
 
 def main() -> None:
@@ -100,9 +111,8 @@ def main() -> None:
         counts = {path: count_code_lines(path.read_text(encoding="utf-8")) for path in iterate_modules(folder)}
         print(f"{folder}: {sum(counts.values())} lines of code in {len(counts)} files")
     names = list(list_public_names(arguments.under))
-    functions = [(path, name) for path, name, is_function in names if is_function]
-    one_word = [(path, name) for path, name, _ in names if is_one_word(path, name)]
-    verbless = [(path, name) for path, name in functions if not starts_with_verb(name)]
+    functions = [name for _, name, is_function in names if is_function]
+    one_word, verbless = list_one_word_names(arguments.under), list_verbless_functions(arguments.under)
     print(f"public names: {len(names)}, one lower-case word: {len(one_word)} ({len(one_word) / len(names):.1%})")
     share = 1 - len(verbless) / len(functions)
     print(f"public functions: {len(functions)}, starting with a verb: {len(functions) - len(verbless)} ({share:.1%})")

@@ -1,11 +1,11 @@
-"""Train nano-base: DiT and text encoder together by flow matching on the encoded corpus, as reference section 6 says.
+"""Train nano-base: DiT and text encoder together, by flow matching on the encoded corpus (docs/model.md, section 6).
 
     python recipes/nano/base.py WORK --minutes 600           # WORK/latents from targets.py; resumes WORK/base.pt
     python recipes/nano/base.py WORK --cool 15               # from there 15 minutes down to rate 0: WORK/base-cool.pt
 
-The rate is level after a warm-up, so a run can be stopped and continued at any time; `--cool` branches off a copy whose
-rate falls, which is what to measure and ship; its tails are as long as those of generation (`parts.WHOLE`). `--long`
-takes longer clips and silences (`parts.LONG`): for later.
+The rate is constant after a warm-up, so a run can stop and resume at any time. `--cool` trains a copy with a falling
+rate, which is the one to measure and ship; its tails are as long as those of generation (`parts.WHOLE`). `--long` uses
+longer clips and silences (`parts.LONG`): for the later part.
 
 Shapes: B items, C latent channels, T latent frames.
 """
@@ -27,17 +27,17 @@ from speed import autocast, fast_cpu_blocks
 from targets import load_code, silence
 from torch import Tensor, nn
 
-from sa3train.core.files import atomic_path
-from sa3train.diffusion.masks import inpainting_masks
+from sa3train.core.files import replace_file
+from sa3train.diffusion.masks import draw_inpainting_masks
 from sa3train.diffusion.objective import (
-    coupling_columns,
-    losses,
-    noised,
-    squared_error,
-    trunc_logit_normal_t,
-    velocity_target,
+    add_noise,
+    compute_losses,
+    compute_squared_error,
+    compute_velocity_target,
+    match_noise,
+    sample_trunc_logit_normal,
 )
-from sa3train.diffusion.schedule import full_shift
+from sa3train.diffusion.schedule import shift_full
 
 DROPPED = 0.1  # items without a prompt, for guidance
 SAVE_SECONDS = 240.0
@@ -46,31 +46,31 @@ SAVE_SECONDS = 240.0
 def flow_loss(
     model: Nano, batch: Batch, rng: random.Random, generator: torch.Generator, drop: float = DROPPED
 ) -> Tensor:
-    """The objective on one batch: loss over generated frames plus loss over kept ones."""
+    """Compute the training loss of a batch: over generated frames plus over inpainting context."""
     data_BCT = batch.latents_BCT
     size = len(data_BCT)
-    t_B = trunc_logit_normal_t(size, generator)
-    t_B = full_shift(t_B, batch.frames_B.cpu()).to(data_BCT.device)
+    t_B = sample_trunc_logit_normal(size, generator)
+    t_B = shift_full(t_B, batch.frames_B.cpu()).to(data_BCT.device)
     noise_BCT = torch.randn(data_BCT.shape, generator=generator).to(data_BCT.device)
-    noise_BCT = noise_BCT[coupling_columns(data_BCT, noise_BCT)]
-    inpaint_B1T = inpainting_masks(batch.real_BT, rng)
+    noise_BCT = noise_BCT[match_noise(data_BCT, noise_BCT)]
+    inpaint_B1T = draw_inpainting_masks(batch.real_BT, rng)
     drop_B = (torch.rand(size, generator=generator) < drop).to(data_BCT.device)
     with autocast(data_BCT.device.type):
         condition = model.condition(batch, drop_B)
         velocity_BCT = model.dit(
-            noised(data_BCT, noise_BCT, t_B),
+            add_noise(data_BCT, noise_BCT, t_B),
             t_B,
             cross_attn_cond_BLD=condition.cross_attn_cond_BLD,
             global_cond_BD=condition.global_cond_BD,
             local_add_cond_BCT=torch.cat((inpaint_B1T, data_BCT * inpaint_B1T), 1),
-            padding_mask_BT=batch.real_BT,
+            attention_mask_BT=batch.real_BT,
         )
-    error_BCT = squared_error(velocity_BCT.float(), velocity_target(data_BCT, noise_BCT))
-    return sum(losses(error_BCT, inpaint_B1T, batch.real_BT), torch.zeros(()))
+    error_BCT = compute_squared_error(velocity_BCT.float(), compute_velocity_target(data_BCT, noise_BCT))
+    return sum(compute_losses(error_BCT, inpaint_B1T, batch.real_BT), torch.zeros(()))
 
 
 class Run:
-    """A resumable run that lasts a number of minutes."""
+    """A resumable run with a time limit in minutes."""
 
     def __init__(self, work: Path, minutes: float, rate: float, long: bool = False, cool: bool = False) -> None:
         self.work, self.rate, self.cool, self.caps = work, rate, cool, WHOLE if cool else LONG if long else SHORT
@@ -96,13 +96,13 @@ class Run:
         self.total = (self.began if cool else 0.0) + 60 * minutes
 
     def share(self) -> float:
-        """Of the rate: a warm-up over 100 steps, then level; a line down to a hundredth when cooling."""
+        """Compute the factor of the rate: warm-up over 100 steps, then constant; linear down to 1 % when cooling."""
         if self.cool:
             return max(0.01, (self.total - self.seconds) / (self.total - self.began))
         return min(1.0, (self.step + 1) / 100)
 
     def save(self) -> None:
-        """Everything that resuming needs."""
+        """Save everything needed to resume."""
         saved = state_of(model=self.model, **{f"optimizer{i}": each for i, each in enumerate(self.optimizers)})
         saved |= {
             "average": self.average.state,
@@ -111,11 +111,11 @@ class Run:
             "seconds": self.seconds,
             "began": self.began,
         }
-        with atomic_path(self.path) as path:
+        with replace_file(self.path) as path:
             torch.save(saved, path)
 
     def log(self, **values: float) -> None:
-        """One line to the screen and to WORK/base.jsonl."""
+        """Log a line to the screen and to WORK/base.jsonl."""
         line = json.dumps({"step": self.step, "seconds": round(self.seconds), **values})
         print(line, flush=True)
         with (self.work / "base.jsonl").open("a") as file:
@@ -123,7 +123,7 @@ class Run:
 
     @torch.no_grad()
     def validate(self, corpus: Corpus) -> float:
-        """The loss of the averaged weights on 128 held-out clips with fixed noise, noise levels and masks."""
+        """Compute the loss of the EMA weights on 128 held-out clips with fixed noise, noise levels and masks."""
         current = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
         self.model.load_state_dict(self.average.state)
         rng, generator = random.Random(0), torch.Generator().manual_seed(0)
@@ -136,7 +136,7 @@ class Run:
         return total
 
     def train(self) -> None:
-        """Until the minutes are over; a later start with more minutes goes on from there."""
+        """Train until the time is over; a later start with more minutes resumes."""
         batches = Corpus(self.work, "train", self.tokenizer, self.silence_C).batches(self.step, self.caps)
         held_out = Corpus(self.work, "val", self.tokenizer, self.silence_C)
         rng, generator = random.Random(self.step), torch.Generator().manual_seed(self.step)
@@ -166,13 +166,13 @@ class Run:
 
 
 def main() -> None:
-    """Train, or go on training."""
+    """Train, or resume training."""
     parser = argparse.ArgumentParser(description="train nano-base")
     parser.add_argument("work", type=Path)
     parser.add_argument("--minutes", type=float, default=45)
     parser.add_argument("--rate", type=float, default=2e-3)
     parser.add_argument("--long", action="store_true", help="longer clips and silences, for the later part")
-    parser.add_argument("--cool", type=float, help="minutes in which the rate falls, on a copy")
+    parser.add_argument("--cool", type=float, help="minutes of training a copy with a falling rate")
     args = parser.parse_args()
     Run(args.work, args.cool or args.minutes, args.rate, args.long, args.cool is not None).train()
 

@@ -1,4 +1,4 @@
-"""Where nano's decoder keeps what in its stream, and in which units. See `vocoder.py`."""
+"""Layout and units of the channels in the stream of nano's decoder. See `vocoder.py`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,8 @@
-"""Train the small classifier that judges nano and its adapters, and say how sure the rulers are on real clips.
+"""Train the small classifier that evaluates nano and its adapters, and measure its accuracy on real clips.
 
-    python recipes/nano/classifier.py WORK      # WORK/train, WORK/val -> WORK/classifier.safetensors, WORK/rulers.json
+    python recipes/nano/classifier.py WORK      # WORK/train, WORK/val -> WORK/{classifier.safetensors,accuracy.json}
 
-The rulers are the classifier and the attribute checkers; what they score on real held-out clips is the ceiling for
-nano.
+Classifier and attribute measurements are also scored on real held-out clips: the best that nano can reach.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from store import Store
 
 from sa3train.core.files import write_json
 from sa3train.evaluation.attributes import ATTRIBUTES
-from sa3train.evaluation.classifier import Classifier, features, train
+from sa3train.evaluation.classifier import Classifier, compute_features, train_classifier
 
 SECONDS = 5  # of each clip that is looked at
 HELD = ("hammond organ", "church organ", "accordion", "string ensemble", "choir", "warm pad", "violin", "trumpet")
@@ -35,22 +34,22 @@ DARK, BRIGHT = ("acoustic bass", "kick drum", "drone", "impact", "synth bass", "
 
 
 def dataset(store: Store, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Features and class indices of the first `count` clips."""
-    rows = [features(torch.from_numpy(store.audio(i, 0, SECONDS * 44100)), 44100) for i in range(count)]
+    """Compute features and class indices of the first `count` clips."""
+    rows = [compute_features(torch.from_numpy(store.audio(i, 0, SECONDS * 44100)), 44100) for i in range(count)]
     return torch.stack(rows), torch.tensor([NAMES.index(store.entries[i]["plan"]["sound"]) for i in range(count)])
 
 
 def held_out(seed: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same of `count` clips of each instrument that nano never hears, named behind the known classes."""
+    """Compute the same for `count` clips of each instrument that nano is not trained on, as further classes."""
     clips: list[tuple[int, Clip]] = []
     for number, sound in enumerate(HELD_OUT):
         clips += [(len(NAMES) + number, clip) for clip in chunk(seed, 1, count, sound)]
-    rows = [features(torch.from_numpy(clip.audio[:, : SECONDS * 44100]), 44100) for _, clip in clips]
+    rows = [compute_features(torch.from_numpy(clip.audio[:, : SECONDS * 44100]), 44100) for _, clip in clips]
     return torch.stack(rows), torch.tensor([number for number, _ in clips])
 
 
 def expectations(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """(attribute, answer) pairs that a plan makes certain."""
+    """List the (attribute, answer) pairs that follow from a plan."""
     name, pitched = plan["sound"], bool(plan["register"])
     if name not in CENTRED:
         yield "width", "mono" if plan["width"] == "mono" else "stereo"
@@ -75,7 +74,7 @@ def expectations(plan: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def ceiling(store: Store, count: int) -> dict[str, Any]:
-    """Share of right answers of each attribute checker on real clips, and on how many."""
+    """Measure the share of right answers of each attribute on real clips, and count the clips."""
     right: dict[str, list[bool]] = {}
     for index in range(count):
         audio = torch.from_numpy(store.audio(index, 0, SECONDS * 44100))
@@ -85,20 +84,20 @@ def ceiling(store: Store, count: int) -> dict[str, Any]:
 
 
 def accuracy(classifier: Classifier, features_BD: torch.Tensor, labels_B: torch.Tensor) -> float:
-    """Share of clips whose class is named first."""
-    standard_BD = (features_BD - classifier.mean_D) / classifier.spread_D
+    """Compute the share of clips whose class is ranked first."""
+    standard_BD = (features_BD - classifier.mean_D) / classifier.deviation_D
     return float((classifier.network(standard_BD).argmax(1) == labels_B).float().mean())
 
 
 def main() -> None:
-    """Train, measure, write."""
-    parser = argparse.ArgumentParser(description="train the classifier that judges nano")
+    """Train, measure and write the classifier."""
+    parser = argparse.ArgumentParser(description="train the classifier that evaluates nano")
     parser.add_argument("work", type=Path)
     parser.add_argument("--clips", type=int, default=2400)
     args = parser.parse_args()
     parts = zip(dataset(Store(args.work / "train"), args.clips), held_out(0, args.clips // len(NAMES)), strict=True)
     names = [*NAMES, *(sound.name for sound in HELD_OUT)]
-    classifier = train(*(torch.cat(part) for part in parts), names)
+    classifier = train_classifier(*(torch.cat(part) for part in parts), names)
     classifier.save(args.work / "classifier.safetensors")
     store = Store(args.work / "val")
     figures = {
@@ -106,8 +105,8 @@ def main() -> None:
         "held-out instruments": accuracy(classifier, *held_out(1000, 20)),
         "chance": 1 / len(names),
     }
-    write_json(args.work / "rulers.json", figures | {"attributes": ceiling(store, 400)})
-    print((args.work / "rulers.json").read_text())
+    write_json(args.work / "accuracy.json", figures | {"attributes": ceiling(store, 400)})
+    print((args.work / "accuracy.json").read_text())
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Train nano's decoder on computed latents: audio from what `targets.py` says a frame holds.
+"""Train nano's decoder on computed latents (see `targets.py`).
 
     python recipes/nano/decoder.py WORK --minutes 60     # resumes WORK/decoder.pt; --cool as in base.py
 
-It starts as a vocoder set by hand (`vocoder.py`). Loss: log magnitudes of one random resolution and one random channel
-mix a step, in single bins or in mel bands by turns, the bands' texture, and the waveform's error relative to the
-signal. Latents are jittered, since a denoiser's are never exact, and half of them are the encoder's.
+It starts as a vocoder set by hand (`vocoder.py`). Loss: log magnitudes at one random resolution and channel mix per
+step, alternating between bins and mel bands, the texture of bands, and the error of the waveform relative to the
+signal. Latents are jittered, since those of a denoiser are never exact, and half of them come from the encoder.
 Shapes: B items, C channels, T latent frames, N samples, D width.
 """
 
@@ -30,7 +30,7 @@ from targets import FRAME, LATENT, LOUDEST, load_code, silence
 from torch import Tensor, nn
 from vocoder import autoencoder, start
 
-from sa3train.core.files import atomic_path
+from sa3train.core.files import replace_file
 from sa3train.models.autoencoder import Autoencoder
 
 FRAMES, BATCH = 8, 16
@@ -44,7 +44,7 @@ SAVE_SECONDS = 240.0
 
 
 class Pairs:
-    """Random stretches of `FRAMES` latent frames with their audio: (B, C, T) and (B, 2, N)."""
+    """Random excerpts of `FRAMES` latent frames with their audio: (B, C, T) and (B, 2, N)."""
 
     def __init__(self, work: Path, split: str, seed: int) -> None:
         self.store, self.latents = Store(work / split), load(work, split)
@@ -53,7 +53,7 @@ class Pairs:
         self.silence_C, self.rng = silence(load_code(work)), np.random.default_rng(seed)
 
     def batch(self, size: int = BATCH) -> tuple[Tensor, Tensor]:
-        """Half of them from the clips' start, where the attacks are; an eighth is silence."""
+        """Draw a batch: half from the start of clips, where the attacks are; an eighth is silence."""
         latents, audio = torch.zeros(size, LATENT, FRAMES), torch.zeros(size, 2, FRAMES * FRAME)
         latents[:] = self.silence_C[:, None]
         for row in range(size - size // 8):
@@ -72,7 +72,7 @@ class Pairs:
 def step_loss(
     model: Autoencoder, z_BCT: Tensor, real_BCN: Tensor, wave: float, generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """All loss terms of one batch; `total` is what is minimised."""
+    """Compute the loss terms of a batch; `total` is minimized."""
     device = z_BCT.device
     silent_B = real_BCN.abs().amax((1, 2)) == 0
     jitter = JITTER * torch.rand(len(z_BCT), 1, 1, generator=generator) * (1 - 0.6 * silent_B.cpu()[:, None, None])
@@ -95,9 +95,9 @@ def step_loss(
 
 
 def learning(model: Autoencoder) -> list[tuple[str, nn.Parameter, Tensor]]:
-    """What may move, each with a mask: free units, the linear layer, the mapping's sounds.
+    """List what is trained, each with a mask: free units, the linear layer, the sounds of the mapping.
 
-    The rest stays as set: it carries large values, and a thousandth of them is heard elsewhere.
+    The rest stays as set: it carries large values, and a thousandth of them is audible elsewhere.
     """
     found = []
     for name, parameter in model.decoder.named_parameters():
@@ -119,7 +119,7 @@ def learning(model: Autoencoder) -> list[tuple[str, nn.Parameter, Tensor]]:
 
 
 def decoder_optimizers(model: Autoencoder, rate: float) -> list[torch.optim.Optimizer]:
-    """AdamW, since Muon's even steps undo what is set by hand."""
+    """Make AdamW optimizers: Muon's even steps undo what is set by hand."""
     groups: dict[float, list[nn.Parameter]] = {1.0: [], 0.1: []}
     for name, parameter, free in learning(model):
         parameter.register_hook(lambda gradient, free=free: gradient * free)
@@ -135,7 +135,7 @@ def decoder_optimizers(model: Autoencoder, rate: float) -> list[torch.optim.Opti
 
 
 def first(work: Path) -> Autoencoder:
-    """The decoder as set by hand (`vocoder.py`), its bands calibrated on 48 stretches; kept as WORK/vocoder.pt."""
+    """Load the decoder set by hand (`vocoder.py`), with bands calibrated on 48 excerpts, from WORK/vocoder.pt."""
     path = work / "vocoder.pt"
     if not path.exists():
         pairs = Pairs(work, "train", 0).batch(48)
@@ -151,7 +151,7 @@ def first(work: Path) -> Autoencoder:
 
 
 class Run:
-    """A resumable run that lasts a number of minutes."""
+    """A resumable run with a time limit in minutes."""
 
     def __init__(self, work: Path, minutes: float, rate: float, wave: float, cool: bool) -> None:
         self.work, self.rate, self.wave, self.cool = work, rate, wave, cool
@@ -179,27 +179,27 @@ class Run:
         self.total = (self.began if cool else 0.0) + 60 * minutes
 
     def save(self) -> None:
-        """Everything that resuming needs."""
+        """Save everything needed to resume."""
         parts = {"model": self.model.decoder} | {f"optimizer{i}": each for i, each in enumerate(self.optimizers)}
         saved = state_of(**parts) | {"average": self.average.state, "count": self.average.count, "step": self.step}
-        with atomic_path(self.path) as path:
+        with replace_file(self.path) as path:
             torch.save(saved | {"seconds": self.seconds, "began": self.began}, path)
 
     def log(self, **values: float) -> None:
-        """One line to the screen and to WORK/decoder.jsonl."""
+        """Log a line to the screen and to WORK/decoder.jsonl."""
         line = json.dumps({"step": self.step, "seconds": round(self.seconds), **values})
         print(line, flush=True)
         with (self.work / "decoder.jsonl").open("a") as file:
             file.write(line + "\n")
 
     def share(self) -> float:
-        """Of the rate: warm-up over 100 steps, then level; a line down when cooling."""
+        """Compute the factor of the rate: warm-up over 100 steps, then constant; linear down when cooling."""
         if self.cool:
             return max(0.01, (self.total - self.seconds) / (self.total - self.began))
         return min(1.0, (self.step + 1) / 100)
 
     def train(self) -> None:
-        """Until the minutes are over; a later start with more minutes goes on from there."""
+        """Train until the time is over; a later start with more minutes resumes."""
         pairs = Pairs(self.work, "train", 1000 + self.step)
         generator = torch.Generator().manual_seed(self.step)
         mark, saved_at = time.monotonic(), self.seconds
@@ -229,13 +229,13 @@ class Run:
 
 
 def main() -> None:
-    """Train, or go on training."""
+    """Train, or resume training."""
     parser = argparse.ArgumentParser(description="train nano's decoder")
     parser.add_argument("work", type=Path)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--wave", type=float, default=0.2, help="weight of the waveform's error")
-    parser.add_argument("--cool", type=float, help="minutes in which the rate falls, on a copy")
+    parser.add_argument("--cool", type=float, help="minutes of training a copy with a falling rate")
     args = parser.parse_args()
     Run(args.work, args.cool or args.minutes, args.rate, args.wave, args.cool is not None).train()
 

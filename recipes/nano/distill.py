@@ -1,10 +1,10 @@
-"""Distil nano-base into nano: eight steps of ping-pong at cfg 1 instead of fifty guided ones.
+"""Distill nano-base into nano: eight steps of the pingpong sampler without guidance instead of fifty guided ones.
 
     python recipes/nano/distill.py WORK --minutes 15      # WORK/base-cool.pt from base.py; resumes WORK/post.pt
 
-Trajectory regression: the guided base walks from noise to data in 16 Euler steps; from any point of that walk the
-student learns to name its end. A pool of walks is refilled while the student learns from it. The text encoder and the
-conditioner stay the base's. Shapes: B items, C latent channels, T latent frames, K points of a walk.
+Trajectory regression: the guided base goes from noise to data in 16 Euler steps, and the student learns to predict
+the end from any point on the way. A pool of trajectories is refilled during training. Text encoder and conditioner stay
+those of the base. Shapes: B items, C latent channels, T latent frames, K points of a trajectory.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from speed import autocast, fast_cpu_blocks
 from targets import load_code, silence
 from torch import Tensor, nn
 
-from sa3train.core.files import atomic_path
-from sa3train.diffusion.guidance import Condition, Guidance, guided_velocity
-from sa3train.diffusion.schedule import sampling_schedule
+from sa3train.core.files import replace_file
+from sa3train.diffusion.guidance import Condition, Guidance, compute_guided_velocity
+from sa3train.diffusion.schedule import build_schedule
 from sa3train.models.conditioners import Conditioning
 
 WALK_STEPS = 16
@@ -41,9 +41,7 @@ GUIDANCE = Guidance(cfg_scale=4.0)
 
 @dataclass
 class Walks:
-    """A batch of finished walks: their points, the noise levels of the points, the ends, and what they were asked
-    for.
-    """
+    """A batch of trajectories: points, their noise levels, ends, and conditions."""
 
     points_KBCT: Tensor
     levels_K: Tensor
@@ -55,7 +53,7 @@ class Walks:
 
 @torch.no_grad()
 def walk(teacher: Nano, batch: Batch, generator: torch.Generator) -> Walks:
-    """The teacher's guided walks for the prompts and lengths of a batch (its latents are not looked at)."""
+    """Compute the teacher's guided trajectories for the prompts and lengths of a batch; its latents are not used."""
     device = batch.latents_BCT.device
     with autocast(device.type):
         asked = teacher.condition(batch)
@@ -63,19 +61,19 @@ def walk(teacher: Nano, batch: Batch, generator: torch.Generator) -> Walks:
     local_BCT = torch.zeros(size, channels + 1, frames, device=device)
     real_BT = torch.ones(size, frames, dtype=torch.bool, device=device)
     condition = Condition(asked.cross_attn_cond_BLD, asked.global_cond_BD, local_BCT, real_BT)
-    levels = sampling_schedule(WALK_STEPS)
+    levels = build_schedule(WALK_STEPS)
     x_BCT = torch.randn(size, channels, frames, generator=generator).to(device)
     points = []
     for t, t_next in itertools.pairwise(levels):
         points.append(x_BCT.half())
         with autocast(device.type):
-            v_BCT = guided_velocity(teacher.dit, x_BCT, t.expand(size), condition, GUIDANCE)
+            v_BCT = compute_guided_velocity(teacher.dit, x_BCT, t.expand(size), condition, GUIDANCE)
         x_BCT = x_BCT + (t_next - t).to(device) * v_BCT.float()
     return Walks(torch.stack(points), levels[:-1].to(device), x_BCT.half(), asked, real_BT, local_BCT)
 
 
 def lesson(student: nn.Module, walks: Walks, generator: torch.Generator) -> Tensor:
-    """Mean squared error of the named ends from one random point per item, weighted by 1/t (so t * velocity error)."""
+    """Compute the mean squared error of ends predicted from one random point per item, weighted by 1/t."""
     size = walks.ends_BCT.shape[0]
     device = walks.ends_BCT.device
     picks_B = torch.randint(len(walks.levels_K), (size,), generator=generator).to(device)
@@ -88,7 +86,7 @@ def lesson(student: nn.Module, walks: Walks, generator: torch.Generator) -> Tens
             cross_attn_cond_BLD=walks.condition.cross_attn_cond_BLD,
             global_cond_BD=walks.condition.global_cond_BD,
             local_add_cond_BCT=walks.local_BCT,
-            padding_mask_BT=walks.real_BT,
+            attention_mask_BT=walks.real_BT,
         )
     named_BCT = x_BCT - t_B[:, None, None] * v_BCT.float()
     error_B = (named_BCT - walks.ends_BCT.float()).square().mean((1, 2))
@@ -96,7 +94,7 @@ def lesson(student: nn.Module, walks: Walks, generator: torch.Generator) -> Tens
 
 
 class Run:
-    """A resumable distillation that lasts a number of minutes."""
+    """A resumable distillation with a time limit in minutes."""
 
     def __init__(self, work: Path, minutes: float, rate: float) -> None:
         self.work, self.total, self.rate = work, 60 * minutes, rate
@@ -125,14 +123,14 @@ class Run:
         self.step, self.seconds = saved["step"], saved["seconds"]
 
     def save(self) -> None:
-        """Everything that resuming needs but the pool, which is refilled."""
+        """Save everything needed to resume but the pool, which is refilled."""
         saved = state_of(model=self.student, **{f"optimizer{i}": each for i, each in enumerate(self.optimizers)})
         saved |= {"average": self.average.state, "count": self.average.count}
-        with atomic_path(self.path) as path:
+        with replace_file(self.path) as path:
             torch.save(saved | {"step": self.step, "seconds": self.seconds}, path)
 
     def train(self) -> None:
-        """Until the minutes are over."""
+        """Train until the time is over."""
         caps = [cap._replace(items=cap.items // 2) for cap in WHOLE]
         corpus = Corpus(self.work, "train", self.tokenizer, silence(load_code(self.work)))
         batches = corpus.batches(10_000 + self.step, caps)
@@ -169,7 +167,7 @@ class Run:
 
 
 def main() -> None:
-    """Distil, or go on distilling."""
+    """Distill, or resume."""
     parser = argparse.ArgumentParser(description="distil nano-base into nano")
     parser.add_argument("work", type=Path)
     parser.add_argument("--minutes", type=float, default=15)

@@ -1,12 +1,12 @@
-"""nano's encoder: computes the latents that `targets.py` defines.
+"""Make nano's encoder, which computes the latents that `targets.py` defines.
 
     python recipes/nano/encoder.py WORK     # -> WORK/encoder.pt, WORK/seen.pt
 
-All but its end is set by hand. Patches hold cosine components of their mid and side and short waves of the treble; a
-patch sees the three before it, and the first feed-forward takes magnitudes of waves over these four patches
-(semitones, bands). A frame's new token fetches from each quarter its bands, some semitones and its low components; the
-last feed-forward takes magnitudes of the frame's lowest semitones and steps along each level. How latents follow from
-all of these is the least squares over real clips. What the encoder gives for these is kept for `decoder.py`.
+All but its last part is set by hand. Patches have cosine components of mid and side and short waves of the treble; a
+patch attends to the three before it, and the first feed-forward computes magnitudes of waves over these four patches
+(semitones, bands). A frame's new token collects from each quarter its bands, some semitones and its low components; the
+last feed-forward computes magnitudes of the frame's lowest semitones and steps along each level. The mapping from these
+to the latents is a least-squares fit over real clips, whose encoded latents are stored for `decoder.py`.
 
 Shapes: C latent channels, T latent frames, N samples, P patches, D width.
 """
@@ -28,7 +28,7 @@ from torch import Tensor
 from vocoder import autoencoder
 from wiring import CONST, HEADS, MARK, D, FeedForward, Layer, wire_encoder
 
-from sa3train.core.files import atomic_path
+from sa3train.core.files import replace_file
 from sa3train.models.autoencoder import Autoencoder
 
 PATCH = 256
@@ -48,7 +48,7 @@ Waves = list[tuple[Tensor, Tensor]]
 
 
 def cosines(size: int, count: int) -> Tensor:
-    """Orthonormal DCT-II rows (count, size)."""
+    """Compute orthonormal DCT-II rows (count, size)."""
     place = torch.arange(size) + 0.5
     rows = torch.cos(math.pi / size * torch.arange(count)[:, None] * place) * math.sqrt(2 / size)
     rows[0] /= math.sqrt(2)
@@ -56,14 +56,14 @@ def cosines(size: int, count: int) -> Tensor:
 
 
 def window(size: int, hertz: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine under a Hann window whose sum with a partial of amplitude 1 is 1."""
+    """Compute cosine and sine under a Hann window, scaled to give 1 for a partial of amplitude 1."""
     taper = torch.hann_window(size)
     angle = 2 * math.pi * hertz * torch.arange(size) / RATE
     return taper * angle.cos() * 2 / taper.sum(), taper * angle.sin() * 2 / taper.sum()
 
 
 def treble_hertz(count: int, low: float) -> Tensor:
-    """Centres of the short waves, evenly spaced, in Hz."""
+    """Compute the center frequencies of the short waves, evenly spaced, in Hz."""
     return torch.linspace(low, 15500.0, count)
 
 
@@ -87,7 +87,7 @@ def _mapping(state: dict[str, Tensor], block: str) -> None:
 
 
 def _seen(wave: Tensor, count: int, first: int) -> Tensor:
-    """A wave of four patches (1024 samples) by the stream's channels of a patch that holds all four, (D,)."""
+    """Express a wave over four patches (1024 samples) in the stream's channels of the last of them, (D,)."""
     row = torch.zeros(D)
     for back in range(HEADS):
         piece = wave[(3 - back) * PATCH : (4 - back) * PATCH]
@@ -96,7 +96,7 @@ def _seen(wave: Tensor, count: int, first: int) -> Tensor:
 
 
 def _magnitude(ff: FeedForward, cosine: Tensor, sine: Tensor, out: dict[int, float]) -> None:
-    """Units that add up to the amplitude of a wave, spread over channels."""
+    """Set units whose sum is the amplitude of a wave, spread over channels."""
     for phase in PHASES:
         row = math.cos(phase) * cosine + math.sin(phase) * sine
         for sign in (STEEP, -STEEP):
@@ -104,7 +104,7 @@ def _magnitude(ff: FeedForward, cosine: Tensor, sine: Tensor, out: dict[int, flo
 
 
 def _triangles(hertz: float, bands: int) -> dict[int, float]:
-    """How much of a wave at a frequency each band takes."""
+    """Compute the share of each band in a wave of a frequency."""
     centres = band_centres(bands).log1p()
     place = math.log1p(hertz)
     upper = int(torch.bucketize(torch.tensor(place), centres))
@@ -115,7 +115,7 @@ def _triangles(hertz: float, bands: int) -> dict[int, float]:
 
 
 def _first(ff: FeedForward) -> None:
-    """Magnitudes over four patches into the channels of the short waves, which are taken away."""
+    """Write magnitudes over four patches to the channels of the short waves, which are removed."""
     side = TREBLE + MID_BANDS
     for channel in range(TREBLE, TREBLE + 2 * (MID_TREBLE + SIDE_TREBLE)):
         ff.unit({channel: 1.0}, {}, {channel: -1 / 8.0}, gate_bias=8.0)
@@ -141,7 +141,7 @@ def _first(ff: FeedForward) -> None:
 
 
 def _fetched() -> list[list[int]]:
-    """Magnitude channels that each head fetches: all mid bands, and by turns what is left of the frame's token."""
+    """List the magnitude channels that each head collects: all mid bands, and in turn the rest of the frame's token."""
     bands = list(range(TREBLE, TREBLE + MID_BANDS))
     rest = list(range(TREBLE + MID_BANDS, TREBLE + LEVELS)) + list(range(TREBLE + LEVELS - HIGH_TONES, TREBLE + LEVELS))
     room = 64 - MID_BANDS - LOW
@@ -149,7 +149,7 @@ def _fetched() -> list[list[int]]:
 
 
 def _second(layers: list[Layer], ff: FeedForward) -> None:
-    """The frame's token: bands, semitones, low components; magnitudes of the lowest semitones; steps along levels."""
+    """Set the second layer: the frame's token gets bands, semitones, low components, lowest semitones and steps."""
     low = torch.stack([_seen(row, MID_COSINES, 0) for row in cosines(1024, LOW)])
     for head, channels in enumerate(_fetched()):
         rows = layers[1].rows(2, head)
@@ -176,7 +176,7 @@ def _second(layers: list[Layer], ff: FeedForward) -> None:
 
 @torch.no_grad()
 def start() -> Autoencoder:
-    """An autoencoder whose encoder is wired as described above; its latents mean nothing before `solve`."""
+    """Make an autoencoder with the encoder described above; its latents are meaningless before `solve`."""
     torch.manual_seed(0)
     model = autoencoder()
     state, block = model.state_dict(), "encoder.layers.0"
@@ -191,7 +191,7 @@ def start() -> Autoencoder:
 
 @torch.no_grad()
 def frame_tokens(model: Autoencoder, audio_CN: Tensor) -> Tensor:
-    """The frames' tokens (T, D) of whole frames as the last feed-forward meets them."""
+    """Compute the tokens (T, D) of whole frames at the input of the last feed-forward."""
     caught: list[Tensor] = []
     last = model.encoder.resampler.transformers[-1]
     hook = last.ff_norm.register_forward_pre_hook(lambda _, inputs: caught.append(inputs[0]))  # type: ignore[operator]
@@ -201,7 +201,7 @@ def frame_tokens(model: Autoencoder, audio_CN: Tensor) -> Tensor:
 
 
 def pairs(model: Autoencoder, work: Path, split: str, count: int) -> tuple[Tensor, Tensor]:
-    """Frames' tokens (F, D) and wanted latents (F, C) of the first `count` clips."""
+    """Compute the frames' tokens (F, D) and target latents (F, C) of the first `count` clips."""
     store, latents = Store(work / split), load(work, split)
     count = min(count, len(latents))
     tokens = torch.cat([frame_tokens(model, clip(store, index)) for index in range(count)])
@@ -209,7 +209,7 @@ def pairs(model: Autoencoder, work: Path, split: str, count: int) -> tuple[Tenso
 
 
 class Head(torch.nn.Module):
-    """The encoder's end: its last feed-forward and the layer to the latents, on frames' tokens."""
+    """The last part of the encoder: its last feed-forward and the layer to the latents, on frames' tokens."""
 
     def __init__(self, model: Autoencoder) -> None:
         super().__init__()
@@ -217,13 +217,13 @@ class Head(torch.nn.Module):
         self.norm, self.ff, self.linear = layer.ff_norm, layer.ff, model.encoder.layers[2]
 
     def forward(self, x_FD: Tensor) -> Tensor:
-        """(F, C)."""
+        """Compute latents (F, C)."""
         return self.linear(x_FD + self.ff(self.norm(x_FD)))
 
 
 @torch.no_grad()
 def solve(head: Head, x_FD: Tensor, z_FC: Tensor, ridge: float = 1e-4) -> None:
-    """The least squares of latents from tokens and units together, written into the two linear layers."""
+    """Fit latents to tokens and units by least squares, and write the result to the two linear layers."""
     gated = head.ff.ff[0]
     known = torch.cat([x_FD, gated(head.norm(x_FD)), torch.ones(len(x_FD), 1)], 1).double()
     scale = known.square().mean(0).sqrt().clamp_min(1e-9)
@@ -239,7 +239,7 @@ def solve(head: Head, x_FD: Tensor, z_FC: Tensor, ridge: float = 1e-4) -> None:
 
 
 def missed(head: Head, x_FD: Tensor, z_FC: Tensor) -> dict[str, float]:
-    """Share of each kind's variance that the latents miss."""
+    """Compute the share of variance that the latents miss, for each kind of channel."""
     with torch.no_grad():
         error = (head(x_FD) - z_FC).square().mean(0)
     spread = z_FC.var(0)
@@ -249,7 +249,7 @@ def missed(head: Head, x_FD: Tensor, z_FC: Tensor) -> dict[str, float]:
 
 
 def main() -> None:
-    """Wire, solve, keep."""
+    """Make, fit and save the encoder."""
     parser = argparse.ArgumentParser(description="make nano's encoder")
     parser.add_argument("work", type=Path)
     parser.add_argument("--clips", type=int, default=1900)
@@ -261,9 +261,9 @@ def main() -> None:
     solve(head, x_FD, z_FC)
     print("share of the variance that held-out clips miss:", missed(head, *held_out), flush=True)
     lengths = [z_CT.shape[1] for z_CT in load(args.work, "train")[: args.clips]]
-    with torch.no_grad(), atomic_path(args.work / "seen.pt") as path:
+    with torch.no_grad(), replace_file(args.work / "seen.pt") as path:
         torch.save([z_FC.T.half().clone() for z_FC in head(x_FD).split(lengths)], path)
-    with atomic_path(args.work / "encoder.pt") as path:
+    with replace_file(args.work / "encoder.pt") as path:
         torch.save({"average": model.encoder.state_dict()}, path)
 
 

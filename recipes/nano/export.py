@@ -1,8 +1,8 @@
-"""Put trained nano into the package: fp16 weights in `sa3train/assets/nano`, as `sa3train.models.nano` assembles them.
+"""Write trained nano to the package: fp16 weights in `sa3train/assets/nano`, as `sa3train.models.nano` reads them.
 
     python recipes/nano/export.py WORK VERSION    # WORK/{encoder,decoder,base,post}[-cool].pt, classifier.safetensors
 
-Without post.pt the base's weights serve as the post-trained model's; the model card must then say so.
+Without post.pt the base's weights are also those of the post-trained model; the model card must then say so.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ from sounds import NAMES
 from store import Store
 from torch import Tensor
 
-from sa3train.core.files import write_tensors, write_text
+from sa3train.core.files import write_text
+from sa3train.core.safetensors_file import write_tensors
 from sa3train.models.autoencoder import Autoencoder
-from sa3train.models.checkpoint import released_state
+from sa3train.models.checkpoint import collect_state_dict
 from sa3train.models.nano import ASSETS, TEXT_FOLDER
 
 
 def latest(work: Path, name: str) -> dict[str, Any] | None:
-    """The checkpoint of a part, cooled where there is one; None without any."""
+    """Find the checkpoint of a part, the cooled one if there is one; None without any."""
     found = [work / f"{name}-cool.pt", work / f"{name}.pt"]
     for path in found:
         if path.exists():
@@ -43,7 +44,7 @@ def latest(work: Path, name: str) -> dict[str, Any] | None:
 
 
 def load_autoencoder(work: Path) -> Autoencoder:
-    """Encoder and decoder as trained; the decoder as set by hand where it is not."""
+    """Load encoder and decoder; an untrained decoder as set by hand."""
     model = first(work)
     for name, part in (("encoder", model.encoder), ("decoder", model.decoder)):
         saved = latest(work, name)
@@ -53,7 +54,7 @@ def load_autoencoder(work: Path) -> Autoencoder:
 
 
 def load_models(work: Path) -> tuple[Nano, dict[str, Tensor]]:
-    """The base (averaged weights), and the DiT weights of the post-trained model: the base's own without post.pt."""
+    """Load the base (EMA weights) and the DiT weights of the post-trained model: the base's without post.pt."""
     model, saved, post = Nano(len(tokenizer_of(work))), latest(work, "base"), latest(work, "post")
     if saved is None:
         raise FileNotFoundError(f"no base.pt in {work}: run recipes/nano/base.py {work}")
@@ -64,12 +65,12 @@ def load_models(work: Path) -> tuple[Nano, dict[str, Tensor]]:
 
 
 def write(path: Path, state: dict[str, Tensor]) -> None:
-    """An fp16 safetensors file."""
+    """Write an fp16 safetensors file."""
     write_tensors(path, {name: tensor.half().contiguous() for name, tensor in state.items()})
 
 
-def write_rulers(work: Path, folder: Path) -> None:
-    """The classifier, and each class's first held-out clip of two seconds or more, cut to three and coded low."""
+def write_references(work: Path, folder: Path) -> None:
+    """Write the classifier, and the first held-out clip of each class with two seconds or more, cut to three."""
     shutil.copyfile(work / "classifier.safetensors", folder / "classifier.safetensors")
     (folder / "held_out").mkdir(exist_ok=True)
     store = Store(work / "val")
@@ -81,31 +82,31 @@ def write_rulers(work: Path, folder: Path) -> None:
 
 
 def write_ogg(path: Path, audio_CN: NDArray[np.float32]) -> None:
-    """A low-coded Ogg Vorbis file."""
+    """Write an Ogg Vorbis file of low quality."""
     with soundfile.SoundFile(path, "w", 44100, 2, subtype="VORBIS", compression_level=0.85) as file:
         for start in range(0, audio_CN.shape[1], 44100):  # libvorbis wants no large writes
             file.write(audio_CN[:, start : start + 44100].T)
 
 
 def export(work: Path, folder: Path, version: str) -> None:
-    """Write all files of `folder`; `version.txt` last, since its presence means that the rest is whole."""
+    """Write all files of `folder`, `version.txt` last, since it marks the rest as complete."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "version.txt").unlink(missing_ok=True)
-    write(folder / "autoencoder.safetensors", released_state({"autoencoder": load_autoencoder(work)}))
+    write(folder / "autoencoder.safetensors", collect_state_dict({"autoencoder": load_autoencoder(work)}))
     model, post = load_models(work)
     parts = {"dit": model.dit, "conditioner": model.conditioner}
-    write(folder / "nano-base.safetensors", released_state(parts))
+    write(folder / "nano-base.safetensors", collect_state_dict(parts))
     model.dit.load_state_dict(post)
-    write(folder / "nano.safetensors", released_state(parts))
+    write(folder / "nano.safetensors", collect_state_dict(parts))
     model.text.to(torch.bfloat16).save_pretrained(folder / TEXT_FOLDER)
     (folder / TEXT_FOLDER / "model.safetensors").chmod(0o644)
     tokenizer_of(work).save_pretrained(folder / TEXT_FOLDER)
-    write_rulers(work, folder)
+    write_references(work, folder)
     write_text(folder / "version.txt", version + "\n")
 
 
 def main() -> None:
-    """Export, and say what the files weigh."""
+    """Export, and print the sizes of the files."""
     parser = argparse.ArgumentParser(description="put trained nano into the package")
     parser.add_argument("work", type=Path)
     parser.add_argument("version")

@@ -1,4 +1,4 @@
-"""What of nano's decoder set by hand is fitted to real clips: loudness of the bands, and the bass's way across patches.
+"""Fit parts of nano's hand-set decoder to real clips: loudness of bands, and the bass across patches.
 
 Shapes: B items, C latent channels, T latent frames, N samples.
 """
@@ -28,7 +28,7 @@ from sa3train.models.autoencoder import Autoencoder
 
 @torch.no_grad()
 def calibrate(model: Autoencoder, z_BCT: Tensor, audio_BCN: Tensor) -> Tensor:
-    """Scale each band's amplitude to the mean energy of these clips; gives the corrections in dB, (BANDS,)."""
+    """Scale each band's amplitude to the mean energy of these clips, and return the corrections in dB, (BANDS,)."""
     out = model.state_dict()["decoder.layers.3.transformers.0.ff.ff.2.weight"]
     wanted, made = (torch.cat([e.mean((0, 2)) for e in energies(audio)]) for audio in (audio_BCN, model.decode(z_BCT)))
     ratio = (wanted / made.clamp_min(1e-12)).sqrt().clamp(0.1, 10)
@@ -39,7 +39,7 @@ def calibrate(model: Autoencoder, z_BCT: Tensor, audio_BCN: Tensor) -> Tensor:
 
 @torch.no_grad()
 def join_bass(model: Autoencoder, code: Code, z_BCT: Tensor, audio_BCN: Tensor) -> None:
-    """The bass of a patch from its components and its neighbours', by least squares: cut at the edges it clicks."""
+    """Fit the bass of a patch to its components and its neighbors' by least squares: cut at its edges, it clicks."""
     waves = code["wave_back"] @ z_BCT[:, ENVELOPE : ENVELOPE + WAVE] + code["wave_mean"][:, None]
     quarters = waves.unflatten(1, (HEADS, QUARTER_WAVE)).permute(0, 3, 1, 2) @ code["wave_quarter"]
     patches = torch.nn.functional.pad(quarters.flatten(1).unflatten(1, (-1, PATCH_WAVE)), (0, 0, 1, 1))

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Two instruments that nano never heard, learned from 24 clips each: adapters and real clips for `sa3-bench nano`.
+# Train adapters of two instruments that nano was not trained on, from 24 clips each; for `sa3-bench nano`.
 #   bash recipes/nano/learn.sh WORK [STEPS]
 set -euo pipefail
 work=$1 steps=${2:-500}
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 bin=$here/.venv/bin out=$here/sa3train/assets/nano/learned
 mkdir -p "$out" "$work/learned"
-cd "$work/learned"  # the adapters say what they were made with: relative paths, which mean something elsewhere
+cd "$work/learned"  # adapters record how they were made: relative paths make sense elsewhere too
 for sound in koto "steel drums"; do
     name=${sound// /_}
     [ -d "$name" ] || "$bin/python" "$here/datasets/nano/corpus.py" "$name" --clips 24 --held-out "$sound"

@@ -1,4 +1,4 @@
-"""Forty generations to listen to: `docs/nano/index.html` with sound, picture and what the rulers say of each.
+"""Make `docs/nano/index.html`: forty generations with audio, spectrogram and measurements.
 
 python recipes/nano/listen.py [--out docs/nano]     # from the weights in sa3train/assets/nano
 """
@@ -13,8 +13,8 @@ from pathlib import Path
 from PIL import Image
 
 from sa3train.audio.io import encode_audio
-from sa3train.audio.metrics import mel_picture
-from sa3train.bench.nano import CFG, WISHES
+from sa3train.audio.metrics import plot_mel_spectrogram
+from sa3train.bench.nano import ATTRIBUTE_PROMPTS, CFG_SCALE
 from sa3train.core.files import write_bytes, write_text
 from sa3train.evaluation.classifier import Classifier
 from sa3train.inference import Generator
@@ -43,13 +43,13 @@ HEAD = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>nano: forty generations</title>
 <style>body{font:15px sans-serif;max-width:60em;margin:2em auto}img{width:100%}section{margin:2em 0}</style>
 <h1>nano: forty generations</h1>
-<p>First seed of each prompt, nothing picked: base (50 steps, guidance 4) and post-trained (8 steps) in turn.
-“Heard as” is the small classifier's first choice.</p>
+<p>The first seed of each prompt, without selection: base (50 steps, guidance 4) and post-trained (8 steps) in turn.
+“Classified as” is the first choice of the small classifier.</p>
 """
 
 
 def small(png: bytes) -> bytes:
-    """The picture in 32 colours and two thirds of the size: forty of them are to lie in the repository."""
+    """Reduce the picture to 32 colors and two thirds of the size: the repository has forty of them."""
     picture, made = Image.open(io.BytesIO(png)).convert("RGB"), io.BytesIO()
     picture = picture.resize((picture.width * 2 // 3, picture.height * 2 // 3), Image.Resampling.LANCZOS)
     picture.quantize(32).save(made, "PNG", optimize=True)
@@ -62,18 +62,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parents[2] / "docs" / "nano")
     args = parser.parse_args()
     classifier = Classifier.load(ASSETS / "classifier.safetensors")
-    prompts = [*MORE, *(wish.prompt for wish in WISHES)]
+    prompts = [*MORE, *(wish.prompt for wish in ATTRIBUTE_PROMPTS)]
     page = [HEAD]
-    for name, settings in (("nano-base", {"cfg_scale": CFG}), ("nano", {})):
+    for name, settings in (("nano-base", {"cfg_scale": CFG_SCALE}), ("nano", {})):
         generator = Generator.from_pretrained(name, precision="fp32")
         numbers = [n for n in range(len(prompts)) if (n % 2 == 0) == (name == "nano-base")]
         made = generator.generate([prompts[n] for n in numbers], duration=SECONDS, seed=7, **settings)
         for number, clip in zip(numbers, made.audio, strict=True):
-            heard = classifier.name(clip, RATE)
+            heard = classifier.classify(clip, RATE)
             stem = f"{number:02d}"
             write_bytes(args.out / f"{stem}.ogg", encode_audio(clip, RATE, ".ogg"))
-            write_bytes(args.out / f"{stem}.png", small(mel_picture(clip, RATE, prompts[number])))
-            where = f"{name}, seed 7, {SECONDS:g} s; heard as {heard}"
+            write_bytes(args.out / f"{stem}.png", small(plot_mel_spectrogram(clip, RATE, prompts[number])))
+            where = f"{name}, seed 7, {SECONDS:g} s; classified as {heard}"
             page.append(
                 f"<section><h2>{html.escape(prompts[number])}</h2><p>{where}</p>"
                 f'<audio controls src="{stem}.ogg"></audio><img src="{stem}.png" alt="mel spectrogram"></section>\n'

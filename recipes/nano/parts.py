@@ -1,5 +1,4 @@
-"""What training nano's base and its distillation share: the parts of the model, batches of latents, saving and
-resuming.
+"""Shared by training of nano's base and distillation: parts of the model, batches of latents, saving and resuming.
 
 Shapes: B items, C latent channels, T latent frames, L tokens.
 """
@@ -20,20 +19,20 @@ from text import Prompts, embed, new_encoder, train_tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
-from sa3train.diffusion.masks import extend_into_silence, padding_mask
-from sa3train.models.checkpoint import build
+from sa3train.diffusion.masks import build_attention_mask, extend_into_silence
+from sa3train.models.checkpoint import build_modules
 from sa3train.models.conditioners import Conditioning
 from sa3train.models.hub import TextEncoderSource
-from sa3train.models.nano import nano_config
+from sa3train.models.nano import build_nano_config
 from sa3train.models.parse import parse_model
 
 FRAMES_PER_SECOND = 44100 / 4096
 
 
 class Cap(NamedTuple):
-    """A kind of batch: clips of at most `frames` frames, `items` of them, `tail` frames of silence behind the longest.
+    """A kind of batch: `items` clips of at most `frames` frames, with `tail` frames of silence after the longest.
 
-    `silence` is the mean of the silence that counts as real, in seconds; the released trainer has 4.
+    `silence` is the mean length in seconds of the silence that counts as real; the released trainer has 4.
     """
 
     frames: int
@@ -49,14 +48,14 @@ WHOLE = (Cap(24, 48, 66, 10.0, 0.4), Cap(48, 40, 66, 10.0, 0.4), Cap(130, 18, 66
 
 
 def load(work: Path, split: str) -> list[Tensor]:
-    """All latents of a split encoded so far, in the store's order."""
+    """Load all latents of a split encoded so far, in the order of the store."""
     paths = sorted((work / "latents").glob(f"{split}-*.pt"), key=lambda path: int(path.stem.split("-")[1]))
     return [z for path in paths for z in torch.load(path, weights_only=True)]
 
 
 @dataclass
 class Batch:
-    """Clips cut to one length, silence behind them; `real_BT` counts a random part of that silence as real."""
+    """Clips of one length with silence after them; `real_BT` counts a random part of that silence as real."""
 
     latents_BCT: Tensor
     real_BT: Tensor
@@ -66,7 +65,7 @@ class Batch:
     mask_BL: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        """The same on `device`."""
+        """Move the batch to `device`."""
         return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
@@ -80,7 +79,7 @@ class Corpus:
         self.silence_C = silence_C
 
     def batch(self, picks: list[int], cap: Cap, rng: random.Random) -> Batch:
-        """Those clips, cut to `cap` (two in three from their start), with a caption each by chance."""
+        """Make a batch of clips cut to `cap` (two in three from their start), each with a random caption."""
         whole_length = cap.frames + cap.tail
         latents_BCT = self.silence_C[None, :, None].repeat(len(picks), 1, whole_length)
         frames, seconds, texts = [], [], []
@@ -97,13 +96,13 @@ class Corpus:
             texts.append((pick, rng.randrange(len(self.entries[pick]["captions"]))))
         frames_B = torch.tensor(frames)
         generator = torch.Generator().manual_seed(rng.getrandbits(48))
-        real_BT = padding_mask(frames_B, whole_length)
+        real_BT = build_attention_mask(frames_B, whole_length)
         real_BT = extend_into_silence(real_BT, generator, mean_seconds=cap.silence)
         ids_BL, mask_BL = self.prompts.batch(texts)
         return Batch(latents_BCT, real_BT, torch.tensor(seconds), frames_B, ids_BL, mask_BL)
 
     def batches(self, seed: int, caps: Sequence[Cap]) -> Iterator[Batch]:
-        """Random batches without end; clips much shorter than the cap are left to batches of a smaller one."""
+        """Yield random batches without end; clips much shorter than the cap go to batches of a smaller one."""
         rng = random.Random(seed)
         groups = {}
         for cap, below in zip(caps, (0, *(cap.frames for cap in caps)), strict=False):
@@ -115,16 +114,18 @@ class Corpus:
 
 
 class Nano(nn.Module):
-    """The trainable parts together: DiT, conditioner and text encoder (a submodule here, unlike in use)."""
+    """The trainable parts: DiT, conditioner and text encoder (a submodule here, unlike in `StableAudio3`)."""
 
     def __init__(self, pieces: int) -> None:
         super().__init__()
-        built = build(parse_model(nano_config("rectified_flow"), "nano"), TextEncoderSource((), ()), device="cpu")
+        built = build_modules(
+            parse_model(build_nano_config("rectified_flow"), "nano"), TextEncoderSource((), ()), device="cpu"
+        )
         self.dit, self.conditioner = built["dit"], built["conditioner"]
         self.text = new_encoder(pieces)
 
     def condition(self, batch: Batch, drop_B: Tensor | None = None) -> Conditioning:
-        """Conditions of a batch; `drop_B` zeroes the cross-attention condition of those items."""
+        """Compute the conditions of a batch; `drop_B` zeroes the cross-attention condition of those items."""
         condition = self.conditioner.condition(embed(self.text, batch.ids_BL, batch.mask_BL), batch.seconds_B)
         if drop_B is None:
             return condition
@@ -133,7 +134,7 @@ class Nano(nn.Module):
 
 
 def tokenizer_of(work: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer trained on the corpus's captions, made on first use."""
+    """Load the tokenizer trained on the corpus's captions; it is made on first use."""
     folder = work / "tokenizer"
     if not folder.is_dir():
         captions = [text for entry in Store(work / "train").entries for text in entry["captions"]]
@@ -142,7 +143,7 @@ def tokenizer_of(work: Path) -> PreTrainedTokenizerFast:
 
 
 class Average:
-    """Exponential average of a module's weights, quicker at the start."""
+    """Exponential moving average of a module's weights, faster at the start."""
 
     def __init__(self, module: nn.Module, decay: float) -> None:
         self.decay, self.count = decay, 0
@@ -150,7 +151,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, module: nn.Module) -> None:
-        """Take in the current weights."""
+        """Update the average with the current weights."""
         self.count += 1
         decay = min(self.decay, (1 + self.count) / (10 + self.count))
         for name, tensor in module.state_dict().items():
@@ -159,7 +160,7 @@ class Average:
 
 
 def optimizers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the DiT's blocks, AdamW for all else."""
+    """Make Muon for the matrices of the DiT's blocks and AdamW for the rest."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "dit.transformer.layers" in name]
     chosen = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in chosen and p.numel()]
@@ -169,11 +170,11 @@ def optimizers(model: nn.Module, rate: float) -> list[torch.optim.Optimizer]:
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """The rate of every group, each by its share."""
+    """Set the rate of each group, scaled by its share."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("share", 1.0)
 
 
 def state_of(**parts: Any) -> dict[str, Any]:
-    """State dicts of modules and optimizers by name, for `torch.save`."""
+    """Collect state dicts of modules and optimizers by name, for `torch.save`."""
     return {name: part.state_dict() for name, part in parts.items()}

@@ -1,9 +1,9 @@
-"""What a linear code of the same width reaches: PCA of 4096-sample stereo frames, beside nano's autoencoder.
+"""Measure what a linear code of the same width reaches: PCA of 4096-sample stereo frames, next to nano's autoencoder.
 
     python recipes/nano/pca.py WORK     # prints median SI-SDR at widths 64 and 256, and the autoencoder's
 
-Mid and side are nearly uncorrelated, so their components are found apart and the strongest of both are kept. Shapes: F
-frames, N samples of a frame.
+Mid and side are nearly uncorrelated, so their components are computed separately and the strongest of both are used.
+Shapes: F frames, N samples of a frame.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from export import load_autoencoder
 from store import Store
 from torch import Tensor
 
-from sa3train.bench.nano import si_sdr
+from sa3train.bench.nano import compute_si_sdr
 
 FRAME = 4096
 
 
 def mid_side(store: Store, index: int) -> Tensor:
-    """Whole frames of mid and side of one clip, (2, F, N)."""
+    """Split mid and side of a clip into whole frames, (2, F, N)."""
     audio = torch.from_numpy(store.audio(index))
     audio = audio[:, : audio.shape[1] // FRAME * FRAME]
     return torch.stack([audio[0] + audio[1], audio[0] - audio[1]]).unflatten(1, (-1, FRAME)) / 2**0.5
 
 
 def components(store: Store, clips: int) -> tuple[Tensor, Tensor]:
-    """Variances (2, N) and components (2, N, N) of mid and side, every clip scaled to one loudness."""
+    """Compute variances (2, N) and components (2, N, N) of mid and side, each clip scaled to the same loudness."""
     covariance = torch.zeros(2, FRAME, FRAME)
     for index in range(clips):
         frames = mid_side(store, index)
@@ -43,7 +43,7 @@ def components(store: Store, clips: int) -> tuple[Tensor, Tensor]:
 
 
 def main() -> None:
-    """Fit on training clips, measure on held-out ones."""
+    """Fit to training clips and measure on held-out ones."""
     parser = argparse.ArgumentParser(description="measure the linear code")
     parser.add_argument("work", type=Path)
     parser.add_argument("--clips", type=int, default=600)
@@ -58,13 +58,15 @@ def main() -> None:
         for index in kept:
             frames = mid_side(held_out, index)
             made = torch.stack([part @ basis @ basis.T for part, basis in zip(frames, bases, strict=True)])
-            ratios.append(si_sdr(frames, made))
+            ratios.append(compute_si_sdr(frames, made))
         print(f"PCA, width {width}: median SI-SDR {np.median(ratios):.2f} dB", flush=True)
     model, ratios = load_autoencoder(args.work), []
     with torch.no_grad():
         for index in kept:
             real = torch.from_numpy(held_out.audio(index))
-            ratios.append(si_sdr(real, model.decode(model.encode(real[None]), noise=False)[0, :, : real.shape[1]]))
+            ratios.append(
+                compute_si_sdr(real, model.decode(model.encode(real[None]), noise=False)[0, :, : real.shape[1]])
+            )
     print(f"nano's autoencoder: median SI-SDR {np.median(ratios):.2f} dB")
 
 

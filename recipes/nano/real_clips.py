@@ -1,4 +1,4 @@
-"""Four held-out clips of an instrument that nano never heard, to measure its adapter against.
+"""Write four held-out clips of an instrument that nano was not trained on, as reference for its adapter.
 
 python recipes/nano/real_clips.py "steel drums" OUT
 """
@@ -20,7 +20,7 @@ SEED, COUNT = 1000, 4
 
 
 def main() -> None:
-    """Render and write."""
+    """Render and write the clips."""
     parser = argparse.ArgumentParser(description="write held-out clips of an instrument")
     parser.add_argument("sound", choices=[sound.name for sound in HELD_OUT])
     parser.add_argument("out", type=Path)

@@ -1,4 +1,4 @@
-"""What nano's decoder is trained to make small. Shapes: B items, C channels, N samples."""
+"""Losses of nano's decoder. Shapes: B items, C channels, N samples."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ TEXTURE_BANDS = 64
 
 
 def spectral_loss(real_BN: Tensor, made_BN: Tensor, window: int, level_B: Tensor, mel: bool) -> Tensor:
-    """Mean difference of log magnitudes in nats, floored under the item's peak, plus spectral convergence.
+    """Compute the mean difference of log magnitudes in nats, floored below the item's peak, plus spectral convergence.
 
-    `level_B` is the item's RMS over both channels, so that an empty side signal is not measured against itself.
+    `level_B` is the item's RMS over both channels, so that an empty side signal is not normalized by itself.
     """
     device = real_BN.device
     taper = torch.hann_window(window, device=device)
@@ -34,9 +34,9 @@ def spectral_loss(real_BN: Tensor, made_BN: Tensor, window: int, level_B: Tensor
 
 
 def texture_loss(real_BN: Tensor, made_BN: Tensor, window: int, level_B: Tensor) -> Tensor:
-    """How far apart are mean, spread, and mean step up and down of each mel band's level in time, in nats.
+    """Compute the distance in mean, spread, and mean step up and down of each mel band's level over time, in nats.
 
-    Noise cannot be met sample by sample, and a loss that tries makes it too even; its statistics can (McDermott and
+    Noise cannot be matched sample by sample, and a loss that tries makes it too even; its statistics can (McDermott and
     Simoncelli 2011).
     """
     device = real_BN.device
@@ -56,6 +56,6 @@ def texture_loss(real_BN: Tensor, made_BN: Tensor, window: int, level_B: Tensor)
 
 
 def wave_loss(real_BCN: Tensor, made_BCN: Tensor) -> Tensor:
-    """Log of the error's energy relative to the signal's: each item counts by its decibels, whatever its level."""
+    """Compute the log of the error's energy relative to the signal's: each item counts by its decibels."""
     error, energy = (real_BCN - made_BCN).pow(2).sum((1, 2)), real_BCN.pow(2).sum((1, 2))
     return (error / (energy + 1e-2) + 1e-2).log().mean()

@@ -1,4 +1,4 @@
-"""What makes training nano's small models faster on a CPU core."""
+"""Speed up training of nano's small models on a CPU core."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from sa3train.models.attention import Padded, Pattern
 
 
 def half_helps(device_type: str) -> bool:
-    """Whether products in bf16 are faster here: on GPUs, and on CPUs with instructions for them."""
+    """Tell whether products in bf16 are faster: on GPUs, and on CPUs with instructions for them."""
     if device_type != "cpu":
         return True
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Mixed precision in bf16 where that is faster, else nothing."""
+    """Return a context with mixed precision in bf16 where that is faster, else an empty one."""
     return torch.autocast(device_type, torch.bfloat16) if half_helps(device_type) else nullcontext()
 
 
 def orthogonal(gradient: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
-    """The Newton-Schulz iteration of `torch.optim.Muon` in the gradient's own precision, not in bf16."""
+    """Run the Newton-Schulz iteration of `torch.optim.Muon` in the gradient's own precision instead of bf16."""
     a, b, c = coefficients
     wide = gradient.shape[0] <= gradient.shape[1]
     x = gradient if wide else gradient.T
@@ -37,7 +37,7 @@ def orthogonal(gradient: Tensor, coefficients: tuple[float, float, float], steps
 
 
 def fast_cpu_muon() -> None:
-    """Muon without bf16 on CPUs that emulate it, where it takes twenty times the rest of a step."""
+    """Patch Muon to avoid bf16 on CPUs that emulate it, where it takes twenty times the rest of a step."""
     if not half_helps("cpu"):
         torch.optim._muon._zeropower_via_newtonschulz = orthogonal
 
@@ -46,7 +46,7 @@ PRODUCTS = torch.bfloat16 if half_helps("cpu") else torch.float32
 
 
 def _attend_short(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, pattern: Pattern = None) -> Tensor:
-    """Attention over sequences of a hundred tokens as two batched products, padding masked densely.
+    """Compute attention over sequences of a hundred tokens as two batched products with a dense mask.
 
     The library splits a padded batch into rows; the backward pass of each row's slice fills a tensor of the batch's
     size, which took 60 % of a step.
@@ -72,7 +72,7 @@ def _modulated(self: norms.RMSNorm, x: Tensor, gain: Tensor, shift: Tensor) -> T
 
 
 def fast_cpu_layers(layers: nn.ModuleList) -> None:
-    """The same for the autoencoder's layers."""
+    """Patch the autoencoder's layers likewise."""
     blocks.attend = _attend_short
     torch._dynamo.config.cache_size_limit = 64
     for layer in layers:
@@ -88,7 +88,7 @@ def fast_cpu_blocks(layers: nn.ModuleList) -> None:
     """
     blocks.attend = _attend_short
     norms.RMSNorm.forward = _norm  # type: ignore[method-assign]
-    norms.RMSNorm.modulated = _modulated  # type: ignore[method-assign]
+    norms.RMSNorm.modulate = _modulated  # type: ignore[method-assign]
     torch._dynamo.config.cache_size_limit = 64
     for layer in layers:
         forward: Any = torch.compile(layer.forward, dynamic=False)

@@ -1,9 +1,9 @@
-"""A rendered piece of the corpus on disk, so that each training step need not render: int16 audio beside its plans.
+"""Render a part of the corpus to disk, so that training steps need not render: int16 audio with its plans.
 
-    python recipes/nano/store.py FOLDER --chunks 40 [--seed 0]      # resumable: finished chunks are kept
+    python recipes/nano/store.py FOLDER --chunks 40 [--seed 0]      # resumable: finished chunks are skipped
 
-Chunk K is `K.npy` (samples of all clips on end, (N, 2) int16) and `K.json` (per clip: first, length, class, attributes,
-captions). About 300 MB and 1.4 h of audio a chunk of 300 clips.
+Chunk K is `K.npy` (samples of all clips concatenated, (N, 2) int16) and `K.json` (per clip: first, length, class,
+attributes, captions). About 300 MB and 1.4 h of audio a chunk of 300 clips.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ CHUNK = 300  # clips
 
 
 def describe(clip: Clip, first: int) -> dict[str, Any]:
-    """One clip's entry: where its samples are, and what it is."""
+    """Describe a clip: where its samples are, and what it is."""
     plan = dataclasses.asdict(clip.plan)
     plan["sound"] = clip.plan.sound.name
     return {"first": first, "length": clip.audio.shape[1], "plan": plan, "captions": clip.captions}
 
 
 def write_chunk(folder: Path, seed: int, number: int) -> None:
-    """Render and write one chunk; its JSON comes last, so that a chunk with JSON is whole."""
+    """Render and write a chunk, its JSON last, so that a chunk with JSON is complete."""
     clips = chunk(seed, number, CHUNK)
     firsts = np.concatenate([[0], np.cumsum([clip.audio.shape[1] for clip in clips])])
     audio = np.concatenate([clip.audio for clip in clips], 1).T
@@ -45,7 +45,7 @@ def write_chunk(folder: Path, seed: int, number: int) -> None:
 
 
 class Store:
-    """The finished chunks of a folder: `entries` and, by `audio(i)`, their samples as (2, N) float32."""
+    """The finished chunks of a folder: `entries`, and their samples (2, N) float32 by `audio(i)`."""
 
     def __init__(self, folder: Path) -> None:
         self.entries: list[dict[str, Any]] = []
@@ -57,7 +57,7 @@ class Store:
             raise FileNotFoundError(f"no chunks in {folder}: run recipes/nano/store.py {folder}")
 
     def audio(self, index: int, start: int = 0, length: int | None = None) -> NDArray[np.float32]:
-        """Samples of one clip from `start`, at most `length`."""
+        """Return at most `length` samples of a clip from `start`."""
         entry = self.entries[index]
         end = entry["length"] if length is None else min(entry["length"], start + length)
         samples = self._chunks[entry["chunk"]][entry["first"] + start : entry["first"] + end]
@@ -65,7 +65,7 @@ class Store:
 
 
 def main() -> None:
-    """Render the chunks that are not there yet."""
+    """Render the missing chunks."""
     parser = argparse.ArgumentParser(description="render nano's corpus to disk")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--chunks", type=int, default=40)

@@ -1,12 +1,11 @@
-"""What a latent frame of nano holds, computed from audio by formula, and the corpus as such frames.
+"""Compute nano's latents from audio by formula, and encode the corpus with it.
 
     python recipes/nano/targets.py WORK      # WORK/{train,val} from store.py -> WORK/code.safetensors, WORK/latents
 
-Three kinds of channels: `ENVELOPE` principal components of how loud each band is in each quarter of the frame;
-`WAVE` of the waveform below `BASS` Hz; `TONES` shares, one a semitone from A3 on: the amplitude of its partial
-relative to its band. The first and the last have no phase, so a denoiser learns them within minutes; the second
-carries what is too low for semitones to be told apart within a frame. The encoder is taught to compute all three,
-the decoder to undo them.
+Three kinds of channels: `ENVELOPE` principal components of the loudness of each band in each quarter of the frame;
+`WAVE` of the waveform below `BASS` Hz; `TONES` shares, one per semitone from A3 upwards: the amplitude of its partial
+relative to its band. The first and the last have no phase, so a denoiser learns them within minutes; the second has
+what is too low to distinguish semitones within a frame. The encoder computes all three, the decoder inverts them.
 
 Shapes: B items, C latent channels, T latent frames, N samples, E band energies of a frame, S semitones.
 """
@@ -27,14 +26,15 @@ from safetensors.torch import load_file
 from store import CHUNK, Store
 from torch import Tensor
 
-from sa3train.core.files import atomic_path, write_tensors
-from sa3train.models.nano import WIDTH
+from sa3train.core.files import replace_file
+from sa3train.core.safetensors_file import write_tensors
+from sa3train.models.nano import LATENT_WIDTH
 
 RATE, FRAME, WINDOW = 44_100, 4096, 1024
 MID_BANDS, SIDE_BANDS, QUARTERS = 24, 6, 4
 ENVELOPE, WAVE, TONES = 40, 40, 48
 LATENT = ENVELOPE + WAVE + TONES
-assert LATENT == WIDTH, "nano's latents are of another width"
+assert LATENT == LATENT_WIDTH, "nano's latents are of another width"
 POWER = 0.15  # of energy: 0.3 of amplitude, near what loudness follows
 FLOOR = 1e-14
 FAINT = 1e-4  # amplitude of a band under which a share means nothing
@@ -50,7 +50,7 @@ Code = dict[str, Tensor]
 
 @cache
 def _bank(bands: int, low: float = 40.0, high: float = 16000.0) -> Tensor:
-    """Triangular mel filters over the bins of a `WINDOW`, each summing to 1: (bands, bins)."""
+    """Compute triangular mel filters over the bins of a `WINDOW`, each with sum 1: (bands, bins)."""
     mel = 2595 * torch.log10(1 + torch.tensor([low, high], dtype=torch.float64) / 700)
     edges = 700 * (10 ** (torch.linspace(float(mel[0]), float(mel[1]), bands + 2, dtype=torch.float64) / 2595) - 1)
     bins = torch.linspace(0, RATE / 2, WINDOW // 2 + 1, dtype=torch.float64)
@@ -61,19 +61,19 @@ def _bank(bands: int, low: float = 40.0, high: float = 16000.0) -> Tensor:
 
 
 def band_centres(bands: int, low: float = 40.0, high: float = 16000.0) -> Tensor:
-    """Centres in Hz of the bands of `energies`, (bands,)."""
+    """Compute the centers in Hz of the bands of `energies`, (bands,)."""
     edges = torch.linspace(math.log1p(low / 700), math.log1p(high / 700), bands + 2)
     return 700 * torch.expm1(edges)[1:-1]
 
 
 @cache
 def turns() -> Tensor:
-    """Whole turns a frame of each semitone's partial, (S,): so every frame begins at the same phase."""
+    """Compute each semitone's whole turns per frame, (S,), so that each frame starts at the same phase."""
     return (440 * 2 ** ((LOWEST_KEY + torch.arange(TONES) - 69) / 12) * FRAME / RATE).round()
 
 
 def band_shares(hertz: Tensor, bands: int) -> tuple[Tensor, Tensor]:
-    """The band below each frequency, and how much of the next one up belongs to it (between 0 and 1)."""
+    """Compute the band below each frequency, and the share in [0, 1] of the next one above."""
     centres = band_centres(bands)
     upper = torch.bucketize(hertz, centres).clamp(1, bands - 1)
     share = (hertz - centres[upper - 1]) / (centres[upper] - centres[upper - 1])
@@ -81,7 +81,7 @@ def band_shares(hertz: Tensor, bands: int) -> tuple[Tensor, Tensor]:
 
 
 def energies(audio_BCN: Tensor) -> tuple[Tensor, Tensor]:
-    """Band energies of whole frames: mid by quarters (B, MID_BANDS, 4 T), side by frames (B, SIDE_BANDS, T)."""
+    """Compute band energies of whole frames: mid by quarters (B, MID_BANDS, 4 T), side by frames (B, SIDE_BANDS, T)."""
     batch = len(audio_BCN)
     pair = torch.stack([audio_BCN.mean(1), (audio_BCN[:, 0] - audio_BCN[:, 1]) / 2], 1).flatten(0, 1)
     taper = torch.hann_window(WINDOW, device=pair.device)
@@ -94,14 +94,14 @@ def energies(audio_BCN: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def envelope(audio_BCN: Tensor) -> Tensor:
-    """Compressed band energies (B, E, T) of whole frames: the mid bands' quarters, then the side bands."""
+    """Compute compressed band energies (B, E, T) of whole frames: quarters of the mid bands, then the side bands."""
     mid, side = energies(audio_BCN)
     fine = mid.unflatten(-1, (-1, QUARTERS)).permute(0, 1, 3, 2).flatten(1, 2)
     return torch.cat([fine, side], 1).clamp_min(FLOOR).pow(POWER)
 
 
 def tones(audio_CN: Tensor) -> Tensor:
-    """Each semitone's amplitude in the mid signal relative to its band's over the frame, (S, T)."""
+    """Compute each semitone's amplitude in the mid signal relative to its band's over the frame, (S, T)."""
     mono_N, frames = audio_CN.mean(0), audio_CN.shape[1] // FRAME
     taper = torch.hann_window(2 * FRAME)
     stretches = F.pad(mono_N, (FRAME // 2, FRAME // 2)).unfold(0, 2 * FRAME, FRAME)
@@ -121,7 +121,7 @@ def tones(audio_CN: Tensor) -> Tensor:
 
 
 def bass(audio_CN: Tensor) -> Tensor:
-    """What lies below `BASS`, mid and side, (2, N): half the energy of 265 Hz passes."""
+    """Low-pass mid and side at `BASS`, (2, N): half the energy of 265 Hz passes."""
     pair = torch.stack([audio_CN.mean(0), (audio_CN[0] - audio_CN[1]) / 2])
     size = pair.shape[1] + 4096
     hertz = torch.fft.rfftfreq(size, 1 / RATE)
@@ -130,18 +130,18 @@ def bass(audio_CN: Tensor) -> Tensor:
 
 
 def bass_patches(audio_CN: Tensor) -> Tensor:
-    """The bass by frames and patches, (T, 16, 512): mid's 256 samples, then side's."""
+    """Split the bass into frames and patches, (T, 16, 512): 256 samples of mid, then of side."""
     return bass(audio_CN).unflatten(1, (-1, 16, 256)).permute(1, 2, 0, 3).flatten(2)
 
 
 def _strongest(rows_NK: Tensor, count: int) -> Tensor:
-    """Orthonormal rows (count, K) that hold most of the energy."""
+    """Compute the orthonormal rows (count, K) with most of the energy."""
     vectors = torch.linalg.eigh(rows_NK.double().T @ rows_NK.double()).eigenvectors
     return vectors.flip(1)[:, :count].T.float()
 
 
 def _scaled(values_EN: Tensor, basis_KE: Tensor, power: float, level: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean (E,), forward (K, E) and back (E, K) maps; spreads follow std**power and have RMS `level`."""
+    """Compute mean (E,), forward (K, E) and inverse (E, K) maps; spreads follow std**power with RMS `level`."""
     mean_E = values_EN.mean(1)
     std = (basis_KE @ (values_EN - mean_E[:, None])).std(1).clamp_min(1e-6)
     wanted = std.pow(power)
@@ -150,7 +150,7 @@ def _scaled(values_EN: Tensor, basis_KE: Tensor, power: float, level: float) -> 
 
 
 def fit(clips: list[Tensor]) -> Code:
-    """The code of some clips (2, N) of whole frames. Each clip counts alike in the waveform's components."""
+    """Fit the code to clips (2, N) of whole frames. Each clip has the same weight in the waveform's components."""
     shapes = torch.cat([envelope(audio[None])[0] for audio in clips], 1)
     weights = [0.1 / (float(audio.square().mean().sqrt()) + 1e-3) for audio in clips]
     patches = torch.cat([w * bass_patches(audio) for w, audio in zip(weights, clips, strict=True)])
@@ -171,13 +171,13 @@ def fit(clips: list[Tensor]) -> Code:
 
 
 def clip(store: Store, index: int) -> Tensor:
-    """A clip's audio followed by silence to an even number of frames, (2, N)."""
+    """Pad a clip's audio with silence to an even number of frames, (2, N)."""
     audio = torch.from_numpy(store.audio(index))
     return F.pad(audio, (0, -audio.shape[1] % (2 * FRAME)))
 
 
 def latents_of(code: Code, audio_CN: Tensor) -> Tensor:
-    """What the encoder is to give for whole frames of audio, (C, T)."""
+    """Compute the target latents of whole frames of audio, (C, T)."""
     patches = bass_patches(audio_CN) @ code["wave_patch"].T
     frames = (patches.unflatten(1, (QUARTERS, -1)).flatten(2) @ code["wave_quarter"].T).flatten(1).T
     parts = (("envelope", envelope(audio_CN[None])[0]), ("wave", frames), ("tones", tones(audio_CN)))
@@ -186,17 +186,17 @@ def latents_of(code: Code, audio_CN: Tensor) -> Tensor:
 
 
 def silence(code: Code) -> Tensor:
-    """The latent frame of silence, (C,)."""
+    """Compute the latent frame of silence, (C,)."""
     return latents_of(code, torch.zeros(2, 2 * FRAME))[:, 0]
 
 
 def load_code(work: Path) -> Code:
-    """What `main` fitted."""
+    """Load the code that `main` fitted."""
     return load_file(work / "code.safetensors")
 
 
 def main() -> None:
-    """Fit on the first chunk, then encode what is not there yet."""
+    """Fit to the first chunk, then encode the missing ones."""
     parser = argparse.ArgumentParser(description="nano's latents, computed")
     parser.add_argument("work", type=Path)
     args = parser.parse_args()
@@ -214,7 +214,7 @@ def main() -> None:
                 continue
             indices = range(number * CHUNK, (number + 1) * CHUNK)
             made = [latents_of(code, clip(store, index)).half() for index in indices]
-            with atomic_path(path) as temporary:
+            with replace_file(path) as temporary:
                 torch.save(made, temporary)
             print(path.name, flush=True)
 

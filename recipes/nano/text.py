@@ -1,4 +1,4 @@
-"""nano's own tokenizer and text encoder (T5Gemma's architecture through transformers), as they are before training."""
+"""Make nano's tokenizer and its untrained text encoder (T5Gemma's architecture, by transformers)."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5GemmaConfig, T5GemmaEncoderModel
 
 from sa3train.models.conditioners import TextEmbedding
-from sa3train.models.nano import MAX_TOKENS, PIECES, nano_text_config
+from sa3train.models.nano import MAX_TOKENS, VOCABULARY_SIZE, build_nano_text_config
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
 
 
 def train_tokenizer(captions: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE of at most `PIECES` pieces; any text can be written with it. No BOS, no EOS."""
+    """Train byte-level BPE of at most `VOCABULARY_SIZE` tokens, which encodes any text, without BOS and EOS."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=PIECES, special_tokens=SPECIAL, initial_alphabet=sorted(alphabet), show_progress=False
+        vocab_size=VOCABULARY_SIZE, special_tokens=SPECIAL, initial_alphabet=sorted(alphabet), show_progress=False
     )
     tokenizer.train_from_iterator(captions, trainer)
     names = dict(zip(("pad_token", "eos_token", "bos_token", "unk_token"), SPECIAL, strict=True))
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, padding_side="right", truncation_side="right", **names)
 
 
-def new_encoder(pieces: int = PIECES) -> T5GemmaEncoderModel:
-    """A fresh encoder for that many pieces."""
-    settings = nano_text_config() | {"vocab_size": pieces}
+def new_encoder(pieces: int = VOCABULARY_SIZE) -> T5GemmaEncoderModel:
+    """Make an untrained encoder for a vocabulary of that size."""
+    settings = build_nano_text_config() | {"vocab_size": pieces}
     config = T5GemmaConfig(
         encoder=settings,
         decoder=dict(settings),
@@ -46,7 +46,7 @@ def new_encoder(pieces: int = PIECES) -> T5GemmaEncoderModel:
 
 
 def embed(encoder: Any, ids_BL: Tensor, mask_BL: Tensor) -> TextEmbedding:
-    """The encoder's hidden states with gradients, zero at padding, as `TextEncoder` gives them without."""
+    """Compute the encoder's hidden states with gradients, zero at padding, as `TextEncoder` does without."""
     hidden_BLD = encoder(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
     return TextEmbedding(torch.where(mask_BL[..., None], hidden_BLD, 0), mask_BL)
 
@@ -60,7 +60,7 @@ class Prompts:
         self.ids: list[list[list[int]]] = [[next(ids) for _ in texts] for texts in captions]
 
     def batch(self, picks: list[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Right-padded ids and mask of (clip, caption) pairs."""
+        """Return right-padded ids and mask of (clip, caption) pairs."""
         rows = [torch.tensor(self.ids[clip][caption]) for clip, caption in picks]
         ids_BL = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         lengths = torch.tensor([len(row) for row in rows])

@@ -70,14 +70,14 @@ from waves import expansion, fit_place, high_turns, noise_atoms, noise_centres, 
 from wiring import CONST, HEADS, MARK, MARKED, D, FeedForward, Layer, see_frame
 
 from sa3train.models.autoencoder import Autoencoder
-from sa3train.models.nano import MASK_NOISE, nano_config
+from sa3train.models.nano import MASK_NOISE, build_nano_config
 from sa3train.models.parse import parse_model
 
 State = dict[str, Tensor]
 
 
 def _calm(ff: FeedForward) -> None:
-    """Let the units that are free to learn see every channel at a spread near 1."""
+    """Scale the free units' inputs so that each channel has a spread near 1."""
     spread = torch.ones(D)
     spread[LEVELS : LEVELS + BANDS], spread[PLACE] = LEVEL, 5.0
     spread[GAINS : GAINS + BANDS] = spread[AMPLITUDES : AMPLITUDES + TONES] = GAIN / 10
@@ -87,7 +87,7 @@ def _calm(ff: FeedForward) -> None:
 
 
 def _frame(state: State, code: Code) -> None:
-    """The linear layer from latents to the frame's token."""
+    """Set the linear layer from latents to the frame's token."""
     weight, bias = state["decoder.layers.1.weight"].zero_(), state["decoder.layers.1.bias"].zero_()
     waves, levels = slice(ENVELOPE, ENVELOPE + WAVE), slice(0, ENVELOPE)
     for quarter in range(HEADS):
@@ -121,7 +121,7 @@ def _attention(layers: list[Layer]) -> None:
 
 
 def _place(layer: Layer, before: Layer) -> None:
-    """The last layer's attention writes the token's place; the constant comes from the feed-forward before it."""
+    """Set the last layer's attention: it writes the token's position. The feed-forward before writes the constant."""
     factors, weights, constant = fit_place()
     before["ff.ff.2.bias"][PLACE] = constant
     for head in range(HEADS):
@@ -134,7 +134,7 @@ def _place(layer: Layer, before: Layer) -> None:
 
 
 def _first(ff: FeedForward) -> None:
-    """Amplitudes of the bands; and on the frame's token how much of each region is noise, 0 to 1."""
+    """Set the first feed-forward: amplitudes of the bands, and on the frame's token the noise share of each region."""
     thresholds, weights = expansion()
     for band in range(BANDS):
         for threshold, weight in zip(thresholds.tolist(), weights.tolist(), strict=True):
@@ -151,10 +151,10 @@ def _first(ff: FeedForward) -> None:
 
 
 def _second(ff: FeedForward) -> None:
-    """Amplitudes of the partials: their band's times the share, small shares left out; and the bass where it is quiet.
+    """Set the second feed-forward: amplitudes of partials (band times share), and the quiet bass.
 
-    A denoiser's latents are never exact: what is a little off nothing is to be nothing. Then the bands' amplitudes
-    keep what is noise, and the oscillators above the semitones get the rest of theirs.
+    A denoiser's latents are never exact, so small values become zero. Then the bands' amplitudes keep the noise, and
+    the oscillators above the semitones get the rest of theirs.
     """
     hertz = turns() * RATE / FRAME
     below, upper = band_shares(hertz, MID_BANDS)
@@ -239,13 +239,13 @@ def set_mapping(state: State, mapping: Tensor) -> None:
 
 
 def autoencoder() -> Autoencoder:
-    """nano's autoencoder, untrained."""
-    return Autoencoder(parse_model(nano_config("rectified_flow"), "nano").autoencoder)
+    """Make nano's untrained autoencoder."""
+    return Autoencoder(parse_model(build_nano_config("rectified_flow"), "nano").autoencoder)
 
 
 @torch.no_grad()
 def start(code: Code) -> Autoencoder:
-    """The autoencoder with that decoder."""
+    """Make the autoencoder with the decoder set by hand."""
     torch.manual_seed(0)
     model = autoencoder()
     state, block = model.state_dict(), "decoder.layers.3"

@@ -1,4 +1,4 @@
-"""How well nano-base follows prompts so far, judged on latents: no decoder needed, half a minute.
+"""Evaluate how well nano-base follows prompts, on latents: without a decoder, in half a minute.
 
     python recipes/nano/watch.py WORK [--file base-cool.pt] [--cfg 4]     # prints and appends to WORK/watch.jsonl
 
@@ -27,13 +27,13 @@ from targets import ENVELOPE, FLOOR, MID_BANDS, POWER, QUARTERS, load_code
 from torch import Tensor, nn
 
 from sa3train.diffusion.samplers import sample_euler
-from sa3train.diffusion.schedule import sampling_schedule
+from sa3train.diffusion.schedule import build_schedule
 
 SECONDS, STEPS, LOOK = 3.0, 25, 48
 
 
 def statistics(code: dict[str, Tensor], z_CT: Tensor) -> Tensor:
-    """What the classifier sees of a clip's latents, (D,): moments of its band envelopes relative to its own level."""
+    """Compute the classifier's features of a clip's latents, (D,): moments of band envelopes relative to its level."""
     bands_ET = code["envelope_back"] @ z_CT[:ENVELOPE] + code["envelope_mean"][:, None]
     bands_ET = bands_ET.clamp_min(FLOOR**POWER)
     bands_ET = bands_ET / bands_ET.square().mean().sqrt()
@@ -45,8 +45,8 @@ def statistics(code: dict[str, Tensor], z_CT: Tensor) -> Tensor:
     return torch.cat([*parts, quarters[:, :8].mean(1), side, z_CT[ENVELOPE:].square().mean(1).sqrt()])
 
 
-def judge(work: Path, code: dict[str, Tensor]) -> dict[str, Any]:
-    """The classifier of latents, trained on first use."""
+def load_classifier(work: Path, code: dict[str, Tensor]) -> dict[str, Any]:
+    """Load the classifier of latents; it is trained on first use."""
     path = work / "watch.pt"
     if not path.exists():
         sets = {}
@@ -70,7 +70,7 @@ def judge(work: Path, code: dict[str, Tensor]) -> dict[str, Any]:
         network.eval()
         held, names = sets["val"]
         right = float((network((held - mean) / spread).argmax(1) == names).float().mean())
-        print(f"judge of latents: {100 * right:.1f} % on real held-out clips")
+        print(f"classifier of latents: {100 * right:.1f} % on real held-out clips")
         torch.save({"network": network.state_dict(), "mean": mean, "spread": spread, "real": right}, path)
     saved: dict[str, Any] = torch.load(path, weights_only=True)
     network = _network(len(saved["mean"])).eval()
@@ -86,7 +86,7 @@ def _network(inputs: int) -> nn.Sequential:
 def sample(
     model: Nano, tokenizer: Any, prompts: list[str], seconds: float, cfg: float, steps: int = STEPS, seed: int = 1
 ) -> Tensor:
-    """Latents (B, C, T) of one seed each, with two seconds of tail."""
+    """Sample latents (B, C, T) from one seed each, with two seconds of tail."""
     frames = round(seconds * FRAMES_PER_SECOND) + 20
     tokens = tokenizer(prompts, add_special_tokens=False, padding=True, return_tensors="pt")
     size = len(prompts)
@@ -111,18 +111,18 @@ def sample(
             wanted, other = out.chunk(2)
             return other + cfg * (wanted - other)
 
-        return sample_euler(velocity, noise_BCT, sampling_schedule(steps))
+        return sample_euler(velocity, noise_BCT, build_schedule(steps))
 
 
 def main() -> None:
-    """Sample one clip a class and judge it."""
-    parser = argparse.ArgumentParser(description="judge nano-base on latents")
+    """Sample one clip of each class and classify it."""
+    parser = argparse.ArgumentParser(description="evaluate nano-base on latents")
     parser.add_argument("work", type=Path)
     parser.add_argument("--file", default="base.pt")
     parser.add_argument("--cfg", type=float, default=4.0)
     args = parser.parse_args()
     code = load_code(args.work)
-    ruler = judge(args.work, code)
+    classifier = load_classifier(args.work, code)
     tokenizer = tokenizer_of(args.work)
     model = Nano(len(tokenizer)).eval()
     saved = torch.load(args.work / args.file, weights_only=True, map_location="cpu")
@@ -130,7 +130,7 @@ def main() -> None:
     latents = sample(model, tokenizer, [f"solo {name}" for name in NAMES], SECONDS, args.cfg)
     end = round(SECONDS * FRAMES_PER_SECOND)
     rows = torch.stack([statistics(code, z_CT[:, :end]) for z_CT in latents])
-    order = ruler["network"]((rows - ruler["mean"]) / ruler["spread"]).argsort(1, descending=True)
+    order = classifier["network"]((rows - classifier["mean"]) / classifier["spread"]).argsort(1, descending=True)
     labels = torch.arange(len(NAMES))[:, None]
     figures = {
         "step": saved["step"],

@@ -29,13 +29,13 @@ from wiring import HEADS
 
 
 def noise_centres(count: int) -> Tensor:
-    """Noise channels' centres in Hz, denser below."""
+    """Compute the centers of the noise channels in Hz, denser at low frequencies."""
     low, high = LOWEST_NOISE / 6000, HIGHEST_NOISE / 6000
     return 6000 * torch.expm1(torch.linspace(math.log1p(low), math.log1p(high), count))
 
 
 def noise_atoms(hertz: Tensor) -> Tensor:
-    """Windowed pieces of noise, each as wide as the distance to its neighbours, of unit energy: (count, 3 PATCH)."""
+    """Compute windowed noise of unit energy, each as wide as the distance to its neighbors: (count, 3 PATCH)."""
     width = torch.gradient(hertz)[0]
     draw = torch.randn(len(hertz), 8 * PATCH)
     bins = torch.fft.rfftfreq(8 * PATCH, 1 / RATE)
@@ -58,7 +58,7 @@ def expansion() -> tuple[Tensor, Tensor]:
 
 
 def fit_place() -> tuple[Tensor, Tensor, float]:
-    """Four windows on the frame's token whose weighted sum is a token's place in the frame, -7.5 to 7.5.
+    """Fit four windows on the frame's token whose weighted sum is a token's position in the frame, -7.5 to 7.5.
 
     Gives their logits' factors at the rotary frequencies (HEADS, 32: cosines, sines), the weights (HEADS,), and a
     constant. A chunk holds two frames: 16 or 17 tokens before or behind its own frame's token a token sees the other's.
@@ -88,22 +88,22 @@ def fit_place() -> tuple[Tensor, Tensor, float]:
 
 
 def regions_of(hertz: Tensor) -> list[int]:
-    """The region of each frequency."""
+    """Find the region of each frequency."""
     return (torch.bucketize(hertz, torch.tensor(REGIONS)) - 1).clamp(0, len(REGIONS) - 2).tolist()
 
 
 def high_turns() -> Tensor:
-    """Whole turns a frame of the oscillators above the semitones, (HIGH,)."""
+    """Compute the whole turns per frame of the oscillators above the semitones, (HIGH,)."""
     return (torch.logspace(math.log10(1.06 * top()), math.log10(15000.0), HIGH) * FRAME / RATE).round()
 
 
 def oscillators() -> list[tuple[float, int, int]]:
-    """Turns a frame of every oscillator, and the channels of its cosine and its sine."""
+    """List the turns per frame of each oscillator, and the channels of its cosine and sine."""
     tones = [(turn, AMPLITUDES + tone, SHARES + tone) for tone, turn in enumerate(turns().tolist())]
     high = [(turn, LEVELS + index, LEVELS + HIGH + index) for index, turn in enumerate(high_turns().tolist())]
     return tones + high
 
 
 def top() -> float:
-    """Where the semitones end and the oscillators at fixed places begin, Hz."""
+    """Return the frequency in Hz where the semitones end and the fixed oscillators start."""
     return float(turns()[-1]) * RATE / FRAME * 2 ** (1 / 12)

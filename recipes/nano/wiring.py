@@ -26,7 +26,7 @@ State = dict[str, Tensor]
 
 
 def look_back(offset: float) -> tuple[Tensor, Tensor]:
-    """Query and key (before their norm, over the 32 rotary channels) whose product peaks `offset` tokens back."""
+    """Compute query and key (before their norm, over 32 rotary channels) whose product peaks `offset` tokens back."""
     query, key, reach = torch.zeros(32), torch.zeros(32), math.tanh(2.0)
     query[:16] = math.atanh(reach)
     key[:16] = torch.atanh(reach * torch.cos(THETA * offset))
@@ -57,18 +57,18 @@ class Layer:
         return self.state[f"{self.prefix}.{name}"]
 
     def rows(self, part: int, head: int) -> Tensor:
-        """The (64, D) rows of part 0..4 (q, k, v, q', k') of one head."""
+        """Return the (64, D) rows of part 0..4 (q, k, v, q', k') of a head."""
         start = part * D + 64 * head
         return self["self_attn.to_qkv.weight"][start : start + 64]
 
     def clear(self, head: int) -> None:
-        """No random part in this head's attention: it is set by hand."""
+        """Clear the random initialization of a head's attention, which is set by hand."""
         for part in range(5):
             self.rows(part, head).zero_()
 
 
 class FeedForward:
-    """A layer's gated feed-forward, its units taken one after the other."""
+    """A layer's gated feed-forward, whose units are set one after the other."""
 
     def __init__(self, layer: Layer) -> None:
         self.into, self.bias = layer["ff.ff.0.proj.weight"], layer["ff.ff.0.proj.bias"]
@@ -82,7 +82,7 @@ class FeedForward:
         value_bias: float = 0.0,
         gate_bias: float = 0.0,
     ) -> None:
-        """One unit: out += (value x + value_bias) * act(gate x + gate_bias), by stream channel."""
+        """Set one unit: out += (value x + value_bias) * act(gate x + gate_bias), by stream channel."""
         unit, inner = self.taken, 3 * D
         self.taken += 1
         for row, weights, bias in ((unit, value, value_bias), (inner + unit, gate, gate_bias)):
@@ -99,7 +99,7 @@ def _row(weights: dict[int, float]) -> Tensor:
 
 
 def see_frame(layer: Layer, head: int, centre: float) -> None:
-    """This head sees the frame token from places within its band round `centre`, and nothing from elsewhere."""
+    """Let a head attend to the frame token from positions in its band around `centre`, and to nothing from others."""
     layer.clear(head)
     query, key = look_back(centre)
     layer.rows(0, head)[:32, CONST], layer.rows(1, head)[:32, MARK] = query, key / MARKED

@@ -1,22 +1,28 @@
-"""An adapter in memory: what it is, its tensors by layer, and where it came from."""
+"""An adapter in memory: its spec, its tensors by layer, and where it came from."""
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import nn
 
-from sa3train.adapters.layer_filter import adaptable_layers
+from sa3train.adapters.layer_filter import find_adaptable_layers
 from sa3train.adapters.spec import AdapterSpec
+from sa3train.core.safetensors_file import hash_tensors
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter's spec, its tensors by module path and parameter name, its metadata, and the file it came from.
+    """An adapter in memory.
 
-    Module paths are those of the released files: `model.…` for the DiT, `conditioners.…` for the conditioner.
+    Attributes:
+        spec: Its settings.
+        tensors: Its tensors by module path and tensor name. Module paths are those of the released files: `model.…`
+            for the DiT, `conditioners.…` for the conditioner.
+        metadata: Metadata of its file, such as `base_model` and `base_hash`.
+        source: The file it came from, for messages.
     """
 
     spec: AdapterSpec
@@ -26,23 +32,25 @@ class Adapter:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over kind, scales, names, shapes and bytes: equal adapters have equal fingerprints."""
-        digest = hashlib.sha256(self.spec.kind.encode())
+        """SHA-256 over type, scales, names, shapes and bytes: equal adapters have equal fingerprints."""
+        parts: list[str | torch.Tensor] = [self.spec.adapter_type]
         for path in sorted(self.tensors):
-            digest.update(f"{path}:{self.spec.scale_of(path)!r}".encode())
-            for name in sorted(self.tensors[path]):
-                tensor = self.tensors[path][name].detach().cpu().contiguous()
-                digest.update(f"{name}:{tensor.dtype}:{tuple(tensor.shape)}".encode())
-                digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
-
-    def with_tensors(self, tensors: Mapping[str, Mapping[str, torch.Tensor]]) -> "Adapter":
-        """The same adapter with other tensors."""
-        return replace(self, tensors=tensors)
+            parts.append(f"{path}:{self.spec.get_scale(path)!r}")
+            for name, tensor in sorted(self.tensors[path].items()):
+                parts += [f"{name}:{tensor.dtype}:{tuple(tensor.shape)}", tensor]
+        return hash_tensors(parts)
 
 
-def architecture_of(root: nn.Module) -> str:
-    """A short name for the architecture under `root`: a hash of its adaptable layers' paths and weight shapes."""
-    layers = adaptable_layers(root)
+def hash_architecture(layers: Mapping[str, nn.Module] | nn.Module) -> str:
+    """Hash the paths and weight shapes of a model's adaptable layers to a short name of its architecture.
+
+    Args:
+        layers: The model, or its adaptable layers by module path.
+
+    Returns:
+        16 hexadecimal digits, stored in adapter files as `base_architecture`.
+    """
+    if isinstance(layers, nn.Module):
+        layers = find_adaptable_layers(layers)
     listing = "\n".join(f"{path} {tuple(layers[path].weight.shape)}" for path in sorted(layers))  # type: ignore[arg-type]
     return hashlib.sha256(listing.encode()).hexdigest()[:16]

@@ -1,12 +1,13 @@
-"""Which layers an adapter goes to.
+"""Choose the layers that an adapter changes, by `include` and `exclude` patterns.
 
-A filter is a list of substrings of the module path. A number written at an end of a substring, or as a range `[a-b]`,
-matches whole numbers only: `layers.1` is not `layers.10`, and `layers[0-11]` means layers.0. up to layers.11.
+A pattern is a substring of the module path, as in the released trainer. PEFT's `target_modules` differ: they match the
+end of a path, or are regular expressions. A number at either end of a pattern, or in a range `[a-b]`, matches whole
+numbers only: `layers.1` does not match `layers.10`, and `layers[0-11]` matches `layers.0.` up to `layers.11`.
 """
 
+import functools
 import re
-from collections.abc import Iterable, Sequence
-from functools import cached_property
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from sa3train.core.errors import AdapterError
@@ -17,113 +18,121 @@ if TYPE_CHECKING:
 MAX_PATTERN = 300
 _RANGE = re.compile(r"\[([^\[\]]*)\]")
 _NUMBERS = re.compile(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?")
+_Spans = tuple[tuple[int, int], ...]
 
 
 def split_patterns(patterns: Sequence[str] | str) -> tuple[str, ...]:
-    """A list of patterns from a list or a comma-separated string; empty ones are dropped, commas in brackets kept."""
+    """Normalize layer patterns to a tuple.
+
+    Args:
+        patterns: A list of patterns, or one string with commas between them (commas inside brackets do not split).
+
+    Returns:
+        The patterns without surrounding spaces; empty ones are dropped.
+
+    Raises:
+        AdapterError: If `patterns` is neither a string nor a list of strings.
+    """
     if isinstance(patterns, str):
         patterns = re.split(r",(?![^\[]*\])", patterns)
     if not isinstance(patterns, list | tuple) or not all(isinstance(pattern, str) for pattern in patterns):
-        raise AdapterError(f"a layer filter must be a list of texts, not {repr(patterns)[:60]}.")
+        raise AdapterError(f"Layer patterns must be a list of strings, not {repr(patterns)[:60]}.")
     return tuple(pattern.strip() for pattern in patterns if pattern.strip())
 
 
-class Pattern:
-    """One substring of a module path, with ranges. Raises `AdapterError` when it cannot be read."""
+def check_patterns(patterns: Iterable[str]) -> None:
+    """Check that every pattern can be parsed.
 
-    def __init__(self, text: str) -> None:
-        if not text.strip() or len(text) > MAX_PATTERN:
-            raise AdapterError(f"a layer filter must be 1 to {MAX_PATTERN} characters long, not {text[:40]!r}.")
-        self.text = text.strip()
-        self.ranges: list[tuple[tuple[int, int], ...]] = []
-        expression = "".join(self._pieces())
-        start = r"(?<!\d)" if self.text[0].isdigit() else ""
-        end = r"(?!\d)" if self.text[-1].isdigit() else ""
-        self._expression = re.compile(f"(?={start}{expression}{end})")
+    Args:
+        patterns: Patterns of `include`, `exclude`, `rank_pattern` or `alpha_pattern`.
 
-    def _pieces(self) -> Iterable[str]:
-        position = 0
-        for found in _RANGE.finditer(self.text):
-            before = self.text[position : found.start()]
-            yield self._literal(before)
-            if before and not before.endswith("."):
-                yield r"\.?"
-            yield r"(?<!\d)(\d+)(?!\d)"
-            self.ranges.append(self._numbers(found.group(1)))
-            position = found.end()
-        yield self._literal(self.text[position:])
+    Raises:
+        AdapterError: If a pattern is empty, too long or has a malformed range.
+    """
+    for pattern in patterns:
+        _compile(pattern)
 
-    def _literal(self, text: str) -> str:
-        if "[" in text or "]" in text:
-            raise AdapterError(f"the layer filter {self.text!r} has a bracket without its partner.")
-        return re.escape(text)
 
-    def _numbers(self, text: str) -> tuple[tuple[int, int], ...]:
-        spans = []
-        for part in text.split(","):
-            found = _NUMBERS.fullmatch(part)
-            if not found:
-                raise AdapterError(f"the layer filter {self.text!r} needs a range such as [0-11] or [3], not [{text}].")
-            low = int(found.group(1))
-            high = int(found.group(2)) if found.group(2) else low
-            if high < low:
-                raise AdapterError(f"the layer filter {self.text!r} has a range that ends before it starts: [{text}].")
-            spans.append((low, high))
-        return tuple(spans)
+def matches_pattern(pattern: str, path: str) -> bool:
+    """Check whether a pattern occurs in a module path.
 
-    def matches(self, path: str) -> bool:
-        """Whether the pattern occurs in the module `path`."""
-        return any(
-            all(
-                any(low <= int(number) <= high for low, high in spans)
-                for number, spans in zip(found.groups(), self.ranges, strict=True)
-            )
-            for found in self._expression.finditer(path)
+    Args:
+        pattern: A substring with optional ranges.
+        path: Module path, such as `model.transformer.layers.0.ff.up`.
+
+    Returns:
+        Whether it matches.
+    """
+    expression, ranges = _compile(pattern)
+    return any(
+        all(
+            any(low <= int(number) <= high for low, high in spans)
+            for number, spans in zip(found.groups(), ranges, strict=True)
         )
+        for found in expression.finditer(path)
+    )
 
 
-class Filter:
-    """Layers to take (`include` None: all) less those to leave."""
+def is_included(path: str, include: Sequence[str] | None = None, exclude: Sequence[str] | None = None) -> bool:
+    """Check whether `include` and `exclude` leave a layer in.
 
-    def __init__(self, include: Sequence[str] | str | None = None, exclude: Sequence[str] | str | None = None) -> None:
-        self.include = None if include is None else split_patterns(include)
-        self.exclude = () if exclude is None else split_patterns(exclude)
-        _ = self._compiled
+    Args:
+        path: Module path of the layer.
+        include: Patterns of which one must match; None or empty includes every layer.
+        exclude: Patterns of which none may match.
 
-    @cached_property
-    def _compiled(self) -> tuple[list[Pattern] | None, list[Pattern]]:
-        include = [Pattern(text) for text in self.include] if self.include else None
-        return include, [Pattern(text) for text in self.exclude]
-
-    def matches(self, path: str) -> bool:
-        """Whether the layer at the module `path` is taken."""
-        include, exclude = self._compiled
-        wanted = include is None or any(pattern.matches(path) for pattern in include)
-        return wanted and not any(pattern.matches(path) for pattern in exclude)
-
-    def select(self, paths: Iterable[str]) -> list[str]:
-        """The `paths` taken. Raises `AdapterError` when none is, or when a pattern matches nothing at all."""
-        known = list(paths)
-        include, exclude = self._compiled
-        idle = [
-            pattern.text for pattern in (*(include or ()), *exclude) if not any(pattern.matches(path) for path in known)
-        ]
-        if idle:
-            raise AdapterError(
-                f"the layer filter {', '.join(map(repr, idle))} matches none of the {len(known)} layers that can be "
-                f"adapted. They look like {_examples(known)}."
-            )
-        taken = [path for path in known if self.matches(path)]
-        if not taken:
-            raise AdapterError(
-                f"no layer is left to adapt: include={self.include}, exclude={list(self.exclude)} over {len(known)} "
-                f"layers such as {_examples(known)}."
-            )
-        return taken
+    Returns:
+        Whether the layer is included.
+    """
+    included = not include or any(matches_pattern(pattern, path) for pattern in include)
+    return included and not any(matches_pattern(pattern, path) for pattern in exclude or ())
 
 
-def adaptable_layers(root: "nn.Module") -> "dict[str, nn.Module]":
-    """Every Linear and Conv1d under `root` by its module path; a layer already wrapped by PEFT counts as its base."""
+def select_layers(
+    paths: Iterable[str], include: Sequence[str] | None = None, exclude: Sequence[str] | None = None
+) -> list[str]:
+    """Select the layers that `include` and `exclude` leave in.
+
+    Args:
+        paths: Module paths of all layers that can be adapted.
+        include: Patterns of which one must match; None or empty includes every layer.
+        exclude: Patterns of which none may match.
+
+    Returns:
+        The selected paths, in the order given.
+
+    Raises:
+        AdapterError: If a pattern matches no layer at all, or if no layer is left.
+    """
+    known = list(paths)
+    unused = [
+        pattern
+        for pattern in (*(include or ()), *(exclude or ()))
+        if not any(matches_pattern(pattern, path) for path in known)
+    ]
+    if unused:
+        raise AdapterError(
+            f"The layer pattern {', '.join(map(repr, unused))} matches none of the {len(known)} adaptable layers. "
+            f"Their paths look like {_give_examples(known)}."
+        )
+    selected = [path for path in known if is_included(path, include, exclude)]
+    if not selected:
+        raise AdapterError(
+            f"No layer is left to adapt with include={include}, exclude={list(exclude or ())}. The {len(known)} "
+            f"adaptable layers are named like {_give_examples(known)}."
+        )
+    return selected
+
+
+def find_adaptable_layers(root: "nn.Module") -> "dict[str, nn.Module]":
+    """Find every Linear and ungrouped Conv1d below a module.
+
+    Args:
+        root: The model.
+
+    Returns:
+        The layers by module path. A layer that PEFT has wrapped is listed once, as its base layer.
+    """
     from torch import nn
 
     layers: dict[str, nn.Module] = {}
@@ -142,6 +151,51 @@ def adaptable_layers(root: "nn.Module") -> "dict[str, nn.Module]":
     return {path: layer for path, layer in layers.items() if isinstance(layer, nn.Linear | nn.Conv1d)}
 
 
-def _examples(paths: Sequence[str]) -> str:
+@functools.lru_cache(maxsize=1024)
+def _compile(pattern: str) -> tuple[re.Pattern[str], tuple[_Spans, ...]]:
+    """Compile a pattern to an expression with one group per range, and the numbers that each range allows."""
+    text = pattern.strip()
+    if not text or len(pattern) > MAX_PATTERN:
+        raise AdapterError(f"A layer pattern must have 1 to {MAX_PATTERN} characters; got {pattern[:40]!r}.")
+    start = r"(?<!\d)" if text[0].isdigit() else ""
+    end = r"(?!\d)" if text[-1].isdigit() else ""
+    expression = "".join(_translate(text))
+    ranges = tuple(_parse_range(text, found.group(1)) for found in _RANGE.finditer(text))
+    return re.compile(f"(?={start}{expression}{end})"), ranges
+
+
+def _translate(text: str) -> Iterator[str]:
+    position = 0
+    for found in _RANGE.finditer(text):
+        before = text[position : found.start()]
+        yield _escape(text, before)
+        if before and not before.endswith("."):
+            yield r"\.?"
+        yield r"(?<!\d)(\d+)(?!\d)"
+        position = found.end()
+    yield _escape(text, text[position:])
+
+
+def _escape(text: str, part: str) -> str:
+    if "[" in part or "]" in part:
+        raise AdapterError(f"The layer pattern {text!r} has an unmatched bracket.")
+    return re.escape(part)
+
+
+def _parse_range(text: str, inner: str) -> _Spans:
+    spans = []
+    for part in inner.split(","):
+        found = _NUMBERS.fullmatch(part)
+        if not found:
+            raise AdapterError(f"The layer pattern {text!r} needs a range such as [0-11] or [3], not [{inner}].")
+        low = int(found.group(1))
+        high = int(found.group(2)) if found.group(2) else low
+        if high < low:
+            raise AdapterError(f"The layer pattern {text!r} has a range that ends before it starts: [{inner}].")
+        spans.append((low, high))
+    return tuple(spans)
+
+
+def _give_examples(paths: Sequence[str]) -> str:
     shown = [paths[0], paths[len(paths) // 2], paths[-1]] if len(paths) > 2 else list(paths)
     return ", ".join(dict.fromkeys(shown)) or "(none)"

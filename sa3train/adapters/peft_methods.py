@@ -1,4 +1,4 @@
-"""PEFT's own methods (LoKr, LoHa, OFT, …): configured from a spec, and played by PEFT's own merge."""
+"""PEFT's own methods (LoKr, LoHa, OFT, …): configured from a spec, and merged by PEFT itself."""
 
 import json
 import re
@@ -15,166 +15,219 @@ from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from sa3train.adapters.layer_filter import Filter
+from sa3train.adapters.layer_filter import matches_pattern
 from sa3train.adapters.spec import PEFT_METHODS, AdapterSpec
 from sa3train.core.errors import AdapterError
 
-NAME = "default"
-RESERVED = (
+ADAPTER_NAME = "default"
+RESERVED_FIELDS = (
     "peft_type", "auto_mapping", "base_model_name_or_path", "revision", "task_type", "inference_mode", "peft_version",
     "target_modules", "exclude_modules", "modules_to_save", "layers_to_transform", "layers_pattern", "rank_pattern",
     "alpha_pattern", "r", "alpha",
 )  # fmt: skip
-"""Fields of PEFT's configs that the spec sets, or that make no sense here; `options` may hold the others."""
+"""Fields of PEFT's configs that the spec sets or that have no meaning here; `options` may hold the others."""
 
-
-REFUSALS = (
+PEFT_ERRORS = (
     TypeError, ValueError, RuntimeError, ImportError, AttributeError, LookupError, ArithmeticError, AssertionError,
 )  # fmt: skip
-"""What PEFT raises, here and there, for a setting or a tensor that it cannot use."""
+"""What PEFT raises for a setting or a tensor that it cannot use."""
 
-LARGEST_OPTION = 2**14
-"""Of numbers in `options`, which may come from a file: some of PEFT's are counts of layers or of loops."""
+MAX_OPTION = 2**14
+"""Largest number in `options`, which may come from a file: some of PEFT's options count layers or loops."""
 
-START_AT_THE_BASE: dict[str, dict[str, Any]] = {"fourierft": {"init_weights": True}, "c3a": {"init_weights": True}}
-"""PEFT starts these from random changes unless told otherwise; an adapter must start as the base."""
+IDENTITY_INIT: dict[str, dict[str, Any]] = {"fourierft": {"init_weights": True}, "c3a": {"init_weights": True}}
+"""Options with which these methods start as the base model; by default PEFT starts them from random changes."""
 
 
-def method_config(spec: AdapterSpec, paths: Sequence[str]) -> PeftConfig:
-    """PEFT's config for `spec` on exactly the modules `paths`. Raises `AdapterError` for a setting the method lacks."""
-    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(spec.kind.upper())]
+def build_peft_config(spec: AdapterSpec, paths: Sequence[str]) -> PeftConfig:
+    """Build PEFT's config for one of its own methods.
+
+    Args:
+        spec: The adapter's settings; its type is one of `PEFT_METHODS`.
+        paths: Module paths of exactly the layers to adapt.
+
+    Returns:
+        The config.
+
+    Raises:
+        AdapterError: If the method does not have a setting of the spec, or PEFT rejects a value.
+    """
+    method = spec.adapter_type
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.upper())]
     known = {field.name for field in fields(config_class)}
     settings: dict[str, Any] = {"target_modules": "|".join(re.escape(path) for path in paths)}
     if "r" in known and "oft_block_size" not in spec.options:
         settings["r"] = spec.rank
-        if spec.kind == "oft":
+        if method == "oft":
             settings["oft_block_size"] = 0
-    _set_alpha(spec, known, settings, paths)
-    if spec.dropout:
-        settings[_field(spec, known, "dropout", f"{spec.kind}_dropout", "module_dropout")] = spec.dropout
+    if "alpha" in known:
+        settings["alpha"] = spec.rank if spec.alpha is None else spec.alpha
+    elif spec.alpha is not None:
+        raise AdapterError(f"{method} has no alpha. Remove it.")
+    # PEFT matches its patterns differently than the spec does, so each path gets its own rank and alpha.
+    if spec.alpha_pattern or (spec.rank_pattern and "alpha_pattern" in known):
+        name = _find_field(spec, known, "alpha_pattern", "alpha_pattern")
+        settings[name] = {re.escape(path): spec.get_alpha(path) for path in paths}
     if spec.rank_pattern:
-        name = _field(spec, known, "rank_pattern", "rank_pattern")
-        settings[name] = {re.escape(path): spec.rank_of(path) for path in paths}
+        name = _find_field(spec, known, "rank_pattern", "rank_pattern")
+        settings[name] = {re.escape(path): spec.get_rank(path) for path in paths}
+    if spec.dropout:
+        settings[_find_field(spec, known, "dropout", f"{method}_dropout", "module_dropout")] = spec.dropout
     if spec.rslora:
-        raise AdapterError(f"rslora has no meaning for {spec.kind}; it is for the kinds of the SA3 family.")
-    allowed = sorted(known - set(RESERVED))
-    settings |= START_AT_THE_BASE.get(spec.kind, {})
-    for name, value in spec.options.items():
-        if name not in allowed:
-            raise AdapterError(f"{spec.kind} has no option {name[:40]!r}; it has {', '.join(allowed)}.")
-        if isinstance(value, int | float) and not abs(value) <= LARGEST_OPTION:
-            raise AdapterError(f"the option {name} of {spec.kind} must be at most {LARGEST_OPTION}.")
-        settings[name] = value
+        raise AdapterError(f"rslora has no effect on {method}. Remove it; it is for the SA3 family's types.")
+    settings |= {**IDENTITY_INIT.get(method, {}), **_check_options(spec, known)}
     try:
         return config_class(**settings)
-    except REFUSALS as error:
-        raise AdapterError(f"PEFT refuses these settings for {spec.kind}: {error}") from error
+    except PEFT_ERRORS as error:
+        raise AdapterError(f"PEFT rejects these settings for {method}: {error}") from error
 
 
-def start_method(root: nn.Module, spec: AdapterSpec, paths: Sequence[str]) -> BaseTuner:
-    """Let PEFT put `spec` into `root`. Raises `AdapterError` when the method cannot adapt one of the layers."""
-    config = method_config(spec, paths)
-    with _quietly():
+def inject_peft_method(root: nn.Module, spec: AdapterSpec, paths: Sequence[str]) -> BaseTuner:
+    """Inject one of PEFT's own methods into a model.
+
+    Args:
+        root: The model, which is changed in place.
+        spec: The adapter's settings.
+        paths: Module paths of the layers to adapt.
+
+    Returns:
+        PEFT's tuner.
+
+    Raises:
+        AdapterError: If the method cannot adapt one of the layers.
+    """
+    config = build_peft_config(spec, paths)
+    with _ignore_warnings():
         try:
-            return PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)](root, config, adapter_name=NAME)
-        except REFUSALS as error:
+            return PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)](root, config, adapter_name=ADAPTER_NAME)
+        except PEFT_ERRORS as error:
             raise AdapterError(
-                f"PEFT's {spec.kind} cannot adapt these layers: {error} Leave such layers out with exclude, or choose "
-                f"another kind."
+                f"PEFT's {spec.adapter_type} cannot adapt these layers: {error} Exclude such layers, or choose another "
+                f"adapter_type."
             ) from error
 
 
-def merged_weight(spec: AdapterSpec, path: str, W: Tensor, params: Mapping[str, Tensor]) -> Tensor:
-    """The effective weight of a PEFT method at full strength, fp32: PEFT's own merge into a copy of the layer.
+def merge_weight(spec: AdapterSpec, path: str, W: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+    """Compute the effective weight of a PEFT method at full strength, by PEFT's own merge into a copy of the layer.
 
-    Raises `AdapterError` when the tensors are not those the method needs for a weight of this shape.
+    Args:
+        spec: The adapter's settings.
+        path: Module path of the layer.
+        W: The layer's untouched weight, (out, in) or (out, in, taps).
+        params: The adapter's tensors at the layer, by name.
+
+    Returns:
+        The weight, fp32, in W's shape.
+
+    Raises:
+        AdapterError: If the tensors are not those that the method needs for a weight of this shape.
     """
-    holder = nn.ModuleDict({"layer": _copy_of_layer(W)})
-    own_alpha = any(Filter([pattern]).matches(path) for pattern in spec.alpha_pattern)
-    alpha = spec.alpha_of(path) if spec.alpha is not None or own_alpha else None
-    alone = replace(spec, rank=spec.rank_of(path), alpha=alpha, rank_pattern={}, alpha_pattern={}, dropout=0.0)
-    with torch.random.fork_rng(devices=[]), _quietly():
-        tuner = start_method(holder, alone, ["layer"])
+    method = spec.adapter_type
+    holder = nn.ModuleDict({"layer": _copy_layer(W)})
+    has_alpha = spec.alpha is not None or any(matches_pattern(pattern, path) for pattern in spec.alpha_pattern)
+    alpha = spec.get_alpha(path) if has_alpha else None
+    alone = replace(spec, rank=spec.get_rank(path), alpha=alpha, rank_pattern={}, alpha_pattern={}, dropout=0.0)
+    with torch.random.fork_rng(devices=[]), _ignore_warnings():
+        tuner = inject_peft_method(holder, alone, ["layer"])
         try:
             given = {f"layer.{name}": tensor.float().to(W.device) for name, tensor in params.items()}
-            missing, unexpected = set_peft_model_state_dict(holder, given, NAME)  # type: ignore[attr-defined]
-        except REFUSALS as error:
-            raise AdapterError(f"the {spec.kind} tensors of {path} do not fit its weight: {error}") from error
+            missing, unexpected = set_peft_model_state_dict(holder, given, ADAPTER_NAME)  # type: ignore[attr-defined]
+        except PEFT_ERRORS as error:
+            raise AdapterError(f"The {method} tensors of {path} do not fit its weight: {error}") from error
         absent = [name for name in missing if not name.endswith((".base_layer.weight", ".base_layer.bias"))]
         if unexpected or absent:
             raise AdapterError(
-                f"{path} lacks {absent or 'nothing'} of {spec.kind}, and has {unexpected or 'nothing'} too much."
+                f"{path} is not a complete {method} layer: missing {absent or 'nothing'}, unexpected "
+                f"{unexpected or 'nothing'}."
             )
         try:
             tuner.merge_and_unload()
-        except REFUSALS as error:
-            raise AdapterError(f"PEFT cannot merge the {spec.kind} of {path}: {error}") from error
+        except PEFT_ERRORS as error:
+            raise AdapterError(f"PEFT cannot merge the {method} of {path}: {error}") from error
     weight = holder["layer"].weight
     assert isinstance(weight, Tensor)
     return weight.detach().reshape(W.shape)
 
 
-def spec_from_config(config: Mapping[str, Any]) -> AdapterSpec:
-    """The spec of a PEFT config (adapter_config.json) of another method than LoRA."""
-    kind = str(config.get("peft_type", "")).lower()
-    if kind not in PEFT_METHODS:
+def parse_peft_config(config: Mapping[str, Any]) -> AdapterSpec:
+    """Parse PEFT's config (adapter_config.json) of another method than LoRA.
+
+    Args:
+        config: The parsed JSON.
+
+    Returns:
+        The adapter's settings.
+
+    Raises:
+        AdapterError: If the method is not supported or a setting is invalid.
+    """
+    method = str(config.get("peft_type", "")).lower()
+    if method not in PEFT_METHODS:
         raise AdapterError(
-            f"PEFT's {kind[:40] or 'unnamed method'} is not supported; supported: lora, {', '.join(PEFT_METHODS)}."
+            f"PEFT's {method[:40] or 'unnamed method'} is not supported. Supported: lora, {', '.join(PEFT_METHODS)}."
         )
-    known = {field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(kind.upper())])}
-    options = {name: value for name, value in config.items() if name in known and name not in RESERVED}
-    options = {name: value for name, value in options.items() if not name.endswith("dropout")}
-    rank = config.get("r") or 16
-    if kind == "oft" and config.get("r"):
+    known = {field.name for field in fields(PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(method.upper())])}
+    options = {
+        name: value
+        for name, value in config.items()
+        if name in known and name not in RESERVED_FIELDS and not name.endswith("dropout")
+    }
+    if method == "oft" and config.get("r"):
         options.pop("oft_block_size", None)
     return AdapterSpec(
-        kind,
-        rank=rank,
+        method,
+        rank=config.get("r") or 16,
         alpha=config.get("alpha"),
-        rank_pattern=_plain_pattern(config, "rank_pattern"),
-        alpha_pattern=_plain_pattern(config, "alpha_pattern"),
+        rank_pattern=_parse_pattern(config, "rank_pattern"),
+        alpha_pattern=_parse_pattern(config, "alpha_pattern"),
         options=options,
     )
 
 
-def config_json(spec: AdapterSpec, paths: Sequence[str]) -> str:
-    """The adapter_config.json that PEFT itself would write."""
-    config = method_config(spec, paths).to_dict()
+def format_peft_config(spec: AdapterSpec, paths: Sequence[str]) -> str:
+    """Format the adapter_config.json that PEFT itself would write.
+
+    Args:
+        spec: The adapter's settings.
+        paths: Module paths of its layers.
+
+    Returns:
+        JSON text.
+    """
+    config = build_peft_config(spec, paths).to_dict()
     config["target_modules"] = sorted(paths)
-    return json.dumps(config, indent=2, sort_keys=True, default=_plain) + "\n"
+    as_json = lambda value: sorted(value) if isinstance(value, set) else str(value)  # noqa: E731
+    return json.dumps(config, indent=2, sort_keys=True, default=as_json) + "\n"
 
 
-def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, set) else str(value)
+def _check_options(spec: AdapterSpec, known: set[str]) -> Mapping[str, Any]:
+    allowed = sorted(known - set(RESERVED_FIELDS))
+    for name, value in spec.options.items():
+        if name not in allowed:
+            raise AdapterError(
+                f"{spec.adapter_type} has no option {name[:40]!r}. Its options are {', '.join(allowed)}."
+            )
+        if isinstance(value, int | float) and not abs(value) <= MAX_OPTION:
+            raise AdapterError(f"The option {name} of {spec.adapter_type} must be at most {MAX_OPTION}.")
+    return spec.options
 
 
-def _plain_pattern(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """PEFT's patterns are expressions: those that name a module come back as its name."""
+def _parse_pattern(config: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Read a pattern of PEFT's, which is an expression, as the module name it stands for."""
     patterns = config.get(name) or {}
     if not isinstance(patterns, dict):
-        raise AdapterError(f"{name} must be a table, not {str(patterns)[:40]!r}.")
+        raise AdapterError(f"{name} must be a mapping, not {str(patterns)[:40]!r}.")
     return {re.sub(r"\\(\W)", r"\1", pattern): value for pattern, value in patterns.items()}
 
 
-def _set_alpha(spec: AdapterSpec, known: set[str], settings: dict[str, Any], paths: Sequence[str]) -> None:
-    """PEFT matches its patterns otherwise than the spec does, so each path is given its own alpha."""
-    if "alpha" in known:
-        settings["alpha"] = spec.rank if spec.alpha is None else spec.alpha
-    elif spec.alpha is not None:
-        raise AdapterError(f"{spec.kind} has no alpha; leave it out.")
-    if spec.alpha_pattern or (spec.rank_pattern and "alpha_pattern" in known):
-        name = _field(spec, known, "alpha_pattern", "alpha_pattern")
-        settings[name] = {re.escape(path): spec.alpha_of(path) for path in paths}
-
-
-def _field(spec: AdapterSpec, known: set[str], setting: str, *names: str) -> str:
+def _find_field(spec: AdapterSpec, known: set[str], setting: str, *names: str) -> str:
     found = next((name for name in names if name in known), None)
     if found is None:
-        raise AdapterError(f"{spec.kind} has no {setting}; leave it at its default.")
+        raise AdapterError(f"{spec.adapter_type} has no {setting}. Leave it at its default.")
     return found
 
 
-def _copy_of_layer(W: Tensor) -> nn.Linear | nn.Conv1d:
+def _copy_layer(W: Tensor) -> nn.Linear | nn.Conv1d:
     layer = (
         nn.Linear(W.shape[1], W.shape[0], bias=False, device=W.device)
         if W.ndim == 2
@@ -186,7 +239,7 @@ def _copy_of_layer(W: Tensor) -> nn.Linear | nn.Conv1d:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def _ignore_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield

@@ -1,21 +1,29 @@
-"""What an adapter is: its kind, rank, scale and the layers it goes to. No torch here: light code reads specs too."""
+"""What an adapter is: its type, rank, scale and layers. Without torch, since light code reads specs too."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from sa3train.adapters.layer_filter import Filter, split_patterns
+from sa3train.adapters.layer_filter import check_patterns, is_included, matches_pattern, split_patterns
 from sa3train.core.errors import AdapterError
+from sa3train.core.text import format_range
 
 MAX_RANK = 16384
-LARGEST = 1e9
-"""Of alphas and strengths: far beyond any use, and far below what overflows."""
+MAX_VALUE = 1e9
+"""Largest alpha or strength: far beyond any use, and far below what overflows."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One member of the SA3 family: a low-rank change, its bases frozen or not, rows and columns renormed or not."""
+    """One adapter type of the SA3 family: a low-rank change, with or without frozen bases and norms.
+
+    Attributes:
+        name: The `adapter_type`, as the released trainer writes it.
+        xs: Whether the bases are W's frozen singular vectors, and only an r × r matrix trains.
+        rows: Whether rows are renormalized to trained magnitudes.
+        cols: Whether columns are renormalized to trained magnitudes.
+    """
 
     name: str
     xs: bool = False
@@ -24,7 +32,7 @@ class Kind:
 
     @property
     def both(self) -> bool:
-        """Whether rows and columns are renormed."""
+        """Whether rows and columns are renormalized."""
         return self.rows and self.cols
 
     @property
@@ -36,7 +44,16 @@ class Kind:
         return (*low_rank, "magnitude") if self.rows or self.cols else low_rank
 
     def shapes(self, rows: int, cols: int, rank: int) -> dict[str, tuple[int, ...]]:
-        """Shape of every stored tensor for a weight of (rows, cols), a convolution's taps counted in the columns."""
+        """Return the shape of every stored tensor for one weight.
+
+        Args:
+            rows: Rows of the weight (out).
+            cols: Columns of the weight (in); a convolution's taps count as columns.
+            rank: Rank of the adapter.
+
+        Returns:
+            Shapes by tensor name.
+        """
         every = {
             "lora_A": (rank, cols),
             "lora_B": (rows, rank),
@@ -62,30 +79,38 @@ KINDS: dict[str, Kind] = {
     )
 }
 
-PLAY_ONLY = ("diff", "comfy-dora")
-"""Kinds that other tools' files may hold and that can be played but not trained: a full difference of weights, and
-ComfyUI's own reading of DoRA, which divides by the norm of the untouched weight."""
+INFERENCE_ONLY = ("diff", "comfy-dora")
+"""Types that files of other tools hold and that can be played but not trained: full weight deltas, and ComfyUI's own
+reading of DoRA, which divides by the norm of the untouched weight."""
 
 PEFT_METHODS = (
     "lokr", "loha", "hira", "oft", "boft", "hra", "miss", "fourierft", "waveft", "c3a", "delora", "gralora",
     "deft", "psoft", "peanut",
 )  # fmt: skip
-"""Methods of PEFT that adapt Linear (lokr, loha and hira Conv1d too) layers and can be merged into the weight. Left out
-are those that share state between layers or need hooks in the training loop (VeRA, RandLoRA, AdaLoRA, …)."""
+"""PEFT methods that adapt Linear (lokr, loha and hira also Conv1d) layers and can be merged into the weight. Methods
+that share state between layers or need hooks in the training loop (VeRA, RandLoRA, AdaLoRA, …) are not supported."""
+
+ADAPTER_TYPES = (*KINDS, *INFERENCE_ONLY, *PEFT_METHODS)
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """How to adapt a model.
+    """Settings of an adapter. Construction raises `AdapterError` for an invalid value.
 
-    `kind` is one of `KINDS` or of `PEFT_METHODS`. `alpha` None means equal to the rank, so that the scale is 1.
-    `dropout` acts on the adapter's input. `include` and `exclude` are lists of substrings of the module path, with
-    `[a-b]` ranges (see `targets`); None means every Linear and Conv1d. `rank_pattern` and `alpha_pattern` map such
-    substrings to a rank or an alpha of their own; the first that matches counts. `rslora` divides by √rank instead of
-    rank. `options` goes to PEFT's own config for the other methods. Raises `AdapterError` on an impossible value.
+    Attributes:
+        adapter_type: One of `KINDS`, `PEFT_METHODS` or `INFERENCE_ONLY`.
+        rank: Rank of the low-rank product.
+        alpha: Scale numerator: the product is multiplied by alpha / rank. None means equal to the rank (scale 1).
+        dropout: Dropout probability on the adapter's input, in [0, 1).
+        include: Layer patterns (see `layer_filter`) of which one must match; None means every Linear and Conv1d.
+        exclude: Layer patterns of which none may match.
+        rslora: Divide by √rank instead of rank (rsLoRA, arXiv 2312.03732).
+        rank_pattern: Ranks by layer pattern; the first pattern that matches wins.
+        alpha_pattern: Alphas by layer pattern; the first pattern that matches wins.
+        options: Further settings of PEFT's config, for `PEFT_METHODS` only.
     """
 
-    kind: str
+    adapter_type: str
     rank: int = 16
     alpha: float | None = None
     dropout: float = 0.0
@@ -97,77 +122,121 @@ class AdapterSpec:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.kind not in (*KINDS, *PLAY_ONLY, *PEFT_METHODS):
+        if self.adapter_type not in ADAPTER_TYPES:
             raise AdapterError(
-                f"unknown adapter kind {self.kind!r}. Choose one of {', '.join(KINDS)}, or a PEFT method: "
+                f"Unknown adapter_type {self.adapter_type!r}. Choose one of {', '.join(KINDS)}, or a PEFT method: "
                 f"{', '.join(PEFT_METHODS)}."
             )
-        _check_rank("rank", self.rank)
-        for pattern, rank in self.rank_pattern.items():
-            _check_rank(f"rank_pattern[{pattern!r}]", rank)
-        for name, alpha in {"alpha": self.alpha, **_named("alpha_pattern", self.alpha_pattern)}.items():
+        ranks = {f"rank_pattern[{pattern!r}]": rank for pattern, rank in self.rank_pattern.items()}
+        for name, rank in {"rank": self.rank, **ranks}.items():
+            if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
+                raise AdapterError(f"{name} must be an integer from 1 to {MAX_RANK}, not {_shorten(rank)}.")
+        alphas = {f"alpha_pattern[{pattern!r}]": alpha for pattern, alpha in self.alpha_pattern.items()}
+        for name, alpha in {"alpha": self.alpha, **alphas}.items():
             if alpha is not None and not (is_finite_number(alpha) and alpha != 0):
-                raise AdapterError(f"{name} must be a number other than 0, up to {LARGEST:g}, not {_shown(alpha)}.")
+                raise AdapterError(f"{name} must be a number other than 0, up to {MAX_VALUE:g}, not {_shorten(alpha)}.")
         if not (is_finite_number(self.dropout) and 0 <= self.dropout < 1):
-            raise AdapterError(f"dropout must be at least 0 and below 1, not {_shown(self.dropout)}.")
-        if self.options and self.kind not in PEFT_METHODS:
-            raise AdapterError(f"options {sorted(self.options)} are for PEFT's own methods; {self.kind} takes none.")
-        object.__setattr__(self, "include", _patterns(self.include))
-        object.__setattr__(self, "exclude", _patterns(self.exclude))
-        object.__setattr__(self, "rank_pattern", dict(self.rank_pattern))
-        object.__setattr__(self, "alpha_pattern", dict(self.alpha_pattern))
-        object.__setattr__(self, "options", dict(self.options))
-        for pattern in (*self.rank_pattern, *self.alpha_pattern):
-            Filter([pattern])
+            raise AdapterError(f"dropout must be in [0, 1), not {_shorten(self.dropout)}.")
+        if self.options and self.adapter_type not in PEFT_METHODS:
+            raise AdapterError(
+                f"options {sorted(self.options)} are for PEFT's own methods; {self.adapter_type} has none."
+            )
+        for name in ("include", "exclude"):
+            patterns = getattr(self, name)
+            split = () if patterns is None else split_patterns(patterns)
+            check_patterns(split)
+            object.__setattr__(self, name, split or None)
+        for name in ("rank_pattern", "alpha_pattern", "options"):
+            object.__setattr__(self, name, dict(getattr(self, name)))
+        check_patterns((*self.rank_pattern, *self.alpha_pattern))
 
-    @property
-    def filter(self) -> Filter:
-        """The layers this adapter goes to."""
-        return Filter(self.include, self.exclude)
+    def includes(self, path: str) -> bool:
+        """Check whether the adapter goes to a layer.
 
-    def rank_of(self, path: str) -> int:
-        """The rank at the module `path`."""
-        return _first_match(self.rank_pattern, path, self.rank)
+        Args:
+            path: Module path of the layer.
 
-    def alpha_of(self, path: str) -> float:
-        """The alpha at the module `path`; without one of its own it equals that layer's rank."""
-        alpha = _first_match(self.alpha_pattern, path, self.alpha)
-        return float(self.rank_of(path) if alpha is None else alpha)
+        Returns:
+            Whether `include` and `exclude` leave it in.
+        """
+        return is_included(path, self.include, self.exclude)
 
-    def scale_of(self, path: str) -> float:
-        """What the low-rank product is multiplied by at strength 1: alpha / rank, or alpha / √rank with rsLoRA."""
-        rank = self.rank_of(path)
-        return self.alpha_of(path) / (math.sqrt(rank) if self.rslora else rank)
+    def get_rank(self, path: str) -> int:
+        """Get the rank at one layer.
 
+        Args:
+            path: Module path of the layer.
 
-def _first_match(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    if path in patterns:  # a layer named in full, as the tools write it
-        return patterns[path]
-    return next((value for pattern, value in patterns.items() if Filter([pattern]).matches(path)), default)
+        Returns:
+            The rank from `rank_pattern`, else `rank`.
+        """
+        return _find_first(self.rank_pattern, path, self.rank)
 
+    def get_alpha(self, path: str) -> float:
+        """Get the alpha at one layer.
 
-def _named(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {f"{name}[{key!r}]": value for key, value in values.items()}
+        Args:
+            path: Module path of the layer.
+
+        Returns:
+            The alpha from `alpha_pattern`, else `alpha`, else the layer's rank.
+        """
+        alpha = _find_first(self.alpha_pattern, path, self.alpha)
+        return float(self.get_rank(path) if alpha is None else alpha)
+
+    def get_scale(self, path: str) -> float:
+        """Get the factor of the low-rank product at strength 1.
+
+        Args:
+            path: Module path of the layer.
+
+        Returns:
+            alpha / rank, or alpha / √rank with rsLoRA.
+        """
+        rank = self.get_rank(path)
+        return self.get_alpha(path) / (math.sqrt(rank) if self.rslora else rank)
+
+    def format_rank(self, paths: Iterable[str]) -> str:
+        """Format the ranks of layers for people.
+
+        Args:
+            paths: Module paths of the layers.
+
+        Returns:
+            A number, a range such as "4 to 8", or "full" for full weight deltas.
+        """
+        return "full" if self.adapter_type == "diff" else format_range([self.get_rank(path) for path in paths])
+
+    def format_alpha(self, paths: Iterable[str]) -> str:
+        """Format the alphas of layers for people.
+
+        Args:
+            paths: Module paths of the layers.
+
+        Returns:
+            A number, a range such as "4 to 8", or "-" where the type has no alpha.
+        """
+        return format_range([self.get_alpha(path) for path in paths]) if self.adapter_type in KINDS else "-"
 
 
 def is_finite_number(value: object) -> bool:
-    """Whether `value` is a number, not NaN, and small enough to multiply fp32 weights with (JSON's have no bounds)."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= LARGEST
+    """Check whether a value is a finite number small enough to multiply fp32 weights with.
+
+    Args:
+        value: Anything, such as a value from JSON, whose numbers have no bounds.
+
+    Returns:
+        Whether it is an int or float (no bool, no NaN) of magnitude up to 1e9.
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_VALUE
 
 
-def _shown(value: object) -> str:
+def _find_first(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    if path in patterns:  # a layer named in full, as the tools write it
+        return patterns[path]
+    return next((value for pattern, value in patterns.items() if matches_pattern(pattern, path)), default)
+
+
+def _shorten(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}…"
-
-
-def _check_rank(name: str, rank: object) -> None:
-    if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
-        raise AdapterError(f"{name} must be a whole number from 1 to {MAX_RANK}, not {_shown(rank)}.")
-
-
-def _patterns(patterns: Sequence[str] | str | None) -> tuple[str, ...] | None:
-    if patterns is None:
-        return None
-    split = split_patterns(patterns)
-    Filter(split)
-    return split or None

@@ -9,7 +9,7 @@ from sa3train.core.errors import AudioError
 
 HALF_POWER = math.sqrt(0.5)
 
-# Left and right shares of each channel in WAV order, after ITU-R BS.775: centre and surrounds at -3 dB, no LFE.
+# Left and right gains of each channel in WAV order by ITU-R BS.775: center and surrounds at -3 dB, no LFE.
 DOWNMIX: dict[int, tuple[tuple[float, float], ...]] = {
     3: ((1, 0), (0, 1), (HALF_POWER, HALF_POWER)),
     4: ((1, 0), (0, 1), (HALF_POWER, 0), (0, HALF_POWER)),
@@ -23,14 +23,24 @@ DOWNMIX: dict[int, tuple[tuple[float, float], ...]] = {
 }
 
 
-def to_channels(audio_CN: Tensor, channels: int = 2) -> Tensor:
-    """(C, N) in WAV channel order to (channels, N), channels 1 or 2.
+def mix_channels(audio_CN: Tensor, channels: int = 2) -> Tensor:
+    """Mix audio to mono or stereo.
 
-    Mono is doubled; more than two channels are mixed by ITU-R BS.775 (without turning the whole down, so a loud mix
-    may pass ±1); to mono, left and right are averaged. Raises `AudioError` where there is no rule for C.
+    Mono is duplicated to stereo, stereo averaged to mono. More channels are mixed to stereo first, by ITU-R BS.775
+    without scaling the result, so that a loud mix may exceed ±1.
+
+    Args:
+        audio_CN: Audio in WAV channel order.
+        channels: 1 or 2.
+
+    Returns:
+        Audio (channels, N); the input where it has that many channels.
+
+    Raises:
+        AudioError: `channels` is neither 1 nor 2, or there is no rule for the input's layout.
     """
     if channels not in (1, 2):
-        raise AudioError(f"audio can be brought to 1 or 2 channels, not {channels}.")
+        raise AudioError(f"audio can be mixed to 1 or 2 channels, not {channels}.")
     count = len(audio_CN)
     if count == channels:
         return audio_CN
@@ -44,26 +54,41 @@ def to_channels(audio_CN: Tensor, channels: int = 2) -> Tensor:
 
 
 def fit(audio_CN: Tensor, samples: int) -> Tensor:
-    """Cut (C, N) to `samples`, or fill it up with silence: (C, samples)."""
+    """Truncate audio to a length, or pad it with silence.
+
+    Args:
+        audio_CN: Audio.
+        samples: Length in samples.
+
+    Returns:
+        Audio (C, samples).
+    """
     missing = samples - audio_CN.shape[-1]
     if missing > 0:
         return torch.nn.functional.pad(audio_CN, (0, missing))
     return audio_CN[..., :samples]
 
 
-def crop(audio_CN: Tensor, sample_rate: int, start: float, end: float) -> Tensor:
-    """The part from `start` to `end` seconds. Raises `AudioError` when that is not inside the audio."""
-    seconds = audio_CN.shape[-1] / sample_rate
-    if not 0 <= start < end <= seconds + 1 / sample_rate:
-        raise AudioError(f"cannot take {start:g} to {end:g} s from {seconds:g} s of audio.")
-    return audio_CN[..., round(start * sample_rate) : round(end * sample_rate)]
+def apply_gain(audio_CN: Tensor, decibels: float) -> Tensor:
+    """Apply a gain.
 
+    Args:
+        audio_CN: Audio.
+        decibels: Gain in dB.
 
-def gain(audio_CN: Tensor, decibels: float) -> Tensor:
-    """Louder or softer by `decibels`."""
+    Returns:
+        Scaled audio.
+    """
     return audio_CN * 10 ** (decibels / 20)
 
 
-def clamp_counted(audio_CN: Tensor) -> tuple[Tensor, Tensor]:
-    """Audio clamped to ±1, and the share of samples that lay outside, a scalar on the audio's device."""
+def clamp_and_count(audio_CN: Tensor) -> tuple[Tensor, Tensor]:
+    """Clamp audio to ±1 and count what was clipped, without waiting for the device.
+
+    Args:
+        audio_CN: Audio.
+
+    Returns:
+        Clamped audio, and the share of samples outside ±1 as a scalar tensor on the audio's device.
+    """
     return audio_CN.clamp(-1, 1), (audio_CN.abs() > 1).sum() / max(1, audio_CN.numel())

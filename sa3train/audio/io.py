@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 import torch
 from torch import Tensor
 
-from sa3train.audio.edit import to_channels
+from sa3train.audio.edit import mix_channels
 from sa3train.audio.resample import resample
 from sa3train.core.errors import AudioError
 from sa3train.core.files import write_bytes
+from sa3train.core.imports import explain_imports
+
+with explain_imports():
+    import soundfile
 
 Source = str | PathLike[str] | bytes
 
@@ -28,11 +31,11 @@ AUDIO_SUFFIXES = (
     *(".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".aifc", ".caf", ".w64", ".rf64", ".au"),
     *(".m4a", ".aac", ".mp4", ".wma", ".alac"),
 )
-"""What a folder scan takes for audio."""
+"""Files that a folder scan takes for audio."""
 
 NEEDS_FFMPEG = (".m4a", ".aac", ".mp4", ".wma", ".alac")
 
-# libsndfile hands Ogg channels over in the order of the Vorbis specification (section 4.3.9).
+# libsndfile returns the channels of Ogg files in the order of the Vorbis I specification (4.3.9).
 VORBIS_TO_WAV_ORDER = {
     3: (0, 2, 1),
     5: (0, 2, 1, 3, 4),
@@ -55,7 +58,15 @@ WRITERS = {
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What a file's header says: Hz, channels, samples per channel, seconds, container and encoding names."""
+    """What the header of an audio file says.
+
+    Attributes:
+        sample_rate: Sample rate in Hz.
+        channels: Channels.
+        samples: Samples per channel.
+        container: Name of the container, such as "WAV".
+        encoding: Name of the encoding, such as "PCM_16"; "ffmpeg" where ffmpeg decoded the file.
+    """
 
     sample_rate: int
     channels: int
@@ -65,16 +76,26 @@ class AudioInfo:
 
     @property
     def seconds(self) -> float:
+        """Duration in seconds."""
         return self.samples / self.sample_rate
 
 
 def read_audio(source: Source) -> tuple[Tensor, int]:
-    """Read a file, or the bytes of one: float32 (C, N) with the file's own channels, and its sample rate in Hz.
+    """Read an audio file with its own channels and sample rate.
 
-    8-bit to float64 WAV, FLAC, MP3, Ogg Vorbis, Opus, AIFF, CAF; M4A, AAC and the like when `ffmpeg` is installed.
-    Raises `AudioError` when it is missing, not audio, empty, or holds NaN or infinity.
+    Reads WAV of 8-bit integers to 64-bit floats, FLAC, MP3, Ogg Vorbis, Opus, AIFF and CAF; M4A, AAC and the like where
+    ffmpeg is installed.
+
+    Args:
+        source: Path, or the bytes of a file.
+
+    Returns:
+        Audio (C, N) in float32, and its sample rate in Hz.
+
+    Raises:
+        AudioError: The file is missing, not audio, empty, or contains NaN or infinity.
     """
-    name = _name_of(source)
+    name = _describe_source(source)
     _check_exists(source)
     try:
         samples, rate, container = _decode(source if isinstance(source, bytes) else fspath(source))
@@ -90,22 +111,38 @@ def read_audio(source: Source) -> tuple[Tensor, int]:
 
 
 def load_audio(source: Source, sample_rate: int = 44100, channels: int = 2) -> Tensor:
-    """Read a file (or its bytes) as float32 (channels, N) at `sample_rate`: mixed down or doubled, then resampled.
+    """Read an audio file, mix it to mono or stereo, and resample it.
 
-    Raises `AudioError` as `read_audio` does, and for more channels than there is a known way to mix.
+    Args:
+        source: Path, or the bytes of a file.
+        sample_rate: Sample rate of the result in Hz.
+        channels: 1 or 2.
+
+    Returns:
+        Audio (channels, N) in float32.
+
+    Raises:
+        AudioError: As `read_audio`, or there is no rule to mix its channels.
     """
     audio_CN, rate = read_audio(source)
     try:
-        mixed_CN = to_channels(audio_CN, channels)
+        mixed_CN = mix_channels(audio_CN, channels)
     except AudioError as error:
-        raise AudioError(f"{_name_of(source)}: {error}") from error
+        raise AudioError(f"{_describe_source(source)}: {error}") from error
     return resample(mixed_CN, rate, sample_rate)
 
 
-def audio_info(path: str | PathLike[str]) -> AudioInfo:
-    """What the header of `path` says, without decoding it (files only ffmpeg can read are decoded).
+def read_audio_info(path: str | PathLike[str]) -> AudioInfo:
+    """Read the header of an audio file. What only ffmpeg can read is decoded.
 
-    Raises `AudioError` when it is missing or not audio.
+    Args:
+        path: File.
+
+    Returns:
+        Facts from the header.
+
+    Raises:
+        AudioError: The file is missing or not audio.
     """
     _check_exists(path)
     try:
@@ -119,11 +156,17 @@ def audio_info(path: str | PathLike[str]) -> AudioInfo:
 
 
 def write_audio(path: str | PathLike[str], audio_CN: Tensor, sample_rate: int, subtype: str = "PCM_16") -> None:
-    """Write (C, N) to `path`, whole or not at all; the suffix says the container.
+    """Write an audio file atomically. Equal audio gives equal bytes in WAV, FLAC and AIFF.
 
-    `subtype` is PCM_16, PCM_24 or FLOAT; Ogg, Opus and MP3 have one encoding of their own and take none of these.
-    Samples beyond ±1 are clipped by the integer encodings. The same WAV, FLAC or AIFF input gives the same bytes.
-    Raises `AudioError` for an unknown suffix or encoding, or for NaN; `SA3Error` when the file cannot be written.
+    Args:
+        path: File to create or replace. The suffix chooses the container.
+        audio_CN: Audio. Integer encodings clip what is beyond ±1.
+        sample_rate: Sample rate in Hz.
+        subtype: PCM_16, PCM_24 or FLOAT. Ogg, Opus and MP3 have one encoding and ignore it.
+
+    Raises:
+        AudioError: The suffix or encoding is unknown, or the audio contains NaN.
+        SA3Error: The file cannot be written.
     """
     write_bytes(path, encode_audio(audio_CN, sample_rate, Path(path).suffix, subtype, str(path)))
 
@@ -131,37 +174,62 @@ def write_audio(path: str | PathLike[str], audio_CN: Tensor, sample_rate: int, s
 def encode_audio(
     audio_CN: Tensor, sample_rate: int, suffix: str = ".wav", subtype: str = "PCM_16", name: str = "the audio"
 ) -> bytes:
-    """The bytes of a file of kind `suffix` that holds (C, N). Raises `AudioError` as `write_audio` does."""
+    """Encode audio as the bytes of a file.
+
+    Args:
+        audio_CN: Audio (C, N).
+        sample_rate: Sample rate in Hz.
+        suffix: Suffix of the file, which chooses the container.
+        subtype: As in `write_audio`.
+        name: Name of the audio for messages.
+
+    Returns:
+        The content of the file.
+
+    Raises:
+        AudioError: The suffix or encoding is unknown, or the audio contains NaN.
+    """
     if suffix.lower() not in WRITERS:
         known = ", ".join(WRITERS)
-        raise AudioError(f"cannot write {name}: unknown kind of file {suffix!r}. Use one of {known}.")
+        raise AudioError(f"cannot write {name}: unknown suffix {suffix!r}. Use one of {known}.")
     container, own_subtype = WRITERS[suffix.lower()]
     chosen = own_subtype or subtype
     if not soundfile.check_format(container, chosen):
-        raise AudioError(f"cannot write {name}: {container} holds no {subtype}. Use PCM_16 or PCM_24, or a .wav file.")
+        raise AudioError(
+            f"cannot write {name}: {container} does not support {subtype}. Use PCM_16 or PCM_24, or a .wav file."
+        )
     check_audio(audio_CN, sample_rate, name)
     buffer = io.BytesIO()
     try:
         soundfile.write(buffer, audio_CN.float().cpu().T.numpy(), sample_rate, format=container, subtype=chosen)
     except soundfile.LibsndfileError as error:
         raise AudioError(f"cannot write {name} as {container} at {sample_rate} Hz: {error.error_string}") from error
-    return _without_time_stamp(buffer.getvalue())
+    return _clear_timestamp(buffer.getvalue())
 
 
 def check_audio(audio_CN: Tensor, sample_rate: int, name: str = "the audio") -> None:
-    """Raise `AudioError` unless (C, N) holds at least one sample, all of them finite, at a rate above 0 Hz."""
+    """Check that audio has samples, all of them finite.
+
+    Args:
+        audio_CN: Audio.
+        sample_rate: Sample rate in Hz.
+        name: Name of the audio for messages.
+
+    Raises:
+        AudioError: The shape or rate is invalid, there are no samples, or some are NaN or infinite.
+    """
     if audio_CN.dim() != 2 or audio_CN.shape[0] == 0:
         raise AudioError(f"{name}: audio must be (channels, samples), not {tuple(audio_CN.shape)}.")
     if sample_rate <= 0:
         raise AudioError(f"{name}: the sample rate must be above 0 Hz, not {sample_rate}.")
     if audio_CN.shape[1] == 0:
-        raise AudioError(f"{name}: there is no audio in it (0 samples).")
+        raise AudioError(f"{name}: it contains no audio (0 samples).")
     bad = int((~torch.isfinite(audio_CN)).sum())
     if bad:
         raise AudioError(f"{name}: {bad} samples are NaN or infinite. Export the audio again and check the source.")
 
 
-def _name_of(source: Source) -> str:
+def _describe_source(source: Source) -> str:
     return f"{len(source)} bytes of audio" if isinstance(source, bytes) else fspath(source)
 
 
@@ -196,8 +264,8 @@ def _decode_with_ffmpeg(source: Source, name: str, cause: Exception) -> tuple[np
         given, wav = Path(folder) / "given", Path(folder) / "decoded.wav"
         if isinstance(source, bytes):
             given.write_bytes(source)
-        place = str(given if isinstance(source, bytes) else Path(source).absolute())
-        command = [program, "-nostdin", "-v", "error", "-i", place, "-map", "0:a:0", "-c:a", "pcm_f32le", str(wav)]
+        path = str(given if isinstance(source, bytes) else Path(source).absolute())
+        command = [program, "-nostdin", "-v", "error", "-i", path, "-map", "0:a:0", "-c:a", "pcm_f32le", str(wav)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode != 0 or not wav.exists():
             reason = done.stderr.strip().splitlines()[-1:] or ["no audio in it"]
@@ -205,8 +273,8 @@ def _decode_with_ffmpeg(source: Source, name: str, cause: Exception) -> tuple[np
         return _decode(str(wav))
 
 
-def _without_time_stamp(content: bytes) -> bytes:
-    """libsndfile stamps float WAVs with the second they were written; clear it, so that equal audio is equal bytes."""
+def _clear_timestamp(content: bytes) -> bytes:
+    """Clear the second of writing, with which libsndfile stamps float WAVs, so that equal audio is equal bytes."""
     at = content.find(b"PEAK", 12, 128)
     if not content.startswith(b"RIFF") or at < 0:
         return content

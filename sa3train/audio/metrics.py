@@ -1,64 +1,112 @@
-"""Measurements of audio (C, N): loudness, peaks, spectrum, width; and a picture of it."""
+"""Measurements of audio (C, N): loudness, peaks, spectrum, stereo width; and a plot of its spectrogram."""
 
 import io
 import math
 
 import numpy as np
 import torch
-import torchaudio.functional
 from torch import Tensor
 
-from sa3train.audio.edit import to_channels
+from sa3train.audio.edit import mix_channels
 from sa3train.audio.resample import resample
+from sa3train.core.imports import explain_imports
+
+with explain_imports():
+    import torchaudio.functional
 
 LOUDNESS_BLOCK = 0.4
 OVERSAMPLING = 4
 FFT_SIZE = 2048
 HOP = 512
 MEL_BANDS = 128
-PICTURE_RANGE_DB = 80.0
+PLOT_RANGE_DB = 80.0
 
 
-def loudness_lufs(audio_CN: Tensor, sample_rate: int) -> float:
-    """Integrated loudness in LUFS (ITU-R BS.1770-4) of mono or stereo; -inf for silence.
+def measure_loudness_lufs(audio_CN: Tensor, sample_rate: int) -> float:
+    """Measure integrated loudness of mono or stereo (ITU-R BS.1770-4).
 
     Audio shorter than one gating block (0.4 s) is measured as one block of its own length.
+
+    Args:
+        audio_CN: Audio.
+        sample_rate: Sample rate in Hz.
+
+    Returns:
+        Loudness in LUFS; -inf for silence.
     """
     import pyloudnorm
 
     seconds = audio_CN.shape[1] / sample_rate
-    meter = pyloudnorm.Meter(sample_rate, block_size=min(LOUDNESS_BLOCK, seconds))
+    # Slightly shorter than the clip: pyloudnorm's rounding refuses one length in thirteen.
+    meter = pyloudnorm.Meter(sample_rate, block_size=min(LOUDNESS_BLOCK, seconds * (1 - 1e-9)))
     with np.errstate(divide="ignore", invalid="ignore"):
-        loudness = float(meter.integrated_loudness(to_channels(audio_CN, 2).double().cpu().T.numpy()))
+        loudness = float(meter.integrated_loudness(mix_channels(audio_CN, 2).double().cpu().T.numpy()))
     return loudness if math.isfinite(loudness) else -math.inf
 
 
-def peak_db(audio_CN: Tensor) -> float:
-    """The largest sample in dBFS; -inf for silence."""
-    return _decibels(float(audio_CN.abs().max()))
+def measure_peak_db(audio_CN: Tensor) -> float:
+    """Measure the largest sample.
+
+    Args:
+        audio_CN: Audio.
+
+    Returns:
+        Peak in dBFS; -inf for silence.
+    """
+    return _to_decibels(float(audio_CN.abs().max()))
 
 
-def true_peak_db(audio_CN: Tensor, sample_rate: int) -> float:
-    """The largest value between samples too, in dBTP (ITU-R BS.1770-4 annex 2: four times oversampled)."""
+def measure_true_peak_db(audio_CN: Tensor, sample_rate: int) -> float:
+    """Measure the largest value, also between samples (ITU-R BS.1770-4 annex 2, four times oversampled).
+
+    Args:
+        audio_CN: Audio.
+        sample_rate: Sample rate in Hz.
+
+    Returns:
+        True peak in dBTP; -inf for silence.
+    """
     oversampled_CN = resample(audio_CN, sample_rate, OVERSAMPLING * sample_rate)
-    return _decibels(max(float(oversampled_CN.abs().max()), float(audio_CN.abs().max())))
+    return _to_decibels(max(float(oversampled_CN.abs().max()), float(audio_CN.abs().max())))
 
 
-def rms_db(audio_CN: Tensor) -> float:
-    """Root mean square over all channels in dBFS; -inf for silence."""
-    return _decibels(float(audio_CN.double().square().mean().sqrt()))
+def measure_rms_db(audio_CN: Tensor) -> float:
+    """Measure the root mean square over all channels.
+
+    Args:
+        audio_CN: Audio.
+
+    Returns:
+        RMS in dBFS; -inf for silence.
+    """
+    return _to_decibels(float(audio_CN.double().square().mean().sqrt()))
 
 
-def spectral_centroid(audio_CN: Tensor, sample_rate: int) -> float:
-    """The power-weighted mean frequency in Hz; 0 for silence."""
-    power_F = _power_spectrogram(audio_CN).double().mean(dim=(0, 2))
+def compute_spectral_centroid(audio_CN: Tensor, sample_rate: int) -> float:
+    """Compute the power-weighted mean frequency.
+
+    Args:
+        audio_CN: Audio.
+        sample_rate: Sample rate in Hz.
+
+    Returns:
+        Frequency in Hz; 0 for silence.
+    """
+    power_F = _compute_power_spectrogram(audio_CN).double().mean(dim=(0, 2))
     frequencies_F = torch.linspace(0, sample_rate / 2, len(power_F), dtype=torch.float64, device=power_F.device)
     total = power_F.sum()
     return float((power_F * frequencies_F).sum() / total) if total > 0 else 0.0
 
 
-def stereo_width(audio_CN: Tensor) -> float:
-    """Side energy over the whole, 0 (mono) to 1 (opposite phases); 0 for silence and for mono."""
+def compute_stereo_width(audio_CN: Tensor) -> float:
+    """Compute the energy of the side signal as a share of that of mid and side.
+
+    Args:
+        audio_CN: Audio.
+
+    Returns:
+        0 (mono) to 1 (opposite phases); 0 for silence and for other than two channels.
+    """
     if len(audio_CN) != 2:
         return 0.0
     middle, side = audio_CN[0] + audio_CN[1], audio_CN[0] - audio_CN[1]
@@ -66,26 +114,51 @@ def stereo_width(audio_CN: Tensor) -> float:
     return float(side.double().square().sum()) / total if total > 0 else 0.0
 
 
-def clipped_share(audio_CN: Tensor) -> float:
-    """The share of samples at or beyond full scale."""
+def compute_clipped_share(audio_CN: Tensor) -> float:
+    """Compute the share of samples at or beyond full scale.
+
+    Args:
+        audio_CN: Audio.
+
+    Returns:
+        Share from 0 to 1.
+    """
     return float((audio_CN.abs() >= 1).float().mean())
 
 
-def mel_spectrogram(audio_CN: Tensor, sample_rate: int, bands: int = MEL_BANDS) -> Tensor:
-    """Mel power spectrogram in dB of the mean of the channels: (bands, frames), 2048-point windows every 512."""
-    power_FT = _power_spectrogram(audio_CN.mean(dim=0, keepdim=True))[0]
+def compute_mel_spectrogram(audio_CN: Tensor, sample_rate: int, bands: int = MEL_BANDS) -> Tensor:
+    """Compute the mel power spectrogram of the mean of the channels, by 2048-point windows every 512 samples.
+
+    Args:
+        audio_CN: Audio.
+        sample_rate: Sample rate in Hz.
+        bands: Mel bands from 20 Hz to half the sample rate (Slaney's scale and norm).
+
+    Returns:
+        Power in dB, (bands, frames).
+    """
+    power_FT = _compute_power_spectrogram(audio_CN.mean(dim=0, keepdim=True))[0]
     filters_FM = torchaudio.functional.melscale_fbanks(
         power_FT.shape[0], 20.0, sample_rate / 2, bands, sample_rate, norm="slaney", mel_scale="slaney"
     )
     return 10 * torch.log10((filters_FM.T.to(power_FT) @ power_FT).clamp(min=1e-10))
 
 
-def mel_picture(audio_CN: Tensor, sample_rate: int, title: str = "") -> bytes:
-    """A PNG of the mel spectrogram, 80 dB below its loudest point to that point."""
+def plot_mel_spectrogram(audio_CN: Tensor, sample_rate: int, title: str = "") -> bytes:
+    """Plot a mel spectrogram, from its loudest point to 80 dB below.
+
+    Args:
+        audio_CN: Audio.
+        sample_rate: Sample rate in Hz.
+        title: Title of the plot.
+
+    Returns:
+        The content of a PNG file.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    decibels = mel_spectrogram(audio_CN, sample_rate).cpu().numpy()
+    decibels = compute_mel_spectrogram(audio_CN, sample_rate).cpu().numpy()
     figure = Figure(figsize=(8, 3), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
@@ -94,7 +167,7 @@ def mel_picture(audio_CN: Tensor, sample_rate: int, title: str = "") -> bytes:
         origin="lower",
         aspect="auto",
         cmap="magma",
-        vmin=decibels.max() - PICTURE_RANGE_DB,
+        vmin=decibels.max() - PLOT_RANGE_DB,
         vmax=decibels.max(),
         extent=(0.0, audio_CN.shape[1] / sample_rate, 0.0, float(len(decibels))),
     )
@@ -106,18 +179,26 @@ def mel_picture(audio_CN: Tensor, sample_rate: int, title: str = "") -> bytes:
 
 
 def measure(audio_CN: Tensor, sample_rate: int) -> dict[str, float]:
-    """Everything above but the picture, by name; units in the names (lufs, db, hz)."""
+    """Measure loudness, peaks, spectrum and width of audio.
+
+    Args:
+        audio_CN: Audio.
+        sample_rate: Sample rate in Hz.
+
+    Returns:
+        Numbers by name; the names have their units (lufs, db, hz).
+    """
     return {
-        "loudness_lufs": loudness_lufs(audio_CN, sample_rate),
-        "true_peak_db": true_peak_db(audio_CN, sample_rate),
-        "rms_db": rms_db(audio_CN),
-        "spectral_centroid_hz": spectral_centroid(audio_CN, sample_rate),
-        "stereo_width": stereo_width(audio_CN),
-        "clipped_share": clipped_share(audio_CN),
+        "loudness_lufs": measure_loudness_lufs(audio_CN, sample_rate),
+        "true_peak_db": measure_true_peak_db(audio_CN, sample_rate),
+        "rms_db": measure_rms_db(audio_CN),
+        "spectral_centroid_hz": compute_spectral_centroid(audio_CN, sample_rate),
+        "stereo_width": compute_stereo_width(audio_CN),
+        "clipped_share": compute_clipped_share(audio_CN),
     }
 
 
-def _power_spectrogram(audio_CN: Tensor) -> Tensor:
+def _compute_power_spectrogram(audio_CN: Tensor) -> Tensor:
     window = torch.hann_window(FFT_SIZE, device=audio_CN.device)
     spectrum_CFT = torch.stft(
         audio_CN.float(), FFT_SIZE, HOP, window=window, center=True, pad_mode="constant", return_complex=True
@@ -125,5 +206,5 @@ def _power_spectrogram(audio_CN: Tensor) -> Tensor:
     return spectrum_CFT.abs().square()
 
 
-def _decibels(amplitude: float) -> float:
+def _to_decibels(amplitude: float) -> float:
     return 20 * math.log10(amplitude) if amplitude > 0 else -math.inf

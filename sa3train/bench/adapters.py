@@ -1,6 +1,7 @@
-"""A training step of each adapter kind against the floor: the same frozen DiT, forward plus backward to its input.
+"""A training step with each adapter type against the frozen-base baseline.
 
-Step: conditions, forward, loss, backward to the adapter's parameters (no optimizer). Floor and kinds run in turn.
+Step: conditions, forward, loss, backward to the adapter's parameters (no optimizer). Baseline: the same frozen DiT,
+forward and backward to its input. The two run in turn.
 Shapes: B items, C latent channels, T latent frames, L text tokens, D widths.
 """
 
@@ -9,18 +10,19 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sa3train.adapters.layers.inject import Injected, inject
+from sa3train.adapters.layers.inject import InjectedAdapter, inject
 from sa3train.adapters.spec import KINDS, AdapterSpec
-from sa3train.bench.checkpoints import random_checkpoint
+from sa3train.bench.checkpoints import make_random_checkpoint
 from sa3train.bench.figures import Figure, Options
-from sa3train.bench.measure import dtype_of, interleaved, own_threads, peak_allocated
-from sa3train.bench.roofline import dit_training_floor, measured_rates
+from sa3train.bench.measure import measure_peak_allocation, time_interleaved, use_threads
+from sa3train.bench.roofline import count_dit_training, measure_rates
+from sa3train.core.dtypes import get_dtype
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
 from sa3train.models.conditioners import TextEmbedding
 
 FRAMES, RANK = 258, 16
-MEMORY_BAR = 0.15
-BARS = {
+MEMORY_TARGET = 15  # %
+TARGETS = {
     "lora": 1.25,
     "dora-rows": 1.45,
     "bora": 1.8,
@@ -32,68 +34,82 @@ BARS = {
 
 
 def run(options: Options) -> list[Figure]:
-    """Figures of `arch` (small) on crops of 258 frames, or of `seconds`."""
+    """Measure training steps of all adapter types on one crop.
+
+    Args:
+        options: `arch` (default small), `seconds` of the crop (default: 258 frames), `adapter_types`.
+
+    Returns:
+        Time and memory of each step relative to the baseline.
+    """
     arch = options.arch or "small"
-    with own_threads(options.threads):
-        dtype, folder = dtype_of(options.dtype), random_checkpoint(arch)
+    with use_threads(options.threads):
+        dtype, folder = get_dtype(options.dtype), make_random_checkpoint(arch)
         frozen = load_checkpoint(folder, options.device, dtype, parts=("dit", "conditioner"))
         adapted = load_checkpoint(folder, options.device, dtype, parts=("dit", "conditioner"))
-        batch = random_batch(frozen, options)
-        rates = measured_rates(dtype, options.device, options.repeats)
+        batch = make_random_batch(frozen, options)
+        rates = measure_rates(dtype, options.device, options.repeats)
         frames, context = batch["data_BCT"].shape[-1], frozen.conditioner.max_length + 1
-        floor = dit_training_floor(frozen.config.dit, frames, context).seconds(rates, dtype.itemsize)
-        floor_step = frozen_step(frozen, batch)
-        memory = weight_bytes(frozen) + peak_allocated(floor_step, options.device)
+        roofline = count_dit_training(frozen.config.dit, frames, context).compute_seconds(rates, dtype.itemsize)
+        baseline = make_frozen_step(frozen, batch)
+        memory = count_weight_bytes(frozen) + measure_peak_allocation(baseline, options.device)
         figures = []
-        for kind in options.kinds or KINDS:
-            injected = inject(adapted.adaptable(), AdapterSpec(kind, rank=RANK))
-            figures += _kind(options, arch, kind, adapted, injected, batch, floor_step, memory)
+        for adapter_type in options.adapter_types or KINDS:
+            injected = inject(adapted.get_adapter_root(), AdapterSpec(adapter_type, rank=RANK))
+            figures += _measure_type(options, adapter_type, adapted, injected, batch, baseline, memory)
             injected.remove()
-            adapted.adaptable().requires_grad_(False)
-        again = interleaved({"floor": floor_step}, options.repeats, options.device)
-    what = f"{arch} frozen forward and backward, {frames} frames, {options.dtype}"
+            adapted.get_adapter_root().requires_grad_(False)
+        seconds = time_interleaved({"baseline": baseline}, options.repeats, options.device).median("baseline")
+    what = f"{arch} frozen-base baseline (forward and backward), {frames} frames, {options.dtype}"
     return [
-        Figure(f"{what}, median of {options.repeats}", again.median("floor"), "s"),
-        Figure(f"{what} / roofline floor", again.median("floor") / floor, "×", note=f"floor {floor:.2f} s"),
+        Figure(f"{what}, median of {options.repeats}", seconds, "s"),
+        Figure(f"{what} / roofline", seconds / roofline, "×", note=f"roofline {roofline:.2f} s"),
         *figures,
     ]
 
 
-def _kind(
+def _measure_type(
     options: Options,
-    arch: str,
-    kind: str,
+    adapter_type: str,
     model: StableAudio3,
-    injected: Injected,
+    injected: InjectedAdapter,
     batch: dict[str, Tensor],
-    floor_step: Callable[[], object],
-    floor_memory: int,
+    baseline: Callable[[], object],
+    baseline_memory: int,
 ) -> list[Figure]:
-    step = adapter_step(model, injected, batch)
-    timings = interleaved({"floor": floor_step, "kind": step}, options.repeats, options.device)
-    own = sum(parameter.nbytes for parameter in injected.parameters())
-    memory = weight_bytes(model) + own + peak_allocated(step, options.device)
-    held = arch == "small" and options.device == "cpu"
+    step = make_adapter_step(model, injected, batch)
+    timings = time_interleaved({"baseline": baseline, "adapter": step}, options.repeats, options.device)
+    parameters = sum(parameter.nbytes for parameter in injected.parameters())
+    memory = count_weight_bytes(model) + parameters + measure_peak_allocation(step, options.device)
+    has_target = options.arch in (None, "small") and options.device == "cpu"
     return [
         Figure(
-            f"{kind} step / floor",
-            timings.ratio("kind", "floor"),
+            f"{adapter_type} step / baseline",
+            timings.ratio("adapter", "baseline"),
             "×",
-            BARS.get(kind) if held else None,
-            note=f"{timings.median('kind'):.2f} s; {timings.spread('kind', 'floor')}",
+            TARGETS.get(adapter_type) if has_target else None,
+            note=f"{timings.median('adapter'):.2f} s; {timings.describe_spread('adapter', 'baseline')}",
         ),
         Figure(
-            f"{kind} memory over the floor",
-            memory / floor_memory - 1,
-            "of it",
-            MEMORY_BAR if held else None,
-            note=f"{memory / 1e9:.2f} GB against {floor_memory / 1e9:.2f} GB, weights included",
+            f"{adapter_type} memory above the baseline",
+            100 * (memory / baseline_memory - 1),
+            "%",
+            MEMORY_TARGET if has_target else None,
+            note=f"{memory / 1e9:.2f} GB against {baseline_memory / 1e9:.2f} GB, weights included",
         ),
     ]
 
 
-def random_batch(model: StableAudio3, options: Options) -> dict[str, Tensor]:
-    """One clip of noise, its target, and a text embedding of 40 tokens."""
+def make_random_batch(model: StableAudio3, options: Options) -> dict[str, Tensor]:
+    """Make one item of noise, its target, and a text embedding of 40 tokens.
+
+    Args:
+        model: Model whose shapes it has.
+        options: `device`, and `seconds` (default: 258 frames).
+
+    Returns:
+        "data_BCT", "target_BCT", "local_BCT" and "hidden_BLD".
+    """
     generator, dit = torch.Generator().manual_seed(0), model.config.dit
     frames = FRAMES
     if options.seconds is not None:
@@ -108,8 +124,18 @@ def random_batch(model: StableAudio3, options: Options) -> dict[str, Tensor]:
     return {name: tensor.to(options.device) for name, tensor in batch.items()}
 
 
-def velocity(model: StableAudio3, batch: dict[str, Tensor], x_BCT: Tensor, t: float = 0.5) -> Tensor:
-    """The model's velocity at noise level `t`, conditions and all."""
+def compute_velocity(model: StableAudio3, batch: dict[str, Tensor], x_BCT: Tensor, t: float = 0.5) -> Tensor:
+    """Compute the model's velocity, conditions included.
+
+    Args:
+        model: The model.
+        batch: A batch of `make_random_batch`.
+        x_BCT: Noisy latents.
+        t: Noise level in [0, 1].
+
+    Returns:
+        The velocity (B, C, T).
+    """
     hidden_BLD = batch["hidden_BLD"]
     mask_BL = torch.ones(hidden_BLD.shape[:2], dtype=torch.bool, device=hidden_BLD.device)
     conditions = model.conditioner.condition(
@@ -125,35 +151,59 @@ def velocity(model: StableAudio3, batch: dict[str, Tensor], x_BCT: Tensor, t: fl
     return velocity_BCT
 
 
-def _loss(model: StableAudio3, batch: dict[str, Tensor], x_BCT: Tensor) -> Tensor:
-    return (velocity(model, batch, x_BCT).float() - batch["target_BCT"]).square().mean()
+def _compute_loss(model: StableAudio3, batch: dict[str, Tensor], x_BCT: Tensor) -> Tensor:
+    return (compute_velocity(model, batch, x_BCT).float() - batch["target_BCT"]).square().mean()
 
 
-def frozen_step(model: StableAudio3, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
-    """Forward and backward to the input; nothing in the model is trained."""
+def make_frozen_step(model: StableAudio3, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """Make the frozen-base baseline: forward, and backward to the input; no parameter is trained.
+
+    Args:
+        model: A frozen model.
+        batch: A batch of `make_random_batch`.
+
+    Returns:
+        A function that runs one step.
+    """
 
     def step() -> Tensor:
         x_BCT = batch["data_BCT"].clone().requires_grad_()
-        (gradient_BCT,) = torch.autograd.grad(_loss(model, batch, x_BCT), x_BCT)
+        (gradient_BCT,) = torch.autograd.grad(_compute_loss(model, batch, x_BCT), x_BCT)
         return gradient_BCT
 
     return step
 
 
-def adapter_step(model: StableAudio3, injected: Injected, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
-    """Forward and backward to the adapter's parameters."""
+def make_adapter_step(model: StableAudio3, injected: InjectedAdapter, batch: dict[str, Tensor]) -> Callable[[], Tensor]:
+    """Make a training step: forward, and backward to the adapter's parameters.
+
+    Args:
+        model: A model with an injected adapter.
+        injected: The adapter.
+        batch: A batch of `make_random_batch`.
+
+    Returns:
+        A function that runs one step.
+    """
     parameters = injected.parameters()
 
     def step() -> Tensor:
         for parameter in parameters:
             parameter.grad = None
-        loss = _loss(model, batch, batch["data_BCT"])
+        loss = _compute_loss(model, batch, batch["data_BCT"])
         loss.backward()
         return loss.detach()
 
     return step
 
 
-def weight_bytes(model: StableAudio3) -> int:
-    """Bytes of the frozen DiT and conditioner."""
-    return sum(tensor.nbytes for tensor in model.adaptable().state_dict().values())
+def count_weight_bytes(model: StableAudio3) -> int:
+    """Count the bytes of the frozen DiT and conditioner.
+
+    Args:
+        model: The model.
+
+    Returns:
+        Bytes.
+    """
+    return sum(tensor.nbytes for tensor in model.get_adapter_root().state_dict().values())

@@ -1,14 +1,15 @@
-"""Checkpoints of the released architectures with random weights, made on the spot and kept in the cache.
+"""Checkpoints of the released architectures with random weights, made on first use and stored in the cache.
 
-Only names, shapes and scales are those of real weights: good for times and memory, never for how anything sounds.
+Names, shapes and scales are those of real weights: right for time and memory, not for how anything sounds.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,20 @@ import torch
 from torch import Tensor
 
 from sa3train.bench.figures import ARCHES
+from sa3train.core.dtypes import DTYPES, name_dtype
 from sa3train.core.errors import ConfigError, SA3Error
-from sa3train.core.files import beside, cache_dir, write_json
+from sa3train.core.files import create_staging_dir, get_cache_dir, write_json
 from sa3train.core.log import get_logger
-from sa3train.models.blocks import inverse_frequencies
-from sa3train.models.checkpoint import build, released_state
-from sa3train.models.conditioners import quiet_transformers
+from sa3train.models.blocks import compute_rotary_frequencies
+from sa3train.models.checkpoint import build_modules, collect_state_dict
 from sa3train.models.hub import TextEncoderSource
-from sa3train.models.nano import nano_config, nano_text_config
+from sa3train.models.nano import (
+    build_checkpoint_config,
+    build_dit_config,
+    build_nano_config,
+    build_nano_text_config,
+    build_same_config,
+)
 from sa3train.models.parse import parse_model
 
 logger = get_logger(__name__)
@@ -42,54 +49,75 @@ _T5GEMMA = {  # b-b-ul2's encoder
 _SCALES = {"gamma": 1.0, "weight_g": 1.0, "scaling_factor": 1.0, "running_std": 1.0, "alpha": 1.0}
 
 
-def arch_config(arch: str, objective: str = "rf_denoiser") -> dict[str, Any]:
-    """The `model_config.json` of an architecture. Raises `ConfigError` for an unknown one."""
-    if arch == "nano":
-        return nano_config(objective)
-    if arch == "small":
-        return _released(objective, 5_292_032, _dit(1024, 20, 16, differential=False), _same_s())
-    if arch == "medium":
-        return _released(objective, 16_777_216, _dit(1536, 24, 24, differential=True), _same_l())
-    raise ConfigError(f"unknown architecture {arch!r}: there are {', '.join(ARCHES)}.")
+def build_model_config(arch: str, objective: str = "rf_denoiser") -> dict[str, Any]:
+    """Build the `model_config.json` of an architecture.
 
+    Args:
+        arch: One of `ARCHES`.
+        objective: "rf_denoiser" (post-trained) or "rectified_flow" (base).
 
-def random_checkpoint(arch: str, dtype: torch.dtype = torch.float32) -> Path:
-    """The folder of a checkpoint of `arch` with random weights in `dtype`; written to the cache on first use.
+    Returns:
+        The configuration.
 
-    Takes little memory whatever the size; medium in fp32 takes 9.2 GB of disk. Raises `SA3Error` when the disk is full.
+    Raises:
+        ConfigError: The architecture is unknown.
     """
-    config = arch_config(arch)
+    if arch == "nano":
+        return build_nano_config(objective)
+    if arch == "small":
+        return _released(objective, 5_292_032, 1024, 20, _same_s(), differential=False)
+    if arch == "medium":
+        return _released(objective, 16_777_216, 1536, 24, _same_l(), differential=True)
+    raise ConfigError(f"unknown architecture {arch!r}. Use one of: {', '.join(ARCHES)}.")
+
+
+def make_random_checkpoint(arch: str, dtype: torch.dtype = torch.float32) -> Path:
+    """Make a checkpoint with random weights, or find it in the cache.
+
+    It takes little memory whatever the size; medium in fp32 takes 9.2 GB of disk.
+
+    Args:
+        arch: One of `ARCHES`.
+        dtype: Of the weights.
+
+    Returns:
+        Folder of the checkpoint.
+
+    Raises:
+        SA3Error: It cannot be written.
+    """
+    config = build_model_config(arch)
     name = str(dtype).removeprefix("torch.")
     digest = hashlib.sha256(json.dumps([config, name, 1], sort_keys=True).encode()).hexdigest()[:12]
-    final = cache_dir() / "bench" / f"{arch}-{name}-{digest}"
+    final = get_cache_dir() / "bench" / f"{arch}-{name}-{digest}"
     if final.is_dir():
         return final
     logger.info(f"making a random {arch} checkpoint in {final}")
     try:
-        with beside(final) as workplace:
-            aside = workplace / final.name
-            aside.mkdir()
-            _write(aside, arch, config, dtype)
-            aside.rename(final)
+        with create_staging_dir(final) as work:
+            part = work / final.name
+            part.mkdir()
+            _write_checkpoint(part, arch, config, dtype)
+            part.rename(final)
     except OSError as error:
         if not final.is_dir():
             raise SA3Error(
-                f"cannot write {final} ({error.strerror or error}). Free some space, or set SA3TRAIN_CACHE."
+                f"cannot write {final} ({error.strerror or error}). Free disk space or set SA3TRAIN_CACHE."
             ) from error
     return final
 
 
-def _write(folder: Path, arch: str, config: dict[str, Any], dtype: torch.dtype) -> None:
-    modules = build(parse_model(config, arch), TextEncoderSource((), ()))
-    write_random(folder / "model.safetensors", released_state(modules), dtype)
+def _write_checkpoint(folder: Path, arch: str, config: dict[str, Any], dtype: torch.dtype) -> None:
+    modules = build_modules(parse_model(config, arch), TextEncoderSource((), ()))
+    _write_random_weights(folder / "model.safetensors", collect_state_dict(modules), dtype)
     write_json(folder / "model_config.json", config)
-    _write_text_encoder(folder / TEXT_FOLDER, nano_text_config() if arch == "nano" else _T5GEMMA)
+    _write_text_encoder(folder / TEXT_FOLDER, build_nano_text_config() if arch == "nano" else _T5GEMMA)
 
 
-def write_random(path: Path, shapes: Mapping[str, Tensor], dtype: torch.dtype) -> None:
-    """A safetensors file of the names and shapes of `shapes`, one tensor in memory at a time."""
+def _write_random_weights(path: Path, shapes: Mapping[str, Tensor], dtype: torch.dtype) -> None:
+    """Write a safetensors file with the names and shapes of `shapes`, one tensor in memory at a time."""
     itemsize, offset = torch.empty(0, dtype=dtype).element_size(), 0
-    code = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}[dtype]
+    code = DTYPES[name_dtype(dtype)][1]
     header: dict[str, Any] = {}
     for name, tensor in shapes.items():
         exact = name.endswith("inv_freq")
@@ -106,7 +134,7 @@ def write_random(path: Path, shapes: Mapping[str, Tensor], dtype: torch.dtype) -
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name, tensor in shapes.items():
-            values = _random(name, tuple(tensor.shape), generator)
+            values = _draw_weight(name, tuple(tensor.shape), generator)
             values = values if name.endswith("inv_freq") else values.to(dtype)
             if values.numel():
                 file.write(values.contiguous().view(torch.uint8).numpy().data)
@@ -114,11 +142,11 @@ def write_random(path: Path, shapes: Mapping[str, Tensor], dtype: torch.dtype) -
         os.fsync(file.fileno())
 
 
-def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Values of a scale that keeps activations near one; norms and biases as they start in training."""
+def _draw_weight(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Draw values of a scale that keeps activations near one; norms and biases are as at the start of training."""
     last = name.rpartition(".")[2]
     if last == "inv_freq":
-        return inverse_frequencies()
+        return compute_rotary_frequencies()
     if last in _SCALES:
         return torch.full(shape, _SCALES[last])
     if last in ("bias", "beta", "to_scale_shift_gate"):
@@ -128,21 +156,21 @@ def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Te
 
 
 def _write_text_encoder(folder: Path, settings: dict[str, Any]) -> None:
-    """A T5Gemma encoder in bf16 whose vocabulary is 260 bytes, not 256 000 words (0.4 GB less to load)."""
+    """Write a T5Gemma encoder in bf16 whose vocabulary is 260 bytes instead of 256 000 words: 0.4 GB less to load."""
     from transformers import T5GemmaConfig, T5GemmaEncoderModel
 
-    tokenizer = _byte_tokenizer()
+    tokenizer = _build_byte_tokenizer()
     text = {**settings, "vocab_size": len(tokenizer)}
     config = T5GemmaConfig(encoder=text, decoder=dict(text), is_encoder_decoder=False, vocab_size=len(tokenizer))
     folder.mkdir(parents=True, exist_ok=True)
     model: Any = T5GemmaEncoderModel(config)
-    with quiet_transformers():
+    with _silence_transformers():
         model.to(torch.bfloat16).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
 
 
-def _byte_tokenizer() -> Any:
-    """One token per UTF-8 byte, after the four special ones; no BOS, no EOS."""
+def _build_byte_tokenizer() -> Any:
+    """Build a tokenizer with one token for each UTF-8 byte after four special ones; it adds neither BOS nor EOS."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
@@ -155,71 +183,43 @@ def _byte_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
 
 
-def _dit(width: int, depth: int, heads: int, *, differential: bool) -> dict[str, Any]:
-    return {
-        "io_channels": 256,
-        "embed_dim": width,
-        "depth": depth,
-        "num_heads": heads,
-        "cond_token_dim": _TEXT_WIDTH,
-        "global_cond_dim": _TEXT_WIDTH,
-        "local_add_cond_dim": 257,
-        "attn_kwargs": {"qk_norm": "rms", "differential": differential},
-        "ff_kwargs": {"mult": 4.0},
-        "num_memory_tokens": 64,
-    }
+def _released(
+    objective: str, sample_size: int, width: int, depth: int, same: dict[str, Any], *, differential: bool
+) -> dict[str, Any]:
+    dit = build_dit_config(
+        latent_width=256,
+        width=width,
+        depth=depth,
+        condition_width=_TEXT_WIDTH,
+        memory_tokens=64,
+        differential=differential,
+    )
+    return build_checkpoint_config(objective, sample_size, dit, same, _TEXT_WIDTH, 256)
 
 
 def _same_s() -> dict[str, Any]:
     shared = {"channels": 128, "transformer_depths": [6], "chunk_size": 32, "chunk_midpoint_shift": True}
-    return _same({**shared, "mask_noise": 0.0}, {**shared, "mask_noise": 0.01, "conv_mapping": True})
+    decoder = {**shared, "mask_noise": 0.01, "conv_mapping": True}
+    return build_same_config(256, 6, {**shared, "mask_noise": 0.0}, decoder)
 
 
 def _same_l() -> dict[str, Any]:
     shared = {"channels": 256, "transformer_depths": [12], "sliding_window": [1, 1]}
-    return _same({**shared, "mask_noise": 0.001}, {**shared, "mask_noise": 0.1, "sinusoidal_blocks": [8]})
+    decoder = {**shared, "mask_noise": 0.1, "sinusoidal_blocks": [8]}
+    return build_same_config(256, 6, {**shared, "mask_noise": 0.001}, decoder)
 
 
-def _same(encoder: dict[str, Any], decoder: dict[str, Any]) -> dict[str, Any]:
-    both = {"c_mults": [6], "strides": [16], "latent_dim": 256, "differential": True, "dyt": True, "dim_heads": 64}
-    return {
-        "pretransform": {"type": "patched", "config": {"patch_size": 256, "channels": 2}},
-        "encoder": {"type": "taae_v2", "config": {"in_channels": 512, **both, **encoder}},
-        "decoder": {"type": "taae_v2", "config": {"out_channels": 512, **both, **decoder}},
-        "bottleneck": {"type": "softnorm", "config": {"dim": 256, "noise_regularize": True}},
-        "latent_dim": 256,
-        "downsampling_ratio": 4096,
-        "io_channels": 2,
-    }
+@contextlib.contextmanager
+def _silence_transformers() -> Iterator[None]:
+    """Silence transformers: no progress bars and no warnings about unused decoder weights inside the block."""
+    from transformers.utils import logging
 
-
-def _released(objective: str, sample_size: int, dit: dict[str, Any], same: dict[str, Any]) -> dict[str, Any]:
-    text = {"model_path": TEXT_FOLDER, "max_length": 256}
-    return {
-        "model_type": "diffusion_cond_inpaint",
-        "sample_size": sample_size,
-        "sample_rate": 44100,
-        "audio_channels": 2,
-        "model": {
-            "pretransform": {"type": "autoencoder", "chunked": True, "config": same},
-            "conditioning": {
-                "cond_dim": _TEXT_WIDTH,
-                "configs": [
-                    {"id": "prompt", "type": "t5gemma", "config": text},
-                    {"id": "seconds_total", "type": "number", "config": {"min_val": 0, "max_val": 384}},
-                ],
-            },
-            "diffusion": {
-                "type": "dit",
-                "diffusion_objective": objective,
-                "cross_attention_cond_ids": ["prompt", "seconds_total"],
-                "global_cond_ids": ["seconds_total"],
-                "local_add_cond_ids": ["inpaint_mask", "inpaint_masked_input"],
-                "use_effective_length_for_schedule": True,
-                "mask_padding_attention": True,
-                "distribution_shift_options": {"type": "full", "min_length": 256, "max_length": 4096},
-                "config": dit,
-            },
-            "io_channels": 256,
-        },
-    }
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()

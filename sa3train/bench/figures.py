@@ -1,6 +1,6 @@
-"""What a bench is asked and what it answers: options, figures, and the record of where they were measured.
+"""Options of a benchmark, the figures it measures, and the tables of them in docs/performance.md.
 
-The tables in docs/performance.md: a section for each kind of device, rewritten from records; the rest stays.
+The page has a section for each kind of device, updated from records; the rest of the page is kept.
 """
 
 import os
@@ -19,7 +19,18 @@ ARCHES = ("nano", "small", "medium")
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of a bench. None, and no kinds of adapters: the bench's own. `repeats`: rounds after the warm-up."""
+    """Settings of a benchmark.
+
+    Attributes:
+        arch: Architecture, one of `ARCHES`; None for the benchmark's own.
+        device: Device to measure.
+        dtype: "bf16", "fp16" or "fp32".
+        threads: CPU threads.
+        repeats: Measured rounds, after the warm-up.
+        seconds: Duration of the audio; None for the benchmark's own.
+        steps: Sampling steps.
+        adapter_types: Adapter types to measure; empty for all.
+    """
 
     arch: str | None = None
     device: str = "cpu"
@@ -28,49 +39,75 @@ class Options:
     repeats: int = 5
     seconds: float | None = None
     steps: int = 8
-    kinds: tuple[str, ...] = ()
+    adapter_types: tuple[str, ...] = ()
+
+    @property
+    def is_cuda(self) -> bool:
+        """Whether the device is an NVIDIA GPU."""
+        return self.device.startswith("cuda")
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One measured number, and the bar it is held to, if any; `sense` says on which side of the bar is good.
+    """A measured number with its target.
 
-    The value None: it could not be measured, and the note says why. That counts as a bar not reached.
+    Attributes:
+        name: What was measured.
+        value: The number; None if it could not be measured (then `note` says why, and the target counts as missed).
+        unit: Unit of value and target.
+        target: Number to reach; None if there is none.
+        sense: Whether the value should be at most ("<=") or at least (">=") the target.
+        note: Remark printed below the table.
     """
 
     name: str
     value: float | None
     unit: str
-    bar: float | None = None
+    target: float | None = None
     sense: Literal["<=", ">="] = "<="
     note: str = ""
 
     @property
     def reached(self) -> bool | None:
-        """Whether the bar is reached; None without a bar."""
+        """Whether the target is reached; None without a target."""
         if self.value is None:
             return False
-        if self.bar is None:
+        if self.target is None:
             return None
-        return self.value <= self.bar if self.sense == "<=" else self.value >= self.bar
+        return self.value <= self.target if self.sense == "<=" else self.value >= self.target
 
-    def bar_text(self) -> str:
-        """Such as "≤ 0.4 ×"."""
-        if self.bar is None:
+    def describe_target(self) -> str:
+        """Format the target.
+
+        Returns:
+            Text such as "≤ 0.4 ×", or nothing without a target.
+        """
+        if self.target is None:
             return ""
-        return f"{'≤' if self.sense == '<=' else '≥'} {self.bar:g} {self.unit}".rstrip()
+        return f"{'≤' if self.sense == '<=' else '≥'} {self.target:g} {self.unit}".rstrip()
 
-    def value_text(self) -> str:
-        """Such as "0.31 ×: reached"."""
+    def describe_value(self) -> str:
+        """Format the value and whether the target is reached.
+
+        Returns:
+            Text such as "0.31 ×: reached".
+        """
         if self.value is None:
             return "not measured"
         verdict = {None: "", True: ": reached", False: ": NOT reached"}[self.reached]
-        return f"{number(self.value)} {self.unit}".rstrip() + verdict
+        return f"{_format_number(self.value)} {self.unit}".rstrip() + verdict
 
 
 @dataclass(frozen=True)
 class Record:
-    """The figures of one bench, with what is needed to measure them again."""
+    """The figures of one benchmark run.
+
+    Attributes:
+        bench: Name of the benchmark.
+        options: Its options.
+        figures: What it measured.
+        machine: Hardware, versions and command, as `describe_machine` returns them.
+    """
 
     bench: str
     options: Options
@@ -78,24 +115,36 @@ class Record:
     machine: dict[str, Any] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Convert to plain values for JSON.
+
+        Returns:
+            The fields, and "reached" of each figure.
+        """
         figures = [{**asdict(figure), "reached": figure.reached} for figure in self.figures]
         return {"bench": self.bench, "options": asdict(self.options), "machine": self.machine, "figures": figures}
 
     @property
     def missed(self) -> list[Figure]:
-        """Figures whose bar is not reached."""
+        """Figures that miss their target."""
         return [figure for figure in self.figures if figure.reached is False]
 
 
-def number(value: float) -> str:
-    """Three significant digits, or all of a larger whole part."""
+def _format_number(value: float) -> str:
+    """Format with three significant digits, or all of a larger whole part."""
     return f"{value:.0f}" if abs(value) >= 100 else f"{value:.3g}"
 
 
-def table(figures: list[Figure]) -> str:
-    """`figure | bar | reached`, aligned for a terminal and valid as Markdown."""
-    rows = [("figure", "bar", "reached"), *((f.name, f.bar_text(), f.value_text()) for f in figures)]
+def render_table(figures: list[Figure]) -> str:
+    """Render figures as a table, aligned for a terminal and valid as Markdown.
+
+    Args:
+        figures: Rows of the table.
+
+    Returns:
+        The table and, below it, the notes.
+    """
+    header = ("figure", "target", "measured")
+    rows = [header, *((figure.name, figure.describe_target(), figure.describe_value()) for figure in figures)]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
@@ -105,12 +154,19 @@ def table(figures: list[Figure]) -> str:
     return "\n".join([*lines, *(["", *notes] if notes else [])])
 
 
-def machine(device: str) -> dict[str, Any]:
-    """Processor, cores, load of the last minute, GPU, and versions."""
+def describe_machine(device: str) -> dict[str, Any]:
+    """Describe hardware, versions, load of the last minute and the command.
+
+    Args:
+        device: Device that is measured; a GPU is named.
+
+    Returns:
+        Plain values for JSON.
+    """
     import torch
 
-    found: dict[str, Any] = {
-        "processor": processor(),
+    machine: dict[str, Any] = {
+        "processor": _describe_processor(),
         "cores": os.cpu_count(),
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
@@ -119,62 +175,61 @@ def machine(device: str) -> dict[str, Any]:
         "command": " ".join(["sa3-bench", *sys.argv[1:]]),
     }
     if device.startswith("cuda"):
-        found["gpu"] = torch.cuda.get_device_name(device)
-    return found
+        machine["gpu"] = torch.cuda.get_device_name(device)
+    return machine
 
 
-def processor() -> str:
-    """The processor's name and, where Linux says so, its 16-bit and matrix instructions."""
+def _describe_processor() -> str:
+    """Name the processor and, on Linux, its 16-bit and matrix instructions."""
     name, flags = platform.processor() or platform.machine(), ""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:  # noqa: PTH123
-            for line in file:
-                key, _, value = line.partition(":")
-                name = value.strip() if key.strip() == "model name" else name
-                flags = value if key.strip() == "flags" else flags
-    except OSError:
-        return name
+    path = Path("/proc/cpuinfo")
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        key, _, value = line.partition(":")
+        name = value.strip() if key.strip() == "model name" else name
+        flags = value if key.strip() == "flags" else flags
     present = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if flag in flags.split()]
     return f"{name} ({', '.join(present)})" if present else name
 
 
-def renew(path: Path, records: Sequence[Record]) -> None:
-    """Put the figures of `records` in the place of those measured before on the same kind of device.
+def update_page(path: Path, records: Sequence[Record]) -> None:
+    """Update the tables of one kind of device in a Markdown page.
 
-    The section lies between `<!-- cpu: begin -->` and `<!-- cpu: end -->` (cuda likewise). Benches that were not run
-    now keep the part they had. Raises `SA3Error` when the page has no such section.
+    The section lies between `<!-- cpu: begin -->` and `<!-- cpu: end -->` (likewise for cuda). Tables of benchmarks
+    that have no record are kept.
+
+    Args:
+        path: The page.
+        records: Benchmark runs, all on the same kind of device.
+
+    Raises:
+        SA3Error: The page has no section for the device.
     """
     device = records[0].options.device.partition(":")[0]
     begin, end = f"<!-- {device}: begin -->", f"<!-- {device}: end -->"
     page = path.read_text(encoding="utf-8") if path.is_file() else ""
-    before, found, rest = page.partition(begin)
-    section, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise SA3Error(f"{path} has no section for {device}: add the lines {begin} and {end} where the table belongs.")
-    parts = _parts(section) | {_heading(record): _part(record) for record in records}
-    body = "\n".join(f"### {name}\n\n{text.strip()}\n" for name, text in parts.items())
+    before, has_begin, rest = page.partition(begin)
+    section, has_end, after = rest.partition(end)
+    if not has_begin or not has_end:
+        raise SA3Error(f"{path} has no section for {device}. Add the lines {begin} and {end} where the table belongs.")
+    tables = {}
+    for part in section.split("### ")[1:]:
+        name, _, text = part.partition("\n")
+        tables[name.strip()] = text
+    tables |= {_make_heading(record): _render_record(record) for record in records}
+    body = "\n".join(f"### {name}\n\n{text.strip()}\n" for name, text in tables.items())
     write_text(path, f"{before}{begin}\n\n{body}\n{end}{after}")
 
 
-def _heading(record: Record) -> str:
+def _make_heading(record: Record) -> str:
     options = record.options
     return ", ".join([record.bench, *filter(None, (options.arch, options.dtype if options.dtype != "bf16" else None))])
 
 
-def _parts(section: str) -> dict[str, str]:
-    """Text of each bench in a section."""
-    found = {}
-    for part in section.split("### ")[1:]:
-        name, _, text = part.partition("\n")
-        found[name.strip()] = text
-    return found
-
-
-def _part(record: Record) -> str:
+def _render_record(record: Record) -> str:
     machine = record.machine
-    where = f"{machine['gpu']}, " if "gpu" in machine else ""
+    gpu = f"{machine['gpu']}, " if "gpu" in machine else ""
     return (
-        f"`{machine['command']}` on {where}{machine['processor']}, {record.options.threads} threads, load "
+        f"`{machine['command']}` on {gpu}{machine['processor']}, {record.options.threads} threads, load "
         f"{machine['load']} of {machine['cores']} cores at the end; torch {machine['torch']}, Python "
-        f"{machine['python']}.\n\n{table(record.figures)}\n"
+        f"{machine['python']}.\n\n{render_table(record.figures)}\n"
     )

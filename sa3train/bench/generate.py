@@ -1,11 +1,10 @@
-"""Generation: the denoiser's steps against exact fp32 and against its floor, adapters baked in, and whole requests.
+"""Generation: the denoiser against exact fp32 and its roofline, with baked adapters, and whole generations.
 
 Shapes: B items, C latent channels, T latent frames, L context tokens, D widths.
 """
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -14,218 +13,232 @@ from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.apply.stack import AdapterStack
 from sa3train.adapters.layers.inject import inject
 from sa3train.adapters.spec import AdapterSpec
-from sa3train.bench.checkpoints import random_checkpoint
+from sa3train.bench.checkpoints import make_random_checkpoint
 from sa3train.bench.figures import Figure, Options
-from sa3train.bench.measure import available_memory, dtype_of, interleaved, own_threads, peak_allocated, run_apart
-from sa3train.bench.roofline import Cost, dit_conditions, dit_step, measured_rates
+from sa3train.bench.measure import (
+    get_available_memory,
+    measure_peak_allocation,
+    run_in_subprocess,
+    time_interleaved,
+    use_threads,
+)
+from sa3train.bench.roofline import Cost, count_dit_conditions, count_dit_step, measure_rates
+from sa3train.bench.tasks import measure_generation
+from sa3train.core.dtypes import get_dtype
 from sa3train.diffusion.samplers import SAMPLERS
-from sa3train.diffusion.schedule import sampling_schedule
+from sa3train.diffusion.schedule import build_schedule
 from sa3train.inference import Generator
-from sa3train.inference.request import generated_frames, real_frames
+from sa3train.inference.resolve import count_generated_frames, count_real_frames
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
-from sa3train.models.precision import fast_fp32_products
+from sa3train.models.precision import enable_fast_fp32_matmul
 
-DENOISER_BAR, FLOOR_BAR, ADAPTER_BAR = 0.40, 1.6, 1.03
+DENOISER_TARGET, ROOFLINE_TARGET, ADAPTER_TARGET = 0.40, 1.6, 1.03
+CUDA_TARGETS: dict[tuple[str, float], tuple[float | None, float | None]] = {
+    ("medium", 120): (0.30, 5.0),
+    ("small", 30): (0.10, None),
+}
+"""By architecture and duration: seconds and gigabytes of a generation in 8 steps on an H200."""
+EXACT_BYTES = {"nano": 0.1e9, "small": 3e9, "medium": 9e9}
+"""Memory that the fp32 model needs beside the other."""
 PROMPT = "warm analog synthesizer melody over a slow drum loop"
 
 
 def run(options: Options) -> list[Figure]:
-    """Figures of `arch` (small) for `seconds` (30) in `steps` (8)."""
+    """Measure the denoiser and whole generations.
+
+    Args:
+        options: `arch` (default small), `seconds` (default 30), `steps`.
+
+    Returns:
+        Times and memory.
+    """
     arch, seconds = options.arch or "small", options.seconds or 30.0
-    with own_threads(options.threads), torch.no_grad():
-        folder = random_checkpoint(arch)
-        fast = load_checkpoint(folder, options.device, dtype_of(options.dtype), parts=("dit", "conditioner"))
-        figures = _denoiser(options, arch, seconds, fast)
-        figures += _with_adapters(options, arch, seconds, fast)
+    with use_threads(options.threads), torch.no_grad():
+        folder = make_random_checkpoint(arch)
+        fast = load_checkpoint(folder, options.device, get_dtype(options.dtype), parts=("dit", "conditioner"))
+        figures = _measure_denoiser(options, arch, seconds, fast)
+        figures += _measure_with_adapters(options, arch, seconds, fast)
         del fast
-        return figures + _whole(options, arch, seconds)
+        return figures + _measure_whole_generation(options, arch, seconds)
 
 
-def inputs(model: StableAudio3, seconds: float, device: str) -> tuple[Tensor, dict[str, Tensor]]:
-    """Start latents and conditions of a request of `seconds`, random."""
+def make_inputs(model: StableAudio3, seconds: float, device: str) -> tuple[Tensor, dict[str, Tensor]]:
+    """Make random inputs of the denoiser for one generation.
+
+    Args:
+        model: The model.
+        seconds: Duration of the audio.
+        device: Device of the inputs.
+
+    Returns:
+        Start latents (B, C, T), and the conditions by the parameter's name.
+    """
     config, generator = model.config.dit, torch.Generator().manual_seed(0)
-    frames = generated_frames(Generator(model).facts, seconds)
-    real = real_frames(Generator(model).facts, seconds, frames)
-    draw = functools.partial(torch.randn, generator=generator)
+    facts = Generator(model).facts
+    frames = count_generated_frames(facts, seconds)
+    real = count_real_frames(facts, seconds, frames)
+    randn = functools.partial(torch.randn, generator=generator)
     conditions = {
-        "cross_attn_cond_BLD": draw(1, model.conditioner.max_length + 1, config.context_width),
-        "global_cond_BD": draw(1, config.global_width),
+        "cross_attn_cond_BLD": randn(1, model.conditioner.max_length + 1, config.context_width),
+        "global_cond_BD": randn(1, config.global_width),
         "local_add_cond_BCT": torch.zeros(1, config.local_width, frames),
-        "padding_mask_BT": (torch.arange(frames) < real)[None],
+        "attention_mask_BT": (torch.arange(frames) < real)[None],
     }
-    start_BCT = draw(1, config.latent_width, frames).to(device)
+    start_BCT = randn(1, config.latent_width, frames).to(device)
     return start_BCT, {name: tensor.to(device) for name, tensor in conditions.items()}
 
 
 def denoise(model: StableAudio3, start_BCT: Tensor, conditions: dict[str, Tensor], steps: int) -> Tensor:
-    """All steps of a request: conditions worked out once, then the sampler."""
+    """Run all steps of a generation: the conditions once, then the sampler.
+
+    Args:
+        model: The model.
+        start_BCT: Noise.
+        conditions: Conditions of `make_inputs`.
+        steps: Sampling steps.
+
+    Returns:
+        Latents (B, C, T).
+    """
     prepared = model.dit.prepare(start_BCT.shape, **conditions)
 
     def velocity(x_BCT: Tensor, t: Tensor) -> Tensor:
-        return model.dit.velocity(x_BCT, t.to(x_BCT.device).expand(x_BCT.shape[0]), prepared)
+        return model.dit.predict_velocity(x_BCT, t.to(x_BCT.device).expand(x_BCT.shape[0]), prepared)
 
-    sampler = SAMPLERS["pingpong" if model.objective == "rf_denoiser" else "euler"]
-    return sampler(velocity, start_BCT, sampling_schedule(steps), generator=torch.Generator().manual_seed(0))
+    sampler = SAMPLERS["pingpong" if model.objective == "rf_denoiser" else "euler"].sample
+    return sampler(velocity, start_BCT, build_schedule(steps), generator=torch.Generator().manual_seed(0))
 
 
-def request_cost(model: StableAudio3, frames: int, steps: int) -> Cost:
-    """What `denoise` cannot avoid computing."""
+def _count_denoising(model: StableAudio3, frames: int, steps: int) -> Cost:
+    """Count what `denoise` cannot avoid computing."""
     context = model.conditioner.max_length + 1
-    return dit_conditions(model.config.dit, frames, context) + dit_step(model.config.dit, frames, context) * steps
+    step = count_dit_step(model.config.dit, frames, context)
+    return count_dit_conditions(model.config.dit, frames, context) + step * steps
 
 
-def _denoiser(options: Options, arch: str, seconds: float, fast: StableAudio3) -> list[Figure]:
-    start_BCT, conditions = inputs(fast, seconds, options.device)
-    tasks: dict[str, Callable[[], object]] = {
-        "fast": lambda: denoise(fast, start_BCT, conditions, options.steps),
-    }
-    exact = _exact_model(options, arch)
+def _measure_denoiser(options: Options, arch: str, seconds: float, fast: StableAudio3) -> list[Figure]:
+    start_BCT, conditions = make_inputs(fast, seconds, options.device)
+    dtype = get_dtype(options.dtype)
+    tasks: dict[str, Callable[[], object]] = {"fast": lambda: denoise(fast, start_BCT, conditions, options.steps)}
+    exact = _load_exact_model(options, arch)
     if exact is not None:
         tasks["exact"] = lambda: denoise(exact, start_BCT, conditions, options.steps)
-    rates = measured_rates(dtype_of(options.dtype), options.device, options.repeats)
-    timings = interleaved(tasks, options.repeats, options.device)
-    again = measured_rates(dtype_of(options.dtype), options.device, options.repeats)
-    rates = max(rates, again, key=lambda found: found.flops)
-    cost = request_cost(fast, start_BCT.shape[-1], options.steps)
-    floor = cost.seconds(rates, dtype_of(options.dtype).itemsize)
-    memory = peak_allocated(lambda: denoise(fast, start_BCT, conditions, 1), options.device)
+    before = measure_rates(dtype, options.device, options.repeats)
+    timings = time_interleaved(tasks, options.repeats, options.device)
+    after = measure_rates(dtype, options.device, options.repeats)
+    rates = max(before, after, key=lambda rates: rates.flops)
+    cost = _count_denoising(fast, start_BCT.shape[-1], options.steps)
+    roofline = cost.compute_seconds(rates, dtype.itemsize)
+    memory = measure_peak_allocation(lambda: denoise(fast, start_BCT, conditions, 1), options.device)
     what = f"{arch} denoiser, {seconds:g} s, {options.steps} steps, {options.dtype}"
-    held = arch == "small" and options.device == "cpu"
-    figures = [
-        Figure(f"{what}, median of {options.repeats}", timings.median("fast"), "s"),
-        Figure(
-            f"{what} / roofline floor",
-            timings.median("fast") / floor,
-            "×",
-            FLOOR_BAR if held else None,
-            note=f"floor {floor:.2f} s = {cost.flops / 1e12:.2f} Tflop at {rates.flops / 1e9:.0f} Gflop/s; fastest "
-            f"round {timings.best('fast') / floor:.2f} ×",
-        ),
-        Figure(f"{what}: working memory over the weights", memory / 1e9, "GB"),
-    ]
+    has_target = arch == "small" and options.device == "cpu"
+    figures = [Figure(f"{what}, median of {options.repeats}", timings.median("fast"), "s")]
     if exact is not None:
-        bar = DENOISER_BAR if held else None
-        note = f"fp32 takes {timings.median('exact'):.2f} s; {timings.spread('fast', 'exact')}"
-        figures.insert(1, Figure(f"{what} / exact fp32", timings.ratio("fast", "exact"), "×", bar, note=note))
-    if exact is not None and fast_fp32_products():
+        target = DENOISER_TARGET if has_target else None
+        note = f"fp32 takes {timings.median('exact'):.2f} s; {timings.describe_spread('fast', 'exact')}"
+        figures.append(Figure(f"{what} / exact fp32", timings.ratio("fast", "exact"), "×", target, note=note))
+    if exact is not None and enable_fast_fp32_matmul():
         step = {
             "fast": lambda: denoise(fast, start_BCT, conditions, 1),
-            "plain": lambda: _as_torch_comes(lambda: denoise(exact, start_BCT, conditions, 1)),
+            "plain": lambda: _run_with_default_matmul(lambda: denoise(exact, start_BCT, conditions, 1)),
         }
-        plain = interleaved(step, min(options.repeats, 3), options.device)
-        note = f"one step {plain.median('plain'):.2f} s; {plain.spread('fast', 'plain')}"
-        name = f"{what} / exact fp32 without our choice of library for its products"
-        figures.insert(2, Figure(name, plain.ratio("fast", "plain"), "×", note=note))
-    return figures
+        plain = time_interleaved(step, min(options.repeats, 3), options.device)
+        note = f"one step {plain.median('plain'):.2f} s; {plain.describe_spread('fast', 'plain')}"
+        name = f"{what} / exact fp32 with torch's default library for matrix products"
+        figures.append(Figure(name, plain.ratio("fast", "plain"), "×", note=note))
+    return [
+        *figures,
+        Figure(
+            f"{what} / roofline",
+            timings.median("fast") / roofline,
+            "×",
+            ROOFLINE_TARGET if has_target else None,
+            note=f"roofline {roofline:.2f} s = {cost.flops / 1e12:.2f} Tflop at {rates.flops / 1e9:.0f} Gflop/s; "
+            f"fastest round {timings.best('fast') / roofline:.2f} ×",
+        ),
+        Figure(f"{what}: working memory besides the weights", memory / 1e9, "GB"),
+    ]
 
 
-def _as_torch_comes(task: Callable[[], object]) -> object:
-    """Run `task` with fp32 products as torch does them by default."""
-    chosen = torch.get_float32_matmul_precision()
+def _run_with_default_matmul(task: Callable[[], object]) -> object:
+    """Run `task` with fp32 matrix products as torch computes them by default."""
+    precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
         return task()
     finally:
-        torch.set_float32_matmul_precision(chosen)
+        torch.set_float32_matmul_precision(precision)
 
 
-def _exact_model(options: Options, arch: str) -> StableAudio3 | None:
-    """The fp32 model to compare with, when it fits beside the other (medium's takes 6 GB more)."""
-    needed, free = {"nano": 0.1e9, "small": 3e9, "medium": 9e9}[arch], available_memory()
-    if options.dtype == "fp32" or (options.device == "cpu" and free is not None and free < needed):
+def _load_exact_model(options: Options, arch: str) -> StableAudio3 | None:
+    """Load the fp32 model to compare with, if it fits beside the other."""
+    if options.dtype == "fp32" or (options.device == "cpu" and get_available_memory() < EXACT_BYTES[arch]):
         return None
-    return load_checkpoint(random_checkpoint(arch), options.device, torch.float32, parts=("dit", "conditioner"))
+    return load_checkpoint(make_random_checkpoint(arch), options.device, torch.float32, parts=("dit", "conditioner"))
 
 
-def random_adapter(model: StableAudio3, kind: str, seed: int) -> Adapter:
-    """An adapter of rank 16 on every layer, with a small random effect."""
-    injected = inject(model.adaptable(), AdapterSpec(kind, rank=16))
+def _make_random_adapter(model: StableAudio3, adapter_type: str, seed: int) -> Adapter:
+    """Make an adapter of rank 16 on every layer, with a small random effect."""
+    injected = inject(model.get_adapter_root(), AdapterSpec(adapter_type, rank=16))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in injected.parameters():
             parameter.add_(1e-3 * torch.randn(parameter.shape, generator=generator).to(parameter))
     adapter = injected.export()
     injected.remove()
-    model.adaptable().requires_grad_(False)
+    model.get_adapter_root().requires_grad_(False)
     return adapter
 
 
-def _with_adapters(options: Options, arch: str, seconds: float, model: StableAudio3) -> list[Figure]:
-    """The denoiser with 0, 1 and 3 adapters baked in, in turn."""
-    start_BCT, conditions = inputs(model, seconds, options.device)
+def _measure_with_adapters(options: Options, arch: str, seconds: float, model: StableAudio3) -> list[Figure]:
+    """Measure the denoiser with 0, 1 and 3 baked adapters, in turn."""
+    start_BCT, conditions = make_inputs(model, seconds, options.device)
     with torch.enable_grad():
-        adapters = [random_adapter(model, kind, seed) for seed, kind in enumerate(("dora-rows", "lora", "bora"))]
-    stack = AdapterStack(model.adaptable())
+        adapters = [_make_random_adapter(model, name, seed) for seed, name in enumerate(("dora-rows", "lora", "bora"))]
+    stack = AdapterStack(model.get_adapter_root())
     for adapter in adapters:
         stack.add(adapter, 0.0)
-    rounds: dict[str, list[float]] = {"0": [], "1": [], "3": []}
+    rounds: dict[int, list[float]] = {0: [], 1: [], 3: []}
     for _ in range(options.repeats):
-        for name in rounds:
+        for count, seconds_taken in rounds.items():
             for index in range(len(adapters)):
-                stack.set_strength(0.7 if index < int(name) else 0.0, index)
+                stack.set_strength(0.7 if index < count else 0.0, index)
             stack.apply()
-            task = {name: lambda: denoise(model, start_BCT, conditions, 1)}
-            rounds[name] += interleaved(task, 1, options.device).rounds[name]
+            timings = time_interleaved({"step": lambda: denoise(model, start_BCT, conditions, 1)}, 1, options.device)
+            seconds_taken += timings.rounds["step"]
     stack.clear()
     figures = []
-    for name in ("1", "3"):
-        ratios = sorted(mine / base for mine, base in zip(rounds[name], rounds["0"], strict=True))
-        middle = ratios[len(ratios) // 2]
+    for count in (1, 3):
+        ratios = sorted(mine / base for mine, base in zip(rounds[count], rounds[0], strict=True))
         figures.append(
             Figure(
-                f"{arch} denoiser with {name} baked adapter{'s' if name != '1' else ''} / without",
-                middle,
+                f"{arch} denoiser with {count} baked adapter{'s' if count > 1 else ''} / without",
+                ratios[len(ratios) // 2],
                 "×",
-                ADAPTER_BAR if options.device == "cpu" and arch == "small" else None,
+                ADAPTER_TARGET if options.device == "cpu" and arch == "small" else None,
                 note=f"rounds from {ratios[0]:.3g} to {ratios[-1]:.3g}; fastest against fastest "
-                f"{min(rounds[name]) / min(rounds['0']):.3g} ×",
+                f"{min(rounds[count]) / min(rounds[0]):.3g} ×",
             )
         )
     return figures
 
 
-_PROGRAM = """
-import json, statistics, sys, torch
-from sa3train.inference import Generator
-from sa3train.bench.measure import PeakMemory, interleaved
-folder, device, dtype, threads, seconds, steps, repeats, prompt, graphs = sys.argv[1:]
-torch.set_num_threads(int(threads))
-with PeakMemory(device) as memory:
-    generator = Generator.from_pretrained(folder, device, dtype, cuda_graphs=bool(int(graphs)))
-    request = lambda: generator.generate(prompt, duration=float(seconds), steps=int(steps), seed=1, return_latents=True)
-    timings = interleaved({"request": request}, int(repeats), device)
-found = {"seconds": timings.median("request"), "peak": memory.bytes}
-if generator.cuda_graphs:
-    recorded = request().latents.flatten().double()
-    generator.cuda_graphs = False
-    plain = request().latents.flatten().double()
-    found["likeness"] = float(torch.nn.functional.cosine_similarity(recorded, plain, dim=0))
-print(json.dumps(found))
-"""
-
-
-def _whole(options: Options, arch: str, seconds: float) -> list[Figure]:
-    """A request through `Generator.generate`: text, denoiser, decode, as a user waits for it."""
-    settings = (random_checkpoint(arch), options.device, options.dtype, options.threads, seconds, options.steps)
-    what = f"{arch} {seconds:g} s, {options.steps} steps, {options.dtype}, whole request"
-    bar, memory_bar = _cuda_bars(replace(options, arch=arch, seconds=seconds))
+def _measure_whole_generation(options: Options, arch: str, seconds: float) -> list[Figure]:
+    """Measure `Generator.generate`: text, denoiser and decoder, as a user waits for them."""
+    what = f"{arch} {seconds:g} s, {options.steps} steps, {options.dtype}, whole generation"
+    has_target = options.is_cuda and options.steps == 8
+    target, memory_target = CUDA_TARGETS.get((arch, seconds), (None, None)) if has_target else (None, None)
+    settings = (str(make_random_checkpoint(arch)), options.device, options.dtype, options.threads, PROMPT, seconds)
     figures = []
-    for graphs in (0, 1) if options.device.startswith("cuda") else (0,):
-        found = run_apart(_PROGRAM, *settings, max(1, options.repeats // 2), PROMPT, graphs)
-        name = f"{what} with CUDA graphs" if graphs else what
-        likeness = found.get("likeness")
-        note = "" if likeness is None else f"latents against those without: cosine similarity 1 − {1 - likeness:.1e}"
+    for uses_cuda_graphs in (False, True) if options.is_cuda else (False,):
+        rounds = max(1, options.repeats // 2)
+        measured = run_in_subprocess(measure_generation, *settings, options.steps, rounds, uses_cuda_graphs)
+        name = f"{what} with CUDA graphs" if uses_cuda_graphs else what
+        note = ""
+        if "similarity" in measured:
+            note = f"latents against those without graphs: cosine similarity 1 − {1 - measured['similarity']:.1e}"
         figures += [
-            Figure(f"{name}, incl. text and decode", found["seconds"], "s", bar, note=note),
-            Figure(f"{name}: peak memory, weights included", found["peak"] / 1e9, "GB", memory_bar),
+            Figure(f"{name}, text and decoder included", measured["seconds"], "s", target, note=note),
+            Figure(f"{name}: peak memory, weights included", measured["peak"] / 1e9, "GB", memory_target),
         ]
     return figures
-
-
-def _cuda_bars(options: Options) -> tuple[float | None, float | None]:
-    """Seconds and gigabytes asked of an H200."""
-    if not options.device.startswith("cuda") or options.steps != 8:
-        return None, None
-    if options.arch == "medium" and options.seconds == 120:
-        return 0.30, 5.0
-    return (0.10 if options.arch == "small" and options.seconds == 30 else None), None

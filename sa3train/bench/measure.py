@@ -1,11 +1,8 @@
-"""Times and memory, measured so that a busy machine disturbs ratios little.
+"""Measure time and memory in ways that other work on the machine disturbs little.
 
-Tasks that are compared run in turn within one round, and a ratio is the median over rounds of the round's own ratio:
-load that comes and goes hits both sides of it.
-
-Programs measured in a process of their own, so that what ran before cannot lend them memory or imports.
-
-Threads and dtypes of a bench.
+Tasks that are compared run in turn within one round, and a ratio is the median over rounds of each round's own ratio,
+so load that comes and goes affects both sides. Tasks whose memory or imports must not depend on earlier work run in a
+process of their own.
 """
 
 import contextlib
@@ -22,9 +19,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import psutil
 import torch
 
-from sa3train.core.errors import ConfigError, SA3Error
+from sa3train.core.errors import SA3Error
 
 _STATUS = Path("/proc/self/status")
 _CLEAR = Path("/proc/self/clear_refs")
@@ -32,64 +30,113 @@ _CLEAR = Path("/proc/self/clear_refs")
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds of every task in every round, and the processor seconds that this process spent on it."""
+    """Wall-clock and processor seconds of each task in each round."""
 
-    rounds: dict[str, tuple[float, ...]]
-    work: dict[str, tuple[float, ...]]
+    rounds: dict[str, list[float]]
+    processor: dict[str, list[float]]
 
     def median(self, task: str) -> float:
-        """Seconds."""
+        """Return the median wall-clock time of a task.
+
+        Args:
+            task: Name of the task.
+
+        Returns:
+            Seconds.
+        """
         return statistics.median(self.rounds[task])
 
     def best(self, task: str) -> float:
-        """Seconds of the fastest round."""
+        """Return the wall-clock time of a task's fastest round.
+
+        Args:
+            task: Name of the task.
+
+        Returns:
+            Seconds.
+        """
         return min(self.rounds[task])
 
     def ratio(self, task: str, base: str) -> float:
-        """The median over rounds of task / base."""
-        pairs = zip(self.rounds[task], self.rounds[base], strict=True)
-        return statistics.median(mine / other for mine, other in pairs)
+        """Compute the median over rounds of `task` / `base`.
 
-    def spread(self, task: str, base: str) -> str:
-        """The ratio in single rounds, and in processor time, which other load disturbs less, as text."""
-        ratios = [mine / other for mine, other in zip(self.rounds[task], self.rounds[base], strict=True)]
-        work = statistics.median(mine / other for mine, other in zip(self.work[task], self.work[base], strict=True))
-        return f"rounds {min(ratios):.3g} to {max(ratios):.3g}, in processor time {work:.3g}"
+        Args:
+            task: Name of the task.
+            base: Name of the task it is compared with.
+
+        Returns:
+            The ratio of wall-clock times.
+        """
+        return statistics.median(_divide(self.rounds[task], self.rounds[base]))
+
+    def describe_spread(self, task: str, base: str) -> str:
+        """Describe the range over rounds of `task` / `base`, and the same ratio in processor time.
+
+        Args:
+            task: Name of the task.
+            base: Name of the task it is compared with.
+
+        Returns:
+            Text for the note of a figure.
+        """
+        ratios = _divide(self.rounds[task], self.rounds[base])
+        processor = statistics.median(_divide(self.processor[task], self.processor[base]))
+        return f"rounds {min(ratios):.3g} to {max(ratios):.3g}, in processor time {processor:.3g}"
 
 
-def interleaved(
+def _divide(numerators: list[float], denominators: list[float]) -> list[float]:
+    return [one / other for one, other in zip(numerators, denominators, strict=True)]
+
+
+def time_interleaved(
     tasks: Mapping[str, Callable[[], object]], repeats: int, device: str = "cpu", warm_up: int = 1
 ) -> Timings:
-    """Run every task once per round, `warm_up` rounds unmeasured and then `repeats` measured ones."""
-    rounds: dict[str, list[float]] = {name: [] for name in tasks}
-    work: dict[str, list[float]] = {name: [] for name in tasks}
+    """Time tasks that run in turn, once per round.
+
+    Args:
+        tasks: Functions to time, by name.
+        repeats: Measured rounds.
+        device: Device to wait for before and after each task.
+        warm_up: Rounds before the measured ones.
+
+    Returns:
+        The times of all measured rounds.
+    """
+    timings = Timings({name: [] for name in tasks}, {name: [] for name in tasks})
     for index in range(warm_up + repeats):
         for name, task in tasks.items():
             wait(device)
-            start, start_work = time.perf_counter(), time.process_time()
+            start, start_processor = time.perf_counter(), time.process_time()
             task()
             wait(device)
             if index >= warm_up:
-                rounds[name].append(time.perf_counter() - start)
-                work[name].append(time.process_time() - start_work)
-    return Timings(_fixed(rounds), _fixed(work))
-
-
-def _fixed(rounds: Mapping[str, list[float]]) -> dict[str, tuple[float, ...]]:
-    return {name: tuple(seconds) for name, seconds in rounds.items()}
+                timings.rounds[name].append(time.perf_counter() - start)
+                timings.processor[name].append(time.process_time() - start_processor)
+    return timings
 
 
 def wait(device: str) -> None:
-    """Let a CUDA device finish what it was given."""
+    """Wait until a CUDA device has finished its work.
+
+    Args:
+        device: Name of a device; nothing happens for others than CUDA's.
+    """
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
 
 
-def peak_allocated(task: Callable[[], object], device: str = "cpu") -> int:
-    """The most bytes that torch held at once for tensors made in `task`.
+def measure_peak_allocation(task: Callable[[], object], device: str = "cpu") -> int:
+    """Measure the most bytes that torch held at once for tensors made by a task.
 
-    On the CPU it is counted from the profiler's record of every allocation: unlike resident memory it does not depend
-    on what the process had used before. Scratch memory inside kernels is not in it.
+    On a CPU it is computed from the profiler's record of all allocations. Unlike resident memory it does not depend on
+    what the process did before. Scratch memory inside kernels is not counted.
+
+    Args:
+        task: Function to run.
+        device: Device on which it allocates.
+
+    Returns:
+        Bytes above what was allocated before.
     """
     if device.startswith("cuda"):
         with PeakMemory(device) as memory:
@@ -99,20 +146,22 @@ def peak_allocated(task: Callable[[], object], device: str = "cpu") -> int:
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         task()
-    held = peak = 0
+    allocated = peak = 0
     results = recorded.profiler.kineto_results if recorded.profiler is not None else None
     events = [] if results is None else [event for event in results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
+        allocated += event.nbytes()
+        peak = max(peak, allocated)
     return peak
 
 
 class PeakMemory:
-    """Peak memory inside a `with` block, in bytes over what was there at its start.
+    """Context manager that measures peak memory in bytes above what was in use at its start.
 
-    `bytes`: on CUDA what torch's allocator held; on Linux the process's own (anonymous) memory, sampled every 5 ms, and
-    `with_files` that with mapped file pages, from the kernel's high-water mark. Elsewhere both are 0.
+    Attributes:
+        bytes: On CUDA, memory held by torch's allocator. On Linux, the process's own (anonymous) memory, sampled every
+            5 ms. Elsewhere 0.
+        with_files: On Linux, the same with mapped file pages, from the kernel's high-water mark. Elsewhere 0.
     """
 
     def __init__(self, device: str = "cpu") -> None:
@@ -129,8 +178,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._start["RssAnon"] = torch.cuda.memory_allocated(self.device)
         elif _STATUS.exists():
-            _CLEAR.write_text("5", encoding="ascii")  # the high-water mark starts anew
-            self._start = status("RssAnon", "VmRSS")
+            _CLEAR.write_text("5", encoding="ascii")  # resets the high-water mark
+            self._start = _read_status("RssAnon", "VmRSS")
             self._peak = self._start["RssAnon"]
             self._sampler = threading.Thread(target=self._sample, daemon=True)
             self._sampler.start()
@@ -144,64 +193,80 @@ class PeakMemory:
         elif self._sampler is not None:
             self._stop.set()
             self._sampler.join()
-            found = status("RssAnon", "VmHWM")
-            self.bytes = max(self._peak, found["RssAnon"]) - self._start["RssAnon"]
-            self.with_files = found["VmHWM"] - self._start["VmRSS"]
+            status = _read_status("RssAnon", "VmHWM")
+            self.bytes = max(self._peak, status["RssAnon"]) - self._start["RssAnon"]
+            self.with_files = status["VmHWM"] - self._start["VmRSS"]
 
     def _sample(self) -> None:
         while not self._stop.wait(0.005):
-            self._peak = max(self._peak, status("RssAnon")["RssAnon"])
+            self._peak = max(self._peak, _read_status("RssAnon")["RssAnon"])
 
 
-def status(*keys: str) -> dict[str, int]:
-    """Bytes of the given lines of /proc/self/status."""
-    found = dict.fromkeys(keys, 0)
+def _read_status(*keys: str) -> dict[str, int]:
+    """Read lines of /proc/self/status, in bytes. psutil has neither the anonymous part nor the high-water mark."""
+    values = dict.fromkeys(keys, 0)
     for line in _STATUS.read_text(encoding="ascii").splitlines():
         key, _, value = line.partition(":")
-        if key in found:
-            found[key] = int(value.split()[0]) * 1024
-    return found
+        if key in values:
+            values[key] = int(value.split()[0]) * 1024
+    return values
 
 
-def available_memory() -> int | None:
-    """Bytes that can be taken without swapping, on Linux; None elsewhere."""
-    path = Path("/proc/meminfo")
-    if not path.exists():
-        return None
-    for line in path.read_text(encoding="ascii").splitlines():
-        key, _, value = line.partition(":")
-        if key == "MemAvailable":
-            return int(value.split()[0]) * 1024
-    return None
+def get_available_memory() -> int:
+    """Get the memory that can be allocated without swapping.
 
-
-def run_apart(program: str, *arguments: object, environment: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Run Python code with `arguments` as its `sys.argv[1:]`; the last line it prints is JSON and is returned.
-
-    `environment`: in place of this process's own. Raises `SA3Error` with the end of its messages when it fails.
+    Returns:
+        Bytes.
     """
-    command = [sys.executable, "-c", program, *map(str, arguments)]
-    given = os.environ if environment is None else environment
-    done = subprocess.run(command, capture_output=True, text=True, env=given, check=False)
-    if done.returncode:
-        raise SA3Error(f"a measuring process failed: {done.stderr.strip()[-500:]}")
-    answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    return answer
+    available: int = psutil.virtual_memory().available
+    return available
 
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+def run_in_subprocess(
+    task: Callable[..., Any],
+    *arguments: object,
+    environment: Mapping[str, str] | None = None,
+    timeout: float | None = None,
+) -> Any:
+    """Call a function in a fresh Python process.
 
+    Args:
+        task: A function at the top level of a module.
+        *arguments: Its positional arguments, of types that JSON has.
+        environment: Environment variables of the process; default: those of this one.
+        timeout: Seconds after which the process is stopped.
 
-def dtype_of(name: str) -> torch.dtype:
-    """The dtype called `name`. Raises `ConfigError` for an unknown one."""
-    if name not in DTYPES:
-        raise ConfigError(f"unknown dtype {name!r}: there are {', '.join(DTYPES)}.")
-    return DTYPES[name]
+    Returns:
+        What the function returned, as JSON has it.
+
+    Raises:
+        SA3Error: The process failed or took too long. The message has the end of its stderr.
+    """
+    program = (
+        f"import json, sys; from {task.__module__} import {task.__name__} as task; "
+        "print(json.dumps(task(*json.loads(sys.argv[1]))))"
+    )
+    command = [sys.executable, "-c", program, json.dumps(arguments)]
+    variables = os.environ if environment is None else environment
+    try:
+        process = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=timeout, check=False)
+    except subprocess.TimeoutExpired as error:
+        raise SA3Error(f"stopped after {timeout:g} s") from error
+    if process.returncode:
+        raise SA3Error(f"a benchmark process failed: {process.stderr.strip()[-500:]}")
+    return json.loads(process.stdout.strip().splitlines()[-1])
 
 
 @contextlib.contextmanager
-def own_threads(count: int) -> Iterator[None]:
-    """Compute with `count` threads inside the block."""
+def use_threads(count: int) -> Iterator[None]:
+    """Compute with a number of torch threads inside the block.
+
+    Args:
+        count: Threads of one operation.
+
+    Yields:
+        Nothing.
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,6 +1,6 @@
-"""From the command to the first file: `sa3-generate` cold, and what `--help` and `import sa3train` take.
+"""Cold start: `sa3-generate` from command to file, every `--help`, and `import sa3train`.
 
-Each run is a process of its own; the file cache is warm, as it is for whoever uses a command twice.
+Each run is a process of its own. The file cache is warm, as for anyone who uses a command twice.
 """
 
 import os
@@ -15,46 +15,55 @@ from pathlib import Path
 from sa3train.bench.figures import Figure, Options
 from sa3train.core.errors import SA3Error
 
-CLIP_BAR, HELP_BAR = 8.0, 1.0
+GENERATE_TARGET, HELP_TARGET = 8.0, 1.0
 COMMANDS = ("generate", "train", "encode", "data", "adapter", "bench", "quickstart", "studio")
 
 
 def run(options: Options) -> list[Figure]:
-    """Figures of `arch` nano: the shipped checkpoint, not a random one, is what a newcomer starts."""
+    """Measure commands on the shipped nano, which is what a new user starts.
+
+    Args:
+        options: `seconds` of the generated clip (default 5).
+
+    Returns:
+        Seconds of each command.
+    """
     seconds = options.seconds or 5.0
     with tempfile.TemporaryDirectory() as folder:
-        clip = _median(_clip(options, seconds, Path(folder)), options)
-    figures = [
-        Figure(f"sa3-generate --model nano, {seconds:g} s clip, cold start to file", clip, "s", CLIP_BAR),
-        Figure("import sa3train", _median(["-c", "import sa3train"], options), "s"),
+        flags = ["--model", "nano", "-p", "a short tone", "--duration", f"{seconds:g}", "--seed", "1"]
+        flags += ["--device", "cpu", "-o", str(Path(folder) / "clip.wav")]
+        clip_seconds = _time_processes(["-c", _make_program("generate"), *flags], options)
+    return [
+        Figure(
+            f"sa3-generate --model nano, {seconds:g} s clip, cold start to file", clip_seconds, "s", GENERATE_TARGET
+        ),
+        Figure("import sa3train", _time_processes(["-c", "import sa3train"], options), "s"),
+        *(
+            Figure(
+                f"sa3-{command} --help",
+                _time_processes(["-c", _make_program(command), "--help"], options),
+                "s",
+                HELP_TARGET,
+            )
+            for command in COMMANDS
+        ),
     ]
-    for command in COMMANDS:
-        if not (Path(__file__).parents[1] / "cli" / f"{command}.py").is_file():
-            continue
-        arguments = ["-c", _main(command), "--help"]
-        figures.append(Figure(f"sa3-{command} --help", _median(arguments, options), "s", HELP_BAR))
-    return figures
 
 
-def _main(command: str) -> str:
+def _make_program(command: str) -> str:
     return f"import sys; from sa3train.cli.{command} import main; sys.argv[0] = 'sa3-{command}'; sys.exit(main())"
 
 
-def _clip(options: Options, seconds: float, folder: Path) -> list[str]:
-    wanted = ["--model", "nano", "-p", "a short tone", "--duration", f"{seconds:g}", "--seed", "1", "--device", "cpu"]
-    return ["-c", _main("generate"), *wanted, "-o", str(folder / "clip.wav")]
-
-
-def _median(arguments: Sequence[str], options: Options) -> float:
-    """Seconds of a fresh interpreter: one unmeasured run, then the median."""
+def _time_processes(arguments: Sequence[str], options: Options) -> float:
+    """Time a fresh interpreter: one unmeasured run, then the median of `repeats`."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(options.threads)}
-    taken = []
+    seconds = []
     for _ in range(1 + options.repeats):
         start = time.perf_counter()
-        done = subprocess.run(
+        process = subprocess.run(
             [sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False
         )
-        taken.append(time.perf_counter() - start)
-        if done.returncode:
-            raise SA3Error(f"the command under measurement failed: {done.stderr.strip()[-500:]}")
-    return statistics.median(taken[1:])
+        seconds.append(time.perf_counter() - start)
+        if process.returncode:
+            raise SA3Error(f"the measured command failed: {process.stderr.strip()[-500:]}")
+    return statistics.median(seconds[1:])

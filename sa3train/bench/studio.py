@@ -1,4 +1,4 @@
-"""How soon the studio's page is there: a fresh visit of headless Chromium to a server that is up."""
+"""Load time of the studio's page: a fresh visit of headless Chromium to a running server."""
 
 import os
 import shutil
@@ -9,40 +9,46 @@ from importlib.util import find_spec
 from sa3train.bench.figures import Figure, Options
 from sa3train.core.errors import ConfigError
 
-PAINT_BAR = 2.0
+PAINT_TARGET = 2.0
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 PAINTED = "() => performance.getEntriesByName('first-contentful-paint')[0]?.startTime"
 NOW = "() => performance.now()"
 
 
 def run(options: Options) -> list[Figure]:
-    """Figures of a page on nano with an empty history; each visit starts with an empty cache."""
-    found = first_paint_seconds(options.repeats)
-    painted, usable = (statistics.median(times) for times in zip(*found, strict=True))
+    """Measure visits to a studio on nano with an empty history and an empty browser cache.
+
+    Args:
+        options: `repeats`.
+
+    Returns:
+        Median seconds until the first paint and until the form is usable.
+
+    Raises:
+        ConfigError: Gradio, Playwright or Chromium is missing.
+    """
+    chromium = next((path for name in CHROMIUMS if (path := shutil.which(name))), None)
+    if chromium is None or find_spec("playwright") is None or find_spec("gradio") is None:
+        raise ConfigError("this benchmark needs Chromium, Gradio and Playwright: bash launch/setup.sh --dev.")
+    painted, usable = (statistics.median(times) for times in zip(*_time_visits(chromium, options.repeats), strict=True))
     return [
-        Figure("studio: first contentful paint of a fresh visit", painted, "s", PAINT_BAR),
+        Figure("studio: first contentful paint of a fresh visit", painted, "s", PAINT_TARGET),
         Figure("studio: Play page usable", usable, "s"),
     ]
 
 
-def first_paint_seconds(repeats: int) -> list[tuple[float, float]]:
-    """(first contentful paint, form usable) of each visit, in seconds from its start; a first one is not counted.
-
-    Raises `ConfigError` when Gradio, Playwright or Chromium is missing.
-    """
-    chromium = next((path for name in CHROMIUMS if (path := shutil.which(name))), None)
-    if chromium is None or find_spec("playwright") is None or find_spec("gradio") is None:
-        raise ConfigError("this bench needs Chromium, Gradio and Playwright: bash launch/setup.sh --dev.")
+def _time_visits(chromium: str, repeats: int) -> list[tuple[float, float]]:
+    """Time (first contentful paint, form usable) of visits, in seconds from their start; the first is not counted."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from playwright.sync_api import sync_playwright
 
-    from sa3train.studio.app import running
+    from sa3train.studio.app import run_studio
     from sa3train.studio.server.workspace import Workspace
 
     times = []
     with (
         tempfile.TemporaryDirectory() as folder,
-        running(Workspace.at([folder])) as address,
+        run_studio(Workspace.create([folder])) as address,
         sync_playwright() as driver,
     ):
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])

@@ -1,10 +1,10 @@
-"""What a run loses to W&B when its server is of no use: tracked steps against untracked ones of the same run.
+"""Overhead of W&B tracking when its server fails: tracked steps against untracked ones of the same run.
 
-One training per kind of failure, on nano, every step logged (a run logs every tenth unless told otherwise). Blocks of
-ten steps with W&B follow blocks without, so that other work on the machine hits both; the ratio is the median over
-pairs of blocks. What a run waits for once, at its start and end, is counted in seconds beside it.
+One training on nano for each kind of failure, every step logged (by default a run logs every tenth). Blocks of ten
+steps with W&B follow blocks without, so that other work on the machine affects both; the ratio is the median over pairs
+of blocks. What a run waits for once, at its start and end, is reported in seconds.
 
-Stand-ins on 127.0.0.1 for a W&B server that is of no use: what a run meets when the network or the service fails.
+The servers that fail run on 127.0.0.1.
 """
 
 import contextlib
@@ -20,21 +20,29 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from sa3train.bench.checkpoints import random_checkpoint
+from sa3train.bench.checkpoints import make_random_checkpoint
 from sa3train.bench.figures import Figure, Options
-from sa3train.bench.measure import dtype_of, run_apart
-from sa3train.bench.train import random_shards, training_flags
+from sa3train.bench.measure import run_in_subprocess
+from sa3train.bench.tasks import measure_tracking
+from sa3train.bench.train import list_training_flags, make_random_shards
+from sa3train.core.dtypes import get_dtype
 from sa3train.models.checkpoint import load_checkpoint
 
-KINDS = ("500", "silence", "refusal", "death")
-"""Answers 500; takes connections and says nothing; is not there; takes the run, then says nothing more."""
+FAILURES = {
+    "500": "answers 500",
+    "silence": "accepts connections and never answers",
+    "refusal": "refuses connections",
+    "death": "stops answering after the run's start",
+}
+"""What a W&B server does, by the names that `run_faulty_server` knows."""
+TARGET, BLOCK, FRAMES = 1.10, 10, 54
 
 
 class FaultyServer(http.server.BaseHTTPRequestHandler):
-    """Answers everything with 500."""
+    """A server that answers every request with 500."""
 
     def answer(self) -> None:
-        """Read the request, since an unread one would look like a broken connection."""
+        """Read the request (an unread one would look like a broken connection) and refuse it."""
         self.rfile.read(int(self.headers.get("content-length") or 0))
         self.send_response(500)
         self.end_headers()
@@ -42,17 +50,21 @@ class FaultyServer(http.server.BaseHTTPRequestHandler):
     do_GET = do_POST = do_PUT = answer
 
     def log_message(self, *_: Any) -> None:
-        """Say nothing on stderr."""
+        """Log nothing to stderr.
+
+        Args:
+            *_: Ignored.
+        """
 
 
 class DyingServer(FaultyServer):
-    """Takes a run as W&B does; once metrics come it says nothing more, until it is shut down."""
+    """A server that accepts a run as W&B does, and stops answering when metrics arrive."""
 
     dead = threading.Event()
     over = threading.Event()
 
     def answer(self) -> None:
-        """What wandb asks before it calls a run its own, then silence."""
+        """Return what wandb asks for before it starts a run; then keep connections open and return nothing."""
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
         if "file_stream" in self.path:
             self.dead.set()
@@ -60,7 +72,7 @@ class DyingServer(FaultyServer):
             self.close_connection = True
             self.over.wait()
             return
-        answer = json.dumps({"data": _taken(body) if "graphql" in self.path else {}}).encode()
+        answer = json.dumps({"data": _answer_graphql(body) if "graphql" in self.path else {}}).encode()
         self.send_response(200)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(answer)))
@@ -70,20 +82,27 @@ class DyingServer(FaultyServer):
     do_GET = do_POST = do_PUT = answer
 
 
-def _taken(body: bytes) -> dict[str, Any]:
-    """The answer to a GraphQL question about a new run."""
+def _answer_graphql(body: bytes) -> dict[str, Any]:
+    """Answer a GraphQL query about a new run."""
     asked = json.loads(body)
     query, name = asked.get("query", ""), asked.get("variables", {}).get("name", "run")
-    place = {"id": "P", "name": "p", "entity": {"id": "E", "name": "e"}}
+    project = {"id": "P", "name": "p", "entity": {"id": "E", "name": "e"}}
     if "upsertBucket" in query:
         bucket = {"id": "B", "name": name, "displayName": "run", "config": "{}", "historyLineCount": 0}
-        return {"upsertBucket": {"bucket": {**bucket, "sweepName": None, "project": place}, "inserted": True}}
-    return {"model": {**place, "bucket": None}} if "RunResumeStatus" in query else {}
+        return {"upsertBucket": {"bucket": {**bucket, "sweepName": None, "project": project}, "inserted": True}}
+    return {"model": {**project, "bucket": None}} if "RunResumeStatus" in query else {}
 
 
 @contextlib.contextmanager
-def dead_server(kind: str) -> Iterator[str]:
-    """The address of a server of one of `KINDS`, for as long as the block lasts."""
+def run_faulty_server(kind: str) -> Iterator[str]:
+    """Run a server that fails, for as long as the block lasts.
+
+    Args:
+        kind: Key of `FAILURES`.
+
+    Yields:
+        Its address.
+    """
     handlers = {"500": FaultyServer, "death": DyingServer}
     if kind in handlers:
         DyingServer.dead.clear()
@@ -105,90 +124,63 @@ def dead_server(kind: str) -> Iterator[str]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}"
 
 
-def pointed_at(server: str) -> dict[str, str]:
-    """This process's environment with wandb sent to `server` and nowhere else."""
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
-    return {**kept, "WANDB_BASE_URL": server, "WANDB_API_KEY": "a" * 40, "WANDB_ERROR_REPORTING": "false"}
+def make_wandb_environment(server: str) -> dict[str, str]:
+    """Make the environment of a process whose W&B runs go to a server and nowhere else.
 
+    Args:
+        server: Address of the server.
 
-BAR, BLOCK, FRAMES = 1.10, 10, 54
-NAMES = {
-    "500": "answers 500",
-    "silence": "takes connections and says nothing",
-    "refusal": "is not there",
-    "death": "says nothing more after the run's start",
-}
-
-_PROGRAM = """
-import json, sys, time
-from sa3train.cli.train import main
-from sa3train.training.module import LoraModule
-from sa3train.training.loggers import WandbSink
-block, *arguments = sys.argv[1:]
-starts, once = [], []
-log = WandbSink.metrics
-
-def timed(method):
-    def run(*given, **named):
-        start = time.perf_counter()
-        method(*given, **named)
-        once.append(time.perf_counter() - start)
-    return run
-
-def in_turn(self, values, step):
-    if (len(starts) - 1) // int(block) % 2:
-        log(self, values, step)
-
-LoraModule.on_train_batch_start = lambda self, *_: starts.append(time.perf_counter())
-WandbSink.metrics = in_turn
-WandbSink.__init__, WandbSink.close = timed(WandbSink.__init__), timed(WandbSink.close)
-code = main(arguments)
-if code:
-    sys.exit(code)
-print(json.dumps({"starts": starts, "once": once}))
-"""
+    Returns:
+        Environment variables.
+    """
+    others = {key: value for key, value in os.environ.items() if not key.startswith("WANDB_")}
+    return {**others, "WANDB_BASE_URL": server, "WANDB_API_KEY": "a" * 40, "WANDB_ERROR_REPORTING": "false"}
 
 
 def run(options: Options) -> list[Figure]:
-    """Figures of `arch` (nano), `repeats` pairs of blocks each."""
+    """Measure a run of `sa3-train` for each kind of failure.
+
+    Args:
+        options: `arch` (default nano), `repeats`: pairs of blocks.
+
+    Returns:
+        Ratio of steps and seconds at start and end, for each kind.
+    """
     arch = options.arch or "nano"
-    folder = random_checkpoint(arch)
-    model = load_checkpoint(folder, dtype=dtype_of(options.dtype), parts=("dit", "conditioner"))
+    folder = make_random_checkpoint(arch)
+    model = load_checkpoint(folder, dtype=get_dtype(options.dtype), parts=("dit", "conditioner"))
+    steps = BLOCK * (2 * options.repeats + 2) + 1  # a pair to warm up, and one step to see the end of the last one
     figures = []
-    with tempfile.TemporaryDirectory() as place:
-        shards = random_shards(Path(place) / "latents", model, FRAMES)
-        for kind in KINDS:
-            steps = BLOCK * (2 * options.repeats + 2) + 1  # one pair to warm up, one step to see the last one's end
-            flags = training_flags(options, folder, shards, FRAMES)
-            flags += [f"run_dir={Path(place) / f'run-{kind}'}", f"trainer.max_steps={steps}"]
-            with dead_server(kind) as server:
-                flags += ["logger=wandb", "logger.mode=online"]
-                found = run_apart(_PROGRAM, BLOCK, *flags, environment=pointed_at(server))
-            figures += _figures(arch, kind, found)
+    with tempfile.TemporaryDirectory() as work:
+        shards = make_random_shards(Path(work) / "latents", model, FRAMES)
+        for kind, failure in FAILURES.items():
+            flags = list_training_flags(options, folder, shards, FRAMES)
+            flags += [f"run_dir={Path(work) / f'run-{kind}'}", f"trainer.max_steps={steps}"]
+            flags += ["logger=wandb", "logger.mode=online"]
+            with run_faulty_server(kind) as server:
+                environment = make_wandb_environment(server)
+                measured = run_in_subprocess(measure_tracking, flags, BLOCK, environment=environment)
+            ratios, seconds = _compute_block_ratios(measured["starts"], BLOCK)
+            what = f"train {arch}, W&B server {failure}"
+            figures += [
+                Figure(
+                    f"{what}: tracked steps / untracked steps",
+                    statistics.median(ratios),
+                    "×",
+                    TARGET,
+                    note=f"{seconds:.3f} s a step; pairs of blocks {min(ratios):.3g} to {max(ratios):.3g}",
+                ),
+                Figure(f"{what}: once, at start and end", sum(measured["once"]), "s"),
+            ]
     return figures
 
 
-def _figures(arch: str, kind: str, found: dict[str, Any]) -> list[Figure]:
-    ratios, seconds = block_ratios(found["starts"], BLOCK)
-    what = f"train {arch}, W&B server {NAMES[kind]}"
-    return [
-        Figure(
-            f"{what}: tracked steps / untracked steps",
-            statistics.median(ratios),
-            "×",
-            BAR,
-            note=f"{seconds:.3f} s a step; pairs of blocks {min(ratios):.3g} to {max(ratios):.3g}",
-        ),
-        Figure(f"{what}: once, at start and end", sum(found["once"]), "s"),
-    ]
+def _compute_block_ratios(starts: list[float], block: int) -> tuple[list[float], float]:
+    """Divide odd blocks of steps by the even ones before them, without the first pair.
 
-
-def block_ratios(starts: list[float], block: int) -> tuple[list[float], float]:
-    """Odd blocks of `block` steps over the even ones before them, the first pair left out; and seconds of an even step.
-
-    `starts`: when each step began.
+    `starts` are the seconds at the start of each step. Returns the ratios, and the median seconds of an even step.
     """
     marks = starts[::block]
     lengths = [after - before for before, after in pairwise(marks)][2:]
     pairs = list(zip(lengths[0::2], lengths[1::2], strict=False))
-    return [tracked / bare for bare, tracked in pairs], statistics.median(bare for bare, _ in pairs) / block
+    return [tracked / untracked for untracked, tracked in pairs], statistics.median(one for one, _ in pairs) / block

@@ -1,4 +1,4 @@
-"""Runs of a sweep side by side, the best first: `python -m sa3train.cli.compare runs/sweep-NAME`."""
+"""Runs of a sweep side by side, best first: `python -m sa3train.cli.compare runs/sweep-NAME`."""
 
 import argparse
 import json
@@ -8,65 +8,86 @@ from pathlib import Path
 from typing import Any
 
 from sa3train.core.errors import ConfigError
+from sa3train.reports.run_files import CONFIG_FILE, VALIDATION_FILE, load_settings
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Print the table."""
+    """Print the table.
+
+    Args:
+        argv: Command-line arguments; None for `sys.argv`.
+
+    Returns:
+        Exit code.
+    """
     from sa3train.cli.hydra_app import run_job
 
-    parser = argparse.ArgumentParser(description="Runs side by side, the lowest held-out loss first.")
-    parser.add_argument("folder", type=Path, help="a folder that holds run folders, such as runs/sweep-20260101-120000")
+    parser = argparse.ArgumentParser(description="Compare runs by validation loss, best first.")
+    parser.add_argument("folder", type=Path, help="folder that holds run folders, such as runs/sweep-20260101-120000")
     arguments = parser.parse_args(argv)
-    return run_job(lambda: print("\n".join(table(compare(arguments.folder)))))
+    return run_job(lambda: print("\n".join(format_table(compare_runs(arguments.folder)))))
 
 
-def compare(folder: Path) -> list[dict[str, Any]]:
-    """Each run under `folder`: its name, what was set differently from the others, its losses. Best first.
+def compare_runs(folder: Path) -> list[dict[str, Any]]:
+    """Compare the runs below a folder.
 
-    Raises `ConfigError` when no run there has been judged.
+    Args:
+        folder: Folder that holds run folders.
+
+    Returns:
+        One row per run, best first: its name, the settings that differ between runs, its losses.
+
+    Raises:
+        ConfigError: No run there has been validated.
     """
-    from sa3train.reports.run_files import load_settings
-
     runs = []
-    for heldout in sorted(folder.glob("**/heldout.json")):
-        found = json.loads(heldout.read_text(encoding="utf-8"))
-        settings = _flat(load_settings(heldout.parent / "config.yaml"))
-        runs.append((str(heldout.parent.relative_to(folder)), settings, found))
+    for file in sorted(folder.glob(f"**/{VALIDATION_FILE}")):
+        validation = json.loads(file.read_text(encoding="utf-8"))
+        settings = _flatten(load_settings(file.parent / CONFIG_FILE))
+        runs.append((str(file.parent.relative_to(folder)), settings, validation))
     if not runs:
         raise ConfigError(
-            f"{folder} holds no run with a heldout.json: runs are judged when callbacks.judge.enabled=true."
+            f"{folder} holds no run with a {VALIDATION_FILE}. Runs are validated with "
+            "callbacks.validation.enabled=true."
         )
     varied = [key for key in runs[0][1] if len({repr(settings.get(key)) for _, settings, _ in runs}) > 1]
     rows = []
-    for name, settings, found in runs:
+    for name, settings, validation in runs:
         row: dict[str, Any] = {"run": name}
         row |= {key: settings.get(key) for key in varied if key not in ("run_dir", "name")}
-        part = "heldout" if "heldout" in found["base"] else "train"
-        losses = [entry[part]["loss"] for entry in found["history"]]
-        row |= {"base": found["base"][part]["loss"], "best": min(losses), "last": losses[-1]}
-        row["best step"] = found["history"][losses.index(min(losses))]["step"]
+        part = "val" if "val" in validation["base"] else "train_eval"
+        losses = [entry[part]["loss"] for entry in validation["history"]]
+        row |= {"base": validation["base"][part]["loss"], "best": min(losses), "last": losses[-1]}
+        row["best step"] = validation["history"][losses.index(min(losses))]["step"]
         rows.append(row)
     return sorted(rows, key=lambda row: row["best"])
 
 
-def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Rows as aligned columns."""
+def format_table(rows: list[dict[str, Any]]) -> list[str]:
+    """Format rows as aligned columns.
+
+    Args:
+        rows: Values by column.
+
+    Returns:
+        Lines, the names of the columns first.
+    """
     head = list(rows[0])
-    cells = [head, *([_text(row[key]) for key in head] for row in rows)]
+    cells = [head, *([_format_value(row[key]) for key in head] for row in rows)]
     widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
     return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
 
 
-def _text(value: Any) -> str:
+def _format_value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _flat(settings: Any, prefix: str = "") -> dict[str, Any]:
+def _flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(settings, dict):
         return {prefix.rstrip("."): settings}
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.")
+        flat |= _flatten(value, f"{prefix}{key}.")
     return flat
 
 

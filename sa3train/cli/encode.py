@@ -1,4 +1,4 @@
-"""`sa3-encode`: a folder of audio to latent shards. The configuration is `conf/encode.yaml`.
+"""`sa3-encode`: encode a folder of audio into latent shards. The configuration is `conf/encode.yaml`.
 
 Several processes: `torchrun --standalone --nproc_per_node N -m sa3train.cli.encode …`, or `accelerate launch -m
 sa3train.cli.encode …`.
@@ -11,107 +11,128 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
-from sa3train.cli.hydra_app import hydra_job
-from sa3train.core.errors import ConfigError
-from sa3train.core.log import rank
+from sa3train.cli.hydra_app import run_hydra_job
+from sa3train.core.config import setting
+from sa3train.core.log import get_rank, write_json_line, write_json_progress
+from sa3train.data.encode.settings import EncodeSettings
 
 if TYPE_CHECKING:
     import torch
 
-    from sa3train.data.audit.audit import Rules
-    from sa3train.data.encode.encode import EncodeReport
+    from sa3train.data.audit.audit import AuditRules
+    from sa3train.data.encode.encode import EncodeResult
     from sa3train.data.encode.encoder import Encoder
     from sa3train.data.encode.workers import Workers
 
-LISTS = ("fix", "views")
-PATHS = ("source", "out", "reuse")
+_LISTS = ("fixes", "augmentations")
+_PATHS = ("source", "out", "reuse")
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodeModel:
-    """Whose autoencoder, and in which precision it runs; auto is fp32."""
+    """Whose autoencoder to use.
+
+    Attributes:
+        name: Name or folder of a model, or of an autoencoder.
+        dtype: Precision it runs in; auto is fp32.
+    """
 
     name: str
     dtype: Literal["auto", "fp32", "bf16", "fp16"]
 
 
-@dataclasses.dataclass(frozen=True)
-class EncodeConfig:
-    """Everything `sa3-encode` can be told."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EncodeConfig(EncodeSettings):
+    """Every setting of `sa3-encode`."""
 
-    source: str
-    out: str
+    source: str = setting(
+        help="Folder of any depth, audio file, metadata.jsonl or .csv, WebDataset .tar, or a URL of one of these."
+    )
+    out: str = setting(
+        help="Folder for the shards, outside of the source. Running again with the same folder resumes, and updates "
+        "what has changed."
+    )
     model: EncodeModel
-    device: str
-    fix: list[str]
-    views: list[str]
-    split: float | str
-    duplicates: Literal["keep", "drop"]
-    captions: Literal["required", "optional"]
-    max_rejected: float
-    chunked: bool
-    batch_seconds: float | None
-    shard_mb: int
-    threads: int | None
-    reuse: str | None
-    overwrite: bool
+    device: str = setting("auto", help="auto, cpu, cuda or cuda:N.")
+    chunked: bool = setting(
+        True,
+        help="Encode clips over 11.9 s in chunks, as released models do when they generate; false: whole, however "
+        "long.",
+    )
+    progress: Literal["bar", "json"] = setting(
+        "bar", help="Progress: a bar in terminals, or JSON lines on stdout with the result in the last."
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The console command."""
+    """Run the console command.
+
+    Args:
+        argv: Arguments; None for those of the process.
+
+    Returns:
+        The exit code.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not {"-m", "--multirun"}.intersection(arguments):
-        arguments = [without_sweep(argument) for argument in arguments]
-    return hydra_job(
+        arguments = [quote_for_hydra(argument) for argument in arguments]
+    return run_hydra_job(
         "encode",
         EncodeConfig,
         encode,
         shorthand={"model": "model.name"},
-        paths=PATHS,
+        paths=_PATHS,
         argv=arguments,
     )
 
 
-def without_sweep(argument: str) -> str:
-    """What Hydra would take for a sweep as it is meant: `fix=a,b` is a list, a path may contain commas."""
+def quote_for_hydra(argument: str) -> str:
+    """Quote what Hydra would read as a sweep: `fixes=a,b` is a list, and a path may contain commas.
+
+    Args:
+        argument: A command-line argument.
+
+    Returns:
+        The argument as Hydra reads it.
+    """
     key, _, value = argument.partition("=")
-    if key in LISTS and value and not value.startswith("["):
+    if key in _LISTS and value and not value.startswith("["):
         return f"{key}=[{value}]"
-    if key in PATHS and "," in value and value[0] not in "\"'":
+    if key in _PATHS and "," in value and value[0] not in "\"'":
         escaped = value.replace("\\", "\\\\").replace('"', '\\"')
         return f'{key}="{escaped}"'
     return argument
 
 
 def encode(config: EncodeConfig) -> int:
-    """Encode as `config` says; prints what was found and made."""
-    from sa3train.data.encode.encode import encode_source
-    from sa3train.data.encode.plan import EncodeSettings
+    """Encode a source and print the result.
 
-    settings = EncodeSettings(
-        fix=tuple(config.fix),
-        views=tuple(config.views),
-        split=config.split,
-        duplicates=config.duplicates,
-        captions=config.captions,
-        max_rejected=config.max_rejected,
-        batch_seconds=config.batch_seconds,
-        reuse=config.reuse,
-        overwrite=config.overwrite,
-        shard_bytes=config.shard_mb * 1_000_000,
-        threads=min(os.cpu_count() or 1, 8) if config.threads is None else config.threads,
-    )
-    workers = join_workers()
-    encoder = load_encoder(config.model.name, config.model.dtype, config.device, config.chunked)
-    rules = load_rules(config.model.name, config.captions)
-    report = encode_source(config.source, config.out, encoder, settings, rules, workers)
-    if rank() == 0:
-        print_report(report, workers.world)
+    Args:
+        config: All settings.
+
+    Returns:
+        The exit code.
+    """
+    from sa3train.data.encode.encode import encode_dataset
+
+    with write_json_progress(config.progress == "json"):
+        workers = join_workers()
+        encoder = load_encoder(config.model.name, config.model.dtype, config.device, config.chunked)
+        rules = load_rules(config.model.name, config.captions)
+        result = encode_dataset(config.source, config.out, encoder, config, rules, workers)
+    if config.progress == "json":
+        write_json_line(result=summarize_result(result))
+    elif get_rank() == 0:
+        print_result(result, workers.world_size)
     return 0
 
 
 def join_workers() -> "Workers":
-    """This process among those that torchrun or accelerate started."""
+    """Join the processes that torchrun or accelerate started.
+
+    Returns:
+        This process among them.
+    """
     from sa3train.data.encode.workers import Workers
 
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
@@ -126,93 +147,147 @@ def join_workers() -> "Workers":
 
 
 def load_encoder(name: str, dtype: str, device: str, chunked: bool = True) -> "Encoder":
-    """The autoencoder of a model, or a SAME alone, on its device; in fp16 only if it is good enough in it."""
+    """Load the autoencoder of a model, or an autoencoder alone.
+
+    Args:
+        name: Name or folder.
+        dtype: "auto" (fp32), "fp32", "bf16", or "fp16", which is used only where it is accurate enough.
+        device: Name of a device, or "auto".
+        chunked: Encode long clips in chunks.
+
+    Returns:
+        The encoder on its device.
+    """
     import torch
 
-    from sa3train.core.device import memory_named
+    from sa3train.core.device import explain_oom
     from sa3train.data.encode.encoder import Encoder
     from sa3train.models.checkpoint import load_autoencoder
-    from sa3train.models.fp16_check import settle_autoencoder
+    from sa3train.models.fp16_check import convert_autoencoder_to_fp16
 
-    place = torch_device(device)
-    with memory_named(place, f"loading the autoencoder of {name}", ["model.dtype=bf16", "another device"]):
+    chosen = resolve_device(device)
+    with explain_oom(chosen, f"loading the autoencoder of {name}", ["model.dtype=bf16", "another device"]):
         if dtype == "fp16":
-            autoencoder = load_autoencoder(name)  # on the CPU: it comes to its place when it is tried
-            settle_autoencoder(autoencoder, place)
+            autoencoder = load_autoencoder(name)  # on the CPU: the check moves it
+            convert_autoencoder_to_fp16(autoencoder, chosen)
         else:
-            autoencoder = load_autoencoder(name, place, torch.bfloat16 if dtype == "bf16" else torch.float32)
+            autoencoder = load_autoencoder(name, chosen, torch.bfloat16 if dtype == "bf16" else torch.float32)
     return Encoder(autoencoder, name, chunked)
 
 
-def load_rules(name: str, captions: str) -> "Rules":
-    """What the audit has to know of a model; a SAME alone limits neither captions nor length."""
-    from sa3train.data.audit.audit import Rules
+def load_rules(name: str, captions: str) -> "AuditRules":
+    """Load what the audit needs to know of a model.
+
+    Args:
+        name: Name or folder of a model; an autoencoder alone limits neither captions nor length.
+        captions: "required" or "optional".
+
+    Returns:
+        Rules for the audit.
+    """
+    from sa3train.data.audit.audit import AuditRules
     from sa3train.models.checkpoint import load_checkpoint
 
-    if only_autoencoder(name):
-        return Rules(captions)
+    if is_bare_autoencoder(name):
+        return AuditRules(captions)
     model = load_checkpoint(name, parts=("conditioner",))
-    return Rules(
+    return AuditRules(
         captions,
         longest_seconds=model.max_frames * model.downsampling_ratio / model.sample_rate,
-        count_tokens=one_at_a_time(model.conditioner.token_counts),
+        count_tokens=lock_calls(model.conditioner.count_tokens),
         max_tokens=model.conditioner.max_length,
     )
 
 
-def only_autoencoder(name: str) -> bool:
-    """Whether `name` is a SAME alone, which reads no captions."""
-    from sa3train.models.hub import locate
-    from sa3train.models.parse import is_autoencoder, read_config
+def is_bare_autoencoder(name: str) -> bool:
+    """Tell whether a model is an autoencoder alone.
 
-    return is_autoencoder(read_config(locate(name).config))
+    Args:
+        name: Name or folder.
+
+    Returns:
+        True for SAME, which reads no captions.
+    """
+    from sa3train.models.hub import locate_checkpoint
+    from sa3train.models.parse import is_autoencoder, read_config_file
+
+    return is_autoencoder(read_config_file(locate_checkpoint(name).config))
 
 
-def torch_device(name: str) -> "torch.device":
-    """`auto`, `cpu`, `cuda` or `cuda:N`; several processes on one machine take a GPU each."""
+def resolve_device(name: str) -> "torch.device":
+    """Resolve the name of a device; several processes on one machine use a GPU each.
+
+    Args:
+        name: "auto", "cpu", "cuda" or "cuda:N".
+
+    Returns:
+        The device.
+    """
     import torch
 
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"device is {name!r}; choose auto, cpu, cuda or cuda:N.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device=cuda, but torch sees no GPU here: use device=cpu, or check the driver.")
+    from sa3train.core.device import choose_device
+
+    device = choose_device(name, auto=("cuda",))
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
     return device
 
 
-def one_at_a_time(function: Callable[[Sequence[str]], list[int]]) -> Callable[[Sequence[str]], list[int]]:
-    """`function` behind a lock: fast tokenizers may not be called by two threads at once."""
+def lock_calls(function: Callable[[Sequence[str]], list[int]]) -> Callable[[Sequence[str]], list[int]]:
+    """Put a function behind a lock: fast tokenizers must not be called by two threads at once.
+
+    Args:
+        function: Counts the tokens of texts.
+
+    Returns:
+        The same function, for several threads.
+    """
     lock = threading.Lock()
 
-    def locked(texts: Sequence[str]) -> list[int]:
+    def call(texts: Sequence[str]) -> list[int]:
         with lock:
             return function(texts)
 
-    return locked
+    return call
 
 
-def print_report(report: "EncodeReport", processes: int = 1) -> None:
-    """What was found and made, for a person."""
-    index: dict[str, Any] = report.index
-    if report.audit is not None:
-        print(report.audit.table())
+def summarize_result(result: "EncodeResult") -> dict[str, Any]:
+    """Summarize a result for JSON.
+
+    Args:
+        result: What was encoded; the fields of the whole set are empty on other than the main process.
+
+    Returns:
+        Counts of the whole set, and of what this process did.
+    """
+    index = result.index
+    whole = {name: index.get(name) for name in ("clips", "seconds", "rejected", "splits")}
+    own = {name: getattr(result, name) for name in ("encoded", "reused", "padding", "elapsed")}
+    return {"out": str(result.folder), **whole, "shards": len(index.get("shards", ())), **own}
+
+
+def print_result(result: "EncodeResult", world_size: int = 1) -> None:
+    """Print what was audited and encoded.
+
+    Args:
+        result: What was encoded.
+        world_size: Number of processes.
+    """
+    index = result.index
+    if result.audit is not None:
+        print(result.audit.format_table())
     splits = ", ".join(f"{name} {split['clips']:.0f}" for name, split in sorted(index["splits"].items()))
-    print(f"\n{report.folder}: {index['clips']:.0f} takes ({splits}), {index['seconds']:.1f} s of audio, ", end="")
+    print(f"\n{result.folder}: {index['clips']:.0f} latents ({splits}), {index['seconds']:.1f} s of audio, ", end="")
     print(f"{len(index['shards'])} shard(s), {index['rejected']} rejected")
-    share = "" if processes == 1 else " by this process"
-    if report.encoded:
-        speed = report.seconds / max(report.elapsed, 1e-9)
-        print(f"encoded{share} {report.encoded} takes at {speed:.1f} × real time, {report.padding:.1%} padding", end="")
-        print(f"; {report.reused} taken over" if report.reused else "")
-    elif report.reused:
-        print(f"nothing to encode, {report.reused} taken over{share}")
+    share = "" if world_size == 1 else " by this process"
+    if result.encoded:
+        speed = result.seconds / max(result.elapsed, 1e-9)
+        print(f"encoded{share}: {result.encoded} at {speed:.1f} × real time, {result.padding:.1%} padding", end="")
+        print(f", {result.reused} reused" if result.reused else "")
+    elif result.reused:
+        print(f"encoded{share}: 0, {result.reused} reused")
     else:
-        print(f"nothing to encode{share}: all was done before")
+        print(f"encoded{share}: 0, all cached")
 
 
 if __name__ == "__main__":

@@ -1,80 +1,74 @@
-"""`sa3-generate`: audio from a prompt, from other audio, or into gaps of it; with adapters; again from a sidecar.
+"""`sa3-generate`: text-to-audio, audio-to-audio, inpainting and continuation, with adapters, or again from a sidecar.
 
 sa3-generate -p "warm analog pad" --model nano --duration 5 -o pad.wav
 sa3-generate -p "solo cello" --model nano-base --lora cello.safetensors=0.8 -o cello.wav
 sa3-generate --prompt-file prompts.txt --at-a-time 4 -o out.wav
 sa3-generate --from cello.json
 
-Many items, some at a time: each group is generated while the files of the one before are written.
+With --at-a-time, the files of one batch are written while the next is generated.
 """
 
 import argparse
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
-from sa3train.cli.generate_args import (
-    DEFAULT_INIT_NOISE_LEVEL,
-    DEFAULT_MODEL,
-    build_parser,
-    parse_adapters,
-    parse_output,
-)
+from sa3train.cli.generate_args import DEFAULT_MODEL, build_parser, parse_adapters, parse_output, parse_settings
 from sa3train.cli.hydra_app import run_job
-from sa3train.core.errors import RequestError, SA3Error
+from sa3train.core.errors import GenerationError, SA3Error
 from sa3train.core.log import get_logger
+from sa3train.inference.request import PER_ITEM_SETTINGS, GenerationSettings, count_items, is_list
+from sa3train.inference.resolve import resolve_settings
 
 if TYPE_CHECKING:
     from sa3train.inference.outputs import GenerationOutput
-    from sa3train.inference.request import ModelFacts
 
 _logger = get_logger(__name__)
 
-AUDIO = ("init_audio", "inpaint_audio")
-PER_ITEM = ("prompt", "negative_prompt", "duration")
+ALLOWED_WITH_FROM = {"sidecar", "output", "model", "device"}
 
 
-def in_groups(settings: Mapping[str, Any], count: int, at_a_time: int | None) -> list[dict[str, Any]]:
-    """Keyword arguments of `Generator.generate` for `count` items, `at_a_time` of them in each group.
+def split_batches(settings: GenerationSettings, at_a_time: int | None) -> list[GenerationSettings]:
+    """Split settings of many items into batches; batch k uses seed + k.
 
-    Every group is a batch of its own, with the seed after that of the one before. Lists that do not go together stay
-    as they are: to refuse them is the generator's business. Raises `RequestError` for less than one at a time.
+    Args:
+        settings: Settings of all items. Lists that do not match stay in one batch, which the generator refuses.
+        at_a_time: Items per batch; None for all.
+
+    Returns:
+        The settings of each batch.
+
+    Raises:
+        GenerationError: When `at_a_time` is below 1.
     """
     if at_a_time is not None and at_a_time < 1:
-        raise RequestError(f"--at-a-time {at_a_time}: at least one item is made at a time.")
-    lists = {name for name in PER_ITEM if isinstance(settings.get(name), list)}
+        raise GenerationError(f"--at-a-time {at_a_time} must be at least 1.")
+    lists = {name: getattr(settings, name) for name in PER_ITEM_SETTINGS if is_list(getattr(settings, name))}
+    count = count_items(settings)
     size = at_a_time or count
-    if size >= count or any(len(settings[name]) != count for name in lists):
-        return [dict(settings)]
-    groups = []
-    for number, first in enumerate(range(0, count, size)):
-        group = dict(settings)
-        for name in lists:
-            part = settings[name][first : first + size]
-            group[name] = part[0] if len(part) == 1 else part
-        if "batch_size" in settings:
-            group["batch_size"] = min(size, count - first)
-        if settings.get("seed", -1) >= 0:
-            group["seed"] = settings["seed"] + number
-        groups.append(group)
-    return groups
+    if size >= count or any(len(values) != count for values in lists.values()):
+        return [settings]
+    return [
+        dataclasses.replace(
+            settings,
+            **{name: values[first : first + size] for name, values in lists.items()},
+            batch_size=min(size, count - first),
+            seed=settings.seed if settings.seed == -1 else settings.seed + batch,
+        )
+        for batch, first in enumerate(range(0, count, size))
+    ]
 
 
-def check_groups(groups: Sequence[Mapping[str, Any]], facts: "ModelFacts") -> None:
-    """Raise `RequestError` for what the generator would refuse in any group, before the first is made."""
-    from sa3train.inference.request import build_request
-
-    for group in groups:
-        given: dict[str, Any] = {f"with_{name}": name in group for name in AUDIO}
-        build_request(facts, **given, **{name: value for name, value in group.items() if name not in AUDIO})
-
-
-class Writer:
-    """Writes files beside what goes on, in a thread; use as a context manager, which ends once all are written.
+class BackgroundWriter:
+    """Writes files in a thread; use as a context manager, which ends once all are written.
 
     An error in writing is raised at the next `write`, or at the end.
+
+    Args:
+        subtype: Encoding of the samples.
     """
 
     def __init__(self, subtype: str) -> None:
@@ -96,141 +90,117 @@ class Writer:
         except SA3Error as unwritten:
             if kind is None:
                 raise
-            _logger.error("%s", unwritten)  # beside the error that ended it all
+            _logger.error("%s", unwritten)  # next to the error that ended the block
 
-    def write(self, result: "GenerationOutput", places: Sequence[Path]) -> None:
-        """Keep each item of `result` at its place, with its sidecar, and say so; first comes what was given before."""
+    def write(self, result: "GenerationOutput", paths: Sequence[Path]) -> None:
+        """Wait for the previous files, then write each item with its sidecar and print a line.
+
+        Args:
+            result: The generated items.
+            paths: The audio file of each.
+        """
         if self._last is not None:
             self._last.result()
-        self._last = self._thread.submit(self._write, result, list(places))
+        self._last = self._thread.submit(self._write, result, list(paths))
 
-    def _write(self, result: "GenerationOutput", places: Sequence[Path]) -> None:
-        for path in result.save_at(places, self.subtype):
-            item = places.index(path)
+    def _write(self, result: "GenerationOutput", paths: Sequence[Path]) -> None:
+        for item, path in enumerate(result.save_at(paths, self.subtype)):
             seconds = result.audio[item].shape[1] / result.sample_rate
             print(f"{path}: {seconds:.2f} s, seed {result.seeds[item]}, sidecar {path.stem}.json", flush=True)
 
 
-WITH_FROM = {"sidecar", "output", "model", "device"}
-
-
 def main(argv: list[str] | None = None) -> int:
-    """The command's entry point: 0 when the audio was written, 1 with a line on what was wrong, 2 for misused flags."""
+    """Run the command.
+
+    Args:
+        argv: Its arguments; None for those of the process.
+
+    Returns:
+        0 when the audio was written, 1 after an error message; misused flags exit with 2.
+    """
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    return run_job(lambda: replay(parser, arguments) if arguments.sidecar else generate(arguments))
+    return run_job(lambda: _replay(parser, arguments) if arguments.sidecar else _generate(arguments))
 
 
-def generate(arguments: argparse.Namespace) -> int:
-    """Carry out the command line. Raises `SA3Error` for what cannot be."""
-    prompts = _prompts(arguments)
+def _generate(arguments: argparse.Namespace) -> int:
+    prompts = _read_prompts(arguments)
     output, subtype = parse_output(arguments)
     adapters = parse_adapters(arguments)
-    settings = _settings(arguments)
-    from sa3train.inference.generator import Generator
-    from sa3train.inference.outputs import check_output, output_paths
-
-    lists = (prompts, arguments.negative_prompt or [], arguments.duration or [])
-    count = max(arguments.batch_size or 1, *(len(values) for values in lists))
-    groups = in_groups({"prompt": _one_or_list(prompts), **settings}, count, arguments.at_a_time)
-    places = output_paths(output, count)
-    for place in places:
-        check_output(place, subtype)
     if arguments.no_half and arguments.precision not in ("auto", "fp32"):
-        raise RequestError(f"--no-half means --precision fp32, and --precision {arguments.precision} was given too.")
-    precision = "fp32" if arguments.no_half else arguments.precision
-    model = arguments.model or DEFAULT_MODEL
-    ways = {"compiled": arguments.compile, "cuda_graphs": arguments.cuda_graphs}
-    generator = Generator.from_pretrained(model, arguments.device, precision, **ways)
+        raise GenerationError(f"--no-half means --precision fp32, but --precision {arguments.precision} was given.")
+    batches = split_batches(parse_settings(arguments, prompts), arguments.at_a_time)
+    from sa3train.inference.generator import Generator
+    from sa3train.inference.outputs import check_output, list_output_paths
+
+    paths = list_output_paths(output, sum(map(count_items, batches)))
+    for path in paths:
+        check_output(path, subtype)
+    generator = Generator.from_pretrained(
+        arguments.model or DEFAULT_MODEL,
+        arguments.device,
+        "fp32" if arguments.no_half else arguments.precision,
+        compiled=arguments.compile,
+        cuda_graphs=arguments.cuda_graphs,
+    )
     for adapter in adapters:
         generator.load_adapter(**adapter)
-    check_groups(groups, generator.facts)
-    with Writer(subtype) as writer:
-        for group in groups:
-            result = generator.generate(**group)
-            writer.write(result, places[: len(result.audio)])
-            places = places[len(result.audio) :]
+    for batch in batches:
+        resolve_settings(batch, generator.facts)  # refuse a bad batch before the first is generated
+    with BackgroundWriter(subtype) as writer:
+        for batch in batches:
+            result = generator.generate_from(batch)
+            writer.write(result, paths[: len(result.audio)])
+            paths = paths[len(result.audio) :]
     return 0
 
 
-def replay(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    """Make the file of a sidecar again and compare it with what was recorded."""
+def _replay(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
+    """Generate the file of a sidecar again and compare it with what was recorded."""
     given = {name for name, value in vars(arguments).items() if value != parser.get_default(name)}
-    if given - WITH_FROM:
-        names = ", ".join(sorted(given - WITH_FROM)).replace("_", "-")
-        raise RequestError(f"{names} would do nothing with --from, which takes every setting from the sidecar.")
+    if given - ALLOWED_WITH_FROM:
+        names = ", ".join(sorted(given - ALLOWED_WITH_FROM)).replace("_", "-")
+        raise GenerationError(f"no effect with --from, which takes all settings from the sidecar: {names}. Remove it.")
     import torch
 
-    from sa3train.inference.generator import WAYS, Generator
+    from sa3train.inference.generator import EXECUTION_OPTIONS, Generator
     from sa3train.inference.outputs import check_output
-    from sa3train.inference.replay import again, difference
-    from sa3train.inference.sidecar import read_record
+    from sa3train.inference.replay import compare_with_record, replay
+    from sa3train.inference.sidecar import read_sidecar
 
     sidecar = Path(arguments.sidecar)
-    record = read_record(sidecar)
+    record = read_sidecar(sidecar)
     recorded = Path(record["file"])
     output = Path(arguments.output) if arguments.output else sidecar.with_name(recorded.name)
     if output.suffix != recorded.suffix:
-        raise RequestError(f"the sidecar records a {recorded.suffix} file: give -o that suffix, or leave it out.")
+        raise GenerationError(f"the sidecar records a {recorded.suffix} file. Give -o that suffix, or remove -o.")
     check_output(output, record["subtype"])
     torch.set_num_threads(int(record["environment"]["threads"]))
     source = arguments.model or record["model"]["source"]
-    ways = {way: bool(record["environment"].get(way)) for way in WAYS}
-    generator = Generator.from_pretrained(source, arguments.device, record["precision"], **ways)
-    result = again(generator, record, sidecar.parent)
-    changed = difference(record, result, generator.device)
+    options = {name: bool(record["environment"].get(name)) for name in EXECUTION_OPTIONS}
+    generator = Generator.from_pretrained(source, arguments.device, record["precision"], **options)
+    result = replay(generator, record, sidecar.parent)
+    changed = compare_with_record(record, result, generator.device)
     if changed and arguments.output is None and output.exists():
-        raise RequestError(f"{changed} {output} was left as it is; give -o to keep the new one.")
+        raise GenerationError(f"{changed} {output} was not overwritten. Give -o to write the new audio.")
     result.save(output, record["subtype"], item=record["item"])
     print(f"{output}: {changed or 'identical to the recorded file.'}")
     return 0
 
 
-def _prompts(arguments: argparse.Namespace) -> list[str]:
+def _read_prompts(arguments: argparse.Namespace) -> list[str]:
     if (arguments.prompt is None) == (arguments.prompt_file is None):
-        raise RequestError("say what to generate, in one way: -p TEXT, --prompt-file FILE, or --from FILE.json.")
+        raise GenerationError("give exactly one of -p TEXT, --prompt-file FILE and --from FILE.json.")
     if arguments.prompt is not None:
         return list(arguments.prompt)
     try:
         lines = Path(arguments.prompt_file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise RequestError(f"cannot read prompts from {arguments.prompt_file}: {error}.") from error
+        raise GenerationError(f"cannot read prompts from {arguments.prompt_file}: {error}.") from error
     prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
     if not prompts:
-        raise RequestError(f"{arguments.prompt_file} has no prompt in it: write one per line.")
+        raise GenerationError(f"{arguments.prompt_file} contains no prompt. Write one per line.")
     return prompts
-
-
-def _settings(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of `Generator.generate` that were given; the rest is left to its defaults."""
-    level = arguments.init_noise_level
-    if arguments.init_audio is not None and level is None:
-        level = DEFAULT_INIT_NOISE_LEVEL
-    given = {
-        "negative_prompt": _one_or_list(arguments.negative_prompt),
-        "duration": _one_or_list(arguments.duration),
-        "steps": arguments.steps,
-        "cfg_scale": arguments.cfg_scale,
-        "cfg_interval": arguments.cfg_interval,
-        "cfg_norm_threshold": arguments.cfg_norm_threshold,
-        "scale_phi": arguments.cfg_rescale,
-        "apg_scale": arguments.apg_scale,
-        "sampler_type": arguments.sampler,
-        "seed": arguments.seed,
-        "batch_size": arguments.batch_size,
-        "init_audio": arguments.init_audio,
-        "init_noise_level": level,
-        "inpaint_audio": arguments.inpaint_audio,
-        "inpaint_mask_start_seconds": arguments.inpaint_start,
-        "inpaint_mask_end_seconds": arguments.inpaint_end,
-        "keep_exact": arguments.keep_exact,
-        "chunked_decode": arguments.chunked_decode,
-    }
-    return {name: value for name, value in given.items() if value is not None}
-
-
-def _one_or_list(values: Sequence[Any] | None) -> Any:
-    return values[0] if values is not None and len(values) == 1 else values
 
 
 if __name__ == "__main__":

@@ -1,38 +1,26 @@
 """What every command shares: errors without tracebacks, and Hydra set up once.
 
-A job with plain flags:
+A command with plain flags:
 
     def main(argv: list[str] | None = None) -> int:
         return run_job(lambda: generate(parser.parse_args(argv)))   # SA3Error -> "error: …" on stderr, exit code 1
 
-A job with a Hydra configuration (`conf/encode.yaml`); heavy imports go inside `encode`:
+A command with a Hydra configuration (`conf/encode.yaml`); heavy imports go inside `encode`:
 
     @dataclasses.dataclass
-    class EncodeConfig: ...                          # every key of encode.yaml, typed, no defaults (see core.config)
+    class EncodeConfig: ...                          # every key of encode.yaml, typed (see core.config)
 
     def main(argv: list[str] | None = None) -> int:
-        return hydra_job(
+        return run_hydra_job(
             "encode", EncodeConfig, encode, shorthand={"model": "model.name"}, paths=("source", "out"), argv=argv
         )
 
     def encode(config: EncodeConfig) -> int | None:  # passes plain keyword arguments to the library
 
-- `shorthand`: `model=VALUE` means `model.name=VALUE` unless `conf/model/VALUE.yaml` exists (then it selects that
-  group option).
-- `paths`: keys whose value is taken as written, so that spaces, brackets and equals signs need no second layer of
-  quoting.
-- Unknown keys, on the command line or in any YAML, are refused with the closest known one.
-- `resume="resume"`: when `resume=RUN_DIR` is given, `RUN_DIR/config.yaml` is the configuration and further overrides
-  act on it.
-- The primary YAML must start with the defaults of `conf/encode.yaml` / `conf/train.yaml`: `_self_` first, Hydra's
-  own logging off.
+Unknown keys, on the command line or in any YAML, are refused with the closest known one. The primary YAML must start
+with the defaults of `conf/encode.yaml` and `conf/train.yaml`: `_self_` first, Hydra's own logging off.
 
 Set `SA3TRAIN_DEBUG=1` to see the traceback of a user error.
-
-`--help` of a Hydra command in half the time.
-
-Hydra lists every config group's options by a query of its own, and deep-copies the composed config's sources for each:
-110 copies took half of the second that `sa3-train --help` needs on a slow core.
 """
 
 import os
@@ -45,20 +33,27 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from sa3train.core.config import MISSING, build, is_known, known_keys, unknown_key_message
+from sa3train.core.config import MISSING, build, describe_unknown_keys, is_known, list_keys
 from sa3train.core.errors import ConfigError, SA3Error
+from sa3train.core.files import get_config_dir
+from sa3train.core.imports import explain_imports
 
-FLAGS = ("--help", "-h")
+_HELP_FLAGS = ("--help", "-h")
 
 
 @contextmanager
-def quick_help(arguments: Sequence[str]) -> Iterator[None]:
-    """While inside, Hydra's queries without overrides share one copy; nothing changes unless help is asked for."""
+def _share_help_queries(arguments: Sequence[str]) -> Iterator[None]:
+    """Let Hydra's queries without overrides share one copy of the configuration while `--help` is printed.
+
+    Hydra lists every group's options by a query of its own, and deep-copies the composed configuration's sources for
+    each: 110 copies took half of the second that `sa3-train --help` needs on a slow core. It has no public switch for
+    that, so its private loader is patched here and nowhere else; a test fails when it changes.
+    """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
     name = "_parse_overrides_and_create_caching_repo"
     original = getattr(ConfigLoaderImpl, name, None)
-    if original is None or not set(FLAGS) & set(arguments):  # another Hydra is left alone
+    if original is None or not set(_HELP_FLAGS) & set(arguments):  # another Hydra: leave it alone
         yield
         return
     known: dict[int, Any] = {}
@@ -79,26 +74,30 @@ def quick_help(arguments: Sequence[str]) -> Iterator[None]:
 
 Schema = TypeVar("Schema")
 
-CONF = "pkg://sa3train.conf"
-QUIET = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
-"""What a resumed run tells Hydra; fresh runs say the same in their primary YAML."""
+CONF = str(get_config_dir())
+QUIET_OVERRIDES = ("hydra.run.dir=.", "hydra.output_subdir=null", "hydra/job_logging=none", "hydra/hydra_logging=none")
+"""Overrides of a resumed run; the primary YAML of a fresh run sets the same."""
 
-
-SPINS = "1000"
+MAX_SPINS = "1000"
 """Turns of a waiting thread's loop: some microseconds, so that the many short products of a small model stay fast."""
 
 
 def run_job(job: Callable[[], int | None]) -> int:
-    """Run `job`; print an `SA3Error` as `error:
+    """Run a command and turn its errors into one line and an exit code.
 
-    …` on stderr and return 1, else return the job's exit code (0 for None).
+    Args:
+        job: The command; what it returns is the exit code, None for 0.
+
+    Returns:
+        Exit code: that of the job, 1 for an `SA3Error` (printed as `error: …` on stderr), 130 when interrupted.
     """
     from sa3train.core.log import set_up_logging
 
-    yield_cores()
+    limit_thread_spinning()
     set_up_logging()
     try:
-        return job() or 0
+        with explain_imports():
+            return job() or 0
     except SA3Error as error:
         if os.environ.get("SA3TRAIN_DEBUG"):
             raise
@@ -107,23 +106,23 @@ def run_job(job: Callable[[], int | None]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader of a pipe, such as `head`, has seen enough
+    except BrokenPipeError:  # the reader of the pipe, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
-def yield_cores() -> None:
-    """Let threads that wait for one another go to sleep soon, unless the environment says how they are to wait.
+def limit_thread_spinning() -> None:
+    """Limit how long waiting threads spin, unless the environment says how they are to wait.
 
     torch computes with GNU OpenMP, whose threads spin 300 000 times before they sleep. Where another program wants a
     core, a spinning thread keeps the one it waits for from running. OpenMP reads this once, when torch is imported: so
-    it comes first in every command, and no command imports torch before. What was measured: docs/performance.md.
+    this comes first in every command, and no command imports torch before. Measurements: docs/performance.md.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+        os.environ.setdefault("GOMP_SPINCOUNT", MAX_SPINS)
 
 
-def hydra_job(
+def run_hydra_job(
     config_name: str,
     schema: type[Schema],
     job: Callable[[Schema], int | None],
@@ -133,21 +132,26 @@ def hydra_job(
     resume: str | None = None,
     argv: Sequence[str] | None = None,
 ) -> int:
-    """Compose `conf/<config_name>.yaml` with the command line, check it against `schema`, run `job`, return its exit
-    code.
+    """Run a command with a Hydra configuration.
 
-    Multirun and launchers work as in any Hydra application; then the exit code is the largest of the jobs run in
-    this process.
+    Multirun and launchers work as in any Hydra application.
+
+    Args:
+        config_name: Name of the primary YAML in `conf/`, without suffix.
+        schema: Dataclass of the whole configuration.
+        job: The command; what it returns is the exit code, None for 0.
+        shorthand: `model=VALUE` means `model.name=VALUE` for {"model": "model.name"}, unless `conf/model/VALUE.yaml`
+            exists: then it selects that group option.
+        paths: Keys whose value is taken as written, so that spaces, brackets and equals signs need no quoting.
+        resume: Key that takes the folder of an earlier run, whose `config.yaml` is then the configuration; further
+            overrides act on it.
+        argv: Command-line arguments; None for `sys.argv`.
+
+    Returns:
+        Exit code; the largest of the jobs that ran in this process.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     return run_job(lambda: _run_hydra(config_name, schema, job, dict(shorthand or {}), paths, resume, arguments))
-
-
-def config_folder() -> Path:
-    """The installed `conf/` tree."""
-    import sa3train.conf
-
-    return Path(str(sa3train.conf.__file__)).parent
 
 
 def _run_hydra(
@@ -166,15 +170,15 @@ def _run_hydra(
 
     register_resolvers()
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        run_stamp()  # known to every process started from here
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us unchanged; we say what is wrong in one line
-    arguments = [expand(argument, shorthand, paths, extra_folder(arguments)) for argument in arguments]
-    arguments = [opened(schema, argument) for argument in arguments]
+        get_run_stamp()  # inherited by every process started from here
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us unchanged; we print one line
+    arguments = [expand_argument(argument, shorthand, paths, find_config_dir(arguments)) for argument in arguments]
+    arguments = [_open_mapping_key(schema, argument) for argument in arguments]
     check_overrides(schema, arguments)
-    config_path, config_name, extra = _starting_point(config_name, resume, arguments)
+    config_path, config_name, extra = _find_primary_config(config_name, resume, arguments)
     codes: list[int] = [0]
     failures: list[SA3Error] = []
-    here = os.getpid()
+    pid = os.getpid()
 
     def task(config: DictConfig) -> None:
         register_resolvers()  # a launcher may run this in a process of its own
@@ -182,14 +186,14 @@ def _run_hydra(
             values = cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
             codes.append(job(build(schema, values)) or 0)
         except SA3Error as error:
-            if os.getpid() != here:  # in a process of a launcher: it carries the error back
+            if os.getpid() != pid:  # in a launcher's own process, which carries the error back
                 raise
-            _let_go(error)
-            failures.append(error)  # kept from Hydra, which would print around it; the other jobs of a sweep still run
+            _clear_frames(error)
+            failures.append(error)  # hidden from Hydra, which would print around it; a sweep continues
 
     saved, sys.argv = sys.argv, [sys.argv[0], *arguments, *extra]
     try:
-        with quick_help(arguments):
+        with _share_help_queries(arguments):
             hydra.main(version_base="1.3", config_path=config_path, config_name=config_name)(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error)) from error
@@ -200,43 +204,58 @@ def _run_hydra(
     return max(codes)
 
 
-def _let_go(error: BaseException) -> None:
-    """Clear what the calls that failed held, a model on a GPU say: an error that is kept would keep it all."""
+def _clear_frames(error: BaseException) -> None:
+    """Clear the local variables of the calls that failed: a stored error would keep a model on a GPU alive."""
     link: BaseException | None = error
     while link is not None:
         traceback.clear_frames(link.__traceback__)
         link = link.__cause__ or link.__context__
 
 
-def expand(argument: str, shorthand: Mapping[str, str], paths: Sequence[str], extra: Path | None = None) -> str:
-    """One command-line argument with its shorthand written out and, where Hydra's grammar could not read it, its
-    value quoted.
+def expand_argument(
+    argument: str, shorthand: Mapping[str, str], paths: Sequence[str], extra: Path | None = None
+) -> str:
+    """Expand the shorthand of one argument, and quote its value where Hydra's grammar could not read it.
 
-    `extra` is the folder given with `--config-dir`, whose group options count too.
+    Args:
+        argument: Of the command line.
+        shorthand: Full key by shorthand.
+        paths: Keys whose value is taken as written.
+        extra: Folder given with `--config-dir`, whose group options count too.
+
+    Returns:
+        The argument for Hydra.
     """
     key, equals, value = argument.partition("=")
     if not equals or key.startswith(("-", "~")):
         return argument
     if key in shorthand:
-        folders = [config_folder(), *([extra] if extra else [])]
+        folders = [get_config_dir(), *([extra] if extra else [])]
         options = [value, *value.split(",")]
         if any((folder / key / f"{option}.yaml").is_file() for folder in folders for option in options):
             return argument
         key = shorthand[key]
     if key in paths or key in shorthand.values():
-        return f"{key}={_quoted(value)}"
+        return f"{key}={_quote(value)}"
     return argument
 
 
-def opened(schema: type, argument: str) -> str:
-    """`key=value` for a new key inside a free-form dictionary as `++key=value`, which Hydra wants for it."""
+def _open_mapping_key(schema: type, argument: str) -> str:
+    """`key=value` for a new key inside a free-form dictionary as `++key=value`, which Hydra requires for it."""
     key, equals, _ = argument.partition("=")
-    free = equals and "." in key and key[0].isalpha() and is_known(schema, key) and key not in known_keys(schema)
+    free = equals and "." in key and key[0].isalpha() and is_known(schema, key) and key not in list_keys(schema)
     return f"++{argument}" if free else argument
 
 
-def extra_folder(arguments: Sequence[str]) -> Path | None:
-    """The folder given with `--config-dir` (or `-cd`), if any."""
+def find_config_dir(arguments: Sequence[str]) -> Path | None:
+    """Find the folder given with `--config-dir` or `-cd`.
+
+    Args:
+        arguments: Of the command line.
+
+    Returns:
+        The folder, or None.
+    """
     for index, argument in enumerate(arguments):
         flag, equals, value = argument.partition("=")
         if flag in ("--config-dir", "-cd"):
@@ -245,11 +264,8 @@ def extra_folder(arguments: Sequence[str]) -> Path | None:
     return None
 
 
-def _quoted(value: str) -> str:
-    """`value` as Hydra reads it back unchanged:
-
-    bare when it can be (so sweeps like `a,b` still work), else in quotes.
-    """
+def _quote(value: str) -> str:
+    """`value` as Hydra reads it back unchanged: bare if possible, so that sweeps like `a,b` work, else quoted."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
@@ -263,9 +279,14 @@ def _quoted(value: str) -> str:
 
 
 def check_overrides(schema: type, arguments: Sequence[str]) -> None:
-    """Refuse `key=value`, `+key=value` and `++key=value` whose key is not in `schema`;
+    """Check that the keys of overrides are in a schema; groups and Hydra's own keys are left to Hydra.
 
-    groups and Hydra's own keys are Hydra's business.
+    Args:
+        schema: Dataclass of the whole configuration.
+        arguments: Of the command line.
+
+    Raises:
+        ConfigError: A key is unknown.
     """
     unknown = []
     for argument in arguments:
@@ -273,14 +294,14 @@ def check_overrides(schema: type, arguments: Sequence[str]) -> None:
         name = key.lstrip("+")
         if not equals or key.startswith(("-", "~")) or name.partition(".")[0] == "hydra" or "/" in name or "@" in name:
             continue
-        if not is_known(schema, name) and not (config_folder() / name).is_dir():
+        if not is_known(schema, name) and not (get_config_dir() / name).is_dir():
             unknown.append(name)
     if unknown:
-        raise ConfigError(unknown_key_message(schema, unknown))
+        raise ConfigError(describe_unknown_keys(schema, unknown))
 
 
-def _starting_point(config_name: str, resume: str | None, arguments: list[str]) -> tuple[str, str, list[str]]:
-    """Where Hydra reads the primary configuration, and what is appended to the command line."""
+def _find_primary_config(config_name: str, resume: str | None, arguments: list[str]) -> tuple[str, str, list[str]]:
+    """Folder and name of the primary configuration, and what is appended to the command line."""
     given = [argument for argument in arguments if resume and argument.startswith(f"{resume}=")]
     folder = given[-1].partition("=")[2].strip('"') if given else ""
     if not folder or folder == "null":
@@ -289,13 +310,13 @@ def _starting_point(config_name: str, resume: str | None, arguments: list[str]) 
     if not (saved / "config.yaml").is_file():
         raise ConfigError(
             f"cannot resume {folder}: there is no config.yaml in it. "
-            f"Give the folder of an earlier run, as in {resume}=runs/NAME."
+            f"Give the folder of an earlier run, such as {resume}=runs/NAME."
         )
-    return str(saved), "config", list(QUIET)
+    return str(saved), "config", list(QUIET_OVERRIDES)
 
 
 def register_resolvers() -> None:
-    """`${stamp:}`: a name for this run that every rank of it agrees on (see `run_stamp`); in a sweep, `name/number`."""
+    """Register `${stamp:}`: the name from `get_run_stamp`, with the number of the job in a sweep."""
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
     from omegaconf import OmegaConf
@@ -303,17 +324,20 @@ def register_resolvers() -> None:
     def stamp() -> str:
         if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
             job = HydraConfig.get().job
-            return run_stamp() if OmegaConf.is_missing(job, "num") else f"{run_stamp()}/{job.num:03d}"
-        return run_stamp()
+            return get_run_stamp() if OmegaConf.is_missing(job, "num") else f"{get_run_stamp()}/{job.num:03d}"
+        return get_run_stamp()
 
     OmegaConf.register_new_resolver("stamp", stamp, replace=True)
 
 
-def run_stamp() -> str:
-    """The scheduler's job number, else the time of the first call; the same in every rank and every later process of
-    one run.
+def get_run_stamp() -> str:
+    """Get the name of this run: the scheduler's job number, else the time of the first call.
 
-    Raises `ConfigError` when ranks were started together without anything to agree on.
+    Returns:
+        The same in every rank and every later process of one run.
+
+    Raises:
+        ConfigError: Ranks were started together without anything to agree on.
     """
     known = os.environ.get("SA3TRAIN_RUN_STAMP")
     if known:
@@ -327,7 +351,7 @@ def run_stamp() -> str:
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             "several ranks were started without a common run name. "
-            "Give run_dir=FOLDER, or start them with launch/torchrun.sh, which names the run."
+            "Set run_dir=FOLDER, or start them with launch/torchrun.sh, which names the run."
         )
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -338,13 +362,10 @@ def run_stamp() -> str:
 
 
 def _explain(error: Exception) -> str:
-    """A Hydra or OmegaConf error in its own words, without its advice to append unknown keys;
-
-    plug-ins get the command that installs them.
-    """
+    """A Hydra or OmegaConf error without advice to append unknown keys; plug-ins with the command to install them."""
     text = str(error).strip()
     group = re.match(r"Could not override '([^']+)'", text)
-    if group and (config_folder() / group[1]).is_dir():
+    if group and (get_config_dir() / group[1]).is_dir():
         return (
             f"'{group[1]}' cannot be chosen here: this command, or the run that is resumed, has no such group. "
             f"See --help for its settings; a single one is written a.b=value."

@@ -1,108 +1,104 @@
-"""Schema of train.yaml: one dataclass a group, every key typed, no defaults (they stand in conf/)."""
+"""Schema of `conf/train.yaml`: one dataclass per group, every key typed, documented and given its default."""
 
 import dataclasses
 from typing import Any, Literal
 
+from sa3train.core.config import check_settings, setting
 from sa3train.core.errors import ConfigError
 from sa3train.data.loading.prompts import PromptSettings
-from sa3train.training.settings import (
-    DemoSettings,
-    JudgeSettings,
-    LoopSettings,
-    Objective,
-    OptimizerSettings,
-    SaveSettings,
-    ScheduleSettings,
-    TrackSettings,
-)
+from sa3train.training.settings import LoggingSettings, TrainingSettings
 
 
 @dataclasses.dataclass(frozen=True)
 class PathSettings:
-    """Where things go."""
+    """Folders for what is written."""
 
-    runs: str
+    runs: str = setting("runs", help="Folder that run folders are created in.")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataSettings:
-    """Which clips, how they are cut, and what the model is told about them."""
+    """Which clips to train on and how they are cropped and batched."""
 
-    dir: str
-    repeats: int
-    weight: float | None
-    more: list[dict[str, Any]]
-    prior_share: float
-    batch_size: int
-    crop_seconds: float | None
-    crop_frames: int | None
-    crop: Literal["random", "start", "beat"]
-    seconds: Literal["crop", "file"]
-    tail_seconds: float
-    pack_frames: int | None
-    pool: int
-    heldout_clips: int
-    num_workers: int
-    verify: Literal["size", "hash", "none"]
-    allow_damaged: bool
-    prompts: PromptSettings
+    dir: str = setting(help="Latent shards made by sa3-encode: a folder, or any URL that fsspec reads.")
+    repeats: int = setting(1, help="How often each clip of dir is used per epoch.", min=1)
+    weight: float | None = setting(None, help="Weight of dir among the sources.", above=0)
+    more: list[dict[str, Any]] = setting(
+        [], help="Further sources, such as [{path: DIR, repeats: 1, weight: null, role: prior}]."
+    )
+    prior_share: float = setting(0.0, help="Share of clips from sources with role=prior.", min=0, below=1)
+    batch_size: int = setting(4, help="Clips (or packed rows) per micro-batch on each rank.", min=1)
+    crop_seconds: float | None = setting(
+        None, help="Maximum crop length; null for whole clips.", unit="seconds", above=0
+    )
+    crop_frames: int | None = setting(None, help="The same in latent frames of 93 ms.", min=1)
+    crop: Literal["random", "start", "beat"] = setting(
+        "random", help="Where a crop starts; beat needs clips with a beats field."
+    )
+    seconds: Literal["crop", "file"] = setting("crop", help="Whose length the model is conditioned on.")
+    silence_tail_seconds: float = setting(
+        4.0, help="Silence behind the longest clip, for loss.silence_seconds.", unit="seconds", min=0
+    )
+    pack_frames: int | None = setting(
+        None, help="Latent frames of a row that several clips are packed into; null: one clip per row.", min=1
+    )
+    pool: int = setting(32, help="Batches that are sorted by length (or packed) together.", min=1)
+    heldout_clips: int = setting(256, help="Maximum held-out clips that are read.", min=0)
+    num_workers: int = setting(2, help="Worker processes of the data loader on each rank.", min=0)
+    verify: Literal["size", "hash", "none"] = setting("size", help="Check of the shards at startup.")
+    allow_damaged: bool = setting(False, help="Skip shards that fail the check instead of stopping.")
+    prompts: PromptSettings = setting(PromptSettings(), help="How captions and tags become prompts.")
+
+    def __post_init__(self) -> None:
+        check_settings(self, "data")
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSettings:
     """The base model."""
 
-    name: str
-    dtype: Literal["auto", "fp32", "bf16"]
+    name: str = setting("medium-base", help="Model name, or a folder in the released layout (model=PATH).")
+    dtype: Literal["auto", "fp32", "bf16"] = setting(
+        "auto", help="Of the frozen weights. auto: bf16 on a GPU that has it, else fp32."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class AdapterSettings:
-    """The adapter to train; see `sa3train.adapters.spec.AdapterSpec`."""
+    """The adapter to train; `sa3train.adapters.spec.AdapterSpec` checks the values."""
 
-    kind: str
-    rank: int
-    alpha: float | None
-    dropout: float
-    include: list[str] | None
-    exclude: list[str] | None
-    rslora: bool
-    rank_pattern: dict[str, int]
-    alpha_pattern: dict[str, float]
-    options: dict[str, Any]
-    start_from: str | None
+    adapter_type: str = setting("dora-rows", help="Adapter method, such as lora, dora-rows, bora, lora-xs or lokr.")
+    rank: int = setting(16, help="Rank of the low-rank update.", min=1)
+    alpha: float | None = setting(None, help="Scale is alpha / rank; null: alpha = rank, a scale of 1.")
+    dropout: float = setting(0.0, help="Dropout on the adapter's input.", min=0, below=1)
+    include: list[str] | None = setting(
+        None, help='Layers by substring of their path, such as ["layers[0-11]", "to_qkv"]; null: all.'
+    )
+    exclude: list[str] | None = setting(None, help="Substrings of layer paths to leave out.")
+    rslora: bool = setting(False, help="Scale by alpha / √rank instead of alpha / rank (rsLoRA).")
+    rank_pattern: dict[str, int] = setting(
+        {}, help='Rank by substring of the layer path, such as {"cross_attn": 8}.', min=1
+    )
+    alpha_pattern: dict[str, float] = setting({}, help="Alpha by substring of the layer path.")
+    options: dict[str, Any] = setting({}, help="Further arguments of PEFT's own methods (lokr, loha, oft, …).")
+    start_from: str | None = setting(None, help="Adapter file of the same type to continue from.")
 
     def __post_init__(self) -> None:
+        check_settings(self, "adapter")
         if self.start_from == "":
-            raise ConfigError("recipe=continue goes on from an adapter: give adapter.start_from=FILE.")
+            raise ConfigError("recipe=continue needs an adapter to continue from: set adapter.start_from=FILE.")
 
 
-@dataclasses.dataclass(frozen=True)
-class CallbackSettings:
-    """What happens beside the training itself."""
-
-    save: SaveSettings
-    judge: JudgeSettings
-    demos: DemoSettings
-    report: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainConfig:
-    """Everything `sa3-train` can be told."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(TrainingSettings):
+    """The whole configuration of `sa3-train`."""
 
     name: str
-    seed: int
     run_dir: str
     resume: str | None
-    resume_changes: list[str]
+    allow_resume_changes: list[str]
     paths: PathSettings
     data: DataSettings
     model: ModelSettings
     adapter: AdapterSettings
-    objective: Objective
-    optimizer: OptimizerSettings
-    scheduler: ScheduleSettings
-    trainer: LoopSettings
-    callbacks: CallbackSettings
-    logger: TrackSettings
+    logger: LoggingSettings

@@ -10,8 +10,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from sa3train.core.dtypes import get_dtype
 from sa3train.core.errors import ConfigError
-from sa3train.core.log import get_logger, rank
+from sa3train.core.log import get_logger, get_rank
+from sa3train.reports.run_files import METRICS_FILE
 
 if TYPE_CHECKING:
     import torch
@@ -19,19 +21,53 @@ if TYPE_CHECKING:
     from sa3train.adapters.spec import AdapterSpec
     from sa3train.cli.train_config import AdapterSettings, DataSettings, TrainConfig
     from sa3train.data.loading.datamodule import LatentDataModule
-    from sa3train.training.loggers import Tracker
+    from sa3train.training.loggers import LoggerCollection
     from sa3train.training.run import TrainingResult
-    from sa3train.training.run_dir import RunFolder
-    from sa3train.training.settings import Precision, TrackSettings
+    from sa3train.training.run_dir import RunDir
+    from sa3train.training.settings import LoggingSettings, Precision
 
 _logger = get_logger(__name__)
 
 
-def precisions(dtype: str, precision: "Precision", gpu: bool) -> tuple["torch.dtype", "Precision"]:
-    """The dtype of the frozen weights and the precision of the computation, with each "auto" decided.
+def start_ranks(config: "TrainConfig") -> None:
+    """Start or join the ranks that train together; with several devices, this process becomes torchrun.
 
-    bf16 both on a GPU that has it, else fp32: on a CPU, resuming to the bit and equal ranks are worth more than bf16's
-    speed. A base in bf16 is computed with in bf16. Raises `ConfigError` for fp32 computation on a base in bf16.
+    Args:
+        config: The configuration, whose overrides are checked first.
+    """
+    import torch
+
+    from sa3train.training.distributed import check_world_size, count_started_ranks, join_ranks
+    from sa3train.training.trainer import count_devices, uses_gpu
+
+    trainer = config.trainer
+    if trainer.threads is not None:
+        torch.set_num_threads(trainer.threads)
+    gpu, devices = uses_gpu(trainer), count_devices(trainer)
+    if count_started_ranks() == 1 and trainer.num_nodes == 1 and devices > 1:
+        relaunch_with_torchrun(devices)
+    ranks = devices * trainer.num_nodes
+    check_world_size(ranks)
+    check_overrides_have_effect(config, get_overrides(), ranks)
+    join_ranks(gpu)
+
+
+def resolve_precisions(dtype: str, precision: "Precision", gpu: bool) -> tuple["torch.dtype", "Precision"]:
+    """Resolve the dtype of the frozen weights and the precision of the computation.
+
+    "auto" is bf16 for both on a GPU that supports it, else fp32: on a CPU, bit-exact resuming and equal ranks are worth
+    more than bf16's speed. A bf16 base computes in bf16.
+
+    Args:
+        dtype: `model.dtype`.
+        precision: `trainer.precision`.
+        gpu: Whether training runs on a GPU.
+
+    Returns:
+        Dtype and precision.
+
+    Raises:
+        ConfigError: fp32 computation on a bf16 base.
     """
     import torch
 
@@ -45,44 +81,64 @@ def precisions(dtype: str, precision: "Precision", gpu: bool) -> tuple["torch.dt
             "trainer.precision=fp32 has no effect on a base in bf16, which computes in bf16. "
             "Set model.dtype=fp32, or trainer.precision=bf16-mixed."
         )
-    return {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype], precision
+    return get_dtype(dtype), precision
 
 
-def refuse_idle(config: "TrainConfig", given: Sequence[str], ranks: int) -> None:
-    """Raise `ConfigError` for a `key=value` in `given` (the command line) that can change nothing in this run.
+def check_overrides_have_effect(config: "TrainConfig", given: Sequence[str], ranks: int) -> None:
+    """Check that no setting of the command line is without effect in this run.
 
-    Values that a recipe or a default sets are not held to this: they wait for what would give them an effect.
+    Values from a recipe or a default are not checked: they may get an effect by another setting.
+
+    Args:
+        config: The configuration.
+        given: `key=value` arguments.
+        ranks: Ranks that train together.
+
+    Raises:
+        ConfigError: A setting can change nothing.
     """
     keys = {key for key, equals, _ in (argument.lstrip("+").partition("=") for argument in given) if equals}
     alone = config.data.batch_size * ranks == 1 and config.data.pack_frames is None
     idle = [
-        ("callbacks.judge.*", not config.callbacks.judge.enabled, "callbacks.judge.enabled=false"),
+        ("callbacks.validation.*", not config.callbacks.validation.enabled, "callbacks.validation.enabled=false"),
         ("callbacks.demos.*", not config.callbacks.demos.enabled, "callbacks.demos.enabled=false"),
-        ("objective.coupling", config.objective.coupling and alone, "one clip in a micro-batch: raise data.batch_size"),
-        ("data.tail_seconds", config.data.tail_seconds > 0 and not config.objective.silence_seconds,
-         "objective.silence_seconds=0"),
-        ("data.repeats", not config.data.more, "one source of data: it weighs sources against each other"),
-        ("data.weight", not config.data.more, "one source of data: it weighs sources against each other"),
+        ("loss.coupling", config.loss.coupling and alone, "one clip per micro-batch: raise data.batch_size"),
+        ("data.silence_tail_seconds", config.data.silence_tail_seconds > 0 and not config.loss.silence_seconds,
+         "loss.silence_seconds=0"),
+        ("data.repeats", not config.data.more, "a single data source: it weighs sources against each other"),
+        ("data.weight", not config.data.more, "a single data source: it weighs sources against each other"),
         ("logger.timeout", config.logger.name != "wandb", f"logger={config.logger.name}"),
-        ("trainer.strategy", config.trainer.strategy == "fsdp" and ranks == 1, "one rank: there is nothing to share"),
-        ("trainer", config.trainer.strategy == "fsdp" and ranks == 1, "one rank: fsdp shares the base among several"),
-        ("resume_changes", config.resume is None, "a run that is not resumed"),
+        ("trainer.strategy", config.trainer.strategy == "fsdp" and ranks == 1, "one rank: there is nothing to shard"),
+        ("trainer", config.trainer.strategy == "fsdp" and ranks == 1, "one rank: fsdp shards the base over several"),
+        ("allow_resume_changes", config.resume is None, "a run that is not resumed"),
     ]  # fmt: skip
     for pattern, without, because in idle:
         for key in sorted(fnmatch.filter(keys, pattern)):
             if without and not key.endswith(".enabled"):
-                raise ConfigError(f"{key} has no effect with {because}. Leave it out, or change that.")
+                raise ConfigError(f"{key} has no effect with {because}. Remove it, or change that.")
 
 
-def command_line() -> list[str]:
-    """The `key=value` arguments of this run, as Hydra has read them; none where Hydra is not at work."""
+def get_overrides() -> list[str]:
+    """Get the `key=value` arguments of this run as Hydra parsed them.
+
+    Returns:
+        The arguments; none outside of Hydra.
+    """
     from hydra.core.hydra_config import HydraConfig
 
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
-def data_module(settings: "DataSettings", seed: int) -> "LatentDataModule":
-    """The data module, set up; its sources are `dir` and those in `more`."""
+def make_data_module(settings: "DataSettings", seed: int) -> "LatentDataModule":
+    """Make the data module and set it up.
+
+    Args:
+        settings: Its settings; the sources are `dir` and those in `more`.
+        seed: Seed of the run.
+
+    Returns:
+        The data module.
+    """
     from sa3train.data.loading.datamodule import LatentDataModule
 
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
@@ -92,8 +148,15 @@ def data_module(settings: "DataSettings", seed: int) -> "LatentDataModule":
     return data
 
 
-def adapter_spec(settings: "AdapterSettings") -> "AdapterSpec":
-    """What adapter to train."""
+def make_adapter_spec(settings: "AdapterSettings") -> "AdapterSpec":
+    """Make the specification of the adapter to train.
+
+    Args:
+        settings: Its settings.
+
+    Returns:
+        The specification.
+    """
     from sa3train.adapters.spec import AdapterSpec
 
     values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
@@ -101,44 +164,55 @@ def adapter_spec(settings: "AdapterSettings") -> "AdapterSpec":
     return AdapterSpec(**values)
 
 
-def make_tracker(
-    settings: "TrackSettings", run: "RunFolder", name: str, table: Mapping[str, Any], identity: Mapping[str, str]
-) -> "Tracker":
-    """Where this run's metrics go: on rank 0 `metrics.csv` and what was chosen, elsewhere nowhere."""
-    from sa3train.training.loggers import CsvSink, Sink, TensorBoardSink, Tracker, WandbSink
+def make_loggers(
+    settings: "LoggingSettings", run: "RunDir", name: str, table: Mapping[str, Any], identity: Mapping[str, str]
+) -> "LoggerCollection":
+    """Make the loggers of a run: on rank 0 `metrics.csv` and the chosen one, on other ranks none.
 
-    if rank() != 0:
-        return Tracker()
+    Args:
+        settings: Which logger, and its arguments.
+        run: The run folder.
+        name: Name of the run.
+        table: The whole configuration.
+        identity: Hashes of data and base model.
+
+    Returns:
+        The loggers.
+    """
+    from sa3train.training.loggers import CSVLogger, LoggerCollection, RunLogger, TensorBoardLogger, WandbLogger
+
+    if get_rank() != 0:
+        return LoggerCollection()
     step = run.state[0] if run.state else None
     keep = (step or 0) if run.record["resumed"] else None
-    sinks: list[Sink] = [CsvSink(run.path / "metrics.csv", keep_through=keep)]
+    loggers: list[RunLogger] = [CSVLogger(run.path / METRICS_FILE, keep_through=keep)]
     if settings.name == "tensorboard":
-        sinks.append(TensorBoardSink(run.path / "tensorboard", purge_from=None if step is None else step + 1))
+        loggers.append(TensorBoardLogger(run.path / "tensorboard", purge_from=None if step is None else step + 1))
     if settings.name == "wandb":
-        sink = WandbSink(
-            run.path / "wandb",
-            mode=settings.mode or "online",
-            project=settings.project or "sa3train",
-            entity=settings.entity,
-            name=f"{name}-{run.run_id}",
-            run_id=run.run_id,
-            config=table,
-            tags=settings.tags,
-            group=settings.group,
-            timeout=settings.timeout,
-        )
+        identifiers = {"name": f"{name}-{run.run_id}", "run_id": run.run_id}
+        logger = WandbLogger(run.path / "wandb", settings, config=table, **identifiers)
         index = Path(str(table["data"]["dir"])) / "index.json"
-        sink.used("dataset", f"latents-{identity['data'][:12]}", {"manifest": identity["data"]}, index)
+        logger.log_input("dataset", f"latents-{identity['data'][:12]}", {"manifest": identity["data"]}, index)
         base = {"name": table["model"]["name"], "hash": identity["base"]}
-        sink.used("model", f"base-{identity['base'][:12]}", base)
-        sinks.append(sink)
-    return Tracker(sinks)
+        logger.log_input("model", f"base-{identity['base'][:12]}", base)
+        loggers.append(logger)
+    return LoggerCollection(loggers)
 
 
-def provenance(
+def make_provenance(
     config: "TrainConfig", table: Mapping[str, Any], identity: Mapping[str, str], run_id: str
 ) -> dict[str, str]:
-    """What every adapter file says about where it comes from."""
+    """Make the metadata that every adapter file carries.
+
+    Args:
+        config: The configuration.
+        table: The same as nested dictionaries.
+        identity: Hashes of data and base model.
+        run_id: Id of the run.
+
+    Returns:
+        Metadata by name.
+    """
     return {
         "base_model": config.model.name,
         "base_hash": identity["base"],
@@ -149,43 +223,58 @@ def provenance(
     }
 
 
-def relaunch(ranks: int) -> NoReturn:
-    """Become torchrun with so many ranks of this very command. Raises `ConfigError` in a sweep, which cannot."""
+def relaunch_with_torchrun(ranks: int) -> NoReturn:
+    """Replace this process by torchrun with several ranks of the same command.
+
+    Args:
+        ranks: Number of ranks.
+
+    Raises:
+        ConfigError: In a sweep, which cannot be relaunched.
+    """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    from sa3train.cli.hydra_app import QUIET, run_stamp
+    from sa3train.cli.hydra_app import QUIET_OVERRIDES, get_run_stamp
 
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         raise ConfigError(
-            f"a sweep runs its trainings one after another in this process, and each wants {ranks} ranks. "
+            f"a sweep runs its trainings one after another in this process, but each needs {ranks} ranks. "
             f"Set trainer.devices=1, or use launcher=slurm."
         )
-    run_stamp()
-    arguments = [argument for argument in sys.argv[1:] if argument not in QUIET]
+    get_run_stamp()
+    arguments = [argument for argument in sys.argv[1:] if argument not in QUIET_OVERRIDES]
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     os.execv(sys.executable, [sys.executable, *torchrun, "-m", "sa3train.cli.train", *arguments])
 
 
 def requeue(signal_number: int) -> None:
-    """Ask SLURM to queue this job again, when it warned of the end of its time; a preempted job is queued by SLURM."""
+    """Requeue this SLURM job if SLURM warned of its time limit; SLURM itself requeues a preempted job.
+
+    Args:
+        signal_number: The signal that stopped the run.
+    """
     import signal
 
     job = os.environ.get("SLURM_JOB_ID")
-    if job and signal_number == signal.SIGUSR1 and rank() == 0:
+    if job and signal_number == signal.SIGUSR1 and get_rank() == 0:
         try:
             subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
         except (OSError, subprocess.SubprocessError) as error:
-            _logger.warning("could not queue job %s again (%s); start the same command again to go on", job, error)
+            _logger.warning("Could not requeue SLURM job %s (%s). Rerun the same command to resume.", job, error)
 
 
 def print_result(result: "TrainingResult") -> None:
-    """The run's end, for a person."""
+    """Print how the run ended, and where its files are.
+
+    Args:
+        result: The result.
+    """
     if result.interrupted is not None:
-        print(f"stopped by signal {result.interrupted} after step {result.steps}; go on with:")
+        print(f"stopped by signal {result.interrupted} after step {result.steps}. Resume with:")
         print(f"  sa3-train resume={result.run_dir}")
         return
-    for line in result.verdict:
+    for line in result.summary:
         print(line)
     minutes, seconds = divmod(round(result.seconds), 60)
     print(f"{result.steps} steps, {minutes} min {seconds} s, peak memory {result.peak_memory_gib:.1f} GiB")

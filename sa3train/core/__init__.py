@@ -1,4 +1,4 @@
-"""What every room stands on: errors, logging, files, dataclass checks, devices and safetensors files.
+"""Foundations of all other packages: errors, logging, files, typed settings, dtypes, devices, safetensors files.
 
-Imports no other room.
+Imports no other package of sa3train.
 """

@@ -1,7 +1,4 @@
-"""Host to device without the host waiting for what the device is doing.
-
-What a device says when its memory does not suffice, as an error that says what would help.
-"""
+"""Devices: choosing one, transfers that do not block the host, random numbers, and out-of-memory messages."""
 
 import contextlib
 import queue
@@ -12,78 +9,149 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from sa3train.core.errors import MemoryShortageError
+from sa3train.core.errors import ConfigError, MemoryShortageError
 
-_AHEAD: dict[int, "queue.Queue[Tensor | BaseException]"] = {}
-"""By the generator's id: what its thread has drawn."""
+GIB = 2**30
+_HOST_MESSAGE = "can't allocate memory"
+_OOM_MESSAGES = ("out of memory", _HOST_MESSAGE, "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
-DRAWN_AHEAD = 16
-"""Tensors that wait to be taken at most: a sampler's steps, or some chunks of a decoder (8 MB each in medium)."""
+PREFETCH_LIMIT = 16
+"""Tensors that are drawn ahead at most: a sampler's steps, or some chunks of a decoder (8 MB each in medium)."""
+
+_PREFETCHED: dict[int, "queue.Queue[Tensor | BaseException]"] = {}
+"""What a thread has drawn, by the id of the generator."""
 
 
-def widest(device: torch.device) -> torch.dtype:
-    """The floating point type with the most digits on `device`: float64, but on Apple's GPUs, which have none."""
+def choose_device(device: str | torch.device | None = None, auto: Sequence[str] = ("cuda", "mps")) -> torch.device:
+    """Choose a device and check that it exists.
+
+    Args:
+        device: Such as "cpu", "cuda", "cuda:1" or "mps". None and "auto" take the first of `auto` that exists, else the
+            CPU.
+        auto: Device types to prefer, in order.
+
+    Returns:
+        The device.
+
+    Raises:
+        ConfigError: The name is unknown or this machine has no such device.
+    """
+    available = {"cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if device is None or device == "auto":
+        return torch.device(next((name for name in auto if available.get(name)), "cpu"))
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"unknown device {device!r}. Use auto, cpu, cuda, cuda:0 or mps.") from error
+    count = available.get(chosen.type)
+    if count is not None and (chosen.index or 0) >= count:
+        raise ConfigError(f"device {device} is not available: torch sees {count} {chosen.type} devices. Use cpu.")
+    return chosen
+
+
+def get_widest_float(device: torch.device) -> torch.dtype:
+    """Get the floating-point dtype with the most digits on a device.
+
+    Args:
+        device: Where it is computed.
+
+    Returns:
+        float64, or float32 on Apple's GPUs, which have no float64.
+    """
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """`tensor` on `device`. From the CPU to CUDA through pinned memory, which alone is copied without a wait."""
+def move_to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Move a tensor to a device, from the CPU to CUDA through pinned memory, which alone does not block the host.
+
+    Args:
+        tensor: Tensor anywhere.
+        device: Target.
+
+    Returns:
+        The tensor on the device; the same object where it is there already.
+    """
     target = torch.device(device)
     if target.type == "cuda" and tensor.device.type == "cpu":
         return tensor.contiguous().pin_memory().to(target, non_blocking=True)  # expanded, it could not be pinned
     return tensor.to(target)
 
 
-def to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """`tensors`, all of one device, on the CPU; from CUDA through pinned memory, with one wait for all."""
+def move_to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Move tensors to the CPU, from CUDA through pinned memory with one synchronization for all.
+
+    Args:
+        tensors: Tensors of one device.
+
+    Returns:
+        Contiguous tensors on the CPU.
+    """
     if not tensors or not tensors[0].is_cuda:
         return [tensor.cpu().contiguous() for tensor in tensors]
     fetched = [torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True) for tensor in tensors]
-    for room, tensor in zip(fetched, tensors, strict=True):
-        room.copy_(tensor, non_blocking=True)
+    for target, tensor in zip(fetched, tensors, strict=True):
+        target.copy_(tensor, non_blocking=True)
     torch.cuda.current_stream(tensors[0].device).synchronize()
     return fetched
 
 
-def normal(shape: Sequence[int], generator: torch.Generator | None, device: torch.device | str) -> Tensor:
-    """N(0, 1) in fp32 on `device`, drawn on the CPU: the same numbers on every device, and no wait for it."""
-    pinned = _pins(device)
-    ahead = None if generator is None else _AHEAD.get(id(generator))
-    if ahead is None:
+def randn(shape: Sequence[int], generator: torch.Generator | None, device: torch.device | str) -> Tensor:
+    """Draw N(0, 1) in fp32 on the CPU, so that every device gets the same numbers, and move it to a device.
+
+    Args:
+        shape: Shape of the result.
+        generator: CPU generator; None is torch's global one. Inside `prefetch_noise` the prefetched numbers are used.
+        device: Where the result is needed. CUDA does not block the host.
+
+    Returns:
+        Noise in fp32.
+    """
+    pinned = _uses_pinned_memory(device)
+    ready = None if generator is None else _PREFETCHED.get(id(generator))
+    if ready is None:
         drawn = torch.randn(tuple(shape), generator=generator, pin_memory=pinned)
     else:
-        drawn = _taken(ahead, tuple(shape))
+        drawn = _take_prefetched(ready, tuple(shape))
     return drawn.to(device, non_blocking=pinned)
 
 
-def _pins(device: torch.device | str) -> bool:
+def _uses_pinned_memory(device: torch.device | str) -> bool:
     return torch.device(device).type == "cuda"
 
 
-def _taken(ahead: "queue.Queue[Tensor | BaseException]", shape: tuple[int, ...]) -> Tensor:
-    drawn = ahead.get()
+def _take_prefetched(ready: "queue.Queue[Tensor | BaseException]", shape: tuple[int, ...]) -> Tensor:
+    drawn = ready.get()
     if isinstance(drawn, BaseException):
         raise drawn
     if tuple(drawn.shape) != shape:
-        raise RuntimeError(f"{shape} was to be drawn, and {tuple(drawn.shape)} was announced: a mistake in sa3train.")
+        raise RuntimeError(f"noise {shape} was asked for where {tuple(drawn.shape)} was prefetched: a bug in sa3train.")
     return drawn
 
 
 @contextlib.contextmanager
-def drawn_ahead(
+def prefetch_noise(
     generator: torch.Generator, shapes: Sequence[tuple[int, ...]], device: torch.device | str
 ) -> Iterator[None]:
-    """Inside, `normal` gives numbers of `generator` that a thread draws meanwhile: `shapes`, in the order of asking.
+    """Draw the noise that `randn` will be asked for in a background thread.
 
-    Only for CUDA, where the host has time while the device computes: a few minutes of audio take tens of millions of
-    numbers. Where the block is left early, the generator stands somewhere among them.
+    Only on CUDA, where the host has time while the device computes: a few minutes of audio take tens of millions of
+    numbers. The numbers are those that would have been drawn without prefetching. When the block is left early, the
+    state of the generator is somewhere among them.
+
+    Args:
+        generator: CPU generator that the draws come from.
+        shapes: Shapes of all draws inside the block, in order. Another draw is a bug and raises `RuntimeError`.
+        device: Where the noise is needed.
+
+    Yields:
+        Nothing.
     """
-    if not shapes or not pays_ahead(device):
+    if not shapes or not uses_noise_prefetch(device):
         yield
         return
-    if id(generator) in _AHEAD:
-        raise RuntimeError("the numbers of this generator are being drawn ahead already.")
-    ready: queue.Queue[Tensor | BaseException] = queue.Queue(DRAWN_AHEAD)
+    if id(generator) in _PREFETCHED:
+        raise RuntimeError("the noise of this generator is being prefetched already.")
+    ready: queue.Queue[Tensor | BaseException] = queue.Queue(PREFETCH_LIMIT)
     stop = threading.Event()
 
     def put(drawn: Tensor | BaseException) -> None:
@@ -96,72 +164,92 @@ def drawn_ahead(
             for shape in shapes:
                 if stop.is_set():
                     return
-                put(torch.randn(shape, generator=generator, pin_memory=_pins(device)))
-            put(RuntimeError(f"more was drawn than the {len(shapes)} announced: a mistake in sa3train."))
-        except BaseException as error:  # noqa: BLE001 (it is raised where the numbers are asked for)
+                put(torch.randn(shape, generator=generator, pin_memory=_uses_pinned_memory(device)))
+            put(RuntimeError(f"more noise was asked for than the {len(shapes)} prefetched: a bug in sa3train."))
+        except BaseException as error:  # noqa: BLE001 (it is raised where the noise is asked for)
             put(error)
 
-    thread = threading.Thread(target=draw, name="draws", daemon=True)
+    thread = threading.Thread(target=draw, name="noise-prefetch", daemon=True)
     try:
-        _AHEAD[id(generator)] = ready
+        _PREFETCHED[id(generator)] = ready
         thread.start()
         yield
     finally:
         stop.set()
-        _AHEAD.pop(id(generator), None)
+        _PREFETCHED.pop(id(generator), None)
         thread.join()
 
 
-def pays_ahead(device: torch.device | str) -> bool:
-    """Whether the host has time to draw while `device` computes."""
+def uses_noise_prefetch(device: torch.device | str) -> bool:
+    """Tell whether noise for a device is prefetched.
+
+    Args:
+        device: Where the noise is needed.
+
+    Returns:
+        Whether the host has time to draw while the device computes.
+    """
     return torch.device(device).type == "cuda"
 
 
-_HOST_SIGN = "can't allocate memory"
-_SIGNS = ("out of memory", _HOST_SIGN, "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-GIB = 2**30
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error means that memory is exhausted.
 
+    Args:
+        error: What torch, on any device, or Python raised.
 
-def is_shortage(error: BaseException) -> bool:
-    """Whether `error` is how torch, on any device, or Python says that memory did not suffice."""
+    Returns:
+        Whether it is an out-of-memory error.
+    """
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _SIGNS)
+    return isinstance(error, RuntimeError) and any(message in str(error) for message in _OOM_MESSAGES)
 
 
 @contextlib.contextmanager
-def memory_named(
-    device: torch.device | str, what: str, remedies: Sequence[str] | Callable[[], Sequence[str]]
+def explain_oom(
+    device: torch.device | str, what: str, fixes: Sequence[str] | Callable[[], Sequence[str]]
 ) -> Iterator[None]:
-    """Raise `MemoryShortageError` where memory does not suffice for `what` ("generating 30 s"), naming the remedies.
+    """Turn out-of-memory errors into `MemoryShortageError` with suggested fixes.
 
-    What the calls that failed held is let go, so that a next attempt finds room. `remedies` may be made up only then.
+    What the failed calls hold is released, so that a next attempt has room.
+
+    Args:
+        device: Where the block computes.
+        what: What the block does, such as "generating 30 s".
+        fixes: What would help, such as "a shorter duration"; a function is called on an error only.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        MemoryShortageError: The memory of the device or of the machine is exhausted.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not is_shortage(error):
+        if not is_out_of_memory(error):
             raise
         traceback.clear_frames(error.__traceback__)
-        on_host = isinstance(error, MemoryError) or _HOST_SIGN in str(error)
-        where = _state_of(torch.device("cpu" if on_host else device))
-        helps = _listed(remedies() if callable(remedies) else remedies)
-        raise MemoryShortageError(f"{where} while {what}. {helps}") from error
+        on_host = isinstance(error, MemoryError) or _HOST_MESSAGE in str(error)
+        where = _describe_memory(torch.device("cpu" if on_host else device))
+        helps = _list_fixes(fixes() if callable(fixes) else fixes)
+        raise MemoryShortageError(f"Out of memory while {what}: {where}. {helps}") from error
 
 
-def _state_of(device: torch.device) -> str:
+def _describe_memory(device: torch.device) -> str:
     if device.type != "cuda":
-        return f"the memory of {'this machine' if device.type == 'cpu' else device.type} ran out"
+        return f"{'this machine' if device.type == 'cpu' else device.type} has no free memory left"
     try:
         free, total = (size / GIB for size in torch.cuda.mem_get_info(device))
         ours, name = torch.cuda.memory_reserved(device) / GIB, torch.cuda.get_device_name(device)
-    except RuntimeError:  # so little is left that the device does not even say how much
-        return f"the memory of {device} ran out"
-    return f"the memory of {name} ran out (of {total:.1f} GiB, {ours:.1f} are this process's and {free:.1f} free)"
+    except RuntimeError:  # so little is left that even the query fails
+        return f"{device} has no free memory left"
+    return f"of {name}'s {total:.1f} GiB, this process holds {ours:.1f} and {free:.1f} are free"
 
 
-def _listed(remedies: Sequence[str]) -> str:
-    if not remedies:
-        return "Close what else uses it."
-    *others, last = remedies
-    return f"What helps: {'; '.join(others) + '; or ' if others else ''}{last}."
+def _list_fixes(fixes: Sequence[str]) -> str:
+    if not fixes:
+        return "Close other programs that use it."
+    *others, last = fixes
+    return f"Try: {'; '.join(others) + '; or ' if others else ''}{last}."

@@ -1,33 +1,41 @@
-"""Errors a user may meet. Every message says what was wrong, where, and what to do."""
+"""Errors that a user may meet. Every message says what was wrong, where, and what to do."""
 
 
 class SA3Error(ValueError):
-    """Base of every error that a user can cause and mend; jobs print it without a traceback and exit with 1."""
+    """Base class of all errors that a user can cause and fix.
+
+    Raised itself for what no subclass covers, such as a folder that cannot be written. Commands print such errors
+    without a traceback and exit with code 1.
+    """
 
 
 class AudioError(SA3Error):
-    """An audio file or array that cannot be read, written or used."""
+    """Raised when an audio file or array cannot be read, written or processed."""
 
 
 class AdapterError(SA3Error):
-    """An adapter file or setting that does not fit the model it is meant for."""
+    """Raised when an adapter file is damaged, or an adapter or its settings do not fit the model."""
 
 
 class CheckpointError(SA3Error):
-    """A model folder, name or file that cannot be resolved or does not hold what it should."""
+    """Raised when a model name, folder or file cannot be resolved, or its tensors are not those of its config."""
 
 
 class ConfigError(SA3Error):
-    """A setting that is unknown, out of range, or would have no effect."""
+    """Raised when a setting is unknown, of the wrong type, out of range, or would have no effect."""
 
 
 class DataError(SA3Error):
-    """A dataset, caption or shard that is missing, damaged or does not match."""
+    """Raised when a dataset, caption or shard is missing, damaged, or does not match the model or the run."""
 
 
-class RequestError(SA3Error):
-    """A generation request that cannot be carried out as asked."""
+class GenerationError(SA3Error):
+    """Raised when settings of a generation are invalid, contradict each other, or do not suit the model."""
+
+
+class LibraryError(SA3Error):
+    """Raised when an installed library cannot be imported, such as a torchaudio built for another torch."""
 
 
 class MemoryShortageError(SA3Error):
-    """A device whose memory does not suffice for what was asked."""
+    """Raised when the memory of a device or of the machine is exhausted; the message suggests fixes."""

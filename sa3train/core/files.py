@@ -1,7 +1,4 @@
-"""Files appear whole or not at all, and are known by their content.
-
-Folders that appear whole or not at all.
-"""
+"""Atomic writing of files and folders, content hashes, and the folders of cache and configuration."""
 
 import contextlib
 import fcntl
@@ -13,37 +10,40 @@ import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from sa3train.core.errors import SA3Error
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-PART = ".part"
+_PART = ".part"
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
-_ABANDONED = re.compile(rf"\..*\.{_HOST}-[a-z0-9_]{{8}}{re.escape(PART)}")
+_ABANDONED = re.compile(rf"\..*\.{_HOST}-[a-z0-9_]{{8}}{re.escape(_PART)}")
 _SWEPT: set[Path] = set()
-"""Folders whose abandoned parts this process has removed."""
+"""Folders in which this process has looked for abandoned staging folders."""
 
 
 @contextlib.contextmanager
-def beside(target: Path) -> Iterator[Path]:
-    """Yield an empty folder in the folder of `target`, for what is to be renamed to `target`; it is removed at the end.
+def create_staging_dir(target: Path) -> Iterator[Path]:
+    """Create an empty staging folder beside `target` and remove it at the end.
 
-    What writers that were killed have left in the folder of `target` is removed when a process first comes there.
-    Whoever still writes holds a lock on its part, which the system lets go of however the process dies. Network file
-    systems may keep such locks on each host alone, so parts carry their host's name, and other hosts' are left alone.
-    Raises `OSError` when the folder cannot be made.
+    What is built in it is renamed to `target`, which is atomic within one file system. Staging folders that killed
+    writers left are removed when a process first writes to a folder. A writer holds a lock on its own, which the system
+    releases however the process dies. Network file systems may keep such locks per host, so the names contain that of
+    the host, and those of other hosts are left alone.
+
+    Args:
+        target: File or folder that is to be replaced.
+
+    Yields:
+        The staging folder. `OSError` is raised when it cannot be made.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.parent.absolute()
     if folder not in _SWEPT:
         _SWEPT.add(folder)
         _remove_abandoned(folder)
-    part, lock = _locked_part(target)
+    part, lock = _create_locked_part(target)
     try:
         yield part
     finally:
@@ -51,9 +51,9 @@ def beside(target: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _locked_part(target: Path) -> tuple[Path, int]:
+def _create_locked_part(target: Path) -> tuple[Path, int]:
     while True:
-        part = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.{_HOST}-", suffix=PART, dir=target.parent))
+        part = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.{_HOST}-", suffix=_PART, dir=target.parent))
         with contextlib.suppress(FileNotFoundError):  # removed before it was locked: make another
             lock = os.open(part, os.O_RDONLY)
             with contextlib.suppress(OSError):  # a file system without locks: nobody can remove it either
@@ -64,7 +64,7 @@ def _locked_part(target: Path) -> tuple[Path, int]:
 
 
 def _remove_abandoned(folder: Path) -> None:
-    """Remove this host's parts that nobody holds; one that cannot be locked or removed stays."""
+    """Remove staging folders of this host that nobody locks. What cannot be locked or removed stays."""
     parts: list[str] = []
     with contextlib.suppress(OSError), os.scandir(folder) as entries:  # one may write where one may not look
         parts = [entry.path for entry in entries if _ABANDONED.fullmatch(entry.name)]
@@ -79,73 +79,82 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path near `path`; on success it is fsynced and renamed to `path`, on failure removed.
+def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Replace a file atomically: write to a temporary path, which is renamed on success and removed on failure.
 
-    Raises `SA3Error` when the folder cannot be written or the disk is full, naming the folder and the remedy.
+    Args:
+        path: File to create or replace.
+
+    Yields:
+        The temporary path to write to; it exists and is empty.
+
+    Raises:
+        SA3Error: The folder cannot be written or the disk is full.
     """
     target = Path(path)
     temporary: Path | None = None
     try:
-        with beside(target) as folder:
-            temporary = folder / target.name  # alone in a folder: some writers put a file of their own beside it
+        with create_staging_dir(target) as folder:
+            temporary = folder / target.name  # alone in a folder, since some writers create a file of their own there
             temporary.touch()
             yield temporary
-            temporary.chmod(0o666 & ~_umask())  # some writers leave files that only their owner may read
+            temporary.chmod(0o666 & ~_get_umask())  # some writers make files that only their owner may read
             _fsync(temporary)
             temporary.replace(target)
             _fsync(target.parent)
     except OSError as error:
         own = {str(target), str(temporary), *map(str, (temporary or target).parents)}
-        begun = temporary is not None  # before that, nothing of the caller's has run
-        if begun and (error.errno is None or str(error.filename or target) not in own):
-            raise  # not about this file: the caller's own reading failed
-        raise SA3Error(
-            f"cannot write {target}: {error.strerror or error}. Nothing was left behind; "
-            f"free some space or choose a folder you may write to, then run again."
-        ) from error
+        has_begun = temporary is not None  # before that, no code of the caller has run
+        if has_begun and (error.errno is None or str(error.filename or target) not in own):
+            raise  # not about this file: something that the caller does failed
+        raise _explain_unwritable(target, error) from error
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
-    """Write `content` to `path` atomically."""
-    with atomic_path(path) as temporary:
+    """Write bytes to a file atomically.
+
+    Args:
+        path: File to create or replace.
+        content: Its content.
+    """
+    with replace_file(path) as temporary:
         temporary.write_bytes(content)
 
 
-def write_tensors(
-    path: str | os.PathLike[str], tensors: "Mapping[str, Tensor]", metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write a safetensors file atomically, names in order. Raises `SA3Error` as `atomic_path` does."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    with atomic_path(path) as temporary:
-        try:
-            save_file(dict(sorted(tensors.items())), temporary, dict(sorted((metadata or {}).items())) or None)
-        except SafetensorError as error:  # the system's refusals come as text
-            code = re.search(r"os error (\d+)", str(error))
-            if code is None:
-                raise
-            raise OSError(int(code[1]), os.strerror(int(code[1])), str(temporary)) from error
-
-
 def write_text(path: str | os.PathLike[str], content: str) -> None:
-    """Write UTF-8 `content` to `path` atomically."""
+    """Write text to a file atomically, in UTF-8.
+
+    Args:
+        path: File to create or replace.
+        content: Its content.
+    """
     write_bytes(path, content.encode("utf-8"))
 
 
 def write_json(path: str | os.PathLike[str], content: Any) -> None:
-    """Write `content` as indented UTF-8 JSON to `path` atomically; NaN and infinity are refused."""
+    """Write indented UTF-8 JSON to a file atomically.
+
+    Args:
+        path: File to create or replace.
+        content: Value that JSON can hold. NaN and infinity raise `ValueError`.
+    """
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def sha256_of(path: str | os.PathLike[str]) -> str:
-    """Hex SHA-256 of a file's bytes."""
+def hash_file(path: str | os.PathLike[str]) -> str:
+    """Hash the bytes of a file.
+
+    Args:
+        path: File.
+
+    Returns:
+        Hex SHA-256.
+    """
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _umask() -> int:
+def _get_umask() -> int:
     current = os.umask(0)
     os.umask(current)
     return current
@@ -159,37 +168,65 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def cache_dir() -> Path:
-    """Where what can be made again is kept: `$SA3TRAIN_CACHE`, else `~/.cache/sa3train`."""
+def get_config_dir() -> Path:
+    """Get the folder of the Hydra configuration that belongs to this copy of the package.
+
+    A checkout that is found by `PYTHONPATH` alone has it beside the package, an installed package inside. It is not
+    imported as `sa3train.conf`: that would find the one of another, editable installation.
+
+    Returns:
+        The folder that holds `train.yaml` and `encode.yaml`.
+    """
+    package = Path(__file__).parents[1]
+    return package / "conf" if (package / "conf").is_dir() else package.parent / "conf"
+
+
+def get_cache_dir() -> Path:
+    """Get the folder of files that can be made again.
+
+    Returns:
+        `$SA3TRAIN_CACHE`, else `~/.cache/sa3train`.
+    """
     return Path(os.environ.get("SA3TRAIN_CACHE") or Path.home() / ".cache" / "sa3train")
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | os.PathLike[str], is_ours: Callable[[Path], bool]) -> Iterator[Path]:
-    """Yield an empty folder beside `path`; on success it takes the place of `path`, on failure it is removed.
+def replace_folder(path: str | os.PathLike[str], is_ours: Callable[[Path], bool]) -> Iterator[Path]:
+    """Replace a folder atomically: fill a new one, which takes its place on success and is removed on failure.
 
-    A folder already at `path` is replaced when it is empty or `is_ours` says that it is of the same sort. Raises
-    `SA3Error` for any other file or folder there, and when nothing can be written.
+    Args:
+        path: Folder to create, or to replace where it is empty or `is_ours`.
+        is_ours: Tells whether an existing folder is of the same kind, so that it may be replaced.
+
+    Yields:
+        The folder to fill.
+
+    Raises:
+        SA3Error: Something else is at `path`, or nothing can be written.
     """
     target = Path(path)
-    _put_back(target)
+    _restore_interrupted(target)
     if target.exists() and not (target.is_dir() and (is_ours(target) or not any(target.iterdir()))):
-        raise SA3Error(f"{target} exists and holds something else. Give another name, or move it away first.")
+        raise SA3Error(f"{target} exists and is something else. Choose another name, or move it away first.")
     try:
-        with beside(target) as workplace:
-            aside = workplace / target.name
-            aside.mkdir()
-            yield aside
-            _put(aside, target)
+        with create_staging_dir(target) as folder:
+            staged = folder / target.name
+            staged.mkdir()
+            yield staged
+            _swap_in(staged, target)
     except OSError as error:
-        raise SA3Error(
-            f"cannot write {target}: {error.strerror or error}. Nothing was left behind; free some space or choose a "
-            f"folder you may write to, then run again."
-        ) from error
+        raise _explain_unwritable(target, error) from error
 
 
-def _put_back(target: Path) -> None:
-    """Put back what was there before a writer that was killed between its two renames."""
+def _explain_unwritable(target: Path, error: OSError) -> SA3Error:
+    return SA3Error(
+        f"cannot write {target}: {error.strerror or error}. Nothing was left behind. Free disk space or choose a "
+        f"folder you may write to, then run again."
+    )
+
+
+def _restore_interrupted(target: Path) -> None:
+    """Put back what a writer that was killed between its two renames had moved away."""
     if not target.exists() and target.parent.is_dir():
         for earlier in target.parent.glob(f".{glob.escape(target.name[:100])}.????????.old"):
             with contextlib.suppress(OSError):
@@ -197,15 +234,15 @@ def _put_back(target: Path) -> None:
             return
 
 
-def _put(aside: Path, target: Path) -> None:
-    """Rename `aside` to `target`; what was there is put back when that fails."""
+def _swap_in(staged: Path, target: Path) -> None:
+    """Rename `staged` to `target`; on failure what was there is put back."""
     if not target.exists():
-        aside.rename(target)
+        staged.rename(target)
         return
     earlier = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=".old", dir=target.parent))
     target.rename(earlier)  # onto an empty folder, which POSIX replaces
     try:
-        aside.rename(target)
+        staged.rename(target)
     except OSError:
         earlier.rename(target)
         raise

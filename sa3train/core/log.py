@@ -1,26 +1,41 @@
-"""Rank-aware logging and progress bars. The library logs; only jobs print."""
+"""Logging and progress bars on the main rank. The library logs; only commands print."""
 
+import contextlib
+import contextvars
+import json
 import logging
 import os
 import sys
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+import time
+from collections.abc import Iterable, Iterator, Sized
+from typing import Any, TypeVar
 
 Item = TypeVar("Item")
 
 
-def rank() -> int:
-    """This process's rank among those started together (torchrun, SLURM), 0 when alone."""
+def get_rank() -> int:
+    """Get the rank of this process among those started together by torchrun or SLURM.
+
+    Returns:
+        The rank; 0 for a single process.
+    """
     return int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
 
 
 class _MainRankOnly(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
-        return rank() == 0 or record.levelno >= logging.ERROR
+        return get_rank() == 0 or record.levelno >= logging.ERROR
 
 
 def get_logger(name: str) -> logging.Logger:
-    """A logger that speaks on rank 0 only; errors come from every rank."""
+    """Get a logger that logs on rank 0 only; errors are logged on every rank.
+
+    Args:
+        name: `__name__` of the module.
+
+    Returns:
+        The logger.
+    """
     logger = logging.getLogger(name)
     if not any(isinstance(existing, _MainRankOnly) for existing in logger.filters):
         logger.addFilter(_MainRankOnly())
@@ -28,14 +43,18 @@ def get_logger(name: str) -> logging.Logger:
 
 
 class _Stderr(logging.Handler):
-    """Writes to whatever `sys.stderr` is at the time, not to what it was when logging was set up."""
+    """Writes to `sys.stderr` as it is at the time, which tests and notebooks replace."""
 
     def emit(self, record: logging.LogRecord) -> None:
         sys.stderr.write(self.format(record) + "\n")
 
 
 def set_up_logging(level: int = logging.INFO) -> None:
-    """Send sa3train's log lines to stderr, once. Jobs call this; libraries must not."""
+    """Send sa3train's log to stderr, once. Commands call this; libraries must not.
+
+    Args:
+        level: Lowest level that is shown.
+    """
     logger = logging.getLogger("sa3train")
     logger.setLevel(level)
     if not logger.handlers:
@@ -45,9 +64,80 @@ def set_up_logging(level: int = logging.INFO) -> None:
         logger.propagate = False
 
 
-def progress(items: Iterable[Item], description: str, total: int | None = None, unit: str = "it") -> Iterator[Item]:
-    """Iterate `items` behind a progress bar on stderr (rank 0, terminals only)."""
+_JSON_SECONDS = 1.0
+"""Shortest time between two progress lines of one stage."""
+
+_json_progress = contextvars.ContextVar("json_progress", default=False)
+
+
+@contextlib.contextmanager
+def write_json_progress(enabled: bool = True) -> Iterator[None]:
+    """Write progress as JSON lines on stdout instead of drawing bars, while inside.
+
+    Each line is an object with the keys stage, done, total, unit and seconds; a command that reports a result writes
+    it in a last line with the key result.
+
+    Args:
+        enabled: False changes nothing.
+
+    Yields:
+        Nothing.
+    """
+    token = _json_progress.set(enabled)
+    try:
+        yield
+    finally:
+        _json_progress.reset(token)
+
+
+def write_json_line(**fields: Any) -> None:
+    """Write a line of JSON progress, on rank 0 only.
+
+    Args:
+        **fields: Content of the line.
+    """
+    if get_rank() == 0:
+        sys.stdout.write(json.dumps(fields) + "\n")
+        sys.stdout.flush()
+
+
+def track_progress(
+    items: Iterable[Item], description: str, total: int | None = None, unit: str = "it"
+) -> Iterator[Item]:
+    """Iterate behind a progress bar on stderr, on rank 0 and in terminals only; see also `write_json_progress`.
+
+    Args:
+        items: What to iterate.
+        description: Text before the bar.
+        total: Number of items; None is `len(items)` where it has one.
+        unit: Name of one item.
+
+    Yields:
+        The items.
+    """
+    if _json_progress.get():
+        yield from _track_as_json(items, description, total, unit)
+        return
     from tqdm import tqdm
 
-    hidden = rank() != 0 or not sys.stderr.isatty()
+    hidden = get_rank() != 0 or not sys.stderr.isatty()
     yield from tqdm(items, desc=description, total=total, unit=unit, disable=hidden, dynamic_ncols=True)
+
+
+def _track_as_json(items: Iterable[Item], stage: str, total: int | None, unit: str) -> Iterator[Item]:
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    started = time.monotonic()
+    written, done = -_JSON_SECONDS, 0
+
+    def write() -> None:
+        write_json_line(stage=stage, done=done, total=total, unit=unit, seconds=round(time.monotonic() - started, 3))
+
+    write()
+    for item in items:
+        yield item
+        done += 1
+        if time.monotonic() - started - written >= _JSON_SECONDS and done != total:
+            written = time.monotonic() - started
+            write()
+    write()

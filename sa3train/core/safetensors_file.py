@@ -1,24 +1,29 @@
-"""Is a safetensors file what it says it is? Looked at before any library reads it, and no more than its header is read.
+"""Safetensors files: checking a header before any library reads the file, reading, writing, hashing tensors.
 
 Layout: 8 bytes little-endian header length, JSON header, data. Format: https://github.com/huggingface/safetensors.
 """
 
+import hashlib
 import json
 import math
 import os
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from sa3train.core.errors import AdapterError
+from sa3train.core.files import replace_file
 from sa3train.core.log import get_logger
+
+logger = get_logger(__name__)
 
 MAX_HEADER = 16 * 2**20
 MAX_TENSORS = 100_000
@@ -29,14 +34,21 @@ DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
     "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 _KEY = re.compile(r"[A-Za-z0-9_\-]+(?:\.[A-Za-z0-9_\-]+)*")
 _BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One tensor as the header describes it."""
+class TensorInfo:
+    """One tensor as the header describes it.
+
+    Attributes:
+        dtype: Name such as "F16".
+        shape: Shape.
+        begin: First byte in the data.
+        end: Byte after the last.
+    """
 
     dtype: str
     shape: tuple[int, ...]
@@ -45,19 +57,31 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Header:
-    """A checked header: its tensors by key, and its metadata."""
+class SafetensorsHeader:
+    """A checked header.
 
-    entries: dict[str, Entry]
+    Attributes:
+        entries: Tensors by key.
+        metadata: The file's metadata, texts by key.
+    """
+
+    entries: dict[str, TensorInfo]
     metadata: dict[str, str]
 
 
-def read_header(path: str | os.PathLike[str]) -> Header:
-    """The header of the safetensors file at `path`, after checking all that can be checked without reading the data.
+def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
+    """Read the header of an adapter file and check all that can be checked without reading the data.
 
-    Raises `AdapterError`, saying what is wrong, for: a missing, empty or truncated file; a pickle or another format;
-    a header longer than the file or 16 MiB; broken, deeply nested or repeated JSON; unknown dtypes; impossible shapes;
-    offsets that overlap, leave holes or end elsewhere than the file; keys that are no module paths.
+    Args:
+        path: Safetensors file.
+
+    Returns:
+        The header.
+
+    Raises:
+        AdapterError: The file is missing, empty, truncated, a pickle or of another format; its header is longer than
+            the file or 16 MiB, or is broken, deeply nested or repeating JSON; a dtype, shape or key is not allowed; or
+            the tensors overlap, leave holes or end elsewhere than the file.
     """
     file = Path(path)
     try:
@@ -66,21 +90,33 @@ def read_header(path: str | os.PathLike[str]) -> Header:
             start = stream.read(8)
             _refuse_other_formats(file, start)
             if len(start) < 8:
-                raise AdapterError(f"{file} is no safetensors file: it has only {size} bytes.")
+                raise AdapterError(f"{file} is not a safetensors file: it has only {size} bytes.")
             (length,) = struct.unpack("<Q", start)
             if length > size - 8 or length > MAX_HEADER:
                 raise AdapterError(
-                    f"{file} is damaged or no safetensors file: its header claims {length} bytes, and the file has "
-                    f"{size} (a header may have {MAX_HEADER} at most). Download or save it again."
+                    f"{file} is damaged or not a safetensors file: its header claims {length} bytes, and the file has "
+                    f"{size} (at most {MAX_HEADER} are allowed). Download or save it again."
                 )
             text = stream.read(length)
     except OSError as error:
         raise AdapterError(f"cannot read the adapter {file}: {error.strerror or error}.") from error
-    return _checked(file, _parsed(file, text), size - 8 - length)
+    return _check_header(file, _parse_header(file, text), size - 8 - length)
 
 
 def parse_json(text: bytes | str, what: str, max_bytes: int = 2**20) -> Any:
-    """JSON from an untrusted source: bounded in size and depth, without repeated keys. Raises `AdapterError`."""
+    """Parse JSON from an untrusted source: bounded in size and depth, without repeated keys, NaN and infinity.
+
+    Args:
+        text: JSON.
+        what: What it is, for messages ("the metadata of x.safetensors").
+        max_bytes: Largest size accepted.
+
+    Returns:
+        The parsed value.
+
+    Raises:
+        AdapterError: It is too large, too deep, or not valid.
+    """
     raw = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else text
     if len(raw) > max_bytes:
         raise AdapterError(f"{what} has {len(raw)} bytes of JSON, more than the {max_bytes} allowed.")
@@ -90,20 +126,20 @@ def parse_json(text: bytes | str, what: str, max_bytes: int = 2**20) -> Any:
         if depth > MAX_DEPTH:
             raise AdapterError(f"{what} is nested deeper than {MAX_DEPTH} levels.")
     try:
-        return json.loads(raw.decode("utf-8"), object_pairs_hook=_unrepeated, parse_constant=_no_constant)
+        return json.loads(raw.decode("utf-8"), object_pairs_hook=_reject_repeated_keys, parse_constant=_reject_constant)
     except (ValueError, RecursionError) as error:
-        raise AdapterError(f"{what} is no readable JSON: {error}.") from error
+        raise AdapterError(f"{what} is not valid JSON: {error}.") from error
 
 
-def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _reject_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
         raise ValueError("a key occurs twice")
     return result
 
 
-def _no_constant(text: str) -> None:
-    raise ValueError(f"{text} is no number")
+def _reject_constant(text: str) -> None:
+    raise ValueError(f"{text} is not a number")
 
 
 def _refuse_other_formats(file: Path, start: bytes) -> None:
@@ -120,20 +156,20 @@ def _refuse_other_formats(file: Path, start: bytes) -> None:
         )
 
 
-def _parsed(file: Path, text: bytes) -> dict[str, Any]:
+def _parse_header(file: Path, text: bytes) -> dict[str, Any]:
     if not text.startswith(b"{"):
-        raise AdapterError(f"{file} is no safetensors file: its header is not a JSON object.")
+        raise AdapterError(f"{file} is not a safetensors file: its header is not a JSON object.")
     header = parse_json(text, f"the header of {file}", MAX_HEADER)
     if not isinstance(header, dict) or len(header) > MAX_TENSORS:
         raise AdapterError(f"{file} is damaged: its header does not list its tensors.")
     return header
 
 
-def _checked(file: Path, header: dict[str, Any], data_bytes: int) -> Header:
+def _check_header(file: Path, header: dict[str, Any], data_bytes: int) -> SafetensorsHeader:
     metadata = header.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise AdapterError(f"{file} is damaged: its metadata is not a table of texts.")
-    entries = {key: _entry(file, key, value) for key, value in header.items()}
+        raise AdapterError(f"{file} is damaged: its metadata does not map texts to texts.")
+    entries = {key: _parse_tensor_info(file, key, value) for key, value in header.items()}
     position = 0
     for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
         if entry.begin != position:
@@ -142,43 +178,51 @@ def _checked(file: Path, header: dict[str, Any], data_bytes: int) -> Header:
         position = entry.end
     if position != data_bytes:
         raise AdapterError(
-            f"{file} is truncated or damaged: its header describes {position} bytes of tensors, and {data_bytes} are "
-            f"there. Download or save it again."
+            f"{file} is truncated or damaged: its header describes {position} bytes of tensors, and the file has "
+            f"{data_bytes}. Download or save it again."
         )
-    return Header(entries, metadata)
+    return SafetensorsHeader(entries, metadata)
 
 
-def _entry(file: Path, key: str, value: Any) -> Entry:
+def _parse_tensor_info(file: Path, key: str, value: Any) -> TensorInfo:
     if len(key) > MAX_KEY or not _KEY.fullmatch(key) or any(part.startswith("__") for part in key.split(".")):
-        raise AdapterError(f"{file} holds a tensor whose name is no module path: {key[:80]!r}.")
+        raise AdapterError(f"{file} contains a tensor whose name is not a module path: {key[:80]!r}.")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise AdapterError(f"{file} is damaged: {key} must have dtype, shape and data_offsets, and nothing else.")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
         raise AdapterError(f"{file}: {key} has the unknown dtype {str(dtype)[:40]!r}.")
-    if not _whole_numbers(shape) or len(shape) > MAX_DIMENSIONS:
-        raise AdapterError(f"{file}: {key} has the impossible shape {str(shape)[:80]}.")
-    if not _whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise AdapterError(f"{file}: {key} has the impossible data offsets {str(offsets)[:80]}.")
+    if not _are_whole_numbers(shape) or len(shape) > MAX_DIMENSIONS:
+        raise AdapterError(f"{file}: {key} has an invalid shape: {str(shape)[:80]}.")
+    if not _are_whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise AdapterError(f"{file}: {key} has invalid data offsets: {str(offsets)[:80]}.")
     if math.prod(shape) * DTYPE_BYTES[dtype] != offsets[1] - offsets[0]:
         raise AdapterError(
-            f"{file}: {key} claims {dtype} {shape}, which is not the {offsets[1] - offsets[0]} bytes it is given."
+            f"{file} is damaged: {key} claims {dtype} {shape}, which does not take {offsets[1] - offsets[0]} bytes."
         )
-    return Entry(dtype, tuple(shape), offsets[0], offsets[1])
+    return TensorInfo(dtype, tuple(shape), offsets[0], offsets[1])
 
 
-def _whole_numbers(values: Any) -> bool:
+def _are_whole_numbers(values: Any) -> bool:
     return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**48 for value in values)
 
 
-logger = get_logger(__name__)
+def read_tensors(path: Path, header: SafetensorsHeader) -> dict[str, Tensor]:
+    """Read the tensors of an adapter file.
 
+    Args:
+        path: Safetensors file.
+        header: Its checked header.
 
-def read_tensors(path: Path, header: Header) -> dict[str, Tensor]:
-    """The tensors of a file whose header has been checked. Only real numbers are accepted."""
+    Returns:
+        Tensors by key.
+
+    Raises:
+        AdapterError: A tensor is not of floating point, or the file cannot be read.
+    """
     for key, entry in header.entries.items():
-        if entry.dtype not in FLOATS:
-            raise AdapterError(f"{path}: {key} is {entry.dtype}; an adapter holds real numbers (F16, BF16 or F32).")
+        if entry.dtype not in FLOAT_DTYPES:
+            raise AdapterError(f"{path}: {key} is {entry.dtype}; an adapter must be F16, BF16, F32 or F64.")
     try:
         with safe_open(path, framework="pt") as file:
             return {key: file.get_tensor(key) for key in header.entries}
@@ -186,18 +230,74 @@ def read_tensors(path: Path, header: Header) -> dict[str, Tensor]:
         raise AdapterError(f"cannot read {path}: {error}. The file is damaged; download or save it again.") from error
 
 
-def storable(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """Contiguous CPU copies, fp32 and fp64 in `dtype`; a tensor too large for it stays fp32 and is named in the log."""
+def convert_for_saving(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Copy tensors to the CPU in the form in which they are written.
+
+    Args:
+        tensors: Tensors by key.
+        dtype: Dtype for those in fp32 and fp64; None keeps theirs. A tensor with values that it cannot represent stays
+            in fp32, with a warning in the log.
+
+    Returns:
+        Contiguous copies by key.
+
+    Raises:
+        AdapterError: A tensor contains NaN or infinity.
+    """
     stored = {}
     for key, tensor in tensors.items():
         value = tensor.detach().cpu()
         if not torch.isfinite(value).all():
-            raise AdapterError(f"{key} holds NaN or infinity, so the adapter is not written. The training diverged.")
+            raise AdapterError(
+                f"{key} contains NaN or infinity, so the adapter is not written. If it was trained, training diverged: "
+                f"lower the learning rate."
+            )
         if dtype is not None and value.dtype in (torch.float32, torch.float64):
             cast = value.to(dtype)
             if torch.isfinite(cast).all():
                 value = cast
             else:
-                logger.warning("%s has values too large for %s and is kept in fp32", key, dtype)
+                logger.warning("%s has values too large for %s and stays in fp32", key, dtype)
         stored[key] = value.contiguous().clone()
     return stored
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file atomically, with keys in sorted order so that equal tensors give equal files.
+
+    Args:
+        path: Target.
+        tensors: Tensors by key.
+        metadata: Texts by key.
+
+    Raises:
+        SA3Error: The folder cannot be written or the disk is full.
+    """
+    with replace_file(path) as temporary:
+        try:
+            save_file(dict(sorted(tensors.items())), temporary, dict(sorted((metadata or {}).items())) or None)
+        except SafetensorError as error:  # safetensors reports the system's errors as text
+            code = re.search(r"os error (\d+)", str(error))
+            if code is None:
+                raise
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(temporary)) from error
+
+
+def hash_tensors(parts: Iterable[str | Tensor]) -> str:
+    """Hash texts and the bytes of tensors.
+
+    Args:
+        parts: Tensors, and texts such as their names and shapes, in a fixed order.
+
+    Returns:
+        Hex SHA-256.
+    """
+    digest = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, str):
+            digest.update(part.encode())
+        elif part.numel():
+            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

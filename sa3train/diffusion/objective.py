@@ -1,7 +1,7 @@
-"""The training objective of rectified flow as Stable Audio 3 is trained (reference section 6), and its options.
+"""The training objective of rectified flow (docs/model.md, section 6): noise levels, coupling, losses and weights.
 
 x_t = (1-t)*data + t*noise; the model predicts the velocity noise - data.
-Shapes: B items, C latent channels, T latent frames.
+Shapes: B clips, C latent channels, T latent frames.
 """
 
 import math
@@ -14,66 +14,140 @@ TimestepSampler = Callable[[int, torch.Generator | None], Tensor]
 Weighting = Callable[[Tensor], Tensor]
 
 TRUNCATION = 0.075
-LEAST_T = 1e-4
+MIN_T = 1e-4
 COUPLING_ROUNDS = 20
 
 
-def trunc_logit_normal_t(batch: int, generator: torch.Generator | None = None) -> Tensor:
-    """t = 1 - v, v a logit-normal cut below 0.075 and stretched to [0, 1]: the released models' default. (B,)"""
+def sample_trunc_logit_normal(batch: int, generator: torch.Generator | None = None) -> Tensor:
+    """Sample t = 1 - v, v a logit-normal truncated below 0.075 and stretched to [0, 1], as the released models do.
+
+    Args:
+        batch: Number of clips.
+        generator: CPU generator.
+
+    Returns:
+        (B,) in [0, 1].
+    """
     normal = torch.distributions.Normal(0.0, 1.0)
     floor = normal.cdf(torch.logit(torch.tensor(TRUNCATION)))
     quantile_B = floor + (1 - floor) * normal.cdf(torch.randn(batch, generator=generator))
     return 1 - (torch.sigmoid(normal.icdf(quantile_B)) - TRUNCATION) / (1 - TRUNCATION)
 
 
-def log_snr_t(batch: int, generator: torch.Generator | None = None) -> Tensor:
-    """log-SNR ~ N(-1.2, 2): (B,) in [1e-4, 1 - 1e-4]."""
-    return torch.sigmoid(-(2 * torch.randn(batch, generator=generator) - 1.2)).clamp(LEAST_T, 1 - LEAST_T)
+def sample_log_snr(batch: int, generator: torch.Generator | None = None) -> Tensor:
+    """Sample timesteps with log-SNR ~ N(-1.2, 2).
+
+    Args:
+        batch: Number of clips.
+        generator: CPU generator.
+
+    Returns:
+        (B,) in [1e-4, 1 - 1e-4].
+    """
+    return torch.sigmoid(-(2 * torch.randn(batch, generator=generator) - 1.2)).clamp(MIN_T, 1 - MIN_T)
 
 
-def log_snr_uniform_t(batch: int, generator: torch.Generator | None = None) -> Tensor:
-    """log-SNR uniform from -6 to 5: (B,) in [1e-4, 1 - 1e-4]."""
-    return torch.sigmoid(-(11 * torch.rand(batch, generator=generator) - 6)).clamp(LEAST_T, 1 - LEAST_T)
+def sample_log_snr_uniform(batch: int, generator: torch.Generator | None = None) -> Tensor:
+    """Sample timesteps with log-SNR uniform from -6 to 5.
+
+    Args:
+        batch: Number of clips.
+        generator: CPU generator.
+
+    Returns:
+        (B,) in [1e-4, 1 - 1e-4].
+    """
+    return torch.sigmoid(-(11 * torch.rand(batch, generator=generator) - 6)).clamp(MIN_T, 1 - MIN_T)
 
 
-def uniform_t(batch: int, generator: torch.Generator | None = None) -> Tensor:
-    """t uniform in [0, 1): (B,)."""
+def sample_uniform(batch: int, generator: torch.Generator | None = None) -> Tensor:
+    """Sample timesteps uniformly.
+
+    Args:
+        batch: Number of clips.
+        generator: CPU generator.
+
+    Returns:
+        (B,) in [0, 1).
+    """
     return torch.rand(batch, generator=generator)
 
 
 TIMESTEP_SAMPLERS: dict[str, TimestepSampler] = {
-    "trunc_logit_normal": trunc_logit_normal_t,
-    "log_snr": log_snr_t,
-    "log_snr_uniform": log_snr_uniform_t,
-    "uniform": uniform_t,
+    "trunc_logit_normal": sample_trunc_logit_normal,
+    "log_snr": sample_log_snr,
+    "log_snr_uniform": sample_log_snr_uniform,
+    "uniform": sample_uniform,
 }
 
 
-def level_t(levels: Tensor, batch: int, generator: torch.Generator | None = None) -> Tensor:
-    """t drawn from the given noise levels alone, such as a few-step sampler's (post-trained models): (B,)."""
+def sample_levels(levels: Tensor, batch: int, generator: torch.Generator | None = None) -> Tensor:
+    """Sample from given noise levels alone, such as those of a few-step sampler (for post-trained models).
+
+    Args:
+        levels: Noise levels.
+        batch: Number of clips.
+        generator: CPU generator.
+
+    Returns:
+        (B,).
+    """
     return levels[torch.randint(len(levels), (batch,), generator=generator)]
 
 
-def effective_frames(seconds: float, sample_rate: int, downsampling_ratio: int) -> int:
-    """Latent frames that `seconds` of audio fill: ceil(int(seconds * sample_rate) / downsampling_ratio)."""
+def count_effective_frames(seconds: float, sample_rate: int, downsampling_ratio: int) -> int:
+    """Count the latent frames that a duration fills: ceil(int(seconds * sample_rate) / downsampling_ratio).
+
+    Args:
+        seconds: Duration.
+        sample_rate: Sample rate in Hz.
+        downsampling_ratio: Samples per latent frame.
+
+    Returns:
+        Frames.
+    """
     return -(-int(seconds * sample_rate) // downsampling_ratio)
 
 
-def noised(data_BCT: Tensor, noise_BCT: Tensor, t_B: Tensor) -> Tensor:
-    """x_t = (1-t)*data + t*noise: (B, C, T)."""
+def add_noise(data_BCT: Tensor, noise_BCT: Tensor, t_B: Tensor) -> Tensor:
+    """Add noise: x_t = (1-t)*data + t*noise.
+
+    Args:
+        data_BCT: Latents.
+        noise_BCT: Noise.
+        t_B: Noise levels.
+
+    Returns:
+        Noisy latents (B, C, T).
+    """
     t_B11 = t_B[:, None, None].to(data_BCT.dtype)
     return (1 - t_B11) * data_BCT + t_B11 * noise_BCT
 
 
-def velocity_target(data_BCT: Tensor, noise_BCT: Tensor) -> Tensor:
-    """What the model must predict: noise - data (B, C, T)."""
+def compute_velocity_target(data_BCT: Tensor, noise_BCT: Tensor) -> Tensor:
+    """Compute what the model must predict: noise - data.
+
+    Args:
+        data_BCT: Latents.
+        noise_BCT: Noise.
+
+    Returns:
+        Velocity (B, C, T).
+    """
     return noise_BCT - data_BCT
 
 
-def coupling_columns(data_BCT: Tensor, noise_BCT: Tensor) -> Tensor:
-    """Which noise each item takes so that paths cross less: (B,) int64, `noise_BCT[columns]` replaces the noise.
+def match_noise(data_BCT: Tensor, noise_BCT: Tensor) -> Tensor:
+    """Match each clip with the noise near it, so that paths cross less (Pooladian et al. 2023; Tong et al. 2024).
 
-    Twenty Sinkhorn rounds on the squared L2 cost divided by its mean, then items choose in order of the batch.
+    Twenty Sinkhorn rounds on the squared L2 cost divided by its mean, then clips choose in the order of the batch.
+
+    Args:
+        data_BCT: Latents.
+        noise_BCT: Noise.
+
+    Returns:
+        Permutation (B,) int64: use `noise_BCT[columns]` as the noise.
     """
     batch = len(data_BCT)
     cost_BB = torch.cdist(data_BCT.flatten(1).double(), noise_BCT.flatten(1).double()).square()
@@ -88,79 +162,161 @@ def coupling_columns(data_BCT: Tensor, noise_BCT: Tensor) -> Tensor:
     return columns
 
 
-def squared_error(velocity_BCT: Tensor, target_BCT: Tensor) -> Tensor:
-    """(velocity - target)², float32 (B, C, T)."""
+def compute_squared_error(velocity_BCT: Tensor, target_BCT: Tensor) -> Tensor:
+    """Compute (velocity - target)².
+
+    Args:
+        velocity_BCT: Prediction.
+        target_BCT: Target.
+
+    Returns:
+        Float32 (B, C, T).
+    """
     return (velocity_BCT.float() - target_BCT.float()).square()
 
 
-def huber_error(velocity_BCT: Tensor, target_BCT: Tensor, delta: float = 1.0) -> Tensor:
-    """The square up to `delta`, then the line that continues it (twice Huber's loss), float32 (B, C, T)."""
+def compute_huber_error(velocity_BCT: Tensor, target_BCT: Tensor, delta: float = 1.0) -> Tensor:
+    """Compute twice Huber's loss: the square up to `delta`, then the line that continues it.
+
+    Args:
+        velocity_BCT: Prediction.
+        target_BCT: Target.
+        delta: Where the line begins.
+
+    Returns:
+        Float32 (B, C, T).
+    """
     return 2 * torch.nn.functional.huber_loss(velocity_BCT.float(), target_BCT.float(), reduction="none", delta=delta)
 
 
-def masked_item_means(error_BCT: Tensor, mask_BT: Tensor) -> Tensor:
-    """Each item's mean error over (C, masked T): (B,); 0 for an item whose mask is empty."""
+def compute_masked_means(error_BCT: Tensor, mask_BT: Tensor) -> Tensor:
+    """Compute each clip's mean error over (C, masked T).
+
+    Args:
+        error_BCT: Error.
+        mask_BT: Frames that count.
+
+    Returns:
+        (B,); 0 for a clip whose mask is empty.
+    """
     mask_BT = mask_BT.to(torch.bool)
     count_B = mask_BT.sum(dim=1) * error_BCT.shape[1]
     total_B = error_BCT.masked_fill(~mask_BT[:, None, :], 0.0).sum(dim=(1, 2))
     return total_B / count_B.clamp(min=1)
 
 
-def masked_loss(error_BCT: Tensor, mask_BT: Tensor, weight_B: Tensor | None = None) -> Tensor:
-    """The mean over items of their weighted masked means: a scalar. An item with an empty mask counts as 0."""
-    means_B = masked_item_means(error_BCT, mask_BT)
+def compute_masked_loss(error_BCT: Tensor, mask_BT: Tensor, weight_B: Tensor | None = None) -> Tensor:
+    """Compute the mean over clips of their weighted masked means. A clip whose mask is empty counts as 0.
+
+    Args:
+        error_BCT: Error.
+        mask_BT: Frames that count.
+        weight_B: Weight of each clip; None is 1.
+
+    Returns:
+        Scalar.
+    """
+    means_B = compute_masked_means(error_BCT, mask_BT)
     return (means_B if weight_B is None else weight_B.to(means_B) * means_B).mean()
 
 
-def generated_and_kept(inpaint_mask_B1T: Tensor, padding_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
-    """Real positions to generate, and real positions kept as context: two (B, T) bool masks."""
+def split_generated_and_kept(inpaint_mask_B1T: Tensor, attention_mask_BT: Tensor) -> tuple[Tensor, Tensor]:
+    """Split the real frames into those to generate and those kept as context.
+
+    Args:
+        inpaint_mask_B1T: 1 = keep, 0 = generate.
+        attention_mask_BT: True = real.
+
+    Returns:
+        Two (B, T) bool masks: generated, kept.
+    """
     kept_BT = inpaint_mask_B1T[:, 0] > 0.5
-    real_BT = padding_mask_BT.to(torch.bool)
+    real_BT = attention_mask_BT.to(torch.bool)
     return real_BT & ~kept_BT, real_BT & kept_BT
 
 
-def losses(
-    error_BCT: Tensor, inpaint_mask_B1T: Tensor, padding_mask_BT: Tensor, weight_B: Tensor | None = None
+def compute_losses(
+    error_BCT: Tensor, inpaint_mask_B1T: Tensor, attention_mask_BT: Tensor, weight_B: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The loss over generated positions and the context loss over kept ones: two scalars.
+    """Compute the loss over generated frames and the context loss over kept ones.
 
     The released models train on `loss + 1.0 * context_loss`.
+
+    Args:
+        error_BCT: Error.
+        inpaint_mask_B1T: 1 = keep, 0 = generate.
+        attention_mask_BT: True = real.
+        weight_B: Weight of each clip; None is 1.
+
+    Returns:
+        Two scalars: loss, context loss.
     """
-    generated_BT, kept_BT = generated_and_kept(inpaint_mask_B1T, padding_mask_BT)
-    return masked_loss(error_BCT, generated_BT, weight_B), masked_loss(error_BCT, kept_BT, weight_B)
+    generated_BT, kept_BT = split_generated_and_kept(inpaint_mask_B1T, attention_mask_BT)
+    return compute_masked_loss(error_BCT, generated_BT, weight_B), compute_masked_loss(error_BCT, kept_BT, weight_B)
 
 
-def no_weighting(t_B: Tensor) -> Tensor:
-    """1 at every noise level."""
+def compute_unit_weights(t_B: Tensor) -> Tensor:
+    """Compute weights of 1 at every noise level.
+
+    Args:
+        t_B: Noise levels.
+
+    Returns:
+        (B,).
+    """
     return torch.ones_like(t_B)
 
 
-def min_snr_weighting(t_B: Tensor, gamma: float = 5.0) -> Tensor:
-    """Min-SNR (Hang et al. 2023): min(SNR, gamma) on the data estimate, SNR = ((1-t)/t)².
+def compute_min_snr_weights(t_B: Tensor, gamma: float = 5.0) -> Tensor:
+    """Compute Min-SNR weights (Hang et al. 2023): min(SNR, gamma) on the data estimate, SNR = ((1-t)/t)².
 
-    The data estimate's error is t times the velocity's, so the velocity loss is weighted by
+    The error of the data estimate is t times that of the velocity, so the weight of the velocity's squared error is
     t² * min(SNR, gamma) = min((1-t)², gamma * t²).
+
+    Args:
+        t_B: Noise levels.
+        gamma: Largest weight.
+
+    Returns:
+        (B,).
     """
     return torch.minimum((1 - t_B).square(), gamma * t_B.square())
 
 
-def cosmap_weighting(t_B: Tensor) -> Tensor:
-    """2 / (pi * (1 - 2t + 2t²)), the density of the cosine schedule over t (Esser et al. 2024): most in the middle."""
+def compute_cosmap_weights(t_B: Tensor) -> Tensor:
+    """Compute 2 / (pi * (1 - 2t + 2t²)), the density of the cosine schedule over t (Esser et al. 2024).
+
+    It is largest in the middle.
+
+    Args:
+        t_B: Noise levels.
+
+    Returns:
+        (B,).
+    """
     return 2 / (math.pi * (1 - 2 * t_B + 2 * t_B.square()))
 
 
-def level_weighting(t_B: Tensor, weights: Sequence[float]) -> Tensor:
-    """Weights given for evenly spaced noise levels from t = 0 to t = 1, joined by straight lines: (B,)."""
+def interpolate_weights(t_B: Tensor, weights: Sequence[float]) -> Tensor:
+    """Interpolate weights between evenly spaced noise levels.
+
+    Args:
+        t_B: Noise levels.
+        weights: Weights from t = 0 to t = 1, at least two; otherwise `ValueError`.
+
+    Returns:
+        (B,).
+    """
     if len(weights) < 2:
         raise ValueError("weighting by noise level needs at least two weights, for t = 0 and t = 1")
     table = torch.tensor(list(weights), dtype=t_B.dtype, device=t_B.device)
-    place_B = t_B.clamp(0, 1) * (len(weights) - 1)
-    low_B = place_B.floor().long().clamp(max=len(weights) - 2)
-    return torch.lerp(table[low_B], table[low_B + 1], place_B - low_B)
+    position_B = t_B.clamp(0, 1) * (len(weights) - 1)
+    low_B = position_B.floor().long().clamp(max=len(weights) - 2)
+    return torch.lerp(table[low_B], table[low_B + 1], position_B - low_B)
 
 
 WEIGHTINGS: dict[str, Weighting] = {
-    "none": no_weighting,
-    "min_snr": min_snr_weighting,
-    "cosmap": cosmap_weighting,
+    "none": compute_unit_weights,
+    "min_snr": compute_min_snr_weights,
+    "cosmap": compute_cosmap_weights,
 }

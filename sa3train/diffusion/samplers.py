@@ -3,27 +3,30 @@
 All share one signature. Keep `sigmas` on the CPU, so that no step waits for the device. `velocity(x_BCT, t)` takes t
 as a scalar tensor and returns noise - data (B, C, T).
 `callback(step, total, sigma, denoised_BCT)` is called after each step's first evaluation and may raise to cancel.
-Shapes: B items, C latent channels, T latent frames.
+Shapes: B clips, C latent channels, T latent frames. Formulas: docs/model.md, section 5.
+
+A new sampler is a function and one row of `SAMPLERS`, which says whether the sampler draws noise.
 """
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from sa3train.core.device import normal
+from sa3train.core.device import randn
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[[int, int, float, Tensor], None]
 
 # rk4 evaluates its last stage at t_next, and the model is not defined at exactly 0.
-LEAST_SIGMA = 1e-5
+MIN_SIGMA = 1e-5
 
 
 class Sampler(Protocol):
-    """What every sampler is called with."""
+    """Signature of every sampler."""
 
     def __call__(
         self,
@@ -44,11 +47,22 @@ def sample_euler(
     generator: torch.Generator | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Euler's method: x + (t_next - t) * v. Draws nothing."""
+    """Sample by Euler's method: x + (t_next - t) * v.
+
+    Args:
+        velocity: The model, called once per step.
+        x_BCT: Start at noise level `sigmas[0]`.
+        sigmas: Noise levels (S+1,) on the CPU.
+        generator: Not used.
+        callback: See the top of the file.
+
+    Returns:
+        Latents (B, C, T) at noise level `sigmas[-1]`.
+    """
     total = len(sigmas) - 1
     for step, (t, t_next) in enumerate(itertools.pairwise(sigmas)):
         v_BCT = velocity(x_BCT, t)
-        _report(callback, step, total, t, x_BCT, v_BCT)
+        _call_back(callback, step, total, t, x_BCT, v_BCT)
         x_BCT = x_BCT + (t_next - t) * v_BCT
     return x_BCT
 
@@ -61,13 +75,26 @@ def sample_dpmpp(
     generator: torch.Generator | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """DPM-Solver++(2M) (Lu et al. 2022) for x_t = (1-t)*data + t*noise; first order on the first and last step."""
+    """Sample by DPM-Solver++(2M) for x_t = (1-t)*data + t*noise (Lu et al. 2022).
+
+    First order on the first and last step.
+
+    Args:
+        velocity: The model, called once per step.
+        x_BCT: Start at noise level `sigmas[0]`.
+        sigmas: Noise levels (S+1,) on the CPU.
+        generator: Not used.
+        callback: See the top of the file.
+
+    Returns:
+        Latents (B, C, T) at noise level `sigmas[-1]`.
+    """
     total = len(sigmas) - 1
     lambdas = torch.log((1 - sigmas) / sigmas)
     previous_BCT: Tensor | None = None
     for step, (t, t_next) in enumerate(itertools.pairwise(sigmas)):
         v_BCT = velocity(x_BCT, t)
-        _report(callback, step, total, t, x_BCT, v_BCT)
+        _call_back(callback, step, total, t, x_BCT, v_BCT)
         denoised_BCT = x_BCT - t * v_BCT
         h = lambdas[step + 1] - lambdas[step]
         estimate_BCT = denoised_BCT
@@ -87,16 +114,27 @@ def sample_rk4(
     generator: torch.Generator | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """The classical Runge-Kutta method of fourth order: four evaluations a step. Draws nothing."""
+    """Sample by the classical fourth-order Runge-Kutta method.
+
+    Args:
+        velocity: The model, called four times per step.
+        x_BCT: Start at noise level `sigmas[0]`.
+        sigmas: Noise levels (S+1,) on the CPU.
+        generator: Not used.
+        callback: See the top of the file.
+
+    Returns:
+        Latents (B, C, T) at noise level `sigmas[-1]`.
+    """
     total = len(sigmas) - 1
     for step, (t, t_next) in enumerate(itertools.pairwise(sigmas)):
         dt = t_next - t
         middle = t + dt / 2
         k1_BCT = velocity(x_BCT, t)
-        _report(callback, step, total, t, x_BCT, k1_BCT)
+        _call_back(callback, step, total, t, x_BCT, k1_BCT)
         k2_BCT = velocity(x_BCT + dt / 2 * k1_BCT, middle)
         k3_BCT = velocity(x_BCT + dt / 2 * k2_BCT, middle)
-        k4_BCT = velocity(x_BCT + dt * k3_BCT, t_next.clamp(min=LEAST_SIGMA))
+        k4_BCT = velocity(x_BCT + dt * k3_BCT, t_next.clamp(min=MIN_SIGMA))
         x_BCT = x_BCT + dt / 6 * (k1_BCT + 2 * k2_BCT + 2 * k3_BCT + k4_BCT)
     return x_BCT
 
@@ -109,31 +147,51 @@ def sample_pingpong(
     generator: torch.Generator | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """Denoise, then noise again to the next level: the sampler of the post-trained models.
+    """Denoise, then add fresh noise for the next level: the sampler of post-trained models (Song et al. 2023).
 
-    Draws one (B, C, T) of noise per step, the last one included, from `generator` (a CPU generator) in float32.
+    Args:
+        velocity: The model, called once per step.
+        x_BCT: Start at noise level `sigmas[0]`.
+        sigmas: Noise levels (S+1,) on the CPU.
+        generator: CPU generator of one fp32 noise (B, C, T) per step, the last step included.
+        callback: See the top of the file.
+
+    Returns:
+        Latents (B, C, T) at noise level `sigmas[-1]`.
     """
     total = len(sigmas) - 1
     for step, (t, t_next) in enumerate(itertools.pairwise(sigmas)):
         v_BCT = velocity(x_BCT, t)
-        _report(callback, step, total, t, x_BCT, v_BCT)
+        _call_back(callback, step, total, t, x_BCT, v_BCT)
         denoised_BCT = x_BCT - t * v_BCT
-        noise_BCT = normal(x_BCT.shape, generator, x_BCT.device).to(x_BCT.dtype)
+        noise_BCT = randn(x_BCT.shape, generator, x_BCT.device).to(x_BCT.dtype)
         x_BCT = (1 - t_next) * denoised_BCT + t_next * noise_BCT
     return x_BCT
 
 
-SAMPLERS: dict[str, Sampler] = {
-    "euler": sample_euler,
-    "dpmpp": sample_dpmpp,
-    "rk4": sample_rk4,
-    "pingpong": sample_pingpong,
+@dataclass(frozen=True)
+class SamplerSpec:
+    """One row of `SAMPLERS`.
+
+    Attributes:
+        sample: The function.
+        is_stochastic: Whether it draws one noise (B, C, T) from `generator` in every step. On a GPU exactly that noise
+            is prefetched, so a wrong value fails there.
+    """
+
+    sample: Sampler
+    is_stochastic: bool
+
+
+SAMPLERS: dict[str, SamplerSpec] = {
+    "euler": SamplerSpec(sample_euler, is_stochastic=False),
+    "dpmpp": SamplerSpec(sample_dpmpp, is_stochastic=False),
+    "rk4": SamplerSpec(sample_rk4, is_stochastic=False),
+    "pingpong": SamplerSpec(sample_pingpong, is_stochastic=True),
 }
-
-DRAWING = ("pingpong",)
-"""Those that draw a (B, C, T) of noise in each step."""
+"""Samplers by the name that settings give."""
 
 
-def _report(callback: Callback | None, step: int, total: int, t: Tensor, x_BCT: Tensor, v_BCT: Tensor) -> None:
+def _call_back(callback: Callback | None, step: int, total: int, t: Tensor, x_BCT: Tensor, v_BCT: Tensor) -> None:
     if callback is not None:
         callback(step, total, float(t), x_BCT - t * v_BCT)

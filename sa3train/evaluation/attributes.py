@@ -1,8 +1,6 @@
-"""What a listener would say of a clip, measured without any neural network: pitch, brightness, pace, noise, decay,
-width.
+"""Audible attributes of a clip, measured without a neural network: pitch, brightness, pace, noise, decay, width.
 
-Shapes: C channels, N samples, F frequencies, T frames of 1024 samples' hop. Times in seconds, frequencies in Hz,
-levels in dB.
+Shapes: C channels, N samples, F frequencies, T frames, L lags. Times in seconds, frequencies in Hz, levels in dB.
 """
 
 import itertools
@@ -14,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sa3train.audio.metrics import spectral_centroid, stereo_width
+from sa3train.audio.metrics import compute_spectral_centroid, compute_stereo_width
 
 WINDOW, HOP = 2048, 512
 LOWEST_HZ, HIGHEST_HZ = 40.0, 2000.0
@@ -27,25 +25,38 @@ def _mono(audio_CN: Tensor) -> Tensor:
     return audio_CN.float().mean(dim=0)
 
 
-def frame_levels(audio_CN: Tensor) -> Tensor:
-    """RMS of each frame of `HOP` samples relative to the loudest frame, in dB: (T,); -inf frames are floored at
-    -120.
+def measure_frame_levels(audio_CN: Tensor) -> Tensor:
+    """Measure the RMS of each frame of `HOP` samples.
+
+    Args:
+        audio_CN: The clip.
+
+    Returns:
+        dB relative to the loudest frame (T,), at least -120.
     """
     padded_CN = F.pad(audio_CN.float(), (0, -audio_CN.shape[1] % HOP))
     power_T = padded_CN.square().mean(dim=0).unflatten(0, (-1, HOP)).mean(dim=1)
     return 10 * torch.log10((power_T / power_T.max().clamp_min(1e-20)).clamp_min(1e-12))
 
 
-def end_of_sound(audio_CN: Tensor, sample_rate: int) -> float:
-    """When the last frame within 45 dB of the loudest ends, in seconds; 0 for silence."""
+def find_end_of_sound(audio_CN: Tensor, sample_rate: int) -> float:
+    """Find where the sound ends.
+
+    Args:
+        audio_CN: The clip.
+        sample_rate: Samples per second.
+
+    Returns:
+        End of the last frame within 45 dB of the loudest, in seconds; 0 for silence.
+    """
     if not audio_CN.any():
         return 0.0
-    loud = torch.nonzero(frame_levels(audio_CN) > END_DB)
+    loud = torch.nonzero(measure_frame_levels(audio_CN) > END_DB)
     return float(loud[-1] + 1) * HOP / sample_rate
 
 
 def _frames(audio_CN: Tensor, size: int) -> Tensor:
-    """Windows of the mono mix every `HOP` samples, those of silence left out: (T, size), at least one."""
+    """Windows (T, size) of the mono mix every `HOP` samples without the silent ones; at least one."""
     mono_N = _mono(audio_CN)
     mono_N = F.pad(mono_N, (0, max(0, size - len(mono_N))))
     frames_TN = mono_N.unfold(0, size, HOP)
@@ -53,8 +64,16 @@ def _frames(audio_CN: Tensor, size: int) -> Tensor:
     return frames_TN[energy_T >= energy_T.max() * 10 ** (ACTIVE_DB / 10)]
 
 
-def pitch(audio_CN: Tensor, sample_rate: int) -> float:
-    """The median fundamental in Hz by normalised autocorrelation over the clearest half of the sounding frames."""
+def measure_pitch(audio_CN: Tensor, sample_rate: int) -> float:
+    """Measure the pitch by normalized autocorrelation.
+
+    Args:
+        audio_CN: The clip.
+        sample_rate: Samples per second.
+
+    Returns:
+        Median fundamental in Hz over the more periodic half of the frames.
+    """
     frames_TN = _frames(audio_CN, 4096)
     frames_TN = frames_TN - frames_TN.mean(dim=1, keepdim=True)
     spectrum = torch.fft.rfft(frames_TN, 8192)
@@ -68,12 +87,20 @@ def pitch(audio_CN: Tensor, sample_rate: int) -> float:
     best_T = inner_TL.max(dim=1).values
     # The first peak nearly as high as the highest: later ones are multiples of the period.
     lag_T = (inner_TL >= 0.9 * best_T[:, None]).float().argmax(dim=1) + first + 1
-    clear = best_T >= best_T.median()
-    return float(sample_rate / lag_T[clear].float().median())
+    is_clear = best_T >= best_T.median()
+    return float(sample_rate / lag_T[is_clear].float().median())
 
 
-def onset_times(audio_CN: Tensor, sample_rate: int) -> Tensor:
-    """When notes begin, in seconds, by peaks of the rise of log energy over 24 bands of the spectrum: (onsets,)."""
+def find_onsets(audio_CN: Tensor, sample_rate: int) -> Tensor:
+    """Find the onsets of notes at peaks of the rise of log energy in 24 bands of the spectrum.
+
+    Args:
+        audio_CN: The clip.
+        sample_rate: Samples per second.
+
+    Returns:
+        Times in seconds.
+    """
     mono_N = F.pad(_mono(audio_CN), (WINDOW, WINDOW))
     spectrum_FT = torch.stft(mono_N, WINDOW, HOP, window=torch.hann_window(WINDOW), return_complex=True, center=False)
     edges = torch.logspace(math.log10(4), math.log10(WINDOW // 2), 25).long()
@@ -88,13 +115,29 @@ def onset_times(audio_CN: Tensor, sample_rate: int) -> Tensor:
     return (frames.float() * HOP - WINDOW / 2).clamp_min(0) / sample_rate
 
 
-def onset_rate(audio_CN: Tensor, sample_rate: int) -> float:
-    """Onsets per second of sound."""
-    return len(onset_times(audio_CN, sample_rate)) / max(0.5, end_of_sound(audio_CN, sample_rate))
+def measure_onset_rate(audio_CN: Tensor, sample_rate: int) -> float:
+    """Measure the pace.
+
+    Args:
+        audio_CN: The clip.
+        sample_rate: Samples per second.
+
+    Returns:
+        Onsets per second of sound.
+    """
+    return len(find_onsets(audio_CN, sample_rate)) / max(0.5, find_end_of_sound(audio_CN, sample_rate))
 
 
-def noisiness(audio_CN: Tensor, sample_rate: int) -> float:
-    """Spectral flatness of the sounding frames between 60 Hz and 8 kHz in dB: near 0 noise, far below 0 tones."""
+def measure_flatness(audio_CN: Tensor, sample_rate: int) -> float:
+    """Measure the spectral flatness between 60 Hz and 8 kHz.
+
+    Args:
+        audio_CN: The clip.
+        sample_rate: Samples per second.
+
+    Returns:
+        Median flatness of the frames in dB: near 0 for noise, far below for tones.
+    """
     frames_TN = _frames(audio_CN, 4096) * torch.hann_window(4096)
     power_TF = torch.fft.rfft(frames_TN).abs().square()
     bins = slice(int(60 * 4096 / sample_rate), int(8000 * 4096 / sample_rate))
@@ -103,16 +146,31 @@ def noisiness(audio_CN: Tensor, sample_rate: int) -> float:
     return float(flatness_T.median()) * 10 / math.log(10)
 
 
-def sustain(audio_CN: Tensor, sample_rate: int) -> float:
-    """Level of the third quarter of the sound relative to its first, in dB: near 0 held, far below 0 dying away."""
-    length = max(4, round(end_of_sound(audio_CN, sample_rate) * sample_rate))
+def measure_sustain(audio_CN: Tensor, sample_rate: int) -> float:
+    """Measure the level of the third quarter of the sound relative to its first.
+
+    Args:
+        audio_CN: The clip.
+        sample_rate: Samples per second.
+
+    Returns:
+        dB: near 0 for held sounds, far below for decaying ones.
+    """
+    length = max(4, round(find_end_of_sound(audio_CN, sample_rate) * sample_rate))
     quarters = [part.square().mean().clamp_min(1e-20) for part in _mono(audio_CN)[:length].chunk(4)]
     return float(10 * torch.log10(quarters[2] / quarters[0])) if len(quarters) == 4 else 0.0
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """A question with two answers: above the threshold is `more`, below it is `less`; 50 % are right by chance."""
+    """A measurement turned into one of two answers; 50 % are right by chance.
+
+    Attributes:
+        measure: Measures a clip.
+        threshold: Border between the answers.
+        less: Answer up to the threshold.
+        more: Answer above it.
+    """
 
     measure: Callable[[Tensor, int], float]
     threshold: float
@@ -120,15 +178,23 @@ class Attribute:
     more: str
 
     def answer(self, audio_CN: Tensor, sample_rate: int) -> str:
-        """`less` or `more` for this clip."""
+        """Return the answer for a clip.
+
+        Args:
+            audio_CN: The clip.
+            sample_rate: Samples per second.
+
+        Returns:
+            `less` or `more`.
+        """
         return self.more if self.measure(audio_CN, sample_rate) > self.threshold else self.less
 
 
 ATTRIBUTES: dict[str, Attribute] = {
-    "register": Attribute(pitch, 260.0, "low", "high"),
-    "brightness": Attribute(spectral_centroid, 1500.0, "dark", "bright"),
-    "pace": Attribute(onset_rate, 3.4, "slow", "fast"),
-    "texture": Attribute(noisiness, -14.0, "tonal", "noisy"),
-    "decay": Attribute(sustain, -8.0, "dying", "held"),
-    "width": Attribute(lambda audio_CN, _: stereo_width(audio_CN), 0.002, "mono", "stereo"),
+    "register": Attribute(measure_pitch, 260.0, "low", "high"),
+    "brightness": Attribute(compute_spectral_centroid, 1500.0, "dark", "bright"),
+    "pace": Attribute(measure_onset_rate, 3.4, "slow", "fast"),
+    "texture": Attribute(measure_flatness, -14.0, "tonal", "noisy"),
+    "decay": Attribute(measure_sustain, -8.0, "dying", "held"),
+    "width": Attribute(lambda audio_CN, _: compute_stereo_width(audio_CN), 0.002, "mono", "stereo"),
 }

@@ -1,4 +1,4 @@
-"""A small classifier of sounds by the statistics of their log-mel spectrum: a ruler for generated audio, not a product.
+"""A small classifier of sounds from statistics of their log-mel spectrum, to evaluate generated audio.
 
 Shapes: C channels, N samples, T frames, M mel bands, B clips, K classes, D features.
 """
@@ -11,8 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from sa3train.audio.metrics import mel_spectrogram
-from sa3train.core.files import write_tensors
+from sa3train.audio.metrics import compute_mel_spectrogram
+from sa3train.core.safetensors_file import write_tensors
 
 BANDS = 64
 RANGE_DB = 70.0
@@ -20,14 +20,19 @@ FEATURES = 6 * BANDS
 HIDDEN = 256
 
 
-def features(audio_CN: Tensor, sample_rate: int) -> Tensor:
-    """What the classifier sees, (D,): mean, spread, mean rise and fall, and the loudest and first 0.1 s of each mel
-    band.
+def compute_features(audio_CN: Tensor, sample_rate: int) -> Tensor:
+    """Compute what the classifier sees: mean, deviation, mean rise and fall, maximum and first 0.1 s of each mel band.
 
-    Levels are relative to the clip's loudest point, floored 70 dB under it; frames 45 dB under the loudest are left
-    out.
+    Levels are relative to the loudest point and floored 70 dB below it; frames 45 dB below the loudest are skipped.
+
+    Args:
+        audio_CN: The clip.
+        sample_rate: Samples per second.
+
+    Returns:
+        Features (D,).
     """
-    decibels_MT = mel_spectrogram(audio_CN, sample_rate, BANDS)
+    decibels_MT = compute_mel_spectrogram(audio_CN, sample_rate, BANDS)
     decibels_MT = (decibels_MT - decibels_MT.max()).clamp_min(-RANGE_DB) / RANGE_DB + 1
     loudness_T = decibels_MT.amax(dim=0)
     decibels_MT = decibels_MT[:, loudness_T > loudness_T.max() - 45 / RANGE_DB]
@@ -39,54 +44,100 @@ def features(audio_CN: Tensor, sample_rate: int) -> Tensor:
 
 @dataclass
 class Classifier:
-    """Two linear layers over standardised features; `names` are the classes in order."""
+    """Two linear layers over standardized features.
+
+    Attributes:
+        network: The layers.
+        mean_D: Mean of each feature in training.
+        deviation_D: Its standard deviation.
+        names: Classes in the order of the outputs.
+    """
 
     network: nn.Sequential
     mean_D: Tensor
-    spread_D: Tensor
+    deviation_D: Tensor
     names: list[str]
 
     @torch.no_grad()
-    def probabilities(self, audio_CN: Tensor, sample_rate: int) -> Tensor:
-        """(K,), summing to 1."""
-        standard_D = (features(audio_CN, sample_rate) - self.mean_D) / self.spread_D
+    def predict(self, audio_CN: Tensor, sample_rate: int) -> Tensor:
+        """Predict the probability of each class.
+
+        Args:
+            audio_CN: The clip.
+            sample_rate: Samples per second.
+
+        Returns:
+            Probabilities (K,).
+        """
+        standard_D = (compute_features(audio_CN, sample_rate) - self.mean_D) / self.deviation_D
         return self.network(standard_D[None]).softmax(dim=-1)[0]
 
-    def name(self, audio_CN: Tensor, sample_rate: int) -> str:
-        """The most probable class."""
-        return self.names[int(self.probabilities(audio_CN, sample_rate).argmax())]
+    def classify(self, audio_CN: Tensor, sample_rate: int) -> str:
+        """Name the most probable class.
+
+        Args:
+            audio_CN: The clip.
+            sample_rate: Samples per second.
+
+        Returns:
+            Name of the class.
+        """
+        return self.names[int(self.predict(audio_CN, sample_rate).argmax())]
 
     def save(self, path: Path) -> None:
-        """fp16 safetensors with the class names in its metadata."""
-        state = {**self.network.state_dict(), "mean": self.mean_D, "spread": self.spread_D}
+        """Write the classifier as fp16 safetensors with the class names in the metadata.
+
+        Args:
+            path: The file.
+        """
+        state = {**self.network.state_dict(), "mean": self.mean_D, "spread": self.deviation_D}
         halves = {name: tensor.half().contiguous() for name, tensor in state.items()}
         write_tensors(path, halves, {"names": json.dumps(self.names)})
 
     @staticmethod
     def load(path: Path) -> "Classifier":
-        """The classifier in a file written by `save`."""
+        """Load a classifier written by `save`.
+
+        Args:
+            path: The file.
+
+        Returns:
+            The classifier.
+        """
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
             names = json.loads(file.metadata()["names"])
-        network = _network(len(names))
-        mean_D, spread_D = state.pop("mean"), state.pop("spread")
+        network = _build_network(len(names))
+        mean_D, deviation_D = state.pop("mean"), state.pop("spread")
         network.load_state_dict(state)
-        return Classifier(network.eval(), mean_D, spread_D, names)
+        return Classifier(network.eval(), mean_D, deviation_D, names)
 
 
-def _network(classes: int) -> nn.Sequential:
+def _build_network(classes: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.GELU(), nn.Dropout(0.3), nn.Linear(HIDDEN, classes))
 
 
-def train(
+def train_classifier(
     features_BD: Tensor, labels_B: Tensor, names: list[str], epochs: int = 120, rate: float = 2e-3, seed: int = 0
 ) -> Classifier:
-    """Fit a classifier to features with labels (indices into `names`)."""
+    """Train a classifier.
+
+    Args:
+        features_BD: Features of each clip.
+        labels_B: Class of each clip, an index into `names`.
+        names: The classes.
+        epochs: Passes over the clips.
+        rate: Learning rate.
+        seed: Seed of initialization, order, dropout and jitter.
+
+    Returns:
+        The classifier.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        mean_D, spread_D = features_BD.mean(0), features_BD.std(0).clamp_min(1e-3)
-        standard_BD = (features_BD - mean_D) / spread_D
-        network = _network(len(names)).train()
+        mean_D, deviation_D = features_BD.mean(0), features_BD.std(0).clamp_min(1e-3)
+        standard_BD = (features_BD - mean_D) / deviation_D
+        network = _build_network(len(names)).train()
         optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.05)
         for _ in range(epochs):
             for pick in torch.randperm(len(labels_B)).split(64):
@@ -95,4 +146,4 @@ def train(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-    return Classifier(network.eval().requires_grad_(False), mean_D, spread_D, names)
+    return Classifier(network.eval().requires_grad_(False), mean_D, deviation_D, names)

@@ -1,12 +1,11 @@
-"""CUDA graphs: the kernels of a denoiser's step, recorded once in a request and sent to the device as one.
+"""CUDA graphs: the kernels of a denoiser's step, captured once per generation and launched together.
 
 A step of a small model is a thousand launches, which take the host longer than the device takes to compute them.
 """
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,10 +17,13 @@ logger = get_logger(__name__)
 Step = Callable[[Tensor, Tensor], Tensor]
 
 
-class Recorded:
-    """`function(x, t)` for tensors of one shape: run as it is the first time, recorded the second, then replayed.
+class CUDAGraphRunner:
+    """A `function(x, t)` for tensors of one shape: run eagerly the first time, captured the second, then replayed.
 
-    What it reads besides must stay where it is. Where recording fails, it goes on being run as it is, and says so.
+    All other memory it reads must stay at its address. Where capture fails, it runs eagerly and logs a warning.
+
+    Args:
+        function: The step: (B, C, T) and (B,) to (B, C, T).
     """
 
     def __init__(self, function: Step) -> None:
@@ -34,33 +36,40 @@ class Recorded:
     def __call__(self, x_BCT: Tensor, t_B: Tensor) -> Tensor:
         self._calls += 1
         if self._calls == 2:
-            self._record(x_BCT, t_B)
+            self._capture(x_BCT, t_B)
         if self._replay is None or self._inputs is None:
             return self.function(x_BCT, t_B)
-        for kept, given in zip(self._inputs, (x_BCT, t_B), strict=True):
-            kept.copy_(given)
+        for static, given in zip(self._inputs, (x_BCT, t_B), strict=True):
+            static.copy_(given)
         self._replay()
         return self._output.clone()  # samplers keep a velocity while they ask for the next
 
-    def _record(self, x_BCT: Tensor, t_B: Tensor) -> None:
+    def _capture(self, x_BCT: Tensor, t_B: Tensor) -> None:
         inputs = (x_BCT.clone(), t_B.clone())
         try:
-            self._replay, self._output = capture(self.function, inputs)
+            self._replay, self._output = capture_graph(self.function, inputs)
             self._inputs = inputs
         except RuntimeError as error:
-            why = error.__context__ or error  # ending a recording that has failed is an error too, and says less
-            logger.warning("the denoiser's steps could not be recorded (%s); they are launched one by one.", why)
+            cause = error.__context__ or error  # ending a failed capture is an error too, and says less
+            logger.warning("CUDA graph capture of the denoiser's step failed (%s). Steps run eagerly.", cause)
 
 
-def capture(function: Step, inputs: tuple[Tensor, Tensor]) -> tuple[Callable[[], None], Tensor]:
-    """What replays `function` on the memory of `inputs`, and the memory its output will be in.
+def capture_graph(function: Step, inputs: tuple[Tensor, Tensor]) -> tuple[Callable[[], None], Tensor]:
+    """Capture a function as a CUDA graph that reads the memory of its inputs.
 
-    Other threads may use the device meanwhile (noise is drawn into pinned memory by one). Not by `torch.cuda.graph`,
-    which first gives back all cached memory, pinned memory too: a request would pay for that more than it gains.
+    Other threads may use the device meanwhile (one draws noise into pinned memory). `torch.cuda.graph` is not used: it
+    first releases all cached memory, pinned memory too, which would cost a generation more than the graph saves.
+
+    Args:
+        function: The function to capture.
+        inputs: Its arguments.
+
+    Returns:
+        A function that replays the graph, and the memory its output will be in.
     """
     device = inputs[0].device
-    place = _place(device)
-    graph, output = _recorded(lambda: function(*inputs), device, place.stream, place.anchor.pool())
+    stream, anchor = _get_capture_context(device)
+    graph, output = _capture(lambda: function(*inputs), device, stream, anchor.pool())
 
     def replay() -> None:
         with torch.cuda.device(device):
@@ -69,7 +78,7 @@ def capture(function: Step, inputs: tuple[Tensor, Tensor]) -> tuple[Callable[[],
     return replay, output
 
 
-def _recorded(
+def _capture(
     function: Callable[[], Tensor], device: torch.device, stream: torch.cuda.Stream, pool: Any = None
 ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
     graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream(device)
@@ -84,10 +93,9 @@ def _recorded(
     return graph, output
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where recordings are made: one stream, since cuBLAS keeps memory for every stream it has seen, and the memory of
-    a first graph, which stays, so that each request records into the memory of the last.
+class _CaptureContext(NamedTuple):
+    """One stream for all captures, since cuBLAS keeps memory for every stream it has seen, and a first graph that stays
+    and whose memory each generation captures into.
     """
 
     stream: torch.cuda.Stream
@@ -95,7 +103,7 @@ class Place:
 
 
 @functools.cache
-def _place(device: torch.device) -> Place:
+def _get_capture_context(device: torch.device) -> _CaptureContext:
     stream = torch.cuda.Stream(device)
-    anchor, _ = _recorded(lambda: torch.zeros(1, device=device), device, stream)
-    return Place(stream, anchor)
+    anchor, _ = _capture(lambda: torch.zeros(1, device=device), device, stream)
+    return _CaptureContext(stream, anchor)

@@ -1,7 +1,4 @@
-"""The generator: a loaded model, its stack of adapters, and `generate` in all three modes.
-
-Shapes: B items, C latent channels, T latent frames, N samples; t = 1 is noise, t = 0 is data.
-"""
+"""The generator: a loaded model, its stack of adapters, and `generate` in all three modes."""
 
 import os
 from collections.abc import Sequence
@@ -14,42 +11,45 @@ from sa3train.adapters.apply.load_report import LoadReport
 from sa3train.adapters.apply.stack import AdapterStack
 from sa3train.adapters.formats.io import load_adapter
 from sa3train.adapters.layer_filter import split_patterns
-from sa3train.core.device import drawn_ahead, memory_named
-from sa3train.core.errors import ConfigError, RequestError
+from sa3train.core.device import choose_device, explain_oom, prefetch_noise
+from sa3train.core.errors import ConfigError, GenerationError
 from sa3train.core.log import get_logger
 from sa3train.diffusion.samplers import Callback
-from sa3train.inference.input_audio import Source, load_source
+from sa3train.inference.decoding import collect_warnings, decode_audio
+from sa3train.inference.input_audio import load_input_audio
 from sa3train.inference.outputs import GenerationOutput
-from sa3train.inference.request import DEFAULT_DURATION, ModelFacts, Request, build_request, described
-from sa3train.inference.runtime import choose_device, choose_dtype, compile_blocks, what_helps
-from sa3train.inference.sampling import (
-    decode_audio,
-    draws_to_come,
-    sample_latents,
-    starting_point,
-    truncated_prompts,
-    warnings_of,
-)
-from sa3train.inference.sidecar import adapter_record, environment
+from sa3train.inference.request import AUDIO_SETTINGS, SETTING_NAMES, GenerationSettings
+from sa3train.inference.resolve import ModelFacts, ResolvedSettings, resolve_settings
+from sa3train.inference.runtime import choose_dtype, suggest_memory_fixes
+from sa3train.inference.sampling import Generation, list_noise_shapes, prepare_start, sample_latents
+from sa3train.inference.sidecar import describe_adapter, describe_environment
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
-from sa3train.models.fp16_check import settle_in_fp16
+from sa3train.models.dit import compile_blocks
+from sa3train.models.fp16_check import convert_to_fp16
 
 logger = get_logger(__name__)
 
-WAYS = ("compiled", "cuda_graphs")
-"""Attributes of a generator that a sidecar names where they are on."""
+EXECUTION_OPTIONS = ("compiled", "cuda_graphs")
+"""Attributes of a generator that its sidecars record where they are on."""
 
 
 class Generator:
-    """Generates audio with one model and any number of adapters. Every draw comes from one CPU torch generator."""
+    """Generates audio with one model and any number of adapters.
+
+    All random draws come from one CPU generator, on every device.
+
+    Args:
+        model: The loaded model.
+        precision: What it was loaded in, for sidecars.
+        source: Name or folder to load it from again, for sidecars; None for the model's own path.
+    """
 
     def __init__(self, model: StableAudio3, precision: str = "fp32", source: str | None = None) -> None:
-        """Play `model` as it is loaded; sidecars name its `precision` and the `source` to load it from again."""
         self.model = model
         self.source = source or str(model.path)
         self.precision = precision
         self.compiled = self.cuda_graphs = False
-        self.stack = AdapterStack(model.adaptable())
+        self.stack = AdapterStack(model.get_adapter_root())
         self._records: list[dict[str, Any]] = []
         self.facts = ModelFacts(
             model.name, model.objective, model.sample_rate, model.downsampling_ratio, model.max_frames
@@ -65,25 +65,34 @@ class Generator:
         compiled: bool = False,
         cuda_graphs: bool = False,
     ) -> "Generator":
-        """Load a model by name or folder. `device` None takes CUDA or MPS when present, else the CPU.
+        """Load a model by name or folder.
 
-        `precision` is "fp32", "bf16", "fp16" (but for layers that are not good enough in it, which are tried first and
-        named in the log), or "auto": what the device computes fastest, measured once. `compiled`
-        has torch compile the denoiser's blocks (see `compile_blocks`): for many requests, not for the first.
-        `cuda_graphs` sends a step's kernels to a CUDA device as one, from a request's third step on. Raises
-        `CheckpointError` when the model cannot be loaded, `ConfigError` for a device or precision that cannot be had,
-        `MemoryShortageError` when the device does not hold it.
+        Args:
+            name: Name such as "nano" or "medium-base", or a folder.
+            device: Such as "cpu" or "cuda:1"; None for CUDA or MPS when present, else the CPU.
+            precision: "fp32", "bf16", "fp16" (layers that are inaccurate in it stay in fp32, which is logged), or
+                "auto": what the device computes fastest, measured once.
+            compiled: Whether to compile the denoiser's blocks, see `compile_blocks`: pays off over many generations.
+            cuda_graphs: Whether to capture the denoiser's step as a CUDA graph, which replays from the third step on.
+
+        Returns:
+            The generator.
+
+        Raises:
+            CheckpointError: When the model cannot be loaded.
+            ConfigError: When the device or precision is not available.
+            MemoryShortageError: When the model does not fit on the device.
         """
-        place = choose_device(device)
-        if cuda_graphs and place.type != "cuda":
-            raise ConfigError(f"CUDA graphs have no effect on {place.type}: leave them out, or use a CUDA device.")
-        chosen, dtype = choose_dtype(precision, place)
-        with memory_named(place, f"loading {os.fspath(name)} in {chosen}", what_helps(place, chosen)):
+        target = choose_device(device)
+        if cuda_graphs and target.type != "cuda":
+            raise ConfigError(f"cuda_graphs has no effect on {target.type}. Remove it, or use a CUDA device.")
+        chosen, dtype = choose_dtype(precision, target)
+        with explain_oom(target, f"loading {os.fspath(name)} in {chosen}", suggest_memory_fixes(target, chosen)):
             if dtype is torch.float16:
                 model = load_checkpoint(name, "cpu")
-                settle_in_fp16(model, place)
+                convert_to_fp16(model, target)
             else:
-                model = load_checkpoint(name, place, dtype, encoder_later=True)
+                model = load_checkpoint(name, target, dtype, lazy_encoder=True)
         generator = cls(model, chosen, os.fspath(name))
         generator.cuda_graphs = cuda_graphs
         if compiled:
@@ -93,12 +102,12 @@ class Generator:
 
     @property
     def device(self) -> torch.device:
-        """Where the model computes."""
+        """The device that the model computes on."""
         return next(self.model.dit.parameters()).device
 
     @property
     def adapters(self) -> list[dict[str, Any]]:
-        """What is loaded, in order: path, sha256, strengths, interval, layers switched off."""
+        """The loaded adapters in order: path, sha256, strengths, interval, excluded layers."""
         return [dict(record) for record in self._records]
 
     def load_adapter(
@@ -111,15 +120,25 @@ class Generator:
         exclude_layers: Sequence[str] | str = (),
         allow_partial: bool = False,
     ) -> LoadReport:
-        """Add an adapter to those already loaded; earlier ones stay.
+        """Add an adapter to those already loaded.
 
-        `conditioner_strength` None means `strength`. `interval`: noise levels (ends inclusive) at which it acts.
-        `exclude_layers`: substrings of layers to leave untouched, with ranges as `layers.[0-5]`. Raises `AdapterError`
-        when it does not fit the model; when only some layers match, unless `allow_partial`.
+        Args:
+            adapter: File, folder or name of an adapter, or the adapter itself.
+            strength: 0 is the bare model, 1 the adapter as trained.
+            conditioner_strength: Strength in the conditioner; None for the same.
+            interval: Noise levels (low, high) at which the adapter acts, ends included.
+            exclude_layers: Substrings of layers to leave untouched, with ranges such as "layers.[0-5]".
+            allow_partial: Whether to load an adapter of which only some layers match.
+
+        Returns:
+            What matched the model and how much it changes the weights.
+
+        Raises:
+            AdapterError: When the adapter does not fit the model.
         """
         loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
         excluded = split_patterns(exclude_layers)
-        with memory_named(self.device, "loading an adapter", what_helps(self.device, self.precision)):
+        with explain_oom(self.device, "loading an adapter", suggest_memory_fixes(self.device, self.precision)):
             report = self.stack.add(
                 loaded,
                 strength,
@@ -131,7 +150,7 @@ class Generator:
             )
         self._records.append(
             {
-                **adapter_record(adapter, loaded),
+                **describe_adapter(adapter, loaded),
                 "strength": strength,
                 "conditioner_strength": conditioner_strength,
                 "interval": list(interval),
@@ -144,21 +163,39 @@ class Generator:
     def set_strength(
         self, strength: float, adapter: int | None = None, conditioner_strength: float | None = None
     ) -> None:
-        """Set the strength of the adapter at index `adapter`, or of all. 0 turns it off without unloading it."""
+        """Set the strength of one adapter or of all.
+
+        Args:
+            strength: 0 turns it off without unloading it.
+            adapter: Index of the adapter; None for all.
+            conditioner_strength: Strength in the conditioner; None for the same.
+        """
         self.stack.set_strength(strength, adapter, conditioner_strength)
         for record in self._records if adapter is None else [self._records[adapter]]:
             record.update(strength=strength, conditioner_strength=conditioner_strength)
 
     def remove_adapter(self, adapter: int) -> None:
-        """Unload the adapter at index `adapter`; those after it move up. The model is as it was without it."""
+        """Unload an adapter; the model is as if it had never been loaded.
+
+        Args:
+            adapter: Its index; adapters after it move up.
+        """
         self.stack.remove(adapter)
         del self._records[adapter]
 
     def replace_adapter(self, index: int, adapter: str | os.PathLike[str] | Adapter) -> LoadReport:
-        """Put another adapter in the place of the one at `index`, with its strengths, interval and excluded layers."""
+        """Replace an adapter and keep its strengths, interval and excluded layers.
+
+        Args:
+            index: Index of the adapter to replace.
+            adapter: The new one.
+
+        Returns:
+            What matched the model and how much it changes the weights.
+        """
         loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
         report = self.stack.replace(index, loaded)
-        self._records[index].update(adapter_record(adapter, loaded))
+        self._records[index].update(describe_adapter(adapter, loaded))
         return report
 
     def generate(
@@ -166,94 +203,107 @@ class Generator:
         prompt: str | Sequence[str],
         *,
         negative_prompt: str | Sequence[str | None] | None = None,
-        duration: float | Sequence[float] = DEFAULT_DURATION,
-        steps: int | None = None,
-        cfg_scale: float | None = None,
-        seed: int = -1,
+        duration: float | Sequence[float] = 30.0,
         batch_size: int = 1,
+        seed: int = -1,
+        steps: int | None = None,
+        sampler_type: str | None = None,
+        cfg_scale: float | None = None,
+        cfg_interval: tuple[float, float] = (0.0, 1.0),
+        cfg_norm_threshold: float = 0.0,
+        scale_phi: float = 0.0,
+        apg_scale: float = 1.0,
         init_audio: Any = None,
-        init_noise_level: float = 1.0,
+        init_noise_level: float = 0.9,
         inpaint_audio: Any = None,
         inpaint_mask_start_seconds: float | Sequence[float] | None = None,
         inpaint_mask_end_seconds: float | Sequence[float] | None = None,
         keep_exact: bool = False,
         chunked_decode: bool | None = None,
-        apg_scale: float = 1.0,
-        cfg_interval: Sequence[float] = (0.0, 1.0),
-        cfg_norm_threshold: float = 0.0,
-        scale_phi: float = 0.0,
-        sampler_type: str | None = None,
         return_latents: bool = False,
         generator: torch.Generator | None = None,
         callback: Callback | None = None,
     ) -> GenerationOutput:
         """Generate one item, or a batch: lists of prompts, negative prompts and durations give one value per item.
 
-        Open settings take the model's defaults: 50 steps, guidance 7, Euler on base models; 8, 1, ping-pong on
-        post-trained ones. Times are in seconds. `init_audio` and `inpaint_audio` are a path, `(sample_rate, tensor)`
-        or `(tensor, sample_rate)`; with both, sampling starts from the first and keeps what it must of the second.
-        `init_noise_level`: 0 keeps the audio, 1 replaces it by noise. Inpainting generates anew from start to end, one
-        region or a list of them; the rest is context that the model copies, or with `keep_exact` is decoded from its
-        own latents. `chunked_decode` None does as the model's config says. `seed` -1 is a random one; `generator` (on
-        the CPU) takes its place. `callback(step, total, sigma, denoised)` may raise to cancel.
+        inference/README.md lists every setting with its default, range and meaning. Times are in seconds.
 
-        Raises `RequestError` for a request that cannot be met or a setting without effect, `AudioError` for unusable
-        audio, `MemoryShortageError` when the device does not hold what is asked for.
+        Args:
+            prompt, negative_prompt, duration, batch_size: What to generate; see `GenerationSettings`.
+            seed, steps, sampler_type: Sampling; None for the model's default, seed -1 for a random one.
+            cfg_scale, cfg_interval, cfg_norm_threshold, scale_phi, apg_scale: Guidance.
+            init_audio, init_noise_level: Audio to start from, 0 keeps it and 1 replaces it by noise.
+            inpaint_audio, inpaint_mask_start_seconds, inpaint_mask_end_seconds, keep_exact: Audio to regenerate in
+                regions or to continue.
+            chunked_decode: Whether to decode in chunks; None as the model's config says.
+            return_latents: Whether the output holds latents too.
+            generator: CPU generator to draw from instead of `seed`.
+            callback: Called as `callback(step, total, sigma, denoised_BCT)` after each step; may raise to cancel.
+
+        Returns:
+            The audio, with what its sidecar will record.
+        """
+        given = locals()
+        settings = GenerationSettings(**{name: given[name] for name in SETTING_NAMES})
+        return self.generate_from(settings, return_latents=return_latents, generator=generator, callback=callback)
+
+    def generate_from(
+        self,
+        settings: GenerationSettings,
+        *,
+        return_latents: bool = False,
+        generator: torch.Generator | None = None,
+        callback: Callback | None = None,
+    ) -> GenerationOutput:
+        """Generate from settings, as `generate` does from keywords.
+
+        Args:
+            settings: What to generate.
+            return_latents: Whether the output holds latents too.
+            generator: CPU generator to draw from instead of the seed.
+            callback: Called as `callback(step, total, sigma, denoised_BCT)` after each step; may raise to cancel.
+
+        Returns:
+            The audio, with what its sidecar will record.
+
+        Raises:
+            GenerationError: When the model cannot do what is asked, or a setting would have no effect.
+            AudioError: When input audio is unusable.
+            MemoryShortageError: When the generation does not fit on the device.
         """
         if generator is not None and generator.device.type != "cpu":
-            raise RequestError("generator must be a CPU generator: every draw is made there, on all devices.")
-        init = None if init_audio is None else load_source(init_audio, self.facts.sample_rate, "init_audio")
-        inpaint = None if inpaint_audio is None else load_source(inpaint_audio, self.facts.sample_rate, "inpaint_audio")
-        request = build_request(
-            self.facts,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            duration=duration,
-            steps=steps,
-            cfg_scale=cfg_scale,
-            cfg_interval=cfg_interval,
-            cfg_norm_threshold=cfg_norm_threshold,
-            apg_scale=apg_scale,
-            scale_phi=scale_phi,
-            sampler_type=sampler_type,
-            seed=seed,
-            batch_size=batch_size,
-            with_init_audio=init is not None,
-            init_noise_level=init_noise_level,
-            with_inpaint_audio=inpaint is not None,
-            inpaint_mask_start_seconds=inpaint_mask_start_seconds,
-            inpaint_mask_end_seconds=inpaint_mask_end_seconds,
-            keep_exact=keep_exact,
-            chunked_decode=chunked_decode,
-            own_generator=generator is not None,
-        )
-        if generator is None:
-            generator = torch.Generator().manual_seed(request.seed or 0)
-        remedies = what_helps(self.device, self.precision, request, self.cuda_graphs)
-        with torch.no_grad(), memory_named(self.device, f"generating {described(request)}", remedies):
-            start = starting_point(self.model, self.facts, request, init, inpaint, generator)
-            with drawn_ahead(generator, draws_to_come(self.model, request, start), self.device):
-                latents_BCT = sample_latents(
-                    self.model, self.facts, self.stack, request, start, generator, callback, self.cuda_graphs
-                )
-                audio, shares = decode_audio(self.model, self.facts, request, latents_BCT, generator)
-        warnings = [
-            *truncated_prompts(self.model, request),
-            *warnings_of(self.facts, request, init, inpaint, shares),
-        ]
+            raise GenerationError("generator must be a CPU generator: all draws are made on the CPU, for every device.")
+        resolved = resolve_settings(settings, self.facts, has_generator=generator is not None)
+        inputs = {
+            role: load_input_audio(getattr(resolved, role), self.facts.sample_rate, role)
+            for role in AUDIO_SETTINGS
+            if getattr(resolved, role) is not None
+        }
+        rng = torch.Generator().manual_seed(resolved.seed or 0) if generator is None else generator
+        generation = Generation(self.model, self.facts, resolved, inputs, rng)
+        with torch.no_grad(), explain_oom(self.device, f"generating {_describe(resolved)}", self._list_fixes(resolved)):
+            start = prepare_start(generation)
+            with prefetch_noise(rng, list_noise_shapes(generation, start), self.device):
+                latents_BCT = sample_latents(generation, self.stack, start, callback, self.cuda_graphs)
+                audio, clipped_shares = decode_audio(generation, latents_BCT)
+        warnings = collect_warnings(generation, clipped_shares)
         for warning in warnings:
             logger.warning(warning)
         return GenerationOutput(
             audio=audio,
             sample_rate=self.facts.sample_rate,
-            seeds=[request.seed] * request.batch_size,
+            seeds=[resolved.seed] * resolved.batch_size,
             latents=latents_BCT.cpu() if return_latents else None,
-            clipped_shares=shares,
+            clipped_shares=clipped_shares,
             warnings=warnings,
-            record=self._record(request, init, inpaint),
+            record=self._record(generation),
         )
 
-    def _record(self, request: Request, init: Source | None, inpaint: Source | None) -> dict[str, Any]:
+    def _list_fixes(self, settings: ResolvedSettings) -> list[str]:
+        return suggest_memory_fixes(self.device, self.precision, settings, self.cuda_graphs)
+
+    def _record(self, generation: Generation) -> dict[str, Any]:
+        """What the sidecars of all items share."""
         return {
             "model": {
                 "name": self.model.name,
@@ -262,11 +312,17 @@ class Generator:
                 "autoencoder": self.model.autoencoder.fingerprint(),
             },
             "precision": self.precision,
-            "settings": request.settings(),
+            "settings": generation.settings.to_dict(),
             "inputs": {
-                "init_audio": None if init is None else init.record(),
-                "inpaint_audio": None if inpaint is None else inpaint.record(),
+                role: generation.inputs[role].to_dict() if role in generation.inputs else None
+                for role in AUDIO_SETTINGS
             },
             "adapters": self.adapters,
-            "environment": environment(self.device) | {way: True for way in WAYS if getattr(self, way)},
+            "environment": describe_environment(self.device)
+            | {option: True for option in EXECUTION_OPTIONS if getattr(self, option)},
         }
+
+
+def _describe(settings: ResolvedSettings) -> str:
+    count, seconds = settings.batch_size, max(settings.duration)
+    return f"{seconds:g} s" if count == 1 else f"{count} items of up to {seconds:g} s"

@@ -1,337 +1,270 @@
-"""What is asked of a model: checked against what it can do, every default filled in, settings without effect refused.
+"""The settings of a generation, each declared once: name, default, unit, range, choices and help.
 
-Times are in seconds, lengths in samples at the model's rate or in latent frames.
-
-Small checks of values a user gives; each raises `RequestError` naming the setting.
+The flags of `sa3-generate`, the keywords of `Generator.generate`, the studio's form, the sidecar and the table in
+inference/README.md are made from the fields of `GenerationSettings` or held equal to them by a test. This module does
+not import torch, so that `sa3-generate --help` is fast.
 """
 
+import dataclasses
 import math
 import numbers
-import secrets
-from collections.abc import Sequence
+import typing
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sa3train.core.errors import RequestError
-from sa3train.diffusion.guidance import Guidance
-from sa3train.diffusion.samplers import SAMPLERS
+from sa3train.core.config import check_settings, list_settings, setting
+from sa3train.core.errors import GenerationError
 
-LARGEST = 2**63 - 1
+SAMPLER_NAMES = ("euler", "dpmpp", "rk4", "pingpong")
+"""The keys of `sa3train.diffusion.samplers.SAMPLERS`, which a test holds equal; listed here to do without torch."""
+MODEL_DEFAULTS: dict[str, dict[str, Any]] = {
+    "rectified_flow": {"steps": 50, "cfg_scale": 7.0, "sampler_type": "euler"},
+    "rf_denoiser": {"steps": 8, "cfg_scale": 1.0, "sampler_type": "pingpong"},
+}
+"""Defaults that depend on the model's objective: base models, post-trained models."""
+AUDIO_SETTINGS = ("init_audio", "inpaint_audio")
+"""Settings that name audio: a sidecar records them as its inputs."""
+PER_ITEM_SETTINGS = ("prompt", "negative_prompt", "duration")
+"""Settings with one value for all items of a batch, or one for each."""
+GUIDANCE_SETTINGS = ("negative_prompt", "cfg_interval", "cfg_norm_threshold", "apg_scale", "scale_phi")
+"""Settings without effect where `cfg_scale` is 1."""
+LARGEST_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class GenerationSettings:
+    """Everything that can be set for a generation; None leaves a setting to the model.
+
+    Types, ranges and choices are checked when it is made; `resolve_settings` checks the rest against a model. Settings
+    of several items (`prompt`, `negative_prompt`, `duration`) take one value for all or a list with one for each.
+
+    Raises:
+        GenerationError: When a value is not of its type, out of range or not among the choices.
+    """
+
+    prompt: str | Sequence[str] = setting(help="Text prompt.", flags=("-p", "--prompt"))
+    negative_prompt: str | Sequence[str | None] | None = setting(None, help="What to avoid; needs guidance.")
+    duration: float | Sequence[float] = setting(
+        30.0, help="Length of the audio.", unit="seconds", above=0, label="Duration (seconds)"
+    )
+    batch_size: int = setting(1, help="Number of variations of one prompt.", min=1, label="Variations")
+    seed: int = setting(
+        -1,
+        help="Seed of all random draws; -1 chooses one, which is recorded.",
+        min=-1,
+        max=LARGEST_SEED,
+        label="Seed (-1: random)",
+    )
+    steps: int | None = setting(
+        None, help="Sampling steps; by default 50 on base models, 8 on post-trained ones.", min=1
+    )
+    sampler_type: str | None = setting(
+        None,
+        help="Sampler; by default euler on base models, pingpong on post-trained ones.",
+        choices=SAMPLER_NAMES,
+        label="Sampler",
+    )
+    cfg_scale: float | None = setting(
+        None,
+        help="Strength of guidance, 1 is off; by default 7 on base models, 1 on post-trained ones.",
+        label="CFG scale",
+    )
+    cfg_interval: tuple[float, float] = setting(
+        (0.0, 1.0),
+        help="Lowest and highest noise level with guidance, ends included.",
+        min=0,
+        max=1,
+        label="CFG interval",
+    )
+    cfg_norm_threshold: float = setting(
+        0.0, help="Largest norm of the guidance; 0 sets no limit.", min=0, label="CFG norm threshold"
+    )
+    scale_phi: float = setting(
+        0.0, help="How far the spread that guidance changes is restored.", min=0, max=1, label="CFG rescale"
+    )
+    apg_scale: float = setting(
+        1.0, help="Adaptive projected guidance: 1 is fully projected, 0 is plain guidance.", label="APG scale"
+    )
+    init_audio: Any = setting(None, help="Audio to start from.", label="Source audio")
+    init_noise_level: float = setting(
+        0.9,
+        help="How much noise is added to init_audio: 0 keeps it, 1 replaces it.",
+        min=0,
+        max=1,
+        label="Noise level",
+    )
+    inpaint_audio: Any = setting(None, help="Audio to inpaint or to continue.")
+    inpaint_mask_start_seconds: float | Sequence[float] | None = setting(
+        None,
+        help="Start of a region to regenerate; the length of the audio to continue it.",
+        unit="seconds",
+        min=0,
+        flags=("--inpaint-start",),
+    )
+    inpaint_mask_end_seconds: float | Sequence[float] | None = setting(
+        None, help="End of that region.", unit="seconds", min=0, flags=("--inpaint-end",)
+    )
+    keep_exact: bool = setting(
+        False,
+        help="Decode frames outside the mask from the original latents, not from the model's copy.",
+        label="Preserve original outside the mask",
+    )
+    chunked_decode: bool | None = setting(
+        None,
+        help="Decode in chunks, with less memory, or as a whole; by default as the model's config says.",
+        label="Decoding",
+    )
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            kind, value = VALUE_TYPES.get(field.name), getattr(self, field.name)
+            if kind is None or "setting" not in field.metadata or (value is None and field.default is None):
+                continue
+            if is_list(value):
+                optional = field.name == "negative_prompt"
+                value = tuple(
+                    item if item is None and optional else _check_type(field.name, item, kind) for item in value
+                )
+            else:
+                value = _check_type(field.name, value, kind)
+            object.__setattr__(self, field.name, value)
+        check_settings(self, error=GenerationError)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the settings for JSON, without the audio.
+
+        Returns:
+            Each setting's value by its name, tuples as lists.
+        """
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+            if name not in AUDIO_SETTINGS
+        }
+
+    @classmethod
+    def from_dict(cls, recorded: Mapping[str, Any], **inputs: Any) -> "GenerationSettings":
+        """Read settings that `to_dict` gave, such as those of a sidecar.
+
+        Args:
+            recorded: The settings by name; None leaves one at its default.
+            **inputs: `init_audio` and `inpaint_audio`, where there is any.
+
+        Returns:
+            The settings.
+
+        Raises:
+            GenerationError: When a name is unknown or a value not allowed.
+        """
+        unknown = recorded.keys() - {field.name for field in dataclasses.fields(cls)}
+        if unknown:
+            raise GenerationError(
+                f"unknown settings {', '.join(sorted(unknown))}: recorded by another version of sa3train."
+            )
+        return cls(**{name: value for name, value in (dict(recorded) | inputs).items() if value is not None})
+
+
+def _find_value_types(schema: type) -> dict[str, type]:
+    def flatten(hint: Any) -> set[Any]:
+        return set().union(*map(flatten, typing.get_args(hint))) if typing.get_args(hint) else {hint}
+
+    hints = {name: flatten(hint) for name, hint in typing.get_type_hints(schema).items()}
+    return {name: kind for name, found in hints.items() for kind in (bool, int, float, str) if kind in found}
+
+
+SETTING_NAMES = tuple(field.name for field in dataclasses.fields(GenerationSettings))
+VALUE_TYPES = _find_value_types(GenerationSettings)
+"""The type of a single value (bool, int, float or str) by the setting's name; audio has none."""
+
+
+def get_default(name: str) -> Any:
+    """Get the default of a setting.
+
+    Args:
+        name: The setting.
+
+    Returns:
+        Its default; None where the model chooses or there is none.
+    """
+    return getattr(GenerationSettings, name, None)
+
+
+def describe_setting(name: str) -> str:
+    """Describe a setting in a sentence or two, for `--help` and forms.
+
+    Args:
+        name: The setting.
+
+    Returns:
+        Its help with unit, choices, range and default.
+    """
+    declared, default = list_settings(GenerationSettings)[name], get_default(name)
+    facts = [declared.unit, ", ".join(declared.choices)]
+    if declared.min is not None and declared.max is not None and name != "seed":
+        facts.append(f"{declared.min:g} to {declared.max:g}")
+    if not (default is None or isinstance(default, bool)):
+        facts.append(f"default {' '.join(f'{value:g}' for value in (default if is_list(default) else [default]))}")
+    details = "; ".join(fact for fact in facts if fact)
+    return f"{declared.help.rstrip('.')} ({details})." if details else declared.help
 
 
 def is_list(value: Any) -> bool:
-    """Whether `value` is a list of values rather than one."""
+    """Check whether a value is a list of values.
+
+    Args:
+        value: What was given for a setting.
+
+    Returns:
+        Whether it is a sequence other than text.
+    """
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
-def per_item(value: Any, batch: int) -> list[Any]:
-    """`value` for each item of the batch."""
-    return list(value) if is_list(value) else [value] * batch
+def check_number(name: str, value: Any) -> float:
+    """Check that a value is a finite number.
 
+    Args:
+        name: What the value is, for the message.
+        value: The value; booleans and text are no numbers.
 
-def text(name: str, value: Any) -> str:
-    """`value`, which must be text."""
-    if not isinstance(value, str):
-        raise RequestError(f"{name} must be text, not {value!r}.")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RequestError(f"{name} holds what is no character ({value[error.start]!r}): write it as UTF-8.") from error
-    return value
+    Returns:
+        The value as float.
 
-
-def flag(name: str, value: Any) -> bool:
-    """`value`, which must be true or false."""
-    if not isinstance(value, bool):
-        raise RequestError(f"{name} must be true or false, not {value!r}.")
-    return value
-
-
-def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
-    """`value`, which must be a finite number from `low` to `high`."""
+    Raises:
+        GenerationError: When it is not.
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise RequestError(f"{name} must be a number, not {value!r}.")
-    checked = float(value)
-    if not low <= checked <= high:
-        bounds = f"from {low:g} to {high:g}" if math.isfinite(high) else f"at least {low:g}"
-        raise RequestError(f"{name} must be {bounds}, not {checked:g}.")
-    return checked
+        raise GenerationError(f"{name} must be a number, not {value!r}.")
+    return float(value)
 
 
-def whole(name: str, value: Any, low: int, high: int = LARGEST) -> int:
-    """`value`, which must be a whole number from `low` to `high`."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise RequestError(f"{name} must be a whole number, not {value!r}.")
-    checked = int(value)
-    if not low <= checked <= high:
-        bounds = f"at least {low}" if checked < low else f"at most {high}"
-        raise RequestError(f"{name} must be {bounds}, not {checked}.")
-    return checked
+def _check_type(name: str, value: Any, kind: type) -> Any:
+    if kind is float:
+        return check_number(name, value)
+    if kind is int:
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+            raise GenerationError(f"{name} must be a whole number, not {value!r}.")
+        return int(value)
+    if not isinstance(value, kind):
+        raise GenerationError(f"{name} must be {'true or false' if kind is bool else 'text'}, not {value!r}.")
+    if isinstance(value, str):
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise GenerationError(f"{name} is not valid UTF-8 text (at {value[error.start]!r}).") from error
+    return value
 
 
-DEFAULT_DURATION = 30.0
-BASE_STEPS, BASE_CFG, BASE_SAMPLER = 50, 7.0, "euler"
-POST_STEPS, POST_CFG, POST_SAMPLER = 8, 1.0, "pingpong"
-# The released models generate this much more than asked and cut it off, so that endings are not cut short.
-EXTRA_SECONDS = 6
+def count_items(settings: GenerationSettings) -> int:
+    """Count the items of a batch.
 
+    Args:
+        settings: The settings.
 
-@dataclass(frozen=True)
-class ModelFacts:
-    """What a request depends on: `objective` is "rectified_flow" (base) or "rf_denoiser" (post-trained)."""
-
-    name: str
-    objective: str
-    sample_rate: int
-    downsampling_ratio: int
-    max_frames: int
-
-    @property
-    def longest(self) -> float:
-        """The longest duration in seconds."""
-        return self.max_frames * self.downsampling_ratio / self.sample_rate
-
-
-@dataclass(frozen=True)
-class Request:
-    """A generation, fully said. Tuples hold one value per item of the batch; `regions` are (start, end) in seconds.
-
-    `seed` is None when the caller brings a torch generator. `init_noise_level` is None without init audio.
+    Returns:
+        The batch size, or the length of the longest list.
     """
-
-    prompt: tuple[str, ...]
-    negative_prompt: tuple[str, ...] | None
-    duration: tuple[float, ...]
-    steps: int
-    guidance: Guidance
-    sampler_type: str
-    seed: int | None
-    init_noise_level: float | None
-    regions: tuple[tuple[float, float], ...]
-    keep_exact: bool
-    chunked_decode: bool | None
-
-    @property
-    def batch_size(self) -> int:
-        return len(self.prompt)
-
-    def settings(self) -> dict[str, Any]:
-        """As keyword arguments of `Generator.generate` that make the same again, for JSON."""
-        return {
-            "prompt": list(self.prompt),
-            "negative_prompt": None if self.negative_prompt is None else list(self.negative_prompt),
-            "duration": list(self.duration),
-            "steps": self.steps,
-            "cfg_scale": self.guidance.cfg_scale,
-            "cfg_interval": list(self.guidance.cfg_interval),
-            "cfg_norm_threshold": self.guidance.cfg_norm_threshold,
-            "apg_scale": self.guidance.apg_scale,
-            "scale_phi": self.guidance.scale_phi,
-            "sampler_type": self.sampler_type,
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "init_noise_level": self.init_noise_level,
-            "inpaint_mask_start_seconds": [start for start, _ in self.regions] or None,
-            "inpaint_mask_end_seconds": [end for _, end in self.regions] or None,
-            "keep_exact": self.keep_exact,
-            "chunked_decode": self.chunked_decode,
-        }
-
-
-def described(request: Request) -> str:
-    """Items and seconds, for a message."""
-    count, seconds = request.batch_size, max(request.duration)
-    return f"{seconds:g} s" if count == 1 else f"{count} items of up to {seconds:g} s"
-
-
-def samples_of(facts: ModelFacts, seconds: float) -> int:
-    """Samples that `seconds` are cut to."""
-    return int(seconds * facts.sample_rate)
-
-
-def generated_frames(facts: ModelFacts, seconds: float) -> int:
-    """Latent frames that are generated for `seconds`: 6 s more, in whole pairs of frames, at most the longest."""
-    frames = -(-int((seconds + EXTRA_SECONDS) * facts.sample_rate) // facts.downsampling_ratio)
-    return min(frames + frames % 2, facts.max_frames)
-
-
-def real_frames(facts: ModelFacts, seconds: float, frames: int) -> int:
-    """Latent frames of `frames` that are not padding for an item of `seconds`."""
-    effective = -(-samples_of(facts, seconds) // facts.downsampling_ratio)
-    return min(effective + int(EXTRA_SECONDS * facts.sample_rate / facts.downsampling_ratio), frames)
-
-
-def build_request(
-    facts: ModelFacts,
-    *,
-    prompt: str | Sequence[str],
-    negative_prompt: str | Sequence[str | None] | None = None,
-    duration: float | Sequence[float] = DEFAULT_DURATION,
-    steps: int | None = None,
-    cfg_scale: float | None = None,
-    cfg_interval: Sequence[float] = (0.0, 1.0),
-    cfg_norm_threshold: float = 0.0,
-    apg_scale: float = 1.0,
-    scale_phi: float = 0.0,
-    sampler_type: str | None = None,
-    seed: int = -1,
-    batch_size: int = 1,
-    with_init_audio: bool = False,
-    init_noise_level: float = 1.0,
-    with_inpaint_audio: bool = False,
-    inpaint_mask_start_seconds: float | Sequence[float] | None = None,
-    inpaint_mask_end_seconds: float | Sequence[float] | None = None,
-    keep_exact: bool = False,
-    chunked_decode: bool | None = None,
-    own_generator: bool = False,
-) -> Request:
-    """Check the settings of `Generator.generate` against `facts` and fill in what was left open.
-
-    Raises `RequestError` for a value out of range, lists that do not match, and settings that would do nothing.
-    """
-    base = facts.objective == "rectified_flow"
-    batch = _batch_size(batch_size, prompt=prompt, negative_prompt=negative_prompt, duration=duration)
-    if keep_exact and not with_inpaint_audio:
-        raise RequestError("keep_exact would do nothing without audio to inpaint: give inpaint_audio.")
-    guidance = _guidance(
-        facts,
-        number("cfg_scale", cfg_scale) if cfg_scale is not None else BASE_CFG if base else POST_CFG,
-        cfg_interval,
-        number("cfg_norm_threshold", cfg_norm_threshold, low=0.0),
-        number("apg_scale", apg_scale),
-        number("scale_phi", scale_phi, low=0.0, high=1.0),
-        negative_prompt is not None,
-    )
-    durations = tuple(_duration(facts, value) for value in per_item(duration, batch))
-    return Request(
-        prompt=tuple(text("prompt", value) for value in per_item(prompt, batch)),
-        negative_prompt=_negative(negative_prompt, batch),
-        duration=durations,
-        steps=whole("steps", steps if steps is not None else BASE_STEPS if base else POST_STEPS, low=1),
-        guidance=guidance,
-        sampler_type=_sampler(sampler_type, base),
-        seed=_seed(seed, own_generator),
-        init_noise_level=_init_level(init_noise_level, with_init_audio),
-        regions=_regions(
-            facts, inpaint_mask_start_seconds, inpaint_mask_end_seconds, with_inpaint_audio, min(durations)
-        ),
-        keep_exact=flag("keep_exact", keep_exact),
-        chunked_decode=None if chunked_decode is None else flag("chunked_decode", chunked_decode),
-    )
-
-
-def _batch_size(batch_size: int, **given: Any) -> int:
-    """The lists' common length; a batch size of 1 follows it."""
-    lengths = {name: len(value) for name, value in given.items() if is_list(value)}
-    size = whole("batch_size", batch_size, low=1)
-    for name, length in lengths.items():
-        if length == 0:
-            raise RequestError(f"{name} is an empty list; give one value, or one for each item.")
-        if size == 1:
-            size = length
-        if length != size:
-            raise RequestError(f"{name} has {length} values for a batch of {size}: give one value, or one per item.")
-    return size
-
-
-def _guidance(
-    facts: ModelFacts,
-    cfg_scale: float,
-    cfg_interval: Sequence[float],
-    cfg_norm_threshold: float,
-    apg_scale: float,
-    scale_phi: float,
-    negative: bool,
-) -> Guidance:
-    if not is_list(cfg_interval) or len(cfg_interval) != 2:
-        raise RequestError(f"cfg_interval must be two noise levels (from, to), not {cfg_interval!r}.")
-    low, high = (number("cfg_interval", value, low=0.0, high=1.0) for value in cfg_interval)
-    if low > high:
-        raise RequestError(f"cfg_interval runs from {low:g} to {high:g}: the lower noise level comes first.")
-    guidance = Guidance(cfg_scale, (low, high), apg_scale, cfg_norm_threshold, scale_phi)
-    idle = {
-        "negative_prompt": negative,
-        "cfg_interval": (low, high) != (0.0, 1.0),
-        "cfg_norm_threshold": cfg_norm_threshold != 0.0,
-        "apg_scale": apg_scale != 1.0,
-        "scale_phi": scale_phi != 0.0,
-    }
-    if cfg_scale == 1.0 and any(idle.values()):
-        names = ", ".join(name for name, given in idle.items() if given)
-        hint = "" if facts.objective == "rectified_flow" else f" ({facts.name} is post-trained, where 1 is the default)"
-        raise RequestError(f"{names} would do nothing at cfg_scale 1{hint}: set cfg_scale, such as 7, or leave it out.")
-    return guidance
-
-
-def _negative(negative_prompt: Any, batch: int) -> tuple[str, ...] | None:
-    if negative_prompt is None:
-        return None
-    return tuple(text("negative_prompt", value or "") for value in per_item(negative_prompt, batch))
-
-
-def _duration(facts: ModelFacts, value: Any) -> float:
-    seconds = number("duration", value)
-    if samples_of(facts, seconds) < 1:
-        raise RequestError(f"duration must be above 0 seconds, not {seconds:g}.")
-    if samples_of(facts, seconds) > facts.max_frames * facts.downsampling_ratio:
-        raise RequestError(f"duration {seconds:g} s is beyond {facts.name}, whose longest is {facts.longest:.1f} s.")
-    return seconds
-
-
-def _sampler(name: str | None, base: bool) -> str:
-    if name is None:
-        return BASE_SAMPLER if base else POST_SAMPLER
-    if name not in SAMPLERS:
-        raise RequestError(f"unknown sampler {name!r}; choose one of {', '.join(SAMPLERS)}.")
-    return name
-
-
-def _seed(seed: Any, own_generator: bool) -> int | None:
-    value = whole("seed", seed, low=-1, high=LARGEST)
-    if own_generator:
-        if value != -1:
-            raise RequestError(f"seed {value} would do nothing beside a generator: give one of the two.")
-        return None
-    return secrets.randbelow(2**32) if value == -1 else value
-
-
-def _init_level(level: Any, with_init_audio: bool) -> float | None:
-    value = number("init_noise_level", level, low=0.0, high=1.0)
-    if with_init_audio:
-        return value
-    if value != 1.0:
-        raise RequestError(f"init_noise_level {value:g} would do nothing without init audio: give init_audio.")
-    return None
-
-
-def _regions(
-    facts: ModelFacts, starts: Any, ends: Any, with_inpaint_audio: bool, shortest: float
-) -> tuple[tuple[float, float], ...]:
-    if not with_inpaint_audio:
-        if starts is not None or ends is not None:
-            raise RequestError("inpainting times would do nothing without audio to inpaint: give inpaint_audio.")
-        return ()
-    if starts is None or ends is None:
-        raise RequestError("inpaint_audio needs the start and the end of what to generate anew, in seconds.")
-    starts, ends = (list(value) if is_list(value) else [value] for value in (starts, ends))
-    if len(starts) != len(ends) or not starts:
-        raise RequestError(f"{len(starts)} starts and {len(ends)} ends of inpainting: each region needs one of both.")
-    return tuple(_region(facts, start, end, shortest) for start, end in zip(starts, ends, strict=True))
-
-
-def _region(facts: ModelFacts, start: Any, end: Any, shortest: float) -> tuple[float, float]:
-    start, end = number("inpaint start", start), number("inpaint end", end)
-    where = f"the region from {start:g} to {end:g} s"
-    if start < 0:
-        raise RequestError(f"{where} starts before the audio.")
-    if end <= start:
-        raise RequestError(f"{where} ends before it starts: give the earlier time as start.")
-    if end > shortest:
-        raise RequestError(
-            f"{where} ends after the duration of {shortest:g} s: shorten it or ask for a longer duration."
-        )
-    ratio = facts.downsampling_ratio
-    if -(-samples_of(facts, start) // ratio) >= -(-samples_of(facts, end) // ratio):
-        apart = ratio / facts.sample_rate
-        raise RequestError(f"{where} would generate nothing: it lies between two latent frames, {apart:.3f} s apart.")
-    return start, end
+    values = [getattr(settings, name) for name in PER_ITEM_SETTINGS]
+    return max([settings.batch_size, *(len(value) for value in values if is_list(value))])

@@ -1,38 +1,61 @@
-"""From a checked request to denoised latents; `finishing` makes audio of them.
+"""From resolved settings to denoised latents.
 
-Random draws, all from one CPU generator, in this order: starting noise, encoder noise, the sampler, the decoder.
-Shapes: B items, C latent channels, T latent frames, N samples.
+All random draws come from one CPU generator in this order: starting noise, encoder noise, the sampler, the decoder.
 
-From latents to audio: decoded, cut and clamped; and what the user should know about it.
-
-Shapes: B items, C latent channels (or audio channels), T latent frames, N samples.
+Shapes: B items, C latent channels, T latent frames, N samples; t = 1 is noise, t = 0 is data.
 """
 
 import functools
 from dataclasses import dataclass
+from typing import Unpack
 
 import torch
 from torch import Tensor
 
 from sa3train.adapters.apply.stack import AdapterStack
-from sa3train.audio.edit import clamp_counted, fit
-from sa3train.core.device import normal, to_device, to_host
-from sa3train.core.errors import RequestError
-from sa3train.core.log import progress
-from sa3train.diffusion.guidance import Condition, guided_velocity
-from sa3train.diffusion.masks import padding_mask, regions_mask
-from sa3train.diffusion.samplers import DRAWING, SAMPLERS, Callback
-from sa3train.diffusion.schedule import sampling_schedule
-from sa3train.inference.cuda_graphs import Recorded, Step
-from sa3train.inference.input_audio import Source
-from sa3train.inference.request import ModelFacts, Request, generated_frames, real_frames, samples_of
+from sa3train.audio.edit import fit
+from sa3train.core.device import move_to_device, randn
+from sa3train.core.log import track_progress
+from sa3train.diffusion.guidance import Condition, Guidance, VelocityInputs, compute_guided_velocity
+from sa3train.diffusion.masks import build_attention_mask, build_region_mask
+from sa3train.diffusion.samplers import SAMPLERS, Callback
+from sa3train.diffusion.schedule import build_schedule
+from sa3train.inference.cuda_graphs import CUDAGraphRunner, Step
+from sa3train.inference.input_audio import InputAudio
+from sa3train.inference.resolve import ModelFacts, ResolvedSettings, count_generated_frames, count_real_frames
 from sa3train.models.checkpoint import StableAudio3
 from sa3train.models.dit import DiT
 
 
 @dataclass(frozen=True, eq=False)
-class Start:
-    """Where sampling begins: latents (B, C, T) at noise level `sigma_max`; and what inpainting keeps of other audio."""
+class Generation:
+    """One generation: what every step of it needs.
+
+    Attributes:
+        model: The model.
+        facts: The model's sizes.
+        settings: What to generate.
+        inputs: `init_audio` and `inpaint_audio`, where there is any.
+        rng: CPU generator of all random draws.
+    """
+
+    model: StableAudio3
+    facts: ModelFacts
+    settings: ResolvedSettings
+    inputs: dict[str, InputAudio]
+    rng: torch.Generator
+
+
+@dataclass(frozen=True, eq=False)
+class SamplingStart:
+    """Where sampling begins.
+
+    Attributes:
+        latents_BCT: Noise, or its mix with `init_audio`.
+        sigma_max: Their noise level.
+        kept_B1T: 1 where inpainting keeps a frame.
+        masked_BCT: Latents of `inpaint_audio`, 0 where they are regenerated.
+    """
 
     latents_BCT: Tensor
     sigma_max: float
@@ -40,171 +63,189 @@ class Start:
     masked_BCT: Tensor
 
 
-def starting_point(
-    model: StableAudio3,
-    facts: ModelFacts,
-    request: Request,
-    init: Source | None,
-    inpaint: Source | None,
-    generator: torch.Generator,
-) -> Start:
-    """Noise, or what is to be varied between it and the audio, as long as the longest item."""
+def prepare_start(generation: Generation) -> SamplingStart:
+    """Draw the starting noise and encode the input audio, to the length of the longest item.
+
+    Args:
+        generation: The generation.
+
+    Returns:
+        Where sampling begins.
+    """
+    model, facts, settings = generation.model, generation.facts, generation.settings
     device = model.autoencoder.device
-    frames = generated_frames(facts, max(request.duration))
-    noise_BCT = normal((request.batch_size, model.latent_channels, frames), generator, device)
+    frames = count_generated_frames(facts, max(settings.duration))
+    noise_BCT = randn((settings.batch_size, model.latent_channels, frames), generation.rng, device)
     start_BCT, sigma_max = noise_BCT, 1.0
-    if init is not None and request.init_noise_level is not None:
-        sigma_max = request.init_noise_level
-        encoded_1CT = encode_source(model, facts, init, frames, device, generator)
+    if settings.init_noise_level is not None:
+        sigma_max = settings.init_noise_level
+        encoded_1CT = _encode_input(generation, "init_audio", frames)
         start_BCT = (encoded_1CT * (1 - sigma_max) + noise_BCT * sigma_max).contiguous()
-    kept_B1T = torch.zeros(request.batch_size, 1, frames, device=device)
+    kept_B1T = torch.zeros(settings.batch_size, 1, frames, device=device)
     masked_BCT = torch.zeros_like(noise_BCT)
-    if inpaint is not None:
-        encoded_1CT = encode_source(model, facts, inpaint, frames, device, generator)
-        kept_B1T = to_device(inpainting_mask(facts, request, frames), device)
+    if "inpaint_audio" in generation.inputs:
+        encoded_1CT = _encode_input(generation, "inpaint_audio", frames)
+        kept_B1T = move_to_device(_build_inpainting_mask(generation, frames), device)
         masked_BCT = encoded_1CT * kept_B1T
-    return Start(start_BCT, sigma_max, kept_B1T, masked_BCT)
+    return SamplingStart(start_BCT, sigma_max, kept_B1T, masked_BCT)
 
 
-def draws_to_come(model: StableAudio3, request: Request, start: Start) -> list[tuple[int, ...]]:
-    """Shapes of what the sampler and the decoder will draw, in order."""
-    steps = request.steps if request.sampler_type in DRAWING and start.sigma_max > 0 else 0
+def _encode_input(generation: Generation, role: str, frames: int) -> Tensor:
+    """Latents (1, C, T) of audio padded with silence, or cut, to the length that is generated."""
+    autoencoder, source = generation.model.autoencoder, generation.inputs[role]
+    audio_1CN = fit(source.audio_CN, frames * generation.facts.downsampling_ratio)[None]
+    audio_1CN = move_to_device(audio_1CN, autoencoder.device)
+    return autoencoder.encode(audio_1CN, generator=generation.rng)[..., :frames].float()
+
+
+def _build_inpainting_mask(generation: Generation, frames: int) -> Tensor:
+    """1 where a frame is kept: (B, 1, T)."""
+    facts, settings = generation.facts, generation.settings
+    samples = frames * facts.downsampling_ratio
+    rows = [build_region_mask(settings.regions, each, facts.sample_rate, samples, frames) for each in settings.duration]
+    return torch.stack(rows)[:, None]
+
+
+def build_item_mask(generation: Generation, frames: int) -> Tensor:
+    """Build the mask of frames that are not padding.
+
+    Args:
+        generation: The generation.
+        frames: Latent frames of the batch.
+
+    Returns:
+        Mask (B, T) on the CPU, True where a frame belongs to its item.
+    """
+    lengths = [count_real_frames(generation.facts, each, frames) for each in generation.settings.duration]
+    return build_attention_mask(torch.tensor(lengths), frames)
+
+
+def list_noise_shapes(generation: Generation, start: SamplingStart) -> list[tuple[int, ...]]:
+    """List the shapes of the noise that the sampler and the decoder will draw.
+
+    Args:
+        generation: The generation.
+        start: Where sampling begins.
+
+    Returns:
+        Shapes in the order of the draws.
+    """
+    settings = generation.settings
+    steps = settings.steps if SAMPLERS[settings.sampler_type].is_stochastic and start.sigma_max > 0 else 0
     batch, _, frames = start.latents_BCT.shape
-    return [tuple(start.latents_BCT.shape)] * steps + model.autoencoder.draws(batch, frames, request.chunked_decode)
+    of_decoder = generation.model.autoencoder.list_noise_shapes(batch, frames, settings.chunked_decode)
+    return [tuple(start.latents_BCT.shape)] * steps + of_decoder
 
 
 def sample_latents(
-    model: StableAudio3,
-    facts: ModelFacts,
+    generation: Generation,
     stack: AdapterStack,
-    request: Request,
-    start: Start,
-    generator: torch.Generator,
+    start: SamplingStart,
     callback: Callback | None = None,
     cuda_graphs: bool = False,
 ) -> Tensor:
-    """The denoised latents (B, C, T), float32 on the model's device. T follows the longest item.
+    """Denoise from the start to latents.
 
-    With `keep_exact` the frames that inpainting keeps are the source's own; else the model's copy of them, as released.
-    `cuda_graphs` records the denoiser's step and replays it, see `graphs`.
+    With `keep_exact` the frames outside the mask are those of `inpaint_audio`; else the model's copy, as released.
+
+    Args:
+        generation: The generation.
+        stack: The adapters on the model.
+        start: Where sampling begins.
+        callback: Called after each step; may raise to cancel.
+        cuda_graphs: Whether to capture the denoiser's step and replay it, see `CUDAGraphRunner`.
+
+    Returns:
+        Latents (B, C, T), float32 on the model's device; T follows the longest item.
     """
     latents_BCT = start.latents_BCT
     if start.sigma_max > 0.0:
-        denoiser = Denoiser(model.dit, cuda_graphs)
-        latents_BCT = _denoise(model, facts, stack, request, start, denoiser, generator, callback)
-    return torch.where(start.kept_B1T.bool(), start.masked_BCT, latents_BCT) if request.keep_exact else latents_BCT
+        latents_BCT = _denoise(generation, stack, start, Denoiser(generation.model.dit, cuda_graphs), callback)
+    if generation.settings.keep_exact:
+        latents_BCT = torch.where(start.kept_B1T.bool(), start.masked_BCT, latents_BCT)
+    return latents_BCT
 
 
 def _denoise(
-    model: StableAudio3,
-    facts: ModelFacts,
+    generation: Generation,
     stack: AdapterStack,
-    request: Request,
-    start: Start,
+    start: SamplingStart,
     denoiser: "Denoiser",
-    generator: torch.Generator,
     callback: Callback | None,
 ) -> Tensor:
+    settings = generation.settings
     local_BCT = torch.cat((start.kept_B1T, start.masked_BCT), dim=1)
-    # The conditions are made once, with every adapter on whatever its interval of noise levels.
+    # The conditions are computed once, with every adapter on whatever its interval of noise levels.
     stack.apply(None)
-    condition = _condition(model, facts, request, local_BCT)
+    condition = _encode_condition(generation, local_BCT)
+    guidance = Guidance(
+        settings.cfg_scale,
+        settings.cfg_interval,
+        settings.apg_scale,
+        settings.cfg_norm_threshold,
+        settings.scale_phi,
+    )
 
     def velocity(x_BCT: Tensor, t: Tensor) -> Tensor:
         if stack.apply(float(t)):
-            denoiser.forget()
-        t_B = t.float().expand(request.batch_size)
-        return guided_velocity(denoiser, x_BCT, t_B, condition, request.guidance)
+            denoiser.reset()
+        t_B = t.float().expand(settings.batch_size)
+        return compute_guided_velocity(denoiser, x_BCT, t_B, condition, guidance)
 
-    sigmas = sampling_schedule(request.steps, start.sigma_max)
-    sampler = SAMPLERS[request.sampler_type]
-    bar = _with_bar(request.steps, callback)
-    return sampler(velocity, start.latents_BCT, sigmas, generator=generator, callback=bar)
+    sigmas = build_schedule(settings.steps, start.sigma_max)
+    sample = SAMPLERS[settings.sampler_type].sample
+    bar = _add_progress_bar(settings.steps, callback)
+    return sample(velocity, start.latents_BCT, sigmas, generator=generation.rng, callback=bar)
 
 
 class Denoiser:
-    """The DiT within one generation: what depends on the conditions alone is worked out once, not at every step.
+    """The DiT within one generation, where what depends on the conditions alone is computed once, not at every step.
 
-    The conditions never change there, so the number of rows (B, or 2B under guidance) says which they are.
+    The conditions never change, so the number of rows (B, or 2B under guidance) identifies them.
+
+    Args:
+        dit: The model's denoiser.
+        cuda_graphs: Whether to capture its step and replay it.
     """
 
     def __init__(self, dit: DiT, cuda_graphs: bool = False) -> None:
         self.dit, self.cuda_graphs = dit, cuda_graphs
         self._steps: dict[int, Step] = {}
 
-    def forget(self) -> None:
-        """Work everything out anew: a weight has changed."""
+    def reset(self) -> None:
+        """Discard what was computed, after a change of weights."""
         self._steps.clear()
 
-    def __call__(
-        self,
-        x_BCT: Tensor,
-        t_B: Tensor,
-        *,
-        cross_attn_cond_BLD: Tensor,
-        global_cond_BD: Tensor,
-        local_add_cond_BCT: Tensor | None = None,
-        padding_mask_BT: Tensor | None = None,
-    ) -> Tensor:
+    def __call__(self, x_BCT: Tensor, t_B: Tensor, **inputs: Unpack[VelocityInputs]) -> Tensor:
         rows = len(x_BCT)
         if rows not in self._steps:
-            prepared = self.dit.prepare(
-                x_BCT.shape,
-                cross_attn_cond_BLD=cross_attn_cond_BLD,
-                global_cond_BD=global_cond_BD,
-                local_add_cond_BCT=local_add_cond_BCT,
-                padding_mask_BT=padding_mask_BT,
-            )
-            step: Step = functools.partial(self.dit.velocity, prepared=prepared)
-            self._steps[rows] = Recorded(step) if self.cuda_graphs else step
+            prepared = self.dit.prepare(x_BCT.shape, **inputs)
+            step: Step = functools.partial(self.dit.predict_velocity, prepared=prepared)
+            self._steps[rows] = CUDAGraphRunner(step) if self.cuda_graphs else step
         return self._steps[rows](x_BCT, t_B)
 
 
-def encode_source(
-    model: StableAudio3,
-    facts: ModelFacts,
-    source: Source,
-    frames: int,
-    device: torch.device,
-    generator: torch.Generator,
-) -> Tensor:
-    """Latents (1, C, T) of audio padded with silence, or cut, to the length that is generated."""
-    audio_1CN = to_device(fit(source.audio_CN, frames * facts.downsampling_ratio)[None], device)
-    return model.autoencoder.encode(audio_1CN, generator=generator)[..., :frames].float()
-
-
-def inpainting_mask(facts: ModelFacts, request: Request, frames: int) -> Tensor:
-    """1 where a frame is kept: (B, 1, T)."""
-    samples = frames * facts.downsampling_ratio
-    rows = [regions_mask(request.regions, each, facts.sample_rate, samples, frames) for each in request.duration]
-    return torch.stack(rows)[:, None]
-
-
-def real_mask(facts: ModelFacts, request: Request, frames: int) -> Tensor:
-    """True where a frame is not padding: (B, T)."""
-    return padding_mask(torch.tensor([real_frames(facts, each, frames) for each in request.duration]), frames)
-
-
-def _condition(model: StableAudio3, facts: ModelFacts, request: Request, local_BCT: Tensor) -> Condition:
-    cond = model.conditioner(list(request.prompt), list(request.duration))
+def _encode_condition(generation: Generation, local_BCT: Tensor) -> Condition:
+    conditioner, settings = generation.model.conditioner, generation.settings
+    cond = conditioner(list(settings.prompt), list(settings.duration))
     negative_BLD = negative_mask_BL = None
-    if request.negative_prompt is not None:
-        negative = model.conditioner(list(request.negative_prompt), list(request.duration))
+    if settings.negative_prompt is not None:
+        negative = conditioner(list(settings.negative_prompt), list(settings.duration))
         negative_BLD = negative.cross_attn_cond_BLD
-        seconds_token = negative.prompt_mask_BL.new_ones(request.batch_size, 1)
+        seconds_token = negative.prompt_mask_BL.new_ones(settings.batch_size, 1)
         negative_mask_BL = torch.cat((negative.prompt_mask_BL, seconds_token), dim=1)
     return Condition(
         cross_attn_cond_BLD=cond.cross_attn_cond_BLD,
         global_cond_BD=cond.global_cond_BD,
         local_add_cond_BCT=local_BCT,
-        padding_mask_BT=to_device(real_mask(facts, request, local_BCT.shape[-1]), local_BCT.device),
+        attention_mask_BT=move_to_device(build_item_mask(generation, local_BCT.shape[-1]), local_BCT.device),
         negative_cross_attn_cond_BLD=negative_BLD,
         negative_mask_BL=negative_mask_BL,
     )
 
 
-def _with_bar(steps: int, callback: Callback | None) -> Callback:
-    ticks = progress(range(steps), "sampling", total=steps, unit="step")
+def _add_progress_bar(steps: int, callback: Callback | None) -> Callback:
+    ticks = track_progress(range(steps), "sampling", total=steps, unit="step")
 
     def report(step: int, total: int, sigma: float, denoised_BCT: Tensor) -> None:
         if callback is not None:
@@ -214,80 +255,3 @@ def _with_bar(steps: int, callback: Callback | None) -> Callback:
             next(ticks, None)  # the bar fills up and closes
 
     return report
-
-
-def decode_audio(
-    model: StableAudio3, facts: ModelFacts, request: Request, latents_BCT: Tensor, generator: torch.Generator
-) -> tuple[list[Tensor], list[float]]:
-    """Each item's audio (2, N_i) within ±1, on the CPU, and the share of its samples that were louder.
-
-    Raises `RequestError` when the model made NaN or infinity.
-    """
-    frames = latents_BCT.shape[-1]
-    decoded_BCN = model.autoencoder.decode(latents_BCT, generator=generator, chunked=request.chunked_decode)
-    decoded_BCN = decoded_BCN[..., : frames * facts.downsampling_ratio].float()
-    real_BT = to_device(real_mask(facts, request, frames), decoded_BCN.device)
-    real_BN = real_BT.repeat_interleave(facts.downsampling_ratio, dim=1)
-    decoded_BCN = torch.where(real_BN[:, None, :], decoded_BCN, 0.0)
-    items = [decoded_BCN[index, :, : samples_of(facts, each)] for index, each in enumerate(request.duration)]
-    clamped = [clamp_counted(item_CN) for item_CN in items]
-    shares_B = torch.stack([share for _, share in clamped])
-    *audio, finite_B, shares_B = to_host([*(audio_CN for audio_CN, _ in clamped), all_finite(items), shares_B])
-    if not bool(finite_B.all()):
-        raise RequestError(
-            "the model made NaN or infinity. Try precision fp32 or bf16, a lower cfg_scale, or a lower strength."
-        )
-    return audio, shares_B.tolist()
-
-
-def all_finite(items: list[Tensor]) -> Tensor:
-    """Whether each item is free of NaN and infinity: (B,), on its device."""
-    return torch.stack([torch.isfinite(item_CN).all() for item_CN in items])
-
-
-def warnings_of(
-    facts: ModelFacts, request: Request, init: Source | None, inpaint: Source | None, shares: list[float]
-) -> list[str]:
-    """What a user should know about a finished generation."""
-    warnings = []
-    if init is not None and request.init_noise_level == 1.0:
-        warnings.append(
-            "init_audio had no effect: at init_noise_level 1 it is all noise. Try a level below 1, such as 0.9."
-        )
-    for role, source in (("init_audio", init), ("inpaint_audio", inpaint)):
-        warnings += [] if source is None else _length_warnings(facts, request, role, source)
-    for index, share in enumerate(shares):
-        if share > 0:
-            which = f"item {index}" if len(shares) > 1 else "the audio"
-            warnings.append(
-                f"{which} was louder than full scale in {share:.2%} of its samples, which were clipped to it."
-            )
-    return warnings
-
-
-def truncated_prompts(model: StableAudio3, request: Request) -> list[str]:
-    """A warning for each prompt longer than the model reads."""
-    prompts = dict.fromkeys([*request.prompt, *(request.negative_prompt or ())])
-    most = model.conditioner.max_length
-    counts = zip(prompts, model.conditioner.token_counts(list(prompts)), strict=True)
-    return [
-        f"the prompt {prompt[:40]!r}… has {count} tokens, and the model read the first {most} only."
-        for prompt, count in counts
-        if count > most
-    ]
-
-
-def _length_warnings(facts: ModelFacts, request: Request, role: str, source: Source) -> list[str]:
-    have, longest = source.audio_CN.shape[1] / facts.sample_rate, max(request.duration)
-    if have > longest + 1 / facts.sample_rate:
-        return [f"{role} is {have:.2f} s long and was cut to the duration of {longest:g} s."]
-    untouched = [have]
-    for start, end in sorted(request.regions):
-        if start <= untouched[0] + facts.downsampling_ratio / facts.sample_rate:
-            untouched[0] = max(untouched[0], end)
-    if role == "inpaint_audio" and untouched[0] + facts.downsampling_ratio / facts.sample_rate < longest:
-        return [
-            f"inpaint_audio is {have:.2f} s long: from {untouched[0]:.2f} to {longest:g} s silence is kept. "
-            f"To continue the audio, let a region start at its end and reach {longest:g} s."
-        ]
-    return []

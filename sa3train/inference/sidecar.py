@@ -1,4 +1,4 @@
-"""The JSON beside each generated file: all that is needed to make the same bytes again, and to notice changes."""
+"""The sidecar: a JSON beside each audio file with everything that reproduces its bytes and reveals changes."""
 
 import hashlib
 import json
@@ -12,8 +12,8 @@ import soundfile
 import torch
 
 from sa3train.adapters.adapter import Adapter
-from sa3train.core.errors import RequestError
-from sa3train.core.files import sha256_of
+from sa3train.core.errors import GenerationError
+from sa3train.core.files import hash_file
 
 MADE_BY = "sa3train"
 FORMAT = 1
@@ -26,11 +26,17 @@ PACKAGES = ("sa3train", "torch", "torchaudio", "transformers", "soundfile")
 FOLDER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
-def environment(device: torch.device) -> dict[str, Any]:
-    """Versions and hardware on which the bytes of a result may depend."""
-    packages = {name: _version(name) for name in PACKAGES}
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Describe versions and hardware that the bytes of a result may depend on.
+
+    Args:
+        device: The device that computes.
+
+    Returns:
+        Versions, device, CPU capability and threads.
+    """
     return {
-        **packages,
+        **{name: _get_version(name) for name in PACKAGES},
         "torch": torch.__version__,
         "libsndfile": soundfile.__libsndfile_version__,
         "python": platform.python_version(),
@@ -40,73 +46,116 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
-def adapter_record(given: str | os.PathLike[str] | Adapter, adapter: Adapter) -> dict[str, Any]:
-    """Which adapter was used: its path and SHA-256 (None when it never was a file) and its content's fingerprint."""
+def describe_adapter(given: str | os.PathLike[str] | Adapter, adapter: Adapter) -> dict[str, Any]:
+    """Describe an adapter for the sidecar.
+
+    Args:
+        given: What the caller gave: a path, or the adapter itself.
+        adapter: The loaded adapter.
+
+    Returns:
+        Path and SHA-256 (None for an adapter that is no file) and the fingerprint of its content.
+    """
     path = adapter.source if isinstance(given, Adapter) else os.fspath(given)
-    known = bool(path) and Path(path).exists()
+    is_file = bool(path) and Path(path).exists()
     return {
-        "path": path if known else None,
-        "sha256": hash_of(Path(path)) if known else None,
+        "path": path if is_file else None,
+        "sha256": hash_path(Path(path)) if is_file else None,
         "fingerprint": adapter.fingerprint,
     }
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """The sidecar at `path`. Raises `RequestError` when it is missing, not ours, or of a later format."""
+def read_sidecar(path: Path) -> dict[str, Any]:
+    """Read a sidecar.
+
+    Args:
+        path: The `.json`.
+
+    Returns:
+        Its content.
+
+    Raises:
+        GenerationError: When it is missing, unreadable, incomplete, no sidecar, or of a later format.
+    """
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise RequestError(
-            f"no such sidecar: {path}. Give the .json that sa3-generate wrote beside the audio."
+        raise GenerationError(
+            f"no such sidecar: {path}. Give the .json that sa3-generate wrote next to the audio."
         ) from error
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise RequestError(f"{path} cannot be read as a sidecar: {error}.") from error
-    if not is_record(record):
-        raise RequestError(f"{path} is not a sidecar of sa3-generate: it does not say made_by {MADE_BY!r}.")
+        raise GenerationError(f"{path} cannot be read as a sidecar: {error}.") from error
+    if not is_sidecar(record):
+        raise GenerationError(f"{path} is not a sidecar of sa3-generate: it lacks made_by={MADE_BY}.")
     if record.get("format") != FORMAT:
-        raise RequestError(f"{path} has format {record.get('format')}, and this sa3train reads {FORMAT}: update it.")
+        raise GenerationError(
+            f"{path} has format {record.get('format')}, but this version reads {FORMAT}. Update sa3train."
+        )
     missing = [key for key in KEYS if key not in record]
     if missing:
-        raise RequestError(f"{path} is not whole: {', '.join(missing)} is missing.")
+        raise GenerationError(f"{path} is incomplete: {', '.join(missing)} missing.")
     return dict(record)
 
 
-def is_record(content: Any) -> bool:
-    """Whether `content` is a sidecar of ours."""
+def is_sidecar(content: Any) -> bool:
+    """Check whether a JSON value is a sidecar.
+
+    Args:
+        content: The value.
+
+    Returns:
+        Whether it says that sa3train made it.
+    """
     return isinstance(content, dict) and content.get("made_by") == MADE_BY
 
 
-def find_unchanged(recorded: dict[str, Any], folder: Path, role: str) -> Path:
-    """Where the file of a record lies now: as recorded, else from the sidecar's folder, else beside the sidecar.
+def locate_input(recorded: dict[str, Any], folder: Path, role: str) -> Path:
+    """Locate a recorded input: at its path, relative to the sidecar's folder, or next to the sidecar.
 
-    Raises `RequestError` when it was given as an array, is not there, or its content is not what was used.
+    Args:
+        recorded: Path and SHA-256 in the sidecar.
+        folder: The sidecar's folder.
+        role: What the file is, for messages.
+
+    Returns:
+        Path of the unchanged file.
+
+    Raises:
+        GenerationError: When it was no file, is missing, or has changed.
     """
     if not recorded.get("path"):
-        raise RequestError(
-            f"{role} was given as an array, not as a file: this result cannot be made again from its sidecar."
+        raise GenerationError(
+            f"{role} was given as an array, not as a file: this result cannot be generated again from its sidecar."
         )
     given = Path(recorded["path"])
-    places = [place for place in (given, folder / given, folder / given.name) if place.exists()]
-    if not places:
-        raise RequestError(f"{role} {given} is not there any more: put it back, or beside the sidecar.")
-    for place in places:
-        if hash_of(place) == recorded["sha256"]:
-            return place
-    raise RequestError(
-        f"{role} {places[0]} has changed since: its SHA-256 is {hash_of(places[0])[:12]}…, "
-        f"and {recorded['sha256'][:12]}… was used. Put the file back as it was."
+    candidates = [path for path in (given, folder / given, folder / given.name) if path.exists()]
+    if not candidates:
+        raise GenerationError(f"{role} {given} is missing. Restore it there or next to the sidecar.")
+    for path in candidates:
+        if hash_path(path) == recorded["sha256"]:
+            return path
+    raise GenerationError(
+        f"{role} {candidates[0]} has changed: its SHA-256 is {hash_path(candidates[0])[:12]}…, but "
+        f"{recorded['sha256'][:12]}… was used. Restore the original file."
     )
 
 
-def hash_of(path: Path) -> str:
-    """SHA-256 of a file, or of a PEFT adapter folder's two files together."""
+def hash_path(path: Path) -> str:
+    """Hash a file, or the two files of a PEFT adapter folder together.
+
+    Args:
+        path: The file or folder.
+
+    Returns:
+        SHA-256 in hexadecimal.
+    """
     if not path.is_dir():
-        return sha256_of(path)
-    parts = [f"{name} {sha256_of(path / name)}" for name in FOLDER_FILES if (path / name).exists()]
+        return hash_file(path)
+    parts = [f"{name} {hash_file(path / name)}" for name in FOLDER_FILES if (path / name).exists()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _version(package: str) -> str | None:
+def _get_version(package: str) -> str | None:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

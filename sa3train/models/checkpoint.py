@@ -15,23 +15,39 @@ from torch.overrides import TorchFunctionMode
 from sa3train.core.errors import CheckpointError
 from sa3train.models import hub
 from sa3train.models.autoencoder import Autoencoder
-from sa3train.models.blocks import inverse_frequencies
+from sa3train.models.blocks import compute_rotary_frequencies
 from sa3train.models.conditioners import Conditioner
 from sa3train.models.config import ModelConfig
 from sa3train.models.dit import DiT
-from sa3train.models.hub import TextEncoderSource, locate, text_encoder_source
-from sa3train.models.parse import is_autoencoder, parse_autoencoder, parse_model, read_config
-from sa3train.models.precision import exact_fp32_convolutions, fast_fp32_products
-from sa3train.models.weight_files import check_names, fingerprint_of, read_tensors, remembered, tensor_shapes
+from sa3train.models.hub import TextEncoderSource, find_text_encoder, locate_checkpoint
+from sa3train.models.parse import is_autoencoder, parse_autoencoder, parse_model, read_config_file
+from sa3train.models.precision import disable_tf32_convolutions, enable_fast_fp32_matmul
+from sa3train.models.weight_files import (
+    cache_fingerprint,
+    check_tensor_names,
+    compute_fingerprint,
+    iterate_tensors,
+    read_tensor_shapes,
+)
 
 #: State-dict prefix of each part in a released file.
 PREFIXES = {"dit": "model.model.", "conditioner": "conditioner.", "autoencoder": "pretransform.model."}
-ENCODER = "pretransform.model.encoder."
+ENCODER_PREFIX = "pretransform.model.encoder."
 
 
 @dataclass(frozen=True, eq=False)
 class StableAudio3:
-    """A loaded model. Parts that were not asked for are None. Weights are frozen (`requires_grad` off)."""
+    """A loaded model with frozen weights. Parts that were not asked for are None.
+
+    Attributes:
+        name: Registry name, or the name of its folder.
+        path: Its folder.
+        config: Its architecture.
+        dit: The diffusion transformer.
+        conditioner: Prompt and duration.
+        autoencoder: SAME.
+        sibling: Registry name of the base of a post-trained model, or the other way round.
+    """
 
     name: str
     path: Path
@@ -43,12 +59,12 @@ class StableAudio3:
 
     @property
     def sample_rate(self) -> int:
-        """Hz."""
+        """Sample rate in Hz."""
         return self.config.sample_rate
 
     @property
     def objective(self) -> str:
-        """ "rectified_flow" (base) or "rf_denoiser" (post-trained)."""
+        """Objective: "rectified_flow" (base) or "rf_denoiser" (post-trained)."""
         return self.config.objective
 
     @property
@@ -63,35 +79,44 @@ class StableAudio3:
 
     @property
     def max_frames(self) -> int:
-        """The longest generation in latent frames."""
+        """Latent frames of the longest generation."""
         return self.config.sample_size // self.downsampling_ratio
 
-    def adaptable(self) -> nn.ModuleDict:
-        """The root for adapters: module paths in it are the native adapter keys (`model.…`, `conditioners.…`).
+    def get_adapter_root(self) -> nn.ModuleDict:
+        """Get the module that adapters are applied to. Module paths in it are the keys of native adapter files.
 
-        The same object at every call. The text encoder is not in it. Raises `ValueError` when the model was loaded
-        without its DiT or conditioner.
+        The text encoder is not part of it. A model that was loaded without its DiT or conditioner is a `ValueError`.
+
+        Returns:
+            The same module in every call, with the DiT as `model` and the conditioners as `conditioners`.
         """
         if self.dit is None or self.conditioner is None:
-            raise ValueError("adapters need parts=('dit', 'conditioner')")
-        return self._adaptable
+            raise ValueError("load the model with parts=('dit', 'conditioner') to use adapters")
+        return self._adapter_root
 
     @functools.cached_property
-    def _adaptable(self) -> nn.ModuleDict:
+    def _adapter_root(self) -> nn.ModuleDict:
         return nn.ModuleDict({"model": self.dit, "conditioners": self.conditioner.conditioners})
 
     def fingerprint(self) -> str:
-        """Hex digest of the DiT's and the conditioner's weights in the file: the base an adapter belongs to.
+        """Compute a fingerprint of the DiT's and the conditioner's weights in the file: the base an adapter belongs to.
 
-        Equal for fp32 and bf16 copies; kept in the cache, since a large file takes seconds to read.
+        Equal for fp32 and bf16 copies. Cached, since a large file takes seconds to read.
+
+        Returns:
+            Hex SHA-256.
         """
         prefixes = (PREFIXES["dit"], PREFIXES["conditioner"])
-        return _file_fingerprint(self.path / "model.safetensors", prefixes)
+        return _fingerprint_file(self.path / "model.safetensors", prefixes)
 
     def autoencoder_fingerprint(self) -> str:
-        """Hex digest of the file's autoencoder, loaded or not: what latents for this model must be made with."""
+        """Compute a fingerprint of the file's autoencoder, loaded or not, with which latents must be encoded.
+
+        Returns:
+            Hex SHA-256.
+        """
         prefix = PREFIXES["autoencoder"]
-        return _file_fingerprint(self.path / "model.safetensors", (prefix,), prefix)
+        return _fingerprint_file(self.path / "model.safetensors", (prefix,), prefix)
 
 
 def load_checkpoint(
@@ -100,65 +125,84 @@ def load_checkpoint(
     dtype: torch.dtype = torch.float32,
     *,
     parts: tuple[str, ...] = ("dit", "conditioner", "autoencoder"),
-    encoder_later: bool = False,
+    lazy_encoder: bool = False,
 ) -> StableAudio3:
-    """Load a model by registry name (found in huggingface_hub's cache, or downloaded) or from a folder.
+    """Load a model.
 
-    The file must hold exactly the tensors its config describes, whichever `parts` are asked for; those alone are
-    read. The text encoder is left on disk until it is used, and always runs in its own dtype; with `encoder_later` so
-    is the autoencoder's encoder, which text-to-audio does without.
+    The file must have exactly the tensors that its config describes, whichever parts are asked for; only those are
+    read. The text encoder is loaded when it is first used and always runs in its own dtype.
 
-    Raises `CheckpointError`: unknown name, no such folder, file missing or cut short, another architecture, gated
-    repository, no network.
+    Args:
+        name_or_path: Registry name, found in the cache of huggingface_hub or downloaded, or a folder.
+        device: Where the parts are loaded.
+        dtype: Dtype of their weights.
+        parts: Any of "dit", "conditioner" and "autoencoder"; another is a `ValueError`.
+        lazy_encoder: Whether to load the autoencoder's encoder on first use; text-to-audio does without it.
+
+    Returns:
+        The model.
+
+    Raises:
+        CheckpointError: The name is unknown, a file is missing, truncated or of another architecture, the repository is
+            gated, or there is no network.
     """
     if unknown := set(parts) - set(PREFIXES):
-        raise ValueError(f"parts {sorted(unknown)} do not exist; there are {', '.join(PREFIXES)}")
-    entry = hub.find(os.fspath(name_or_path))
-    if entry is not None and entry.kind == "autoencoder":
-        raise _only_autoencoder(name_or_path)
-    files = locate(name_or_path)
-    raw = read_config(files.config)
+        raise ValueError(f"unknown parts {sorted(unknown)}; choose from {', '.join(PREFIXES)}")
+    info = hub.find_checkpoint(os.fspath(name_or_path))
+    if info is not None and info.kind == "autoencoder":
+        raise _explain_autoencoder(name_or_path)
+    files = locate_checkpoint(name_or_path)
+    raw = read_config_file(files.config)
     if is_autoencoder(raw):
-        raise _only_autoencoder(name_or_path)
+        raise _explain_autoencoder(name_or_path)
     config = parse_model(raw, str(files.config))
-    modules = build(config, text_encoder_source(files, config.conditioner.text))
+    modules = build_modules(config, find_text_encoder(files, config.conditioner.text))
     modules["autoencoder"].chunked = config.chunked
-    later = encoder_later and "autoencoder" in parts
-    _fill(files.weights, modules, PREFIXES, parts, device, dtype, without=(ENCODER,) if later else ())
-    modules["autoencoder"].file_fingerprint = _autoencoder_fingerprint(files.weights, PREFIXES["autoencoder"])
-    if later:
-        modules["autoencoder"].later = functools.partial(_read_encoder, files.weights)
-    kept: Any = {name: module if name in parts else None for name, module in modules.items()}
-    sibling = files.entry.sibling if files.entry is not None else None
-    return StableAudio3(files.name, files.folder, config, **kept, sibling=sibling)
+    lazy = lazy_encoder and "autoencoder" in parts
+    _load_weights(files.weights, modules, PREFIXES, parts, device, dtype, without=(ENCODER_PREFIX,) if lazy else ())
+    modules["autoencoder"].file_fingerprint = _defer_fingerprint(files.weights, PREFIXES["autoencoder"])
+    if lazy:
+        modules["autoencoder"].load_encoder = functools.partial(_read_encoder, files.weights)
+    loaded: Any = {name: module if name in parts else None for name, module in modules.items()}
+    sibling = files.info.sibling if files.info is not None else None
+    return StableAudio3(files.name, files.folder, config, **loaded, sibling=sibling)
 
 
 def load_autoencoder(
     name_or_path: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Autoencoder:
-    """Load SAME alone, from a stand-alone repository or folder or out of a whole model; it runs whole unless asked.
+    """Load SAME alone, from a stand-alone checkpoint or from a whole model. It does not run in chunks unless asked.
 
-    Raises `CheckpointError` as `load_checkpoint` does.
+    Args:
+        name_or_path: Registry name or folder.
+        device: Where it is loaded.
+        dtype: Dtype of its weights.
+
+    Returns:
+        The autoencoder.
+
+    Raises:
+        CheckpointError: As `load_checkpoint`.
     """
-    files = locate(name_or_path)
-    raw = read_config(files.config)
+    files = locate_checkpoint(name_or_path)
+    raw = read_config_file(files.config)
     if is_autoencoder(raw):
         config, prefix = parse_autoencoder(raw, str(files.config)), ""
-        with torch.device("meta"), _Uninitialised():
+        with torch.device("meta"), _SkipInit():
             modules: dict[str, Any] = {"autoencoder": Autoencoder(config)}
         prefixes: Mapping[str, str] = {"autoencoder": ""}
     else:
         model = parse_model(raw, str(files.config))
-        modules = build(model, text_encoder_source(files, model.conditioner.text))
+        modules = build_modules(model, find_text_encoder(files, model.conditioner.text))
         prefixes, prefix = PREFIXES, PREFIXES["autoencoder"]
-    _fill(files.weights, modules, prefixes, ("autoencoder",), device, dtype)
+    _load_weights(files.weights, modules, prefixes, ("autoencoder",), device, dtype)
     autoencoder: Autoencoder = modules["autoencoder"]
-    autoencoder.file_fingerprint = _autoencoder_fingerprint(files.weights, prefix)
+    autoencoder.file_fingerprint = _defer_fingerprint(files.weights, prefix)
     return autoencoder
 
 
-class _Uninitialised(TorchFunctionMode):
-    """Leaves out `torch.nn.init`: without effect on the meta device, where what it imports takes seconds."""
+class _SkipInit(TorchFunctionMode):
+    """Skip `torch.nn.init`: it has no effect on the meta device, and what it imports takes seconds."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__module__", None) == "torch.nn.init":
@@ -166,16 +210,25 @@ class _Uninitialised(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _only_autoencoder(name_or_path: str | os.PathLike[str]) -> CheckpointError:
+def _explain_autoencoder(name_or_path: str | os.PathLike[str]) -> CheckpointError:
     return CheckpointError(
-        f"{name_or_path} is a stand-alone autoencoder: it encodes and decodes but generates nothing. Give a whole "
-        f"model, such as nano or small-music-base."
+        f"{name_or_path} is a stand-alone autoencoder, which cannot generate. Use a whole model, such as nano or "
+        f"small-music-base."
     )
 
 
-def build(config: ModelConfig, source: TextEncoderSource, device: str = "meta") -> dict[str, Any]:
-    """The three parts of `config`, by name; on the meta device they hold names and shapes only."""
-    with torch.device(device), _Uninitialised() if device == "meta" else contextlib.nullcontext():
+def build_modules(config: ModelConfig, source: TextEncoderSource, device: str = "meta") -> dict[str, Any]:
+    """Build the three parts of a model.
+
+    Args:
+        config: The architecture.
+        source: Where the text encoder is.
+        device: On the meta device, parts have names and shapes only; on others they are initialized.
+
+    Returns:
+        "dit", "conditioner" and "autoencoder".
+    """
+    with torch.device(device), _SkipInit() if device == "meta" else contextlib.nullcontext():
         return {
             "dit": DiT(config.dit),
             "conditioner": Conditioner(config.conditioner, source),
@@ -183,8 +236,16 @@ def build(config: ModelConfig, source: TextEncoderSource, device: str = "meta") 
         }
 
 
-def released_state(modules: Mapping[str, nn.Module], prefixes: Mapping[str, str] = PREFIXES) -> dict[str, Tensor]:
-    """All tensors of the parts under the names of the released files."""
+def collect_state_dict(modules: Mapping[str, nn.Module], prefixes: Mapping[str, str] = PREFIXES) -> dict[str, Tensor]:
+    """Collect the tensors of the parts under the names of the released files.
+
+    Args:
+        modules: Parts by name.
+        prefixes: Prefix of each part.
+
+    Returns:
+        Tensors by name.
+    """
     return {
         f"{prefixes[part]}{name}": tensor
         for part, module in modules.items()
@@ -192,7 +253,7 @@ def released_state(modules: Mapping[str, nn.Module], prefixes: Mapping[str, str]
     }
 
 
-def _fill(
+def _load_weights(
     path: Path,
     modules: Mapping[str, nn.Module],
     prefixes: Mapping[str, str],
@@ -201,12 +262,12 @@ def _fill(
     dtype: torch.dtype,
     without: tuple[str, ...] = (),
 ) -> None:
-    """Check the whole file against all modules, then read the asked parts into theirs, but for names in `without`."""
-    exact_fp32_convolutions()
+    """Check the whole file against all modules, then read the parts asked for, but for names in `without`."""
+    disable_tf32_convolutions()
     if torch.device(device).type == "cpu":
-        fast_fp32_products()
-    expected = {name: tuple(tensor.shape) for name, tensor in released_state(modules, prefixes).items()}
-    check_names(path, tensor_shapes(path), expected)
+        enable_fast_fp32_matmul()
+    expected = {name: tuple(tensor.shape) for name, tensor in collect_state_dict(modules, prefixes).items()}
+    check_tensor_names(path, read_tensor_shapes(path), expected)
     for part in parts:
         _read_into(path, prefixes[part], modules[part], device, dtype, without)
 
@@ -222,36 +283,36 @@ def _read_into(
     """Read the tensors of `module`, whose names in the file begin with `prefix`."""
     names = [name for name in (f"{prefix}{own}" for own in module.state_dict()) if not name.startswith(without)]
     state = {}
-    for name, tensor in read_tensors(path, names, device, dtype):
-        state[name.removeprefix(prefix)] = _rotary(path, name, tensor) if name.endswith("inv_freq") else tensor
+    for name, tensor in iterate_tensors(path, names, device, dtype):
+        state[name.removeprefix(prefix)] = _check_rotary(path, name, tensor) if name.endswith("inv_freq") else tensor
     module.load_state_dict(state, strict=not without, assign=True)
     module.requires_grad_(False).eval()
 
 
 def _read_encoder(path: Path, encoder: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """The encoder that was left out. Raises `CheckpointError` when the file has gone since."""
-    tensor_shapes(path)
-    _read_into(path, ENCODER, encoder, device, dtype)
+    """Read the encoder that was left out."""
+    read_tensor_shapes(path)
+    _read_into(path, ENCODER_PREFIX, encoder, device, dtype)
 
 
-def _rotary(path: Path, name: str, tensor: Tensor) -> Tensor:
-    """The exact frequencies, after a look at the file's: in a 16-bit file they are rounded."""
-    exact = inverse_frequencies(tensor.device)
+def _check_rotary(path: Path, name: str, tensor: Tensor) -> Tensor:
+    """Check the file's frequencies, which 16 bits round, and return the exact ones."""
+    exact = compute_rotary_frequencies(tensor.device)
     if not torch.allclose(tensor.float(), exact, rtol=1e-2):
         raise CheckpointError(
-            f"{path}: {name} holds other rotary frequencies than Stable Audio 3's. Use the released file."
+            f"{path}: {name} has other rotary frequencies than Stable Audio 3. Use the released file."
         )
     return exact
 
 
-def _file_fingerprint(path: Path, prefixes: tuple[str, ...], strip: str = "") -> str:
+def _fingerprint_file(path: Path, prefixes: tuple[str, ...], strip: str = "") -> str:
     def compute() -> str:
-        names = sorted(name for name in tensor_shapes(path) if name.startswith(prefixes))
-        tensors = read_tensors(path, names, "cpu", torch.bfloat16)
-        return fingerprint_of((name.removeprefix(strip), tensor) for name, tensor in tensors)
+        names = sorted(name for name in read_tensor_shapes(path) if name.startswith(prefixes))
+        tensors = iterate_tensors(path, names, "cpu", torch.bfloat16)
+        return compute_fingerprint((name.removeprefix(strip), tensor) for name, tensor in tensors)
 
-    return remembered(path, ",".join(prefixes), compute)
+    return cache_fingerprint(path, ",".join(prefixes), compute)
 
 
-def _autoencoder_fingerprint(path: Path, prefix: str) -> Callable[[], str]:
-    return functools.partial(_file_fingerprint, path, (prefix,), prefix)
+def _defer_fingerprint(path: Path, prefix: str) -> Callable[[], str]:
+    return functools.partial(_fingerprint_file, path, (prefix,), prefix)

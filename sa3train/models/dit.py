@@ -1,25 +1,38 @@
-"""The diffusion transformer of Stable Audio 3, plain and differential.
+"""The diffusion transformer of Stable Audio 3, plain and differential (docs/model.md, section 4).
 
 Shape legend: B batch rows (of t and the conditions: clips, which are rows unless packed), T latent frames, C latent
 channels, S clips, L tokens, M context tokens, D width, K modulation (6 D). Module names are those of the released
 files under `model.model.`.
 """
 
+import dataclasses
 import functools
+import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from sa3train.core.errors import ConfigError
+from sa3train.core.files import get_cache_dir
+from sa3train.diffusion.guidance import VelocityInputs
 from sa3train.models import norms
 from sa3train.models.attention import Pattern
-from sa3train.models.blocks import CrossAttention, FeedForward, Rotary, SelfAttention, fourier_features, whole_head
+from sa3train.models.blocks import (
+    CrossAttention,
+    FeedForward,
+    Rotary,
+    SelfAttention,
+    compute_fourier_features,
+    expand_to_head,
+)
 from sa3train.models.config import DiTConfig
 from sa3train.models.norms import RMSNorm
-from sa3train.models.packing import Layout, dense_layout, packed_layout
+from sa3train.models.packing import Layout, make_dense_layout, make_packed_layout
 
 HEAD_NORM = functools.partial(RMSNorm, eps=1e-6)
 
@@ -31,8 +44,13 @@ def _mlp(inputs: int, outputs: int, bias: bool, last: int | None = None) -> nn.S
 
 
 @dataclass(frozen=True, eq=False)
-class Conditions:
-    """What every block starts from: the embedded context, and the local condition of each picked frame."""
+class RawConditions:
+    """Conditions that every block starts from.
+
+    Attributes:
+        context_BMD: Embedded context.
+        local: Local condition of each gathered frame.
+    """
 
     context_BMD: Tensor
     local: Tensor | None
@@ -40,16 +58,26 @@ class Conditions:
 
 @dataclass(frozen=True, eq=False)
 class BlockConditions:
-    """What one block makes of the conditions: cross-attention keys and values, and the local term of each token."""
+    """What one block makes of the conditions.
+
+    Attributes:
+        context: Keys and values of cross-attention.
+        local_BLD: Local term of each token.
+    """
 
     context: tuple[Tensor, ...]
     local_BLD: Tensor | None
 
 
 class Modulation(NamedTuple):
-    """adaLN of one block, or of all (with a dimension in front): gains, shifts and gates of its two branches.
+    """adaLN of one block, or of all with a dimension in front.
 
-    `norm(x) * gain + shift` goes into a branch, and gate times what comes out is added. Each (S, 2, D).
+    `norm(x) * gain + shift` enters a branch, and what comes out is multiplied by gate and added.
+
+    Attributes:
+        gains: (S, 2, D), for the two branches.
+        shifts: (S, 2, D).
+        gates: (S, 2, D).
     """
 
     gains: Tensor
@@ -58,13 +86,20 @@ class Modulation(NamedTuple):
 
 
 @dataclass(frozen=True, eq=False)
-class Prepared:
-    """All of a forward pass that depends on neither x nor t. `blocks` holds the conditions, worked out or not."""
+class PreparedConditions:
+    """All of a forward pass that depends on neither x nor t.
+
+    Attributes:
+        layout: How frames become tokens.
+        context_length: Context tokens of a clip.
+        global_SD: Embedded global condition.
+        blocks: Conditions of each block, raw or its own.
+    """
 
     layout: Layout
     context_length: int
     global_SD: Tensor
-    blocks: Sequence[Conditions | BlockConditions]
+    blocks: Sequence[RawConditions | BlockConditions]
 
 
 class Block(nn.Module):
@@ -82,34 +117,46 @@ class Block(nn.Module):
         self.to_local_embed = _mlp(config.local_width, width, bias=True)
         self.to_scale_shift_gate = nn.Parameter(torch.zeros(6 * width))
 
-    def prepare(self, conditions: Conditions, layout: Layout) -> BlockConditions:
-        """This block's share of the conditions."""
+    def prepare(self, conditions: RawConditions, layout: Layout) -> BlockConditions:
+        """Compute this block's part of the conditions.
+
+        Args:
+            conditions: Conditions that all blocks share.
+            layout: How frames become tokens.
+
+        Returns:
+            Keys, values and the local term.
+        """
         local = conditions.local
-        embedded = None if local is None else layout.beside_memory(self.to_local_embed(local))
-        return BlockConditions(self.cross_attn.context(conditions.context_BMD), embedded)
+        embedded = None if local is None else layout.pad_memory(self.to_local_embed(local))
+        return BlockConditions(self.cross_attn.project_context(conditions.context_BMD), embedded)
 
     def forward(
         self,
         x_BLD: Tensor,
         modulation: Modulation,
-        conditions: Conditions | BlockConditions,
+        conditions: RawConditions | BlockConditions,
         rotary: tuple[Tensor, Tensor],
         layout: Layout,
         cross_pattern: Pattern,
     ) -> Tensor:
-        if isinstance(conditions, Conditions):
+        if isinstance(conditions, RawConditions):
             conditions = self.prepare(conditions, layout)
-        gains, shifts, gates = (layout.spread(each).unbind(dim=-2) for each in modulation)
-        attended = self.self_attn(self.pre_norm.modulated(x_BLD, gains[0], shifts[0]), rotary, layout.self_pattern)
+        gains, shifts, gates = (layout.expand_clips(each).unbind(dim=-2) for each in modulation)
+        attended = self.self_attn(self.pre_norm.modulate(x_BLD, gains[0], shifts[0]), rotary, layout.self_pattern)
         x_BLD = torch.addcmul(x_BLD, gates[0], attended)
         x_BLD = x_BLD + self.cross_attn(self.cross_attend_norm(x_BLD), conditions.context, cross_pattern)
         if conditions.local_BLD is not None:
             x_BLD = x_BLD + conditions.local_BLD
-        return torch.addcmul(x_BLD, gates[1], self.ff(self.ff_norm.modulated(x_BLD, gains[1], shifts[1])))
+        return torch.addcmul(x_BLD, gates[1], self.ff(self.ff_norm.modulate(x_BLD, gains[1], shifts[1])))
 
 
 class Transformer(nn.Module):
-    """Memory tokens, blocks and projections. `checkpointing` trades memory for a second forward pass of each block."""
+    """Memory tokens, blocks and projections.
+
+    Attributes:
+        checkpointing: Whether training recomputes each block in the backward pass to save memory.
+    """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -122,13 +169,13 @@ class Transformer(nn.Module):
         self.global_cond_embedder = _mlp(width, width, bias=True, last=6 * width)
         self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
 
-    def forward(self, frames: Tensor, global_SD: Tensor, prepared: Prepared) -> Tensor:
+    def forward(self, frames: Tensor, global_SD: Tensor, prepared: PreparedConditions) -> Tensor:
         layout = prepared.layout
-        x_BLD = layout.tokens(self.project_in(frames), self.memory_tokens)
+        x_BLD = layout.add_memory(self.project_in(frames), self.memory_tokens)
         modulations = self._modulations(global_SD)
         rotary = self.rotary_pos_emb(layout.positions(x_BLD.device))
-        if norms.few_passes(x_BLD):
-            rotary = whole_head(rotary)
+        if norms.uses_fused_kernel(x_BLD):
+            rotary = expand_to_head(rotary)
         pattern = layout.cross_pattern(prepared.context_length)
         for block, modulation, conditions in zip(self.layers, modulations, prepared.blocks, strict=True):
             arguments = (x_BLD, modulation, conditions, rotary, layout, pattern)
@@ -136,19 +183,38 @@ class Transformer(nn.Module):
                 x_BLD = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x_BLD = block(*arguments)
-        return self.project_out(layout.frames(x_BLD))
+        return self.project_out(layout.drop_memory(x_BLD))
 
     def _modulations(self, global_SD: Tensor) -> list[Modulation]:
-        """adaLN of every block, worked out for all at once: scale, shift and gate twice, in the order of the files."""
+        """Compute adaLN of every block at once: scale, shift and gate twice, in the order of the files."""
         own_NK = torch.stack([block.get_parameter("to_scale_shift_gate") for block in self.layers])
         sums_NS6D = (own_NK[:, None] + self.global_cond_embedder(global_SD)).unflatten(-1, (6, -1))
-        exact = sums_NS6D if norms.few_passes(sums_NS6D) else sums_NS6D.float()
+        exact = sums_NS6D if norms.uses_fused_kernel(sums_NS6D) else sums_NS6D.float()
         parts = (1 + exact[..., 0::3, :], exact[..., 1::3, :], torch.sigmoid(1 - sums_NS6D[..., 2::3, :]))
         return [Modulation(*each) for each in zip(*(part.unbind() for part in parts), strict=True)]
 
 
+class DiTInputs(VelocityInputs, total=False):
+    """Conditions of a forward pass, by keyword.
+
+    Attributes:
+        cross_attn_cond_BLD: Prompt and duration tokens of each clip.
+        global_cond_BD: Duration embedding of each clip.
+        local_add_cond_BCT: Inpainting mask and masked latents of each row.
+        attention_mask_BT: True = real; real frames come first. The output at padded frames means nothing.
+        segment_ids: Index (B, T) of each frame's clip, -1 = padding. Keep it on the CPU, so that no step blocks the
+            host.
+    """
+
+    segment_ids: Tensor | None
+
+
 class DiT(nn.Module):
-    """Predicts velocity (noise - data) from noisy latents, the noise level and the conditions."""
+    """Predicts velocity (noise - data) from noisy latents, the noise level and the conditions.
+
+    Attributes:
+        config: Its architecture.
+    """
 
     def __init__(self, config: DiTConfig) -> None:
         super().__init__()
@@ -163,86 +229,77 @@ class DiT(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights; t and the Fourier features stay fp32 whatever it is."""
+        """Dtype of the weights. t and the Fourier features stay fp32."""
         return self.transformer.memory_tokens.dtype
 
-    def forward(
-        self,
-        x_BCT: Tensor,
-        t_B: Tensor,
-        *,
-        cross_attn_cond_BLD: Tensor,
-        global_cond_BD: Tensor,
-        local_add_cond_BCT: Tensor | None = None,
-        padding_mask_BT: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-    ) -> Tensor:
-        """Velocity (B, C, T) in the dtype of `x`.
+    def forward(self, x_BCT: Tensor, t_B: Tensor, **inputs: Unpack[DiTInputs]) -> Tensor:
+        """Predict velocity.
 
-        Unpacked, every row is a clip: S = B, and `padding_mask_BT` (True = real, real frames first) hides padding
-        from real frames; the output at padded frames means nothing.
+        Unpacked, every row is a clip (S = B), and `attention_mask_BT` hides padding from real frames.
 
-        Packed, rows hold several clips: `segment_ids[b, t]` is the index of the frame's clip in `t_B` and the
-        conditions (-1 = padding); each clip's frames follow one another in one row. Every clip has its own t,
-        conditions, memory tokens and rotary positions, no clip sees another, and padding is not computed at all:
-        the output equals that of the clips run one by one, and is zero at padding. Keep `segment_ids` on the CPU,
-        so that no step has to wait for the device.
+        Packed, rows hold several clips; the frames of each follow one another in one row. Every clip has its own t,
+        conditions, memory tokens and rotary positions, no clip sees another, and padding is not computed: the output
+        equals that of the clips run one by one and is zero at padding.
 
-        Raises `ValueError` when masks or ids do not fit.
+        Args:
+            x_BCT: Noisy latents.
+            t_B: Noise level of each clip.
+            **inputs: Conditions, see `DiTInputs`. Masks or indexes that do not fit are a `ValueError`.
+
+        Returns:
+            Velocity (B, C, T) in the dtype of `x_BCT`.
         """
-        prepared = self._prepare(
-            x_BCT.shape,
-            cross_attn_cond_BLD,
-            global_cond_BD,
-            local_add_cond_BCT,
-            padding_mask_BT,
-            segment_ids,
-        )
-        return self.velocity(x_BCT, t_B, prepared)
+        return self.predict_velocity(x_BCT, t_B, self._prepare_shared(x_BCT.shape, **inputs))
 
-    def prepare(
-        self,
-        shape_BCT: torch.Size | tuple[int, ...],
-        *,
-        cross_attn_cond_BLD: Tensor,
-        global_cond_BD: Tensor,
-        local_add_cond_BCT: Tensor | None = None,
-        padding_mask_BT: Tensor | None = None,
-        segment_ids: Tensor | None = None,
-    ) -> Prepared:
-        """Everything that does not change from step to step, for `velocity`; `shape_BCT` is the shape of the latents.
+    def prepare(self, shape_BCT: torch.Size | tuple[int, ...], **inputs: Unpack[DiTInputs]) -> PreparedConditions:
+        """Compute everything that stays the same from step to step. Valid until a weight changes.
 
-        Costs 2 M D + L D values of memory per block. Valid until a weight changes.
+        Costs 2 M D + L D values of memory per block.
+
+        Args:
+            shape_BCT: Shape of the latents.
+            **inputs: As in `forward`.
+
+        Returns:
+            Input of `predict_velocity`.
         """
-        prepared = self._prepare(
-            shape_BCT, cross_attn_cond_BLD, global_cond_BD, local_add_cond_BCT, padding_mask_BT, segment_ids
-        )
+        prepared = self._prepare_shared(shape_BCT, **inputs)
         blocks = [
             block.prepare(conditions, prepared.layout)  # type: ignore[operator]
             for block, conditions in zip(self.transformer.layers, prepared.blocks, strict=True)
         ]
-        return Prepared(prepared.layout, prepared.context_length, prepared.global_SD, blocks)
+        return dataclasses.replace(prepared, blocks=blocks)
 
-    def velocity(self, x_BCT: Tensor, t_B: Tensor, prepared: Prepared) -> Tensor:
-        """`forward` with its conditions prepared."""
+    def predict_velocity(self, x_BCT: Tensor, t_B: Tensor, prepared: PreparedConditions) -> Tensor:
+        """Predict velocity from prepared conditions.
+
+        Args:
+            x_BCT: Noisy latents.
+            t_B: Noise level of each clip.
+            prepared: From `prepare`.
+
+        Returns:
+            Velocity (B, C, T) in the dtype of `x_BCT`.
+        """
         x = x_BCT.to(self.dtype)
         x = self.preprocess_conv(x) + x
-        features = fourier_features(t_B, self.config.features).to(self.dtype)
+        features = compute_fourier_features(t_B, self.config.features).to(self.dtype)
         global_SD = prepared.global_SD + self.to_timestep_embed(features)
-        picked = prepared.layout.pick(x.transpose(1, 2))
+        picked = prepared.layout.gather_frames(x.transpose(1, 2))
         picked = self.transformer(picked, global_SD, prepared)
-        out_BCT = prepared.layout.restore(picked).transpose(1, 2)
+        out_BCT = prepared.layout.scatter_frames(picked).transpose(1, 2)
         return (self.postprocess_conv(out_BCT) + out_BCT).to(x_BCT.dtype)
 
-    def _prepare(
+    def _prepare_shared(
         self,
         shape_BCT: torch.Size | tuple[int, ...],
+        *,
         cross_attn_cond_BLD: Tensor,
         global_cond_BD: Tensor,
-        local_add_cond_BCT: Tensor | None,
-        padding_mask_BT: Tensor | None,
-        segment_ids: Tensor | None,
-    ) -> Prepared:
+        local_add_cond_BCT: Tensor | None = None,
+        attention_mask_BT: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+    ) -> PreparedConditions:
         batch, _, length = shape_BCT
         clips, context_length, _ = cross_attn_cond_BLD.shape
         memory = self.config.memory_tokens
@@ -250,14 +307,36 @@ class DiT(nn.Module):
         if segment_ids is None:
             if clips != batch:
                 raise ValueError(f"{clips} conditions for {batch} rows; several clips in a row need segment_ids")
-            layout = dense_layout(batch, length, memory, padding_mask_BT)
-        elif padding_mask_BT is not None:
-            raise ValueError("give segment_ids or a padding mask, not both: -1 in segment_ids is padding")
+            layout = make_dense_layout(batch, length, memory, attention_mask_BT)
+        elif attention_mask_BT is not None:
+            raise ValueError("pass attention_mask_BT or segment_ids, not both: -1 in segment_ids is padding")
         else:
-            layout = packed_layout(segment_ids, clips, memory, cross_attn_cond_BLD.device)
-        context = layout.context(self.to_cond_embed(cross_attn_cond_BLD.to(self.dtype)))
+            layout = make_packed_layout(segment_ids, clips, memory, cross_attn_cond_BLD.device)
+        context = layout.arrange_context(self.to_cond_embed(cross_attn_cond_BLD.to(self.dtype)))
         local = None
         if local_add_cond_BCT is not None:
-            local = layout.pick(local_add_cond_BCT.to(self.dtype).transpose(1, 2)).contiguous()
+            local = layout.gather_frames(local_add_cond_BCT.to(self.dtype).transpose(1, 2)).contiguous()
         global_SD = self.to_global_embed(global_cond_BD.to(self.dtype))
-        return Prepared(layout, context_length, global_SD, [Conditions(context, local)] * self.config.depth)
+        return PreparedConditions(
+            layout, context_length, global_SD, [RawConditions(context, local)] * self.config.depth
+        )
+
+
+def compile_blocks(dit: DiT, backend: str = "inductor") -> None:
+    """Compile each block of a DiT for any length of audio. Compilation happens in the first forward pass.
+
+    Later processes reuse what the compiler leaves in the cache folder, or in `TORCHINDUCTOR_CACHE_DIR`.
+
+    Args:
+        dit: Model, changed in place.
+        backend: Backend of `torch.compile`.
+
+    Raises:
+        ConfigError: The model is on the CPU and no C++ compiler is installed.
+    """
+    on_cpu = next(dit.parameters()).device.type == "cpu"
+    if backend == "inductor" and on_cpu and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+        raise ConfigError("compile=True needs a C++ compiler. Install g++, name one in CXX, or leave compile out.")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(get_cache_dir() / "compiled"))
+    for block in dit.transformer.layers:
+        block.compile(backend=backend, dynamic=True)

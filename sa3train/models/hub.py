@@ -1,7 +1,4 @@
-"""Where a checkpoint's files come from: a folder, or a repository through huggingface_hub's cache and download.
-
-The checkpoints known by name: where they come from, what they are, and which is whose twin.
-"""
+"""Where a checkpoint's files come from: the registry of names, folders, and huggingface_hub's cache and download."""
 
 import difflib
 import os
@@ -14,21 +11,31 @@ from sa3train.core.errors import CheckpointError
 from sa3train.models.config import TextConfig
 
 HUB = "https://huggingface.co"
+CONFIG_FILE = "model_config.json"
+WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One named checkpoint. `sibling` is the base of a post-trained model or the other way round."""
+class CheckpointInfo:
+    """One named checkpoint.
+
+    Attributes:
+        name: Registry name.
+        kind: Whole model or stand-alone autoencoder.
+        repo_id: Repository on the hub; None where it ships with the package.
+        license: Name of the license.
+        sibling: Registry name of the base of a post-trained model, or the other way round.
+    """
 
     name: str
     kind: Literal["model", "autoencoder"]
-    repo_id: str | None  # None: made on this machine
-    licence: str
+    repo_id: str | None
+    license: str
     sibling: str | None = None
 
     @property
     def page(self) -> str | None:
-        """The hub page on which the licence is accepted."""
+        """Page on the hub where the license is accepted."""
         return None if self.repo_id is None else f"{HUB}/{self.repo_id}"
 
 
@@ -36,121 +43,158 @@ _COMMUNITY = "Stability AI Community License"
 _OWN = "Apache-2.0"
 
 
-def _pair(name: str, repo_id: str | None, licence: str) -> list[Entry]:
+def _pair(name: str, repo_id: str | None, license: str) -> list[CheckpointInfo]:
     base = f"{name}-base"
     base_repo = None if repo_id is None else f"{repo_id}-base"
     return [
-        Entry(name, "model", repo_id, licence, sibling=base),
-        Entry(base, "model", base_repo, licence, sibling=name),
+        CheckpointInfo(name, "model", repo_id, license, sibling=base),
+        CheckpointInfo(base, "model", base_repo, license, sibling=name),
     ]
 
 
-REGISTRY: dict[str, Entry] = {
-    entry.name: entry
-    for entry in (
+REGISTRY: dict[str, CheckpointInfo] = {
+    info.name: info
+    for info in (
         *_pair("nano", None, _OWN),
         *_pair("small-music", "stabilityai/stable-audio-3-small-music", _COMMUNITY),
         *_pair("small-sfx", "stabilityai/stable-audio-3-small-sfx", _COMMUNITY),
         *_pair("medium", "stabilityai/stable-audio-3-medium", _COMMUNITY),
-        Entry("same-s", "autoencoder", "stabilityai/SAME-S", _COMMUNITY),
-        Entry("same-l", "autoencoder", "stabilityai/SAME-L", _COMMUNITY),
+        CheckpointInfo("same-s", "autoencoder", "stabilityai/SAME-S", _COMMUNITY),
+        CheckpointInfo("same-l", "autoencoder", "stabilityai/SAME-L", _COMMUNITY),
     )
 }
 
 
-def find(name: str) -> Entry | None:
-    """The entry called `name`, or whose repository is `name`; None when there is none."""
+def find_checkpoint(name: str) -> CheckpointInfo | None:
+    """Find a checkpoint in the registry.
+
+    Args:
+        name: Registry name or repository.
+
+    Returns:
+        The checkpoint, or None.
+    """
     if name in REGISTRY:
         return REGISTRY[name]
-    return next((entry for entry in REGISTRY.values() if entry.repo_id is not None and entry.repo_id == name), None)
+    return next((info for info in REGISTRY.values() if info.repo_id is not None and info.repo_id == name), None)
 
 
-def unknown(name: str) -> CheckpointError:
-    """The error for a name that is neither known nor a folder, with the nearest name and the list."""
+def explain_unknown_name(name: str) -> CheckpointError:
+    """Explain that a name is neither known nor a folder, with the closest name and the list.
+
+    Args:
+        name: What was given.
+
+    Returns:
+        The error to raise.
+    """
     close = difflib.get_close_matches(name.lower(), REGISTRY, n=1, cutoff=0.6)
     guess = f" Did you mean {close[0]}?" if close else ""
     return CheckpointError(
-        f"there is no model called {name!r} and no folder of that name.{guess} "
+        f"no model called {name!r} and no folder of that name.{guess} "
         f"Known names: {', '.join(REGISTRY)}; or give a folder with model_config.json and model.safetensors."
     )
 
 
-CONFIG_FILE = "model_config.json"
-WEIGHTS_FILE = "model.safetensors"
-
-
 @dataclass(frozen=True)
 class CheckpointFiles:
-    """The two files of a checkpoint, the folder they are in, and the repository that folder mirrors, if any."""
+    """The files of a checkpoint.
+
+    Attributes:
+        name: Registry name, or the name of the folder.
+        folder: Folder that contains them.
+        info: Registry entry; None for a folder of the user's.
+    """
 
     name: str
     folder: Path
-    entry: Entry | None = None
+    info: CheckpointInfo | None = None
 
     @property
     def config(self) -> Path:
+        """Path of `model_config.json`."""
         return self.folder / CONFIG_FILE
 
     @property
     def weights(self) -> Path:
+        """Path of `model.safetensors`."""
         return self.folder / WEIGHTS_FILE
 
 
-def locate(name_or_path: str | os.PathLike[str]) -> CheckpointFiles:
-    """Find a checkpoint by registry name (cache, then download) or folder.
+def locate_checkpoint(name_or_path: str | os.PathLike[str]) -> CheckpointFiles:
+    """Locate the files of a checkpoint, in the cache or by downloading them.
 
-    Raises `CheckpointError`: unknown name, not a folder, file missing, gated repository, no network.
+    Args:
+        name_or_path: Registry name or folder.
+
+    Returns:
+        The files.
+
+    Raises:
+        CheckpointError: The name is unknown, a file is missing, the repository is gated, or there is no network.
     """
     name = os.fspath(name_or_path)
-    entry = find(name)
-    if entry is None:
+    info = find_checkpoint(name)
+    if info is None:
         return _locate_folder(name)
-    if entry.repo_id is None:
-        from sa3train.models.nano import nano_folder
+    if info.repo_id is None:
+        from sa3train.models.nano import ensure_nano_folder
 
-        return CheckpointFiles(entry.name, nano_folder(entry.name), entry)
-    fetch(entry.repo_id, CONFIG_FILE)
-    return CheckpointFiles(entry.name, fetch(entry.repo_id, WEIGHTS_FILE).parent, entry)
+        return CheckpointFiles(info.name, ensure_nano_folder(info.name), info)
+    fetch_file(info.repo_id, CONFIG_FILE)
+    return CheckpointFiles(info.name, fetch_file(info.repo_id, WEIGHTS_FILE).parent, info)
 
 
 def _locate_folder(name: str) -> CheckpointFiles:
     folder = Path(name).expanduser()
     if folder.is_file():
         raise CheckpointError(
-            f"{folder} is a file. Give the folder that holds {CONFIG_FILE} and {WEIGHTS_FILE}; "
+            f"{folder} is a file. Give the folder that contains {CONFIG_FILE} and {WEIGHTS_FILE}; "
             f"adapters are given with --lora, and pickles (.ckpt, .pt) are not read."
         )
     if not folder.is_dir():
-        raise unknown(name)
+        raise explain_unknown_name(name)
     files = CheckpointFiles(folder.resolve().name, folder)
     missing = [path.name for path in (files.config, files.weights) if not path.is_file()]
     if missing:
         raise CheckpointError(
             f"{folder} is not a checkpoint: {' and '.join(missing)} missing. "
-            f"A checkpoint folder holds {CONFIG_FILE} and {WEIGHTS_FILE}, as the released repositories do."
+            f"A checkpoint folder contains {CONFIG_FILE} and {WEIGHTS_FILE}, as the released repositories do."
         )
     return files
 
 
 @dataclass(frozen=True)
 class TextEncoderSource:
-    """Places that may hold the text encoder, tried in order: folders, then (repository, subfolder) pairs."""
+    """Where the text encoder may be, tried in order.
+
+    Attributes:
+        folders: Folders.
+        repositories: Then pairs of repository and subfolder.
+    """
 
     folders: tuple[Path, ...]
     repositories: tuple[tuple[str, str], ...]
 
     def folder(self) -> Path:
-        """The folder with tokenizer and weights; downloads it when it is nowhere here. Raises `CheckpointError`."""
+        """Find the folder with tokenizer and weights, in the cache or by downloading it.
+
+        Returns:
+            The folder.
+
+        Raises:
+            CheckpointError: It is nowhere, or the download failed.
+        """
         for folder in self.folders:
             if _is_complete(folder):
                 return folder
         if not self.repositories:
             raise CheckpointError(
                 f"the text encoder is not in {self.folders[0]}: config.json, model.safetensors and tokenizer.json "
-                f"belong there. Copy that folder along with the checkpoint."
+                f"belong there. Copy that folder together with the checkpoint."
             )
         for repo_id, subfolder in self.repositories:
-            cached = _cached_snapshot(repo_id)
+            cached = _find_snapshot(repo_id)
             if cached is not None and _is_complete(cached / subfolder):
                 return cached / subfolder
         problem: CheckpointError | None = None
@@ -165,12 +209,20 @@ class TextEncoderSource:
         raise problem or CheckpointError(f"no text encoder in {self.repositories}")
 
 
-def text_encoder_source(files: CheckpointFiles, config: TextConfig) -> TextEncoderSource:
-    """Where `config`'s text encoder may be: beside the checkpoint, in its own repository, in the one it names."""
+def find_text_encoder(files: CheckpointFiles, config: TextConfig) -> TextEncoderSource:
+    """Find where a text encoder may be: beside the checkpoint, in its repository, or in the one that the config names.
+
+    Args:
+        files: The checkpoint.
+        config: Its prompt conditioner.
+
+    Returns:
+        The candidates.
+    """
     if config.model_path is not None:
         return TextEncoderSource((files.folder / config.model_path,), ())
     subfolder = config.subfolder or ""
-    own = files.entry.repo_id if files.entry is not None else None
+    own = files.info.repo_id if files.info is not None else None
     repositories = dict.fromkeys(repo for repo in (own, config.repo_id) if repo)
     return TextEncoderSource((files.folder / subfolder,), tuple((repo, subfolder) for repo in repositories))
 
@@ -181,17 +233,25 @@ def _is_complete(folder: Path) -> bool:
     return weights and tokenizer and (folder / "config.json").is_file()
 
 
-def fetch(repo_id: str, filename: str) -> Path:
-    """One file of a repository, from the cache or else downloaded. Raises `CheckpointError` saying what to do."""
+def fetch_file(repo_id: str, filename: str) -> Path:
+    """Fetch one file of a repository, from the cache or by downloading it.
+
+    Args:
+        repo_id: Repository.
+        filename: Name of the file.
+
+    Returns:
+        Path of the file.
+    """
     import huggingface_hub
 
     cached = huggingface_hub.try_to_load_from_cache(repo_id, filename)
     if isinstance(cached, str):
         return Path(cached)
-    return Path(_ask_hub(repo_id, filename, lambda: huggingface_hub.hf_hub_download(repo_id, filename)))
+    return Path(_download(repo_id, filename, lambda: huggingface_hub.hf_hub_download(repo_id, filename)))
 
 
-def _cached_snapshot(repo_id: str) -> Path | None:
+def _find_snapshot(repo_id: str) -> Path | None:
     import huggingface_hub
 
     config = huggingface_hub.try_to_load_from_cache(repo_id, CONFIG_FILE)
@@ -203,11 +263,11 @@ def _download_folder(repo_id: str, subfolder: str) -> Path:
 
     pattern = f"{subfolder}/*" if subfolder else "*"
     download = lambda: huggingface_hub.snapshot_download(repo_id, allow_patterns=[pattern])  # noqa: E731
-    return Path(_ask_hub(repo_id, pattern, download)) / subfolder
+    return Path(_download(repo_id, pattern, download)) / subfolder
 
 
-def _ask_hub(repo_id: str, what: str, download: Callable[[], str]) -> str:
-    """Run one download; what the hub may answer becomes a `CheckpointError` with the remedy."""
+def _download(repo_id: str, what: str, download: Callable[[], str]) -> str:
+    """Run one download; errors of the hub become a `CheckpointError` that says what to do."""
     import httpx
     from huggingface_hub import errors
 
@@ -217,7 +277,7 @@ def _ask_hub(repo_id: str, what: str, download: Callable[[], str]) -> str:
         return download()
     except errors.GatedRepoError as error:
         raise CheckpointError(
-            f"{repo_id} is gated: accept its licence at {page}, then {log_in} and run again. "
+            f"{repo_id} is gated: accept its license at {page}, then {log_in} and run again. "
             f"If you have the files already, give their folder instead of the name."
         ) from error
     except (errors.RepositoryNotFoundError, errors.DisabledRepoError) as error:
@@ -229,8 +289,8 @@ def _ask_hub(repo_id: str, what: str, download: Callable[[], str]) -> str:
         raise CheckpointError(f"{repo_id} has no {what}. See {page}, or give a local folder.") from error
     except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx.TransportError) as error:
         raise CheckpointError(
-            f"{what} of {repo_id} is not in the cache and the hub cannot be reached{_offline_note()}. "
-            f"Connect and run again, or give a local folder. Usable without a network: {', '.join(cached_names())}."
+            f"{what} of {repo_id} is not in the cache and the hub cannot be reached{_describe_offline()}. "
+            f"Connect and run again, or give a local folder. Available offline: {', '.join(list_cached_names())}."
         ) from error
     except (errors.HfHubHTTPError, OSError) as error:
         raise CheckpointError(
@@ -239,22 +299,26 @@ def _ask_hub(repo_id: str, what: str, download: Callable[[], str]) -> str:
         ) from error
 
 
-def _offline_note() -> str:
+def _describe_offline() -> str:
     from huggingface_hub import constants
 
     return " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
 
 
-def cached_names() -> list[str]:
-    """Registry names that load without a network."""
+def list_cached_names() -> list[str]:
+    """List the checkpoints that load without a network.
+
+    Returns:
+        Registry names.
+    """
     import huggingface_hub
 
     return [
-        entry.name
-        for entry in REGISTRY.values()
-        if entry.repo_id is None
+        info.name
+        for info in REGISTRY.values()
+        if info.repo_id is None
         or all(
-            isinstance(huggingface_hub.try_to_load_from_cache(entry.repo_id, name), str)
+            isinstance(huggingface_hub.try_to_load_from_cache(info.repo_id, name), str)
             for name in (CONFIG_FILE, WEIGHTS_FILE)
         )
     ]

@@ -2,11 +2,12 @@
 
 Its weights ship in `sa3train/assets/nano/`: `version.txt`, `nano.safetensors` and `nano-base.safetensors` (DiT and
 conditioner), `autoencoder.safetensors` (shared by both), all in fp16 under released names, and the folder `t5gemma`.
-Both models are written once to `cache_dir()/nano/<version>/` in the released layout and loaded from there like any
+Both models are written once to `get_cache_dir()/nano/<version>/` in the released layout and loaded from there like any
 other checkpoint. How they were trained: `recipes/nano/`.
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from sa3train.core.errors import SA3Error
-from sa3train.core.files import beside, cache_dir
+from sa3train.core.files import create_staging_dir, get_cache_dir
 from sa3train.core.log import get_logger
+from sa3train.models.config import HEAD_WIDTH
 from sa3train.models.weight_files import write_checkpoint
 
 logger = get_logger(__name__)
@@ -23,26 +25,45 @@ logger = get_logger(__name__)
 ASSETS = Path(__file__).parents[1] / "assets" / "nano"
 OBJECTIVES = {"nano": "rf_denoiser", "nano-base": "rectified_flow"}
 TEXT_FOLDER = "t5gemma"
-WIDTH = 128  # of latents
+LATENT_WIDTH = 128
 CONDITION_WIDTH = 128
-MAX_TOKENS = 64  # of a prompt
-PIECES = 1024  # of its tokenizer, at most
-MASK_NOISE = 0.003  # of the decoder's new tokens: what hiss is made of
-SAMPLE_SIZE = 5_292_032  # 120 s, as small
+MAX_TOKENS = 64
+VOCABULARY_SIZE = 1024
+MASK_NOISE = 0.003  # of the decoder's new tokens; noisy sounds are made from it
+SAMPLE_SIZE = 5_292_032  # 120 s, as the small models
 
 
-def nano_config(objective: str) -> dict[str, Any]:
-    """The `model_config.json` of nano: "rectified_flow" (base) or "rf_denoiser" (post-trained)."""
-    text = {"model_path": TEXT_FOLDER, "max_length": MAX_TOKENS}
+def build_checkpoint_config(
+    objective: str,
+    sample_size: int,
+    dit: Mapping[str, Any],
+    autoencoder: Mapping[str, Any],
+    condition_width: int,
+    max_tokens: int,
+) -> dict[str, Any]:
+    """Build a `model_config.json` whose text encoder is in the folder `t5gemma` beside it.
+
+    Args:
+        objective: "rectified_flow" (base) or "rf_denoiser" (post-trained).
+        sample_size: Samples of the longest generation.
+        dit: Config of the diffusion transformer.
+        autoencoder: Config of the autoencoder.
+        condition_width: Width of the condition tokens.
+        max_tokens: Tokens of a prompt.
+
+    Returns:
+        The config.
+    """
+    text = {"model_path": TEXT_FOLDER, "max_length": max_tokens}
     return {
         "model_type": "diffusion_cond_inpaint",
-        "sample_size": SAMPLE_SIZE,
+        "sample_size": sample_size,
         "sample_rate": 44100,
         "audio_channels": 2,
         "model": {
-            "pretransform": {"type": "autoencoder", "chunked": True, "config": nano_autoencoder_config()},
+            "pretransform": {"type": "autoencoder", "chunked": True, "config": autoencoder},
             "conditioning": {
-                "cond_dim": CONDITION_WIDTH,
+                "cond_dim": condition_width,
                 "configs": [
                     {"id": "prompt", "type": "t5gemma", "config": text},
                     {"id": "seconds_total", "type": "number", "config": {"min_val": 0, "max_val": 384}},
@@ -57,61 +78,114 @@ def nano_config(objective: str) -> dict[str, Any]:
                 "use_effective_length_for_schedule": True,
                 "mask_padding_attention": True,
                 "distribution_shift_options": {"type": "full", "min_length": 256, "max_length": 4096},
-                "config": {
-                    "io_channels": WIDTH,
-                    "embed_dim": 256,
-                    "depth": 3,
-                    "num_heads": 4,
-                    "cond_token_dim": CONDITION_WIDTH,
-                    "global_cond_dim": CONDITION_WIDTH,
-                    "local_add_cond_dim": WIDTH + 1,
-                    "attn_kwargs": {"qk_norm": "rms", "differential": False},
-                    "ff_kwargs": {"mult": 2.0},
-                    "num_memory_tokens": 16,
-                },
+                "config": dit,
             },
-            "io_channels": WIDTH,
+            "io_channels": dit["io_channels"],
         },
     }
 
 
-def nano_autoencoder_config() -> dict[str, Any]:
-    """The part of `nano_config` that describes its chunked SAME."""
-    shared = {
-        "channels": 128,
-        "c_mults": [2],
-        "strides": [16],
-        "latent_dim": WIDTH,
-        "differential": True,
-        "dyt": True,
-        "dim_heads": 64,
-        "chunk_size": 32,
-        "chunk_midpoint_shift": True,
+def build_dit_config(
+    *,
+    latent_width: int,
+    width: int,
+    depth: int,
+    condition_width: int,
+    memory_tokens: int,
+    differential: bool = False,
+    ff_mult: float = 4.0,
+) -> dict[str, Any]:
+    """Build the part of a `model_config.json` that describes the diffusion transformer.
+
+    Args:
+        latent_width: Channels of a latent frame.
+        width: Channels inside, in heads of 64.
+        depth: Blocks.
+        condition_width: Width of the condition tokens.
+        memory_tokens: Learned tokens in front of the frames.
+        differential: Whether attention is differential.
+        ff_mult: Inner width of the feed-forward, times the width.
+
+    Returns:
+        The config.
+    """
+    return {
+        "io_channels": latent_width,
+        "embed_dim": width,
+        "depth": depth,
+        "num_heads": width // HEAD_WIDTH,
+        "cond_token_dim": condition_width,
+        "global_cond_dim": condition_width,
+        "local_add_cond_dim": latent_width + 1,
+        "attn_kwargs": {"qk_norm": "rms", "differential": differential},
+        "ff_kwargs": {"mult": ff_mult},
+        "num_memory_tokens": memory_tokens,
     }
-    encoder = {"in_channels": 512, "transformer_depths": [2], "mask_noise": 0.0, **shared}
-    decoder = {
-        "out_channels": 512,
-        "transformer_depths": [3],
-        "sinusoidal_blocks": [2],
-        "conv_mapping": True,
-        "mask_noise": MASK_NOISE,
-        **shared,
-    }
+
+
+def build_same_config(
+    latent_width: int, width_mult: int, encoder: Mapping[str, Any], decoder: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Build the part of a `model_config.json` that describes the autoencoder.
+
+    Args:
+        latent_width: Channels of a latent frame.
+        width_mult: Channels inside, times `channels`.
+        encoder: What the encoder has of its own.
+        decoder: What the decoder has of its own.
+
+    Returns:
+        The config.
+    """
+    both = {"c_mults": [width_mult], "strides": [16], "latent_dim": latent_width, "dim_heads": HEAD_WIDTH}
+    both |= {"differential": True, "dyt": True}
     return {
         "pretransform": {"type": "patched", "config": {"patch_size": 256, "channels": 2}},
-        "encoder": {"type": "same", "config": encoder},
-        "decoder": {"type": "same", "config": decoder},
-        "bottleneck": {"type": "softnorm", "config": {"dim": WIDTH, "noise_regularize": True}},
-        "latent_dim": WIDTH,
+        "encoder": {"type": "same", "config": {"in_channels": 512, **both, **encoder}},
+        "decoder": {"type": "same", "config": {"out_channels": 512, **both, **decoder}},
+        "bottleneck": {"type": "softnorm", "config": {"dim": latent_width, "noise_regularize": True}},
+        "latent_dim": latent_width,
         "downsampling_ratio": 4096,
         "io_channels": 2,
     }
 
 
-def nano_text_config() -> dict[str, Any]:
-    """Keyword arguments of nano's T5Gemma encoder."""
+def build_nano_config(objective: str) -> dict[str, Any]:
+    """Build the `model_config.json` of nano.
+
+    Args:
+        objective: "rectified_flow" (base) or "rf_denoiser" (post-trained).
+
+    Returns:
+        The config.
+    """
+    dit = build_dit_config(
+        latent_width=LATENT_WIDTH, width=256, depth=3, condition_width=CONDITION_WIDTH, memory_tokens=16, ff_mult=2.0
+    )
+    autoencoder = build_nano_autoencoder_config()
+    return build_checkpoint_config(objective, SAMPLE_SIZE, dit, autoencoder, CONDITION_WIDTH, MAX_TOKENS)
+
+
+def build_nano_autoencoder_config() -> dict[str, Any]:
+    """Build the part of nano's config that describes its autoencoder, a chunked SAME.
+
+    Returns:
+        The config.
+    """
+    shared = {"channels": 128, "chunk_size": 32, "chunk_midpoint_shift": True}
+    encoder = {**shared, "transformer_depths": [2], "mask_noise": 0.0}
+    decoder = {**shared, "transformer_depths": [3], "sinusoidal_blocks": [2], "conv_mapping": True}
+    return build_same_config(LATENT_WIDTH, 2, encoder, {**decoder, "mask_noise": MASK_NOISE})
+
+
+def build_nano_text_config() -> dict[str, Any]:
+    """Build the config of nano's T5Gemma encoder.
+
+    Returns:
+        Keyword arguments of transformers' config.
+    """
     return {
-        "vocab_size": PIECES,
+        "vocab_size": VOCABULARY_SIZE,
         "hidden_size": CONDITION_WIDTH,
         "intermediate_size": 384,
         "num_hidden_layers": 2,
@@ -125,39 +199,46 @@ def nano_text_config() -> dict[str, Any]:
     }
 
 
-def nano_folder(name: str) -> Path:
-    """The folder of "nano" or "nano-base" in the released layout, made on first use.
+def ensure_nano_folder(name: str) -> Path:
+    """Ensure that nano's models are in the cache. Any number of processes may call this at once.
 
-    Any number of processes may ask at once. Raises `SA3Error` when the cache cannot be written.
+    Args:
+        name: "nano" or "nano-base".
+
+    Returns:
+        The model's folder in the released layout.
+
+    Raises:
+        SA3Error: The cache cannot be written, or the installation lacks nano's weights.
     """
-    version = _version()
-    final = cache_dir() / "nano" / version
+    version = _read_version()
+    final = get_cache_dir() / "nano" / version
     if not final.is_dir():
         logger.info(f"writing nano to {final}")
         _write_once(final)
     return final / name
 
 
-def _version() -> str:
-    """The shipped version. Raises `SA3Error` when the installation lacks nano's weights."""
+def _read_version() -> str:
+    """Read the shipped version."""
     try:
         return (ASSETS / "version.txt").read_text(encoding="utf-8").strip()
     except FileNotFoundError:
-        raise SA3Error(f"{ASSETS} holds no weights of nano. Install sa3train again.") from None
+        raise SA3Error(f"{ASSETS} contains no weights of nano. Reinstall sa3train.") from None
 
 
 def _write_once(final: Path) -> None:
-    """Write both models aside and rename them into place; whoever comes second keeps the first one's."""
+    """Write both models to a staging folder and rename it. Of several processes the first one's folder stays."""
     try:
-        with beside(final) as workplace:
-            aside = workplace / final.name
+        with create_staging_dir(final) as folder:
+            staged = folder / final.name
             shared = load_file(ASSETS / "autoencoder.safetensors")
             for name, objective in OBJECTIVES.items():
                 state = load_file(ASSETS / f"{name}.safetensors") | shared
-                write_checkpoint(aside / name, nano_config(objective), state, torch.float16)
-                shutil.copytree(ASSETS / TEXT_FOLDER, aside / name / TEXT_FOLDER)
+                write_checkpoint(staged / name, build_nano_config(objective), state, torch.float16)
+                shutil.copytree(ASSETS / TEXT_FOLDER, staged / name / TEXT_FOLDER)
             if not final.is_dir():
-                _rename(aside, final)
+                _rename(staged, final)
     except OSError as error:
         raise SA3Error(
             f"cannot write nano to {final} ({error.strerror or error}). Free some space, or set SA3TRAIN_CACHE "
@@ -165,9 +246,9 @@ def _write_once(final: Path) -> None:
         ) from error
 
 
-def _rename(aside: Path, final: Path) -> None:
+def _rename(staged: Path, final: Path) -> None:
     try:
-        aside.rename(final)
+        staged.rename(final)
     except OSError:
         if not final.is_dir():
             raise

@@ -1,7 +1,7 @@
-"""The norms of both transformers: RMS norm, with and without modulation, and the tanh that stands for one in SAME.
+"""The norms of both transformers: RMS norm, with and without modulation, and the dynamic tanh of SAME.
 
-Shape legend: B batch, L tokens, D width. On a GPU every pass over a tensor is a launch, and launches take most of the
-time there; `few_passes` says where the fused kernel is used instead.
+Shape legend: B batch, L tokens, D width. On a GPU every pass over a tensor is a kernel launch, and launches take most
+of the time there; `uses_fused_kernel` says where torch's fused kernel is used instead.
 """
 
 import functools
@@ -16,19 +16,26 @@ from torch.autograd.function import Function, once_differentiable
 from sa3train.models import cpu_kernels
 
 
-def few_passes(x: Tensor) -> bool:
-    """Whether `x` is to be normed by torch's fused kernel: on a GPU."""
+def uses_fused_kernel(x: Tensor) -> bool:
+    """Tell whether a tensor is normalized by torch's fused kernel.
+
+    Args:
+        x: Tensor.
+
+    Returns:
+        Whether it is on a GPU.
+    """
     return x.is_cuda
 
 
-def inverse_rms(x: Tensor, eps: float) -> Tensor:
-    """1 / root mean square over the last dimension, kept, in fp32 without an fp32 copy of `x`."""
+def _compute_inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """Compute 1 / root mean square over the last dimension, kept, in fp32 without an fp32 copy of `x`."""
     norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
     return torch.rsqrt(norm.square() / x.shape[-1] + eps)
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm, computed in fp32."""
+    """Root-mean-square norm, computed in fp32 (Zhang & Sennrich 2019)."""
 
     def __init__(self, width: int, eps: float = 1e-5) -> None:
         super().__init__()
@@ -36,52 +43,70 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if few_passes(x):
-            return self._few_passes(x)
+        if uses_fused_kernel(x):
+            return self._norm_fused(x)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            out: Tensor = _Modulated.apply(x, self.gamma.float(), None, self.eps)
+            out: Tensor = _ModulatedNorm.apply(x, self.gamma.float(), None, self.eps)
             return out
-        return (x * inverse_rms(x, self.eps) * self.gamma.float()).to(x.dtype)
+        return (x * _compute_inverse_rms(x, self.eps) * self.gamma.float()).to(x.dtype)
 
-    def unit(self, x: Tensor) -> Tensor:
-        """Before gamma, in fp32."""
+    def normalize(self, x: Tensor) -> Tensor:
+        """Normalize without the weight.
+
+        Args:
+            x: Tensor.
+
+        Returns:
+            Values in fp32, before gamma.
+        """
         exact = x.float()
-        return exact * inverse_rms(exact, self.eps)
+        return exact * _compute_inverse_rms(exact, self.eps)
 
-    def modulated(self, x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
-        """`norm(x) * gain + shift`."""
-        if few_passes(x):
-            return self._few_passes(x, gain.to(x.dtype), shift.to(x.dtype))
-        out: Tensor = _Modulated.apply(x, self.gamma.float() * gain.float(), shift.float(), self.eps)
+    def modulate(self, x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
+        """Compute `norm(x) * gain + shift`.
+
+        Args:
+            x: Tensor.
+            gain: Factor, broadcast over tokens.
+            shift: Summand, broadcast over tokens.
+
+        Returns:
+            Values in the dtype of `x`.
+        """
+        if uses_fused_kernel(x):
+            return self._norm_fused(x, gain.to(x.dtype), shift.to(x.dtype))
+        out: Tensor = _ModulatedNorm.apply(x, self.gamma.float() * gain.float(), shift.float(), self.eps)
         return out
 
-    def _few_passes(self, x: Tensor, gain: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+    def _norm_fused(self, x: Tensor, gain: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            out: Tensor = _FewPasses.apply(x, self.gamma, gain, shift, self.eps)
+            out: Tensor = _FusedNorm.apply(x, self.gamma, gain, shift, self.eps)
             return out
-        return _fused([part for part in (x, self.gamma, gain, shift) if part is not None], self.eps)
+        return _apply_fused([part for part in (x, self.gamma, gain, shift) if part is not None], self.eps)
 
 
-def _modulated(sources: Sequence[Tensor]) -> Tensor:
-    """x · scale · gain (+ shift), rounded once."""
+def _apply_modulation(sources: Sequence[Tensor]) -> Tensor:
+    """Compute x · scale · gain (+ shift), rounded once."""
     x, scale, gain, *shift = sources
     return (torch.addcmul(shift[0], x * scale, gain) if shift else x * scale * gain).to(x.dtype)
 
 
-class _Modulated(Function):
+class _ModulatedNorm(Function):
     """RMS norm times `gain` plus `shift`, both broadcast over tokens; None adds nothing.
 
-    For the backward pass it keeps x, which the residual stream keeps anyway. Autograd by itself would keep an fp32
-    copy of the normed x as soon as the gain has a gradient, as it has when what makes it is adapted. From what it keeps
-    its output can be made again, to the same bits: by `remake`, for a layer that needs it in the backward pass.
+    For the backward pass it saves x, which the residual stream saves anyway. Autograd by itself would save an fp32 copy
+    of the normalized x as soon as the gain has a gradient, as it has when what makes it is adapted. From what it saves
+    its output can be recomputed to the same bits, by `recompute`, for a layer that needs it in the backward pass.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, shift: Tensor | None, eps: float) -> Tensor:
-        sources = (x, inverse_rms(x, eps), gain) if shift is None else (x, inverse_rms(x, eps), gain, shift)
+        sources = (
+            (x, _compute_inverse_rms(x, eps), gain) if shift is None else (x, _compute_inverse_rms(x, eps), gain, shift)
+        )
         ctx.save_for_backward(*sources)
-        ctx.remake = _modulated
-        return _modulated(sources)
+        ctx.recompute = _apply_modulation
+        return _apply_modulation(sources)
 
     @staticmethod
     @once_differentiable
@@ -101,23 +126,23 @@ class _Modulated(Function):
         return grad_x, grad_gain, grad_shift, None
 
 
-def _fused(sources: Sequence[Tensor], eps: float) -> Tensor:
-    """RMS norm by torch's kernel, which computes in fp32; then times gain plus shift, if they are among the sources."""
+def _apply_fused(sources: Sequence[Tensor], eps: float) -> Tensor:
+    """Compute RMS norm by torch's kernel, in fp32 inside; then times gain plus shift where they are given."""
     x, gamma, *modulation = sources
     exact = x if x.dtype == gamma.dtype else x.float()
     normed = F.rms_norm(exact, gamma.shape, gamma.to(exact.dtype), eps).to(x.dtype)
     return torch.addcmul(modulation[1], normed, modulation[0]) if modulation else normed
 
 
-class _FewPasses(Function):
-    """As `_Modulated`, and it keeps as little; but by the fused kernel, and in the backward pass by it again."""
+class _FusedNorm(Function):
+    """As `_ModulatedNorm` and as sparing, but by the fused kernel, which the backward pass runs again."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gamma: Tensor, gain: Tensor | None, shift: Tensor | None, eps: float) -> Tensor:
         sources = (x, gamma) if gain is None or shift is None else (x, gamma, gain, shift)
         ctx.save_for_backward(*sources)
-        ctx.remake, ctx.eps = functools.partial(_fused, eps=eps), eps
-        return _fused(sources, eps)
+        ctx.recompute, ctx.eps = functools.partial(_apply_fused, eps=eps), eps
+        return _apply_fused(sources, eps)
 
     @staticmethod
     @once_differentiable
@@ -126,7 +151,7 @@ class _FewPasses(Function):
         wants = ctx.needs_input_grad
         leaves = [source.detach().requires_grad_(want) for source, want in zip((x, gamma), wants, strict=False)]
         with torch.enable_grad():
-            normed = _fused(leaves, ctx.eps)
+            normed = _apply_fused(leaves, ctx.eps)
         grads: list[Tensor | None] = [None, None]
         if modulation:
             gain, shift = modulation
@@ -141,7 +166,7 @@ class _FewPasses(Function):
 
 
 class DynamicTanh(nn.Module):
-    """`gamma * tanh(alpha * x) + beta`: a norm without statistics."""
+    """`gamma * tanh(alpha * x) + beta`: a norm without statistics (Zhu et al. 2025)."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -150,9 +175,16 @@ class DynamicTanh(nn.Module):
         self.beta = nn.Parameter(torch.zeros(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.addcmul(self.beta, self.gamma, self.unit(x))
+        return torch.addcmul(self.beta, self.gamma, self.normalize(x))
 
-    def unit(self, x: Tensor) -> Tensor:
-        """Before gamma and beta."""
+    def normalize(self, x: Tensor) -> Tensor:
+        """Normalize without weight and bias.
+
+        Args:
+            x: Tensor.
+
+        Returns:
+            tanh(alpha * x).
+        """
         scaled = self.alpha * x
-        return cpu_kernels.tanh(scaled) if cpu_kernels.takes(scaled) else torch.tanh(scaled)
+        return cpu_kernels.compute_tanh(scaled) if cpu_kernels.is_supported(scaled) else torch.tanh(scaled)

@@ -1,9 +1,9 @@
 """How the frames of a batch become the transformer's tokens: a rectangle of rows, or one packed row of clips.
 
 Shape legend: B batch rows, T frames, S clips, M memory tokens, F real frames, L tokens (per row, or of the packed
-row), C channels, D width. In the dense layout every row is one clip (S = B); in the packed layout one row of L
-tokens holds, clip after clip, the clip's own memory tokens and then its frames. Blocks see (B, L, D) or (1, L, D)
-and need not know which.
+row), C channels, D width. In the dense layout every row is one clip (S = B). In the packed layout one row of L tokens
+has, clip after clip, the clip's own memory tokens and then its frames. Blocks see (B, L, D) or (1, L, D) and need not
+know which.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sa3train.core.device import to_device
+from sa3train.core.device import move_to_device
 from sa3train.models.attention import Packed, Padded, Pattern
 
 
@@ -21,38 +21,111 @@ class Layout(Protocol):
     """What the transformer asks of a layout."""
 
     @property
-    def self_pattern(self) -> Pattern: ...
+    def self_pattern(self) -> Pattern:
+        """Who sees whom in self-attention."""
 
-    def cross_pattern(self, context_length: int) -> Pattern: ...
+    def cross_pattern(self, context_length: int) -> Pattern:
+        """Get who sees whom in cross-attention.
+
+        Args:
+            context_length: Context tokens of a clip.
+
+        Returns:
+            The pattern.
+        """
 
     def positions(self, device: torch.device) -> Tensor:
-        """Rotary position of every token, memory tokens included; (L,)."""
+        """Get the rotary position of every token, memory tokens included.
 
-    def pick(self, frames_BTC: Tensor) -> Tensor:
-        """The frames that are computed: (B, T, C) or (1, F, C)."""
+        Args:
+            device: Where the model computes.
 
-    def tokens(self, picked: Tensor, memory_MD: Tensor) -> Tensor:
-        """Tokens with each clip's memory in front."""
+        Returns:
+            (L,).
+        """
 
-    def beside_memory(self, picked: Tensor) -> Tensor:
-        """The picked values at their tokens, zeros at memory tokens."""
+    def gather_frames(self, frames_BTC: Tensor) -> Tensor:
+        """Gather the frames that are computed.
 
-    def spread(self, clip_SD: Tensor) -> Tensor:
-        """One value per clip, ready to broadcast over its tokens."""
+        Args:
+            frames_BTC: All frames.
 
-    def context(self, context_SMD: Tensor) -> Tensor:
-        """One context per clip, as `cross_pattern` wants it."""
+        Returns:
+            (B, T, C) or (1, F, C).
+        """
 
-    def frames(self, tokens: Tensor) -> Tensor:
-        """The tokens of picked frames, memory left out."""
+    def add_memory(self, picked: Tensor, memory_MD: Tensor) -> Tensor:
+        """Add each clip's memory tokens in front of its frames.
 
-    def restore(self, picked: Tensor) -> Tensor:
-        """Back to (B, T, C); zeros at frames that were not picked."""
+        Args:
+            picked: Gathered frames.
+            memory_MD: Memory tokens.
+
+        Returns:
+            Tokens (B, L, D) or (1, L, D).
+        """
+
+    def pad_memory(self, picked: Tensor) -> Tensor:
+        """Pad gathered values with zeros at memory tokens.
+
+        Args:
+            picked: Values of the gathered frames.
+
+        Returns:
+            Values of all tokens.
+        """
+
+    def expand_clips(self, clip_SD: Tensor) -> Tensor:
+        """Expand one value per clip for broadcasting over its tokens.
+
+        Args:
+            clip_SD: Values.
+
+        Returns:
+            (B, 1, D) or (1, L, D).
+        """
+
+    def arrange_context(self, context_SMD: Tensor) -> Tensor:
+        """Arrange one context per clip as `cross_pattern` describes it.
+
+        Args:
+            context_SMD: Contexts.
+
+        Returns:
+            (B, M, D) or (1, S * M, D).
+        """
+
+    def drop_memory(self, tokens: Tensor) -> Tensor:
+        """Drop the memory tokens.
+
+        Args:
+            tokens: All tokens.
+
+        Returns:
+            Tokens of the gathered frames.
+        """
+
+    def scatter_frames(self, picked: Tensor) -> Tensor:
+        """Scatter gathered frames back to rows.
+
+        Args:
+            picked: Gathered frames.
+
+        Returns:
+            (B, T, C), zero where a frame was not gathered.
+        """
 
 
 @dataclass(frozen=True, eq=False)
-class Dense:
-    """Rows of equal length, with or without padding at their ends."""
+class _DenseLayout:
+    """Rows of equal length, with or without padding at their ends.
+
+    Attributes:
+        batch: Rows, B.
+        length: Frames of a row, T.
+        memory: Memory tokens, M.
+        self_pattern: Who sees whom in self-attention.
+    """
 
     batch: int
     length: int
@@ -65,57 +138,78 @@ class Dense:
     def positions(self, device: torch.device) -> Tensor:
         return torch.arange(self.memory + self.length, device=device)
 
-    def pick(self, frames_BTC: Tensor) -> Tensor:
+    def gather_frames(self, frames_BTC: Tensor) -> Tensor:
         return frames_BTC
 
-    def tokens(self, picked: Tensor, memory_MD: Tensor) -> Tensor:
+    def add_memory(self, picked: Tensor, memory_MD: Tensor) -> Tensor:
         return torch.cat((memory_MD.expand(self.batch, -1, -1), picked), dim=1)
 
-    def beside_memory(self, picked: Tensor) -> Tensor:
+    def pad_memory(self, picked: Tensor) -> Tensor:
         return F.pad(picked, (0, 0, self.memory, 0))
 
-    def spread(self, clip_SD: Tensor) -> Tensor:
+    def expand_clips(self, clip_SD: Tensor) -> Tensor:
         return clip_SD[:, None]
 
-    def context(self, context_SMD: Tensor) -> Tensor:
+    def arrange_context(self, context_SMD: Tensor) -> Tensor:
         return context_SMD
 
-    def frames(self, tokens: Tensor) -> Tensor:
+    def drop_memory(self, tokens: Tensor) -> Tensor:
         return tokens[:, self.memory :]
 
-    def restore(self, picked: Tensor) -> Tensor:
+    def scatter_frames(self, picked: Tensor) -> Tensor:
         return picked
 
 
-def dense_layout(batch: int, length: int, memory: int, padding_mask_BT: Tensor | None = None) -> Dense:
-    """Rows of `length` frames. `padding_mask_BT`: True = real; real frames come first in each row.
+def make_dense_layout(batch: int, length: int, memory: int, attention_mask_BT: Tensor | None = None) -> Layout:
+    """Make the layout of rows of equal length.
 
-    Raises `ValueError` for a mask of another shape, and, on the CPU, for one with padding before real frames
-    (looking at a mask on another device would make the host wait for it in every step).
+    Args:
+        batch: Rows.
+        length: Frames of a row.
+        memory: Memory tokens.
+        attention_mask_BT: True = real; real frames come first in each row. A wrong shape is a `ValueError`, and on the
+            CPU so is padding before real frames (elsewhere the check would block the host in every step).
+
+    Returns:
+        The layout; without padding its pattern is None.
     """
-    if padding_mask_BT is None:
-        return Dense(batch, length, memory, None)
-    if padding_mask_BT.shape != (batch, length):
-        raise ValueError(f"padding mask {tuple(padding_mask_BT.shape)} does not fit {batch} rows of {length} frames")
-    mask_BT = padding_mask_BT.bool()
+    if attention_mask_BT is None:
+        return _DenseLayout(batch, length, memory, None)
+    if attention_mask_BT.shape != (batch, length):
+        raise ValueError(
+            f"attention mask {tuple(attention_mask_BT.shape)} does not fit {batch} rows of {length} frames"
+        )
+    mask_BT = attention_mask_BT.bool()
     if mask_BT.device.type == "cpu":
         if bool((mask_BT[:, 1:] & ~mask_BT[:, :-1]).any()):
-            raise ValueError("the padding mask has padding before real frames; padding belongs at the end of a row")
+            raise ValueError("the attention mask has padding before real frames. Padding must be at the end of a row.")
         if bool(mask_BT.all()):
-            return Dense(batch, length, memory, None)
-    return Dense(batch, length, memory, Padded(F.pad(mask_BT, (memory, 0), value=True)))
+            return _DenseLayout(batch, length, memory, None)
+    return _DenseLayout(batch, length, memory, Padded(F.pad(mask_BT, (memory, 0), value=True)))
 
 
 @dataclass(frozen=True, eq=False)
-class PackedRows:
-    """Clips laid end to end in one row of tokens; padding frames are left out altogether."""
+class _PackedLayout:
+    """Clips laid end to end in one row of tokens; padding frames are left out.
+
+    Attributes:
+        batch: Rows of the batch, B.
+        length: Frames of a row, T.
+        memory: Memory tokens, M.
+        clip_lengths: Frames of each clip.
+        frame_F: Index of each real frame in the flattened (B * T), clip after clip.
+        token_F: Token of each real frame.
+        source_L: For each token which memory token (below M) or, from M on, which real frame it is.
+        clip_L: Clip of each token.
+        position_L: Rotary position of each token within its clip.
+    """
 
     batch: int
     length: int
     memory: int
     clip_lengths: tuple[int, ...]
     frame_F: Tensor  # index of each picked frame in the flattened (B * T), clip after clip
-    place_F: Tensor  # the token of each picked frame
+    token_F: Tensor  # the token of each picked frame
     source_L: Tensor  # for each token: which memory token (< M) or, from M on, which picked frame it is
     clip_L: Tensor  # the clip of each token
     position_L: Tensor  # rotary position within the clip
@@ -132,35 +226,43 @@ class PackedRows:
     def positions(self, device: torch.device) -> Tensor:
         return self.position_L
 
-    def pick(self, frames_BTC: Tensor) -> Tensor:
+    def gather_frames(self, frames_BTC: Tensor) -> Tensor:
         return frames_BTC.flatten(0, 1).index_select(0, self.frame_F)[None]
 
-    def tokens(self, picked: Tensor, memory_MD: Tensor) -> Tensor:
+    def add_memory(self, picked: Tensor, memory_MD: Tensor) -> Tensor:
         return torch.cat((memory_MD, picked[0])).index_select(0, self.source_L)[None]
 
-    def beside_memory(self, picked: Tensor) -> Tensor:
+    def pad_memory(self, picked: Tensor) -> Tensor:
         rows = picked.new_zeros(self.source_L.shape[0], picked.shape[-1])
-        return rows.index_copy(0, self.place_F, picked[0])[None]
+        return rows.index_copy(0, self.token_F, picked[0])[None]
 
-    def spread(self, clip_SD: Tensor) -> Tensor:
+    def expand_clips(self, clip_SD: Tensor) -> Tensor:
         return clip_SD.index_select(0, self.clip_L)[None]
 
-    def context(self, context_SMD: Tensor) -> Tensor:
+    def arrange_context(self, context_SMD: Tensor) -> Tensor:
         return context_SMD.flatten(0, 1)[None]
 
-    def frames(self, tokens: Tensor) -> Tensor:
-        return tokens[0].index_select(0, self.place_F)[None]
+    def drop_memory(self, tokens: Tensor) -> Tensor:
+        return tokens[0].index_select(0, self.token_F)[None]
 
-    def restore(self, picked: Tensor) -> Tensor:
+    def scatter_frames(self, picked: Tensor) -> Tensor:
         rows = picked.new_zeros(self.batch * self.length, picked.shape[-1])
         return rows.index_copy(0, self.frame_F, picked[0]).unflatten(0, (self.batch, self.length))
 
 
-def packed_layout(segment_ids_BT: Tensor, clips: int, memory: int, device: torch.device) -> PackedRows:
-    """Clips packed into rows: `segment_ids_BT[b, t]` = index of the frame's clip among all `clips`, -1 = padding.
+def make_packed_layout(segment_ids_BT: Tensor, clips: int, memory: int, device: torch.device) -> Layout:
+    """Make the layout of clips packed into rows.
 
-    Keep `segment_ids` on the CPU: the layout is worked out there, and only index tensors travel to `device`.
-    Raises `ValueError` when an id is out of range, has no frame, or its frames are not in one stretch of one row.
+    Args:
+        segment_ids_BT: Index of each frame's clip, -1 = padding. Keep it on the CPU: the layout is made there, and only
+            index tensors go to `device`. An index out of range, a clip without frames, or one whose frames are not in
+            one stretch of one row is a `ValueError`.
+        clips: Number of clips.
+        memory: Memory tokens.
+        device: Where the model computes.
+
+    Returns:
+        The layout.
     """
     ids_F = segment_ids_BT.cpu().long()
     rows, length = ids_F.shape
@@ -183,6 +285,6 @@ def packed_layout(segment_ids_BT: Tensor, clips: int, memory: int, device: torch
     clip_L = torch.repeat_interleave(torch.arange(clips), tokens_S)
     position_L = torch.arange(clip_L.numel()) - (tokens_S.cumsum(0) - tokens_S)[clip_L]
     source_L = torch.where(position_L < memory, position_L, position_L + first_S[clip_L])
-    place_F = (position_L >= memory).nonzero().squeeze(1)
-    indexes = (frame_F, place_F, source_L, clip_L, position_L)
-    return PackedRows(rows, length, memory, tuple(counts_S.tolist()), *(to_device(x, device) for x in indexes))
+    token_F = (position_L >= memory).nonzero().squeeze(1)
+    indexes = (frame_F, token_F, source_L, clip_L, position_L)
+    return _PackedLayout(rows, length, memory, tuple(counts_S.tolist()), *(move_to_device(x, device) for x in indexes))

@@ -1,7 +1,7 @@
-"""`model_config.json` as published, read into the dataclasses of `config.py`.
+"""Reads a published `model_config.json` into the dataclasses of `config.py`.
 
-Absent keys take the published defaults. A value that asks for another architecture is a `CheckpointError`; a key
-that is not known here is logged, since it may or may not change what the model computes.
+Absent keys have the published defaults. A value that asks for another architecture is a `CheckpointError`; an unknown
+key is logged, since it may or may not change what the model computes.
 """
 
 import json
@@ -30,26 +30,26 @@ Value = TypeVar("Value")
 
 
 class _Reader:
-    """One JSON object, its place in the file for messages, and which keys were read."""
+    """One JSON object, its path in the file for messages, and which keys were read."""
 
     def __init__(self, raw: Any, where: str, source: str) -> None:
         if not isinstance(raw, Mapping):
             raise CheckpointError(f"{source}: {where or 'the file'} should be a JSON object, not {type(raw).__name__}.")
         self.raw, self.where, self.source, self.known = raw, where, source, set[str]()
 
-    def _place(self, key: str) -> str:
+    def _get_path(self, key: str) -> str:
         return f"{self.where}.{key}" if self.where else key
 
     def fail(self, key: str, problem: str) -> CheckpointError:
         return CheckpointError(
-            f"{self.source}: {self._place(key)} {problem}. Only the Stable Audio 3 and SAME architectures are read."
+            f"{self.source}: {self._get_path(key)} {problem}. Only Stable Audio 3 and SAME are supported."
         )
 
     def child(self, key: str) -> "_Reader":
         self.known.add(key)
         if key not in self.raw:
             raise self.fail(key, "is missing")
-        return _Reader(self.raw[key], self._place(key), self.source)
+        return _Reader(self.raw[key], self._get_path(key), self.source)
 
     def get(self, key: str, kind: type[Value] | tuple[type, ...], default: Value | None = None) -> Value:
         self.known.add(key)
@@ -67,14 +67,14 @@ class _Reader:
         return value
 
     def single(self, key: str, default: int | None = None) -> int:
-        """A list of one number: these models have one resampling stage."""
+        """Read a list of one number: these models have one resampling stage."""
         values = self.get(key, list, None if default is None else [default])
         if len(values) != 1 or isinstance(values[0], bool) or not isinstance(values[0], int):
             raise self.fail(key, f"is {values!r}, but one stage is expected")
         return int(values[0])
 
     def require(self, **accepted: tuple[Any, ...]) -> None:
-        """Keys that, where present, must hold one of the given values."""
+        """Check keys that, where present, must have one of the given values."""
         for key, values in accepted.items():
             self.known.add(key)
             if key in self.raw and self.raw[key] not in values:
@@ -82,7 +82,7 @@ class _Reader:
                 raise self.fail(key, f"is {self.raw[key]!r}, where {wanted} is expected")
 
     def ignore(self, *keys: str) -> None:
-        """Keys that do not change what is computed here."""
+        """Ignore keys that do not change what is computed here."""
         self.known.update(keys)
 
     def finish(self) -> None:
@@ -92,28 +92,56 @@ class _Reader:
             logger.warning(f"{self.source}: {self.where or 'top level'} has keys sa3train does not know: {names}")
 
 
-def read_config(path: Path) -> dict[str, Any]:
-    """The JSON object in `path`. Raises `CheckpointError` when it is missing or not JSON."""
+def read_config_file(path: Path) -> dict[str, Any]:
+    """Read a model's config.
+
+    Args:
+        path: `model_config.json`.
+
+    Returns:
+        The JSON object.
+
+    Raises:
+        CheckpointError: The file is missing or not a JSON object.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{path} is missing. A model folder holds model_config.json and model.safetensors."
+            f"{path} is missing. A model folder contains model_config.json and model.safetensors."
         ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON ({error}). Download it again.") from error
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path} should hold a JSON object, not {type(content).__name__}.")
+        raise CheckpointError(f"{path} should be a JSON object, not {type(content).__name__}.")
     return content
 
 
 def is_autoencoder(raw: Mapping[str, Any]) -> bool:
-    """Whether a config describes a stand-alone SAME rather than a whole model."""
+    """Tell whether a config describes a stand-alone SAME rather than a whole model.
+
+    Args:
+        raw: Content of `model_config.json`.
+
+    Returns:
+        Whether it does.
+    """
     return raw.get("model_type") == "autoencoder"
 
 
 def parse_model(raw: Mapping[str, Any], source: str) -> ModelConfig:
-    """A whole model's config; `source` names the file in messages. Raises `CheckpointError`."""
+    """Parse the config of a whole model.
+
+    Args:
+        raw: Content of `model_config.json`.
+        source: Name of the file, for messages.
+
+    Returns:
+        The architecture.
+
+    Raises:
+        CheckpointError: A key is missing or asks for another architecture.
+    """
     top = _Reader(raw, "", source)
     top.require(model_type=("diffusion_cond_inpaint",))
     if "model_type" not in raw or "model" not in raw:
@@ -153,7 +181,18 @@ def parse_model(raw: Mapping[str, Any], source: str) -> ModelConfig:
 
 
 def parse_autoencoder(raw: Mapping[str, Any], source: str) -> AutoencoderConfig:
-    """A stand-alone SAME's config. Raises `CheckpointError`."""
+    """Parse the config of a stand-alone SAME.
+
+    Args:
+        raw: Content of `model_config.json`.
+        source: Name of the file, for messages.
+
+    Returns:
+        The architecture.
+
+    Raises:
+        CheckpointError: A key is missing or asks for another architecture.
+    """
     top = _Reader(raw, "", source)
     top.require(model_type=("autoencoder",))
     top.ignore("sample_size", "audio_channels", "training")
@@ -225,15 +264,15 @@ def _parse_shift(diffusion: _Reader) -> ShiftConfig:
 
 
 def _parse_conditioner(reader: _Reader) -> ConditionerConfig:
-    entries = {}
+    readers = {}
     for index, entry in enumerate(reader.get("configs", list)):
         child = _Reader(entry, f"{reader.where}.configs[{index}]", reader.source)
-        entries[child.get("id", str)] = child
-    if set(entries) != {"prompt", "seconds_total"}:
-        raise reader.fail("configs", f"names {sorted(entries)}, where prompt and seconds_total are expected")
-    entries["prompt"].require(type=("t5gemma",))
-    entries["seconds_total"].require(type=("number",))
-    text, number = entries["prompt"].child("config"), entries["seconds_total"].child("config")
+        readers[child.get("id", str)] = child
+    if set(readers) != {"prompt", "seconds_total"}:
+        raise reader.fail("configs", f"names {sorted(readers)}, where prompt and seconds_total are expected")
+    readers["prompt"].require(type=("t5gemma",))
+    readers["seconds_total"].require(type=("number",))
+    text, number = readers["prompt"].child("config"), readers["seconds_total"].child("config")
     text.require(padding_mode=("learned",))
     text.ignore("model_path", "repo_id", "subfolder", "model_name")
     number.require(fourier_features_type=("expo",))
@@ -324,7 +363,7 @@ def _parse_stack(outer: _Reader, channels_key: str, channels: int) -> StackConfi
         conv_mapping=reader.get("conv_mapping", bool, False),
     )
     if config.width % HEAD_WIDTH or config.depth < 2 or (config.chunk_size or config.stride) % config.stride:
-        raise reader.fail("channels", f"and its neighbours describe no SAME: {config}")
+        raise reader.fail("channels", f"and the keys beside it do not describe a SAME: {config}")
     outer.finish()
     reader.finish()
     return config

@@ -1,10 +1,10 @@
-"""The resampling transformers of the SAME autoencoder, chunked and window kinds.
+"""The resampling transformers of the SAME autoencoder, chunked and window kinds (docs/model.md, section 2).
 
-Shape legend: L tokens of all items laid end to end, G groups, N new tokens per group, B chunks, D width.
+Shape legend: L tokens of all clips laid end to end, G groups, N new tokens per group, B chunks, D width.
 Module names are those of the released files.
 
-Items lie end to end in one flat row of tokens with their group counts beside them, so that a batch of equal items and a
-list of unequal ones take the same path and no padding is computed.
+Clips are laid end to end in one flat row of tokens with their group counts beside it, so that a batch of equal clips
+and a list of unequal ones take the same path and no padding is computed.
 """
 
 import math
@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sa3train.core.device import normal
+from sa3train.core.device import randn
 from sa3train.models.attention import Window
 from sa3train.models.blocks import FeedForward, Rotary, SelfAttention
 from sa3train.models.config import StackConfig
@@ -25,14 +25,23 @@ TOKENS_IN_CACHE = 1088  # 10 MB of the widest activation in bf16; products of fe
 
 
 def draw_noise(shape: Sequence[int], like: Tensor, generator: torch.Generator | None) -> Tensor:
-    """N(0, 1) on `like`'s device and dtype, drawn in fp32 on the generator's device in contiguous order."""
+    """Draw N(0, 1) in fp32 on the generator's device, in contiguous order.
+
+    Args:
+        shape: Shape.
+        like: Tensor whose device and dtype the result has.
+        generator: Source; None is torch's global one of `like`'s device.
+
+    Returns:
+        Noise.
+    """
     if generator is not None and generator.device.type == "cpu":
-        return normal(shape, generator, like.device).to(like.dtype)
+        return randn(shape, generator, like.device).to(like.dtype)
     return torch.randn(tuple(shape), generator=generator, device=like.device).to(like.dtype)
 
 
-class Mapping(nn.Module):
-    """A weight-normed convolution, stored the old way (`weight_g`, `weight_v`); runs on (B, L, channels)."""
+class WeightNormConv(nn.Module):
+    """A weight-normed convolution on (B, L, channels), stored as `weight_g` and `weight_v` (Salimans & Kingma 2016)."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int) -> None:
         super().__init__()
@@ -48,8 +57,8 @@ class Mapping(nn.Module):
         return F.conv1d(x_BLD.transpose(1, 2), weight, self.bias, padding="same").transpose(1, 2)
 
 
-class Layer(nn.Module):
-    """Differential attention and feed-forward, each behind a dynamic tanh."""
+class ResamplerLayer(nn.Module):
+    """Differential attention and feed-forward, each behind a dynamic tanh. Given `kept`, only these are returned."""
 
     def __init__(self, config: StackConfig, activation: Literal["silu", "sine"]) -> None:
         super().__init__()
@@ -60,22 +69,25 @@ class Layer(nn.Module):
         self.rope = Rotary()
 
     def forward(
-        self,
-        x_BLD: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        pattern: Window | None = None,
-        kept: slice | None = None,
+        self, x_BLD: Tensor, rotary: tuple[Tensor, Tensor], pattern: Window | None = None, kept: slice | None = None
     ) -> Tensor:
-        """All tokens, or those in `kept` alone: nothing is then made of the others."""
         attended_BLD = self.self_attn(self.pre_norm(x_BLD), rotary, pattern, kept)
         x_BLD = (x_BLD if kept is None else x_BLD[:, kept]) + attended_BLD
         return x_BLD + self.ff(self.ff_norm(x_BLD))
 
 
 class Resampler(nn.Module):
-    """Groups of raw tokens and new tokens through a stack of layers. Encoder: 16 + 1 new, the new one is kept.
+    """Groups of raw tokens and new tokens through a stack of layers.
 
-    Decoder: 1 + 16 new, the new ones are kept. New tokens are one learned vector plus noise.
+    Encoder: 16 + 1 new, the new one is kept. Decoder: 1 + 16 new, the new ones are kept. New tokens are one learned
+        vector
+    plus noise.
+
+    Attributes:
+        config: Sizes.
+        direction: "encoder" or "decoder".
+        raw: Raw tokens of a group.
+        new: New tokens of a group.
     """
 
     def __init__(self, config: StackConfig, patch_width: int, direction: Literal["encoder", "decoder"]) -> None:
@@ -86,49 +98,67 @@ class Resampler(nn.Module):
         self.raw, self.new = (config.stride, 1) if encodes else (1, config.stride)
         kernel = 3 if config.conv_mapping else 1
         inputs, outputs = (patch_width, config.width) if encodes else (config.width, patch_width)
-        self.mapping = Mapping(inputs, outputs, kernel)
+        self.mapping = WeightNormConv(inputs, outputs, kernel)
         self.new_tokens = nn.Parameter(nn.init.normal_(torch.empty(1, 1, config.width)))
         sine_from = config.depth - config.sinusoidal_blocks
         self.transformers = nn.ModuleList(
-            Layer(config, "sine" if not encodes and index > sine_from else "silu") for index in range(config.depth)
+            ResamplerLayer(config, "sine" if not encodes and index > sine_from else "silu")
+            for index in range(config.depth)
         )
 
     def draw(self, groups: int, like: Tensor, generator: torch.Generator | None) -> Tensor | None:
-        """The noise of so many groups' new tokens, (G, N, D); None where the model has none."""
+        """Draw the noise of new tokens.
+
+        Args:
+            groups: Number of groups.
+            like: Tensor whose device and dtype the noise has.
+            generator: Source.
+
+        Returns:
+            (G, N, D); None where the model has no noise.
+        """
         if not self.config.mask_noise:
             return None
-        return self.config.mask_noise * draw_noise(self.drawn_shape(groups), like, generator)
+        return self.config.mask_noise * draw_noise(self.get_noise_shape(groups), like, generator)
 
-    def drawn_shape(self, groups: int) -> tuple[int, int, int]:
-        """The shape of `draw`."""
+    def get_noise_shape(self, groups: int) -> tuple[int, int, int]:
+        """Get the shape of what `draw` returns.
+
+        Args:
+            groups: Number of groups.
+
+        Returns:
+            (G, N, D).
+        """
         return groups, self.new, self.config.width
 
     def forward(self, x_LD: Tensor, groups: tuple[int, ...], noise_GND: Tensor | None) -> Tensor:
-        """Resample items of `groups` groups each, laid end to end. `noise_GND` is that of `draw`, for whole chunks.
+        """Resample clips of `groups` groups each, laid end to end. `noise_GND` is from `draw`, for whole chunks.
 
-        Encoder: (16 L, patch width) to (L, D); items must fill their chunks. Decoder: (L, D) to (16 L, patch
-        width), where items that do not fill their last chunk come out as if they did.
+        Encoder: (16 L, patch width) to (L, D); clips must fill their chunks. Decoder: (L, D) to (16 L, patch width),
+            where
+        clips that do not fill their last chunk come out as if they did.
         """
         if self.direction == "encoder":
             return self._layers(self._map(x_LD, [count * self.raw for count in groups]), groups, noise_GND)
-        x_LD, groups = self._even_out(x_LD, groups)
+        x_LD, groups = self._fill_chunks(x_LD, groups)
         tokens = self._layers(x_LD, groups, noise_GND)
         return self._map(tokens, [count * self.new for count in groups])
 
     @property
     def groups_per_chunk(self) -> int:
-        """Every item has a multiple of this many groups."""
+        """Groups of a chunk; every clip has a multiple of it."""
         return 1 if self.config.chunk_size is None else self.config.chunk_size // self.config.stride
 
     @property
     def reach(self) -> int:
-        """A group's output depends on no group further away than this."""
+        """Groups to each side that a group's output may depend on."""
         # Chunks of the second half lie across two of the first; windows add up layer by layer.
         layers = 2 * self.groups_per_chunk if self.config.window is None else self.config.depth * self.config.window
         return layers + (1 if self.config.conv_mapping else 0)
 
-    def _even_out(self, x_LD: Tensor, groups: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
-        """Zero groups at the end of each item that does not fill its last chunk."""
+    def _fill_chunks(self, x_LD: Tensor, groups: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
+        """Append zero groups to each clip that does not fill its last chunk."""
         missing = [-count % self.groups_per_chunk for count in groups]
         if not any(missing):
             return x_LD, groups
@@ -137,7 +167,7 @@ class Resampler(nn.Module):
         return padded, tuple(count + extra for count, extra in zip(groups, missing, strict=True))
 
     def _map(self, x_LD: Tensor, lengths: list[int]) -> Tensor:
-        """The mapping within each item: a kernel of 3 must not reach into a neighbour."""
+        """Apply the mapping within each clip: a kernel of 3 must not reach into a neighbor."""
         if self.mapping.weight_v.shape[-1] == 1:
             return self.mapping(x_LD)
         if len(set(lengths)) == 1:
@@ -153,9 +183,8 @@ class Resampler(nn.Module):
         lengths = tuple(count * size for count in groups)
         run = self._in_window if self.config.window is not None else self._in_chunks
         if self.direction == "encoder" and (self.config.window is not None or self.groups_per_chunk % 2 == 0):
-            return run(
-                tokens_LD, lengths, slice(self.raw, None, size)
-            )  # one token of 17: the last layer makes no other
+            # One token of 17 is kept: the last layer computes no other.
+            return run(tokens_LD, lengths, slice(self.raw, None, size))
         return run(tokens_LD, lengths).unflatten(0, (-1, size))[:, self.raw :].flatten(0, 1)
 
     def _in_window(self, tokens_LD: Tensor, lengths: tuple[int, ...], kept: slice | None = None) -> Tensor:
@@ -165,7 +194,7 @@ class Resampler(nn.Module):
         return self._run(self.transformers, tokens_LD[None], positions, pattern, kept)[0]
 
     def _in_chunks(self, tokens_LD: Tensor, lengths: tuple[int, ...], kept: slice | None = None) -> Tensor:
-        """First half of the layers in chunks, second half in chunks that lie half a chunk further.
+        """Run the first half of the layers in chunks, the second half in chunks that are shifted by half a chunk.
 
         `kept` is of the tokens of a chunk, and the same wherever a chunk begins.
         """
@@ -183,7 +212,7 @@ class Resampler(nn.Module):
     def _run_chunks(
         self, layers: nn.ModuleList, x_BLD: Tensor, positions_L: Tensor, kept: slice | None = None
     ) -> Tensor:
-        """Chunks know nothing of each other: on a CPU so many at a time that what layers make of them stays in cache.
+        """Run layers on chunks, on a CPU so many at a time that their activations stay in the cache.
 
         Returns them end to end.
         """
@@ -199,7 +228,7 @@ class Resampler(nn.Module):
         pattern: Window | None = None,
         kept: slice | None = None,
     ) -> Tensor:
-        """All layers; the last gives the kept tokens alone."""
+        """Run layers; the last returns the kept tokens alone."""
         rotary: tuple[Tensor, Tensor] | None = None
         last = len(layers) - 1
         for index, layer in enumerate(layers):
@@ -208,7 +237,7 @@ class Resampler(nn.Module):
         return x_BLD
 
 
-class Stack(nn.Module):
+class AutoencoderStack(nn.Module):
     """Encoder (resampler, linear to latents) or decoder (linear from latents, resampler)."""
 
     def __init__(self, config: StackConfig, patch_width: int, direction: Literal["encoder", "decoder"]) -> None:

@@ -1,6 +1,6 @@
-"""T5Gemma's encoder, forward only, from the released files: light to start, since transformers takes seconds to import.
+"""T5Gemma's encoder, forward only, from the released files. Our own, since importing transformers takes seconds.
 
-Same values as `transformers.T5GemmaEncoderModel` with eager attention (tested against it).
+The values are those of `transformers.T5GemmaEncoderModel` with eager attention, against which it is tested.
 Shape legend: B prompts, L tokens, H heads, E head width, D width.
 """
 
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor
 
-from sa3train.core.device import to_device
+from sa3train.core.device import move_to_device
 from sa3train.core.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
@@ -26,8 +26,20 @@ _NORMS = ("pre_self_attn", "post_self_attn", "pre_feedforward", "post_feedforwar
 
 
 @dataclass(frozen=True)
-class EncoderConfig:
-    """The encoder's section of a published `config.json`. `windows`: per layer how far a token sees, None = all."""
+class T5GemmaConfig:
+    """The encoder's section of a published `config.json`.
+
+    Attributes:
+        width: Channels.
+        heads: Query heads.
+        key_heads: Key and value heads.
+        head_width: Width of a head.
+        score_scale: Factor of the attention scores.
+        softcap: Limit of the scores by tanh; None is no limit.
+        eps: Epsilon of the norms.
+        rotary_base: Base of the rotary frequencies.
+        windows: For each layer how far a token sees; None = all.
+    """
 
     width: int
     heads: int
@@ -40,8 +52,18 @@ class EncoderConfig:
     windows: tuple[int | None, ...]
 
 
-def read_config(folder: Path) -> EncoderConfig:
-    """`config.json` of `folder`. Raises `CheckpointError` when it is no T5Gemma that this encoder computes."""
+def read_encoder_config(folder: Path) -> T5GemmaConfig:
+    """Read `config.json` of a text encoder.
+
+    Args:
+        folder: Folder of the encoder.
+
+    Returns:
+        The config.
+
+    Raises:
+        CheckpointError: It is not a T5Gemma of the released kind.
+    """
     path = folder / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
@@ -54,7 +76,7 @@ def read_config(folder: Path) -> EncoderConfig:
         )
         layers = int(text["num_hidden_layers"])
         types = text.get("layer_types") or [("full" if i % 2 else "sliding") + "_attention" for i in range(layers)]
-        config = EncoderConfig(
+        config = T5GemmaConfig(
             width=int(text["hidden_size"]),
             heads=int(text["num_attention_heads"]),
             key_heads=int(text["num_key_value_heads"]),
@@ -65,16 +87,10 @@ def read_config(folder: Path) -> EncoderConfig:
             rotary_base=float(rope["rope_theta"]),
             windows=tuple(text.get("sliding_window") if name == "sliding_attention" else None for name in types),
         )
-    except (
-        OSError,
-        UnicodeDecodeError,
-        json.JSONDecodeError,
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-    ) as error:
-        raise CheckpointError(f"{path} describes no T5Gemma encoder ({error!r}). Copy the released folder.") from error
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} does not describe a T5Gemma encoder ({error!r}). Copy the released folder."
+        ) from error
     if kind != ("gelu_pytorch_tanh", False, "default") or len(config.windows) != layers:
         raise CheckpointError(
             f"{path} describes another T5Gemma than the released one: {kind}. Copy the released folder."
@@ -83,40 +99,52 @@ def read_config(folder: Path) -> EncoderConfig:
 
 
 class T5GemmaEncoder:
-    """The encoder's tensors, by their names without prefix, and its forward pass. Never trained, so no `nn.Module`."""
+    """The encoder's tensors by their names without prefix, and its forward pass. Never trained, so not an `nn.Module`.
 
-    def __init__(self, config: EncoderConfig, weights: dict[str, Tensor]) -> None:
+    Attributes:
+        config: Sizes.
+        weights: Tensors by name.
+    """
+
+    def __init__(self, config: T5GemmaConfig, weights: dict[str, Tensor]) -> None:
         self.config, self.weights = config, weights
 
     @property
     def dtype(self) -> torch.dtype:
-        """What it computes in: its file's."""
+        """Dtype of its file, in which it computes."""
         return self.weights[EMBEDDING].dtype
 
     def to(self, device: torch.device) -> "T5GemmaEncoder":
-        """The same encoder on `device`, but for its table of 256 000 tokens, of which a prompt reads a few dozen rows.
+        """Move the encoder to a device, but for its embedding table.
 
-        That stays where it is, as pages of the file: two thirds of the encoder's memory.
+        The table stays where it is, as pages of the file: it has 256 000 rows, two thirds of the encoder's memory, of
+        which a prompt reads a few dozen.
+
+        Args:
+            device: Where it computes.
+
+        Returns:
+            The same encoder.
         """
         rest = {name: tensor.to(device) for name, tensor in self.weights.items() if name != EMBEDDING}
         self.weights = {EMBEDDING: self.weights[EMBEDDING], **rest}
         return self
 
     def __call__(self, ids_BL: Tensor, mask_BL: Tensor) -> Tensor:
-        """Hidden states (B, L, D) of tokens; True in the mask = token. Padding comes last and is never seen.
+        """Compute hidden states (B, L, D) of tokens; True in the mask = token. Padding comes last and is never seen.
 
-        `ids_BL` on the CPU, where they are looked up; the mask on the encoder's device, where all else is computed.
+        `ids_BL` is on the CPU, where they are looked up, the mask on the encoder's device.
         """
         config, length = self.config, ids_BL.shape[1]
-        x_BLD = to_device(F.embedding(ids_BL, self.weights[EMBEDDING]), mask_BL.device)
+        x_BLD = move_to_device(F.embedding(ids_BL, self.weights[EMBEDDING]), mask_BL.device)
         x_BLD = x_BLD * torch.tensor(config.width**0.5, dtype=x_BLD.dtype)
-        places_L = torch.arange(length, device=mask_BL.device)
-        rotary = _rotary(places_L, config, x_BLD.dtype)
-        apart_LL = (places_L[:, None] - places_L[None, :]).abs()
+        positions_L = torch.arange(length, device=mask_BL.device)
+        rotary = _compute_rotary(positions_L, config, x_BLD.dtype)
+        distance_LL = (positions_L[:, None] - positions_L[None, :]).abs()
         for index, window in enumerate(config.windows):
             seen_B1LL = mask_BL[:, None, None, :].expand(-1, 1, length, -1)
             if window is not None:
-                seen_B1LL = seen_B1LL & (apart_LL <= window)
+                seen_B1LL = seen_B1LL & (distance_LL <= window)
             name = f"layers.{index}."
             attended = self._attention(name, self._norm(f"{name}pre_self_attn_layernorm", x_BLD), rotary, seen_B1LL)
             x_BLD = x_BLD + self._norm(f"{name}post_self_attn_layernorm", attended)
@@ -128,7 +156,7 @@ class T5GemmaEncoder:
         return F.linear(x, self.weights[f"{name}.weight"])
 
     def _norm(self, name: str, x_BLD: Tensor) -> Tensor:
-        """RMS norm in fp32, its weight counted from 1."""
+        """Apply RMS norm in fp32; its weight counts from 1."""
         x = x_BLD.float()
         x = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.config.eps)
         return (x * (1.0 + self.weights[f"{name}.weight"].float())).to(x_BLD.dtype)
@@ -154,9 +182,9 @@ class T5GemmaEncoder:
         return self._linear(f"{name}self_attn.o_proj", (shares_BHLL @ v_BHLE).transpose(1, 2).flatten(2))
 
 
-def _rotary(places_L: Tensor, config: EncoderConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    exponents = torch.arange(0, config.head_width, 2, device=places_L.device).float() / config.head_width
-    angles_LE = (places_L.float()[:, None] * (1.0 / config.rotary_base**exponents)).repeat(1, 2)
+def _compute_rotary(positions_L: Tensor, config: T5GemmaConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    exponents = torch.arange(0, config.head_width, 2, device=positions_L.device).float() / config.head_width
+    angles_LE = (positions_L.float()[:, None] * (1.0 / config.rotary_base**exponents)).repeat(1, 2)
     return angles_LE.cos().to(dtype), angles_LE.sin().to(dtype)
 
 
@@ -167,36 +195,44 @@ def _rotate(x_BHLE: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def load_encoder(folder: Path) -> T5GemmaEncoder:
-    """The encoder out of `folder`'s safetensors, whole models included, in the file's dtype.
+    """Load the encoder from a folder's safetensors, also out of whole models, in the file's dtype.
 
-    Raises `CheckpointError` for a folder that lacks files or tensors, or describes another encoder; what safetensors
-    raises for a damaged file comes through.
+    What safetensors raises for a damaged file is not translated.
+
+    Args:
+        folder: Folder with `config.json` and weights.
+
+    Returns:
+        The encoder.
+
+    Raises:
+        CheckpointError: Files or tensors are missing, or it is another encoder.
     """
-    config, weights = read_config(folder), dict[str, Tensor]()
-    for path in _weight_files(folder):
+    config, weights = read_encoder_config(folder), dict[str, Tensor]()
+    for path in _list_weight_files(folder):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
                 if prefix is not None:
                     weights[name.removeprefix(prefix)] = file.get_tensor(name)
-    if lacking := [name for name in _names(config) if name not in weights]:
+    if missing := [name for name in _list_names(config) if name not in weights]:
         raise CheckpointError(
-            f"the text encoder in {folder} lacks {len(lacking)} tensors of a T5Gemma encoder, such as "
-            f"encoder.{lacking[0]}. Copy the released folder."
+            f"the text encoder in {folder} lacks {len(missing)} tensors of a T5Gemma encoder, such as "
+            f"encoder.{missing[0]}. Copy the released folder."
         )
-    return T5GemmaEncoder(config, {name: weights[name] for name in _names(config)})
+    return T5GemmaEncoder(config, {name: weights[name] for name in _list_names(config)})
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def _list_weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if not (folder / INDEX).is_file():
-        raise CheckpointError(f"{folder} holds no {WEIGHTS} for the text encoder. Copy the whole folder.")
-    places = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
-    return [folder / name for name in sorted(set(places.values()))]
+        raise CheckpointError(f"{folder} has no {WEIGHTS} of the text encoder. Copy the whole folder.")
+    files = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+    return [folder / name for name in sorted(set(files.values()))]
 
 
-def _names(config: EncoderConfig) -> list[str]:
+def _list_names(config: T5GemmaConfig) -> list[str]:
     parts = [*_LINEARS, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", *(f"{norm}_layernorm" for norm in _NORMS)]
     layers = [f"layers.{index}.{part}.weight" for index in range(len(config.windows)) for part in parts]
     return [EMBEDDING, "norm.weight", *layers]

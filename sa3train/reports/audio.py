@@ -1,171 +1,179 @@
-"""The demos of a run as players and spectrograms inside the page: same prompt, same seed, base beside adapter.
+"""The demos of a run as players and spectrograms inside the report: same prompt, same seed, base next to adapter.
 
-Sounds are embedded as FLAC, sample for sample what the run folder holds; spectrograms of one row share one scale, so
-that a louder sound looks brighter. Shapes: C channels, N samples, M mel bands, T frames.
+Sounds are embedded as FLAC, sample for sample what the run folder holds; the spectrograms of one row share one scale,
+so that a louder sound looks brighter. Shapes: C channels, N samples, M mel bands, T frames.
 """
 
 import base64
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from sa3train.reports.charts import Line, line_chart
-from sa3train.reports.html import folded
+from sa3train.reports.charts import Line, render_line_chart
+from sa3train.reports.html import MIB, render_details, render_template
+from sa3train.reports.run_files import DemoFile
 
-if TYPE_CHECKING:
-    from sa3train.reports.run_files import Played
-
-EMBEDDED_MIB = 48.0
-"""Sounds beyond this are named by their file instead: a page should still open."""
+MAX_EMBEDDED_MIB = 48.0
+"""Sounds beyond this size are listed by file name instead, so that the page opens quickly."""
 PICTURE_SIZE = (720, 96)
 RANGE_DB = 80.0
-COLOURS = ("c-base", "c-third", "c-heldout", "c-train", "c-fourth")
+STRENGTH_COLORS = ("c-third", "c-heldout", "c-train", "c-fourth")
 MEASURES = {
     "loudness_lufs": ("Loudness", "LUFS", 3.0),
     "true_peak_db": ("True peak", "dBTP", 3.0),
     "spectral_centroid_hz": ("Spectral centroid", "Hz", 500.0),
-    "stereo_width": ("Stereo width", "0 mono to 1 opposite phases", 0.1),
+    "stereo_width": ("Stereo width", "0 is mono, 1 is opposite phases", 0.1),
 }
-"""Of each measure its title, its unit, and the least range that its chart shows: about what one hears."""
+"""Title, unit and smallest range of the chart of each measure; the range is about what one can hear."""
 
 
-@dataclass
-class Budget:
-    """How many bytes of sound and picture may still go into the page; `left_out` are the files that did not."""
+class Media(NamedTuple):
+    """Where the page finds a demo.
 
-    left: float = EMBEDDED_MIB * 2**20
-    left_out: list[str] = field(default_factory=list)
+    Args:
+        sound: Address of the sound.
+        picture: Address of its spectrogram.
+        problem: Why there is neither.
+    """
+
+    sound: str = ""
+    picture: str = ""
+    problem: str = ""
 
 
-def listening(run_dir: Path, played: Sequence["Played"], budget: Budget) -> str:
-    """HTML of all demos, the newest step first; earlier steps are folded away."""
-    if not played:
+def embed_demos(run_dir: Path, demos: Sequence[DemoFile], max_mib: float = MAX_EMBEDDED_MIB) -> str:
+    """Render all demos with their sounds embedded, and charts of how they measure.
+
+    Args:
+        run_dir: The run folder.
+        demos: Its demos, oldest first.
+        max_mib: Limit on the size of sounds and spectrograms in MiB; older ones are left out.
+
+    Returns:
+        HTML; empty without demos.
+    """
+    if not demos:
         return ""
-    steps = sorted({entry.step for entry in played})
-    newest = steps[-1]
-    baseline = {(entry.model, entry.demo): entry for entry in played if entry.step == 0}
-    body = [
-        _step(run_dir, newest, [entry for entry in played if entry.step == newest], baseline, budget),
-        *(
-            folded(f"Step {step}", _step(run_dir, step, [entry for entry in played if entry.step == step], {}, budget))
-            for step in reversed(steps[:-1])
-            if step != 0
-        ),
-    ]
-    if budget.left_out:
-        names = "".join(f"<li>{escape(name)}" for name in budget.left_out)
-        body.append(folded(f"{len(budget.left_out)} older sounds are in the run folder only", f"<ul>{names}</ul>"))
-    return "".join(body) + measure_curves(played)
+    left, left_out = max_mib * MIB, list[str]()
+
+    def embed_row(row: Sequence[DemoFile]) -> list[Media]:
+        nonlocal left
+        sounds = [_read_sound(run_dir / demo.file) for demo in row]
+        mels = [None if sound is None else _compute_mel(*sound) for sound in sounds]
+        loudest = max((float(mel_MT.max()) for mel_MT in mels if mel_MT is not None), default=0.0)
+        found = []
+        for demo, sound, mel_MT in zip(row, sounds, mels, strict=True):
+            if sound is None or mel_MT is None:
+                found.append(Media(problem="is missing or damaged"))
+                continue
+            flac, picture = _encode_flac(*sound), _draw_picture(mel_MT, loudest)
+            if len(flac) + len(picture) > left:
+                left_out.append(demo.file)
+                found.append(Media(problem="is only in the run folder"))
+                continue
+            left -= len(flac) + len(picture)
+            found.append(Media(_build_data_url("audio/flac", flac), _build_data_url("image/webp", picture)))
+        return found
+
+    body = render_demos(demos, embed_row, is_embedded=True)
+    if left_out:
+        names = "".join(f"<li>{escape(name)}" for name in left_out)
+        body += render_details(f"{len(left_out)} older files are only in the run folder", f"<ul>{names}</ul>")
+    return body + _render_measure_charts(demos)
 
 
-def measure_curves(played: Sequence["Played"]) -> str:
-    """One small chart per measure and model: means over demos against steps, a curve per strength."""
-    steps = sorted({entry.step for entry in played})
+def render_demos(
+    demos: Sequence[DemoFile],
+    load_row: Callable[[Sequence[DemoFile]], Sequence[Media]],
+    *,
+    is_embedded: bool,
+) -> str:
+    """Render players of demos, the newest step first and earlier ones closed, base model and adapter side by side.
+
+    Args:
+        demos: Demos of a run, oldest first.
+        load_row: Function that returns the media of demos that are compared with each other.
+        is_embedded: Whether media are data in the page: pictures without axes, and each base demo only once.
+
+    Returns:
+        HTML; empty without demos.
+    """
+    steps = sorted({demo.step for demo in demos}, reverse=True)
+    base = {(demo.model, demo.demo): demo for demo in demos if demo.step == 0}
+    found = []
+    for step in [step for step in steps if step] or steps:
+        at_step = [demo for demo in demos if demo.step == step]
+        has_base = step != 0 and (step == steps[0] or not is_embedded)
+        found.append((step, _arrange_cards(at_step, base if has_base else {}, load_row)))
+    return render_template("demos.html", steps=found, is_embedded=is_embedded)
+
+
+def _arrange_cards(
+    demos: Sequence[DemoFile],
+    base: Mapping[tuple[str, str], DemoFile],
+    load_row: Callable[[Sequence[DemoFile]], Sequence[Media]],
+) -> list[tuple[DemoFile, list[Any]]]:
+    """Return a card for each demo: its first entry, and (model, [(entry, media)]) of each model."""
+    cards = []
+    for name in dict.fromkeys(demo.demo for demo in demos):
+        own = [demo for demo in demos if demo.demo == name]
+        rows = []
+        for model in dict.fromkeys(demo.model for demo in own):
+            row = [base[model, name]] if (model, name) in base else []
+            row += [demo for demo in own if demo.model == model]
+            rows.append((model, list(zip(row, load_row(row), strict=True))))
+        cards.append((own[0], rows))
+    return cards
+
+
+def _render_measure_charts(demos: Sequence[DemoFile]) -> str:
+    """Render a chart per measure and model: means over demos against steps, a curve per strength."""
+    steps = sorted({demo.step for demo in demos})
     if len(steps) < 2:
         return ""
     charts = []
-    for model in dict.fromkeys(entry.model for entry in played):
-        own = [entry for entry in played if entry.model == model]
-        strengths = sorted({entry.strength for entry in own if entry.strength != 0})
-        for measure, (title, unit, span) in MEASURES.items():
-            base = _mean([entry for entry in own if entry.strength == 0], measure)
+    for model in dict.fromkeys(demo.model for demo in demos):
+        own = [demo for demo in demos if demo.model == model]
+        strengths = sorted({demo.strength for demo in own if demo.strength != 0})
+        for measure, (title, unit, min_range) in MEASURES.items():
+            base = _average([demo for demo in own if demo.strength == 0], measure)
             lines = [
-                Line(f"strength {strength:g}", _curve(own, steps, strength, measure), COLOURS[1 + number % 4])
+                Line(
+                    f"strength {strength:g}",
+                    _get_curve([demo for demo in own if demo.strength == strength], measure),
+                    STRENGTH_COLORS[number % len(STRENGTH_COLORS)],
+                )
                 for number, strength in enumerate(strengths)
             ]
-            zero = None if base is None else (base, "base")
             charts.append(
-                line_chart(lines, title=f"{title}, {model}", zero=zero, note=f"{unit}, mean over demos", span=span)
+                render_line_chart(
+                    lines,
+                    title=f"{title}, {model}",
+                    baseline=None if base is None else (base, "base"),
+                    note=f"{unit}, mean over demos",
+                    min_range=min_range,
+                )
             )
-    return f'<h3>How it measures</h3><div class="charts">{"".join(charts)}</div>'
+    return f'<h3>Audio measurements</h3><div class="charts">{"".join(charts)}</div>'
 
 
-def _step(
-    run_dir: Path,
-    step: int,
-    played: Sequence["Played"],
-    baseline: dict[tuple[str, str], "Played"],
-    budget: Budget,
-) -> str:
-    found = [f"<h3>Step {step}</h3>"]
-    for demo in dict.fromkeys(entry.demo for entry in played):
-        own = [entry for entry in played if entry.demo == demo]
-        mode = " · the middle third is generated anew" if own[0].mode == "inpaint" else ""
-        found.append(
-            f'<div class="card"><h3>{escape(own[0].prompt) or "(no prompt)"}</h3>'
-            f'<p class="soft">{escape(demo)} · seed {own[0].seed}{mode}</p>'
-        )
-        for model in dict.fromkeys(entry.model for entry in own):
-            row = [entry for entry in own if entry.model == model]
-            base = baseline.get((model, demo))
-            takes = [base, *row] if base is not None and base.step != step else row
-            found.append(_row(run_dir, model, takes, budget))
-        found.append("</div>")
-    return "".join(found)
-
-
-def _row(run_dir: Path, model: str, takes: Sequence["Played"], budget: Budget) -> str:
-    sounds = {take.file: _sound(run_dir / take.file) for take in takes}
-    mels = {name: _mel(*sound) for name, sound in sounds.items() if sound is not None}
-    loudest = max((float(mel_MT.max()) for mel_MT in mels.values()), default=0.0)
-    cells = "".join(_take(take, sounds[take.file], mels.get(take.file), loudest, budget) for take in takes)
-    return f'<small>{escape(model)}</small><div class="takes">{cells}</div>'
-
-
-def _take(
-    take: "Played",
-    sound: tuple[np.ndarray, int] | None,
-    mel_MT: np.ndarray | None,
-    loudest: float,
-    budget: Budget,
-) -> str:
-    name = "base model" if take.strength == 0 else f"adapter at strength {take.strength:g}"
-    head = f'<div class="take" data-group="{escape(f"{take.model} {take.demo}")}"><b>{name}</b>'
-    facts = f"<small>{escape(_facts(take))}</small></div>"
-    if sound is None or mel_MT is None:
-        return f"{head}<p class=bad>{escape(take.file)} is missing or damaged</p>{facts}"
-    flac, picture = _flac(*sound), _picture(mel_MT, loudest)
-    if len(flac) + len(picture) > budget.left:
-        budget.left_out.append(take.file)
-        return f"{head}<p class=soft>{escape(take.file)}</p>{facts}"
-    budget.left -= len(flac) + len(picture)
-    return (
-        f'{head}<div class="picture"><img alt="mel spectrogram, {escape(name)}" '
-        f'src="data:image/webp;base64,{_text(picture)}"><i></i></div>'
-        f'<audio controls preload="metadata" src="data:audio/flac;base64,{_text(flac)}"></audio>{facts}'
-    )
-
-
-def _facts(take: "Played") -> str:
-    names = {"loudness_lufs": "{:.1f} LUFS", "true_peak_db": "{:.1f} dBTP", "spectral_centroid_hz": "{:.0f} Hz",
-             "stereo_width": "width {:.2f}", "clipped_share": "{:.1%} clipped"}  # fmt: skip
-    shown = {key: take.measures.get(key) for key in names}
-    shown["clipped_share"] = shown["clipped_share"] or None
-    return " · ".join(names[key].format(value) for key, value in shown.items() if value is not None)
-
-
-def _curve(
-    played: Sequence["Played"], steps: Sequence[int], strength: float, measure: str
-) -> list[tuple[float, float]]:
-    values = [
-        (float(step), _mean([e for e in played if e.step == step and e.strength == strength], measure))
-        for step in steps
-    ]
+def _get_curve(demos: Sequence[DemoFile], measure: str) -> list[tuple[float, float]]:
+    steps = sorted({demo.step for demo in demos})
+    values = [(float(step), _average([demo for demo in demos if demo.step == step], measure)) for step in steps]
     return [(step, value) for step, value in values if value is not None]
 
 
-def _mean(played: Sequence["Played"], measure: str) -> float | None:
-    values = [value for entry in played if (value := entry.measures.get(measure)) is not None]
+def _average(demos: Sequence[DemoFile], measure: str) -> float | None:
+    values = [value for demo in demos if (value := demo.measures.get(measure)) is not None]
     return sum(values) / len(values) if values else None
 
 
-def _sound(path: Path) -> tuple[np.ndarray, int] | None:
-    """Samples (N, C) int16 and the rate, or None when there is no such sound."""
+def _read_sound(path: Path) -> tuple[np.ndarray, int] | None:
+    """Read samples (N, C) as int16 and the sample rate; None when they cannot be read."""
     import soundfile
 
     try:
@@ -175,7 +183,7 @@ def _sound(path: Path) -> tuple[np.ndarray, int] | None:
     return (samples_NC, int(rate)) if len(samples_NC) else None
 
 
-def _flac(samples_NC: np.ndarray, rate: int) -> bytes:
+def _encode_flac(samples_NC: np.ndarray, rate: int) -> bytes:
     import soundfile
 
     file = io.BytesIO()
@@ -183,17 +191,17 @@ def _flac(samples_NC: np.ndarray, rate: int) -> bytes:
     return file.getvalue()
 
 
-def _mel(samples_NC: np.ndarray, rate: int) -> np.ndarray:
+def _compute_mel(samples_NC: np.ndarray, rate: int) -> np.ndarray:
     import torch
 
-    from sa3train.audio.metrics import mel_spectrogram
+    from sa3train.audio.metrics import compute_mel_spectrogram
 
     audio_CN = torch.from_numpy(samples_NC.T.astype(np.float32) / 32768)
-    return mel_spectrogram(audio_CN, rate).numpy()
+    return compute_mel_spectrogram(audio_CN, rate).numpy()
 
 
-def _picture(mel_MT: np.ndarray, loudest: float) -> bytes:
-    """The spectrogram alone, low notes below, from `loudest` dB down to 80 dB under it."""
+def _draw_picture(mel_MT: np.ndarray, loudest: float) -> bytes:
+    """Draw the spectrogram alone, low frequencies at the bottom, from `loudest` dB down to 80 dB below it."""
     from matplotlib import colormaps
     from PIL import Image
 
@@ -204,5 +212,5 @@ def _picture(mel_MT: np.ndarray, loudest: float) -> bytes:
     return file.getvalue()
 
 
-def _text(content: bytes) -> str:
-    return base64.b64encode(content).decode("ascii")
+def _build_data_url(media_type: str, content: bytes) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(content).decode('ascii')}"

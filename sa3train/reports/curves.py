@@ -1,195 +1,202 @@
-"""The measured parts of the run report: losses, clips, memorisation, time and memory."""
+"""The measured parts of the run report: losses, clips, memorization, speed and memory."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from sa3train.reports.charts import Line, Point, bars, line_chart, smoothed
-from sa3train.reports.html import facts, folded, table
+from sa3train.reports.charts import Line, Point, render_bars, render_legend, render_line_chart, smooth_points
+from sa3train.reports.html import format_bytes, render_facts, render_template
+from sa3train.reports.run_files import RunFiles
 
-if TYPE_CHECKING:
-    from sa3train.reports.run_files import RunFiles
-
-PARTS = {"heldout": ("held-out clips", "c-heldout"), "train": ("training clips", "c-train")}
+PARTS = {"val": ("held-out clips", "c-heldout"), "train_eval": ("training clips", "c-train")}
+"""Name and color of each part of `validation.json`."""
+BASELINE = (0.0, "base model")
 SMALL = (250.0, 150.0)
 SHOWN_CLIPS = 8
 
 
-def learning(run: "RunFiles") -> str:
-    """Fixed losses against the base, the gap between them, the training loss itself and the learning rate."""
-    charts = [
-        line_chart(
-            [Line(name, _against_base(run, part), colour) for part, (name, colour) in PARTS.items()],
-            title="Loss against the base model",
+def render_learning(run: RunFiles) -> str:
+    """Render validation losses against the base model, their gap, the training loss, gradient norm and learning rate.
+
+    Args:
+        run: The run.
+
+    Returns:
+        HTML; empty without any of them.
+    """
+    return _render_charts(
+        render_line_chart(
+            _get_change_lines(run),
+            title="Validation loss vs. base model",
             unit=" %",
-            zero=(0.0, "base model"),
-            span=2.0,
+            baseline=BASELINE,
+            min_range=2.0,
             note="mean over all clips and noise levels",
         ),
-        _gap(run),
-        _training_loss(run),
-        line_chart(
-            [Line("gradient norm", run.curve("train/gradient_norm"), "c-fourth")],
-            title="Gradient norm",
-            note="before clipping",
-        ),
-        line_chart([Line("learning rate", run.curve("train/learning_rate"), "c-third")], title="Learning rate"),
+        _render_gap(run),
+        _render_training_loss(run),
+        _render_metric(run, "train/gradient_norm", "Gradient norm", "c-fourth", note="before clipping"),
+        _render_metric(run, "train/learning_rate", "Learning rate", "c-third"),
+    )
+
+
+def render_noise_levels(run: RunFiles) -> str:
+    """Render a small chart of validation losses per noise level, and the losses over noise levels at the last step.
+
+    Args:
+        run: The run.
+
+    Returns:
+        HTML; empty before the first validation.
+    """
+    levels, history = run.validation.get("levels", []), run.validation.get("history", [])
+    if not history:
+        return ""
+    small = "".join(
+        render_line_chart(
+            _get_change_lines(run, number),
+            title=f"t = {level:.2f}",
+            unit=" %",
+            baseline=BASELINE,
+            size=SMALL,
+            min_range=2.0,
+        )
+        for number, level in enumerate(levels)
+    )
+    profile = [
+        Line(f"{name}, {model}", list(zip(levels, losses[part]["by_level"], strict=True)), color, dashed=is_base)
+        for model, losses, is_base in (("adapter", history[-1], False), ("base", run.validation["base"], True))
+        for part, (name, color) in PARTS.items()
+        if part in losses
     ]
+    sampled = [
+        Line(f"t = {level:.2f}", smooth_points(run.get_curve(f"train/level/{level:.2f}"), 8), color)
+        for level, color in zip(levels[::3], ("c-fourth", "c-third", "c-heldout", "c-train"), strict=False)
+    ]
+    legend = [Line(name, (), color) for name, color in PARTS.values()] + [Line(BASELINE[1], (), "c-base", dashed=True)]
+    charts = _render_charts(
+        render_line_chart(profile, title=f"Loss over noise levels t at step {history[-1]['step']}", x_label="t"),
+        render_line_chart(sampled, title="Training loss by noise level", note="running mean of 8 log lines"),
+    )
+    return f'<div class="charts small">{small}</div>{render_legend(legend)}{charts}'
+
+
+def render_clips(run: RunFiles) -> str:
+    """Render tables of the validation clips, worst first.
+
+    Args:
+        run: The run.
+
+    Returns:
+        HTML; empty before the first validation.
+    """
+    items = run.validation.get("items", {})
+    parts = [
+        (name, sorted(items.get(part, []), key=_compute_change, reverse=True)) for part, (name, _) in PARTS.items()
+    ]
+    return render_template("clips.html", parts=parts, change=_compute_change, shown=SHOWN_CLIPS)
+
+
+def render_memorization(run: RunFiles) -> str:
+    """Render the distances of generations to training and held-out clips, and the closest pairs.
+
+    Args:
+        run: The run.
+
+    Returns:
+        HTML; empty where memorization was not measured.
+    """
+    if not run.memorization:
+        return ""
+    score = run.memorization.get("memorization") or {}
+    distances = [
+        (label, score[key], f"{score[key]:.3f}")
+        for label, key in (
+            ("generated → training", "generated_to_training"),
+            ("generated → held-out", "generated_to_heldout"),
+            ("held-out → training", "heldout_to_training"),
+        )
+        if key in score
+    ]
+    return render_template("memorization.html", found=run.memorization, bars=render_bars(distances))
+
+
+def render_system(run: RunFiles) -> str:
+    """Render speed, memory use and the memory plan.
+
+    Args:
+        run: The run.
+
+    Returns:
+        HTML; empty without any of them.
+    """
+    charts = _render_charts(
+        _render_metric(run, "time/steps_per_second", "Steps per second", "c-heldout"),
+        _render_metric(run, "time/audio_seconds_per_second", "Seconds of audio per second", "c-fourth"),
+        _render_metric(run, "time/peak_memory_gib", "Peak memory", "c-third", note="GiB"),
+    )
+    about = render_facts([("device", str(run.system["device"]))]) if run.system else ""
+    plan = run.system.get("plan")
+    if plan:
+        rows = [(name, size, format_bytes(size)) for name, size in plan.items() if size]
+        about += f"<h3>Memory plan before the first step</h3>{render_bars(rows, 'c-third')}"
+        about += f'<p class="soft">{escape(str(run.system.get("plan_accuracy") or ""))}</p>'
+    return charts + about
+
+
+def _render_charts(*charts: str) -> str:
     return f'<div class="charts">{"".join(charts)}</div>' if any(charts) else ""
 
 
-def by_level(run: "RunFiles") -> str:
-    """One small chart per noise level, and the losses at the last step over the levels."""
-    levels, history = run.heldout.get("levels", []), run.heldout.get("history", [])
-    if not history:
+def _render_metric(run: RunFiles, metric: str, title: str, color: str, note: str = "") -> str:
+    return render_line_chart([Line(title, run.get_curve(metric), color)], title=title, note=note)
+
+
+def _get_change_lines(run: RunFiles, level: int | None = None) -> list[Line]:
+    """Return the losses of both parts as changes from the base's, in percent; of one noise level or of all."""
+    lines = []
+    for part, (name, color) in PARTS.items():
+        base = run.validation.get("base", {}).get(part)
+        points: list[Point] = []
+        for row in run.validation.get("history", []) if base else ():
+            if part in row and _pick_loss(base, level):
+                change = _pick_loss(row[part], level) / _pick_loss(base, level) - 1
+                points.append((float(row["step"]), 100 * change))
+        lines.append(Line(name, points, color))
+    return lines
+
+
+def _pick_loss(losses: Mapping[str, Any], level: int | None) -> float:
+    return float(losses["loss"] if level is None else losses["by_level"][level])
+
+
+def _render_gap(run: RunFiles) -> str:
+    """Render held-out minus training loss; the base has such a gap too, since the clips differ."""
+    base = run.validation.get("base", {})
+    if len(base) < len(PARTS):
         return ""
-    charts = []
-    for number, level in enumerate(levels):
-        lines = [Line(name, _against_base(run, part, number), colour) for part, (name, colour) in PARTS.items()]
-        charts.append(
-            line_chart(lines, title=f"t = {level:.2f}", unit=" %", zero=(0.0, "base model"), size=SMALL, span=2.0)
-        )
-    profile = [
-        Line(f"{name}, adapter", list(zip(levels, history[-1][part]["by_level"], strict=True)), colour)
-        for part, (name, colour) in PARTS.items()
-        if part in history[-1]
-    ]
-    profile += [
-        Line(f"{PARTS[part][0]}, base", list(zip(levels, base["by_level"], strict=True)), PARTS[part][1], dashed=True)
-        for part, base in run.heldout["base"].items()
-    ]
-    now = line_chart(profile, title=f"Loss over noise levels t at step {history[-1]['step']}", x_label="t")
-    sampled = [
-        Line(f"t = {level:.2f}", smoothed(run.curve(f"train/level/{level:.2f}"), 8), colour)
-        for level, colour in zip(levels[::3], ("c-fourth", "c-third", "c-heldout", "c-train"), strict=False)
-    ]
-    drawn = line_chart(sampled, title="Training loss by noise level", note="as drawn; running mean of 8 log lines")
-    return (
-        f'<div class="charts small">{"".join(charts)}</div>{_legend()}'
-        f'<div class="charts">{now}{drawn}</div>'
-    )  # fmt: skip
-
-
-def clips(run: "RunFiles") -> str:
-    """A table of fixed clips, those that profit least first."""
-    found = []
-    for part, (name, _) in PARTS.items():
-        rows = sorted(run.heldout.get("items", {}).get(part, []), key=lambda row: -_gain(row))
-        if not rows:
-            continue
-        cells = [
-            [
-                f"<code>{escape(row['key'])}</code>",
-                escape(row["prompt"]),
-                f"{row['base']:.4f}",
-                f"{row['adapter']:.4f}",
-                f'<span class="{"good" if _gain(row) < 0 else "bad"}">{_gain(row):+.1%}</span>',
-            ]
-            for row in rows
-        ]
-        head = ("clip", "prompt", "base", "adapter", "change")
-        first = table(head, cells[:SHOWN_CLIPS], numbers=(2, 3, 4))
-        rest = cells[SHOWN_CLIPS:]
-        more = folded(f"{len(rest)} more, better fitted", table(head, rest, numbers=(2, 3, 4))) if rest else ""
-        found.append(f"<h3>{name[0].upper()}{name[1:]}, worst fit first</h3>{first}{more}")
-    return "".join(found)
-
-
-def memorised(generated: Mapping[str, Any]) -> str:
-    """Distances of generations to training and held-out clips, and the closest pairs."""
-    score = generated.get("memorisation")
-    if not generated:
-        return ""
-    spread = generated["spread"]
-    about = facts(
-        [
-            ("generations", f"{generated['clips']} of {generated['seconds']:.1f} s"),
-            ("spread of latents", ", ".join(f"{name} {value:.3f}" for name, value in spread.items())),
-        ]
-    )
-    if score is None:
-        return about + '<p class="soft">Nothing is held out, so there is no score.</p>'
-    rows = [
-        ("generated → training", score["generated_to_training"]),
-        ("generated → held-out", score["generated_to_heldout"]),
-        ("held-out → training", score["heldout_to_training"]),
-    ]
-    head = ("generation", "closest training clip", "distance")
-    nearest = sorted(score["nearest"], key=lambda row: row["distance"])
-    cells = [[str(row["clip"]), f"<code>{escape(row['training_clip'])}</code>", f"{row['distance']:.3f}"]
-             for row in nearest]  # fmt: skip
-    return (
-        f'<p class="lead">Score {score["score"]:.2f}: 1 is as far from the training clips as unseen clips are, 0 is a '
-        f'copy.</p><div class="two"><div>{bars([(name, value, f"{value:.3f}") for name, value in rows])}</div>'
-        f"<div>{about}</div></div>{folded('Closest pairs', table(head, cells, numbers=(0, 2)))}"
-    )
-
-
-def machine(run: "RunFiles") -> str:
-    """Speed and memory over the run."""
-    charts = [
-        line_chart(
-            [Line("steps per second", run.curve("time/steps_per_second"), "c-heldout")], title="Steps per second"
-        ),
-        line_chart(
-            [Line("audio", run.curve("time/audio_seconds_per_second"), "c-fourth")],
-            title="Seconds of audio per second",
-        ),
-        line_chart([Line("peak", run.curve("time/peak_memory_gib"), "c-third")], title="Peak memory", note="GiB"),
-    ]
-    about = facts([("device", str(run.machine["device"]))]) if run.machine else ""
-    plan = run.machine.get("plan")
-    if plan:
-        rows = [(name, size / 2**30, f"{size / 2**30:.3f} GiB") for name, size in plan.items() if size]
-        about += f"<h3>Memory plan made before the first step</h3>{bars(rows, 'c-third')}"
-        about += f'<p class="soft">{escape(str(run.machine.get("verdict") or ""))}</p>'
-    return f'<div class="charts">{"".join(charts)}</div>{about}' if any(charts) else about
-
-
-def _against_base(run: "RunFiles", part: str, level: int | None = None) -> list[Point]:
-    """Loss of a part at each judgement as a change from the base's, in per cent."""
-    base = run.heldout.get("base", {}).get(part)
-    found = []
-    for row in run.heldout.get("history", []):
-        if part not in row or base is None:
-            continue
-        now = row[part]["loss"] if level is None else row[part]["by_level"][level]
-        zero = base["loss"] if level is None else base["by_level"][level]
-        if zero:
-            found.append((float(row["step"]), 100 * (now / zero - 1)))
-    return found
-
-
-def _gap(run: "RunFiles") -> str:
-    """Held-out minus training loss; the base has such a gap too, since the clips differ."""
-    bases: Mapping[str, Any] = run.heldout.get("base", {})
-    if len(bases) < 2:
-        return ""
-    points = [
-        (float(row["step"]), row["heldout"]["loss"] - row["train"]["loss"]) for row in run.heldout.get("history", [])
-    ]
-    return line_chart(
+    points = [(float(row["step"]), _compute_gap(row)) for row in run.validation.get("history", [])]
+    return render_line_chart(
         [Line("held-out minus training loss", points, "c-third")],
-        title="Held-out gap",
-        zero=(bases["heldout"]["loss"] - bases["train"]["loss"], "the base model's gap"),
-        note="rising above the base's: clips are learnt by heart",
+        title="Generalization gap",
+        baseline=(_compute_gap(base), "gap of the base model"),
+        note="rising above the base model's: clips are being memorized",
     )
 
 
-def _training_loss(run: "RunFiles") -> str:
-    loss = run.curve("train/loss")
-    mean: Sequence[Point] = smoothed(loss, max(1, len(loss) // 20))
-    return line_chart(
+def _compute_gap(losses: Mapping[str, Any]) -> float:
+    return float(losses["val"]["loss"] - losses["train_eval"]["loss"])
+
+
+def _render_training_loss(run: RunFiles) -> str:
+    loss = run.get_curve("train/loss")
+    mean = smooth_points(loss, max(1, len(loss) // 20))
+    return render_line_chart(
         [Line("", loss, "c-train", faint=True), Line("running mean", mean, "c-train")],
         title="Training loss",
-        note="jumps with the noise levels it draws; the fixed losses are the ones to trust",
+        note="varies with the noise levels drawn; rely on the validation losses",
     )
 
 
-def _legend() -> str:
-    keys = "".join(f'<span><i class="{colour}"></i>{name}</span>' for name, colour in PARTS.values())
-    return f'<div class="legend">{keys}<span><i class="c-base dashed"></i>base model</span></div>'
-
-
-def _gain(row: Mapping[str, Any]) -> float:
+def _compute_change(row: Mapping[str, Any]) -> float:
     return float(row["adapter"] / row["base"] - 1) if row["base"] else 0.0

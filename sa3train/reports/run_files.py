@@ -1,67 +1,116 @@
-"""What a run folder holds, read for the report, and what its numbers say.
+"""The contract of a run folder: training writes it; the report and the studio read it, without being able to train.
 
-The demos that a run has played, as its folder holds them. Light: what reads it need not be able to train.
+| file | holds |
+|---|---|
+| `config.yaml` | all settings, as Hydra reads them back |
+| `run.json` | id, version, started, identity, steps; status: running, finished, interrupted; resumed (a list) |
+| `metrics.csv` | a column `step` and one for each metric; a cell is empty where a metric was not logged |
+| `validation.json` | levels; base, history and items by part (`val`, `train_eval`); best_step, best_loss |
+| `memorization.json` | clips, seconds and spread of generations; memorization: score and closest training clips |
+| `data.json` | manifest; sources with their path, role, model, splits and card; some prompts |
+| `adapter_stats.json` | adapter_type, rank, alpha, parameters, step; effect (relative change of weights); layers |
+| `system.json` | device; plan (memory in bytes by part), plan_accuracy |
+| `demos/step-*/demos.json` | a list of `DemoFile` entries, next to their audio and spectrograms |
+| `checkpoints/step-*.safetensors` | resumable training state |
+| `adapter.safetensors` | the trained adapter |
+| `adapter-best.safetensors` | the adapter of the lowest validation loss, with `callbacks.validation.select_best` |
+| `report.html` | the report, made from the files above |
 """
 
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-CONFIG, RECORD = "config.yaml", "run.json"
+CONFIG_FILE, RECORD_FILE, METRICS_FILE = "config.yaml", "run.json", "metrics.csv"
+VALIDATION_FILE, MEMORIZATION_FILE = "validation.json", "memorization.json"
+DATA_FILE, ADAPTER_STATS_FILE, SYSTEM_FILE = "data.json", "adapter_stats.json", "system.json"
+DEMOS_DIR, DEMOS_FILE = "demos", "demos.json"
+REPORT_FILE = "report.html"
+ADAPTER_FILE, BEST_ADAPTER_FILE, CHECKPOINTS_DIR = "adapter.safetensors", "adapter-best.safetensors", "checkpoints"
+STEP = "step"
+
+COPY_THRESHOLD = 0.5
+"""Memorization score below which generations count as copies of training clips."""
+
+OVERFIT_THRESHOLD = 0.01
+"""Relative rise of the validation loss above its minimum that counts as overfitting."""
 
 
-def dump_settings(settings: Mapping[str, Any]) -> str:
-    """The configuration as YAML that Hydra reads back unchanged: `${` in text is escaped."""
-    return yaml.safe_dump(_escaped(json.loads(json.dumps(dict(settings)))), sort_keys=False, allow_unicode=True)
+def format_settings(settings: Mapping[str, Any]) -> str:
+    """Format settings as YAML that Hydra reads back unchanged: `${` in text is escaped.
+
+    Args:
+        settings: Nested settings of plain values.
+
+    Returns:
+        The YAML document.
+    """
+    plain = json.loads(json.dumps(dict(settings)))
+    escaped = _map_text(plain, lambda text: text.replace("${", "\\${"))
+    return yaml.safe_dump(escaped, sort_keys=False, allow_unicode=True)
 
 
 def load_settings(path: Path) -> dict[str, Any]:
-    """What `dump_settings` wrote."""
-    loaded: dict[str, Any] = _unescaped(yaml.safe_load(path.read_text(encoding="utf-8")))
-    return loaded
+    """Load settings that `format_settings` wrote.
+
+    Args:
+        path: The YAML file.
+
+    Returns:
+        The settings.
+    """
+    escaped = yaml.safe_load(path.read_text(encoding="utf-8"))
+    settings: dict[str, Any] = _map_text(escaped, lambda text: text.replace("\\${", "${"))
+    return settings
 
 
-def _escaped(value: Any) -> Any:
-    return _walk(value, lambda text: text.replace("${", "\\${"))
-
-
-def _unescaped(value: Any) -> Any:
-    return _walk(value, lambda text: text.replace("\\${", "${"))
-
-
-def _walk(value: Any, change: Any) -> Any:
+def _map_text(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
-        return {key: _walk(item, change) for key, item in value.items()}
+        return {key: _map_text(item, change) for key, item in value.items()}
     if isinstance(value, list):
-        return [_walk(item, change) for item in value]
+        return [_map_text(item, change) for item in value]
     return change(value) if isinstance(value, str) else value
 
 
-STEP = "step"
-
-
 def read_metrics(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Columns and whole rows of a `metrics.csv`; empty cells are left out of their rows."""
+    """Read a `metrics.csv`, which may still be written to.
+
+    Args:
+        path: The file.
+
+    Returns:
+        (columns, complete rows); a row has no entry for an empty cell.
+    """
     text = path.read_text(encoding="utf-8")
-    whole = text[: text.rfind("\n") + 1]
-    reader = csv.DictReader(io.StringIO(whole))
+    reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
     columns = list(reader.fieldnames or [STEP])
     rows = [{name: value for name, value in row.items() if value} for row in reader]
     return columns, [row for row in rows if row.get(STEP, "").isdigit()]
 
 
-FOLDER, INDEX = "demos", "demos.json"
-
-
 @dataclass(frozen=True)
-class Played:
-    """One file: what it is, and how it measures (`measure`: LUFS, dBTP, Hz, width)."""
+class DemoFile:
+    """One demo: an audio file with its spectrogram.
+
+    Args:
+        file: Path of the audio file.
+        picture: Path of its mel spectrogram.
+        demo: Name of the demo, the same for every step and strength.
+        mode: `text` or `inpaint`.
+        prompt: The prompt.
+        model: Name of the model that generated it.
+        strength: Strength of the adapter; 0 for the base model alone.
+        seed: Seed of the generation.
+        step: Training step of the adapter.
+        measures: Values by measure: loudness_lufs (LUFS), true_peak_db (dBTP), spectral_centroid_hz (Hz),
+            stereo_width (0 to 1), clipped_share (0 to 1); None where it cannot be measured.
+    """
 
     file: str
     picture: str
@@ -75,121 +124,166 @@ class Played:
     measures: dict[str, float | None]
 
 
-def played_demos(run_dir: Path) -> list[Played]:
-    """Everything that was played in a run, oldest first, with `file` and `picture` relative to the run folder."""
-    found = []
-    for index in sorted((run_dir / FOLDER).glob(f"step-*/{INDEX}")):
+def list_demos(run_dir: Path) -> list[DemoFile]:
+    """List the demos of a run.
+
+    Args:
+        run_dir: The run folder.
+
+    Returns:
+        The demos, oldest first, with paths relative to the run folder.
+    """
+    demos = []
+    for index in sorted((run_dir / DEMOS_DIR).glob(f"step-*/{DEMOS_FILE}")):
+        folder = index.parent.relative_to(run_dir)
         for entry in json.loads(index.read_text(encoding="utf-8")):
-            place = index.parent.relative_to(run_dir)
-            demo = Played(**entry)
-            found.append(replace(demo, file=str(place / demo.file), picture=str(place / demo.picture)))
-    return found
-
-
-DATA, INSPECTION, MACHINE = "data.json", "inspection.json", "machine.json"
-"""What the report shows of data, adapter and machine; see `sa3train.training.callbacks.report`."""
-
-HELDOUT, GENERATED = "heldout.json", "generated.json"
-"""What `sa3train.training.callbacks.validation` and `sa3train.training.memorization` leave."""
-
-COPIED = 0.5
-"""Share of the distance between unseen and training clips below which generations count as copies."""
-
-WORSE = 0.01
-"""Share above its best at which held-out loss counts as getting worse."""
+            demo = DemoFile(**entry)
+            demos.append(replace(demo, file=str(folder / demo.file), picture=str(folder / demo.picture)))
+    return demos
 
 
 @dataclass(frozen=True)
 class RunFiles:
-    """What a run folder holds; an absent file is an empty value."""
+    """Content of a run folder; a missing file is an empty value. The module's docstring lists the keys.
+
+    Args:
+        path: The run folder.
+        config: Text of `config.yaml`.
+        record: `run.json`.
+        rows: Rows of `metrics.csv`, as numbers.
+        validation: `validation.json`.
+        memorization: `memorization.json`.
+        data: `data.json`.
+        adapter_stats: `adapter_stats.json`.
+        system: `system.json`.
+        demos: All demos, oldest first.
+    """
 
     path: Path
     config: str = ""
     record: Mapping[str, Any] = field(default_factory=dict)
     rows: Sequence[Mapping[str, float]] = ()
-    heldout: Mapping[str, Any] = field(default_factory=dict)
-    generated: Mapping[str, Any] = field(default_factory=dict)
+    validation: Mapping[str, Any] = field(default_factory=dict)
+    memorization: Mapping[str, Any] = field(default_factory=dict)
     data: Mapping[str, Any] = field(default_factory=dict)
-    inspection: Mapping[str, Any] = field(default_factory=dict)
-    machine: Mapping[str, Any] = field(default_factory=dict)
-    played: Sequence[Played] = ()
+    adapter_stats: Mapping[str, Any] = field(default_factory=dict)
+    system: Mapping[str, Any] = field(default_factory=dict)
+    demos: Sequence[DemoFile] = ()
 
-    def curve(self, name: str) -> list[tuple[float, float]]:
-        """(step, value) of a metric."""
-        return [(row["step"], row[name]) for row in self.rows if name in row]
+    def get_curve(self, name: str) -> list[tuple[float, float]]:
+        """Return the values of a metric.
+
+        Args:
+            name: Name of the metric.
+
+        Returns:
+            (step, value) of each row that has it.
+        """
+        return [(row[STEP], row[name]) for row in self.rows if name in row]
 
     @property
     def step(self) -> int:
-        """The last step that left a trace."""
-        last = [int(row["step"]) for row in self.rows[-1:]] + [row["step"] for row in self.heldout.get("history", [])]
-        return max(last, default=0)
+        """The last step of which a metric or validation is known."""
+        last = [int(row[STEP]) for row in self.rows[-1:]]
+        return max([*last, *(row["step"] for row in self.validation.get("history", []))], default=0)
 
     @property
     def seconds(self) -> float:
-        """Time in the loop by the logged speeds, with what happened between two log lines."""
-        total, before = 0.0, 0.0
-        for step, speed in self.curve("time/steps_per_second"):
-            total += (step - before) / max(speed, 1e-9)
-            before = step
+        """Time in the training loop by the logged speeds, including what happened between two log lines."""
+        total, previous = 0.0, 0.0
+        for step, speed in self.get_curve("time/steps_per_second"):
+            total += (step - previous) / max(speed, 1e-9)
+            previous = step
         return total
+
+    @property
+    def peak_memory_gib(self) -> float | None:
+        """Highest memory use in GiB, or None while it is unknown."""
+        return max((value for _, value in self.get_curve("time/peak_memory_gib")), default=None)
 
 
 def read_run(run_dir: Path) -> RunFiles:
-    """Read a run folder. Whatever is not there yet is left empty; a run in progress can be read at any moment."""
-    pass  # DROPPED
-    pass  # DROPPED
+    """Read a run folder, at any moment of a run.
 
-    metrics, config = run_dir / "metrics.csv", run_dir / CONFIG
+    Args:
+        run_dir: The run folder.
+
+    Returns:
+        Its content.
+    """
+    metrics, config = run_dir / METRICS_FILE, run_dir / CONFIG_FILE
     rows = read_metrics(metrics)[1] if metrics.is_file() else []
     return RunFiles(
         run_dir,
         config.read_text(encoding="utf-8") if config.is_file() else "",
-        _json(run_dir / RECORD),
+        _read_json(run_dir / RECORD_FILE),
         [{name: float(value) for name, value in row.items()} for row in rows],
-        _json(run_dir / HELDOUT),
-        _json(run_dir / GENERATED),
-        _json(run_dir / DATA),
-        _json(run_dir / INSPECTION),
-        _json(run_dir / MACHINE),
-        played_demos(run_dir),
+        _read_json(run_dir / VALIDATION_FILE),
+        _read_json(run_dir / MEMORIZATION_FILE),
+        _read_json(run_dir / DATA_FILE),
+        _read_json(run_dir / ADAPTER_STATS_FILE),
+        _read_json(run_dir / SYSTEM_FILE),
+        list_demos(run_dir),
     )
 
 
-def change(run: RunFiles, part: str) -> float | None:
-    """Relative change of the last fixed loss of `part` (heldout or train) against the base, or None."""
-    history, base = run.heldout.get("history", []), run.heldout.get("base", {}).get(part)
+def _read_json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def compute_loss_change(run: RunFiles, part: str) -> float | None:
+    """Compute the relative change of the last validation loss against the base model's.
+
+    Args:
+        run: The run.
+        part: `val` (held-out clips) or `train_eval` (training clips).
+
+    Returns:
+        The change, such as -0.1 for 10 % below the base, or None where there is none.
+    """
+    history, base = run.validation.get("history", []), run.validation.get("base", {}).get(part)
     if not history or part not in history[-1] or not base or not base["loss"]:
         return None
     return float(history[-1][part]["loss"] / base["loss"] - 1)
 
 
-def reading(run: RunFiles) -> list[str]:
-    """What the numbers say, in sentences."""
-    heldout, train = change(run, "heldout"), change(run, "train")
+def summarize_run(run: RunFiles) -> list[str]:
+    """Summarize what the metrics of a run say.
+
+    Args:
+        run: The run.
+
+    Returns:
+        Sentences.
+    """
+    val, train = compute_loss_change(run, "val"), compute_loss_change(run, "train_eval")
     found = []
-    if heldout is not None:
-        also = f"; on its training clips it is {_beside(train)}" if train is not None else ""
-        found.append(f"On clips it has never seen, loss is {_beside(heldout)} the base model's{also}.")
+    if val is not None:
+        beside = f", and {_describe_change(train)} on training clips" if train is not None else ""
+        found.append(f"Compared with the base model, loss is {_describe_change(val)} on held-out clips{beside}.")
     elif train is not None:
-        found.append(f"On its training clips loss is {train:+.1%} against the base. Nothing is held out to check it.")
-    best, history = run.heldout.get("best_loss"), run.heldout.get("history", [])
-    if best and history and heldout is not None:
-        last = history[-1]["heldout"]["loss"]
-        if last > best * (1 + WORSE):
+        found.append(
+            f"Compared with the base model, loss is {_describe_change(train)} on training clips. No clips are held "
+            "out to check whether this generalizes."
+        )
+    best, history = run.validation.get("best_loss"), run.validation.get("history", [])
+    if best and history and val is not None:
+        last = history[-1]["val"]["loss"]
+        if last > best * (1 + OVERFIT_THRESHOLD):
             found.append(
-                f"It was lower at step {run.heldout['best_step']} and has risen by {last / best - 1:.1%} since: the "
-                "adapter has begun to learn its clips by heart. Take the best one (callbacks.judge.select_best=true)."
+                f"Validation loss was lowest at step {run.validation['best_step']} and has risen by "
+                f"{last / best - 1:.1%} since: the adapter has started to overfit. Export the best adapter with "
+                "callbacks.validation.select_best=true."
             )
-    if heldout is not None and train is not None and heldout > 0 > train:
-        found.append("Training clips got better and unseen ones worse: fewer steps, a lower rank, or more data.")
-    if run.generated.get("memorisation", {}).get("score", 1.0) < COPIED:
-        found.append("Generations come closer to training clips than unseen clips do: they may be copies.")
+    if val is not None and train is not None and val > 0 > train:
+        found.append(
+            "Loss improved on training clips and got worse on held-out clips: use fewer steps, a lower rank, or more "
+            "data."
+        )
+    if run.memorization.get("memorization", {}).get("score", 1.0) < COPY_THRESHOLD:
+        found.append("Generations are closer to training clips than held-out clips are: they may be copies.")
     return found
 
 
-def _beside(value: float) -> str:
-    return f"{abs(value):.1%} {'below' if value < 0 else 'above'}"
-
-
-def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def _describe_change(value: float) -> str:
+    return f"{abs(value):.1%} {'lower' if value < 0 else 'higher'}"

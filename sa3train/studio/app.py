@@ -1,11 +1,11 @@
-"""The studio's page and its server: every page in a tab, one look, nothing fetched from elsewhere."""
+"""The studio's web page, with a tab for each of its pages, and its server. Nothing is fetched from elsewhere."""
 
 import contextlib
 import hmac
 import os
 from collections.abc import Callable, Iterator
+from html import escape
 from pathlib import Path
-from typing import Any
 
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read when gradio is imported
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -13,26 +13,33 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import gradio as gr
 from starlette.middleware import Middleware
 
-from sa3train.studio.adapters.page import adapters_page
-from sa3train.studio.data.page import data_page
-from sa3train.studio.play.page import play_page
-from sa3train.studio.runs.page import runs_page
-from sa3train.studio.server.access import LOCAL_NAMES, Guard, Opening
+from sa3train.studio.adapters.page import build_adapters_page
+from sa3train.studio.data.page import build_data_page
+from sa3train.studio.play.page import build_play_page
+from sa3train.studio.runs.page import build_runs_page
+from sa3train.studio.server.access import LOCAL_NAMES, AccessMiddleware, AccessSettings
 from sa3train.studio.server.workspace import StudioError, Workspace
 
-LARGEST_UPLOAD = "512mb"
+MAX_UPLOAD = "512mb"
 PAGES: dict[str, Callable[[Workspace], None]] = {
-    "Play": play_page,
-    "Runs": runs_page,
-    "Data": data_page,
-    "Adapters": adapters_page,
+    "Play": build_play_page,
+    "Runs": build_runs_page,
+    "Data": build_data_page,
+    "Adapters": build_adapters_page,
 }
 ASSETS = Path(__file__).parent / "assets"
 
 
 def build_app(workspace: Workspace) -> gr.Blocks:
-    """The whole page of a studio in `workspace`."""
-    os.environ["GRADIO_TEMP_DIR"] = str(workspace.uploads)  # components read it when they are made
+    """Build the web page of a studio.
+
+    Args:
+        workspace: The folders it may touch and its initial choices.
+
+    Returns:
+        The page, to pass to `serve`.
+    """
+    os.environ["GRADIO_TEMP_DIR"] = str(workspace.uploads)  # components read it when they are built
     with gr.Blocks(title="sa3train studio", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(_head(workspace), elem_id="studio-head", apply_default_css=False)
         with gr.Tabs(elem_id="studio-tabs"):
@@ -42,68 +49,86 @@ def build_app(workspace: Workspace) -> gr.Blocks:
     return page
 
 
-def serve(page: gr.Blocks, workspace: Workspace, opening: Opening, largest_upload: str = LARGEST_UPLOAD) -> str:
-    """Start the server in threads of its own and return its address; `page.close()` ends it. Raises `StudioError`."""
-    opening.check()
-    hosts = None if opening.is_open else LOCAL_NAMES
-    password = opening.password
+def serve(page: gr.Blocks, workspace: Workspace, access: AccessSettings, max_upload: str = MAX_UPLOAD) -> str:
+    """Start the server in its own threads; `page.close()` stops it.
+
+    Args:
+        page: What `build_app` returned.
+        workspace: The folders whose files may be served.
+        access: Where to listen, and the password.
+        max_upload: Largest file that the page may upload, such as "512mb".
+
+    Returns:
+        The address.
+
+    Raises:
+        StudioError: The server is open without a proper password, or cannot listen there.
+    """
+    access.check()
+    hosts = None if access.is_open else LOCAL_NAMES
+    password = access.password
     try:
         _, address, shared = page.queue(default_concurrency_limit=8).launch(
-            server_name=opening.host,
-            server_port=opening.port,
-            share=opening.share,
-            auth=None if password is None else lambda name, given: _same(given, password),
-            auth_message="Any name, and the studio's password.",
+            server_name=access.host,
+            server_port=access.port,
+            share=access.share,
+            auth=None if password is None else lambda _, given: hmac.compare_digest(given.encode(), password.encode()),
+            auth_message="Enter any user name and the studio's password.",
             prevent_thread_lock=True,
             quiet=True,
             show_error=True,
             allowed_paths=[str(root) for root in workspace.roots],
-            max_file_size=largest_upload,
+            max_file_size=max_upload,
             ssr_mode=False,
             footer_links=[],
             run_history=False,
             enable_monitoring=False,
             theme=_theme(),
-            head=page_head(),
-            app_kwargs={"middleware": [Middleware(Guard, workspace=workspace, hosts=hosts)]},
+            head=_build_page_head(),
+            app_kwargs={"middleware": [Middleware(AccessMiddleware, workspace=workspace, hosts=hosts)]},
         )
     except OSError as error:
-        raise StudioError(f"cannot listen on {opening.host}: {error}. Choose another --port.") from error
+        raise StudioError(f"Cannot listen on {access.host}: {error}. Choose another --port.") from error
     return str(shared or address)
 
 
 @contextlib.contextmanager
-def running(workspace: Workspace, opening: Opening | None = None, **settings: Any) -> Iterator[str]:
-    """A studio for as long as the block lasts; gives its address."""
+def run_studio(
+    workspace: Workspace, access: AccessSettings | None = None, max_upload: str = MAX_UPLOAD
+) -> Iterator[str]:
+    """Run a studio as long as the `with` block lasts.
+
+    Args:
+        workspace: The folders it may touch and its initial choices.
+        access: Where to listen, and the password. None: on this machine only.
+        max_upload: Largest file that the page may upload.
+
+    Yields:
+        The address.
+    """
     page = build_app(workspace)
     try:
-        yield serve(page, workspace, opening or Opening(), **settings)
+        yield serve(page, workspace, access or AccessSettings(), max_upload)
     finally:
         page.close(verbose=False)
 
 
-def page_head() -> str:
-    """The page's own style and scripts, inside it: nothing is fetched, and Gradio leaves the style as it is."""
+def _build_page_head() -> str:
+    """Put the page's own styles and scripts into its head: nothing is fetched, and Gradio leaves the styles alone."""
     styles = "".join(path.read_text(encoding="utf-8") for path in sorted(ASSETS.glob("*.css")))
-    # studio.js comes first: the others hang their parts on what it makes.
+    # studio.js comes first: the others add to the object that it creates.
     paths = sorted(ASSETS.glob("*.js"), key=lambda path: (path.name != "studio.js", path.name))
     scripts = "".join(path.read_text(encoding="utf-8") for path in paths)
     return f"<style>{styles}</style><script>{scripts}</script>"
 
 
-def _same(given: str, password: str) -> bool:
-    return hmac.compare_digest(given.encode(), password.encode())
-
-
 def _head(workspace: Workspace) -> str:
-    from html import escape
-
     folders = ", ".join(escape(str(root)) for root in workspace.roots)
-    return f"<h1>sa3train studio</h1><p>Works in {folders}; results: {escape(workspace.shown(workspace.home))}.</p>"
+    return f"<h1>sa3train studio</h1><p>Folders: {folders}. Results: {escape(workspace.shorten(workspace.home))}.</p>"
 
 
 def _theme() -> gr.themes.Base:
-    """System fonts and the run report's colours, with contrast to spare."""
+    """Return a theme with system fonts and the run report's colors, with enough contrast."""
     accent = gr.themes.Color(
         c50="#eef7fa", c100="#d6ebf2", c200="#aed7e5", c300="#7dbdd3", c400="#3f97b6", c500="#0b6e8f",
         c600="#0a6280", c700="#08506a", c800="#073f53", c900="#052e3d", c950="#031f2a",

@@ -1,6 +1,6 @@
-"""Which weights of the adapter are judged and exported: the live ones, their running average, or the optimizer's.
+"""Exponential moving average of the adapter, and swapping it in for validation and export.
 
-Training always goes on from the live weights, restored to the bit.
+Training always continues from the live weights, restored bit for bit.
 """
 
 import contextlib
@@ -10,10 +10,15 @@ import torch
 from torch import Tensor, nn
 
 
-class RunningAverage:
-    """Exponential moving average of named parameters, in float32: average ← decay·average + (1 − decay)·live.
+class EMA:
+    """Exponential moving average of named parameters, in float32: ema ← decay·ema + (1 − decay)·live.
 
-    The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that early averages are not the init.
+    The decay warms up as min(decay, (1 + n) / (10 + n)) after n updates, so that early averages are not the
+    initialization.
+
+    Args:
+        parameters: The live parameters by name.
+        decay: Between 0 and 1.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
@@ -24,44 +29,59 @@ class RunningAverage:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take the live weights into the average; once per optimizer step."""
+        """Update the average with the live weights; call once per optimizer step."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         self.updates += 1
-        self._follow_device()
+        for name, parameter in self._live.items():  # the live weights may have moved to a GPU
+            if self.tensors[name].device != parameter.device:
+                self.tensors[name] = self.tensors[name].to(parameter.device)
         live = [parameter.detach().float() for parameter in self._live.values()]
         torch._foreach_lerp_(list(self.tensors.values()), live, 1 - decay)
 
-    def _follow_device(self) -> None:
-        """The live weights may have been moved to a GPU since the average began."""
-        for name, parameter in self._live.items():
-            if self.tensors[name].device != parameter.device:
-                self.tensors[name] = self.tensors[name].to(parameter.device)
-
     def state_dict(self) -> dict[str, object]:
-        """Updates so far and the averaged tensors."""
+        """Collect the state.
+
+        Returns:
+            The number of updates and the averaged tensors.
+        """
         return {"updates": self.updates, "tensors": dict(self.tensors)}
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        """Restore what `state_dict` gave. Raises `KeyError` when it belongs to other parameters."""
+        """Restore the state.
+
+        Args:
+            state: What `state_dict` returned.
+
+        Raises:
+            KeyError: The state belongs to other parameters.
+        """
         tensors = state["tensors"]
         assert isinstance(tensors, dict)
         if set(tensors) != set(self.tensors):
-            raise KeyError("the saved average belongs to an adapter of other layers")
+            raise KeyError("the saved EMA belongs to an adapter with other layers")
         self.updates = int(state["updates"])  # type: ignore[call-overload]
         for name, tensor in tensors.items():
             self.tensors[name].copy_(tensor)
 
 
 @contextlib.contextmanager
-def swapped_in(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the context the named parameters hold `tensors`; afterwards exactly what they held before."""
+def swap_parameters(parameters: Mapping[str, nn.Parameter], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Swap values into parameters for the duration of a context; afterwards they hold exactly what they held before.
+
+    Args:
+        parameters: Parameters by name.
+        tensors: Values by name, for all of them or some.
+
+    Yields:
+        Nothing.
+    """
     with torch.no_grad():
-        kept = {name: parameters[name].detach().clone() for name in tensors}
+        saved = {name: parameters[name].detach().clone() for name in tensors}
         for name, tensor in tensors.items():
             parameters[name].copy_(tensor)
     try:
         yield
     finally:
         with torch.no_grad():
-            for name, tensor in kept.items():
+            for name, tensor in saved.items():
                 parameters[name].copy_(tensor)

@@ -12,207 +12,268 @@ import torch
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from typing_extensions import override
 
 from sa3train.adapters.adapter import Adapter
-from sa3train.adapters.layers.inject import Injected
-from sa3train.core.device import to_device
-from sa3train.diffusion.objective import coupling_columns, effective_frames
+from sa3train.adapters.layers.inject import InjectedAdapter
+from sa3train.core.device import move_to_device
+from sa3train.data.loading.loader import Batch
+from sa3train.diffusion.objective import count_effective_frames, match_noise
 from sa3train.models.checkpoint import StableAudio3
 from sa3train.models.conditioners import TextEmbedding
-from sa3train.training.batch import Clips, clips_of, to_clips, to_rows
+from sa3train.training.batch import ClipBatch, make_clip_batch, pack_rows, unpack_rows
 from sa3train.training.distributed import ShardedBaseStrategy, couple_across_ranks
-from sa3train.training.ema import RunningAverage, swapped_in
-from sa3train.training.optim import averaged_by_optimizer, make_scheduler
-from sa3train.training.settings import Objective
-from sa3train.training.step import Draw, Losses, draw_step, item_seeds, noised_inputs, step_losses
+from sa3train.training.ema import EMA, swap_parameters
+from sa3train.training.optim import compute_schedule_free_average, make_lr_lambda, make_optimizer
+from sa3train.training.settings import TrainingSettings
+from sa3train.training.step import (
+    Losses,
+    StepDraw,
+    compute_step_losses,
+    derive_clip_seeds,
+    draw_step,
+    make_noisy_inputs,
+)
 
 TextSource = Callable[[Sequence[str]], TextEmbedding]
-MakeOptimizer = Callable[[list[tuple[str, nn.Parameter]]], Optimizer]
 
 
 class LoraModule(lightning.LightningModule):
-    """Trains the adapter's parameters alone; the base stays as it is, byte for byte.
+    """Trains the parameters of an adapter; the base model stays as it is, byte for byte.
 
-    `text` gives the frozen text embeddings of prompts (encoded once, cached). `average_decay` turns on a running
-    average (EMA) of the adapter, which is then what is judged and exported.
+    Args:
+        model: The frozen base.
+        injected: The adapter inside it.
+        text: Gives the frozen text embeddings of prompts.
+        settings: Loss, optimizer, schedule and seed.
+
+    Attributes:
+        trainable: The adapter's parameters by name.
+        ema: Their running average, which is then what is validated and exported; None without `trainer.ema_decay`.
+        gradient_norm: Norm of all gradients together before clipping, of the last optimizer step.
+        has_stepped: Whether the last micro-batch ended with an optimizer step.
     """
 
     strict_loading = False
 
     def __init__(
-        self,
-        model: StableAudio3,
-        injected: Injected,
-        text: TextSource,
-        objective: Objective,
-        *,
-        make_optimizer: MakeOptimizer,
-        learning_rate_factor: Callable[[int], float],
-        seed: int = 0,
-        average_decay: float | None = None,
+        self, model: StableAudio3, injected: InjectedAdapter, text: TextSource, settings: TrainingSettings
     ) -> None:
         super().__init__()
-        self.root = model.adaptable()
-        self._model, self._injected, self._text = model, injected, text
-        self.objective, self.seed = objective, seed
-        self._make_optimizer, self._factor = make_optimizer, learning_rate_factor
-        self.trained: dict[str, nn.Parameter] = injected.named_parameters()
-        self.average = RunningAverage(self.trained, average_decay) if average_decay is not None else None
+        self.root = model.get_adapter_root()
+        self.model, self.injected, self.settings, self._text = model, injected, settings, text
+        self._lr_lambda = make_lr_lambda(settings.scheduler, settings.trainer.max_steps)
+        self.trainable: dict[str, nn.Parameter] = injected.named_parameters()
+        decay = settings.trainer.ema_decay
+        self.ema = None if decay is None else EMA(self.trainable, decay)
         self.gradient_norm = torch.zeros(())
+        self.has_stepped = False
 
-    @property
-    def injected(self) -> Injected:
-        """The adapter inside the model."""
-        return self._injected
-
-    @property
-    def model(self) -> StableAudio3:
-        """The model that is trained."""
-        return self._model
-
-    def forward(self, clips: Clips, draw: Draw) -> Tensor:
-        """Velocity (S, C, F) of every clip, with the adapter as it is now."""
-        x_SCF, local_SCF = noised_inputs(clips.data_SCF, draw)
+    def forward(self, clips: ClipBatch, draw: StepDraw) -> Tensor:
+        """Predict the velocity (S, C, F) of every clip, with the adapter as it is now."""
+        x_SCF, local_SCF = make_noisy_inputs(clips.data_SCF, draw)
         text = self._text(clips.prompts)
-        condition = self._model.conditioner.condition(text, to_device(clips.seconds_S, x_SCF.device))
+        condition = self.model.conditioner.condition(text, move_to_device(clips.seconds_S, x_SCF.device))
         cross_SMD = condition.cross_attn_cond_BLD.masked_fill(draw.dropped_B[:, None, None], 0.0)
         shared = {"cross_attn_cond_BLD": cross_SMD, "global_cond_BD": condition.global_cond_BD}
         ids_RT = clips.segment_ids_RT
         if ids_RT is None:
-            return self._model.dit(
-                x_SCF, draw.t_B, local_add_cond_BCT=local_SCF, padding_mask_BT=draw.padding_mask_BT, **shared
+            return self.model.dit(
+                x_SCF, draw.t_B, local_add_cond_BCT=local_SCF, attention_mask_BT=draw.attention_mask_BT, **shared
             )
-        mask_SF = clips.padding_mask_SF  # that of the draw too, since nothing is extended in a packed row; on the CPU
-        velocity_RCT = self._model.dit(
-            to_rows(x_SCF, ids_RT, mask_SF),
+        mask_SF = clips.attention_mask_SF  # equal to the draw's, as packed rows are never extended; on the CPU
+        velocity_RCT = self.model.dit(
+            pack_rows(x_SCF, ids_RT, mask_SF),
             draw.t_B,
-            local_add_cond_BCT=to_rows(local_SCF, ids_RT, mask_SF),
+            local_add_cond_BCT=pack_rows(local_SCF, ids_RT, mask_SF),
             segment_ids=ids_RT,
             **shared,
         )
-        return to_clips(velocity_RCT, ids_RT, mask_SF)
+        return unpack_rows(velocity_RCT, ids_RT, mask_SF)
 
-    def losses(self, clips: Clips, draw: Draw) -> Losses:
-        """The losses of one micro-batch for a given draw."""
-        return step_losses(self.objective, self(clips, draw), clips.data_SCF, draw)
+    def compute_losses(self, clips: ClipBatch, draw: StepDraw) -> Losses:
+        """Compute the losses of one micro-batch.
 
-    def draw(self, clips: Clips, micro_step: int) -> Draw:
-        """Everything random of micro-batch number `micro_step`, on the module's device."""
-        model = self._model
+        Args:
+            clips: The micro-batch.
+            draw: Its random draws, on the module's device.
+
+        Returns:
+            The losses.
+        """
+        return compute_step_losses(self.settings.loss, self(clips, draw), clips.data_SCF, draw)
+
+    def draw(self, clips: ClipBatch, micro_step: int) -> StepDraw:
+        """Draw everything random of a micro-batch.
+
+        Args:
+            clips: The micro-batch.
+            micro_step: Its number in the run.
+
+        Returns:
+            The draw, on the module's device.
+        """
+        model, loss = self.model, self.settings.loss
         frames_S = torch.tensor(
-            [effective_frames(s, model.sample_rate, model.downsampling_ratio) for s in clips.seconds_S.tolist()]
+            [count_effective_frames(s, model.sample_rate, model.downsampling_ratio) for s in clips.seconds_S.tolist()]
         )
         draw = draw_step(
-            self.objective,
-            item_seeds(self.seed, micro_step, clips.seeds),
+            loss,
+            derive_clip_seeds(self.settings.seed, micro_step, clips.seeds),
             clips.data_SCF.shape,
-            clips.padding_mask_SF,
+            clips.attention_mask_SF,
             frames_S,
             model.sample_rate / model.downsampling_ratio,
             clips.at_end_S,
         ).to(self.device)
-        if not self.objective.coupling:
+        if not loss.coupling:
             return draw
-        noise_SCF = couple_across_ranks(clips.data_SCF, draw.noise_BCT, coupling_columns)
-        return Draw(noise_SCF, draw.t_B, draw.padding_mask_BT, draw.inpaint_mask_B1T, draw.dropped_B)
+        noise_SCF = couple_across_ranks(clips.data_SCF, draw.noise_BCT, match_noise)
+        return StepDraw(noise_SCF, draw.t_B, draw.attention_mask_BT, draw.inpaint_mask_B1T, draw.dropped_B)
 
+    @override
     def transfer_batch_to_device(
         self, batch: dict[str, Any], device: torch.device, dataloader_idx: int
     ) -> dict[str, Any]:
-        """The latents alone: masks and lengths are worked with on the CPU, and fetching them back would be a wait."""
-        return batch | {"latents_BCT": to_device(batch["latents_BCT"], device)}
+        """Move the latents only: masks and lengths are used on the CPU, and fetching them back would be a wait."""
+        return batch | {"latents_BCT": move_to_device(batch["latents_BCT"], device)}
 
-    def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Any]:
-        """One micro-batch: the loss to minimise, and what the meter shows."""
-        micro_step = self.trainer.fit_loop.epoch_loop.total_batch_idx
-        torch.manual_seed(self.seed * 1_000_003 + micro_step * 101 + self.global_rank)  # dropout inside the adapter
-        clips = clips_of(batch)
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """Compute the loss to minimize, and what `MetricsCallback` logs."""
+        self.has_stepped = False
+        micro_step, seed = self.trainer.fit_loop.epoch_loop.total_batch_idx, self.settings.seed
+        torch.manual_seed(seed * 1_000_003 + micro_step * 101 + self.global_rank)  # dropout inside the adapter
+        clips = make_clip_batch(batch)
         draw = self.draw(clips, micro_step)
-        losses = self.losses(clips, draw)
+        losses = self.compute_losses(clips, draw)
         return {
             "loss": losses.total,
             "generated_loss": losses.loss.detach(),
             "context_loss": losses.context_loss.detach(),
             "item_loss_B": losses.item_loss_B,
             "t_B": draw.t_B,
-            "frames": int(clips.padding_mask_SF.sum()),
+            "frames": int(clips.attention_mask_SF.sum()),
         }
 
+    @override
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """The optimizer over the adapter alone, and its schedule per step."""
-        optimizer = self._make_optimizer(list(self.trained.items()))
-        scheduler = make_scheduler(optimizer, self._factor)
+        """Make the optimizer of the adapter and its schedule per step."""
+        optimizer = make_optimizer(self.settings.optimizer, self.trainable.items())
+        scheduler = LambdaLR(optimizer, self._lr_lambda)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Where the base is sharded nobody averages the adapter's gradients over ranks but us."""
+        """Average the adapter's gradients over ranks where the base is sharded; otherwise DDP does."""
         strategy = self.trainer.strategy
         if isinstance(strategy, ShardedBaseStrategy):
-            strategy.average_gradients(self.trained.values())
+            strategy.average_gradients(self.trainable.values())
 
+    @override
     def configure_gradient_clipping(
         self,
         optimizer: Optimizer,
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip by the norm of all gradients together, keeping the norm for the meter."""
+        """Clip by the norm of all gradients together, and store the norm."""
         limit = float("inf") if not gradient_clip_val else float(gradient_clip_val)
-        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.trained.values(), limit).detach()
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.trainable.values(), limit).detach()
 
+    @override
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """One step, then the running average follows."""
-        super().optimizer_step(*args, **kwargs)
-        if self.average is not None:
-            self.average.update()
+        """Take one step, then update the running average."""
+        super().optimizer_step(*args, **kwargs)  # runs `training_step` first
+        self.has_stepped = True
+        if self.ema is not None:
+            self.ema.update()
 
-    def trainer_precision(self) -> contextlib.AbstractContextManager[Any]:
-        """The precision training runs in, for judging outside a step; nothing when there is no trainer."""
-        return (
-            self.trainer.precision_plugin.forward_context() if self._trainer is not None else contextlib.nullcontext()
-        )
+    def forward_context(self) -> contextlib.AbstractContextManager[Any]:
+        """Enter the precision that training runs in, for forward passes outside a step.
 
-    def judged(self) -> dict[str, Tensor]:
-        """The tensors to judge and export in place of the live ones: the running average, or schedule-free's."""
-        if self.average is not None:
-            return self.average.tensors
-        optimizers = self.trainer.optimizers if self._trainer is not None else []
-        if not optimizers:
+        Returns:
+            A context manager; it does nothing without a trainer.
+        """
+        trainer = self._find_trainer()
+        return contextlib.nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
+
+    def get_eval_parameters(self) -> dict[str, Tensor]:
+        """Get the values to validate and export in place of the live ones.
+
+        Returns:
+            The running average, or schedule-free's, by name; empty when the live values are to be used.
+        """
+        if self.ema is not None:
+            return self.ema.tensors
+        trainer = self._find_trainer()
+        if trainer is None or not trainer.optimizers:
             return {}
-        averaged = averaged_by_optimizer(optimizers[0], self.trained.values())
-        return {name: averaged[id(p)] for name, p in self.trained.items() if id(p) in averaged}
+        averaged = compute_schedule_free_average(trainer.optimizers[0], self.trainable.values())
+        return {name: averaged[id(p)] for name, p in self.trainable.items() if id(p) in averaged}
 
+    @override
     def cpu(self) -> "LoraModule":
-        """Off the GPU, as Lightning wants it after a run; a base in few bits has no weights to copy and stays."""
+        """Move to the CPU, as Lightning does after a run; a quantized base has no weights to copy and stays."""
         if all(parameter.untyped_storage().nbytes() for parameter in self.parameters()):
             return super().cpu()
-        for parameter in self.trained.values():
+        for parameter in self.trainable.values():
             parameter.data = parameter.data.cpu()
         return self
 
     def export(self, metadata: Mapping[str, str]) -> Adapter:
-        """The adapter as it is to be judged (see `judged`), with `metadata`."""
-        with swapped_in(self.trained, self.judged()):
-            return self._injected.export(dict(metadata))
+        """Export the adapter with the values of `get_eval_parameters`.
 
+        Args:
+            metadata: Provenance to store in it.
+
+        Returns:
+            The adapter.
+        """
+        with swap_parameters(self.trainable, self.get_eval_parameters()):
+            return self.injected.export(dict(metadata))
+
+    @override
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """Only what is trained: the base is never saved."""
-        return {name: parameter.detach() for name, parameter in self.trained.items()}
+        """Collect what is trained: the base is never saved."""
+        return {name: parameter.detach() for name, parameter in self.trainable.items()}
 
+    @override
     def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> None:
-        """Restore what `state_dict` gave. Raises `KeyError` when it is another adapter's."""
-        if set(state) != set(self.trained):
-            raise KeyError("the saved training state belongs to an adapter of other layers")
+        """Restore what `state_dict` returned."""
+        if set(state) != set(self.trainable):
+            raise KeyError("the saved training state belongs to an adapter with other layers")
         with torch.no_grad():
             for name, tensor in state.items():
-                self.trained[name].copy_(tensor)
+                self.trainable[name].copy_(tensor)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the running average to the training state."""
-        if self.average is not None:
-            checkpoint["average"] = self.average.state_dict()
+        if self.ema is not None:
+            checkpoint["ema"] = self.ema.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the running average. Raises `KeyError` when the state has none."""
-        if self.average is not None:
-            self.average.load_state_dict(checkpoint["average"])
+        """Restore the running average."""
+        if self.ema is not None:
+            self.ema.load_state_dict(checkpoint["ema"])
+
+    def _find_trainer(self) -> lightning.Trainer | None:
+        try:
+            return self.trainer
+        except RuntimeError:  # Lightning's answer while no trainer is attached
+            return None
+
+
+class StepCallback(lightning.Callback):
+    """A callback that acts after each optimizer step, in `on_step_end`."""
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Call `on_step_end` if the micro-batch ended with an optimizer step."""
+        assert isinstance(pl_module, LoraModule)
+        if pl_module.has_stepped:
+            self.on_step_end(trainer, pl_module)
+
+    def on_step_end(self, trainer: lightning.Trainer, module: LoraModule) -> None:
+        """Run after an optimizer step, once per `trainer.global_step`."""

@@ -1,8 +1,9 @@
 """Optimizers and learning-rate schedules by name.
 
-Every entry is somebody's well-kept implementation; ours is only the table, the checks and the messages.
+The optimizers are torch's, bitsandbytes' and pytorch-optimizer's; ours are only the tables, checks and messages.
 """
 
+import importlib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
@@ -11,196 +12,173 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 
-from sa3train.core.config import closest
+from sa3train.core.config import find_closest
 from sa3train.core.errors import ConfigError
+from sa3train.training.settings import OptimizerSettings, SchedulerSettings
 
-Group = dict[str, Any]
-Builder = Callable[[list[Group], float, tuple[float, float], float, Mapping[str, Any]], Optimizer]
+OPTIMIZERS = {
+    "adamw": ("torch.optim", "AdamW", ""),
+    "adamw-8bit": ("bitsandbytes.optim", "AdamW8bit", "quant"),
+    "prodigy": ("pytorch_optimizer", "Prodigy", "optim"),
+    "schedule-free": ("pytorch_optimizer", "ScheduleFreeAdamW", "optim"),
+    "lion": ("pytorch_optimizer", "Lion", "optim"),
+    "muon": ("pytorch_optimizer", "Muon", "optim"),
+}
+"""Module and class of each optimizer, and the extra of sa3train that installs it."""
+
+_Group = dict[str, Any]
 
 
-def make_optimizer(
-    name: str,
-    parameters: Iterable[tuple[str, nn.Parameter]],
-    *,
-    lr: float,
-    betas: tuple[float, float],
-    weight_decay: float,
-    options: Mapping[str, Any],
-    lora_plus: float = 1.0,
-) -> Optimizer:
-    """The optimizer called `name` over named `parameters`.
+def make_optimizer(settings: OptimizerSettings, parameters: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
+    """Make an optimizer.
 
-    `options` are further arguments of that optimizer, passed as they are. `lora_plus`: B matrices learn at lr × this
-    (LoRA+, Hayou et al. 2024). Raises `ConfigError` for an unknown name or option, for a setting without effect, or
-    when
-    the library that holds the optimizer is not installed.
+    Args:
+        settings: Its name and arguments.
+        parameters: What it trains, with names.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ConfigError: The name or an option is unknown, a setting has no effect, or the library is not installed.
     """
-    if name not in OPTIMIZERS:
-        raise ConfigError(f"unknown optimizer {name!r}; choose one of: {', '.join(OPTIMIZERS)}.")
+    if settings.name not in OPTIMIZERS:
+        raise ConfigError(f"unknown optimizer {settings.name!r}. Choose one of: {', '.join(OPTIMIZERS)}.")
     named = list(parameters)
     if not named:
         raise ConfigError("there is nothing to train: the adapter has no parameters. Check adapter.include/exclude.")
-    return OPTIMIZERS[name](_groups(name, named, lr, lora_plus), lr, betas, weight_decay, options)
-
-
-def _groups(name: str, named: list[tuple[str, nn.Parameter]], lr: float, lora_plus: float) -> list[Group]:
-    fast = [parameter for key, parameter in named if key.endswith(".lora_B")]
-    if lora_plus == 1.0:
-        return [{"params": [parameter for _, parameter in named]}]
-    if not fast or name == "prodigy":
-        reason = "Prodigy sets one step size for all" if fast else "this kind of adapter has no B matrices"
-        raise ConfigError(f"optimizer.lora_plus={lora_plus} has no effect: {reason}. Set it to 1.")
-    slow = [parameter for key, parameter in named if not key.endswith(".lora_B")]
-    return [{"params": slow}, {"params": fast, "lr": lr * lora_plus}]
-
-
-def _adamw(
-    groups: list[Group], lr: float, betas: tuple[float, float], weight_decay: float, options: Mapping[str, Any]
-) -> Optimizer:
-    checked = _checked("adamw", torch.optim.AdamW, options)
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, weight_decay=weight_decay, **checked)
-
-
-def _adamw_8bit(
-    groups: list[Group], lr: float, betas: tuple[float, float], weight_decay: float, options: Mapping[str, Any]
-) -> Optimizer:
-    try:
-        from bitsandbytes.optim import AdamW8bit
-    except ImportError as error:
-        raise ConfigError(
-            'optimizer=adamw-8bit needs bitsandbytes: pip install "sa3train[quant]", or use optimizer=adamw.'
-        ) from error
-    checked = _checked("adamw-8bit", AdamW8bit, options)
-    optimizer: Optimizer = AdamW8bit(groups, lr=lr, betas=betas, weight_decay=weight_decay, **checked)
+    groups = _make_groups(settings, named)
+    optimizer_class = _load_class(settings.name)
+    options = _check_options(settings.name, optimizer_class, settings.options)
+    betas = (settings.betas[0], settings.betas[1])
+    optimizer: Optimizer
+    if settings.name == "muon":
+        groups = _split_for_muon(groups, settings, betas, options.pop("adamw_lr", 1e-4))
+        optimizer = optimizer_class(groups, **options)
+    else:
+        optimizer = optimizer_class(groups, lr=settings.lr, betas=betas, weight_decay=settings.weight_decay, **options)
     return optimizer
 
 
-def _from_library(class_name: str, name: str) -> Builder:
-    """A builder for an optimizer of pytorch-optimizer that takes lr, betas and decay like AdamW."""
-
-    def build(
-        groups: list[Group], lr: float, betas: tuple[float, float], weight_decay: float, options: Mapping[str, Any]
-    ) -> Optimizer:
-        kind = getattr(_library(name), class_name)
-        checked = _checked(name, kind, options)
-        optimizer: Optimizer = kind(groups, lr=lr, betas=betas, weight_decay=weight_decay, **checked)
-        return optimizer
-
-    return build
+def _make_groups(settings: OptimizerSettings, named: list[tuple[str, nn.Parameter]]) -> list[_Group]:
+    if settings.lora_plus == 1.0:
+        return [{"params": [parameter for _, parameter in named]}]
+    fast = [parameter for key, parameter in named if key.endswith(".lora_B")]
+    if not fast or settings.name == "prodigy":
+        reason = "Prodigy uses one step size for all parameters" if fast else "this adapter type has no B matrices"
+        raise ConfigError(f"optimizer.lora_plus={settings.lora_plus} has no effect: {reason}. Set it to 1.")
+    slow = [parameter for key, parameter in named if not key.endswith(".lora_B")]
+    return [{"params": slow}, {"params": fast, "lr": settings.lr * settings.lora_plus}]
 
 
-def _muon(
-    groups: list[Group], lr: float, betas: tuple[float, float], weight_decay: float, options: Mapping[str, Any]
-) -> Optimizer:
-    """Muon for matrices; AdamW (at `adamw_lr`, default 1e-4) for magnitudes, which are vectors."""
-    kind = _library("muon").Muon
-    checked = _checked("muon", kind, options)
-    adamw_lr = checked.pop("adamw_lr", 1e-4)
-    split: list[Group] = []
+def _load_class(name: str) -> Any:
+    module, class_name, extra = OPTIMIZERS[name]
+    try:
+        return getattr(importlib.import_module(module), class_name)
+    except ImportError as error:
+        package = module.partition(".")[0].replace("_", "-")
+        raise ConfigError(
+            f'optimizer={name} needs {package}: pip install "sa3train[{extra}]", or use optimizer=adamw.'
+        ) from error
+
+
+def _split_for_muon(
+    groups: list[_Group], settings: OptimizerSettings, betas: tuple[float, float], adamw_lr: float
+) -> list[_Group]:
+    """Muon for matrices, AdamW at `adamw_lr` for magnitudes, which are vectors."""
+    split: list[_Group] = []
     for group in groups:
         matrices = [p for p in group["params"] if p.ndim >= 2 and min(p.shape) > 1]
         chosen = {id(p) for p in matrices}
         vectors = [p for p in group["params"] if id(p) not in chosen]
-        common = {"weight_decay": weight_decay}
+        common = {"weight_decay": settings.weight_decay}
         if matrices:
-            split.append({"params": matrices, "lr": group.get("lr", lr), "use_muon": True, **common})
+            split.append({"params": matrices, "lr": group.get("lr", settings.lr), "use_muon": True, **common})
         if vectors:
             split.append({"params": vectors, "lr": adamw_lr, "betas": betas, "use_muon": False, **common})
-    optimizer: Optimizer = kind(split, **checked)
-    return optimizer
+    return split
 
 
-OPTIMIZERS: dict[str, Builder] = {
-    "adamw": _adamw,
-    "adamw-8bit": _adamw_8bit,
-    "prodigy": _from_library("Prodigy", "prodigy"),
-    "schedule-free": _from_library("ScheduleFreeAdamW", "schedule-free"),
-    "lion": _from_library("Lion", "lion"),
-    "muon": _muon,
-}
-
-
-def _library(name: str) -> Any:
-    try:
-        import pytorch_optimizer
-    except ImportError as error:
-        raise ConfigError(
-            f'optimizer={name} needs pytorch-optimizer: pip install "sa3train[optim]", or use optimizer=adamw.'
-        ) from error
-    return pytorch_optimizer
-
-
-def _checked(name: str, kind: type, options: Mapping[str, Any]) -> dict[str, Any]:
-    """`options` if `kind` takes them all. A `**kwargs` in its signature would swallow a misspelt one in silence."""
-    known = [key for key in inspect.signature(kind).parameters if key not in ("self", "params", "kwargs")]
+def _check_options(name: str, optimizer_class: type, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `options` if the class accepts them all; a `**kwargs` in its signature would hide a misspelled one."""
+    known = [key for key in inspect.signature(optimizer_class).parameters if key not in ("self", "params", "kwargs")]
     for key in options:
         if key not in known:
-            close = closest(key, known)
-            hint = f"Did you mean '{close}'?" if close else f"It takes: {', '.join(known)}."
+            close = find_closest(key, known)
+            hint = f"Did you mean '{close}'?" if close else f"Its options: {', '.join(known)}."
             raise ConfigError(f"optimizer {name} has no option 'optimizer.options.{key}'. {hint}")
     return dict(options)
 
 
-def constant(progress: int, total: int) -> float:
-    """1 throughout."""
+def _constant(progress: int, total: int) -> float:
     return 1.0
 
 
-def cosine(progress: int, total: int, floor: float = 0.0) -> float:
-    """From 1 down to `floor` along half a cosine over `total` steps."""
+def _cosine(progress: int, total: int, floor: float = 0.0) -> float:
+    """From 1 down to `floor` along half a cosine."""
     share = min(1.0, progress / max(1, total))
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
 
 
-def inverse(progress: int, total: int, gamma: float = 1000.0, power: float = 0.5) -> float:
-    """(1 + step / gamma) ** -power: slow decay without an end, as the public trainer's InverseLR."""
+def _inverse(progress: int, total: int, gamma: float = 1000.0, power: float = 0.5) -> float:
+    """(1 + step / gamma) ** -power: slow decay without an end, as the released trainer's InverseLR."""
     return float((1 + progress / gamma) ** -power)
 
 
-SCHEDULES: dict[str, Callable[..., float]] = {"constant": constant, "cosine": cosine, "inverse": inverse}
+SCHEDULES: dict[str, Callable[..., float]] = {"constant": _constant, "cosine": _cosine, "inverse": _inverse}
+"""Factor on the learning rate from the steps since the warm-up and their total, with the options of each schedule."""
 
 
-def learning_rate_factor(
-    name: str, *, warmup_steps: int, total_steps: int, options: Mapping[str, Any]
-) -> Callable[[int], float]:
-    """step -> factor on the learning rate: a straight rise over `warmup_steps`, then the schedule called `name`.
+def make_lr_lambda(settings: SchedulerSettings, total_steps: int) -> Callable[[int], float]:
+    """Make the factor on the learning rate: a linear rise over the warm-up, then the schedule.
 
-    Raises `ConfigError` for an unknown name or option, and for a cosine without a known end.
+    torch's and transformers' schedulers have no warm-up before an arbitrary schedule, and this one's only state is the
+    step, so that it can be saved without code.
+
+    Args:
+        settings: Name, warm-up and options.
+        total_steps: Optimizer steps of the run.
+
+    Returns:
+        A function of the step for `torch.optim.lr_scheduler.LambdaLR`.
+
+    Raises:
+        ConfigError: The name or an option is unknown, or cosine has no steps left after the warm-up.
     """
+    name, warmup_steps, options = settings.name, settings.warmup_steps, settings.options
     if name not in SCHEDULES:
-        raise ConfigError(f"unknown scheduler {name!r}; choose one of: {', '.join(SCHEDULES)}.")
+        raise ConfigError(f"unknown scheduler {name!r}. Choose one of: {', '.join(SCHEDULES)}.")
     known = list(inspect.signature(SCHEDULES[name]).parameters)[2:]
     for key in options:
         if key not in known:
             raise ConfigError(
-                f"scheduler {name} has no option 'scheduler.options.{key}'. It takes: {', '.join(known) or 'none'}."
+                f"scheduler {name} has no option 'scheduler.options.{key}'. Its options: {', '.join(known) or 'none'}."
             )
-    if warmup_steps < 0 or (name == "cosine" and total_steps <= warmup_steps):
-        raise ConfigError(
-            f"scheduler.warmup_steps={warmup_steps} must be at least 0 and below trainer.max_steps={total_steps}."
-        )
+    if name == "cosine" and total_steps <= warmup_steps:
+        raise ConfigError(f"scheduler.warmup_steps={warmup_steps} must be below trainer.max_steps={total_steps}.")
     decay = SCHEDULES[name]
 
-    def factor(step: int) -> float:
+    def compute_factor(step: int) -> float:
         if step < warmup_steps:
             return (step + 1) / (warmup_steps + 1)
         return decay(step - warmup_steps, total_steps - warmup_steps, **options)
 
-    return factor
+    return compute_factor
 
 
-def make_scheduler(optimizer: Optimizer, factor: Callable[[int], float]) -> LambdaLR:
-    """A per-step scheduler whose state is only its step count, so that it can be saved without code."""
-    return LambdaLR(optimizer, factor)
+def compute_schedule_free_average(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> dict[int, torch.Tensor]:
+    """Compute schedule-free's averaged weights without touching the live ones.
 
+    A schedule-free optimizer trains at y and is evaluated at x = y + (1 - 1/beta1) * (z - y) (Defazio et al. 2024).
+    Its own `eval()` and `train()` move the weights there and back, which is not bit-exact, so resumed runs would drift.
 
-def averaged_by_optimizer(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> dict[int, torch.Tensor]:
-    """Schedule-free's averaged weights by `id(parameter)`, computed aside; empty for every other optimizer.
+    Args:
+        optimizer: Any optimizer.
+        parameters: The trained parameters.
 
-    A schedule-free optimizer trains at y and should be judged at x = y + (1 - 1/beta1) * (z - y). Its own `eval()` and
-    `train()` move the weights there and back, which is not exact to the bit, so resumed runs would drift.
+    Returns:
+        The averages by `id(parameter)`; empty for every other optimizer.
     """
     wanted = {id(parameter) for parameter in parameters}
     averaged: dict[int, torch.Tensor] = {}

@@ -1,259 +1,224 @@
-"""What a training run can be told, section by section. Light: nothing heavy is imported, so command lines can use it.
+"""Settings of a training run, one dataclass per section: value, meaning, unit and range of each are declared here.
 
-The YAML groups of `conf/` have the same names and keys; each section checks its own values.
+The YAML groups of `conf/` have the same names and keys; a test holds each group's `base.yaml` equal to its dataclass.
+Nothing heavy is imported, so that command lines can use this module.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from sa3train.core.config import check_choice, check_settings, setting
 from sa3train.core.errors import ConfigError
 
 Precision = Literal["auto", "fp32", "bf16-mixed"]
+INPAINTING_MASKS = ("segments", "full", "continuation", "spans")
+WEIGHTINGS = ("none", "min_snr", "cosmap")
 
 
 @dataclass(frozen=True)
-class Objective:
-    """What is trained, with the released models' values as defaults (reference section 6).
+class LossSettings:
+    """What is learned from a batch, with the values of the released models' training (docs/model.md, section 6)."""
 
-    timesteps: how t is drawn; "levels" draws only the noise levels that a sampler of `sampler_steps` steps visits (a
-    few-step model's own). shift: warp of t by effective length. coupling: pair items with noise that crosses fewer
-    paths. silence_seconds: mean of the exponential extension of the real length into silence; 0 turns it off.
-    inpainting: share of each kind of inpainting mask. cfg_dropout: share of items without a prompt.
-    loss: "mse", or "huber" with `huber_delta`. weighting: a name, or weights at evenly spaced t from 0 to 1.
-    context_weight: weight of the same loss over kept positions.
-    """
-
-    timesteps: Literal["trunc_logit_normal", "log_snr", "log_snr_uniform", "uniform", "levels"] = "trunc_logit_normal"
-    sampler_steps: int | None = None
-    shift: Literal["none", "full", "full.sine", "flux", "logsnr"] = "full"
-    coupling: bool = True
-    silence_seconds: float = 4.0
-    inpainting: dict[str, float] = field(default_factory=lambda: {"segments": 0.1, "full": 0.8, "continuation": 0.1})
-    cfg_dropout: float = 0.1
-    loss: Literal["mse", "huber"] = "mse"
-    huber_delta: float = 1.0
-    weighting: str | list[float] = "none"
-    context_weight: float = 1.0
+    timesteps: Literal["trunc_logit_normal", "log_snr", "log_snr_uniform", "uniform", "levels"] = setting(
+        "trunc_logit_normal",
+        help="Distribution of the noise level t. levels: those that a sampler of sampler_steps steps visits.",
+    )
+    sampler_steps: int | None = setting(None, help="Sampler steps of timesteps=levels.", min=1)
+    shift: Literal["full", "full.sine", "flux", "logsnr", "none"] = setting(
+        "full", help="Warp of t by the effective length of the clip."
+    )
+    coupling: bool = setting(True, help="Pair the clips of a batch with noise so that their paths cross less.")
+    silence_seconds: float = setting(
+        4.0, help="Mean extension of a clip's end into silence; 0 disables it.", unit="seconds", min=0
+    )
+    inpainting: dict[str, float] = setting(
+        {"segments": 0.1, "full": 0.8, "continuation": 0.1},
+        help="Share of each inpainting mask: segments, full (generate everything), continuation, spans.",
+        min=0,
+    )
+    cfg_dropout: float = setting(0.1, help="Probability of an empty prompt, for guidance.", min=0, max=1)
+    function: Literal["mse", "huber"] = setting("mse", help="Loss function on the velocity error.")
+    huber_delta: float = setting(1.0, help="Error at which the Huber loss turns linear.", above=0)
+    weighting: str | list[float] = setting(
+        "none", help="none, min_snr, cosmap, or a list of weights at evenly spaced t from 0 to 1."
+    )
+    context_weight: float = setting(1.0, help="Weight of the loss over context frames of inpainting.", min=0)
 
     def __post_init__(self) -> None:
-        known = ("segments", "full", "continuation", "spans")
-        for kind in self.inpainting:
-            _one_of("objective.inpainting", kind, known)
-        shares = list(self.inpainting.values())
-        if not shares or min(shares) < 0 or sum(shares) <= 0:
-            raise ConfigError("objective.inpainting needs shares of at least 0, not all 0.")
+        check_settings(self, "loss")
+        for mask in self.inpainting:
+            check_choice("loss.inpainting", mask, INPAINTING_MASKS)
+        if not sum(self.inpainting.values()) > 0:
+            raise ConfigError("loss.inpainting has no share above 0. Set at least one, such as {full: 1.0}.")
         if isinstance(self.weighting, str):
-            _one_of("objective.weighting", self.weighting, ("none", "min_snr", "cosmap"))
+            check_choice("loss.weighting", self.weighting, WEIGHTINGS)
         elif len(self.weighting) < 2 or min(self.weighting) < 0:
-            raise ConfigError("objective.weighting needs two or more weights of at least 0, for t from 0 to 1.")
-        _between("objective.cfg_dropout", self.cfg_dropout, 0, 1)
-        _at_least("objective.silence_seconds", self.silence_seconds, 0)
-        _at_least("objective.context_weight", self.context_weight, 0)
-        if self.huber_delta <= 0:
-            raise ConfigError(f"objective.huber_delta={self.huber_delta} must be above 0.")
-        if self.loss != "huber" and self.huber_delta != 1.0:
-            raise ConfigError("objective.huber_delta has no effect without objective.loss=huber.")
+            raise ConfigError("loss.weighting needs two or more weights of at least 0, for t from 0 to 1.")
+        if self.function != "huber" and self.huber_delta != 1.0:
+            raise ConfigError("loss.huber_delta has no effect without loss.function=huber.")
         if (self.timesteps == "levels") != (self.sampler_steps is not None):
-            raise ConfigError(
-                "objective.sampler_steps goes with objective.timesteps=levels, and has no effect without it."
-            )
-        if self.sampler_steps is not None:
-            _at_least("objective.sampler_steps", self.sampler_steps, 1)
-            if self.shift != "none":
-                raise ConfigError("objective.timesteps=levels are noise levels already: set objective.shift=none.")
+            raise ConfigError("loss.timesteps=levels and loss.sampler_steps need each other. Set both, or neither.")
+        if self.sampler_steps is not None and self.shift != "none":
+            raise ConfigError("loss.shift has no effect on loss.timesteps=levels. Set loss.shift=none.")
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """Which optimizer, and its values; `options` are further arguments of that optimizer.
+    """Optimizer and its arguments."""
 
-    lora_plus: the B matrices learn at lr × this (LoRA+, Hayou et al. 2024).
-    """
-
-    name: str = "adamw"
-    lr: float = 1e-4
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
-    weight_decay: float = 0.01
-    lora_plus: float = 1.0
-    options: dict[str, Any] = field(default_factory=dict)
+    name: str = setting("adamw", help="Optimizer: adamw, adamw-8bit, prodigy, schedule-free, lion or muon.")
+    lr: float = setting(1e-4, help="Peak learning rate.", above=0)
+    betas: list[float] = setting([0.9, 0.95], help="Decay rates of the first and second moments.", min=0, below=1)
+    weight_decay: float = setting(0.01, help="Decoupled weight decay.", min=0)
+    lora_plus: float = setting(1.0, help="Factor on the learning rate of the B matrices (LoRA+).", above=0)
+    options: dict[str, Any] = setting({}, help="Further arguments of this optimizer.")
 
     def __post_init__(self) -> None:
-        for name in ("lr", "lora_plus"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"optimizer.{name}={getattr(self, name)} must be above 0.")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"optimizer.betas={self.betas} must be two numbers from 0 to below 1.")
-        _at_least("optimizer.weight_decay", self.weight_decay, 0)
+        check_settings(self, "optimizer")
+        if len(self.betas) != 2:
+            raise ConfigError(f"optimizer.betas={self.betas} must be two numbers.")
 
 
 @dataclass(frozen=True)
-class ScheduleSettings:
-    """The learning rate rises straight over `warmup_steps`, then follows the schedule called `name` with `options`."""
+class SchedulerSettings:
+    """Learning-rate schedule: a linear warm-up, then the curve called `name`."""
 
-    name: str = "constant"
-    warmup_steps: int = 0
-    options: dict[str, float] = field(default_factory=dict)
+    name: str = setting("constant", help="Schedule after the warm-up: constant, cosine or inverse.")
+    warmup_steps: int = setting(0, help="Optimizer steps of linear warm-up.", min=0)
+    options: dict[str, float] = setting({}, help="Arguments of the schedule: cosine floor; inverse gamma and power.")
+
+    def __post_init__(self) -> None:
+        check_settings(self, "scheduler")
 
 
 @dataclass(frozen=True)
-class LoopSettings:
-    """The loop and the machine it runs on (`trainer` in the configuration).
+class TrainerSettings:
+    """The training loop and the devices it runs on."""
 
-    max_steps: optimizer steps. accumulate: micro-batches per step. clip: limit of the gradient norm, 0 for none.
-    average: decay of a running average (EMA) of the adapter, null for none. log_every: steps per log line.
-    precision: "auto" is bf16-mixed on a GPU that has it, else fp32. quantize: the frozen base in 8 or 4 bits.
-    accelerator, devices, num_nodes, strategy: as in Lightning, but that "auto" is CUDA, else the CPU; "fsdp" shards the
-    frozen base. activation_checkpointing: none, blocks, or auto by measured memory. compile: torch.compile each block.
-    threads: CPU threads of torch, null for its own choice.
-    """
-
-    max_steps: int = 2000
-    accumulate: int = 1
-    clip: float = 1.0
-    average: float | None = None
-    log_every: int = 10
-    precision: Precision = "auto"
-    quantize: Literal["none", "int8", "fp8", "nf4"] = "none"
-    accelerator: Literal["auto", "cpu", "gpu"] = "auto"
-    devices: int | Literal["auto"] = "auto"
-    num_nodes: int = 1
-    strategy: Literal["auto", "ddp", "fsdp"] = "auto"
-    activation_checkpointing: Literal["none", "blocks", "auto"] = "auto"
-    compile: bool = False
-    threads: int | None = None
+    max_steps: int = setting(2000, help="Optimizer steps.", min=1)
+    accumulate: int = setting(1, help="Micro-batches per optimizer step.", min=1)
+    gradient_clip: float = setting(1.0, help="Maximum gradient norm; 0 disables clipping.", min=0)
+    ema_decay: float | None = setting(
+        None, help="Decay of the adapter's EMA, such as 0.99; null: off.", above=0, below=1
+    )
+    log_every: int = setting(10, help="Optimizer steps per line of metrics.", min=1)
+    precision: Precision = setting("auto", help="auto: bf16-mixed on a GPU that has it or a bf16 base, else fp32.")
+    quantize: Literal["none", "int8", "fp8", "nf4"] = setting("none", help="Quantization of the frozen base.")
+    accelerator: Literal["auto", "cpu", "gpu"] = setting("auto", help="auto: CUDA if available, else the CPU.")
+    devices: int | Literal["auto"] = setting("auto", help="Ranks per node; auto: all GPUs, or one CPU rank.", min=1)
+    num_nodes: int = setting(1, help="Nodes that train together.", min=1)
+    strategy: Literal["auto", "ddp", "fsdp"] = setting(
+        "auto", help="fsdp shards the frozen base. auto: ddp with several ranks."
+    )
+    activation_checkpointing: Literal["none", "blocks", "auto"] = setting(
+        "auto", help="Recompute blocks in the backward pass. auto: if memory demands it."
+    )
+    compile: bool = setting(False, help="Run torch.compile on each transformer block.")
+    threads: int | None = setting(None, help="CPU threads of torch; null: torch's default.", min=1)
 
     def __post_init__(self) -> None:
-        for name in ("max_steps", "accumulate", "log_every", "num_nodes"):
-            _at_least(f"trainer.{name}", getattr(self, name), 1)
-        _at_least("trainer.clip", self.clip, 0)
-        if self.average is not None and not 0 < self.average < 1:
-            raise ConfigError(
-                f"trainer.average={self.average} must lie between 0 and 1, such as 0.99; null turns it off."
-            )
-        if self.devices != "auto":
-            _at_least("trainer.devices", self.devices, 1)
-        if self.threads is not None:
-            _at_least("trainer.threads", self.threads, 1)
+        check_settings(self, "trainer")
 
 
 @dataclass(frozen=True)
-class SaveSettings:
-    """Training state and adapter every `every` steps; the last `keep` states stay."""
+class CheckpointSettings:
+    """How often the training state and the adapter are saved."""
 
-    every: int = 500
-    keep: int = 2
+    every: int = setting(500, help="Optimizer steps between checkpoints.", min=1)
+    keep_last: int = setting(2, help="Checkpoints kept; older ones are deleted.", min=1)
 
     def __post_init__(self) -> None:
-        _at_least("callbacks.save.every", self.every, 1)
-        _at_least("callbacks.save.keep", self.keep, 1)
+        check_settings(self, "callbacks.checkpoint")
 
 
 @dataclass(frozen=True)
-class JudgeSettings:
-    """Fixed evaluation every `every` steps on up to `clips` held-out and `clips` training clips.
+class ValidationSettings:
+    """Loss on fixed clips with fixed noise and noise levels, for the base and for the adapter."""
 
-    enabled: whether it happens at all. rows: (clip, level) pairs computed at a time. select_best: the run's adapter is
-    that of the lowest held-out loss. patience: stop after so many judgements without a new best. seed: of the fixed
-    noise.
-    """
-
-    enabled: bool = True
-    every: int = 250
-    clips: int = 16
-    rows: int = 20
-    select_best: bool = False
-    patience: int | None = None
-    seed: int = 0
+    enabled: bool = setting(True, help="Whether to validate.")
+    every: int = setting(250, help="Optimizer steps between validations.", min=1)
+    clips: int = setting(16, help="Maximum held-out clips, and as many training clips.", min=1)
+    batch_size: int = setting(20, help="(clip, noise level) pairs per forward pass.", min=1)
+    select_best: bool = setting(False, help="Export the adapter of the lowest validation loss instead of the last.")
+    patience: int | None = setting(None, help="Stop after so many validations without a new best; null: never.", min=1)
+    seed: int = setting(0, help="Seed of the fixed noise.")
 
     def __post_init__(self) -> None:
-        _at_least("callbacks.judge.every", self.every, 1)
-        _at_least("callbacks.judge.clips", self.clips, 1)
-        _at_least("callbacks.judge.rows", self.rows, 1)
-        if self.patience is not None:
-            _at_least("callbacks.judge.patience", self.patience, 1)
+        check_settings(self, "callbacks.validation")
         if not self.enabled and (self.select_best or self.patience):
-            raise ConfigError("callbacks.judge: select_best and patience have no effect with enabled=false.")
+            raise ConfigError("callbacks.validation: select_best and patience have no effect with enabled=false.")
 
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """Audio from fixed seeds at step 0 and every `every` steps.
+    """Audio generated from fixed seeds at step 0 and at intervals, by the base and by the adapter."""
 
-    enabled: whether it happens at all. prompts: texts to play. heldout_prompts: how many captions of held-out clips to
-    add. duration: seconds. strengths: of the adapter; 0 (the base) is always played once. sibling: also play on the
-    model's twin when it is on this machine. inpaint: also inpaint the middle of a held-out clip. steps, cfg_scale: of
-    the model that is trained, null for its defaults; the twin plays with its own. memorisation_clips: generations for
-    the memorisation score at the end; 0 for none.
-    """
-
-    enabled: bool = True
-    every: int = 500
-    prompts: list[str] = field(default_factory=list)
-    heldout_prompts: int = 2
-    duration: float = 10.0
-    strengths: list[float] = field(default_factory=lambda: [0.5, 1.0])
-    sibling: bool = True
-    inpaint: bool = True
-    steps: int | None = None
-    cfg_scale: float | None = None
-    seed: int = 0
-    memorisation_clips: int = 0
+    enabled: bool = setting(True, help="Whether to generate demos.")
+    every: int = setting(500, help="Optimizer steps between demos.", min=1)
+    prompts: list[str] = setting([], help="Prompts to generate from.")
+    heldout_prompts: int = setting(2, help="Captions of held-out clips to add to the prompts.", min=0)
+    duration: float = setting(10.0, help="Length of each demo.", unit="seconds", above=0)
+    strengths: list[float] = setting([0.5, 1.0], help="Adapter strengths; the base (0) is always played once.")
+    also_post_trained: bool = setting(
+        True, help="Also play on the sibling (post-trained or base model) if it is downloaded."
+    )
+    inpaint: bool = setting(True, help="Also inpaint the middle of a held-out clip.")
+    steps: int | None = setting(None, help="Sampler steps on the trained model; null: its default.", min=1)
+    cfg_scale: float | None = setting(None, help="Guidance scale on the trained model; null: its default.")
+    seed: int = setting(0, help="Seed of the first demo.")
+    memorization_clips: int = setting(0, help="Clips generated at the end for the memorization score.", min=0)
 
     def __post_init__(self) -> None:
-        _at_least("callbacks.demos.every", self.every, 1)
-        _at_least("callbacks.demos.heldout_prompts", self.heldout_prompts, 0)
-        _at_least("callbacks.demos.memorisation_clips", self.memorisation_clips, 0)
-        if not self.duration > 0:
-            raise ConfigError(f"callbacks.demos.duration={self.duration} must be above 0 seconds.")
+        check_settings(self, "callbacks.demos")
         if not self.strengths:
-            raise ConfigError("callbacks.demos.strengths is empty: give at least one, such as [1.0].")
-        if self.steps is not None:
-            _at_least("callbacks.demos.steps", self.steps, 1)
-        if not (self.prompts or self.heldout_prompts or self.inpaint or self.memorisation_clips):
+            raise ConfigError("callbacks.demos.strengths is empty. Set at least one, such as [1.0].")
+        if not (self.prompts or self.heldout_prompts or self.inpaint or self.memorization_clips):
             raise ConfigError(
-                "callbacks.demos has nothing to play: give prompts, heldout_prompts or inpaint, or set enabled=false."
+                "callbacks.demos has nothing to generate. Set prompts, heldout_prompts or inpaint, or enabled=false."
             )
 
 
 @dataclass(frozen=True)
-class TrackSettings:
-    """Where metrics go besides `metrics.csv`: nowhere, tensorboard or wandb; the rest is for wandb alone."""
+class LoggingSettings:
+    """Where metrics go besides `metrics.csv` in the run folder."""
 
-    name: Literal["csv", "tensorboard", "wandb"] = "csv"
-    mode: Literal["online", "offline", "disabled"] | None = None
-    project: str | None = None
-    entity: str | None = None
-    group: str | None = None
-    tags: list[str] = field(default_factory=list)
-    timeout: float = 30.0
+    name: Literal["csv", "tensorboard", "wandb"] = setting("csv", help="Logger besides metrics.csv; csv adds none.")
+    mode: Literal["online", "offline", "disabled"] | None = setting(None, help="W&B mode.")
+    project: str | None = setting(None, help="W&B project.")
+    entity: str | None = setting(None, help="W&B entity; null: the account's default.")
+    group: str | None = setting(None, help="W&B group.")
+    tags: list[str] = setting([], help="W&B tags.")
+    timeout: float = setting(30.0, help="Time to wait for the W&B server.", unit="seconds", above=0)
 
     def __post_init__(self) -> None:
+        check_settings(self, "logger")
         if self.name == "wandb":
             if self.mode is None or not self.project:
                 raise ConfigError("logger=wandb needs logger.mode (online, offline or disabled) and logger.project.")
         elif self.mode or self.project or self.entity or self.group or self.tags:
             raise ConfigError(
-                f"logger.mode, project, entity, group and tags have no effect with logger={self.name}: "
-                "use logger=wandb."
+                f"logger.mode, project, entity, group and tags have no effect with logger={self.name}. "
+                "Use logger=wandb."
             )
-        if not self.timeout > 0:
-            raise ConfigError(f"logger.timeout={self.timeout} must be above 0 seconds.")
 
 
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    from sa3train.core.config import closest
+@dataclass(frozen=True)
+class CallbackSettings:
+    """What happens besides the training steps."""
 
-    if value not in known:
-        close = closest(value, known)
-        hint = f"Did you mean {close}?" if close else f"Choose from: {', '.join(known)}."
-        raise ConfigError(f"{name}: {value!r} is unknown. {hint}")
-
-
-def _at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:
-        raise ConfigError(f"{name}={value} must be at least {least}.")
+    checkpoint: CheckpointSettings = setting(CheckpointSettings(), help="Training state and adapter at intervals.")
+    validation: ValidationSettings = setting(ValidationSettings(), help="Loss on fixed clips, noise and noise levels.")
+    demos: DemoSettings = setting(DemoSettings(), help="Audio from fixed seeds, base and adapter side by side.")
+    report: bool = setting(True, help="Update report.html in the run folder at every checkpoint.")
 
 
-def _between(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ConfigError(f"{name}={value} must be between {low} and {high}.")
+@dataclass(frozen=True)
+class TrainingSettings:
+    """All settings of `sa3train.training.run.train`; `sa3-train` adds data, model, adapter and loggers."""
+
+    loss: LossSettings = LossSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    scheduler: SchedulerSettings = SchedulerSettings()
+    trainer: TrainerSettings = TrainerSettings()
+    callbacks: CallbackSettings = CallbackSettings()
+    seed: int = 0

@@ -1,4 +1,4 @@
-"""The machine a run is on: devices, precision, strategy, and Lightning's trainer over them."""
+"""Devices, precision and strategy of a run, and Lightning's trainer with them."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,27 +7,39 @@ from typing import Any
 import lightning.pytorch as lightning
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import DDPStrategy
 
 from sa3train.core.errors import ConfigError
-from sa3train.training.callbacks.checkpoint import StateIO
-from sa3train.training.distributed import check_world, started_ranks
-from sa3train.training.settings import LoopSettings
+from sa3train.training.callbacks.checkpoint import SafetensorsCheckpointIO
+from sa3train.training.distributed import ShardedBaseStrategy, check_world_size, count_started_ranks
+from sa3train.training.settings import TrainerSettings
 
 
-def make_trainer(run_dir: Path, loop: LoopSettings, callbacks: Sequence[lightning.Callback]) -> lightning.Trainer:
-    """Lightning's trainer on the machine `loop` describes. Raises `ConfigError` when ranks do not see each other."""
-    plugins: list[Any] = [StateIO()]
+def make_trainer(
+    run_dir: Path, settings: TrainerSettings, callbacks: Sequence[lightning.Callback]
+) -> lightning.Trainer:
+    """Make Lightning's trainer.
+
+    Args:
+        run_dir: The run folder.
+        settings: The trainer's settings.
+        callbacks: In the order they run.
+
+    Returns:
+        The trainer, whose ranks have been checked.
+    """
+    plugins: list[Any] = [SafetensorsCheckpointIO()]
     if SLURMEnvironment.detect():
-        plugins.append(SLURMEnvironment(auto_requeue=False))  # Saver answers the signals
+        plugins.append(SLURMEnvironment(auto_requeue=False))  # CheckpointCallback handles the signals
     trainer = lightning.Trainer(
-        max_steps=loop.max_steps,
-        accumulate_grad_batches=loop.accumulate,
-        gradient_clip_val=loop.clip or None,
-        accelerator="gpu" if uses_gpu(loop) else "cpu",  # Lightning's own "auto" would take Apple's GPU
-        devices=devices_of(loop),
-        num_nodes=loop.num_nodes,
-        strategy=_strategy(loop),
-        precision="bf16-mixed" if precision_of(loop) == "bf16-mixed" else "32-true",
+        max_steps=settings.max_steps,
+        accumulate_grad_batches=settings.accumulate,
+        gradient_clip_val=settings.gradient_clip or None,
+        accelerator="gpu" if uses_gpu(settings) else "cpu",  # Lightning's own "auto" would take Apple's GPU
+        devices=count_devices(settings),
+        num_nodes=settings.num_nodes,
+        strategy=_make_strategy(settings),
+        precision="bf16-mixed" if resolve_precision(settings) == "bf16-mixed" else "32-true",
         callbacks=list(callbacks),
         plugins=plugins,
         logger=False,
@@ -39,41 +51,61 @@ def make_trainer(run_dir: Path, loop: LoopSettings, callbacks: Sequence[lightnin
         num_sanity_val_steps=0,
         limit_val_batches=0,
     )
-    check_world(trainer.world_size)
+    check_world_size(trainer.world_size)
     return trainer
 
 
-def precision_of(loop: LoopSettings) -> str:
-    """fp32 or bf16-mixed, with "auto" decided by the machine."""
-    if loop.precision != "auto":
-        return loop.precision
-    return "bf16-mixed" if uses_gpu(loop) and torch.cuda.is_bf16_supported() else "fp32"
+def resolve_precision(settings: TrainerSettings) -> str:
+    """Resolve `trainer.precision=auto`.
+
+    Args:
+        settings: The trainer's settings.
+
+    Returns:
+        "fp32" or "bf16-mixed".
+    """
+    if settings.precision != "auto":
+        return settings.precision
+    return "bf16-mixed" if uses_gpu(settings) and torch.cuda.is_bf16_supported() else "fp32"
 
 
-def uses_gpu(loop: LoopSettings) -> bool:
-    """Whether training will run on a GPU."""
-    if loop.accelerator == "gpu" and not torch.cuda.is_available():
+def uses_gpu(settings: TrainerSettings) -> bool:
+    """Check whether training runs on a GPU.
+
+    Args:
+        settings: The trainer's settings.
+
+    Returns:
+        Whether it does.
+
+    Raises:
+        ConfigError: A GPU is demanded and torch sees none.
+    """
+    if settings.accelerator == "gpu" and not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator=gpu, but torch sees no GPU. Use trainer.accelerator=auto or cpu.")
-    return loop.accelerator != "cpu" and torch.cuda.is_available()
+    return settings.accelerator != "cpu" and torch.cuda.is_available()
 
 
-def devices_of(loop: LoopSettings) -> int:
-    if loop.devices != "auto":
-        return loop.devices
-    started = started_ranks()
+def count_devices(settings: TrainerSettings) -> int:
+    """Count the ranks per node.
+
+    Args:
+        settings: The trainer's settings.
+
+    Returns:
+        `trainer.devices`; for "auto" what a launcher started, else all GPUs or one CPU rank.
+    """
+    if settings.devices != "auto":
+        return settings.devices
+    started = count_started_ranks()
     if started > 1:
-        return max(1, started // loop.num_nodes)
-    return torch.cuda.device_count() if uses_gpu(loop) else 1
+        return max(1, started // settings.num_nodes)
+    return torch.cuda.device_count() if uses_gpu(settings) else 1
 
 
-def _strategy(loop: LoopSettings) -> Any:
-    from lightning.pytorch.strategies import DDPStrategy
-
-    several = devices_of(loop) * loop.num_nodes > 1
-    if loop.strategy == "fsdp":
-        from sa3train.training.distributed import ShardedBaseStrategy
-
+def _make_strategy(settings: TrainerSettings) -> Any:
+    if settings.strategy == "fsdp":
         return ShardedBaseStrategy()
-    if loop.strategy == "ddp" or several:
+    if settings.strategy == "ddp" or count_devices(settings) * settings.num_nodes > 1:
         return DDPStrategy(broadcast_buffers=False, gradient_as_bucket_view=True, static_graph=False)
     return "auto"

@@ -1,10 +1,8 @@
 """Every YAML that is shipped composes, says what the code says, and every recipe trains."""
 
 import dataclasses
-import importlib.util
 import os
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,29 +11,22 @@ import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from sa3train.adapters.spec import KINDS, PEFT_METHODS, AdapterSpec
+from helpers.base_yaml import list_groups, render_group
+from helpers.training import make_shards
+from sa3train.adapters.spec import KINDS, PEFT_METHODS
 from sa3train.cli.encode import EncodeConfig
-from sa3train.cli.hydra_app import config_folder, register_resolvers
+from sa3train.cli.hydra_app import register_resolvers
 from sa3train.cli.train import main
 from sa3train.cli.train_config import TrainConfig
-from sa3train.core.config import build
+from sa3train.core.config import build, list_settings
 from sa3train.core.errors import ConfigError
+from sa3train.core.files import get_config_dir
 from sa3train.models.checkpoint import load_checkpoint
 from sa3train.models.hub import REGISTRY
 from sa3train.training.optim import OPTIMIZERS, SCHEDULES
-from sa3train.training.settings import (
-    DemoSettings,
-    JudgeSettings,
-    LoopSettings,
-    Objective,
-    OptimizerSettings,
-    SaveSettings,
-    ScheduleSettings,
-    TrackSettings,
-)
 
 ROOT = Path(__file__).parents[2]
-CONF = config_folder()
+CONF = get_config_dir()
 RECIPES = sorted(path.stem for path in (CONF / "recipe").glob("*.yaml"))
 OPTIONS = sorted(
     f"{path.parent.name}={path.stem}" for path in CONF.glob("*/*.yaml") if path.parent.name not in ("recipe", "hydra")
@@ -96,39 +87,36 @@ def test_every_card_has_a_recipe() -> None:
     assert sorted(path.stem for path in (ROOT / "recipes").glob("*.md") if path.stem != "README") == RECIPES
 
 
-def test_the_yaml_defaults_are_those_of_the_code() -> None:
-    """A library user and a command-line user get the same run."""
-    config = build(TrainConfig, composed())
-    plain = dataclasses.replace  # the recipe's own values are taken out again
-    assert config.objective == Objective() and config.optimizer == OptimizerSettings()
-    assert plain(config.scheduler, warmup_steps=0) == ScheduleSettings()
-    assert config.trainer == LoopSettings() and config.logger == TrackSettings()
-    assert config.callbacks.save == SaveSettings() and config.callbacks.judge == JudgeSettings()
-    assert plain(config.callbacks.demos, heldout_prompts=2, duration=10.0) == DemoSettings()
-    values = {field.name: getattr(config.adapter, field.name) for field in dataclasses.fields(config.adapter)}
-    del values["start_from"]
-    assert AdapterSpec(**values) == AdapterSpec("dora-rows")
+@pytest.mark.parametrize("group", sorted(list_groups()))
+def test_the_base_yaml_of_a_group_is_its_dataclass(group: str) -> None:
+    """A library user and a command-line user get the same run; each setting is declared once."""
+    schema = list_groups()[group]
+    assert (CONF / group / "base.yaml").read_text(encoding="utf-8") == render_group(group, schema), (
+        "python tests/helpers/base_yaml.py writes it anew from the dataclass"
+    )
+    declared = {field.name for field in dataclasses.fields(schema)}
+    assert list_settings(schema).keys() == declared, "every setting has a help text"
 
 
-def test_the_settings_speak_of_settings_that_exist() -> None:
-    sections = (
-        Objective, OptimizerSettings, ScheduleSettings, LoopSettings, SaveSettings, JudgeSettings, DemoSettings,
-        TrackSettings,
-    )  # fmt: skip
-    for section in sections:
-        fields = {field.name for field in dataclasses.fields(section)}
-        named = set(re.findall(r"\b([a-z]+(?:_[a-z]+)*):", section.__doc__ or ""))
-        assert named <= fields, f"{section.__name__} explains {named - fields}"
+def test_variants_say_only_what_differs_from_their_base() -> None:
+    for group in list_groups():
+        base = yaml.safe_load((CONF / group / "base.yaml").read_text(encoding="utf-8"))
+        for path in sorted((CONF / group).glob("*.yaml")):
+            variant = yaml.safe_load(path.read_text(encoding="utf-8"))
+            if path.stem != "base":
+                assert variant.pop("defaults") == ["base", "_self_"], f"{path} does not start from its base"
+                repeated = {key for key, value in variant.items() if base[key] == value}
+                assert repeated <= {"name", "adapter_type"}, f"{path} repeats {repeated}"
 
 
 def test_the_groups_offer_what_the_code_can_do() -> None:
     def names(group: str) -> set[str]:
-        return {path.stem for path in (CONF / group).glob("*.yaml")}
+        return {path.stem for path in (CONF / group).glob("*.yaml")} - {"base"}
 
     assert names("optimizer") == set(OPTIMIZERS) and names("scheduler") == set(SCHEDULES)
     assert set(KINDS) <= names("adapter") <= {*KINDS, *PEFT_METHODS}
     assert names("model") == {name for name, entry in REGISTRY.items() if entry.kind == "model"}
-    for group, key in (("optimizer", "name"), ("scheduler", "name"), ("adapter", "kind"), ("model", "name")):
+    for group, key in (("optimizer", "name"), ("scheduler", "name"), ("adapter", "adapter_type"), ("model", "name")):
         for name in names(group):
             assert yaml.safe_load((CONF / group / f"{name}.yaml").read_text())[key] == name
 
@@ -155,19 +143,11 @@ def test_unknown_keys_of_a_yaml_fail(tmp_path: Path, capsys: pytest.CaptureFixtu
 @pytest.fixture(scope="module")
 def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards that nano's autoencoder could have made."""
-    place = ROOT / "tests" / "unit" / "training" / "trials.py"
-    spec = importlib.util.spec_from_file_location("training_trials", place)
-    assert spec is not None and spec.loader is not None
-    trials = sys.modules.get(spec.name) or importlib.util.module_from_spec(spec)
-    if spec.name not in sys.modules:
-        sys.modules[spec.name] = trials
-        spec.loader.exec_module(trials)
     nano = load_checkpoint("nano-base", parts=("dit",))
-    folder: Path = trials.make_shards(
+    return make_shards(
         tmp_path_factory.mktemp("nano") / "latents", [9 + n for n in range(8)], heldout=2,
         channels=nano.latent_channels, fingerprint=nano.autoencoder_fingerprint(),
     )  # fmt: skip
-    return folder
 
 
 @pytest.fixture
@@ -180,7 +160,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 QUICK = ("trainer.max_steps=2", "trainer.threads=1", "data.num_workers=0", "scheduler.warmup_steps=0")
-QUIET = ("callbacks.judge.clips=1", "callbacks.demos.enabled=false")
+QUIET = ("callbacks.validation.clips=1", "callbacks.demos.enabled=false")
 
 
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in ("continue", "sweep")])

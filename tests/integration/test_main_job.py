@@ -19,7 +19,7 @@ STEPS = 30
 
 
 def run(*command: str | Path) -> str:
-    """Run a console command of this environment; its output, or a failure that shows what it said."""
+    """Run a console command of this environment and return its output; fail with the output if it fails."""
     program = Path(sys.executable).parent / str(command[0])
     done = subprocess.run([str(program), *map(str, command[1:])], capture_output=True, text=True)
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
@@ -28,7 +28,7 @@ def run(*command: str | Path) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A newcomer's folder: some clips of the sample set in nested folders, their captions beside them."""
+    """Make a new user's folder: some clips of the sample set in nested folders, with captions."""
     root = tmp_path_factory.mktemp("newcomer")
     audio = [path for path in sorted(SAMPLE.rglob("*")) if path.suffix in {".ogg", ".flac", ".wav"}]
     for number, clip in enumerate(audio[:: max(1, len(audio) // CLIPS)][:CLIPS]):
@@ -43,26 +43,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def latents(folder: Path) -> Path:
-    run(
-        "sa3-encode",
-        f"source={folder / 'audio'}",
-        f"out={folder / 'latents'}",
-        "model=nano",
-        "max_rejected=0.2",
-        "split=0.2",
-    )
+    paths = (f"source={folder / 'audio'}", f"out={folder / 'latents'}")
+    run("sa3-encode", *paths, "model=nano", "max_rejected=0.2", "split=0.2")
     return folder / "latents"
 
 
 @pytest.fixture(scope="module")
 def run_dir(folder: Path, latents: Path) -> Path:
-    run(
-        *("sa3-train", f"data={latents}", "model=nano-base", "adapter=dora-rows", f"run_dir={folder / 'run'}"),
-        *(f"trainer.max_steps={STEPS}", "scheduler.warmup_steps=5", "optimizer.lr=1e-3", "callbacks.save.every=15"),
-        *("callbacks.judge.every=30", "callbacks.judge.clips=2", "callbacks.demos.every=30"),
-        *("callbacks.demos.duration=1", "callbacks.demos.steps=2", "callbacks.demos.heldout_prompts=1"),
-        *("callbacks.demos.sibling=false", "data.num_workers=0"),
-    )
+    settings = f"""
+        trainer.max_steps={STEPS} scheduler.warmup_steps=5 optimizer.lr=1e-3 data.num_workers=0
+        callbacks.checkpoint.every=15 callbacks.validation.every=30 callbacks.validation.clips=2
+        callbacks.demos.every=30 callbacks.demos.duration=1 callbacks.demos.steps=2 callbacks.demos.heldout_prompts=1
+        callbacks.demos.also_post_trained=false
+    """
+    paths = (f"data={latents}", f"run_dir={folder / 'run'}")
+    run("sa3-train", *paths, "model=nano-base", "adapter=dora-rows", *settings.split())
     return folder / "run"
 
 
@@ -128,20 +123,8 @@ def test_the_adapter_plays_in_every_mode_and_its_sidecar_makes_the_same_file(
     clip = next((folder / "audio").rglob("*.ogg"))
     flags = [str(clip) if flag == "CLIP" else flag for flag in MODES[mode]]
     out = folder / f"{mode}.wav"
-    common = [
-        "sa3-generate",
-        "--model",
-        "nano-base",
-        "-p",
-        "koto",
-        "--duration",
-        "2",
-        "--steps",
-        "4",
-        "--seed",
-        "3",
-        *flags,
-    ]
+    settings = {"--model": "nano-base", "-p": "koto", "--duration": 2, "--steps": 4, "--seed": 3}
+    common = ["sa3-generate", *(str(part) for pair in settings.items() for part in pair), *flags]
     run(*common, "-o", out)
     run(*common, "--lora", f"{run_dir / 'adapter.safetensors'}=0", "-o", folder / f"{mode}_off.wav")
     run(*common, "--lora", f"{run_dir / 'adapter.safetensors'}=1", "-o", folder / f"{mode}_on.wav")

@@ -1,4 +1,4 @@
-"""What a wheel holds: every package, the Hydra tree, the assets, the commands."""
+"""What a wheel contains: all packages, the Hydra configuration, the assets, the commands."""
 
 import configparser
 import importlib
@@ -29,35 +29,17 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
         ):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             (source / name).write_bytes((ROOT / name).read_bytes())
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "-q",
-        "--no-deps",
-        "--no-build-isolation",
-        "-w",
-        str(folder),
-        str(source),
-    ]
-    subprocess.run(command, check=True, capture_output=True)
+    flags = ["-q", "--no-deps", "--no-build-isolation", "-w", str(folder)]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *flags, str(source)], check=True, capture_output=True)
     return zipfile.ZipFile(next(folder.glob("*.whl")))
 
 
-def test_every_module_and_setting_of_the_tree_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
-    packed = set(wheel.namelist())
-    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sa3train").rglob("*.py")}
-    assert modules <= packed
-    assert "sa3train/py.typed" in packed
-    page = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sa3train/studio").rglob("*.[cj]s*")}
-    assert "sa3train/studio/assets/studio.css" in page
-    assert page <= packed
-    settings = {
-        f"sa3train/conf/{path.relative_to(ROOT / 'conf').as_posix()}" for path in (ROOT / "conf").rglob("*.yaml")
-    }
-    assert settings
-    assert settings <= packed
+def test_every_file_of_the_package_and_its_configuration_is_in_the_wheel(wheel: zipfile.ZipFile) -> None:
+    files = {path.relative_to(ROOT).as_posix() for path in (ROOT / "sa3train").rglob("*.*") if path.is_file()}
+    configuration = {f"sa3train/{path.relative_to(ROOT).as_posix()}" for path in (ROOT / "conf").rglob("*.yaml")}
+    expected = {name for name in files | configuration if "__pycache__" not in name}
+    assert {"sa3train/py.typed", "sa3train/studio/assets/studio.css", "sa3train/conf/train.yaml"} <= expected
+    assert expected - set(wheel.namelist()) == set()
 
 
 def test_nothing_else_becomes_importable(wheel: zipfile.ZipFile) -> None:

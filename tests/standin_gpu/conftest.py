@@ -1,4 +1,4 @@
-"""The stand-in for a GPU, built for the session, and programs started on it."""
+"""Build the stand-in for a GPU once a session, and start programs on it."""
 
 import json
 import os
@@ -12,14 +12,14 @@ import pytest
 
 HERE = Path(__file__).parent
 LIMIT = 300.0
-"""Seconds after which a program hangs."""
+"""Seconds after which a program counts as hanging."""
 
 Start = Callable[..., Callable[[], Any]]
 
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The library that stands in for CUDA."""
+    """Build the library that stands in for CUDA."""
     folder = tmp_path_factory.mktemp("standin")
     built = subprocess.run([sys.executable, HERE / "build.py", folder], capture_output=True, text=True)
     assert built.returncode == 0, built.stderr
@@ -28,11 +28,12 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def start(library: Path) -> Iterator[Start]:
-    """`start("run_training.py", argument, …)` starts a program of this folder; what comes back waits for its JSON."""
+    """Start a program of this folder with arguments, and return a function that waits for its JSON."""
     environment = os.environ | {
         "LD_PRELOAD": str(library),
-        "CUBLAS_WORKSPACE_CONFIG": ":16:8",  # 128 KiB in place of 32 MiB, which would hide what a small model holds
+        "CUBLAS_WORKSPACE_CONFIG": ":16:8",  # 128 KiB instead of 32 MiB, which would hide what a small model allocates
         "CUDA_VISIBLE_DEVICES": "0",
+        "PYTHONPATH": os.pathsep.join([str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]),
     }
     started: list[subprocess.Popen[str]] = []
 

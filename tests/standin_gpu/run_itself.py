@@ -1,15 +1,15 @@
-"""Run on the stand-in: does it see what it must? Prints JSON."""
+"""Run on the stand-in: check that it reports what it should. Print JSON."""
 
 import json
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from standin import Watch, launches
+from standin import Watch, count_launches
 
 
-def complaint(action: Callable[[], Any]) -> str | None:
-    """What torch says against it."""
+def get_error(action: Callable[[], Any]) -> str | None:
+    """Return torch's error message."""
     try:
         action()
     except RuntimeError as error:
@@ -17,36 +17,36 @@ def complaint(action: Callable[[], Any]) -> str | None:
     return None
 
 
-def allocated(size: int) -> int:
-    """Bytes that torch counts for a tensor of `size` bytes."""
+def measure_allocation(size: int) -> int:
+    """Measure the bytes that torch counts for a tensor of `size` bytes."""
     before = torch.cuda.memory_allocated()
-    kept = torch.empty(size, dtype=torch.uint8, device="cuda")
-    assert kept.is_cuda
+    tensor = torch.empty(size, dtype=torch.uint8, device="cuda")
+    assert tensor.is_cuda
     return torch.cuda.memory_allocated() - before
 
 
 def main() -> dict[str, Any]:
-    """Everything at once; the device is set up before it is watched."""
+    """Run all checks; the device is set up before it is watched."""
     device = torch.ones(4, device="cuda")
-    before = launches()
+    before = count_launches()
     product = (device[None] @ device[:, None]) * 2
-    launched = launches() - before
+    launched = count_launches() - before
     with Watch() as quiet:
         torch.ones(4).pin_memory().to("cuda", non_blocking=True) + device
     with Watch() as item:
-        product.sum().item()  # the line that is to be reported
+        product.sum().item()  # the line to report
     with Watch() as silent:
         torch.cuda.synchronize()
     return {
         "device": torch.cuda.get_device_name(),
         "capability": torch.cuda.get_device_capability(),
         "copied": torch.arange(5).cuda().cpu().tolist(),
-        "allocated": allocated(1 << 20),
+        "allocated": measure_allocation(1 << 20),
         "launched": launched,
         "quiet": quiet.waits,
         "item": item.waits,
         "silent": silent.waits,
-        "mixed": complaint(lambda: device + torch.ones(4)),
+        "mixed": get_error(lambda: device + torch.ones(4)),
     }
 
 

@@ -1,12 +1,13 @@
 """Labels, contrast and keyboard order, by axe-core and by pressing Tab."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import pytest
 from playwright.sync_api import Page, expect
+
+from helpers.studio_page import find_serious_violations
 
 
 def unfold(page: Page) -> None:
@@ -19,9 +20,7 @@ def unfold(page: Page) -> None:
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
-def test_axe_finds_nothing_serious(
-    page: Page, artefacts: Path, grave: Callable[[Page], list[str]], theme: Literal["light", "dark"]
-) -> None:
+def test_axe_finds_nothing_serious(page: Page, artefacts: Path, theme: Literal["light", "dark"]) -> None:
     page.emulate_media(color_scheme=theme)
     page.wait_for_function("dark => document.body.classList.contains('dark') === dark", arg=theme == "dark")
     found = {}
@@ -32,7 +31,7 @@ def test_axe_finds_nothing_serious(
             unfold(page)
         if tab == "Data":
             expect(page.locator("#captions-count")).to_contain_text("2 clips")
-        broken = grave(page)
+        broken = find_serious_violations(page)
         page.screenshot(path=artefacts / f"{tab.lower()}-{theme}.png", full_page=True)
         if broken:
             found[tab] = broken
@@ -50,7 +49,7 @@ def test_the_keyboard_reaches_the_form_in_its_order(page: Page) -> None:
         "play-prompt",
         "play-duration",
         "play-seed",
-        "play-batch",
+        "play-batch-size",
         "play-rack",
         "play-more",
         "play-generate",

@@ -37,7 +37,7 @@ def test_an_adapter_is_inspected_and_converted(page: Page, workspace: Workspace,
 
     page.click("#convert-run")
     toast = page.locator(".toast-body")
-    expect(toast.filter(has_text="tick Overwrite")).to_be_visible()
+    expect(toast.filter(has_text="Overwrite")).to_be_visible()
     page.get_by_label("Write to").locator("visible=true").fill("../one.safetensors")
     page.click("#convert-run")
     expect(toast.filter(has_text="outside the folders")).to_be_visible()

@@ -4,7 +4,7 @@ import json
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,17 +12,16 @@ import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
 
 from helpers.audio import noise, tone, write_clip
-from sa3train.studio.app import running
+from helpers.chromium import PATIENCE_MS
+from helpers.studio_page import close_error, find_serious_violations
+from sa3train.studio.app import run_studio
 from sa3train.studio.data import captions
 from sa3train.studio.server.workspace import Workspace
 
-LONG = 600_000
 LATE_FRAMES = """() => {
     const frame = window.requestAnimationFrame;
     window.requestAnimationFrame = called => frame(time => setTimeout(called, 500, time));
 }"""
-Refused = Callable[[Page, str], None]
-Grave = Callable[[Page], list[str]]
 
 
 @pytest.fixture
@@ -41,7 +40,7 @@ def root(tmp_path: Path) -> Path:
 @pytest.fixture
 def own_address(root: Path) -> Iterator[str]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with running(Workspace.at([root], device="cpu")) as found:
+    with run_studio(Workspace.create([root], device="cpu")) as found:
         yield found
 
 
@@ -49,7 +48,7 @@ def own_address(root: Path) -> Iterator[str]:
 def page(browser: Browser, own_address: str) -> Iterator[Page]:
     """The Data page with the folder chosen."""
     context = browser.new_context(viewport={"width": 1400, "height": 1000}, reduced_motion="reduce")
-    context.set_default_timeout(LONG)
+    context.set_default_timeout(PATIENCE_MS)
     found = context.new_page()
     found.goto(own_address)
     found.get_by_role("tab", name="Data", exact=True).click()
@@ -92,111 +91,105 @@ def choose(page: Page, folder: str) -> None:
     box.blur()
 
 
-def test_captions_are_edited_saved_and_undone(
-    page: Page, root: Path, artefacts: Path, refused: Refused, grave: Grave
-) -> None:
+def test_captions_are_edited_saved_and_undone(page: Page, root: Path, artefacts: Path) -> None:
     write(page, "bare.wav", "a plain tone")
     write(page, "0.wav", "noise, the first")
-    only = page.get_by_label("Only without caption")
+    only = page.get_by_label("Without caption only")
     only.check()
-    refused(page, "captions are not saved yet")
+    close_error(page, "unsaved captions")
     page.locator("#captions-save").click()
-    expect(page.locator("#captions-said")).to_contain_text("bare.txt")
+    expect(page.locator("#captions-status")).to_contain_text("bare.txt")
     assert (root / "audio" / "bare.txt").read_text() == "a plain tone\n"
     assert (root / "audio" / "0.txt").read_text() == "noise, the first\n"
-    expect(page.locator("#captions-said .command")).to_contain_text("printf")
+    expect(page.locator("#captions-status .command")).to_contain_text("printf")
     expect(page.locator("#captions-count")).to_contain_text("0 clips")
     only.uncheck()
     cell(page, "bare.wav").click()
-    expect(page.locator("#captions-heard b")).to_have_text("bare.wav")
-    expect(page.locator("#captions-heard audio")).to_be_visible()
-    assert grave(page) == []
+    expect(page.locator("#captions-player b")).to_have_text("bare.wav")
+    expect(page.locator("#captions-player audio")).to_be_visible()
+    assert find_serious_violations(page) == []
     page.screenshot(path=artefacts / "data-captions.png", full_page=True)
     page.locator("#captions-undo").click()
-    expect(page.locator("#captions-said")).to_contain_text("As before")
+    expect(page.locator("#captions-status")).to_contain_text("Restored")
     assert not (root / "audio" / "bare.txt").exists()
     assert (root / "audio" / "0.txt").read_text() == "noise, number 0"
 
 
-def test_a_caption_is_kept_however_slow_the_answer(
-    page: Page, root: Path, refused: Refused, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_caption_is_kept_however_slow_the_answer(page: Page, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No letter waits for a frame; Save ends the typing by itself; while it is answered nothing can be typed that the
     answer would undo.
     """
-    asked, answer, save = threading.Event(), threading.Event(), captions.save
+    asked, answer, save = threading.Event(), threading.Event(), captions.save_captions
 
     def slow(*arguments: Any) -> Any:
         asked.set()
-        assert answer.wait(LONG / 1000)
+        assert answer.wait(PATIENCE_MS / 1000)
         return save(*arguments)
 
-    monkeypatch.setattr(captions, "save", slow)
+    monkeypatch.setattr(captions, "save_captions", slow)
     page.evaluate(LATE_FRAMES)
     caption_cell(page, "bare.wav").dblclick()
     page.keyboard.type("still in the field")
     page.locator("#captions-save").click()
-    assert asked.wait(LONG / 1000)
+    assert asked.wait(PATIENCE_MS / 1000)
     cell(page, "0.wav").dblclick(force=True)
     page.keyboard.type("too early")
     expect(page.locator("#captions-table textarea")).to_have_count(0)
     answer.set()
-    expect(page.locator("#captions-said")).to_contain_text("bare.txt")
+    expect(page.locator("#captions-status")).to_contain_text("bare.txt")
     assert (root / "audio" / "bare.txt").read_text() == "still in the field\n"
     monkeypatch.undo()
     write(page, "0.wav", "after the answer")
     page.locator("#captions-undo").click()  # refused: what was held is given back after an error too
-    refused(page, "captions are not saved yet")
+    close_error(page, "unsaved captions")
     write(page, "1.wav", "after the error")
     page.locator("#captions-save").click()
-    expect(page.locator("#captions-said")).to_contain_text("1.txt")
+    expect(page.locator("#captions-status")).to_contain_text("1.txt")
     said = [(root / "audio" / f"{name}.txt").read_text() for name in (0, 1)]
     assert said == ["after the answer\n", "after the error\n"]
 
 
-def test_an_audit_says_what_is_wrong(page: Page, artefacts: Path, grave: Grave) -> None:
+def test_an_audit_says_what_is_wrong(page: Page, artefacts: Path) -> None:
     open_tab(page, "Audit")
     page.locator("#audit-start").click()
     expect(page.locator("#audit-result")).to_contain_text("write one to a .txt of the same name")
-    expect(page.locator("#audit-said")).to_contain_text("done")
-    expect(page.locator("#audit-said .command")).to_contain_text("sa3-data audit")
+    expect(page.locator("#audit-status")).to_contain_text("done")
+    expect(page.locator("#audit-status .command")).to_contain_text("sa3-data audit")
     expect(page.locator("#audit-result audio")).to_have_count(4)
     expect(page.locator("#audit-result svg")).to_have_count(4)
-    assert grave(page) == []
+    assert find_serious_violations(page) == []
     page.screenshot(path=artefacts / "data-audit.png", full_page=True)
 
 
-def test_a_folder_is_encoded_and_its_prompts_are_seen(
-    page: Page, root: Path, artefacts: Path, refused: Refused, grave: Grave
-) -> None:
+def test_a_folder_is_encoded_and_its_prompts_are_seen(page: Page, root: Path, artefacts: Path) -> None:
     open_tab(page, "Encode")
     page.get_by_label("Folder for the latents").fill("latents/mine")
     page.get_by_label("optional", exact=True).last.check()
     page.locator("#encode-start").click()
-    expect(page.locator("#encode-result")).to_contain_text("clips to train on")
-    expect(page.locator("#encode-said .state")).to_have_text(re.compile("done"))
+    expect(page.locator("#encode-result")).to_contain_text("training clips")
+    expect(page.locator("#encode-status .state")).to_have_text(re.compile("done"))
     index = json.loads((root / "latents" / "mine" / "index.json").read_text())
     assert index["clips"] == 4
-    assert grave(page) == []
+    assert find_serious_violations(page) == []
     page.screenshot(path=artefacts / "data-encode.png", full_page=True)
     open_tab(page, "Prompts")
     page.get_by_label("Trigger word").fill("zap")
     page.locator("#prompts-show").click()
     expect(page.locator("#prompts-shown")).to_contain_text("zap, noise, number 1")
-    page.get_by_label("Templates, one a line").fill("{caption}\n{mood}")
+    page.get_by_label("Templates, one per line").fill("{caption}\n{mood}")
     page.locator("#prompts-show").click()
-    refused(page, "has no effect")
-    assert grave(page) == []
+    close_error(page, "has no effect")
+    assert find_serious_violations(page) == []
     page.screenshot(path=artefacts / "data-prompts.png", full_page=True)
 
 
-def test_folders_outside_and_links_out_are_refused(page: Page, root: Path, refused: Refused) -> None:
+def test_folders_outside_and_links_out_are_refused(page: Page, root: Path) -> None:
     choose(page, "/etc")
-    refused(page, "outside the folders of this studio")
+    close_error(page, "outside the folders of this studio")
     choose(page, "audio/../..")
-    refused(page, "outside the folders of this studio")
+    close_error(page, "outside the folders of this studio")
     choose(page, str(root / "linked"))
-    refused(page, "reaches out of the studio")
+    close_error(page, "leads out of the studio")
     open_tab(page, "Audit")
     page.locator("#audit-start").click()
-    refused(page, "reaches out of the studio")
+    close_error(page, "leads out of the studio")

@@ -3,7 +3,7 @@
 import json
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,26 +11,25 @@ import httpx
 import pytest
 from playwright.sync_api import Page, expect
 
-from sa3train.studio.app import running
+from helpers.studio_page import close_error
+from sa3train.studio.app import run_studio
 from sa3train.studio.play import page as play_page
-from sa3train.studio.server.access import Opening
+from sa3train.studio.server.access import AccessSettings
 from sa3train.studio.server.jobs import Job
 from sa3train.studio.server.workspace import Workspace
-
-Refused = Callable[[Page, str], None]
 
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Until it is set, generations stand still at their next step; they can be cancelled there."""
-    opened, tell = threading.Event(), Job.tell
+    opened, report = threading.Event(), Job.report_progress
 
-    def waits(job: Job, message: str, share: float) -> None:
-        tell(job, message, share)
+    def wait(job: Job, message: str, progress: float) -> None:
+        report(job, message, progress)
         while message.startswith("step") and not opened.wait(0.05):
-            tell(job, message, share)
+            report(job, message, progress)
 
-    monkeypatch.setattr(Job, "tell", waits)
+    monkeypatch.setattr(Job, "report_progress", wait)
     yield opened
     opened.set()
 
@@ -124,7 +123,7 @@ def test_three_modes_with_two_adapters(page: Page, workspace: Workspace, artefac
     assert settings["inpaint_mask_end_seconds"] == [1.0, 1.9]  # type: ignore[index]
     page.screenshot(path=artefacts / "play-inpaint.png", full_page=True)
     page.get_by_role("button", name="remove region 2").click()
-    page.locator("#play-results article.card").first.get_by_role("button", name="Again").click()
+    page.locator("#play-results article.card").first.get_by_role("button", name="Reuse settings").click()
     expect(page.get_by_label("region 2, end in seconds")).to_have_value("1.9")
 
 
@@ -133,14 +132,14 @@ def test_a_late_answer_leaves_drawn_regions_alone(page: Page, monkeypatch: pytes
     choose_source(page, "audio/tone.wav")
     add, canvas = page.get_by_role("button", name="Add region"), page.locator("#play-regions canvas")
     expect(add).to_be_visible()
-    asked, answer, drawing = threading.Event(), threading.Event(), play_page.drawing
+    asked, answer, drawing = threading.Event(), threading.Event(), play_page.describe_waveform
 
     def slow(*arguments: Any) -> Any:
         asked.set()
         assert answer.wait(600)
         return drawing(*arguments)
 
-    monkeypatch.setattr(play_page, "drawing", slow)
+    monkeypatch.setattr(play_page, "describe_waveform", slow)
     page.fill("#play-duration input", "30")
     assert asked.wait(600)
     add.click()
@@ -172,7 +171,7 @@ def test_a_grid_and_what_one_does_with_a_result(page: Page, workspace: Workspace
     assert "sa3-generate --model nano" in (first.locator("code").nth(1).text_content() or "")
     page.screenshot(path=artefacts / "play-grid.png", full_page=True)
 
-    first.locator(".take").nth(1).get_by_role("button", name="Again").click()
+    first.locator(".take").nth(1).get_by_role("button", name="Reuse settings").click()
     expect(page.locator("#play-rack fieldset")).to_have_count(2)
     expect(page.locator("#play-steps textarea, #play-steps input")).to_have_value("2")
     first.locator(".take").nth(0).get_by_role("button", name="Continue").click()
@@ -192,7 +191,7 @@ def test_two_at_once_queue_cancel_is_immediate_and_a_reload_loses_nothing(
     expect(page.locator(".job[data-state=running]")).to_contain_text("step")
     ask(page, "kept")
     page.click("#play-generate")
-    expect(page.locator(".job[data-state=waiting]")).to_contain_text("1 before it")
+    expect(page.locator(".job[data-state=waiting]")).to_contain_text("1 ahead")
     page.get_by_role("button", name="Cancel slow one").click()
     expect(page.locator(".job").filter(has_text="slow one")).to_have_count(0)
     expect(page.locator(".job[data-state=running]")).to_contain_text("kept")
@@ -204,10 +203,10 @@ def test_two_at_once_queue_cancel_is_immediate_and_a_reload_loses_nothing(
     assert len(list(workspace.history.glob("*.json"))) == before + 1
 
 
-def test_bad_uses_are_told(page: Page, workspace: Workspace, tmp_path: Path, refused: Refused) -> None:
+def test_bad_uses_are_told(page: Page, workspace: Workspace, tmp_path: Path) -> None:
     before = len(list(workspace.history.glob("*")))
     page.click("#play-generate")
-    refused(page, "write a prompt")
+    close_error(page, "prompt")
     ask(page, "bad")
     page.get_by_role("button", name="Add adapter").click()
     file = page.locator("#play-rack fieldset").first.get_by_label("File")
@@ -217,16 +216,16 @@ def test_bad_uses_are_told(page: Page, workspace: Workspace, tmp_path: Path, ref
     for path in ("/etc/passwd", "../../x.safetensors", "link/passwd"):
         file.fill(path)
         page.click("#play-generate")
-        refused(page, "outside the folders")
+        close_error(page, "outside the folders")
     link.unlink()
     page.get_by_role("button", name="remove adapter 1").click()
     page.get_by_label("Audio to audio", exact=True).check()
     choose_source(page, "audio/words.wav")
-    refused(page, "words.wav")
+    close_error(page, "words.wav")
     huge = tmp_path / "huge.wav"
     huge.write_bytes(b"RIFF" + bytes(3 * 2**20))
     page.locator(".play-source-box input[type=file]").set_input_files(huge)
-    refused(page, "size")
+    close_error(page, "size")
     assert len(list(workspace.history.glob("*"))) == before
     assert not [path for path in workspace.uploads.rglob("*") if path.is_file() and path.stat().st_size > 2 * 2**20]
 
@@ -253,8 +252,11 @@ def test_other_files_are_not_served(page: Page, address: str, workspace: Workspa
 
 def test_a_studio_with_a_password_shows_nothing_without_it(tmp_path: Path) -> None:
     (tmp_path / "take.wav").write_bytes(b"RIFF")
-    guarded = Workspace.at([tmp_path], device="cpu")
-    with running(guarded, Opening(password="a long password")) as found, httpx.Client(base_url=found) as client:
+    guarded = Workspace.create([tmp_path], device="cpu")
+    with (
+        run_studio(guarded, AccessSettings(password="a long password")) as found,
+        httpx.Client(base_url=found) as client,
+    ):
         asked = f"gradio_api/file={tmp_path}/take.wav"
         assert client.get("config").status_code == 401
         assert client.get(asked).status_code == 401

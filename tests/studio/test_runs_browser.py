@@ -8,20 +8,19 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from helpers.audio import noise, write_clip
+from helpers.chromium import PATIENCE_MS
+from helpers.studio_page import close_error, find_serious_violations
 from sa3train.cli.encode import main as encode_main
 from sa3train.studio.server import processes
 
-LONG = 600_000
-"""Milliseconds; a quiet machine needs a few seconds, a crowded one much more."""
-Refused = Callable[[Page, str], None]
-Grave = Callable[[Page], list[str]]
 FAST = "callbacks=none\ndata.num_workers=0\ndata.batch_size=2\ntrainer.log_every=1"
 
 
@@ -71,7 +70,7 @@ def clear(root: Path) -> None:
     """Take away the runs of a test that came before, which may have been this one's first try."""
     for folder in (root / "runs").glob("*/"):
         processes.stop(folder, at_once=True)
-        while processes.running(folder) is not None:
+        while processes.get_running_pid(folder) is not None:
             time.sleep(0.05)
         shutil.rmtree(folder)
 
@@ -81,17 +80,17 @@ def page(browser: Browser, studio: Studio, root: Path) -> Iterator[Page]:
     """The Runs page, with no run on it."""
     clear(root)
     context = browser.new_context(viewport={"width": 1400, "height": 1000}, reduced_motion="reduce")
-    context.set_default_timeout(LONG)
+    context.set_default_timeout(PATIENCE_MS)
     found = context.new_page()
     if studio.process.poll() is not None:
         studio.start()  # a test ended between its two
-    look(found, studio)
+    found.goto(studio.address)
+    open_runs_page(found)
     yield found
     context.close()
 
 
-def look(page: Page, studio: Studio) -> None:
-    page.goto(studio.address)
+def open_runs_page(page: Page) -> None:
     page.get_by_role("tab", name="Runs", exact=True).click()
     expect(page.locator("#run-start")).to_be_visible()
 
@@ -126,36 +125,35 @@ def other_run(folder: Path, name: str) -> None:
     shutil.copy(folder / "run.json", other)
 
 
-def test_a_run_outlives_the_server_and_is_found_again(
-    page: Page, studio: Studio, root: Path, artefacts: Path, grave: Grave
-) -> None:
+@pytest.mark.slow
+def test_a_run_outlives_the_server_and_is_found_again(page: Page, studio: Studio, root: Path, artefacts: Path) -> None:
     fill(page, "runs/lasting", 30)
     page.locator("#run-start").click()
-    expect(page.locator("#run-plan-shown")).to_contain_text("runs/lasting is started")
+    expect(page.locator("#run-plan-shown")).to_contain_text("Started runs/lasting")
     expect(page.locator("#run-head h2")).to_contain_text("runs/lasting")
-    pid = int((root / "runs" / "lasting" / "process.stat").read_text().split()[0])
+    pid = processes.read_record(root / "runs" / "lasting")["pid"]
     studio.kill()
     ended = (root / "runs" / "lasting" / "adapter.safetensors").is_file()  # the page may be slower than the run
-    assert ended or Path(f"/proc/{pid}").exists(), "the run went with its server"
+    assert ended or psutil.pid_exists(pid), "the run went with its server"
     studio.start()
-    look(page, studio)
+    page.goto(studio.address)
+    open_runs_page(page)
     choose(page, "runs/lasting")
     state(page, "finished")
     assert steps(root / "runs" / "lasting") == 30
     assert (root / "runs" / "lasting" / "adapter.safetensors").is_file()
     expect(page.locator("#run-curves")).to_contain_text("Training loss")
     expect(page.locator("#run-command")).to_contain_text("sa3-train recipe=instrument")
-    assert grave(page) == []
+    assert find_serious_violations(page) == []
     page.screenshot(path=artefacts / "runs.png", full_page=True)
 
 
-def test_planned_watched_stopped_and_resumed(
-    page: Page, root: Path, artefacts: Path, refused: Refused, grave: Grave
-) -> None:
+@pytest.mark.slow
+def test_planned_watched_stopped_and_resumed(page: Page, root: Path, artefacts: Path) -> None:
     folder = root / "runs" / "long"
     fill(page, "runs/long", 100_000)
     page.locator("#run-plan").click()
-    expect(page.locator("#run-plan-shown")).to_contain_text("steps of trial")
+    expect(page.locator("#run-plan-shown")).to_contain_text("trial steps")
     expect(page.locator("#run-plan-shown")).to_contain_text(re.compile("Memory plan.*weights"))
     assert not folder.exists()
     page.screenshot(path=artefacts / "runs-plan.png", full_page=True)
@@ -164,20 +162,20 @@ def test_planned_watched_stopped_and_resumed(
     state(page, "running")
     expect(page.locator("#run-curves")).to_contain_text("Steps per second")
     page.locator("#run-start").click()
-    refused(page, "is there already")
+    close_error(page, "already exists")
     page.locator("#run-stop").click()
     state(page, "stopped")
     reached = steps(folder)
     assert 0 < reached < 100_000
-    assert list((folder / "checkpoints").glob("*.safetensors")), f"no state was saved:\n{processes.log_tail(folder)}"
+    assert list((folder / "checkpoints").glob("*.safetensors")), processes.read_log_tail(folder)
     page.locator("#run-resume").click()
     state(page, "running")
-    until = time.monotonic() + LONG / 1000
+    until = time.monotonic() + PATIENCE_MS / 1000
     while steps(folder) <= reached and time.monotonic() < until:
         page.wait_for_timeout(500)
     assert steps(folder) > reached
     page.reload()
-    look(page, _again(page))
+    open_runs_page(page)
     choose(page, "runs/long")
     state(page, "running")
     page.locator("#run-stop").click()
@@ -191,38 +189,31 @@ def test_planned_watched_stopped_and_resumed(
     page.locator("#run-other input").click()
     page.get_by_role("option", name="runs/shorter").click()
     expect(page.locator("#run-differences")).to_contain_text("trainer.max_steps")
-    assert grave(page) == []
+    assert find_serious_violations(page) == []
 
 
 @pytest.mark.parametrize(
-    ("folder", "further", "told"),
+    ("folder", "further", "message"),
     [
         ("../outside", FAST, "outside the folders of this studio"),
         ("/etc/run", FAST, "outside the folders of this studio"),
-        ("runs/x", "run_dir=/etc", "is not set here"),
+        ("runs/x", "run_dir=/etc", "cannot be set here"),
         ("runs/x", "optimizer.lrr=1", "optimizer.lr"),
         ("link/x", FAST, "outside the folders of this studio"),
     ],
 )
-def test_bad_wishes_are_refused_with_a_message(
-    page: Page, root: Path, tmp_path: Path, refused: Refused, folder: str, further: str, told: str
+def test_bad_requests_are_refused_with_a_message(
+    page: Page, root: Path, tmp_path: Path, folder: str, further: str, message: str
 ) -> None:
     if folder.startswith("link"):
         (root / "link").unlink(missing_ok=True)
         (root / "link").symlink_to(tmp_path)
     fill(page, folder, 2, further)
     page.locator("#run-start").click()
-    refused(page, told)
+    close_error(page, message)
     assert not (root / "runs" / "x").exists()
     assert not list(tmp_path.iterdir())
     (root / "link").unlink(missing_ok=True)
-
-
-def _again(page: Page) -> Studio:
-    """Where the page is, as `look` wants it."""
-    found = Studio.__new__(Studio)
-    found.address = page.url
-    return found
 
 
 @pytest.fixture(scope="module", autouse=True)

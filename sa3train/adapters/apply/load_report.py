@@ -1,16 +1,18 @@
-"""What happened when an adapter met a model: which layers fit, which base it wants, and how much it changes."""
+"""Check whether an adapter fits a model: which layers match, which base it was trained on, and how much it changes."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from sa3train.adapters.adapter import Adapter
-from sa3train.adapters.spec import KINDS, AdapterSpec
+from sa3train.adapters.adapter import Adapter, hash_architecture
+from sa3train.adapters.apply.layer_weight import LayerAdapter, get_layer_adapter
+from sa3train.adapters.spec import KINDS
 from sa3train.core.errors import AdapterError
+from sa3train.core.text import compute_relative_norm
 
 NO_EFFECT = 1e-3
 """‖W' − W‖ / ‖W‖ below which an adapter without low-rank products counts as untrained: F16 magnitudes round by less."""
@@ -27,199 +29,180 @@ GROUPS = (
 
 
 class BaseModel(Protocol):
-    """A loaded model, as far as an adapter's provenance goes."""
+    """A loaded model, as far as an adapter's provenance is concerned."""
 
     @property
     def name(self) -> str:
-        """Its registry name or folder."""
+        """Registry name or folder."""
 
     def fingerprint(self) -> str:
-        """The hash of its weights."""
+        """Compute the hash of its weights.
+
+        Returns:
+            The hash.
+        """
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """The outcome of matching an adapter to a model.
+    """How an adapter fits a model.
 
-    `matched`, `missing` (the spec names them, the file lacks them) and `unexpected` (not in the model) are paths;
-    `shape_wrong` says for each why it does not fit. `effect` is ‖W' − W‖ / ‖W‖ at full strength by group of layers, and
-    over all as "all". `base` and `base_loaded` give name, architecture and hash of the model it was trained on and of
-    the one loaded, where known.
+    Attributes:
+        source: The adapter's file.
+        adapter_type: Its type.
+        rank: Its rank, or the range of its ranks.
+        alpha: Its alpha, or the range of its alphas.
+        include: Its `include` patterns.
+        exclude: Its `exclude` patterns.
+        matched: Layers that fit.
+        missing: Layers that the spec includes and the file lacks.
+        unexpected: Layers of the file that are not in the model.
+        mismatched: Why a layer does not fit, by path.
+        not_finite: `<path> <name>` of every tensor with NaN or infinity.
+        base: Name, architecture and hash of the model it was trained on, where recorded.
+        base_loaded: Name, architecture and hash of the loaded model, where known.
+        effect: ‖W' − W‖ / ‖W‖ at strength 1 by group of layers, and over all as "all"; empty where not measured.
+        layer_effect: The same by layer.
+        warnings: What may make it sound different than intended.
+        refusal: Why it must not be loaded; None when it can be.
     """
 
     source: str
-    kind: str
+    adapter_type: str
     rank: str
     alpha: str
-    targets: dict[str, list[str] | None]
+    include: list[str] | None
+    exclude: list[str] | None
     matched: list[str]
     missing: list[str]
     unexpected: list[str]
-    shape_wrong: dict[str, str]
+    mismatched: dict[str, str]
     not_finite: list[str]
     base: dict[str, str]
     base_loaded: dict[str, str]
     effect: dict[str, float] = field(default_factory=dict)
     layer_effect: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    refusal: str | None = None
 
     @property
-    def partial(self) -> bool:
+    def is_partial(self) -> bool:
         """Whether only some of the file's layers fit."""
-        return bool(self.unexpected or self.shape_wrong)
+        return bool(self.unexpected or self.mismatched)
+
+    @property
+    def layer_count(self) -> int:
+        """Number of layers in the file."""
+        return len(self.matched) + len(self.unexpected) + len(self.mismatched)
+
+    @property
+    def summary(self) -> str:
+        """One line: type, rank, how many layers fit, how much they change."""
+        effect = f", changes the weights by {self.effect['all']:.1%}" if "all" in self.effect else ""
+        absent = f", {len(self.missing)} included layers are missing" if self.missing else ""
+        counts = f"{len(self.matched)} of {self.layer_count} layers fit"
+        return f"{self.adapter_type}, rank {self.rank}, alpha {self.alpha}: {counts}{absent}{effect}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Convert to plain values for JSON.
+
+        Returns:
+            The fields by name.
+        """
         return asdict(self)
 
-    def summary(self) -> str:
-        """One line: kind, rank, how many layers fit, how much they change."""
-        effect = f", changes the weights by {self.effect['all']:.1%}" if "all" in self.effect else ""
-        counts = f"{len(self.matched)} of {len(self.matched) + len(self.unexpected) + len(self.shape_wrong)} layers fit"
-        absent = f", {len(self.missing)} it names are missing" if self.missing else ""
-        return f"{self.kind}, rank {self.rank}, alpha {self.alpha}: {counts}{absent}{effect}"
+
+def check_fit(
+    adapter: Adapter,
+    layers: Mapping[str, nn.Module],
+    base: "BaseModel | str | None" = None,
+    *,
+    weights: Mapping[str, Tensor] | None = None,
+    allow_partial: bool = False,
+    measure: bool = True,
+    refuse: bool = True,
+) -> tuple[LoadReport, dict[str, LayerAdapter]]:
+    """Match an adapter with a model, refuse it if it must not be loaded, and measure its effect.
+
+    Args:
+        adapter: The adapter.
+        layers: The model's adaptable layers by module path.
+        base: The model, or its hash, to compare with the one that the adapter was trained on.
+        weights: Untouched weights of layers whose weights are changed at the moment, by module path.
+        allow_partial: Accept an adapter of which only some layers fit.
+        measure: Also measure the effect, and refuse an adapter that has none or whose weights overflow.
+        refuse: Raise for an adapter that must not be loaded; False records the reason in `LoadReport.refusal`.
+
+    Returns:
+        The report, and the adapter at each matched layer (empty where the effect is not measured).
+
+    Raises:
+        AdapterError: If `refuse` is set and the adapter does not fit, holds NaN or infinity, or changes nothing.
+    """
+    originals: dict[str, Any] = {path: layer.weight for path, layer in layers.items()} | dict(weights or {})
+    report = _match(adapter, layers, originals, base)
+    report = replace(report, refusal=_find_refusal(report, allow_partial))
+    parts: dict[str, LayerAdapter] = {}
+    if measure and report.refusal is None:
+        with torch.no_grad():
+            for path in report.matched:
+                parts[path] = get_layer_adapter(adapter, path, originals[path].detach())
+            try:
+                effect, by_layer = measure_effect((part, originals[path].detach()) for path, part in parts.items())
+            except AdapterError as error:
+                report = replace(report, refusal=str(error))
+            else:
+                report = replace(report, effect=effect, layer_effect=by_layer)
+                report = replace(report, refusal=_find_lack_of_effect(report, adapter))
+    if refuse and report.refusal is not None:
+        raise AdapterError(report.refusal)
+    return report, parts
 
 
-def group_of(path: str) -> str:
-    """The group of layers that the module `path` belongs to."""
+@torch.no_grad()
+def measure_effect(layers: Iterable[tuple[LayerAdapter, Tensor]]) -> tuple[dict[str, float], dict[str, float]]:
+    """Measure how much an adapter changes weights at strength 1.
+
+    Args:
+        layers: The adapter at each layer, and the layer's untouched weight.
+
+    Returns:
+        ‖W' − W‖ / ‖W‖ by group of layers with "all" first, and by layer.
+    """
+    sums: dict[str, list[float]] = {"all": [0.0, 0.0]}
+    by_layer = {}
+    for part, W in layers:
+        base = W.float()
+        change, size = float((part.weight(W) - base).square().sum()), float(base.square().sum())
+        by_layer[part.path] = compute_relative_norm(change, size)
+        for group in (get_layer_group(part.path), "all"):
+            total = sums.setdefault(group, [0.0, 0.0])
+            total[0] += change
+            total[1] += size
+    return {group: compute_relative_norm(*total) for group, total in sums.items()}, by_layer
+
+
+def get_layer_group(path: str) -> str:
+    """Get the group of layers that a layer belongs to.
+
+    Args:
+        path: Module path of the layer.
+
+    Returns:
+        The group's name, such as "self-attention".
+    """
     return next((group for part, group in GROUPS if part in path), "input and output")
 
 
-def match(
-    adapter: Adapter,
-    layers: Mapping[str, nn.Module],
-    architecture: str,
-    base: "BaseModel | str | None" = None,
-) -> LoadReport:
-    """Compare `adapter` with the model's adaptable `layers`. Nothing is refused here; effects are not measured yet."""
-    matched, unexpected, shape_wrong = [], [], {}
-    for path in adapter.tensors:
-        if path not in layers:
-            unexpected.append(path)
-        elif reason := misfit(adapter, path, layers[path]):
-            shape_wrong[path] = reason
-        else:
-            matched.append(path)
-    named = [path for path in layers if adapter.spec.filter.matches(path) and path not in adapter.tensors]
-    recorded = {
-        name: adapter.metadata[key]
-        for name, key in (("name", "base_model"), ("architecture", "base_architecture"), ("hash", "base_hash"))
-        if adapter.metadata.get(key)
-    }
-    loaded = {"architecture": architecture}
-    if isinstance(base, str):
-        loaded["hash"] = base
-    elif base is not None:
-        loaded |= {"name": str(base.name), "hash": base.fingerprint()}
-    return LoadReport(
-        source=adapter.source,
-        kind=adapter.spec.kind,
-        rank=_span([adapter.spec.rank_of(path) for path in adapter.tensors]) if adapter.spec.kind != "diff" else "full",
-        alpha=_span([adapter.spec.alpha_of(path) for path in adapter.tensors]) if adapter.spec.kind in KINDS else "-",
-        targets={"include": _list(adapter.spec.include), "exclude": _list(adapter.spec.exclude)},
-        matched=matched,
-        missing=named,
-        unexpected=unexpected,
-        shape_wrong=shape_wrong,
-        not_finite=not_finite(adapter),
-        base=recorded,
-        base_loaded=loaded,
-        warnings=_base_warnings(adapter, recorded, loaded, layers),
-    )
+def list_non_finite(adapter: Adapter) -> list[str]:
+    """List the tensors that hold NaN or infinity.
 
+    Args:
+        adapter: The adapter.
 
-def misfit(adapter: Adapter, path: str, layer: nn.Module) -> str | None:
-    """Why the adapter's tensors for `path` do not fit `layer`, or None when they do."""
-    weight, spec, params = layer.weight, adapter.spec, adapter.tensors[path]
-    assert isinstance(weight, Tensor)
-    rows, cols = weight.flatten(1).shape
-    if spec.kind == "diff":
-        expected = {"diff": tuple(weight.shape), "diff_b": (rows,)}
-        if "diff_b" in params and layer.bias is None:
-            return "it changes a bias that this layer does not have"
-        found = {name: tuple(tensor.shape) for name, tensor in params.items()}
-        expected = {name: shape for name, shape in expected.items() if name in found}
-    elif spec.kind in KINDS:
-        expected = dict(KINDS[spec.kind].shapes(rows, cols, spec.rank_of(path)))
-        found = {name: tuple(tensor.shape) for name, tensor in params.items()}
-        if KINDS[spec.kind].xs and spec.rank_of(path) > min(rows, cols):
-            return f"rank {spec.rank_of(path)} is above the {min(rows, cols)} singular vectors of the weight"
-    else:
-        return _method_misfit(adapter, path, weight)
-    wrong = [
-        f"{name} is {list(found[name])}, needs {list(expected[name])}"
-        for name in expected
-        if found[name] != expected[name]
-    ]
-    return "; ".join(wrong) or None
-
-
-def refuse_unfit(report: LoadReport, allow_partial: bool) -> None:
-    """Raise `AdapterError` for an adapter that must not be played: see the issue's list in each message."""
-    what = f"the adapter {report.source} is refused"
-    total = len(report.matched) + len(report.unexpected) + len(report.shape_wrong)
-    counts = (
-        f"{len(report.matched)} of its {total} layers fit, {len(report.shape_wrong)} have another shape, "
-        f"{len(report.unexpected)} are not in the model"
-    )
-    if report.not_finite:
-        raise AdapterError(
-            f"{what}: {len(report.not_finite)} of its tensors hold NaN or infinity ({report.not_finite[0]}). Its "
-            f"training diverged; take an earlier checkpoint."
-        )
-    recorded, loaded = report.base.get("architecture"), report.base_loaded["architecture"]
-    if recorded not in (None, loaded) or 2 * len(report.shape_wrong) > total:
-        trained_on = report.base.get("name", "another model")
-        raise AdapterError(
-            f"{what}: it was made for another architecture ({trained_on}). {counts}{_example(report)}. Load the model "
-            f"it was trained on."
-        )
-    if not report.matched:
-        raise AdapterError(f"{what}: nothing matches this model. {counts}{_example(report)}.")
-    if report.partial and not allow_partial:
-        raise AdapterError(
-            f"{what}: only part of it fits. {counts}{_example(report)}. Allow a partial load (allow_partial, "
-            f"--allow-partial) if that is meant."
-        )
-
-
-def refuse_without_effect(report: LoadReport, adapter: Adapter) -> None:
-    """Raise `AdapterError` for an adapter that is all zero, one never trained, and for one whose weights overflow."""
-    if not math.isfinite(report.effect["all"]):
-        raise AdapterError(
-            f"the adapter {report.source} is refused: its tensors are so large that the weights it makes overflow. Its "
-            f"training diverged; take an earlier checkpoint."
-        )
-    all_zero = all(not tensor.any() for path in report.matched for tensor in adapter.tensors[path].values())
-    if all_zero or (_no_low_rank_product(report, adapter) and report.effect["all"] < NO_EFFECT):
-        raise AdapterError(
-            f"the adapter {report.source} is refused: it changes nothing. All its low-rank products are zero in "
-            f"{len(report.matched)} layers, so it was saved before its first training step, or damaged."
-        )
-
-
-def measured(report: LoadReport, norms: Mapping[str, tuple[float, float]]) -> LoadReport:
-    """The report with its effects, from (‖W' − W‖², ‖W‖²) of each matched layer."""
-    sums: dict[str, list[float]] = {}
-    for path, (change, weight) in norms.items():
-        for group in (group_of(path), "all"):
-            total = sums.setdefault(group, [0.0, 0.0])
-            total[0] += change
-            total[1] += weight
-    effect = {group: _ratio(*total) for group, total in sums.items()}
-    values = {**asdict(report), "effect": dict(sorted(effect.items(), key=lambda item: item[0] != "all"))}
-    values["layer_effect"] = {path: _ratio(*pair) for path, pair in norms.items()}
-    return LoadReport(**values)
-
-
-def squared_norms(W: Tensor, changed: Tensor) -> tuple[float, float]:
-    """(‖W' − W‖², ‖W‖²)."""
-    base = W.float()
-    return float((changed - base).square().sum()), float(base.square().sum())
-
-
-def not_finite(adapter: Adapter) -> list[str]:
-    """`<path> <name>` of every tensor with NaN or infinity."""
+    Returns:
+        `<path> <name>` of each.
+    """
     return [
         f"{path} {name}"
         for path, params in adapter.tensors.items()
@@ -228,67 +211,141 @@ def not_finite(adapter: Adapter) -> list[str]:
     ]
 
 
-def _method_misfit(adapter: Adapter, path: str, weight: Tensor) -> str | None:
-    from sa3train.adapters.apply.layer_weight import layer_part
+def _match(
+    adapter: Adapter, layers: Mapping[str, nn.Module], weights: Mapping[str, Tensor], base: "BaseModel | str | None"
+) -> LoadReport:
+    """Compare the adapter's layers and base with the model's."""
+    spec, matched, unexpected, mismatched = adapter.spec, [], [], {}
+    for path in adapter.tensors:
+        if path not in layers:
+            unexpected.append(path)
+        elif reason := _find_mismatch(adapter, path, layers[path], weights[path].detach()):
+            mismatched[path] = reason
+        else:
+            matched.append(path)
+    recorded = {
+        name: adapter.metadata[key]
+        for name, key in (("name", "base_model"), ("architecture", "base_architecture"), ("hash", "base_hash"))
+        if adapter.metadata.get(key)
+    }
+    loaded = {"architecture": hash_architecture(layers)}
+    if isinstance(base, str):
+        loaded["hash"] = base
+    elif base is not None:
+        loaded |= {"name": str(base.name), "hash": base.fingerprint()}
+    dtype = next(iter(weights.values())).dtype
+    return LoadReport(
+        source=adapter.source,
+        adapter_type=spec.adapter_type,
+        rank=spec.format_rank(adapter.tensors),
+        alpha=spec.format_alpha(adapter.tensors),
+        include=None if spec.include is None else list(spec.include),
+        exclude=None if spec.exclude is None else list(spec.exclude),
+        matched=matched,
+        missing=[path for path in layers if spec.includes(path) and path not in adapter.tensors],
+        unexpected=unexpected,
+        mismatched=mismatched,
+        not_finite=list_non_finite(adapter),
+        base=recorded,
+        base_loaded=loaded,
+        warnings=_list_warnings(adapter, recorded, loaded, dtype),
+    )
 
-    if adapter.spec.kind == "comfy-dora":
-        params = adapter.tensors[path]
-        found = (params["lora_B"].shape[0], params["lora_A"].shape[1])
-        needed = (weight.shape[0], weight[0].numel())
-        return None if found == needed else f"its product is {list(found)}, needs {list(needed)}"
-    try:
-        layer_part(adapter, path, weight.detach()).weight(weight.detach())
-    except AdapterError as error:
-        return str(error)
+
+def _find_mismatch(adapter: Adapter, path: str, layer: nn.Module, W: Tensor) -> str | None:
+    """Say why the adapter's tensors do not fit a layer; None when they do."""
+    spec, params = adapter.spec, adapter.tensors[path]
+    rows, cols = W.flatten(1).shape
+    found = {name: tuple(tensor.shape) for name, tensor in params.items()}
+    if spec.adapter_type == "diff":
+        if "diff_b" in params and layer.bias is None:
+            return "it changes a bias that this layer does not have"
+        shapes = {"diff": tuple(W.shape), "diff_b": (rows,)}
+        expected: Mapping[str, tuple[int, ...]] = {name: shapes[name] for name in shapes if name in found}
+    elif spec.adapter_type in KINDS:
+        if KINDS[spec.adapter_type].xs and spec.get_rank(path) > min(rows, cols):
+            return f"rank {spec.get_rank(path)} is above the {min(rows, cols)} singular vectors of the weight"
+        expected = KINDS[spec.adapter_type].shapes(rows, cols, spec.get_rank(path))
+    elif spec.adapter_type == "comfy-dora":
+        product = (found["lora_B"][0], found["lora_A"][1])
+        return None if product == (rows, cols) else f"its product is {list(product)}, needs {[rows, cols]}"
+    else:
+        try:
+            get_layer_adapter(adapter, path, W).weight(W)
+        except AdapterError as error:
+            return str(error)
+        return None
+    wrong = [
+        f"{name} is {list(found[name])}, needs {list(expected[name])}"
+        for name in expected
+        if found[name] != expected[name]
+    ]
+    return "; ".join(wrong) or None
+
+
+def _find_refusal(report: LoadReport, allow_partial: bool) -> str | None:
+    """Say why an adapter must not be loaded, from what matched; None when it may be."""
+    refused = f"The adapter {report.source} is refused"
+    counts = (
+        f"{len(report.matched)} of its {report.layer_count} layers fit, {len(report.mismatched)} have another shape, "
+        f"{len(report.unexpected)} are not in the model"
+    )
+    if report.not_finite:
+        return (
+            f"{refused}: {len(report.not_finite)} of its tensors hold NaN or infinity ({report.not_finite[0]}). Its "
+            f"training diverged. Use an earlier checkpoint."
+        )
+    recorded, loaded = report.base.get("architecture"), report.base_loaded["architecture"]
+    example = next((f"{path}: {reason}" for path, reason in report.mismatched.items()), None)
+    example = example or next(iter(report.unexpected), None)
+    counts += f" (for example {example})" if example else ""
+    if recorded not in (None, loaded) or 2 * len(report.mismatched) > report.layer_count:
+        trained_on = report.base.get("name", "another model")
+        return (
+            f"{refused}: it was trained on another architecture ({trained_on}). {counts}. Load the model it was "
+            f"trained on."
+        )
+    if not report.matched:
+        return f"{refused}: no layer matches this model. {counts}."
+    if report.is_partial and not allow_partial:
+        return (
+            f"{refused}: only some of its layers fit. {counts}. To load it partially, set allow_partial=True "
+            f"(--allow-partial)."
+        )
     return None
 
 
-def _no_low_rank_product(report: LoadReport, adapter: Adapter) -> bool:
-    kind = KINDS.get(adapter.spec.kind)
-    if kind is None:
-        return report.effect["all"] == 0.0
-    decisive = "M_xs" if kind.xs else "lora_B"
-    return all(not adapter.tensors[path][decisive].any() for path in report.matched)
-
-
-def _base_warnings(
-    adapter: Adapter, recorded: dict[str, str], loaded: dict[str, str], layers: Mapping[str, nn.Module]
-) -> list[str]:
-    found = []
-    if recorded.get("hash") and loaded.get("hash") and recorded["hash"] != loaded["hash"]:
-        found.append(
-            f"it was trained on {recorded.get('name', 'a model')} (hash {recorded['hash'][:12]}), not on the weights "
-            f"loaded ({loaded.get('name', 'hash')} {loaded['hash'][:12]}); it may not sound as intended"
+def _find_lack_of_effect(report: LoadReport, adapter: Adapter) -> str | None:
+    """Say why an adapter must not be loaded, from its effect; None when it may be."""
+    if not math.isfinite(report.effect["all"]):
+        return (
+            f"The adapter {report.source} is refused: its weights overflow. Its training diverged. Use an earlier "
+            f"checkpoint."
         )
-    kind = KINDS.get(adapter.spec.kind)
-    trained, here = adapter.metadata.get("base_dtype"), next(iter(layers.values())).weight.dtype
-    if kind is not None and kind.xs and trained == "float32" and here != torch.float32:
-        found.append(f"its frozen bases are those of float32 weights, and the model is loaded in {here}")
-    return found
+    tensors = [adapter.tensors[path] for path in report.matched]
+    all_zero = not any(tensor.any() for params in tensors for tensor in params.values())
+    kind = KINDS.get(adapter.spec.adapter_type)
+    if kind is None:
+        untrained = report.effect["all"] == 0.0
+    else:
+        decisive = "M_xs" if kind.xs else "lora_B"
+        untrained = report.effect["all"] < NO_EFFECT and not any(params[decisive].any() for params in tensors)
+    if not (all_zero or untrained):
+        return None
+    return (
+        f"The adapter {report.source} is refused: it changes nothing. Its low-rank products are zero in all "
+        f"{len(report.matched)} layers: it was saved before the first training step, or is damaged."
+    )
 
 
-def _example(report: LoadReport) -> str:
-    if report.shape_wrong:
-        path, reason = next(iter(report.shape_wrong.items()))
-        return f" (for example {path}: {reason})"
-    return f" (for example {report.unexpected[0]})" if report.unexpected else ""
-
-
-def _ratio(change: float, weight: float) -> float:
-    if weight == 0.0:
-        return 0.0 if change == 0.0 else math.inf
-    return math.sqrt(change / weight)
-
-
-def _span(values: list[Any]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:g}" if low == high else f"{low:g} to {high:g}"
-
-
-def _list(patterns: Any) -> list[str] | None:
-    return None if patterns is None else list(patterns)
-
-
-def spec_summary(spec: AdapterSpec) -> str:
-    """Kind, rank and alpha in a few words."""
-    return f"{spec.kind}, rank {spec.rank}, alpha {spec.rank if spec.alpha is None else spec.alpha:g}"
+def _list_warnings(adapter: Adapter, recorded: dict[str, str], loaded: dict[str, str], dtype: torch.dtype) -> list[str]:
+    warnings = []
+    if recorded.get("hash") and loaded.get("hash") and recorded["hash"] != loaded["hash"]:
+        warnings.append(
+            f"it was trained on {recorded.get('name', 'a model')} (hash {recorded['hash'][:12]}), not on the loaded "
+            f"weights ({loaded.get('name', 'hash')} {loaded['hash'][:12]}); it may not sound as intended"
+        )
+    kind = KINDS.get(adapter.spec.adapter_type)
+    if kind and kind.xs and adapter.metadata.get("base_dtype") == "float32" and dtype != torch.float32:
+        warnings.append(f"its frozen bases are those of float32 weights, but the model is loaded in {dtype}")
+    return warnings

@@ -1,31 +1,23 @@
-"""Adapters at play: their effective weights, baked into the model once per change, and taken out bit for bit.
+"""Several adapters on a loaded model: effective weights computed once per change, the base restored bit for bit.
 
-Strength s means W + Σ sᵢ (Wᵢ' − W), each Wᵢ' an adapter at full strength on the untouched weight: continuous at 0,
-free of order, exact at 0 and 1. `semantics="reference"` gives the public code's rule instead: each adapter acts on the
-weight the one before it left, strength scales the low-rank product alone, and 0 is the adapter's absence.
+Strength s means W + Σ sᵢ (Wᵢ' − W), where Wᵢ' is adapter i at full strength on the untouched weight: continuous at 0,
+independent of order, exact at 0 and 1. `semantics="reference"` is the released code's rule instead: each adapter acts
+on the weight that the one before it left, strength scales the low-rank product alone, and 0 disables the adapter.
 """
 
 import itertools
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from sa3train.adapters.adapter import Adapter, architecture_of
-from sa3train.adapters.apply.layer_weight import LayerPart, layer_part
-from sa3train.adapters.apply.load_report import (
-    BaseModel,
-    LoadReport,
-    match,
-    measured,
-    refuse_unfit,
-    refuse_without_effect,
-    squared_norms,
-)
-from sa3train.adapters.layer_filter import Filter, adaptable_layers, split_patterns
+from sa3train.adapters.adapter import Adapter
+from sa3train.adapters.apply.layer_weight import LayerAdapter
+from sa3train.adapters.apply.load_report import BaseModel, LoadReport, check_fit
+from sa3train.adapters.layer_filter import find_adaptable_layers, select_layers, split_patterns
 from sa3train.adapters.spec import is_finite_number
 from sa3train.core.errors import AdapterError
 from sa3train.core.log import get_logger
@@ -36,11 +28,24 @@ CONDITIONERS = "conditioners."
 
 
 @dataclass(eq=False)
-class Playing:
-    """One adapter of the stack and how it is played."""
+class LoadedAdapter:
+    """An adapter in a stack, with its settings.
+
+    Attributes:
+        adapter: The adapter.
+        parts: The adapter at each layer that it changes.
+        report: Its load report.
+        strength: Strength in the DiT.
+        conditioner_strength: Strength in the conditioner; None means `strength`.
+        interval: Noise levels at which it is on, ends included.
+        exclude_layers: Patterns of layers that it leaves unchanged.
+        allow_partial: Whether only some of its layers need to fit.
+        base: The model it was loaded on, or its hash.
+        serial: Number that tells loaded adapters apart.
+    """
 
     adapter: Adapter
-    parts: Mapping[str, LayerPart]
+    parts: Mapping[str, LayerAdapter]
     report: LoadReport
     strength: float
     conditioner_strength: float | None
@@ -51,41 +56,49 @@ class Playing:
     serial: int = field(default_factory=itertools.count().__next__)
 
     def strengths(self, sigma: float | None) -> tuple[float, float]:
-        """Strength in the DiT at noise level `sigma` (None: whatever the interval), and in the conditioner; 0 is off.
+        """Return the strengths at a noise level.
 
-        The conditioner runs before there is a noise level, so an interval does not concern it.
+        Args:
+            sigma: Noise level t in [0, 1]; None ignores the interval.
+
+        Returns:
+            Strength in the DiT (0 outside the interval) and in the conditioner, which runs before there is a noise
+            level, so that the interval has no effect on it.
         """
         low, high = self.interval
-        open_ = sigma is None or _fp32(low) <= _fp32(sigma) <= _fp32(high)
+        is_on = sigma is None or _round_to_fp32(low) <= _round_to_fp32(sigma) <= _round_to_fp32(high)
         in_conditioner = self.strength if self.conditioner_strength is None else self.conditioner_strength
-        return self.strength if open_ else 0.0, in_conditioner
+        return self.strength if is_on else 0.0, in_conditioner
 
 
 class AdapterStack:
-    """Any number of adapters on the model under `root`.
+    """Any number of adapters on a model.
 
-    Changes take effect at the next `apply`. Weights are changed in place, so references to them stay valid; the base
-    weights of changed layers are kept beside them and put back bit for bit.
+    Changes take effect at the next `apply`. Weights are changed in place, so references to them stay valid; copies of
+    the untouched weights of changed layers restore them bit for bit.
+
+    Args:
+        root: The model, with the DiT at `model.` and the conditioner at `conditioners.`.
+        semantics: "sum", or "reference" for the released code's rule.
     """
 
     def __init__(self, root: nn.Module, semantics: Literal["sum", "reference"] = "sum") -> None:
         if semantics not in ("sum", "reference"):
             raise AdapterError(f"semantics must be 'sum' or 'reference', not {semantics!r}.")
         self.semantics = semantics
-        self._layers = adaptable_layers(root)
-        self._architecture = architecture_of(root)
-        self._playing: list[Playing] = []
+        self._layers = find_adaptable_layers(root)
+        self._loaded: list[LoadedAdapter] = []
         self._base: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._baked: dict[str, tuple[tuple[int, float], ...]] = {}
         self._applied: tuple[tuple[int, tuple[float, float]], ...] = ()
 
     def __len__(self) -> int:
-        return len(self._playing)
+        return len(self._loaded)
 
     @property
     def reports(self) -> list[LoadReport]:
         """The load report of each adapter, in order."""
-        return [playing.report for playing in self._playing]
+        return [loaded.report for loaded in self._loaded]
 
     def add(
         self,
@@ -97,89 +110,107 @@ class AdapterStack:
         allow_partial: bool = False,
         base: "BaseModel | str | None" = None,
     ) -> LoadReport:
-        """Put `adapter` on top of the stack and say what fitted.
+        """Add an adapter to the stack. A refused adapter raises `AdapterError` and leaves the stack unchanged.
 
-        `conditioner_strength` None means `strength`. `interval` is of noise levels t, ends included. `exclude_layers`
-        are filters (see `targets`) of layers it leaves alone. `base` is the model (or its hash) the layers belong to.
-        Raises `AdapterError`, leaving the stack as it was, for an adapter that does not fit, holds NaN or infinity, or
-        changes nothing, and for a setting out of range.
+        Args:
+            adapter: The adapter.
+            strength: Its strength; 0 is off.
+            conditioner_strength: Its strength in the conditioner; None means `strength`.
+            interval: Noise levels t at which it is on, ends included.
+            exclude_layers: Patterns of layers that it leaves unchanged (see `layer_filter`).
+            allow_partial: Accept an adapter of which only some layers fit.
+            base: The model (or its hash) that the layers belong to, to compare with the adapter's.
+
+        Returns:
+            How it fits.
         """
-        playing = self._examined(
+        loaded = self._load(
             adapter,
-            strength=_checked_strength("strength", strength),
+            strength=_check_strength("strength", strength),
             conditioner_strength=None
             if conditioner_strength is None
-            else _checked_strength("conditioner_strength", conditioner_strength),
-            interval=_checked_interval(interval),
+            else _check_strength("conditioner_strength", conditioner_strength),
+            interval=_check_interval(interval),
             exclude_layers=split_patterns(exclude_layers),
             allow_partial=allow_partial,
             base=base,
         )
-        self._playing.append(playing)
-        return playing.report
+        self._loaded.append(loaded)
+        return loaded.report
 
     def set_strength(
         self, strength: float, index: int | None = None, conditioner_strength: float | None = None
     ) -> None:
-        """Set the strength of the adapter at `index`, or of all. `conditioner_strength` None means `strength` again."""
-        strength = _checked_strength("strength", strength)
+        """Set the strength of one adapter or of all.
+
+        Args:
+            strength: The strength; 0 is off.
+            index: Index of the adapter; None sets all.
+            conditioner_strength: The strength in the conditioner; None means `strength`.
+        """
+        strength = _check_strength("strength", strength)
         if conditioner_strength is not None:
-            conditioner_strength = _checked_strength("conditioner_strength", conditioner_strength)
-        for playing in self._playing if index is None else [self._playing[self._checked_index(index)]]:
-            playing.strength, playing.conditioner_strength = strength, conditioner_strength
+            conditioner_strength = _check_strength("conditioner_strength", conditioner_strength)
+        for loaded in self._loaded if index is None else [self._get(index)]:
+            loaded.strength, loaded.conditioner_strength = strength, conditioner_strength
 
     def remove(self, index: int) -> None:
-        """Take the adapter at `index` off the stack; those above it move down."""
-        del self._playing[self._checked_index(index)]
+        """Remove an adapter; those after it move up.
+
+        Args:
+            index: Index of the adapter.
+        """
+        self._loaded.remove(self._get(index))
 
     def replace(self, index: int, adapter: Adapter) -> LoadReport:
-        """Put `adapter` in the place of the one at `index`, with that one's settings. Raises as `add` does."""
-        old = self._playing[self._checked_index(index)]
-        new = self._examined(
-            adapter,
-            strength=old.strength,
-            conditioner_strength=old.conditioner_strength,
-            interval=old.interval,
-            exclude_layers=old.exclude_layers,
-            allow_partial=old.allow_partial,
-            base=old.base,
-        )
-        self._playing[index] = new
-        return new.report
+        """Replace an adapter by another with the same settings. Raises `AdapterError` as `add` does.
+
+        Args:
+            index: Index of the adapter to replace.
+            adapter: The new adapter.
+
+        Returns:
+            How the new one fits.
+        """
+        old = self._get(index)
+        names = ("strength", "conditioner_strength", "interval", "exclude_layers", "allow_partial", "base")
+        self._loaded[index] = self._load(adapter, **{name: getattr(old, name) for name in names})
+        return self._loaded[index].report
 
     def clear(self) -> None:
-        """Take every adapter off and put the base weights back."""
-        self._playing.clear()
+        """Remove every adapter and restore the base weights."""
+        self._loaded.clear()
         self.apply()
-
-    @property
-    def breakpoints(self) -> list[float]:
-        """Noise levels between 0 and 1 at which an adapter's interval opens or closes, rising."""
-        return sorted({end for playing in self._playing for end in playing.interval if 0.0 < end < 1.0})
 
     @torch.no_grad()
     def apply(self, sigma: float | None = None) -> bool:
-        """Bake the effective weights for the noise level `sigma` (None: as if every interval were open).
+        """Write the effective weights for a noise level into the model.
 
         Only layers whose adapters or strengths changed since the last call are computed; with nothing changed this
-        costs next to nothing. Returns whether any weight changed, so that what was derived from them can be renewed.
+        costs next to nothing.
+
+        Args:
+            sigma: Noise level t in [0, 1]; None ignores the intervals.
+
+        Returns:
+            Whether any weight changed, so that what was derived from the weights can be updated.
         """
-        now = tuple((playing.serial, playing.strengths(sigma)) for playing in self._playing)
+        now = tuple((loaded.serial, loaded.strengths(sigma)) for loaded in self._loaded)
         if now == self._applied:
             return False
-        wanted: dict[str, list[tuple[Playing, float]]] = {path: [] for path in self._baked}
-        for playing, (_, (in_dit, in_conditioner)) in zip(self._playing, now, strict=True):
-            for path in playing.parts:
+        wanted: dict[str, list[tuple[LoadedAdapter, float]]] = {path: [] for path in self._baked}
+        for loaded, (_, (in_dit, in_conditioner)) in zip(self._loaded, now, strict=True):
+            for path in loaded.parts:
                 strength = in_conditioner if path.startswith(CONDITIONERS) else in_dit
                 if strength != 0.0:
-                    wanted.setdefault(path, []).append((playing, strength))
-        changed = [path for path, active in wanted.items() if self._baked.get(path, ()) != _signature(active)]
+                    wanted.setdefault(path, []).append((loaded, strength))
+        changed = [path for path, active in wanted.items() if self._baked.get(path, ()) != _get_signature(active)]
         for path in changed:
             self._bake(path, wanted[path])
         self._applied = now
         return bool(changed)
 
-    def _bake(self, path: str, active: list[tuple[Playing, float]]) -> None:
+    def _bake(self, path: str, active: list[tuple[LoadedAdapter, float]]) -> None:
         layer = self._layers[path]
         weight, bias = layer.weight, layer.bias
         assert isinstance(weight, Tensor)
@@ -187,53 +218,43 @@ class AdapterStack:
         if path not in self._base:
             self._base[path] = (weight.detach().clone(), None if bias is None else bias.detach().clone())
         base_weight, base_bias = self._base[path]
-        parts = [(playing.parts[path], strength) for playing, strength in active]
-        combine = _chained if self.semantics == "reference" else _summed
+        parts = [(loaded.parts[path], strength) for loaded, strength in active]
+        combine = _chain if self.semantics == "reference" else _sum
         weight.copy_(combine(base_weight, parts) if parts else base_weight)
         if bias is not None and base_bias is not None:
             changes = [strength * change for part, strength in parts if (change := part.bias_change()) is not None]
             bias.copy_(base_bias.float() + sum(changes) if changes else base_bias)
         if parts:
-            self._baked[path] = _signature(active)
+            self._baked[path] = _get_signature(active)
         else:
             del self._base[path], self._baked[path]
 
-    def _examined(self, adapter: Adapter, **settings: object) -> Playing:
-        base, exclude = settings["base"], settings["exclude_layers"]
-        report = match(adapter, self._layers, self._architecture, base)  # type: ignore[arg-type]
-        refuse_unfit(report, bool(settings["allow_partial"]))
-        kept = Filter(None, exclude).select(report.matched) if exclude else report.matched  # type: ignore[arg-type]
-        parts, norms = {}, {}
-        with torch.no_grad():
-            for path in report.matched:
-                W = self._base_weight(path)
-                parts[path] = layer_part(adapter, path, W)
-                norms[path] = squared_norms(W, parts[path].weight(W))
-        report = measured(report, norms)
-        refuse_without_effect(report, adapter)
+    def _load(self, adapter: Adapter, **settings: Any) -> LoadedAdapter:
+        report, parts = check_fit(
+            adapter,
+            self._layers,
+            settings["base"],
+            weights={path: weight for path, (weight, _) in self._base.items()},
+            allow_partial=settings["allow_partial"],
+        )
+        exclude = settings["exclude_layers"]
+        included = select_layers(parts, None, exclude) if exclude else parts
         for warning in report.warnings:
             logger.warning("%s: %s", adapter.source, warning)
-        logger.info("%s: %s", adapter.source, report.summary())
-        return Playing(adapter, {path: parts[path] for path in kept}, report, **settings)  # type: ignore[arg-type]
+        logger.info("%s: %s", adapter.source, report.summary)
+        return LoadedAdapter(adapter, {path: parts[path] for path in included}, report, **settings)
 
-    def _base_weight(self, path: str) -> Tensor:
-        if path in self._base:
-            return self._base[path][0]
-        weight = self._layers[path].weight
-        assert isinstance(weight, Tensor)
-        return weight.detach()
-
-    def _checked_index(self, index: int) -> int:
-        if not 0 <= index < len(self._playing):
-            raise AdapterError(f"there is no adapter {index}; {len(self._playing)} are loaded, numbered from 0.")
-        return index
+    def _get(self, index: int) -> LoadedAdapter:
+        if not 0 <= index < len(self._loaded):
+            raise AdapterError(f"No adapter has index {index}; {len(self._loaded)} are loaded, counted from 0.")
+        return self._loaded[index]
 
 
-def _signature(active: list[tuple[Playing, float]]) -> tuple[tuple[int, float], ...]:
-    return tuple((playing.serial, strength) for playing, strength in active)
+def _get_signature(active: list[tuple[LoadedAdapter, float]]) -> tuple[tuple[int, float], ...]:
+    return tuple((loaded.serial, strength) for loaded, strength in active)
 
 
-def _summed(W: Tensor, parts: list[tuple[LayerPart, float]]) -> Tensor:
+def _sum(W: Tensor, parts: list[tuple[LayerAdapter, float]]) -> Tensor:
     """W + Σ sᵢ (Wᵢ' − W), added in an order that does not depend on the stack's."""
     if len(parts) == 1 and parts[0][1] == 1.0:
         return parts[0][0].weight(W)
@@ -244,7 +265,7 @@ def _summed(W: Tensor, parts: list[tuple[LayerPart, float]]) -> Tensor:
     return base + total
 
 
-def _chained(W: Tensor, parts: list[tuple[LayerPart, float]]) -> Tensor:
+def _chain(W: Tensor, parts: list[tuple[LayerAdapter, float]]) -> Tensor:
     """Each adapter on the weight left by the one before it, its strength scaling the low-rank product alone."""
     effective = W.float()
     for part, strength in parts:
@@ -252,22 +273,22 @@ def _chained(W: Tensor, parts: list[tuple[LayerPart, float]]) -> Tensor:
     return effective
 
 
-def _fp32(value: float) -> float:
+def _round_to_fp32(value: float) -> float:
     """Noise levels come from fp32 schedules: ends must be compared in fp32 to be included."""
     return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
-def _checked_strength(name: str, value: float) -> float:
+def _check_strength(name: str, value: float) -> float:
     if not is_finite_number(value):
         raise AdapterError(f"{name} must be a finite number, not {value!r}.")
     return float(value)
 
 
-def _checked_interval(interval: Sequence[float]) -> tuple[float, float]:
+def _check_interval(interval: Sequence[float]) -> tuple[float, float]:
     try:
         low, high = (float(end) for end in interval)
     except (TypeError, ValueError) as error:
-        raise AdapterError(f"an interval must be two noise levels such as (0.0, 0.5), not {interval!r}.") from error
+        raise AdapterError(f"interval must be two noise levels such as (0.0, 0.5), not {interval!r}.") from error
     if not 0.0 <= low <= high <= 1.0:
-        raise AdapterError(f"an interval must satisfy 0 ≤ start ≤ end ≤ 1, not {interval!r}.")
+        raise AdapterError(f"interval must satisfy 0 ≤ start ≤ end ≤ 1, not {interval!r}.")
     return low, high

@@ -1,13 +1,9 @@
-"""ComfyUI's LoRA files: `diffusion_model.<path>` with lora_up, lora_down and alpha, or whole differences of weights.
+"""ComfyUI's LoRA files: `diffusion_model.<path>` with lora_up, lora_down and alpha, or full weight deltas.
 
-ComfyUI multiplies by alpha / rank, and by 1 where alpha is absent. LoHa and LoKr layers are read as
-differences. Only the DiT can be patched there: its models have no place for a change of the duration embedder.
-
-LoHa and LoKr layers of ComfyUI's files, read as the differences of weights that they are.
-
-LoHa: (w1_a·w1_b) ⊙ (w2_a·w2_b). LoKr: w1 ⊗ w2, each whole or a product of its own. Both times alpha / rank, where rank
-is that of the last product and the factor is 1 without alpha or without a product (as ComfyUI and LyCORIS do it).
-Shape suffixes: O rows (out), I columns (in).
+ComfyUI multiplies by alpha / rank, and by 1 where alpha is absent. It can patch only the DiT, no duration embedder.
+LoHa and LoKr layers are read as the weight deltas that they are. LoHa: (w1_a·w1_b) ⊙ (w2_a·w2_b). LoKr: w1 ⊗ w2, each
+either whole or a product of its own. Both times alpha / rank, where rank is that of the last product, and the factor is
+1 without alpha or without a product, as in ComfyUI and LyCORIS. Shape suffixes: O rows (out), I columns (in).
 """
 
 import os
@@ -18,91 +14,14 @@ import torch
 from torch import Tensor
 
 from sa3train.adapters.adapter import Adapter
-from sa3train.adapters.formats.native import checked, native_metadata, spec_of_ranks
+from sa3train.adapters.formats.native import build_native_metadata, build_spec, check_tensors
 from sa3train.adapters.formats.peft import CONVOLUTIONS
 from sa3train.adapters.spec import AdapterSpec
 from sa3train.core.errors import AdapterError
-from sa3train.core.files import write_tensors
+from sa3train.core.safetensors_file import convert_for_saving, write_tensors
 
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
-
-
-def is_product(params: Mapping[str, Tensor]) -> bool:
-    """Whether a layer's tensors are LoHa's or LoKr's."""
-    return any(name in LOHA or name in LOKR for name in params)
-
-
-def product_rank(params: Mapping[str, Tensor]) -> int | None:
-    """The rank that alpha is divided by; None where both factors of a LoKr are whole."""
-    for name in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
-        if name in params and params[name].ndim:
-            return int(params[name].shape[0])
-    return None
-
-
-def product_shape(source: str, path: str, params: Mapping[str, Tensor]) -> tuple[int, int]:
-    """(O, I) of the difference, before it is made. Raises `AdapterError` for tensors that do not fit together."""
-    names = {name for name in params if name != "diff_b"}
-    if names == set(LOHA):
-        first, second = (_pair(source, path, params, f"hada_w{which}") for which in "12")
-        if first != second:
-            raise AdapterError(f"{source}: the two products of {path} have the shapes {first} and {second}.")
-        return first
-    if not names <= set(LOKR):
-        raise AdapterError(
-            f"{source}: {path} has {', '.join(sorted(names))}; that cannot be read here (a LoHa has {', '.join(LOHA)}, "
-            f"a LoKr lokr_w1 and lokr_w2 or their factors)."
-        )
-    (rows_1, columns_1), (rows_2, columns_2) = (_kronecker_shape(source, path, params, which) for which in "12")
-    return rows_1 * rows_2, columns_1 * columns_2
-
-
-def product_difference(params: Mapping[str, Tensor], scale: float) -> Tensor:
-    """The difference (O, I), fp32. `product_shape` must have found the tensors fit."""
-    if "hada_w1_a" in params:
-        w = {name: _flat(params[name]) for name in LOHA}
-        return (w["hada_w1_a"] @ w["hada_w1_b"]).mul_(w["hada_w2_a"] @ w["hada_w2_b"]).mul_(scale)
-    return torch.kron(_kronecker_factor(params, "1"), _kronecker_factor(params, "2")).mul_(scale)
-
-
-def _kronecker_factor(params: Mapping[str, Tensor], which: str) -> Tensor:
-    whole = params.get(f"lokr_w{which}")
-    if whole is not None:
-        return _flat(whole)
-    return _flat(params[f"lokr_w{which}_a"]) @ _flat(params[f"lokr_w{which}_b"])
-
-
-def _kronecker_shape(source: str, path: str, params: Mapping[str, Tensor], which: str) -> tuple[int, int]:
-    name = f"lokr_w{which}"
-    if name not in params:
-        return _pair(source, path, params, name)
-    if f"{name}_a" in params or f"{name}_b" in params:
-        raise AdapterError(f"{source}: {path} has {name} both whole and in factors.")
-    return _matrix(source, path, name, params[name])
-
-
-def _pair(source: str, path: str, params: Mapping[str, Tensor], name: str) -> tuple[int, int]:
-    """(O, I) of a·b."""
-    if f"{name}_a" not in params or f"{name}_b" not in params:
-        raise AdapterError(f"{source}: {path} is incomplete: {name} is missing or has only one of its factors.")
-    left, right = (_matrix(source, path, key, params[key]) for key in (f"{name}_a", f"{name}_b"))
-    if left[1] != right[0]:
-        raise AdapterError(f"{source}: the factors {name} of {path} do not fit together: {left} and {right}.")
-    return left[0], right[1]
-
-
-def _matrix(source: str, path: str, name: str, tensor: Tensor) -> tuple[int, int]:
-    if tensor.ndim < 2 or 0 in tensor.shape or not tensor.is_floating_point():
-        raise AdapterError(f"{source}: {name} of {path} must be a matrix of numbers, not {tuple(tensor.shape)}.")
-    rows, columns = tensor.flatten(1).shape
-    return rows, columns
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.flatten(1).float()
-
-
 PREFIX = "diffusion_model."
 FLAT_PREFIX = "lora_unet_"
 DIT = "model."
@@ -122,59 +41,69 @@ MODULES = (
     "to_local_embed", "to_cond_embed", "to_global_embed", "to_timestep_embed", "global_cond_embedder",
     "preprocess_conv", "postprocess_conv", "project_in", "project_out",
 )  # fmt: skip
-"""Names of modules on the way to the DiT's layers, to read paths whose dots were made underscores."""
+"""Names of modules above the DiT's layers, to read paths whose dots were replaced by underscores."""
 
-MAX_DIFFERENCE = 2**27
-"""Values of the largest difference made from factors: a small file must not ask for all memory."""
+MAX_DELTA = 2**27
+"""Largest number of values in a delta made from factors: a small file must not need all memory."""
 
-MAX_DIFFERENCES = 2**31
-"""Values of all of them together."""
+MAX_DELTAS = 2**31
+"""Largest number of values in all deltas together."""
 
 
 def read_comfy(source: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Adapter:
-    """An adapter from a ComfyUI file: lora, `comfy-dora` where it has dora_scale, `diff` where it has differences.
+    """Read an adapter from a ComfyUI file: lora, `comfy-dora` with dora_scale, or `diff` with full weight deltas.
 
-    A file with LoHa or LoKr layers, or one that mixes low-rank layers with differences, becomes a `diff` as a whole,
-    which is the same change. Raises `AdapterError` for tensors that are none of these.
+    A file with LoHa or LoKr layers, or one that mixes low-rank layers with deltas, becomes a `diff` as a whole, which
+    is the same change.
+
+    Args:
+        source: The file's name, for messages.
+        tensors: Its tensors by key.
+        metadata: Its metadata.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        AdapterError: If a tensor is none of these.
     """
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         ending = next((ending for ending in ENDINGS if key.endswith("." + ending)), None)
         if ending is None:
             raise AdapterError(
-                f"{source}: {key} cannot be played here; of ComfyUI's files lora_up, lora_down, alpha, dora_scale, "
-                f"diff, diff_b, hada_w… and lokr_w… are known."
+                f"{source}: {key} is not supported. Of ComfyUI's files lora_up, lora_down, alpha, dora_scale, diff, "
+                f"diff_b, hada_w… and lokr_w… are."
             )
-        layers.setdefault(_native_path(source, key.removesuffix("." + ending)), {})[ENDINGS[ending]] = tensor
-    alphas = {path: _alpha(source, path, params) for path, params in layers.items()}
-    kinds = {_kind(source, path, params) for path, params in layers.items()}
-    if "diff" in kinds and kinds <= {"lora", "diff"}:
+        layers.setdefault(_get_path(source, key.removesuffix("." + ending)), {})[ENDINGS[ending]] = tensor
+    alphas = {path: _pop_alpha(source, path, params) for path, params in layers.items()}
+    types = {_check_layer(source, path, params) for path, params in layers.items()}
+    if "diff" in types and types <= {"lora", "diff"}:
         _refuse_huge(source, layers)
-        layers = {path: _as_difference(path, params, alphas[path]) for path, params in layers.items()}
-        kinds = {"diff"}
-    if len(kinds) != 1:
-        raise AdapterError(f"{source} mixes layers of {' and '.join(sorted(kinds))}; it cannot be read as one adapter.")
-    kind = kinds.pop()
-    return checked(Adapter(_spec(kind, layers, alphas), layers, dict(metadata), source))
+        layers = {path: _convert_to_delta(path, params, alphas[path]) for path, params in layers.items()}
+        types = {"diff"}
+    if len(types) != 1:
+        raise AdapterError(
+            f"{source} mixes layers of {' and '.join(sorted(types))}, so it cannot be read as one adapter."
+        )
+    adapter_type = types.pop()
+    return check_tensors(Adapter(_build_file_spec(adapter_type, layers, alphas), layers, dict(metadata), source))
 
 
-def comfy_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """The DiT's part of a lora or diff adapter by its keys in a ComfyUI file, alphas included.
-
-    Raises `AdapterError` for another kind, and when nothing of it is in the DiT.
-    """
+def _build_tensors(adapter: Adapter) -> dict[str, Tensor]:
+    """Build the tensors of a ComfyUI file from the DiT's part of a lora or diff adapter, alphas included."""
     spec = adapter.spec
-    if spec.kind not in ("lora", "diff"):
-        raise AdapterError(f"ComfyUI has no {spec.kind}; it can go out as differences or as an approximation by lora.")
+    if spec.adapter_type not in ("lora", "diff"):
+        raise AdapterError(f"ComfyUI has no {spec.adapter_type}. Convert it to weight deltas or a lora first.")
     stored: dict[str, Tensor] = {}
     for path, params in adapter.tensors.items():
         if not path.startswith(DIT):
             continue
         key = PREFIX + path.removeprefix(DIT)
-        if spec.kind == "diff":
+        if spec.adapter_type == "diff":
             stored |= {f"{key}.{name}": tensor for name, tensor in params.items()}
         else:
-            alpha = torch.tensor(spec.scale_of(path) * spec.rank_of(path), dtype=torch.float32)
+            alpha = torch.tensor(spec.get_scale(path) * spec.get_rank(path), dtype=torch.float32)
             stored |= {f"{key}.lora_up.weight": params["lora_B"], f"{key}.lora_down.weight": params["lora_A"]}
             stored[f"{key}.alpha"] = alpha
     if not stored:
@@ -182,34 +111,44 @@ def comfy_tensors(adapter: Adapter) -> dict[str, Tensor]:
     return stored
 
 
-def left_out_of_comfy(adapter: Adapter) -> list[str]:
-    """The layers that ComfyUI cannot patch: those of the conditioner."""
+def list_comfy_unsupported(adapter: Adapter) -> list[str]:
+    """List the layers that ComfyUI cannot patch: those of the conditioner.
+
+    Args:
+        adapter: The adapter.
+
+    Returns:
+        Their module paths.
+    """
     return [path for path in adapter.tensors if not path.startswith(DIT)]
 
 
 def write_comfy(path: str | os.PathLike[str], adapter: Adapter, dtype: torch.dtype | None = torch.float16) -> None:
-    """Write `adapter` for ComfyUI, whole or not at all; fp32 tensors in `dtype`, alphas always in fp32.
+    """Write an adapter for ComfyUI, whole or not at all, without its conditioner layers and with its native metadata.
 
-    Conditioner layers are left out (see `left_out_of_comfy`); the native metadata is kept.
+    Raises `AdapterError` for a type that ComfyUI does not have, and when nothing of it is in the DiT.
+
+    Args:
+        path: The file.
+        adapter: A lora or diff adapter.
+        dtype: Dtype to write fp32 tensors in, other than alphas; None keeps fp32.
     """
-    from sa3train.core.safetensors_file import storable
-
-    tensors = comfy_tensors(adapter)
+    tensors = _build_tensors(adapter)
     alphas = {key: tensor for key, tensor in tensors.items() if key.endswith(".alpha")}
     others = {key: tensor for key, tensor in tensors.items() if key not in alphas}
-    write_tensors(path, storable(others, dtype) | alphas, native_metadata(adapter))
+    write_tensors(path, convert_for_saving(others, dtype) | alphas, build_native_metadata(adapter))
 
 
-def _native_path(source: str, name: str) -> str:
+def _get_path(source: str, name: str) -> str:
     if name.startswith(PREFIX):
         return DIT + name.removeprefix(PREFIX)
     if not name.startswith(FLAT_PREFIX):
         raise AdapterError(f"{source}: {name} is not a layer of the DiT; ComfyUI's keys start with {PREFIX}.")
-    return DIT + ".".join(_with_dots(source, name, name.removeprefix(FLAT_PREFIX)))
+    return DIT + ".".join(_split_name(source, name, name.removeprefix(FLAT_PREFIX)))
 
 
-def _with_dots(source: str, name: str, rest: str) -> list[str]:
-    """`transformer_layers_0_self_attn_to_qkv` as its modules, longest known name first."""
+def _split_name(source: str, name: str, rest: str) -> list[str]:
+    """Split `transformer_layers_0_self_attn_to_qkv` into its modules, longest known name first."""
     found = []
     while rest:
         number, _, behind = rest.partition("_")
@@ -217,19 +156,19 @@ def _with_dots(source: str, name: str, rest: str) -> list[str]:
             (module for module in sorted(MODULES, key=len, reverse=True) if f"{rest}_".startswith(f"{module}_")), None
         )
         if module is None and not number.isdigit():
-            raise AdapterError(f"{source}: no layer of Stable Audio 3 is called {name}.")
+            raise AdapterError(f"{source}: {name} is not a layer of Stable Audio 3.")
         found.append(number if module is None else module)
         rest = behind if module is None else rest[len(module) + 1 :]
     return found
 
 
-def _kind(source: str, path: str, params: dict[str, Tensor]) -> str:
-    """The kind of one layer, whose factors are flattened in place."""
+def _check_layer(source: str, path: str, params: dict[str, Tensor]) -> str:
+    """Detect the type of one layer after checking its tensors; flattens its factors in place."""
     names = set(params)
     if names and names <= {"diff", "diff_b"}:
         return "diff"
-    if is_product(params):
-        product_shape(source, path, params)
+    if _is_product(params):
+        _check_product(source, path, params)
         return "diff"
     if not {"lora_A", "lora_B"} <= names or "diff" in names:
         raise AdapterError(
@@ -242,7 +181,7 @@ def _kind(source: str, path: str, params: dict[str, Tensor]) -> str:
         raise AdapterError(f"{source}: the factors of {path} do not fit together: {tuple(up)} and {tuple(down)}.")
     if "magnitude" in names:
         if "diff_b" in names:
-            raise AdapterError(f"{source}: {path} has dora_scale and diff_b; that cannot be read as one adapter.")
+            raise AdapterError(f"{source}: {path} has dora_scale and diff_b, so it cannot be read as one adapter.")
         scale = params["magnitude"]
         if scale.ndim < 2 or scale.numel() != (up[0] if scale.shape[0] == up[0] else down[1]):
             raise AdapterError(
@@ -252,10 +191,10 @@ def _kind(source: str, path: str, params: dict[str, Tensor]) -> str:
     return "diff" if "diff_b" in names else "lora"
 
 
-def _alpha(source: str, path: str, params: dict[str, Tensor]) -> float:
+def _pop_alpha(source: str, path: str, params: dict[str, Tensor]) -> float:
     alpha = params.pop("alpha", None)
     if alpha is None:
-        rank = params["lora_A"].shape[0] if "lora_A" in params and params["lora_A"].ndim else product_rank(params)
+        rank = params["lora_A"].shape[0] if "lora_A" in params and params["lora_A"].ndim else _get_product_rank(params)
         return float(rank or 1)
     if alpha.numel() != 1:
         raise AdapterError(f"{source}: the alpha of {path} must be one number, not {tuple(alpha.shape)}.")
@@ -263,42 +202,118 @@ def _alpha(source: str, path: str, params: dict[str, Tensor]) -> float:
 
 
 def _refuse_huge(source: str, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Refuse differences that would be larger than any model's weights, before they are made."""
+    """Refuse deltas that would be larger than any model's weights, before they are computed."""
     total = 0
     for path, params in layers.items():
-        if is_product(params):
-            rows, columns = product_shape(source, path, params)
+        if _is_product(params):
+            rows, columns = _check_product(source, path, params)
         elif "lora_A" in params:
             rows, columns = params["lora_B"].shape[0], params["lora_A"].shape[1]
         else:
             continue
         total += rows * columns
-        if rows * columns > MAX_DIFFERENCE:
+        if rows * columns > MAX_DELTA:
             raise AdapterError(
                 f"{source}: {path} would change {rows} × {columns} weights; no layer is as large as that."
             )
-        if total > MAX_DIFFERENCES:
+        if total > MAX_DELTAS:
             raise AdapterError(f"{source} would change more than {total} weights; no model is as large as that.")
 
 
-def _as_difference(path: str, params: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    if is_product(params):
-        rank = product_rank(params)
-        diff_OI = product_difference(params, 1.0 if rank is None else alpha / rank)
+def _convert_to_delta(path: str, params: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    if _is_product(params):
+        rank = _get_product_rank(params)
+        diff_OI = _compute_product(params, 1.0 if rank is None else alpha / rank)
     elif "lora_A" in params:
         A_RI, B_OR = params["lora_A"].float(), params["lora_B"].float()
         diff_OI = B_OR @ A_RI * (alpha / A_RI.shape[0])
     else:
         return dict(params)
-    kept = {name: tensor for name, tensor in params.items() if name == "diff_b"}
-    return {"diff": diff_OI[:, :, None] if path.endswith(CONVOLUTIONS) else diff_OI, **kept}
+    bias = {name: tensor for name, tensor in params.items() if name == "diff_b"}
+    return {"diff": diff_OI[:, :, None] if path.endswith(CONVOLUTIONS) else diff_OI, **bias}
 
 
-def _spec(kind: str, layers: Mapping[str, Mapping[str, Tensor]], alphas: Mapping[str, float]) -> AdapterSpec:
+def _build_file_spec(
+    adapter_type: str, layers: Mapping[str, Mapping[str, Tensor]], alphas: Mapping[str, float]
+) -> AdapterSpec:
     include = sorted(layers)
-    if kind == "diff":
+    if adapter_type == "diff":
         return AdapterSpec("diff", include=include)
     ranks = {path: int(params["lora_A"].shape[0]) for path, params in layers.items()}
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     pattern = {path: value for path, value in alphas.items() if value != alpha}
-    return spec_of_ranks(kind, ranks, alpha=alpha, alpha_pattern=pattern, include=include)
+    return build_spec(adapter_type, ranks, alpha=alpha, alpha_pattern=pattern, include=include)
+
+
+def _is_product(params: Mapping[str, Tensor]) -> bool:
+    return any(name in LOHA or name in LOKR for name in params)
+
+
+def _get_product_rank(params: Mapping[str, Tensor]) -> int | None:
+    """Get the rank that alpha is divided by; None where both factors of a LoKr are whole."""
+    for name in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
+        if name in params and params[name].ndim:
+            return int(params[name].shape[0])
+    return None
+
+
+def _check_product(source: str, path: str, params: Mapping[str, Tensor]) -> tuple[int, int]:
+    """Check that a layer's tensors fit together, and return the shape (O, I) of its delta."""
+    names = {name for name in params if name != "diff_b"}
+    if names == set(LOHA):
+        first, second = (_check_pair(source, path, params, f"hada_w{which}") for which in "12")
+        if first != second:
+            raise AdapterError(f"{source}: the two products of {path} have the shapes {first} and {second}.")
+        return first
+    if not names <= set(LOKR):
+        raise AdapterError(
+            f"{source}: {path} has {', '.join(sorted(names))}, which is not supported. A LoHa has {', '.join(LOHA)}, "
+            f"a LoKr lokr_w1 and lokr_w2 or their factors."
+        )
+    (rows_1, columns_1), (rows_2, columns_2) = (_check_kronecker_factor(source, path, params, which) for which in "12")
+    return rows_1 * rows_2, columns_1 * columns_2
+
+
+def _compute_product(params: Mapping[str, Tensor], scale: float) -> Tensor:
+    """Compute a layer's delta (O, I), fp32, after `_check_product`."""
+    if "hada_w1_a" in params:
+        w = {name: _flatten(params[name]) for name in LOHA}
+        return (w["hada_w1_a"] @ w["hada_w1_b"]).mul_(w["hada_w2_a"] @ w["hada_w2_b"]).mul_(scale)
+    return torch.kron(_get_kronecker_factor(params, "1"), _get_kronecker_factor(params, "2")).mul_(scale)
+
+
+def _get_kronecker_factor(params: Mapping[str, Tensor], which: str) -> Tensor:
+    whole = params.get(f"lokr_w{which}")
+    if whole is not None:
+        return _flatten(whole)
+    return _flatten(params[f"lokr_w{which}_a"]) @ _flatten(params[f"lokr_w{which}_b"])
+
+
+def _check_kronecker_factor(source: str, path: str, params: Mapping[str, Tensor], which: str) -> tuple[int, int]:
+    name = f"lokr_w{which}"
+    if name not in params:
+        return _check_pair(source, path, params, name)
+    if f"{name}_a" in params or f"{name}_b" in params:
+        raise AdapterError(f"{source}: {path} has {name} both whole and in factors.")
+    return _check_matrix(source, path, name, params[name])
+
+
+def _check_pair(source: str, path: str, params: Mapping[str, Tensor], name: str) -> tuple[int, int]:
+    """Check two factors, and return the shape (O, I) of their product."""
+    if f"{name}_a" not in params or f"{name}_b" not in params:
+        raise AdapterError(f"{source}: {path} is incomplete: {name} is missing or has only one of its factors.")
+    left, right = (_check_matrix(source, path, key, params[key]) for key in (f"{name}_a", f"{name}_b"))
+    if left[1] != right[0]:
+        raise AdapterError(f"{source}: the factors {name} of {path} do not fit together: {left} and {right}.")
+    return left[0], right[1]
+
+
+def _check_matrix(source: str, path: str, name: str, tensor: Tensor) -> tuple[int, int]:
+    if tensor.ndim < 2 or 0 in tensor.shape or not tensor.is_floating_point():
+        raise AdapterError(f"{source}: {name} of {path} must be a matrix of numbers, not {tuple(tensor.shape)}.")
+    rows, columns = tensor.flatten(1).shape
+    return rows, columns
+
+
+def _flatten(tensor: Tensor) -> Tensor:
+    return tensor.flatten(1).float()

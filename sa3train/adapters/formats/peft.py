@@ -1,6 +1,6 @@
 """PEFT folders: `adapter_config.json` beside `adapter_model.safetensors`.
 
-PEFT knows two of the family: lora, and dora-rows as its DoRA. Its other methods (LoKr, LoHa, OFT, …) are carried as
+PEFT has two types of the family: lora, and dora-rows as its DoRA. Its other methods (LoKr, LoHa, OFT, …) are carried as
 they are. A 1-D convolution's factors are (rank, in, taps) and (out, rank, 1) there.
 """
 
@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from sa3train.adapters.adapter import Adapter
-from sa3train.adapters.formats.native import checked, native_metadata, spec_of_ranks
+from sa3train.adapters.formats.native import build_native_metadata, build_spec, check_tensors
 from sa3train.adapters.spec import PEFT_METHODS, AdapterSpec
 from sa3train.core.errors import AdapterError
-from sa3train.core.files import atomic_folder, write_tensors, write_text
-from sa3train.core.safetensors_file import parse_json, read_header
+from sa3train.core.files import replace_folder, write_text
+from sa3train.core.safetensors_file import convert_for_saving, parse_json, read_header, read_tensors, write_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -32,15 +32,23 @@ MAX_CONFIG = 2**22
 
 
 def read_peft_folder(folder: Path, weights: str = WEIGHTS) -> Adapter:
-    """The adapter in a PEFT folder. Raises `AdapterError` for a file that is missing or damaged, and for a setting that
-    the family does not have."""
-    from sa3train.core.safetensors_file import read_tensors
+    """Read a PEFT folder.
 
+    Args:
+        folder: The folder.
+        weights: Name of the file with the tensors.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        AdapterError: If a file is missing or damaged, or a setting is not supported.
+    """
     file = folder / weights
     if not file.is_file():
         pickled = (folder / "adapter_model.bin").is_file()
         advice = (
-            f"It holds a pickle: sa3-adapter convert {folder / 'adapter_model.bin'} NEW.safetensors"
+            f"It holds a pickle. Convert it: sa3-adapter convert {folder / 'adapter_model.bin'} NEW.safetensors"
             if pickled
             else f"A PEFT folder holds {CONFIG} and {WEIGHTS}."
         )
@@ -48,85 +56,111 @@ def read_peft_folder(folder: Path, weights: str = WEIGHTS) -> Adapter:
     header = read_header(file)
     metadata = {key: value for key, value in header.metadata.items() if key != "format"}
     source = folder if weights == WEIGHTS else file
-    return adapter_from_peft(str(source), read_tensors(file, header), read_config(folder), metadata)
+    return parse_peft_tensors(str(source), read_tensors(file, header), read_peft_config(folder), metadata)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The adapter_config.json of a PEFT folder. Raises `AdapterError` when it is missing or unreadable."""
+def read_peft_config(folder: Path) -> dict[str, Any]:
+    """Read the adapter_config.json of a PEFT folder.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        The parsed JSON.
+
+    Raises:
+        AdapterError: If it is missing or invalid.
+    """
     file = folder / CONFIG
     try:
         text = file.read_bytes() if file.stat().st_size <= MAX_CONFIG else b" " * (MAX_CONFIG + 1)
     except OSError as error:
         raise AdapterError(
-            f"{file} cannot be read ({error.strerror}); it says how PEFT's tensors are scaled. Put it beside them."
+            f"{file} cannot be read ({error.strerror}). It holds the scale of PEFT's tensors; put it beside them."
         ) from error
     config = parse_json(text, str(file), MAX_CONFIG)
     if not isinstance(config, dict):
-        raise AdapterError(f"{file} is not a table of settings.")
+        raise AdapterError(f"{file} is not a JSON object.")
     return config
 
 
-def adapter_from_peft(
+def parse_peft_tensors(
     source: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> Adapter:
-    """An adapter from PEFT's tensors, named as in its files, and its config."""
+    """Parse PEFT's tensors and config.
+
+    Args:
+        source: The file's name, for messages.
+        tensors: Tensors by their keys in PEFT's files.
+        config: The parsed adapter_config.json.
+        metadata: Metadata of the tensors' file.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        AdapterError: If a tensor or setting is not supported.
+    """
     for table in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(table) or {}, dict):
-            raise AdapterError(f"{source}: {table} must be a table.")
+            raise AdapterError(f"{source}: {table} must be a mapping.")
     method = str(config.get("peft_type", "")).lower()
     base = config.get("base_model_name_or_path")
     metadata = dict(metadata) | ({"base_model": base} if isinstance(base, str) and "base_model" not in metadata else {})
     if method != "lora":
-        return _method_adapter(source, method, tensors, config, metadata)
+        return _parse_method(source, method, tensors, config, metadata)
     names = {stored: name for name, stored in NAMES.items()} | {"lora_magnitude_vector": "magnitude"}
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         ending = next((ending for ending in names if key.endswith("." + ending)), None)
         if ending is None:
-            raise AdapterError(
-                f"{source}: {key} is not carried over: only weights of lora_A, lora_B and DoRA are known."
-            )
+            raise AdapterError(f"{source}: {key} is not supported, only weights of lora_A, lora_B and DoRA.")
         name = names[ending]
-        value = tensor.reshape(-1) if name == "magnitude" else _flat(tensor)
-        layers.setdefault(_native_path(key.removesuffix("." + ending)), {})[name] = value
-    spec = _lora_spec(source, layers, config, metadata)
-    return checked(Adapter(spec, layers, metadata, source))
+        value = tensor.reshape(-1) if name == "magnitude" else _flatten(tensor)
+        layers.setdefault(_get_path(key.removesuffix("." + ending)), {})[name] = value
+    spec = _build_lora_spec(source, layers, config, metadata)
+    return check_tensors(Adapter(spec, layers, metadata, source))
 
 
 def write_peft_folder(path: str | os.PathLike[str], adapter: Adapter, dtype: torch.dtype | None = None) -> None:
-    """Write `adapter` as a PEFT folder, whole or not at all; fp32 tensors in `dtype` (None keeps them).
+    """Write an adapter as a PEFT folder, whole or not at all.
 
-    The native metadata travels in the tensors' file, so that nothing of it is lost on the way back. Raises
-    `AdapterError` for a kind that PEFT does not have.
+    The native metadata is stored in the tensors' file, so that nothing of it is lost on the way back.
+
+    Args:
+        path: The folder.
+        adapter: The adapter.
+        dtype: Dtype to write fp32 tensors in; None keeps fp32.
+
+    Raises:
+        AdapterError: If PEFT does not have the adapter's type.
     """
-    from sa3train.core.safetensors_file import storable
-
     spec, paths = adapter.spec, sorted(adapter.tensors)
-    if spec.kind in PEFT_METHODS:
-        from sa3train.adapters.peft_methods import config_json
+    if spec.adapter_type in PEFT_METHODS:
+        from sa3train.adapters.peft_methods import format_peft_config
 
-        config = config_json(spec, paths)
+        config = format_peft_config(spec, paths)
         named = {f"{PREFIX}{path}.{name}": tensor for path in paths for name, tensor in adapter.tensors[path].items()}
-    elif spec.kind in ("lora", "dora-rows"):
-        config = json.dumps(_lora_config(adapter, paths), indent=2) + "\n"
+    elif spec.adapter_type in ("lora", "dora-rows"):
+        config = json.dumps(_build_config(adapter, paths), indent=2) + "\n"
         named = {
-            f"{PREFIX}{path}.{NAMES[name]}": _as_peft(path, name, tensor)
+            f"{PREFIX}{path}.{NAMES[name]}": _reshape(path, name, tensor)
             for path in paths
             for name, tensor in adapter.tensors[path].items()
         }
     else:
         raise AdapterError(
-            f"PEFT has no {spec.kind}: only lora and dora-rows of the family can go into a PEFT folder. Approximate it "
-            f"with: sa3-adapter convert {adapter.source or 'FILE'} FOLDER --model NAME --rank R"
+            f"PEFT has no {spec.adapter_type}: of the family it has lora and dora-rows. Approximate it: "
+            f"sa3-adapter convert {adapter.source or 'FILE'} FOLDER --model NAME --rank R"
         )
-    stored = storable(named, dtype)
-    with atomic_folder(path, lambda folder: {item.name for item in folder.iterdir()} <= {CONFIG, WEIGHTS}) as aside:
-        write_tensors(aside / WEIGHTS, stored, native_metadata(adapter) | {"format": "pt"})
-        write_text(aside / CONFIG, config)
+    stored = convert_for_saving(named, dtype)
+    with replace_folder(path, lambda folder: {item.name for item in folder.iterdir()} <= {CONFIG, WEIGHTS}) as staging:
+        write_tensors(staging / WEIGHTS, stored, build_native_metadata(adapter) | {"format": "pt"})
+        write_text(staging / CONFIG, config)
 
 
-def _lora_config(adapter: Adapter, paths: list[str]) -> dict[str, Any]:
-    """PEFT's own LoraConfig, with the exact rank and alpha of each layer that differs from the rest."""
+def _build_config(adapter: Adapter, paths: list[str]) -> dict[str, Any]:
+    """Build PEFT's LoraConfig, with the rank and alpha of each layer that differs from the rest."""
     spec = adapter.spec
     alpha = spec.rank if spec.alpha is None else spec.alpha
     return {
@@ -136,40 +170,40 @@ def _lora_config(adapter: Adapter, paths: list[str]) -> dict[str, Any]:
         "lora_alpha": alpha,
         "lora_dropout": spec.dropout,
         "use_rslora": spec.rslora,
-        "use_dora": spec.kind == "dora-rows",
+        "use_dora": spec.adapter_type == "dora-rows",
         "target_modules": paths,
-        "rank_pattern": {re.escape(path): spec.rank_of(path) for path in paths if spec.rank_of(path) != spec.rank},
-        "alpha_pattern": {re.escape(path): spec.alpha_of(path) for path in paths if spec.alpha_of(path) != alpha},
+        "rank_pattern": {re.escape(path): spec.get_rank(path) for path in paths if spec.get_rank(path) != spec.rank},
+        "alpha_pattern": {re.escape(path): spec.get_alpha(path) for path in paths if spec.get_alpha(path) != alpha},
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
     }
 
 
-def _as_peft(path: str, name: str, tensor: Tensor) -> Tensor:
+def _reshape(path: str, name: str, tensor: Tensor) -> Tensor:
     if not path.endswith(CONVOLUTIONS):
         return tensor
     return tensor.reshape(1, -1, 1) if name == "magnitude" else tensor[:, :, None]
 
 
-def _flat(tensor: Tensor) -> Tensor:
+def _flatten(tensor: Tensor) -> Tensor:
     return tensor.flatten(1) if tensor.ndim > 2 else tensor
 
 
-def _native_path(key: str) -> str:
-    """Module path from a key; a tool that gave PEFT the DiT alone leaves out the leading `model.`."""
+def _get_path(key: str) -> str:
+    """Get the module path; a tool that gave PEFT the DiT alone leaves out the leading `model.`."""
     path = key.removeprefix(PREFIX)
     return path if path.startswith(("model.", "conditioners.")) else f"model.{path}"
 
 
-def _lora_spec(
+def _build_lora_spec(
     source: str, layers: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> AdapterSpec:
-    """Ranks come from the tensors, scales from the config, filters from the native metadata or the config's targets."""
+    """Ranks come from the tensors, scales from the config, patterns from the native metadata or `target_modules`."""
     bias, moved = config.get("bias", "none"), config.get("fan_in_fan_out")
     if bias not in ("none", None) or moved:
         raise AdapterError(
-            f"{source} trains biases or transposed weights (bias={str(bias)[:40]!r}); that cannot be carried over."
+            f"{source} trains biases or transposed weights (bias={str(bias)[:40]!r}), which is not supported."
         )
     incomplete = [
         path
@@ -177,17 +211,17 @@ def _lora_spec(
         if not {"lora_A", "lora_B"} <= params.keys() or any(params[name].ndim != 2 for name in ("lora_A", "lora_B"))
     ]
     if incomplete or not layers:
-        raise AdapterError(f"{source} is damaged: {incomplete[0] if incomplete else 'no layer'} has no whole LoRA.")
+        raise AdapterError(f"{source} is damaged: {incomplete[0] if incomplete else 'no layer'} has no complete LoRA.")
     dora = any("magnitude" in params for params in layers.values())
     if bool(config.get("use_dora")) != dora:
         raise AdapterError(
             f"{source}: use_dora is {str(config.get('use_dora'))[:40]!r} in {CONFIG}, which its tensors contradict."
         )
     ranks = {path: int(params["lora_A"].shape[0]) for path, params in layers.items()}
-    alphas = _alphas(source, list(layers), config)
+    alphas = _parse_alphas(source, list(layers), config)
     alpha = Counter(alphas.values()).most_common(1)[0][0]
-    include, exclude = _filters(list(layers), config, metadata)
-    return spec_of_ranks(
+    include, exclude = _parse_patterns(list(layers), config, metadata)
+    return build_spec(
         "dora-rows" if dora else "lora",
         ranks,
         alpha=alpha,
@@ -199,14 +233,14 @@ def _lora_spec(
     )
 
 
-def _alphas(source: str, paths: list[str], config: Mapping[str, Any]) -> dict[str, float]:
-    """The alpha of each layer. PEFT's patterns are expressions; from files only plain module names are accepted."""
+def _parse_alphas(source: str, paths: list[str], config: Mapping[str, Any]) -> dict[str, float]:
+    """Parse the alpha of each layer. PEFT's patterns are expressions; only plain module names are accepted."""
     plain = {}
     for pattern, alpha in (config.get("alpha_pattern") or {}).items():
         name = re.sub(r"\\([.\-])", r"\1", str(pattern)).removeprefix("^").removesuffix("$").removeprefix(PREFIX)
         if not re.fullmatch(r"[\w.\-]+", name):
             raise AdapterError(
-                f"{source}: alpha_pattern {str(pattern)[:60]!r} is an expression; name the modules instead."
+                f"{source}: alpha_pattern {str(pattern)[:60]!r} is an expression. Name the modules instead."
             )
         plain[name] = alpha
     default = config.get("lora_alpha", 8)
@@ -221,7 +255,7 @@ def _alphas(source: str, paths: list[str], config: Mapping[str, Any]) -> dict[st
     return {path: alpha_of(path) for path in paths}
 
 
-def _filters(
+def _parse_patterns(
     paths: list[str], config: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> tuple[list[str] | None, list[str] | None]:
     text = metadata.get("lora_config")
@@ -234,20 +268,20 @@ def _filters(
     return paths, None
 
 
-def _method_adapter(
+def _parse_method(
     source: str, method: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> Adapter:
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
     from peft.utils import PeftType
 
-    from sa3train.adapters.peft_methods import spec_from_config
+    from sa3train.adapters.peft_methods import parse_peft_config
 
-    spec = spec_from_config(config)
+    spec = parse_peft_config(config)
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(method.upper())]
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         path, marker, rest = key.rpartition(f".{prefix}")
         if not marker:
-            raise AdapterError(f"{source}: {key} is no tensor of {method}.")
-        layers.setdefault(_native_path(path), {})[prefix + rest] = tensor
-    return checked(Adapter(spec, layers, metadata, source))
+            raise AdapterError(f"{source}: {key} is not a tensor of {method}.")
+        layers.setdefault(_get_path(path), {})[prefix + rest] = tensor
+    return check_tensors(Adapter(spec, layers, metadata, source))

@@ -1,13 +1,9 @@
-"""What depends on the adapter alone, worked out for all layers at once: norms, gains, factors in the base's dtype.
+"""Adapted layers on a GPU: norms, gains and factors are computed for all layers at once, then used layer by layer.
 
-On a GPU a step of many small layers takes as long as its launches are many, and the norms of one layer alone are two
-dozen. Layers of one shape are therefore stacked (`stacked`, `stacked_gains`), and only the products with each W are
-made layer by layer. Shape suffixes: N layers, O rows (out), I columns (in), R rank.
-
-The adapted layer where launches are what takes time: as `adapted_product`, with norms and factors made beforehand.
-
-y = g ⊙ (W(c ⊙ x) + sBA(c ⊙ x)) + bias; `together` has made A, s·B and the gains, and takes their gradients back.
-Shape suffixes: T tokens of all items, I columns (in), O rows (out), R rank.
+A step of many small layers is bound by kernel launches there, and the norms of one layer alone take two dozen. Layers
+of one shape are therefore stacked (`batched_norms`), and only the products with each W run layer by layer. The layer
+itself is y = g ⊙ (W(c ⊙ x) + sBA(c ⊙ x)) + bias as in `fused_linear`, with A, s·B and the gains prepared beforehand.
+Shape suffixes: N layers, T tokens of all items, I columns (in), O rows (out), R rank.
 """
 
 import copy
@@ -19,24 +15,45 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
-from sa3train.adapters.layers.batched_norms import BothGains, BothGainsXS, ChangesXS, Gains, GainsXS, Member
-from sa3train.adapters.layers.frozen_weight import wide_product
-from sa3train.adapters.layers.fused_linear import Recipe
+from sa3train.adapters.layers.autograd_internals import is_in_backward
+from sa3train.adapters.layers.batched_norms import BothGains, BothGainsXS, ChangesXS, Gains, GainsXS, LayerState
+from sa3train.adapters.layers.frozen_weight import compute_wide_product
+from sa3train.adapters.layers.fused_linear import Recomputation
 
 
-def few_launches(x: Tensor) -> bool:
-    """Whether launches are what takes time: on a GPU."""
+def is_launch_bound(x: Tensor) -> bool:
+    """Check whether a layer's time is bound by kernel launches.
+
+    Args:
+        x: The layer's input.
+
+    Returns:
+        Whether it is on a GPU.
+    """
     return x.is_cuda
 
 
 def has_values(weight: Tensor) -> bool:
-    """Whether `weight` is at hand before its layer runs: not when it is in few bits or sharded over ranks."""
+    """Check whether a weight has its values before its layer runs.
+
+    Args:
+        weight: The weight.
+
+    Returns:
+        False for one that is quantized or sharded over ranks.
+    """
     return type(weight.data) is Tensor and weight.untyped_storage().nbytes() > 0
 
 
 @dataclass(frozen=True, eq=False)
 class Gain:
-    """A gain (differentiable), it minus 1 in the base's dtype, and it with 1 for 0, to divide by."""
+    """A gain of rows or columns of one layer.
+
+    Attributes:
+        value: The gain, differentiable.
+        less_1: The gain minus 1, in the base's dtype.
+        divisor: The gain with 1 in place of 0, to divide by.
+    """
 
     value: Tensor
     less_1: Tensor
@@ -44,13 +61,19 @@ class Gain:
 
 
 @dataclass(frozen=True, eq=False)
-class Ready:
-    """What a layer's product needs: A and s·B in the base's dtype, and the gains of its kind.
+class PreparedLayer:
+    """What a layer's product needs.
 
-    For the -xs kinds, A is Vᵀ and B is U·M, which is also here in fp32, differentiable, as `change_OR`.
+    Attributes:
+        layer: The layer's parameters and frozen weight.
+        A_RI: A (Vᵀ for -xs types) in the base's dtype.
+        B_OR: s·B (s·U·M for -xs types) in the base's dtype.
+        rows: Gain of the rows, for types that have one.
+        columns: Gain of the columns, for types that have one.
+        change_OR: U·M of -xs types in fp32, differentiable.
     """
 
-    member: Member
+    layer: LayerState
     A_RI: Tensor
     B_OR: Tensor
     rows: Gain | None = None
@@ -59,108 +82,124 @@ class Ready:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all of them, and of the products with W that the gains' gradients need, each a factor's size."""
+        """Bytes of the tensors, and of the products with W that the gains' gradients need, each a factor's size."""
         known = [each for gain in (self.rows, self.columns) if gain is not None for each in vars(gain).values()]
-        kept = (self.B_OR.nbytes if self.rows else 0) + (self.A_RI.nbytes if self.columns else 0)
-        if self.change_OR is not None:  # an -xs kind, of whose products with W only those of both gains are kept
+        saved = (self.B_OR.nbytes if self.rows else 0) + (self.A_RI.nbytes if self.columns else 0)
+        if self.change_OR is not None:  # an -xs type, of whose products with W only those of both gains are saved
             known.append(self.change_OR)
-            kept = self.A_RI.nbytes if self.rows and self.columns else 0
-        return self.A_RI.nbytes + self.B_OR.nbytes + kept + sum(each.nbytes for each in known)
+            saved = self.A_RI.nbytes if self.rows and self.columns else 0
+        return self.A_RI.nbytes + self.B_OR.nbytes + saved + sum(each.nbytes for each in known)
 
 
-class Layer(Protocol):
-    """What is asked of an adapted layer."""
+class AdaptedLayer(Protocol):
+    """What `BatchedAdapter` needs of an adapted layer."""
 
-    def member(self, name: str) -> Member:
-        """This layer with its adapter `name`."""
+    def get_state(self, name: str) -> LayerState:
+        """Get the parameters and frozen weight of this layer.
+
+        Args:
+            name: Name of the adapter.
+
+        Returns:
+            The layer's state.
+        """
 
     def __hash__(self) -> int: ...
 
 
-class Together:
-    """All layers of an adapter. Each forward pass works everything out anew, at the first layer that asks.
+class BatchedAdapter:
+    """All layers of an adapter. Each forward pass computes everything again, at the first layer that needs it.
 
-    A pass is known by a layer that asks again. After a pass of some layers, one of the others goes on with it: change
-    parameters behind torch's back (through `.data`) only between passes of the same layers.
+    A new pass starts when a layer asks again. After a pass of some layers, one of the others continues it: change
+    parameters without autograd's version counters (through `.data`) only between passes of the same layers.
+
+    Args:
+        layers: The adapted layers.
+        name: Name of the adapter.
     """
 
-    def __init__(self, layers: Sequence[Layer], name: str) -> None:
+    def __init__(self, layers: Sequence[AdaptedLayer], name: str) -> None:
         self.layers, self.name = layers, name
-        self._ready: dict[Layer, Ready] = {}
-        self._states: dict[Layer, tuple[object, ...]] = {}
-        self._asked: set[Layer] = set()
+        self._ready: dict[AdaptedLayer, PreparedLayer] = {}
+        self._states: dict[AdaptedLayer, tuple[object, ...]] = {}
+        self._asked: set[AdaptedLayer] = set()
         self._with_gradients = False
 
-    def of(self, layer: Layer) -> Ready | None:
-        """What `layer` needs, as of its parameters now; None when weights are not at hand before their layers run.
+    def prepare(self, layer: AdaptedLayer) -> PreparedLayer | None:
+        """Prepare one layer's forward pass with its parameters as they are now.
 
-        A layer that asks a second time begins a new forward pass, unless it is run again within a backward pass
+        A layer that asks a second time starts a new forward pass, unless it runs again within a backward pass
         (activation checkpointing), where nothing has changed.
+
+        Args:
+            layer: The layer.
+
+        Returns:
+            What it needs; None when weights have no values before their layers run.
         """
         known = self._ready.get(layer)
-        new_pass = not self._asked or (layer in self._asked and torch._C._current_graph_task_id() == -1)
-        changed = known is not None and known.member.state != self._states[layer]
+        new_pass = not self._asked or (layer in self._asked and not is_in_backward())
+        changed = known is not None and known.layer.state != self._states[layer]
         if new_pass or changed or (torch.is_grad_enabled() and not self._with_gradients):
-            self._work_out()
+            self._prepare_all()
         self._asked.add(layer)
         return self._ready.get(layer)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "Together":
-        """For copies of the layers, with nothing worked out."""
-        return Together(copy.deepcopy(self.layers, memo), self.name)
+    def __deepcopy__(self, memo: dict[int, Any]) -> "BatchedAdapter":
+        return BatchedAdapter(copy.deepcopy(self.layers, memo), self.name)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what was worked out last, which autograd does not count."""
+        """Bytes of what was prepared last, which autograd does not count."""
         return sum(ready.nbytes for ready in self._ready.values())
 
-    def _work_out(self) -> None:
-        members = {layer: layer.member(self.name) for layer in self.layers}
+    def _prepare_all(self) -> None:
+        states = {layer: layer.get_state(self.name) for layer in self.layers}
         self._ready = {}
-        if all(has_values(member.frozen.weight) for member in members.values()):
-            groups: dict[tuple[object, ...], list[Layer]] = {}
-            for layer, member in members.items():
-                groups.setdefault(member.alike, []).append(layer)
+        if all(has_values(state.frozen.weight) for state in states.values()):
+            groups: dict[tuple[object, ...], list[AdaptedLayer]] = {}
+            for layer, state in states.items():
+                groups.setdefault(state.stack_key, []).append(layer)
             for layers in groups.values():
-                self._ready |= zip(layers, _group([members[layer] for layer in layers]), strict=True)
-        self._states = {layer: ready.member.state for layer, ready in self._ready.items()}
+                self._ready |= zip(layers, _prepare_group([states[layer] for layer in layers]), strict=True)
+        self._states = {layer: ready.layer.state for layer, ready in self._ready.items()}
         self._asked, self._with_gradients = set(), torch.is_grad_enabled()
 
 
-def _group(members: Sequence[Member]) -> list[Ready]:
-    first, dtype, count = members[0], members[0].frozen.weight.dtype, len(members)
-    parameters = [each for member in members for each in member.parameters]
+def _prepare_group(states: Sequence[LayerState]) -> list[PreparedLayer]:
+    first, dtype, count = states[0], states[0].frozen.weight.dtype, len(states)
+    parameters = [each for state in states for each in state.parameters]
     changes: Sequence[Tensor | None] = [None] * count
     if first.A_RI is None:
-        changes = ChangesXS.apply(members, *(member.B for member in members)).unbind()
+        changes = ChangesXS.apply(states, *(state.B for state in states)).unbind()
     with torch.no_grad():
-        A = torch.stack([_right(member) for member in members]).to(dtype).unbind()
-        B_OR = [member.B if change is None else change for member, change in zip(members, changes, strict=True)]
+        A = torch.stack([_get_right_factor(state) for state in states]).to(dtype).unbind()
+        B_OR = [state.B if change is None else change for state, change in zip(states, changes, strict=True)]
         B = torch.stack(B_OR).mul_(first.scale).to(dtype).unbind()
     gains, both = (Gains, BothGains) if first.A_RI is not None else (GainsXS, BothGainsXS)
     rows: Sequence[Gain | None] = [None] * count
     columns: Sequence[Gain | None] = [None] * count
-    if first.second is not None:
-        rows, columns = (_forms(gain, dtype) for gain in both.apply(members, *parameters))
+    if first.column_magnitude is not None:
+        rows, columns = (_build_gains(gain, dtype) for gain in both.apply(states, *parameters))
     elif first.magnitude is not None and first.by_rows:
-        rows = _forms(gains.apply(members, *parameters), dtype)
+        rows = _build_gains(gains.apply(states, *parameters), dtype)
     elif first.magnitude is not None:
-        columns = _forms(gains.apply(members, *parameters), dtype)
-    return [Ready(*each) for each in zip(members, A, B, rows, columns, changes, strict=True)]
+        columns = _build_gains(gains.apply(states, *parameters), dtype)
+    return [PreparedLayer(*each) for each in zip(states, A, B, rows, columns, changes, strict=True)]
 
 
-def _right(member: Member) -> Tensor:
-    return member.frozen.bases[1].T if member.A_RI is None else member.A_RI
+def _get_right_factor(state: LayerState) -> Tensor:
+    return state.frozen.bases[1].T if state.A_RI is None else state.A_RI
 
 
-def _forms(gain_NO: Tensor, dtype: torch.dtype) -> list[Gain]:
+def _build_gains(gain_NO: Tensor, dtype: torch.dtype) -> list[Gain]:
     with torch.no_grad():
         less_1, divisor = (gain_NO - 1).to(dtype), torch.where(gain_NO == 0, 1.0, gain_NO)
     return [Gain(*each) for each in zip(gain_NO.unbind(), less_1.unbind(), divisor.unbind(), strict=True)]
 
 
-class GainedProduct(Function):
-    """See the top of the file. Differentiable in x, its dropped-out twin, A, B and the gains."""
+class BatchedProduct(Function):
+    """The adapted layer (see the top of the file); differentiable in x, x after dropout, A, B and the gains."""
 
     @staticmethod
     def forward(
@@ -171,14 +210,14 @@ class GainedProduct(Function):
         B_OR: Tensor,
         gain_O: Tensor | None,
         gain_I: Tensor | None,
-        ready: Ready,
-        recipe: Recipe | None,
+        ready: PreparedLayer,
+        recompute: Recomputation | None,
         bias_O: Tensor | None,
     ) -> Tensor:
-        less_O, less_I = _less_1(ready.rows), _less_1(ready.columns)
-        scaled_TI = _gained(x_TI, less_I)
-        low_TI = scaled_TI if dropped_TI is None else _gained(dropped_TI, less_I)
-        W_OI = ready.member.frozen.W_OI
+        less_O, less_I = _get_gain_less_1(ready.rows), _get_gain_less_1(ready.columns)
+        scaled_TI = _apply_gain(x_TI, less_I)
+        low_TI = scaled_TI if dropped_TI is None else _apply_gain(dropped_TI, less_I)
+        W_OI = ready.layer.frozen.W_OI
         early = bias_O is not None and less_O is None
         y_TO = torch.addmm(bias_O, scaled_TI, W_OI.T) if early else scaled_TI @ W_OI.T  # type: ignore[arg-type]
         u_TR = low_TI @ ready.A_RI.T
@@ -187,14 +226,14 @@ class GainedProduct(Function):
             y_TO.addcmul_(y_TO, less_O)
             if bias_O is not None:
                 y_TO += bias_O
-        _, _, wants_A, _, wants_O, wants_I, *_ = ctx.needs_input_grad
-        keep_x = (wants_A and dropped_TI is None) or wants_I
+        _, _, needs_A, _, needs_O, needs_I, *_ = ctx.needs_input_grad
+        keep_x = (needs_A and dropped_TI is None) or needs_I
         ctx.save_for_backward(
-            x_TI if keep_x and recipe is None else None, dropped_TI, u_TR,
-            y_TO if wants_O else None,
-            *(recipe.sources if keep_x and recipe is not None else ()),
+            x_TI if keep_x and recompute is None else None, dropped_TI, u_TR,
+            y_TO if needs_O else None,
+            *(recompute.sources if keep_x and recompute is not None else ()),
         )  # fmt: skip
-        ctx.ready, ctx.recipe, ctx.bias_O, ctx.shape = ready, recipe, bias_O, x_TI.shape
+        ctx.ready, ctx.recompute, ctx.bias_O, ctx.shape = ready, recompute, bias_O, x_TI.shape
         return y_TO
 
     @staticmethod
@@ -202,46 +241,46 @@ class GainedProduct(Function):
     def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:
         x_TI, dropped_TI, u_TR, y_TO, *sources = ctx.saved_tensors
         if sources:
-            x_TI = ctx.recipe.make(sources).reshape(ctx.shape)
-        ready, member = ctx.ready, ctx.ready.member
-        wants_x, wants_dropped, wants_A, wants_B, wants_O, wants_I, *_ = ctx.needs_input_grad
-        less_I = _less_1(ready.columns)
-        grad_O = _gradient_of_rows(dy_TO, y_TO, ctx.bias_O, ready) if wants_O else None
-        dz_TO = _gained(dy_TO, _less_1(ready.rows))
+            x_TI = ctx.recompute.run(sources).reshape(ctx.shape)
+        ready, state = ctx.ready, ctx.ready.layer
+        needs_x, needs_dropped, needs_A, needs_B, needs_O, needs_I, *_ = ctx.needs_input_grad
+        less_I = _get_gain_less_1(ready.columns)
+        grad_O = _compute_row_gain_gradient(dy_TO, y_TO, ctx.bias_O, ready) if needs_O else None
+        dz_TO = _apply_gain(dy_TO, _get_gain_less_1(ready.rows))
         du_TR = dz_TO @ ready.B_OR
-        dB = wide_product(dz_TO.T, u_TR) if wants_B else None
-        if dB is not None and member.scale != 1:
-            dB *= member.scale
-        low_TI = _gained(x_TI if dropped_TI is None else dropped_TI, less_I) if wants_A else None
-        dA = None if low_TI is None else wide_product(du_TR.T, low_TI)
+        dB = compute_wide_product(dz_TO.T, u_TR) if needs_B else None
+        if dB is not None and state.scale != 1:
+            dB *= state.scale
+        low_TI = _apply_gain(x_TI if dropped_TI is None else dropped_TI, less_I) if needs_A else None
+        dA = None if low_TI is None else compute_wide_product(du_TR.T, low_TI)
         dx = dropped = None
-        if wants_x or wants_I:
-            dx = dz_TO @ member.frozen.W_OI
+        if needs_x or needs_I:
+            dx = dz_TO @ state.frozen.W_OI
             if dropped_TI is None:
                 dx.addmm_(du_TR, ready.A_RI)
-        if dropped_TI is not None and (wants_dropped or wants_I):
+        if dropped_TI is not None and (needs_dropped or needs_I):
             dropped = du_TR @ ready.A_RI
         grad_I = None
-        if wants_I and dx is not None:
+        if needs_I and dx is not None:
             grad_I = (dx * x_TI).sum(dim=0, dtype=torch.float32)
             if dropped is not None:
                 grad_I += (dropped * dropped_TI).sum(dim=0, dtype=torch.float32)
-        dx = None if dx is None else _gained(dx, less_I)
-        dropped = None if dropped is None else _gained(dropped, less_I)
-        dx, dropped = dx if wants_x else None, dropped if wants_dropped else None
+        dx = None if dx is None else _apply_gain(dx, less_I)
+        dropped = None if dropped is None else _apply_gain(dropped, less_I)
+        dx, dropped = dx if needs_x else None, dropped if needs_dropped else None
         return dx, dropped, dA, dB, grad_O, grad_I, None, None, None
 
 
-def _less_1(gain: Gain | None) -> Tensor | None:
+def _get_gain_less_1(gain: Gain | None) -> Tensor | None:
     return None if gain is None else gain.less_1
 
 
-def _gained(x: Tensor, less_1: Tensor | None) -> Tensor:
+def _apply_gain(x: Tensor, less_1: Tensor | None) -> Tensor:
     """x · gain, as x + x · (gain − 1): a gain near 1 keeps its precision in 16 bits."""
     return x if less_1 is None else torch.addcmul(x, x, less_1)
 
 
-def _gradient_of_rows(dy_TO: Tensor, y_TO: Tensor, bias_O: Tensor | None, ready: Ready) -> Tensor:
+def _compute_row_gain_gradient(dy_TO: Tensor, y_TO: Tensor, bias_O: Tensor | None, ready: PreparedLayer) -> Tensor:
     """Σ_t dy · z with z = V(c ⊙ x) = (y − bias) / g."""
     assert ready.rows is not None
     grad_O = (dy_TO * y_TO).sum(dim=0, dtype=torch.float32)

@@ -1,16 +1,14 @@
-"""The adapted layer, forward and backward, without a weight-sized tensor.
+"""The adapted layer, forward and backward, without a weight-sized temporary tensor.
 
 y = g ⊙ (W(c ⊙ x) + sBA(c ⊙ x)) + bias, where g = magnitude / ‖V‖ by row and c = magnitude / ‖g ⊙ V‖ by column, for the
-kinds that have them, and V = W + sBA. Gradients go through the norms. The -xs kinds have B = U·M and A = Vᵀ, both of U
-and V frozen.
+types that have them, and V = W + sBA. Gradients go through the norms. -xs types have B = U·M and A = Vᵀ, with U and V
+frozen. docs/model.md, section 7.
+
+The backward pass needs the layer's input. It is not saved where it can be recomputed from what autograd saves for the
+operation before it anyway: when the input is a product a·b or silu(a), that operation saves a and b, and the input is
+computed again to the same bits. An autograd Function with a `recompute` method recomputes its own output from its saved
+tensors, as the norms of `models.norms` do.
 Shape suffixes: T tokens of all items, I columns (in), O rows (out), R rank.
-
-Inputs that need not be kept: those that can be made again from what autograd keeps for the step before.
-
-An adapter needs its layer's input in the backward pass. When that input is a product a·b or silu(a), the multiplication
-before it keeps a and b anyway, so keeping them costs nothing and the input is multiplied again, to the same bits.
-The step before may also say itself how: an autograd Function with a `remake` takes its own saved tensors, as the norms
-of `models.norms` do.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,45 +21,55 @@ from torch import Tensor
 from torch.autograd.function import Function, once_differentiable
 
 from sa3train.adapters.layers import weight_norms, weight_norms_xs
-from sa3train.adapters.layers.frozen_weight import Frozen
-from sa3train.adapters.layers.weight_norms import GainGradients, NormGradients, gain_gradients
+from sa3train.adapters.layers.autograd_internals import packs_saved_tensors
+from sa3train.adapters.layers.frozen_weight import FrozenWeight
+from sa3train.adapters.layers.weight_norms import GainGradients, NormGradients, compute_gain_gradients
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How to make a tensor again: `make(sources)`."""
+class Recomputation:
+    """How to recompute a tensor.
 
-    make: Callable[[Sequence[Tensor]], Tensor]
+    Attributes:
+        run: Function of `sources` that returns the tensor.
+        sources: Tensors that autograd saves anyway.
+    """
+
+    run: Callable[[Sequence[Tensor]], Tensor]
     sources: tuple[Tensor, ...]
 
 
-def recipe_of(x: Tensor, norms: bool = True) -> Recipe | None:
-    """A recipe for `x` from tensors that its own autograd node keeps, or None when there is none.
+def find_recomputation(x: Tensor, norms: bool = True) -> Recomputation | None:
+    """Find how to recompute a tensor from what its own autograd node saves.
 
-    A norm takes several passes to make again, a product one; without `norms` only what takes one has a recipe.
+    Args:
+        x: The tensor.
+        norms: Whether to recompute outputs of norms too, which takes several passes over memory instead of one.
 
-    None too while saved tensors are packed by hooks (activation checkpointing, offloading): unpacking would undo that.
+    Returns:
+        The recomputation. None if there is none, and while hooks pack saved tensors (activation checkpointing,
+        offloading), since unpacking would defeat them.
     """
     node: Any = x.grad_fn  # torch declares only what all nodes have
-    if node is None or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if node is None or packs_saved_tensors():
         return None
-    if norms and hasattr(node, "remake"):
-        return Recipe(node.remake, tuple(source.detach() for source in node.saved_tensors))
+    if norms and hasattr(node, "recompute"):
+        return Recomputation(node.recompute, tuple(source.detach() for source in node.saved_tensors))
     if node.name() == "MulBackward0":
-        return _of(_product, node, "_saved_self", "_saved_other")
+        return _recompute_from(_multiply, node, "_saved_self", "_saved_other")
     if node.name() == "SiluBackward0":
-        return _of(_silu, node, "_saved_self")
+        return _recompute_from(_silu, node, "_saved_self")
     return None
 
 
-def _of(make: Callable[[Sequence[Tensor]], Tensor], node: object, *names: str) -> Recipe | None:
+def _recompute_from(run: Callable[[Sequence[Tensor]], Tensor], node: object, *names: str) -> Recomputation | None:
     sources = tuple(getattr(node, name) for name in names)
     if not all(isinstance(source, Tensor) for source in sources):
         return None
-    return Recipe(make, tuple(source.detach() for source in sources))
+    return Recomputation(run, tuple(source.detach() for source in sources))
 
 
-def _product(sources: Sequence[Tensor]) -> Tensor:
+def _multiply(sources: Sequence[Tensor]) -> Tensor:
     return sources[0] * sources[1]
 
 
@@ -70,20 +78,26 @@ def _silu(sources: Sequence[Tensor]) -> Tensor:
 
 
 SMALL_GAIN = 1e-2
-"""Outputs whose gain is smaller (it is 1 at the start) are kept as they were before it, not recovered by a division."""
+"""Outputs with a smaller gain (it starts at 1) are saved from before the gain, not recovered by a division."""
 
 
 @dataclass(frozen=True, eq=False)
-class Fixed:
-    """What does not train: weight and bias, and the scale s."""
+class FrozenInputs:
+    """What does not train.
 
-    frozen: Frozen
+    Attributes:
+        frozen: The frozen weight.
+        bias_O: The bias.
+        scale: The scale s.
+    """
+
+    frozen: FrozenWeight
     bias_O: Tensor | None
     scale: float
 
 
 class AdaptedProduct(Function):
-    """See the top of the file. Differentiable in x, its dropped-out twin, A (None for -xs), B (M there), magnitudes."""
+    """The adapted layer; differentiable in x, x after dropout, A (None for -xs types), B (M there) and magnitudes."""
 
     @staticmethod
     def forward(
@@ -94,25 +108,25 @@ class AdaptedProduct(Function):
         B: Tensor,
         magnitude_O: Tensor | None,
         magnitude_I: Tensor | None,
-        recipe: Recipe | None,
-        fixed: Fixed,
+        recompute: Recomputation | None,
+        fixed: FrozenInputs,
     ) -> Tensor:
         frozen, scale, dtype = fixed.frozen, fixed.scale, x_TI.dtype
-        kind: Any = weight_norms_xs if A_RI is None else weight_norms
+        norms: Any = weight_norms_xs if A_RI is None else weight_norms
         norm_O = gain_O = product_OR = norm_I = gain_I = product_RI = None
         if magnitude_O is not None and magnitude_I is not None:
-            both = kind.both_norms(frozen, A_RI, B, magnitude_O, scale)
+            both = norms.compute_both_norms(frozen, A_RI, B, magnitude_O, scale)
             norm_O, norm_I, product_OR, product_RI = both.norm_O, both.norm_I, both.product_OR, both.product_RI
         elif magnitude_O is not None:
-            norm_O, product_OR = kind.row_norms(frozen, A_RI, B, scale)
+            norm_O, product_OR = norms.compute_row_norms(frozen, A_RI, B, scale)
         elif magnitude_I is not None:
-            norm_I, product_RI = kind.column_norms(frozen, A_RI, B, scale)
+            norm_I, product_RI = norms.compute_column_norms(frozen, A_RI, B, scale)
         if magnitude_O is not None and norm_O is not None:
             gain_O = magnitude_O / norm_O
         if magnitude_I is not None and norm_I is not None:
             gain_I = magnitude_I / norm_I
-        scaled_TI = gained(x_TI, gain_I)
-        low_TI = scaled_TI if dropped_TI is None else gained(dropped_TI, gain_I)
+        scaled_TI = apply_gain(x_TI, gain_I)
+        low_TI = scaled_TI if dropped_TI is None else apply_gain(dropped_TI, gain_I)
         bias_O = fixed.bias_O
         if bias_O is not None and gain_O is None:
             y_TO = torch.addmm(bias_O, scaled_TI, frozen.W_OI.T)
@@ -125,29 +139,29 @@ class AdaptedProduct(Function):
         else:
             u_TR = low_TI @ A_RI.to(dtype).T
             y_TO.addmm_(u_TR, B.to(dtype).T, alpha=scale)
-        _, _, wants_A, _, wants_rows, wants_cols, *_ = ctx.needs_input_grad
-        keep_x = (wants_A and dropped_TI is None) or wants_cols
+        _, _, needs_A, _, needs_rows, needs_cols, *_ = ctx.needs_input_grad
+        keep_x = (needs_A and dropped_TI is None) or needs_cols
         small_O = small_TN = None
         if gain_O is not None:
-            if wants_rows and not y_TO.is_cuda and bool((small_O := gain_O.abs() < SMALL_GAIN).any()):
+            if needs_rows and not y_TO.is_cuda and bool((small_O := gain_O.abs() < SMALL_GAIN).any()):
                 small_TN = y_TO[:, small_O]
             y_TO.addcmul_(y_TO, (gain_O - 1).to(dtype))
             if bias_O is not None:
                 y_TO += bias_O
         ctx.save_for_backward(
-            x_TI if keep_x and recipe is None else None, dropped_TI, A_RI, B, u_TR, y_TO if wants_rows else None,
+            x_TI if keep_x and recompute is None else None, dropped_TI, A_RI, B, u_TR, y_TO if needs_rows else None,
             norm_O, gain_O, norm_I, gain_I, small_TN, small_O if small_TN is not None else None,
             None if product_OR is None else product_OR.to(dtype),  # only gradients read the products again
             None if product_RI is None else product_RI.to(dtype),
-            *(recipe.sources if keep_x and recipe is not None else ()),
+            *(recompute.sources if keep_x and recompute is not None else ()),
         )  # fmt: skip
-        ctx.fixed, ctx.recipe, ctx.shape = fixed, recipe, x_TI.shape
+        ctx.fixed, ctx.recompute, ctx.shape = fixed, recompute, x_TI.shape
         return y_TO
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TO: Tensor) -> tuple[Tensor | None, ...]:
-        return _Backward(ctx, dy_TO).gradients()
+        return _Backward(ctx, dy_TO).compute_gradients()
 
 
 class _Backward:
@@ -159,28 +173,28 @@ class _Backward:
             self.norm_O, self.gain_O, self.norm_I, self.gain_I, self.small_TN, self.small_O,
             self.product_OR, self.product_RI, *sources,
         ) = ctx.saved_tensors  # fmt: skip
-        self.x_TI = ctx.recipe.make(sources).reshape(ctx.shape) if sources else x_TI
-        self.fixed: Fixed = ctx.fixed
+        self.x_TI = ctx.recompute.run(sources).reshape(ctx.shape) if sources else x_TI
+        self.fixed: FrozenInputs = ctx.fixed
         self.frozen, self.scale, self.W_OI = self.fixed.frozen, self.fixed.scale, self.fixed.frozen.W_OI
-        self.wants_x, self.wants_dropped, self.wants_A, _, self.wants_rows, self.wants_cols, *_ = ctx.needs_input_grad
+        self.needs_x, self.needs_dropped, self.needs_A, _, self.needs_rows, self.needs_cols, *_ = ctx.needs_input_grad
         self.dy_TO, self.dtype = dy_TO, dy_TO.dtype
         self.norms: Any = weight_norms_xs if self.A_RI is None else weight_norms
         self.gained_dy: Tensor | None = None  # room for dz, with R more rows; fresh memory for each use costs time
         if self.gain_O is not None:
             self.gained_dy = dy_TO.new_empty(dy_TO.shape[0] + self.B.shape[1], dy_TO.shape[1])
 
-    def gradients(self) -> tuple[Tensor | None, ...]:
-        grad_O = self._gradient_of_gain_O() if self.wants_rows else None
+    def compute_gradients(self) -> tuple[Tensor | None, ...]:
+        grad_O = self._compute_gain_gradient() if self.needs_rows else None
         dmagnitude_O = dsquare_O = dmagnitude_I = dsquare_I = None
-        if grad_O is not None and not self.wants_cols:
-            dmagnitude_O, dsquare_O = gain_gradients(grad_O, self.gain_O, self.norm_O)
-        dz_TO, product_RI = self._gained_gradient(dsquare_O if self.wants_A else None)
-        du_TR, dB = self._low_rank_gradients(dz_TO)
-        dA = (du_TR.T @ self._low_rank_input()).float() if self.wants_A else None
-        dx, dropped, grad_I = self._input_gradients(du_TR)
+        if grad_O is not None and not self.needs_cols:
+            dmagnitude_O, dsquare_O = compute_gain_gradients(grad_O, self.gain_O, self.norm_O)
+        dz_TO, product_RI = self._compute_gained_gradient(dsquare_O if self.needs_A else None)
+        du_TR, dB = self._compute_low_rank_gradients(dz_TO)
+        dA = (du_TR.T @ self._compute_low_rank_input()).float() if self.needs_A else None
+        dx, dropped, grad_I = self._compute_input_gradients(du_TR)
         if grad_I is not None:
-            dmagnitude_I, dsquare_I = gain_gradients(grad_I, self.gain_I, self.norm_I)
-        through = self._through_norms(grad_O, dsquare_O, dsquare_I, product_RI)
+            dmagnitude_I, dsquare_I = compute_gain_gradients(grad_I, self.gain_I, self.norm_I)
+        through = self._compute_norm_gradients(grad_O, dsquare_O, dsquare_I, product_RI)
         if through is not None:
             dB += through.B
             if dA is not None and through.A_RI is not None:
@@ -189,40 +203,44 @@ class _Backward:
                 dmagnitude_O = through.magnitude_O
         return dx, dropped, dA, dB, dmagnitude_O, dmagnitude_I, None, None
 
-    def _through_norms(
+    def _compute_norm_gradients(
         self, grad_O: Tensor | None, dsquare_O: Tensor | None, dsquare_I: Tensor | None, product_RI: Tensor | None
     ) -> NormGradients | None:
-        """What the norms add, given the gradients of the row gains and of the squared norms."""
-        kind, of = self.norms, (self.A_RI, self.B)
+        """Gradients that the norms add, given those of the row gains and of the squared norms."""
+        norms, factors = self.norms, (self.A_RI, self.B)
         if grad_O is not None and dsquare_I is not None:
             given = GainGradients(self.norm_O, self.gain_O, grad_O, dsquare_I)
-            return kind.both_gradients(self.frozen, self.product_OR, self.product_RI, *of, given, self.scale)
+            return norms.compute_both_gradients(
+                self.frozen, self.product_OR, self.product_RI, *factors, given, self.scale
+            )
         if dsquare_O is not None:
-            return kind.row_gradients(self.frozen, self.product_OR, *of, dsquare_O, self.scale, product_RI)
+            return norms.compute_row_gradients(
+                self.frozen, self.product_OR, *factors, dsquare_O, self.scale, product_RI
+            )
         if dsquare_I is not None:
-            return kind.column_gradients(self.frozen, self.product_RI, *of, dsquare_I, self.scale)
+            return norms.compute_column_gradients(self.frozen, self.product_RI, *factors, dsquare_I, self.scale)
         return None
 
-    def _gained_gradient(self, dsquare_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """dz = g ⊙ dy; its product with W is left in `self.dx`.
+    def _compute_gained_gradient(self, dsquare_O: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """dz = g ⊙ dy; stores its product with W in `self.dx`.
 
-        When the gradient of the row norms is known already, (2s·q ⊙ B)ᵀ is multiplied with W in the same go.
+        When the gradient of the row norms is known already, (2s·q ⊙ B)ᵀ is multiplied with W at the same time.
         """
         tokens, product_RI = self.dy_TO.shape[0], None
-        wants_back = self.wants_x or self.wants_cols
+        needs_back = self.needs_x or self.needs_cols
         dz_TO = operand = self.dy_TO
         if self.gained_dy is not None:
             dz_TO = operand = self.gained_dy[:tokens]
             torch.addcmul(self.dy_TO, self.dy_TO, (self.gain_O - 1).to(self.dtype), out=dz_TO)
-            if dsquare_O is not None and wants_back:
+            if dsquare_O is not None and needs_back:
                 operand = self.gained_dy
                 torch.mul(self.B.T, 2 * self.scale * dsquare_O, out=operand[tokens:])
-        self.dx = operand @ self.W_OI if wants_back else None
+        self.dx = operand @ self.W_OI if needs_back else None
         if self.dx is not None and self.dx.shape[0] > tokens:
             product_RI, self.dx = self.dx[tokens:].float(), self.dx[:tokens]
         return dz_TO, product_RI
 
-    def _low_rank_gradients(self, dz_TO: Tensor) -> tuple[Tensor, Tensor]:
+    def _compute_low_rank_gradients(self, dz_TO: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients of u, and of B or M, through the low-rank product."""
         scaled_u = self.u_TR * self.scale
         if self.A_RI is not None:
@@ -230,11 +248,11 @@ class _Backward:
         v_RT = self.frozen.bases[0].to(self.dtype).T @ dz_TO.T
         return (v_RT.T @ self.B.to(self.dtype)).mul_(self.scale), v_RT.float() @ scaled_u.float()
 
-    def _low_rank_input(self) -> Tensor:
-        return gained(self.x_TI if self.dropped_TI is None else self.dropped_TI, self.gain_I)
+    def _compute_low_rank_input(self) -> Tensor:
+        return apply_gain(self.x_TI if self.dropped_TI is None else self.dropped_TI, self.gain_I)
 
-    def _input_gradients(self, du_TR: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Gradients of x, of its dropped-out twin, and of c."""
+    def _compute_input_gradients(self, du_TR: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Gradients of x, of x after dropout, and of c."""
         dx, dropped, grad_I = self.dx, None, None
         if dx is None:
             return None, None, None
@@ -243,7 +261,7 @@ class _Backward:
             dx.addmm_(du_TR, A_RI)
         else:
             dropped = du_TR @ A_RI
-        if self.wants_cols:
+        if self.needs_cols:
             grad_I = (dx * self.x_TI).sum(dim=0).float()
             if dropped is not None:
                 grad_I += (dropped * self.dropped_TI).sum(dim=0).float()
@@ -252,9 +270,9 @@ class _Backward:
             dx.addcmul_(dx, gain)
             if dropped is not None:
                 dropped.addcmul_(dropped, gain)
-        return dx if self.wants_x else None, dropped if self.wants_dropped else None, grad_I
+        return dx if self.needs_x else None, dropped if self.needs_dropped else None, grad_I
 
-    def _gradient_of_gain_O(self) -> Tensor:
+    def _compute_gain_gradient(self) -> Tensor:
         """Σ_t dy · z with z = V(c ⊙ x) = (y − bias) / g."""
         assert self.gained_dy is not None
         product_TO = torch.mul(self.dy_TO, self.y_TO, out=self.gained_dy[: self.dy_TO.shape[0]])
@@ -267,6 +285,14 @@ class _Backward:
         return grad_O
 
 
-def gained(x: Tensor, gain: Tensor | None) -> Tensor:
-    """x · gain, as x + x · (gain − 1): a gain near 1 keeps its precision in 16 bits, and at 1 nothing changes."""
+def apply_gain(x: Tensor, gain: Tensor | None) -> Tensor:
+    """Apply a gain as x + x · (gain − 1), so that a gain near 1 keeps its precision in 16 bits.
+
+    Args:
+        x: The input.
+        gain: The gain of its last dimension; None leaves x as it is.
+
+    Returns:
+        x · gain; exactly x where the gain is 1.
+    """
     return x if gain is None else torch.addcmul(x, x, (gain - 1).to(x.dtype))

@@ -1,7 +1,7 @@
-"""Adapters made from adapters: cut to another rank, scaled, merged, made plain, extracted from a fine-tuned model.
+"""Make adapters from adapters: resize, scale, merge, extract from a fine-tuned model.
 
-`weights` maps a module path to the base model's weight there. Kinds whose change depends on it (all but lora and diff)
-need it wherever the change itself is wanted. Results are fp32 on the CPU; losses are in norms of the weight's change.
+`weights` are the base model's by module path. Types whose change depends on them (all but lora and diff) need them
+wherever the change itself is needed. Results are fp32 on the CPU; errors are relative to the weights' change.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,165 +12,222 @@ from torch import Tensor, nn
 
 from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.apply.effective_weight import flatten_weight
-from sa3train.adapters.apply.layer_weight import layer_part
-from sa3train.adapters.formats.native import spec_of_ranks
-from sa3train.adapters.layer_filter import adaptable_layers
+from sa3train.adapters.apply.layer_weight import get_layer_adapter
+from sa3train.adapters.formats.native import build_spec
+from sa3train.adapters.layer_filter import find_adaptable_layers
 from sa3train.adapters.spec import KINDS, AdapterSpec
-from sa3train.adapters.tools.history import HISTORY, cut_record, extended, history_of, recorded, source_record
-from sa3train.adapters.tools.low_rank import Cut, Loss, LowRank, cut_matrix, cut_product
+from sa3train.adapters.tools.base_weights import Weights, get_weight, require_weights
+from sa3train.adapters.tools.history import HISTORY, append_history, describe_source, read_history, write_history
+from sa3train.adapters.tools.low_rank import ErrorByLayer, LowRankFactors, Truncation, truncate_matrix, truncate_product
 from sa3train.core.errors import AdapterError
-from sa3train.core.log import progress
-
-Weights = Mapping[str, Tensor]
+from sa3train.core.log import track_progress
 
 
 @torch.no_grad()
-def resized(adapter: Adapter, cut: Cut, weights: Weights | None = None) -> tuple[Adapter, Loss]:
-    """`adapter` with its low-rank product cut (or padded with zeros), and what that loses.
+def resize(adapter: Adapter, truncation: Truncation, weights: Weights | None = None) -> tuple[Adapter, ErrorByLayer]:
+    """Resize an adapter by truncating (or zero-padding) its low-rank product.
 
-    Magnitudes stay as they are, and the loss is then that of the product alone. -xs kinds become the kind with free
-    factors; diff and PEFT's methods become lora. Raises `AdapterError` when `weights` are needed and absent.
+    Magnitudes stay as they are, and the error is then that of the product alone. -xs types become the type with free
+    factors; diff and PEFT's methods become lora. Raises `AdapterError` when `weights` are needed and missing.
+
+    Args:
+        adapter: The adapter.
+        truncation: The new rank.
+        weights: The base model's weights.
+
+    Returns:
+        The new adapter and its truncation error.
     """
-    kind = KINDS.get(adapter.spec.kind)
+    kind = KINDS.get(adapter.spec.adapter_type)
     if kind is not None and kind.xs:
-        adapter = unfrozen(adapter, _needed(adapter, weights, "resizing"))
-    elif kind is None and adapter.spec.kind != "comfy-dora":
-        return merged([adapter], [1.0], cut, weights, tool="resize")
-    loss, layers, ranks = Loss(), {}, {}
+        adapter = expand_bases(adapter, require_weights(adapter, weights, "Resizing"))
+    elif kind is None and adapter.spec.adapter_type != "comfy-dora":
+        return merge([adapter], [1.0], truncation, weights, tool="resize")
+    spec, error, layers, ranks = adapter.spec, ErrorByLayer(), {}, {}
     for path, params in adapter.tensors.items():
-        scale = adapter.spec.scale_of(path)
-        part = cut_product(params["lora_B"] * scale, params["lora_A"], cut)
-        kept = {name: tensor for name, tensor in params.items() if name not in ("lora_A", "lora_B")}
-        layers[path] = {**_factors(part), **kept}
+        part = truncate_product(params["lora_B"] * spec.get_scale(path), params["lora_A"], truncation)
+        others = {name: tensor for name, tensor in params.items() if name not in ("lora_A", "lora_B")}
+        layers[path] = {**_store_factors(part), **others}
         ranks[path] = part.A_RI.shape[0]
-        loss.layers[path] = (part.lost, part.total)
-    spec = _respecified(adapter.spec, adapter.spec.kind, ranks)
-    return Adapter(spec, layers, extended(adapter, "resize", **cut_record(cut)), adapter.source), loss
+        error.layers[path] = (part.error, part.total)
+    spec = build_spec(spec.adapter_type, ranks, dropout=spec.dropout, include=spec.include, exclude=spec.exclude)
+    metadata = append_history(adapter, "resize", **truncation.describe())
+    return Adapter(spec, layers, metadata, adapter.source), error
 
 
-def scaled(adapter: Adapter, factor: float) -> Adapter:
-    """`adapter` so that strength 1 of it is strength `factor` of the original, exactly; tensors stay as they are.
+def scale(adapter: Adapter, factor: float) -> Adapter:
+    """Scale an adapter exactly, so that strength 1 of the result is strength `factor` of the original.
 
-    Raises `AdapterError` for a kind whose change is not in proportion to its scale: see `as_difference` and `merged`.
+    Args:
+        adapter: A lora, lora-xs or diff adapter.
+        factor: The factor; negative inverts the change.
+
+    Returns:
+        The new adapter; the tensors of low-rank types stay as they are.
+
+    Raises:
+        AdapterError: If the factor is 0 or not finite, or the change is not proportional to the scale (see `merge`).
     """
     if factor == 0 or not torch.isfinite(torch.tensor(factor)):
-        raise AdapterError(f"a scale must be a finite number other than 0, not {factor}.")
+        raise AdapterError(f"factor must be a finite number other than 0, not {factor}.")
     spec, tensors = adapter.spec, adapter.tensors
-    if spec.kind in ("lora", "lora-xs"):
-        alphas = {path: spec.alpha_of(path) * factor for path in tensors}
+    if spec.adapter_type in ("lora", "lora-xs"):
+        alphas = {path: spec.get_alpha(path) * factor for path in tensors}
         common = (spec.rank if spec.alpha is None else spec.alpha) * factor
         pattern = {path: alpha for path, alpha in alphas.items() if alpha != common}
         spec = replace(spec, alpha=common, alpha_pattern=pattern)
-    elif spec.kind == "diff":
+    elif spec.adapter_type == "diff":
         tensors = {
             path: {name: tensor.float() * factor for name, tensor in params.items()} for path, params in tensors.items()
         }
     else:
         raise AdapterError(
-            f"the change of a {spec.kind} adapter is not in proportion to its scale. With --model NAME it can be "
-            f"scaled as a lora of --rank R, which states its error."
+            f"The change of a {spec.adapter_type} adapter is not proportional to its scale. Set --model NAME and "
+            f"--rank R to scale a lora approximation of it; the error is reported."
         )
-    return Adapter(spec, tensors, extended(adapter, "scale", factor=factor), adapter.source)
+    return Adapter(spec, tensors, append_history(adapter, "scale", factor=factor), adapter.source)
 
 
 @torch.no_grad()
-def merged(
+def merge(
     adapters: Sequence[Adapter],
     strengths: Sequence[float],
-    cut: Cut,
+    truncation: Truncation,
     weights: Weights | None = None,
     tool: str = "merge",
-) -> tuple[Adapter, Loss]:
-    """One lora adapter with the change Σ sᵢ (Wᵢ' − W) cut by SVD, and what that loses.
+) -> tuple[Adapter, ErrorByLayer]:
+    """Merge adapters into one lora adapter: the change Σ sᵢ (Wᵢ' − W), truncated by SVD.
 
-    Changes of biases have no place in it and are listed in the loss. Raises `AdapterError` when `weights` are needed
-    and absent.
+    Raises `AdapterError` when `weights` are needed and missing.
+
+    Args:
+        adapters: The adapters.
+        strengths: The strength of each.
+        truncation: The rank of the result.
+        weights: The base model's weights.
+        tool: Name of the tool, for the history.
+
+    Returns:
+        The lora adapter and its truncation error. Changes of biases are listed as not carried.
     """
-    loss, parts = Loss(), {}
+    error, parts = ErrorByLayer(), {}
     paths = list(dict.fromkeys(path for adapter in adapters for path in adapter.tensors))
-    for path in progress(paths, tool, unit="layer"):
+    for path in track_progress(paths, tool, unit="layer"):
         active = [(a, s) for a, s in zip(adapters, strengths, strict=True) if path in a.tensors]
-        parts[path] = _cut_sum(path, active, cut, weights)
-        loss.layers[path] = (parts[path].lost, parts[path].total)
+        parts[path] = _truncate_sum(path, active, truncation, weights)
+        error.layers[path] = (parts[path].error, parts[path].total)
         if any("diff_b" in a.tensors[path] for a, _ in active):
-            loss.left_out.append(f"{path}: the change of its bias")
-    ranks = {path: part.A_RI.shape[0] for path, part in parts.items()}
-    spec = spec_of_ranks("lora", ranks, include=sorted(parts))
-    first = adapters[0]
-    if len(adapters) == 1:
-        spec = replace(spec, include=first.spec.include, exclude=first.spec.exclude)
+            error.not_carried.append(f"{path}: the change of its bias")
+    first, alone = adapters[0], len(adapters) == 1
+    include, exclude = (first.spec.include, first.spec.exclude) if alone else (sorted(parts), None)
     shared = {
         key: value
         for key, value in first.metadata.items()
         if key not in ("lora_config", HISTORY) and all(a.metadata.get(key) == value for a in adapters)
     }
-    sources = [source_record(a, s) for a, s in zip(adapters, strengths, strict=True)]
-    metadata = recorded(shared, tool, history_of(first) if len(adapters) == 1 else [], **cut_record(cut), of=sources)
-    layers = {path: _factors(part) for path, part in parts.items()}
-    return Adapter(spec, layers, metadata, " + ".join(a.source for a in adapters)), loss
+    sources = [describe_source(a, s) for a, s in zip(adapters, strengths, strict=True)]
+    metadata = write_history(shared, read_history(first) if alone else [], tool, **truncation.describe(), of=sources)
+    return _build_lora(parts, metadata, " + ".join(a.source for a in adapters), include, exclude), error
 
 
 @torch.no_grad()
-def unfrozen(adapter: Adapter, weights: Weights) -> Adapter:
-    """An -xs adapter as the same kind with free factors, U·M and Vᵀ: the same change, as other tools can read it."""
-    kind = adapter.spec.kind.removesuffix("-xs")
+def expand_bases(adapter: Adapter, weights: Weights) -> Adapter:
+    """Expand the frozen bases of an -xs adapter into free factors U·M and Vᵀ, which make the same change.
+
+    Args:
+        adapter: An adapter of an -xs type.
+        weights: The base model's weights.
+
+    Returns:
+        The adapter as other tools can read it.
+    """
     layers = {}
     for path, params in adapter.tensors.items():
-        basis = layer_part(adapter, path, _weight(adapter, weights, path)).params
+        basis = get_layer_adapter(adapter, path, get_weight(adapter, weights, path)).params
         free = {"lora_B": (basis["U"] @ params["M_xs"].float()).cpu(), "lora_A": basis["V"].T.contiguous().cpu()}
         layers[path] = {**free, **{name: tensor for name, tensor in params.items() if name != "M_xs"}}
-    metadata = extended(adapter, "unfreeze", kind=adapter.spec.kind)
-    return Adapter(replace(adapter.spec, kind=kind), layers, metadata, adapter.source)
+    xs_type = adapter.spec.adapter_type
+    metadata = append_history(adapter, "expand_bases", adapter_type=xs_type)
+    return Adapter(replace(adapter.spec, adapter_type=xs_type.removesuffix("-xs")), layers, metadata, adapter.source)
 
 
 @torch.no_grad()
-def as_difference(adapter: Adapter, weights: Weights) -> Adapter:
-    """`adapter` as the whole differences W' − W (and of biases), fp32: any kind, exactly, at the size of the model."""
+def convert_to_diff(adapter: Adapter, weights: Weights) -> Adapter:
+    """Convert an adapter of any type to full weight deltas W' − W (and those of biases), exactly.
+
+    Args:
+        adapter: The adapter.
+        weights: The base model's weights.
+
+    Returns:
+        The diff adapter, fp32, as large as the layers it changes.
+    """
     layers = {}
     for path in adapter.tensors:
-        W = _weight(adapter, weights, path)
-        part = layer_part(adapter, path, W)
+        W = get_weight(adapter, weights, path)
+        part = get_layer_adapter(adapter, path, W)
         layers[path] = {"diff": (part.weight(W) - W.float()).cpu()}
         if (bias := part.bias_change()) is not None:
             layers[path]["diff_b"] = bias.cpu()
     spec = AdapterSpec("diff", include=adapter.spec.include, exclude=adapter.spec.exclude)
-    return Adapter(spec, layers, extended(adapter, "difference", kind=adapter.spec.kind), adapter.source)
+    metadata = append_history(adapter, "convert_to_diff", adapter_type=adapter.spec.adapter_type)
+    return Adapter(spec, layers, metadata, adapter.source)
 
 
 @torch.no_grad()
-def extracted(
-    tuned: Weights, base: Weights, cut: Cut, metadata: Mapping[str, str] | None = None, source: str = "extracted"
-) -> tuple[Adapter, Loss]:
-    """The lora adapter of tuned − base, cut by SVD; layers that are equal are left out.
+def extract(
+    tuned: Weights,
+    base: Weights,
+    truncation: Truncation,
+    metadata: Mapping[str, str] | None = None,
+    source: str = "extracted",
+) -> tuple[Adapter, ErrorByLayer]:
+    """Extract the lora adapter of tuned − base, truncated by SVD; layers that are equal are left out.
 
-    Raises `AdapterError` when the two have other layers or shapes, or are equal.
+    Args:
+        tuned: Weights of the fine-tuned model.
+        base: Weights of its base model.
+        truncation: The rank of the adapter.
+        metadata: Provenance to store.
+        source: The adapter's name in messages.
+
+    Returns:
+        The adapter and its truncation error.
+
+    Raises:
+        AdapterError: If the two models differ in layers or shapes, or are equal.
     """
-    strange = sorted(tuned.keys() ^ base.keys())
-    strange += [path for path in tuned.keys() & base.keys() if tuned[path].shape != base[path].shape]
-    if strange:
+    different = sorted(tuned.keys() ^ base.keys())
+    different += [path for path in tuned.keys() & base.keys() if tuned[path].shape != base[path].shape]
+    if different:
         raise AdapterError(
-            f"the two models are of different architecture: {len(strange)} layers differ in name or shape, such as "
-            f"{strange[0]}. Give the base that the fine-tuned model was started from."
+            f"The two models have different architectures: {len(different)} layers differ in name or shape, such as "
+            f"{different[0]}. Set --base to the model that was fine-tuned."
         )
-    loss, parts = Loss(), {}
-    for path, W in progress(base.items(), "extract", len(base), unit="layer"):
+    error, parts = ErrorByLayer(), {}
+    for path, W in track_progress(base.items(), "extract", len(base), unit="layer"):
         change = flatten_weight(tuned[path]).float() - flatten_weight(W).float()
         if change.any():
-            parts[path] = cut_matrix(change, cut)
-            loss.layers[path] = (parts[path].lost, parts[path].total)
+            parts[path] = truncate_matrix(change, truncation)
+            error.layers[path] = (parts[path].error, parts[path].total)
     if not parts:
-        raise AdapterError(f"the two models have equal weights in all {len(base)} layers; there is nothing to extract.")
-    whole = len(parts) == len(base)
-    ranks = {path: part.A_RI.shape[0] for path, part in parts.items()}
-    spec = spec_of_ranks("lora", ranks, include=None if whole else sorted(parts))
-    layers = {path: _factors(part) for path, part in parts.items()}
-    return Adapter(spec, layers, recorded(dict(metadata or {}), "extract", [], **cut_record(cut)), source), loss
+        raise AdapterError(f"The two models have equal weights in all {len(base)} layers: there is nothing to extract.")
+    history = write_history(metadata or {}, [], "extract", **truncation.describe())
+    return _build_lora(parts, history, source, None if len(parts) == len(base) else sorted(parts)), error
 
 
 @torch.no_grad()
-def unextracted(tuned: nn.Module, base: nn.Module) -> list[str]:
-    """What differs between two models and is no weight of a Linear or Conv1d, so that a lora cannot hold it."""
-    carried = {f"{path}.weight" for path in adaptable_layers(base)}
+def list_not_extracted(tuned: nn.Module, base: nn.Module) -> list[str]:
+    """List what differs between two models and is no weight of a Linear or Conv1d, so that a lora cannot hold it.
+
+    Args:
+        tuned: The fine-tuned model.
+        base: Its base model.
+
+    Returns:
+        Names of parameters and buffers.
+    """
+    carried = {f"{path}.weight" for path in find_adaptable_layers(base)}
     one, other = tuned.state_dict(), base.state_dict()
     return [
         name for name in sorted(one.keys() & other.keys()) if name not in carried and not one[name].equal(other[name])
@@ -178,59 +235,64 @@ def unextracted(tuned: nn.Module, base: nn.Module) -> list[str]:
 
 
 @torch.no_grad()
-def differences(before: Adapter, after: Adapter, weights: Weights) -> Loss:
-    """How far the weights made by `after` are from those made by `before`, relative to the change `before` makes.
+def measure_difference(before: Adapter, after: Adapter, weights: Weights) -> ErrorByLayer:
+    """Measure how far the weights of one adapter are from those of another, relative to the first one's change.
 
-    A layer that only one of them has counts with its whole change.
+    Args:
+        before: The original adapter.
+        after: What was made of it.
+        weights: The base model's weights.
+
+    Returns:
+        The error; a layer that only one of them has counts with its whole change.
     """
-    loss = Loss()
+    error = ErrorByLayer()
     for path in dict.fromkeys((*before.tensors, *after.tensors)):
-        W = _weight(before if path in before.tensors else after, weights, path).float()
-        one, other = (layer_part(a, path, W).weight(W) if path in a.tensors else W for a in (before, after))
-        loss.layers[path] = (float((one - other).square().sum()), float((one - W).square().sum()))
-    return loss
+        W = get_weight(before if path in before.tensors else after, weights, path).float()
+        one, other = (get_layer_adapter(a, path, W).weight(W) if path in a.tensors else W for a in (before, after))
+        error.layers[path] = (float((one - other).square().sum()), float((one - W).square().sum()))
+    return error
 
 
-def _cut_sum(path: str, active: list[tuple[Adapter, float]], cut: Cut, weights: Weights | None) -> LowRank:
-    """Σ sᵢ (Wᵢ' − W) at `path`, cut; by its factors when all have them, else as a whole matrix."""
-    if all(adapter.spec.kind == "lora" for adapter, _ in active):
-        B = [a.tensors[path]["lora_B"].double() * (s * a.spec.scale_of(path)) for a, s in active]
-        return cut_product(torch.cat(B, 1), torch.cat([a.tensors[path]["lora_A"].double() for a, _ in active]), cut)
-    return cut_matrix(sum(s * change for s, change in _changes(path, active, weights)), cut)  # type: ignore[arg-type]
+def _truncate_sum(
+    path: str, active: list[tuple[Adapter, float]], truncation: Truncation, weights: Weights | None
+) -> LowRankFactors:
+    """Σ sᵢ (Wᵢ' − W) at `path`, truncated; by its factors when all have them, else as a full matrix."""
+    if all(adapter.spec.adapter_type == "lora" for adapter, _ in active):
+        B = [a.tensors[path]["lora_B"].double() * (s * a.spec.get_scale(path)) for a, s in active]
+        A = [a.tensors[path]["lora_A"].double() for a, _ in active]
+        return truncate_product(torch.cat(B, 1), torch.cat(A), truncation)
+    total = sum(strength * change for strength, change in _iterate_changes(path, active, weights))
+    return truncate_matrix(total, truncation)  # type: ignore[arg-type]
 
 
-def _changes(path: str, active: list[tuple[Adapter, float]], weights: Weights | None) -> Iterator[tuple[float, Tensor]]:
+def _iterate_changes(
+    path: str, active: list[tuple[Adapter, float]], weights: Weights | None
+) -> Iterator[tuple[float, Tensor]]:
     for adapter, strength in active:
-        params, scale = adapter.tensors[path], adapter.spec.scale_of(path)
-        if adapter.spec.kind == "lora":
-            yield strength, scale * (params["lora_B"].float() @ params["lora_A"].float())
-        elif adapter.spec.kind == "diff":
+        params, factor = adapter.tensors[path], adapter.spec.get_scale(path)
+        if adapter.spec.adapter_type == "lora":
+            yield strength, factor * (params["lora_B"].float() @ params["lora_A"].float())
+        elif adapter.spec.adapter_type == "diff":
             if "diff" in params:
                 yield strength, flatten_weight(params["diff"].float())
         else:
-            W = _weight(adapter, _needed(adapter, weights, "merging or approximating"), path)
-            yield strength, flatten_weight(layer_part(adapter, path, W).weight(W) - W.float()).cpu()
+            W = get_weight(adapter, require_weights(adapter, weights, "Merging or approximating"), path)
+            yield strength, flatten_weight(get_layer_adapter(adapter, path, W).weight(W) - W.float()).cpu()
 
 
-def _needed(adapter: Adapter, weights: Weights | None, what: str) -> Weights:
-    if weights is None:
-        raise AdapterError(
-            f"{what} a {adapter.spec.kind} adapter needs the weights it was trained on: give --model NAME "
-            f"({adapter.metadata.get('base_model', 'its base model')})."
-        )
-    return weights
+def _build_lora(
+    parts: Mapping[str, LowRankFactors],
+    metadata: Mapping[str, str],
+    source: str,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None = None,
+) -> Adapter:
+    """Build a lora adapter of scale 1 from factors by module path."""
+    ranks = {path: part.A_RI.shape[0] for path, part in parts.items()}
+    spec = build_spec("lora", ranks, include=include, exclude=exclude)
+    return Adapter(spec, {path: _store_factors(part) for path, part in parts.items()}, metadata, source)
 
 
-def _weight(adapter: Adapter, weights: Weights, path: str) -> Tensor:
-    if path not in weights:
-        raise AdapterError(f"{adapter.source}: the model has no layer {path}. Give the model it was trained on.")
-    return weights[path].detach()
-
-
-def _factors(part: LowRank) -> dict[str, Tensor]:
+def _store_factors(part: LowRankFactors) -> dict[str, Tensor]:
     return {"lora_A": part.A_RI.float().contiguous(), "lora_B": part.B_OR.float().contiguous()}
-
-
-def _respecified(spec: AdapterSpec, kind: str, ranks: Mapping[str, int]) -> AdapterSpec:
-    """A spec of other ranks and scale 1, with the same filters and dropout."""
-    return spec_of_ranks(kind, ranks, dropout=spec.dropout, include=spec.include, exclude=spec.exclude)

@@ -1,4 +1,4 @@
-"""What was done to an adapter, kept in its metadata from file to file."""
+"""The history of an adapter: what the tools of this project did to it, kept in its metadata from file to file."""
 
 import json
 from collections.abc import Mapping
@@ -7,37 +7,69 @@ from typing import Any
 
 from sa3train import __version__
 from sa3train.adapters.adapter import Adapter
-from sa3train.adapters.tools.low_rank import Cut
 from sa3train.core.safetensors_file import parse_json
 
 HISTORY = "sa3train_history"
 
 
-def history_of(adapter: Adapter) -> list[Any]:
-    """What tools of this project did to `adapter` so far, as recorded in its metadata."""
+def read_history(adapter: Adapter) -> list[Any]:
+    """Read the history of an adapter.
+
+    Args:
+        adapter: The adapter.
+
+    Returns:
+        One entry per tool that was run, oldest first.
+    """
     text = adapter.metadata.get(HISTORY)
     found = parse_json(text, HISTORY) if text else []
     return found if isinstance(found, list) else []
 
 
-def cut_record(cut: Cut) -> dict[str, Any]:
-    """The rank or the share of energy asked for."""
-    return {name: value for name, value in (("rank", cut.rank), ("energy", cut.energy)) if value is not None}
+def write_history(metadata: Mapping[str, str], history: list[Any], tool: str, **facts: Any) -> dict[str, str]:
+    """Write a history with one more entry into metadata.
 
+    Args:
+        metadata: The metadata to start from.
+        history: Earlier entries.
+        tool: Name of the tool that was run.
+        **facts: Its settings.
 
-def source_record(adapter: Adapter, strength: float) -> dict[str, Any]:
-    """An adapter that went into a merge."""
-    spec = adapter.spec
-    record = {"source": Path(adapter.source).name, "kind": spec.kind, "rank": spec.rank, "strength": strength}
-    return record | {"fingerprint": adapter.fingerprint}
-
-
-def extended(adapter: Adapter, tool: str, **facts: Any) -> dict[str, str]:
-    """The metadata of `adapter` with one more entry of its history."""
-    return recorded(adapter.metadata, tool, history_of(adapter), **facts)
-
-
-def recorded(metadata: Mapping[str, str], tool: str, history: list[Any], **facts: Any) -> dict[str, str]:
-    """`metadata` with `history` and one more entry: what `tool` did, and how."""
+    Returns:
+        New metadata.
+    """
     entry = {"tool": tool, "sa3train_version": __version__, **facts}
     return {**metadata, HISTORY: json.dumps([*history, entry])}
+
+
+def append_history(adapter: Adapter, tool: str, **facts: Any) -> dict[str, str]:
+    """Append an entry to the history of an adapter.
+
+    Args:
+        adapter: The adapter, which stays as it is.
+        tool: Name of the tool that was run.
+        **facts: Its settings.
+
+    Returns:
+        The adapter's metadata with the new entry.
+    """
+    return write_history(adapter.metadata, read_history(adapter), tool, **facts)
+
+
+def describe_source(adapter: Adapter, strength: float) -> dict[str, Any]:
+    """Describe an adapter that was merged into something.
+
+    Args:
+        adapter: The adapter.
+        strength: The strength it was merged with.
+
+    Returns:
+        Its file name, type, rank, strength and fingerprint.
+    """
+    return {
+        "source": Path(adapter.source).name,
+        "adapter_type": adapter.spec.adapter_type,
+        "rank": adapter.spec.rank,
+        "strength": strength,
+        "fingerprint": adapter.fingerprint,
+    }

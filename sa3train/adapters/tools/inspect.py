@@ -1,201 +1,371 @@
-"""What an adapter file holds, with or without the model it is for; two adapters side by side; a plot by layer."""
+"""Inspect an adapter file, with or without its model; compare two adapters; plot changes by layer."""
 
 import math
 import os
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sa3train.adapters.adapter import Adapter, architecture_of
+from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.apply.effective_weight import flatten_weight
-from sa3train.adapters.apply.layer_weight import layer_part
-from sa3train.adapters.apply.load_report import (
-    BaseModel,
-    LoadReport,
-    group_of,
-    match,
-    measured,
-    not_finite,
-    refuse_unfit,
-    refuse_without_effect,
-    squared_norms,
-)
-from sa3train.adapters.layer_filter import adaptable_layers
-from sa3train.adapters.spec import KINDS
-from sa3train.adapters.tools.edit import Weights
-from sa3train.adapters.tools.history import history_of
-from sa3train.adapters.tools.low_rank import Product, inner_product, shape_of
+from sa3train.adapters.apply.layer_weight import get_layer_adapter
+from sa3train.adapters.apply.load_report import LoadReport, check_fit, get_layer_group, list_non_finite
+from sa3train.adapters.formats.io import load_adapter
+from sa3train.adapters.layer_filter import find_adaptable_layers
+from sa3train.adapters.tools.base_weights import LoadedModel, Weights, get_base_weights
+from sa3train.adapters.tools.history import HISTORY, read_history
+from sa3train.adapters.tools.low_rank import Product, compute_inner_product, get_product_shape
 from sa3train.core.errors import AdapterError
-from sa3train.core.files import atomic_path
+from sa3train.core.files import replace_file
+from sa3train.core.text import format_number, list_few
+
+RELATIVE_CHANGE, PRODUCT_NORM = "‖W' − W‖ / ‖W‖", "norm of the scaled low-rank product"
+COMPARED_SETTINGS = ("adapter_type", "rank", "alpha", "rslora", "dropout", "include", "exclude", "dtypes")
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """What an adapter holds for one layer.
+
+    Attributes:
+        rank: Its rank.
+        alpha: Its alpha.
+        tensors: Shapes by tensor name.
+        norm: Frobenius norm of the scaled low-rank product or weight delta; None for types whose change depends on the
+            base weight.
+    """
+
+    rank: int
+    alpha: float
+    tensors: dict[str, list[int]]
+    norm: float | None
+
+
+@dataclass(frozen=True)
+class GroupSummary:
+    """What an adapter holds for one group of layers.
+
+    Attributes:
+        layers: Number of layers.
+        norm: Frobenius norm over all of them; None where that of a layer is unknown.
+    """
+
+    layers: int
+    norm: float | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What an adapter file holds, and how it fits a model.
+
+    Attributes:
+        source: The file.
+        adapter_type: Its type.
+        rank: Its rank, or the range of its ranks.
+        alpha: Its alpha, or the range of its alphas.
+        rslora: Whether it divides by √rank.
+        dropout: Dropout it was trained with.
+        include: Its `include` patterns.
+        exclude: Its `exclude` patterns.
+        parameters: Number of values in all tensors.
+        dtypes: Dtypes of the tensors.
+        fingerprint: SHA-256 over the adapter.
+        not_finite: `<path> <name>` of tensors with NaN or infinity.
+        all_zero: Whether every tensor is zero.
+        metadata: Metadata of the file without `lora_config`.
+        history: What the tools did to it.
+        groups: Summaries by group of layers.
+        layers: Summaries by module path.
+        load_report: How it fits the model; None without a model.
+    """
+
+    source: str
+    adapter_type: str
+    rank: str
+    alpha: str
+    rslora: bool
+    dropout: float
+    include: list[str] | None
+    exclude: list[str] | None
+    parameters: int
+    dtypes: list[str]
+    fingerprint: str
+    not_finite: list[str]
+    all_zero: bool
+    metadata: dict[str, str]
+    history: list[Any]
+    groups: dict[str, GroupSummary]
+    layers: dict[str, LayerSummary]
+    load_report: LoadReport | None = None
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The settings in words, by name."""
+        return {
+            "adapter type": self.adapter_type,
+            "rank, alpha": f"{self.rank}, {self.alpha}{' (rsLoRA)' if self.rslora else ''}",
+            "layers": f"{len(self.layers)}, {self.parameters:,} parameters in {', '.join(self.dtypes)}",
+            "include": list_few(self.include or ["every Linear and Conv1d"], 3),
+            "exclude": list_few(self.exclude or ["nothing"], 3),
+            "dropout": f"{self.dropout:g}" if self.dropout else "",
+            "fingerprint": self.fingerprint[:16],
+        }
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """The metadata and the history in words, by name."""
+        metadata = {key: _shorten(value) for key, value in self.metadata.items() if key != HISTORY}
+        return metadata | {f"step {number}": _shorten(str(entry)) for number, entry in enumerate(self.history, 1)}
+
+    @property
+    def problems(self) -> list[str]:
+        """What is wrong with the file whatever the model."""
+        damage = [f"{len(self.not_finite)} tensors hold NaN or infinity"] if self.not_finite else []
+        return damage + (["every tensor is zero: it has no effect"] if self.all_zero else [])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to plain values for JSON.
+
+        Returns:
+            The fields by name; `load_report` only where there is one.
+        """
+        return {name: value for name, value in asdict(self).items() if name != "load_report" or value is not None}
+
+
+@dataclass(frozen=True)
+class LayerDifference:
+    """How far one layer of two adapters differs.
+
+    Attributes:
+        relative_difference: ‖X − Y‖ / ‖X‖ of the two changes; None where they cannot be compared.
+        cosine: Their cosine; None likewise.
+    """
+
+    relative_difference: float | None = None
+    cosine: float | None = None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Where two adapters differ.
+
+    Attributes:
+        identical: Whether type, scales and tensors are equal bit for bit.
+        settings: Differing settings by name: of the first and of the second.
+        metadata: Differing metadata likewise.
+        only_in_first: Layers that only the first has.
+        only_in_second: Layers that only the second has.
+        compared: What was compared by layer.
+        layers: Differences by module path.
+        warnings: Warnings about the adapters' provenance.
+    """
+
+    identical: bool
+    settings: dict[str, list[Any]]
+    metadata: dict[str, list[Any]]
+    only_in_first: list[str]
+    only_in_second: list[str]
+    compared: str
+    layers: dict[str, LayerDifference]
+    warnings: list[str]
+
+    @property
+    def changed(self) -> list[list[str]]:
+        """Rows of name, first, second for settings and metadata that differ."""
+        changed = self.settings | self.metadata
+        return [[name, *(_shorten(str(value)) for value in pair)] for name, pair in changed.items()]
+
+    def list_differences(self, count: int | None = None) -> list[list[str]]:
+        """List the layers, the most different first.
+
+        Args:
+            count: Number of layers at most; None lists all.
+
+        Returns:
+            Rows of path, relative difference, cosine.
+        """
+        rows = sorted(self.layers.items(), key=lambda item: -(item[1].relative_difference or 0.0))
+        return [[path, format_number(row.relative_difference), format_number(row.cosine)] for path, row in rows[:count]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to plain values for JSON.
+
+        Returns:
+            The fields by name.
+        """
+        return asdict(self)
 
 
 @torch.no_grad()
-def inspected(adapter: Adapter) -> dict[str, Any]:
-    """What can be told from the file alone, as plain values.
+def inspect_adapter(source: str | os.PathLike[str] | Adapter, model: LoadedModel | None = None) -> Inspection:
+    """Inspect an adapter. Raises `AdapterError` for a file that holds none, but not for one that the model refuses.
 
-    `norm` of a layer is the Frobenius norm of its scaled low-rank product or difference; None for other methods, whose
-    change depends on the base weight.
+    Args:
+        source: The file or PEFT folder, or the adapter itself.
+        model: A model to check it against.
+
+    Returns:
+        What it holds, and how it fits the model.
     """
+    adapter = source if isinstance(source, Adapter) else load_adapter(source)
     tensors = [tensor for params in adapter.tensors.values() for tensor in params.values()]
-    layers = {path: _layer(adapter, path) for path in sorted(adapter.tensors)}
-    groups: dict[str, dict[str, Any]] = {}
+    layers = {path: _summarize_layer(adapter, path) for path in sorted(adapter.tensors)}
+    norms: dict[str, list[float | None]] = {}
     for path, layer in layers.items():
-        group = groups.setdefault(group_of(path), {"layers": 0, "norm": 0.0})
-        group["layers"] += 1
-        group["norm"] = None if None in (group["norm"], layer["norm"]) else math.hypot(group["norm"], layer["norm"])
-    spec = adapter.spec
-    return {
-        "source": adapter.source,
-        "kind": spec.kind,
-        "rank": "full" if spec.kind == "diff" else _span([layer["rank"] for layer in layers.values()]),
-        "alpha": _span([layer["alpha"] for layer in layers.values()]) if spec.kind in KINDS else "-",
-        "rslora": spec.rslora,
-        "dropout": spec.dropout,
-        "include": None if spec.include is None else list(spec.include),
-        "exclude": None if spec.exclude is None else list(spec.exclude),
-        "parameters": sum(tensor.numel() for tensor in tensors),
-        "dtypes": sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
-        "fingerprint": adapter.fingerprint,
-        "not_finite": not_finite(adapter),
-        "all_zero": not any(bool(tensor.any()) for tensor in tensors),
-        "metadata": {key: value for key, value in adapter.metadata.items() if key != "lora_config"},
-        "history": history_of(adapter),
-        "groups": groups,
-        "layers": layers,
-    }
+        norms.setdefault(get_layer_group(path), []).append(layer.norm)
+    spec, report = adapter.spec, None
+    if model is not None:
+        report, _ = check_fit(adapter, find_adaptable_layers(model.get_adapter_root()), model, refuse=False)
+    return Inspection(
+        source=adapter.source,
+        adapter_type=spec.adapter_type,
+        rank=spec.format_rank(layers),
+        alpha=spec.format_alpha(layers),
+        rslora=spec.rslora,
+        dropout=spec.dropout,
+        include=None if spec.include is None else list(spec.include),
+        exclude=None if spec.exclude is None else list(spec.exclude),
+        parameters=sum(tensor.numel() for tensor in tensors),
+        dtypes=sorted({str(tensor.dtype).removeprefix("torch.") for tensor in tensors}),
+        fingerprint=adapter.fingerprint,
+        not_finite=list_non_finite(adapter),
+        all_zero=not any(bool(tensor.any()) for tensor in tensors),
+        metadata={key: value for key, value in adapter.metadata.items() if key != "lora_config"},
+        history=read_history(adapter),
+        groups={group: GroupSummary(len(found), _combine_norms(found)) for group, found in norms.items()},
+        layers=layers,
+        load_report=report,
+    )
 
 
 @torch.no_grad()
-def examined(adapter: Adapter, root: nn.Module, base: "BaseModel | None" = None) -> tuple[LoadReport, str | None]:
-    """The load report of `adapter` on the model under `root`, and why it would be refused (None: it would not)."""
-    layers = adaptable_layers(root)
-    report = match(adapter, layers, architecture_of(root), base)
-    try:
-        refuse_unfit(report, allow_partial=False)
-        norms = {}
-        for path in report.matched:
-            W = layers[path].weight
-            assert isinstance(W, Tensor)
-            norms[path] = squared_norms(W, layer_part(adapter, path, W).weight(W))
-        report = measured(report, norms)
-        refuse_without_effect(report, adapter)
-    except AdapterError as error:
-        return report, str(error)
-    return report, None
+def compare_adapters(
+    first: str | os.PathLike[str] | Adapter, second: str | os.PathLike[str] | Adapter, model: LoadedModel | None = None
+) -> Comparison:
+    """Compare two adapters. Raises `AdapterError` for one that does not fit the model.
 
+    Args:
+        first: The first file or PEFT folder, or the adapter itself.
+        second: The second.
+        model: Their base model. With it, changes W' − W are compared, whatever the types; without it, low-rank
+            products and weight deltas.
 
-@torch.no_grad()
-def compared(first: Adapter, second: Adapter, weights: Weights | None = None) -> dict[str, Any]:
-    """Where two adapters differ: settings, metadata, layers, and by layer the relative difference and the cosine.
-
-    With the base's `weights` whole changes W' − W are compared, whatever the kinds; without, low-rank products and
-    differences, and layers of which that cannot be had count as not comparable.
+    Returns:
+        Where they differ.
     """
-    shared = sorted(first.tensors.keys() & second.tensors.keys())
-    layers = {path: _comparison(first, second, path, weights) for path in shared}
-    return {
-        "identical": first.fingerprint == second.fingerprint,
-        "settings": _changed(_settings(first), _settings(second)),
-        "metadata": _changed(_plain(first), _plain(second)),
-        "only_in_first": sorted(first.tensors.keys() - second.tensors.keys()),
-        "only_in_second": sorted(second.tensors.keys() - first.tensors.keys()),
-        "compared": "changes of weights" if weights is not None else "low-rank products",
-        "layers": layers,
-    }
+    one, other = (source if isinstance(source, Adapter) else load_adapter(source) for source in (first, second))
+    weights, warnings = get_base_weights([one, other], model)
+    shared = sorted(one.tensors.keys() & other.tensors.keys())
+    settings = [vars(inspect_adapter(adapter)) for adapter in (one, other)]
+    metadata = [{key: text for key, text in a.metadata.items() if key != "lora_config"} for a in (one, other)]
+    return Comparison(
+        identical=one.fingerprint == other.fingerprint,
+        settings={name: pair for name, pair in _list_changed(*settings).items() if name in COMPARED_SETTINGS},
+        metadata=_list_changed(*metadata),
+        only_in_first=sorted(one.tensors.keys() - other.tensors.keys()),
+        only_in_second=sorted(other.tensors.keys() - one.tensors.keys()),
+        compared="weight changes" if weights is not None else "low-rank products",
+        layers={path: _compare_layer(one, other, path, weights) for path in shared},
+        warnings=warnings,
+    )
 
 
-def plot_layers(values: Mapping[str, float], what: str, title: str, path: str | os.PathLike[str]) -> None:
-    """A bar per layer, coloured by group, as a PNG at `path`, whole or not at all."""
+def plot_layers(inspection: Inspection, path: str | os.PathLike[str]) -> None:
+    """Plot a bar per layer, colored by group: the measured effect, or the norm of the change without a model.
+
+    Args:
+        inspection: The inspected adapter.
+        path: The PNG file to write.
+
+    Raises:
+        AdapterError: If the change depends on the base model and there is none.
+    """
     from matplotlib.figure import Figure
 
-    groups = list(dict.fromkeys(group_of(layer) for layer in values))
+    values: Mapping[str, float] = inspection.load_report.layer_effect if inspection.load_report else {}
+    label = RELATIVE_CHANGE if values else PRODUCT_NORM
+    values = values or {path: layer.norm for path, layer in inspection.layers.items() if layer.norm is not None}
+    if not values:
+        raise AdapterError(
+            f"The change of a {inspection.adapter_type} adapter depends on its base model. Set --model to plot it."
+        )
     figure = Figure(figsize=(9, max(3.0, 0.17 * len(values) + 1.2)), layout="constrained")
     axes = figure.subplots()
-    places = {layer: place for place, layer in enumerate(values)}
-    for group in groups:
-        members = [layer for layer in values if group_of(layer) == group]
-        axes.barh([places[layer] for layer in members], [values[layer] for layer in members], label=group)
+    rows = {layer: row for row, layer in enumerate(values)}
+    for group in dict.fromkeys(get_layer_group(layer) for layer in values):
+        members = [layer for layer in values if get_layer_group(layer) == group]
+        axes.barh([rows[layer] for layer in members], [values[layer] for layer in members], label=group)
     axes.set_yticks(range(len(values)), list(values), fontsize=6)
     axes.invert_yaxis()
     axes.margins(y=0.01)
-    axes.set_xlabel(what)
-    axes.set_title(title, fontsize=9)
+    axes.set_xlabel(label)
+    axes.set_title(f"{Path(inspection.source).name}: {inspection.adapter_type}", fontsize=9)
     axes.legend(fontsize=7)
-    with atomic_path(path) as temporary:
+    with replace_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
 
 
-def _layer(adapter: Adapter, path: str) -> dict[str, Any]:
-    product = _product(adapter, path, None)
-    return {
-        "rank": adapter.spec.rank_of(path),
-        "alpha": adapter.spec.alpha_of(path),
-        "tensors": {name: list(tensor.shape) for name, tensor in adapter.tensors[path].items()},
-        "norm": None if product is None else math.sqrt(max(inner_product(product, product), 0.0)),
-    }
+def _shorten(text: str) -> str:
+    return text if len(text) <= 160 else f"{text[:157]}…"
 
 
-def _product(adapter: Adapter, path: str, weights: Weights | None) -> Product | None:
+def _summarize_layer(adapter: Adapter, path: str) -> LayerSummary:
+    product = _get_product(adapter, path, None)
+    return LayerSummary(
+        adapter.spec.get_rank(path),
+        adapter.spec.get_alpha(path),
+        {name: list(tensor.shape) for name, tensor in adapter.tensors[path].items()},
+        None if product is None else math.sqrt(max(compute_inner_product(product, product), 0.0)),
+    )
+
+
+def _combine_norms(norms: list[float | None]) -> float | None:
+    known = [norm for norm in norms if norm is not None]
+    return math.hypot(*known) if len(known) == len(norms) else None
+
+
+def _get_product(adapter: Adapter, path: str, weights: Weights | None) -> Product | None:
     """Factors (B, A) of the layer's change in float64; without weights those of the low-rank part alone, or None."""
     params, spec = adapter.tensors[path], adapter.spec
     if weights is not None:
         if path not in weights:
             return None
         W = weights[path].detach()
-        return _whole(layer_part(adapter, path, W).weight(W) - W.float())
-    if spec.kind == "diff":
-        return _whole(params["diff"]) if "diff" in params else None
+        return _flatten(get_layer_adapter(adapter, path, W).weight(W) - W.float())
+    if spec.adapter_type == "diff":
+        return _flatten(params["diff"]) if "diff" in params else None
     if "M_xs" in params:  # bases are orthonormal, so norms and angles are those of M
-        return _whole(params["M_xs"].double() * spec.scale_of(path))
+        return _flatten(params["M_xs"].double() * spec.get_scale(path))
     if "lora_A" in params and "lora_B" in params:
-        return params["lora_B"].double() * spec.scale_of(path), params["lora_A"].double()
+        return params["lora_B"].double() * spec.get_scale(path), params["lora_A"].double()
     return None
 
 
-def _whole(change: Tensor) -> Product:
+def _flatten(change: Tensor) -> Product:
     return flatten_weight(change).double().cpu(), None
 
 
-def _comparison(first: Adapter, second: Adapter, path: str, weights: Weights | None) -> dict[str, Any]:
-    one, other = (_product(adapter, path, weights) for adapter in (first, second))
+def _compare_layer(first: Adapter, second: Adapter, path: str, weights: Weights | None) -> LayerDifference:
+    one, other = (_get_product(adapter, path, weights) for adapter in (first, second))
     frozen = ["M_xs" in adapter.tensors[path] for adapter in (first, second)]
     if one is None or other is None or (weights is None and frozen[0] != frozen[1]):
-        return {"relative_difference": None, "cosine": None}
-    if shape_of(one) != shape_of(other):
-        return {"relative_difference": None, "cosine": None}
-    cross, norm, other_norm = (inner_product(*pair) for pair in ((one, other), (one, one), (other, other)))
+        return LayerDifference()
+    if get_product_shape(one) != get_product_shape(other):
+        return LayerDifference()
+    cross, norm, other_norm = (compute_inner_product(*pair) for pair in ((one, other), (one, one), (other, other)))
     apart = max(norm + other_norm - 2 * cross, 0.0)
-    if torch.equal(one[0], other[0]) and (one[1] is other[1] or _equal(one[1], other[1])):
+    if all(x is y or (x is not None and y is not None and torch.equal(x, y)) for x, y in zip(one, other, strict=True)):
         apart = 0.0  # exactly, where the sum of products leaves rounding
     both = math.sqrt(norm * other_norm)
-    return {
-        "relative_difference": math.sqrt(apart / norm) if norm > 0 else (0.0 if apart == 0 else None),
-        "cosine": cross / both if both > 0 else None,
-    }
+    return LayerDifference(
+        math.sqrt(apart / norm) if norm > 0 else (0.0 if apart == 0 else None), cross / both if both > 0 else None
+    )
 
 
-def _equal(first: Tensor | None, second: Tensor | None) -> bool:
-    return first is not None and second is not None and torch.equal(first, second)
-
-
-def _settings(adapter: Adapter) -> dict[str, Any]:
-    shown = inspected(adapter)
-    return {
-        name: shown[name] for name in ("kind", "rank", "alpha", "rslora", "dropout", "include", "exclude", "dtypes")
-    }
-
-
-def _plain(adapter: Adapter) -> dict[str, Any]:
-    return {key: value for key, value in adapter.metadata.items() if key != "lora_config"}
-
-
-def _changed(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, list[Any]]:
+def _list_changed(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, list[Any]]:
     names = dict.fromkeys((*first, *second))
     return {name: [first.get(name), second.get(name)] for name in names if first.get(name) != second.get(name)}
-
-
-def _span(values: list[Any]) -> str:
-    low, high = min(values), max(values)
-    return f"{low:g}" if low == high else f"{low:g} to {high:g}"

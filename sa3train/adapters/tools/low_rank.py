@@ -1,10 +1,11 @@
-"""Changes of weights cut down to a low rank, in float64, with what is lost.
+"""Truncate weight changes to a low rank, in float64, and measure the truncation error.
 
 Shape suffixes: O rows (out), I columns (in, or in·taps), R rank, K the smaller of O and I.
 """
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,115 +14,180 @@ from sa3train.core.errors import AdapterError
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How far to cut: to a `rank`, or to the smallest rank that keeps the share `energy` of Σσ². Exactly one is given.
+class Truncation:
+    """The rank to truncate to. Construction raises `AdapterError` unless exactly one setting is given and in range.
 
-    Raises `AdapterError` otherwise, and for a value out of range.
+    Attributes:
+        rank: The rank, at least 1.
+        explained_variance: The share of Σσ² to keep, in (0, 1]: each layer gets the smallest rank that reaches it.
     """
 
     rank: int | None = None
-    energy: float | None = None
+    explained_variance: float | None = None
 
     def __post_init__(self) -> None:
-        if (self.rank is None) == (self.energy is None):
-            raise AdapterError("say how far to cut, in one way: a rank, or a share of the energy.")
+        if (self.rank is None) == (self.explained_variance is None):
+            raise AdapterError("Give either a rank or an explained variance.")
         if self.rank is not None and self.rank < 1:
-            raise AdapterError(f"a rank must be at least 1, not {self.rank}.")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise AdapterError(f"a share of the energy must be above 0 and at most 1, not {self.energy}.")
+            raise AdapterError(f"rank must be at least 1, not {self.rank}.")
+        if self.explained_variance is not None and not 0 < self.explained_variance <= 1:
+            raise AdapterError(f"explained_variance must be above 0 and at most 1, not {self.explained_variance}.")
 
-    def kept(self, squares: Tensor) -> int:
-        """How many of the squared singular values, falling, are kept; at least 1."""
+    def choose_rank(self, squares_K: Tensor) -> int:
+        """Choose the rank of one layer.
+
+        Args:
+            squares_K: Squared singular values in falling order.
+
+        Returns:
+            The rank, at least 1.
+        """
         if self.rank is not None:
             return self.rank
-        assert self.energy is not None
-        total = squares.sum()
-        reached = torch.cumsum(squares, 0) >= self.energy * total * (1 - 1e-12)
+        assert self.explained_variance is not None
+        total = squares_K.sum()
+        reached = torch.cumsum(squares_K, 0) >= self.explained_variance * total * (1 - 1e-12)
         return max(1, int((~reached).sum()) + 1) if total > 0 else 1
+
+    def describe(self) -> dict[str, Any]:
+        """Describe the setting for an adapter's history.
+
+        Returns:
+            The one setting that was given, by name.
+        """
+        return {name: value for name, value in vars(self).items() if value is not None}
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """A change B·A (B (O,R), A (R,I)), the squared norm it lost, and the squared norm of the whole."""
+class LowRankFactors:
+    """A truncated change B·A.
+
+    Attributes:
+        B_OR: Left factor.
+        A_RI: Right factor.
+        error: Squared Frobenius norm of what was truncated.
+        total: Squared Frobenius norm of the whole change.
+    """
 
     B_OR: Tensor
     A_RI: Tensor
-    lost: float
+    error: float
     total: float
 
 
 @dataclass
-class Loss:
-    """(lost², total²) by layer, in squared Frobenius norms, and what could not be carried at all."""
+class ErrorByLayer:
+    """How far written weight changes are from the original ones.
+
+    Attributes:
+        layers: (error², change²) by module path, in squared Frobenius norms.
+        not_carried: What could not be carried over at all.
+    """
 
     layers: dict[str, tuple[float, float]] = field(default_factory=dict)
-    left_out: list[str] = field(default_factory=list)
+    not_carried: list[str] = field(default_factory=list)
 
     @property
     def relative(self) -> float:
-        """‖change lost‖ / ‖change‖ over all layers."""
-        return _root_of_ratio(
-            sum(lost for lost, _ in self.layers.values()), sum(all_ for _, all_ in self.layers.values())
-        )
+        """‖error‖ / ‖change‖ over all layers."""
+        return _divide_norms(*(sum(parts) for parts in zip(*self.layers.values(), strict=True)))
 
     @property
     def worst(self) -> tuple[str, float]:
-        """The layer with the largest relative loss, and that loss."""
-        found = {path: _root_of_ratio(*pair) for path, pair in self.layers.items()}
+        """The layer with the largest relative error, and that error."""
+        found = {path: _divide_norms(*pair) for path, pair in self.layers.items()}
         return max(found.items(), key=lambda item: item[1], default=("none", 0.0))
 
+    @property
+    def summary(self) -> str:
+        """The errors in words."""
+        path, worst = self.worst
+        return f"{self.relative:.4%} of the change over all layers, at most {worst:.4%} ({path})" if worst else "none"
 
-def cut_product(B_OR: Tensor, A_RI: Tensor, cut: Cut) -> LowRank:
-    """B·A cut by an SVD that never builds the product."""
+
+Product = tuple[Tensor, Tensor | None]
+"""A change as its factors (B, A), or as a full matrix (change, None)."""
+
+
+def truncate_product(B_OR: Tensor, A_RI: Tensor, truncation: Truncation) -> LowRankFactors:
+    """Truncate B·A by an SVD that never builds the product.
+
+    Args:
+        B_OR: Left factor.
+        A_RI: Right factor.
+        truncation: The rank to truncate to; factors of lower rank are padded with zeros.
+
+    Returns:
+        The best factors of that rank.
+    """
     Q_OK, left = torch.linalg.qr(B_OR.double())
     Q_IK, right = torch.linalg.qr(A_RI.double().T)
     U, S, Vh = torch.linalg.svd(left @ right.T, full_matrices=False)
-    rank = cut.kept(S.square())
-    B, A = _padded(Q_OK @ (U * S.sqrt())[:, :rank], (Q_IK @ (Vh.T * S.sqrt())[:, :rank]).T, rank)
-    return LowRank(B, A, float(S[rank:].square().sum()), float(S.square().sum()))
+    rank = truncation.choose_rank(S.square())
+    B, A = _pad(Q_OK @ (U * S.sqrt())[:, :rank], (Q_IK @ (Vh.T * S.sqrt())[:, :rank]).T, rank)
+    return LowRankFactors(B, A, float(S[rank:].square().sum()), float(S.square().sum()))
 
 
-def cut_matrix(D_OI: Tensor, cut: Cut) -> LowRank:
-    """A whole matrix cut to the best of a low rank, by the eigenvectors of its smaller Gram matrix."""
+def truncate_matrix(D_OI: Tensor, truncation: Truncation) -> LowRankFactors:
+    """Truncate a full matrix by the eigenvectors of its smaller Gram matrix.
+
+    Args:
+        D_OI: The change.
+        truncation: The rank to truncate to.
+
+    Returns:
+        The best factors of that rank.
+    """
     D = D_OI.double()
     tall = D.shape[0] >= D.shape[1]
     values, vectors = torch.linalg.eigh(D.T @ D if tall else D @ D.T)
     squares, Q = values.flip(0).clamp_min(0), vectors.flip(1)
-    rank = cut.kept(squares)
+    rank = truncation.choose_rank(squares)
     Q = Q[:, :rank]
     long = D @ Q if tall else D.T @ Q
     root = torch.linalg.vector_norm(long, dim=0).sqrt()  # halves of σ on both sides keep F16 away from its limits
     scaled, unit = long / root.clamp_min(1e-150), Q * root
-    B, A = _padded(*((scaled, unit.T) if tall else (unit, scaled.T)), rank)
-    return LowRank(B, A, float((D - B @ A).square().sum()), float(D.square().sum()))
+    B, A = _pad(*((scaled, unit.T) if tall else (unit, scaled.T)), rank)
+    return LowRankFactors(B, A, float((D - B @ A).square().sum()), float(D.square().sum()))
 
 
-Product = tuple[Tensor, Tensor | None]
-"""A change as its factors (B, A), or whole as (change, None)."""
+def compute_inner_product(first: Product, second: Product) -> float:
+    """Compute ⟨X, Y⟩ of two changes of one shape; of factors neither product is built.
 
+    Args:
+        first: X.
+        second: Y.
 
-def inner_product(first: Product, second: Product) -> float:
-    """⟨X, Y⟩ of two changes; where both are factors, neither product is built."""
+    Returns:
+        Σ X_ij Y_ij.
+    """
     (B, A), (D, C) = first, second
     if A is not None and C is not None:
         return float(((B.T @ D) * (A @ C.T)).sum())
     return float(((B if A is None else B @ A) * (D if C is None else D @ C)).sum())
 
 
-def shape_of(product: Product) -> tuple[int, int]:
-    """(out, in) of a change."""
+def get_product_shape(product: Product) -> tuple[int, int]:
+    """Get the shape of a change.
+
+    Args:
+        product: The change.
+
+    Returns:
+        (out, in).
+    """
     B, A = product
     return B.shape[0], (B if A is None else A).shape[1]
 
 
-def _padded(B_OR: Tensor, A_RI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _pad(B_OR: Tensor, A_RI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     missing = rank - B_OR.shape[1]
     if missing <= 0:
         return B_OR, A_RI
-    return torch.cat((B_OR, B_OR.new_zeros(B_OR.shape[0], missing)), 1), torch.cat(
-        (A_RI, A_RI.new_zeros(missing, A_RI.shape[1]))
-    )
+    B_padded = torch.cat((B_OR, B_OR.new_zeros(B_OR.shape[0], missing)), 1)
+    return B_padded, torch.cat((A_RI, A_RI.new_zeros(missing, A_RI.shape[1])))
 
 
-def _root_of_ratio(lost: float, total: float) -> float:
-    return math.sqrt(lost / total) if total > 0 else 0.0
+def _divide_norms(error: float = 0.0, total: float = 0.0) -> float:
+    """‖error‖ / ‖total‖ from squared norms."""
+    return math.sqrt(error / total) if total > 0 else 0.0

@@ -1,9 +1,10 @@
-"""Audit: every clip of a source is decoded, measured and judged, each once; a killed audit goes on where it was.
+"""Audit a source: decode, measure and check every clip once. An interrupted audit resumes where it stopped.
 
-Rows are appended to a journal (one JSON line a clip, valid while the clip's stamp is unchanged). `AuditIndex` keeps a
-few columns of the journal in memory, so that a million clips fit, and finds duplicates over all of them.
+Results go to a journal, one JSON row per clip, which stays valid while the clip's stamp is unchanged. `AuditIndex`
+keeps a few columns of the journal in memory, so that a million clips fit, and finds duplicates among all of them.
 """
 
+import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,21 +16,55 @@ from typing import Any, Literal
 import numpy as np
 
 from sa3train.audio.io import read_audio
-from sa3train.core.errors import AudioError, ConfigError, DataError
-from sa3train.core.log import progress
-from sa3train.data.audit.checks import ERROR, exact_originals, finding, implausible, judge, measure, near_originals
-from sa3train.data.sources.captions import describe
-from sa3train.data.sources.listing import Clip, Listing
+from sa3train.core.config import check_choice
+from sa3train.core.errors import AudioError, DataError
+from sa3train.core.log import track_progress
+from sa3train.data.audit.checks import (
+    FINDING_TYPES,
+    FINGERPRINT_BITS,
+    LIMITS,
+    check_measurements,
+    explain_implausible,
+    find_duplicates,
+    find_near_duplicates,
+    is_rejected,
+    make_finding,
+    measure,
+)
+from sa3train.data.sources.captions import CAPTION_FIELDS, EMBEDDED_TAGS, MAX_TAG_LENGTH, read_clip_text
+from sa3train.data.sources.listing import PATH_FIELDS, Clip, Listing
 
-CAPTIONS = ("required", "optional")
+CAPTION_RULES = ("required", "optional")
 
-UNREADABLE = (AudioError, DataError, MemoryError, RuntimeError, ValueError, OverflowError, OSError)
+READ_ERRORS = (AudioError, DataError, MemoryError, RuntimeError, ValueError, OverflowError, OSError)
 """What reading a damaged file may raise."""
 
 
+def compute_audit_version() -> str:
+    """Compute a hash of everything in the code that decides what an audit row says.
+
+    Rows of journals written with other caption fields, findings or limits are not reused.
+
+    Returns:
+        Hex digest, equal for equal checks.
+    """
+    severities = {code: kind.severity for code, kind in FINDING_TYPES.items()}
+    text_fields = [CAPTION_FIELDS, PATH_FIELDS, EMBEDDED_TAGS, MAX_TAG_LENGTH]
+    measurements = sorted(measure(np.zeros((1, 4096), np.float32), 44100))
+    guarded = [text_fields, severities, LIMITS, FINGERPRINT_BITS, measurements]
+    return hashlib.sha256(repr(guarded).encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
-class Rules:
-    """What the audit needs to know of the model: its longest in seconds, and how it counts and limits tokens."""
+class AuditRules:
+    """What the audit needs to know of the model that the clips are meant for.
+
+    Attributes:
+        captions: "required" rejects clips without a caption, "optional" accepts them.
+        longest_seconds: Longest audio the model generates, in seconds; None for no limit.
+        count_tokens: Counts the tokens of each caption; None to skip the check.
+        max_tokens: Number of tokens the model reads.
+    """
 
     captions: str = "required"
     longest_seconds: float | None = None
@@ -37,12 +72,19 @@ class Rules:
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if self.captions not in CAPTIONS:
-            raise ConfigError(f"captions is {self.captions!r}; choose one of: {', '.join(CAPTIONS)}.")
+        check_choice("captions", self.captions, CAPTION_RULES)
 
 
-def audit_clip(clip: Clip, rules: Rules) -> dict[str, Any]:
-    """The audit row of one clip. Never raises for what is wrong with the clip: that is what the findings say."""
+def audit_clip(clip: Clip, rules: AuditRules) -> dict[str, Any]:
+    """Audit one clip. What is wrong with the clip becomes a finding, never an exception.
+
+    Args:
+        clip: The clip.
+        rules: Limits of the model.
+
+    Returns:
+        The audit row: source, stamp, findings, measurements, caption, tags.
+    """
     row: dict[str, Any] = {"source": clip.source, "stamp": clip.stamp, "findings": []}
     findings: list[dict[str, Any]] = row["findings"]
     path = clip.audio.local_path()
@@ -50,25 +92,32 @@ def audit_clip(clip: Clip, rules: Rules) -> dict[str, Any]:
     try:
         content = None if path else clip.audio.read()
         audio_CN, rate = read_audio(path if content is None and path else content or b"")
-    except UNREADABLE as error:
+    except READ_ERRORS as error:
         text = str(error) or type(error).__name__
-        findings.append(finding("not_finite" if "NaN or infinite" in text else "unreadable", text))
+        findings.append(make_finding("not_finite" if "NaN or infinite" in text else "unreadable", text))
     else:
-        missing = missing_bytes(Path(path) if path else content)
+        missing = count_missing_bytes(Path(path) if path else content)
         if missing:
-            findings.append(finding("cut_short", f"{missing} bytes are missing"))
-        strange = implausible(audio_CN.numpy(), rate)
-        if strange:
-            findings.append(finding("implausible", strange))
+            findings.append(make_finding("cut_short", f"{missing} bytes are missing"))
+        implausible = explain_implausible(audio_CN.numpy(), rate)
+        if implausible:
+            findings.append(make_finding("implausible", implausible))
         else:
             row |= measure(audio_CN.numpy(), rate)
-            findings += judge(row, rules.longest_seconds)
-    row |= _described(clip, content, rules, findings)
+            findings += check_measurements(row, rules.longest_seconds)
+    row |= _audit_text(clip, content, rules, findings)
     return row
 
 
-def missing_bytes(file: Path | bytes | None) -> int:
-    """By how many bytes a WAV or AIFF file is shorter than its header says; 0 for other kinds."""
+def count_missing_bytes(file: Path | bytes | None) -> int:
+    """Count the bytes by which a WAV or AIFF file is shorter than its header says.
+
+    Args:
+        file: Path or content of an audio file.
+
+    Returns:
+        Number of missing bytes; 0 for other formats.
+    """
     if isinstance(file, Path):
         with file.open("rb") as opened:
             head, size = opened.read(8), file.stat().st_size
@@ -77,46 +126,61 @@ def missing_bytes(file: Path | bytes | None) -> int:
     orders: dict[bytes, Literal["little", "big"]] = {b"RIFF": "little", b"FORM": "big"}
     order = orders.get(head[:4])
     stated = int.from_bytes(head[4:], order) if order else 0
-    # Streamed files say 0 or the largest number; a byte of padding is often left out.
+    # Streamed files state 0 or the largest number; a padding byte is often left out.
     return max(0, stated + 8 - size - 1) if order and stated < 0xFFFFFF00 else 0
 
 
-def _described(clip: Clip, content: bytes | None, rules: Rules, findings: list[dict[str, Any]]) -> dict[str, Any]:
-    description = describe(clip, content)
-    findings += [finding(code, detail) for code, detail in description.notes]
-    told: dict[str, Any] = {"caption": description.caption, "tags": description.tags}
-    if description.beats:
-        told["beats"] = description.beats
-    if not description.caption and rules.captions == "required":
-        findings.append(finding("no_caption" if clip.text is None else "empty_caption"))
-    if description.caption and rules.count_tokens is not None:
-        told["tokens"] = rules.count_tokens([description.caption])[0]
-        if rules.max_tokens is not None and told["tokens"] > rules.max_tokens:
-            findings.append(finding("caption_long", f"{told['tokens']} tokens, the model reads {rules.max_tokens}"))
-    return told
+def _audit_text(clip: Clip, content: bytes | None, rules: AuditRules, findings: list[dict[str, Any]]) -> dict[str, Any]:
+    text = read_clip_text(clip, content)
+    findings += [make_finding(code, detail) for code, detail in text.problems]
+    columns: dict[str, Any] = {"caption": text.caption, "tags": text.tags}
+    if text.beats:
+        columns["beats"] = text.beats
+    if not text.caption and rules.captions == "required":
+        findings.append(make_finding("no_caption" if clip.text is None else "empty_caption"))
+    if text.caption and rules.count_tokens is not None:
+        tokens = columns["tokens"] = rules.count_tokens([text.caption])[0]
+        if rules.max_tokens is not None and tokens > rules.max_tokens:
+            findings.append(make_finding("caption_long", f"{tokens} tokens, the model reads {rules.max_tokens}"))
+    return columns
 
 
-def problem_rows(listing: Listing) -> list[dict[str, Any]]:
-    """Audit rows for what the listing could not make clips of."""
+def list_problem_rows(listing: Listing) -> list[dict[str, Any]]:
+    """List audit rows for what the listing could not make clips of.
+
+    Args:
+        listing: Listing of a source.
+
+    Returns:
+        One row with an error for each problem.
+    """
     return [
-        {"source": source, "stamp": "", "findings": [finding("damaged_source", text)], "caption": "", "tags": {}}
+        {"source": source, "stamp": "", "findings": [make_finding("damaged_source", text)], "caption": "", "tags": {}}
         for source, text in listing.problems
     ]
 
 
-def run_audit(clips: Iterable[Clip], rules: Rules, journal: Path, known: dict[str, str], threads: int = 2) -> None:
-    """Append a row to `journal` for every clip whose stamp is not that of `known` (source → stamp)."""
+def run_audit(clips: Iterable[Clip], rules: AuditRules, journal: Path, known: dict[str, str], threads: int = 2) -> None:
+    """Append a row to the journal for every clip that is not covered yet.
+
+    Args:
+        clips: Clips to audit.
+        rules: Limits of the model.
+        journal: JSON lines file; created if needed, and repaired if its last line is incomplete.
+        known: Stamp by source of the clips already audited; those with an equal stamp are skipped.
+        threads: Number of clips decoded at a time.
+    """
     journal.parent.mkdir(parents=True, exist_ok=True)
-    _mend_journal(journal)
+    _drop_incomplete_line(journal)
     todo = [clip for clip in clips if known.get(clip.source) != clip.stamp]
     with journal.open("a", encoding="utf-8") as file:
-        for row in progress(_in_order(todo, rules, threads), "audit", total=len(todo), unit="clip"):
+        for row in track_progress(_audit_in_order(todo, rules, threads), "audit", total=len(todo), unit="clip"):
             file.write(json.dumps(row) + "\n")
             file.flush()
 
 
-def _in_order(clips: Iterable[Clip], rules: Rules, threads: int) -> Iterator[dict[str, Any]]:
-    """Rows in the order of `clips`, a few clips measured at a time; decoding and filters run outside Python's lock."""
+def _audit_in_order(clips: Iterable[Clip], rules: AuditRules, threads: int) -> Iterator[dict[str, Any]]:
+    """Yield rows in the order of the clips. Decoding and filters release the GIL, so threads help."""
     if threads <= 1:
         yield from (audit_clip(clip, rules) for clip in clips)
         return
@@ -130,8 +194,8 @@ def _in_order(clips: Iterable[Clip], rules: Rules, threads: int) -> Iterator[dic
             yield pending.popleft().result()
 
 
-def _mend_journal(journal: Path) -> None:
-    """Cut off a line that a kill left half written."""
+def _drop_incomplete_line(journal: Path) -> None:
+    """Cut off a last line that a killed process left half written."""
     if not journal.is_file():
         return
     with journal.open("r+b") as file:
@@ -148,94 +212,126 @@ def _mend_journal(journal: Path) -> None:
             file.truncate(end)
 
 
-def journal_stamps(journals: Iterable[Path]) -> dict[str, str]:
-    """source → stamp of every row there is."""
-    return {row["source"]: row["stamp"] for _, _, row in _rows(journals)}
+def read_stamps(journals: Iterable[Path]) -> dict[str, str]:
+    """Read which clips journals cover.
+
+    Args:
+        journals: Audit journals.
+
+    Returns:
+        Stamp by source of every row.
+    """
+    return {row["source"]: row["stamp"] for _, _, row in _read_rows(journals)}
 
 
-def _rows(journals: Iterable[Path]) -> Iterator[tuple[Path, int, dict[str, Any]]]:
+def _read_rows(journals: Iterable[Path]) -> Iterator[tuple[Path, int, dict[str, Any]]]:
+    """Yield (journal, byte offset, row) of every complete line."""
     for journal in journals:
         with journal.open("rb") as file:
-            at = 0
+            offset = 0
             for line in file:
                 if line.endswith(b"\n"):
-                    yield journal, at, json.loads(line)
-                at += len(line)
+                    yield journal, offset, json.loads(line)
+                offset += len(line)
 
 
 class AuditIndex:
-    """The audit of a whole source: a few columns in memory, rows read from the journals when asked for.
+    """The audit of a whole source, ordered by source: some columns in memory, rows read from the journals on demand.
 
-    `wanted`: source → stamp of the clips that are there now; other rows of the journals are old. `extra` rows
-    (problems) are kept as they are. Order: by source.
+    Attributes:
+        sources: Source of each clip.
+        seconds: Length of each clip in seconds.
+        rejected: Whether each clip has an error.
+        content: First 16 bytes of each clip's audio hash.
+        original: Index of the first clip with the same audio; a clip's own index where there is none.
+        similar: Index of the first clip that sounds the same; a clip's own index where there is none.
     """
 
-    def __init__(self, journals: Sequence[Path], wanted: dict[str, str], extra: Sequence[dict[str, Any]] = ()) -> None:
+    def __init__(self, journals: Sequence[Path], stamps: dict[str, str], extra: Sequence[dict[str, Any]] = ()) -> None:
+        """Load the columns and compare all clips.
+
+        Args:
+            journals: Audit journals.
+            stamps: Stamp by source of the clips that exist now; other rows of the journals are outdated.
+            extra: Further rows (problems of the source), taken as they are.
+        """
         self._journals = list(journals)
         self._extra = list(extra)
-        places, self.sources = self._load(wanted)
-        order = sorted(range(len(self.sources)), key=self.sources.__getitem__)
-        self.sources = [self.sources[place] for place in order]
-        self._file, self._at, self.seconds, self.rejected = (column[order] for column in places[:4])
-        self.content, self.prints = places[4][order], places[5][order]
+        columns, sources = self._load(stamps)
+        order = sorted(range(len(sources)), key=sources.__getitem__)
+        self.sources = [sources[index] for index in order]
+        self._file, self._offset, self.seconds, self.rejected, self.content, fingerprints = (
+            column[order] for column in columns
+        )
         comparable = ~self.rejected & (self.content != np.zeros(1, self.content.dtype))
-        self.original = exact_originals(self.content, comparable)
-        self.like = near_originals(self.prints, self.seconds, comparable & (self.original == np.arange(len(self))))
+        self.original = find_duplicates(self.content, comparable)
+        distinct = comparable & (self.original == np.arange(len(self)))
+        self.similar = find_near_duplicates(fingerprints, self.seconds, distinct)
 
     def __len__(self) -> int:
         return len(self.sources)
 
-    def row(self, number: int) -> dict[str, Any]:
-        """The audit row of one clip, what was found by comparison with others included."""
-        row = self._stored(number)
-        if self.original[number] != number:
-            row["findings"].append(finding("duplicate", f"of {self.sources[self.original[number]]}"))
-        elif self.like[number] != number:
-            row["findings"].append(finding("near_duplicate", f"of {self.sources[self.like[number]]}"))
+    def row(self, index: int) -> dict[str, Any]:
+        """Read the audit row of one clip.
+
+        Args:
+            index: Index of the clip.
+
+        Returns:
+            The row, with findings about duplicates.
+        """
+        row = self._read_row(index)
+        if self.original[index] != index:
+            row["findings"].append(make_finding("duplicate", f"of {self.sources[self.original[index]]}"))
+        elif self.similar[index] != index:
+            row["findings"].append(make_finding("near_duplicate", f"of {self.sources[self.similar[index]]}"))
         return row
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """Every row, in order."""
-        return (self.row(number) for number in range(len(self)))
+    def iterate_rows(self) -> Iterator[dict[str, Any]]:
+        """Iterate over all rows in order.
 
-    def families(self) -> np.ndarray:
-        """For each clip, the number of the clip it is the same as or sounds like: they belong in one split."""
-        return np.asarray(self.like[self.original])
+        Yields:
+            Each clip's audit row.
+        """
+        yield from map(self.row, range(len(self)))
 
-    def _stored(self, number: int) -> dict[str, Any]:
-        file = int(self._file[number])
+    def find_groups(self) -> np.ndarray:
+        """Find groups of clips that belong in one split because they are or sound the same.
+
+        Returns:
+            (n,) index of the group's first clip, for each clip.
+        """
+        return np.asarray(self.similar[self.original])
+
+    def _read_row(self, index: int) -> dict[str, Any]:
+        file, offset = int(self._file[index]), int(self._offset[index])
         if file < 0:
-            extra = self._extra[int(self._at[number])]
+            extra = self._extra[offset]
             return {**extra, "findings": list(extra["findings"])}
         with self._journals[file].open("rb") as handle:
-            handle.seek(int(self._at[number]))
+            handle.seek(offset)
             row: dict[str, Any] = json.loads(handle.readline())
         return row
 
-    def _load(self, wanted: dict[str, str]) -> tuple[list[np.ndarray], list[str]]:
-        numbers: dict[str, int] = {}
-        most = len(wanted) + len(self._extra)
-        columns: list[np.ndarray] = [
-            np.full(most, -1, np.int16),
-            np.zeros(most, np.int64),
-            np.zeros(most, np.float64),
-            np.zeros(most, bool),
-            np.zeros(most, "V16"),
-            np.zeros((most, 30), np.uint8),
-        ]
-        files = {journal: number for number, journal in enumerate(self._journals)}
-        for journal, at, row in _rows(self._journals):
-            if wanted.get(row["source"]) != row["stamp"]:
+    def _load(self, stamps: dict[str, str]) -> tuple[list[np.ndarray], list[str]]:
+        indices: dict[str, int] = {}
+        count = len(stamps) + len(self._extra)
+        file, offset = np.full(count, -1, np.int16), np.zeros(count, np.int64)
+        seconds, rejected = np.zeros(count, np.float64), np.zeros(count, bool)
+        content, fingerprints = np.zeros(count, "V16"), np.zeros((count, FINGERPRINT_BITS // 8), np.uint8)
+        numbers = {journal: number for number, journal in enumerate(self._journals)}
+        for journal, start, row in _read_rows(self._journals):
+            if stamps.get(row["source"]) != row["stamp"]:
                 continue
-            place = numbers.setdefault(row["source"], len(numbers))
-            columns[0][place], columns[1][place] = files[journal], at
-            columns[2][place] = row.get("seconds", 0.0)
-            columns[3][place] = any(found["severity"] == ERROR for found in row["findings"])
+            index = indices.setdefault(row["source"], len(indices))
+            file[index], offset[index] = numbers[journal], start
+            seconds[index], rejected[index] = row.get("seconds", 0.0), is_rejected(row)
             if "content" in row:
-                columns[4][place] = np.void(bytes.fromhex(row["content"][:32]))
-                columns[5][place] = np.frombuffer(bytes.fromhex(row["fingerprint"]), np.uint8)
-        sources = list(numbers)
+                content[index] = np.void(bytes.fromhex(row["content"][:32]))
+                fingerprints[index] = np.frombuffer(bytes.fromhex(row["fingerprint"]), np.uint8)
+        sources = list(indices)
         for number, row in enumerate(self._extra):
-            columns[1][len(sources)], columns[3][len(sources)] = number, True
+            offset[len(sources)], rejected[len(sources)] = number, True
             sources.append(row["source"])
+        columns: list[np.ndarray] = [file, offset, seconds, rejected, content, fingerprints]
         return [column[: len(sources)] for column in columns], sources

@@ -1,15 +1,14 @@
 """Encode a source into latent shards: audit, plan, encode, index. Safe to kill at any moment and to run again.
 
-`encode_source` is the whole of it. Several processes (`Workers`) share one output folder: each audits and encodes its
-share and writes shards of its own; the first one sets aside what is stale, and writes the index.
-
-The card of a set of latents: what it is, how it was made, and how to use it, for people.
+`encode_dataset` runs all stages. Several processes (`Workers`) share one output folder: each audits and encodes its
+share and writes its own shards; the main one sets aside outdated shards and writes the index.
 """
 
 import hashlib
 import io
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -18,80 +17,52 @@ from typing import Any
 import numpy as np
 
 from sa3train.core.errors import DataError
-from sa3train.core.files import atomic_path, write_bytes, write_text
+from sa3train.core.files import replace_file, write_bytes, write_text
 from sa3train.core.log import get_logger
-from sa3train.data.audit.audit import AuditIndex, Rules, journal_stamps, problem_rows, run_audit
-from sa3train.data.audit.checks import reason
-from sa3train.data.audit.report import Summary, write_audit
+from sa3train.data.audit.audit import (
+    AuditIndex,
+    AuditRules,
+    compute_audit_version,
+    list_problem_rows,
+    read_stamps,
+    run_audit,
+)
+from sa3train.data.audit.checks import ERROR, describe_rejection
+from sa3train.data.audit.report import AuditSummary, write_audit_report
 from sa3train.data.encode.encoder import Encoder
-from sa3train.data.encode.fixes import chosen_fixes
-from sa3train.data.encode.pipeline import EncodeRun
+from sa3train.data.encode.fixes import order_fixes
+from sa3train.data.encode.pipeline import EncodePipeline
 from sa3train.data.encode.plan import (
     SPLITS,
     EncodePlan,
-    EncodeSettings,
-    Kept,
-    done_keys,
-    kept_latents,
-    read_list,
-    reconcile,
+    find_reusable_latents,
+    list_encoded_keys,
+    read_heldout_list,
+    reconcile_shards,
 )
-from sa3train.data.encode.workers import Workers, claim, settle, work_folder
-from sa3train.data.shards.index import SILENCE, build_index, remove_outdated, shard_files
+from sa3train.data.encode.settings import EncodeSettings
+from sa3train.data.encode.workers import Workers, get_work_dir, lock_output_dir, record_settings
+from sa3train.data.shards.index import SILENCE_FILE, build_index, list_shards, remove_outdated
 from sa3train.data.shards.writer import STALE, ShardWriter
-from sa3train.data.sources.listing import Listing, describe_skipped, list_source
+from sa3train.data.sources.listing import Listing, list_source
 from sa3train.data.sources.storage import is_url
-
-
-def write_card(folder: Path, index: dict[str, Any], audit: Summary) -> None:
-    """Write `README.md` beside the shards."""
-    model, settings = index["model"], index["settings"]
-    splits = "\n".join(
-        f"| {name} | {split['clips']:.0f} | {split['seconds'] / 60:.1f} |"
-        for name, split in sorted(index["splits"].items())
-    )
-    kinds = "\n".join(f"- {code}: {count}" for code, count in sorted(audit.findings.items())) or "- none"
-    listed = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-    write_text(
-        folder / "README.md",
-        f"""# Latents of {index["source"]}
-
-{index["clips"]:.0f} takes, {index["seconds"] / 60:.1f} minutes, for training Stable Audio 3 adapters with sa3train.
-{index["rejected"]} clips were rejected (`rejected.jsonl`); the audit is in `audit.html` and `audit.json`.
-
-| split | takes | minutes |
-|---|---|---|
-{splits}
-
-Made by {index["made_by"]} with the autoencoder of `{model["name"]}` (weights {model["fingerprint"][:16]}),
-{model["latent_channels"]} channels, {model["downsampling_ratio"]} samples a frame.
-
-| setting | value |
-|---|---|
-{listed}
-
-Found by the audit (clips):
-
-{kinds}
-
-The shards are WebDataset tars: `<key>.npy` (float16 latents, channels × frames) and `<key>.json` (caption, tags,
-seconds, source, hashes). `index.json` describes them. Manifest hash: `{index["manifest"]}`.
-
-The latents can be decoded back to audio: the licence and terms of the source recordings hold for them too.
-""",
-    )
-
 
 _logger = get_logger(__name__)
 
-AUDIT_VERSION = 1
-"""Raised when audit rows change, so that old journals are not used."""
-
 
 @dataclass
-class EncodeReport:
-    """What an encode did. `seconds`, `padding` and `elapsed` (wall time of encoding alone) are of this process and run;
-    `index` and `audit` of the whole set, on the first process only.
+class EncodeResult:
+    """What an encode did.
+
+    Attributes:
+        folder: Output folder.
+        encoded: Number of latents computed by this process.
+        reused: Number of latents this process copied from an earlier run.
+        seconds: Audio encoded by this process, in seconds.
+        padding: Share of the computed samples that belong to no clip.
+        elapsed: Wall time spent in the autoencoder, in seconds.
+        index: Content of `index.json`; on the main process only.
+        audit: Counts of the audit; on the main process only.
     """
 
     folder: Path
@@ -101,216 +72,272 @@ class EncodeReport:
     padding: float = 0.0
     elapsed: float = 0.0
     index: dict[str, Any] = field(default_factory=dict)
-    audit: Summary | None = None
+    audit: AuditSummary | None = None
 
 
-def encode_source(
+def encode_dataset(
     source: str,
     out: str | Path,
     encoder: Encoder,
     settings: EncodeSettings,
-    rules: Rules,
+    rules: AuditRules,
     workers: Workers | None = None,
-) -> EncodeReport:
-    """Audit `source`, encode what can be, and leave shards, `index.json`, `rejected.jsonl`, `silence.npy`, the audit
-    and a card in `out`. What an earlier run has done is kept.
+) -> EncodeResult:
+    """Encode a source into a folder of latent shards; what earlier runs have done is kept.
 
-    Raises `DataError` when more than `settings.max_rejected` of the clips are rejected (they are listed all the same),
-    when nothing is left, when `out` holds latents made otherwise, or when it cannot be written.
+    Leaves shards, `index.json`, `rejected.jsonl`, `silence.npy`, the audit and a card.
+
+    Args:
+        source: Folder, audio file, manifest, tar, or a URL of one of these.
+        out: Output folder, outside of the source.
+        encoder: The autoencoder with its choices.
+        settings: Settings of the encode.
+        rules: What the audit checks.
+        workers: This process among those that share the work; None for a single process.
+
+    Returns:
+        What was done. A `DataError` is raised when more than `settings.max_rejected` of the clips are rejected (they
+        are listed nevertheless), nothing is left to encode, `out` contains latents made with other settings, or it
+        cannot be written.
     """
     workers, folder = workers or Workers(), Path(out)
-    basis = latent_basis(encoder, settings)
-    _check_places(settings)
-    with claim(folder, workers):
-        if workers.first:
-            settle(folder, {"source": _absolute(source), **basis}, settings.overwrite)
+    basis = collect_latent_settings(encoder, settings)
+    _check_named_files(settings)
+    with lock_output_dir(folder, workers):
+        if workers.is_main:
+            absolute = source if is_url(source) else str(Path(source).resolve())
+            record_settings(folder, {"source": absolute, **basis}, settings.overwrite)
         workers.wait()
         listing = list_clips(source, folder)
-        index = audit_clips(listing, rules, work_folder(folder), workers, settings.threads)
+        index = audit_clips(listing, rules, get_work_dir(folder), workers, settings.count_threads())
         plan = EncodePlan(index, settings, basis)
         _check_rejected(source, folder, plan, workers)
-        if workers.first:
-            _forget_rejections(folder)
-            reconcile(folder, plan.digests(), workers.world)
+        if workers.is_main:
+            for path in get_work_dir(folder).glob("rejected-*.jsonl"):
+                path.unlink()
+            reconcile_shards(folder, plan.compute_digests(), workers.world_size)
         workers.wait()
-        done = done_keys(folder)
-        kept = kept_latents(folder, Path(settings.reuse) if settings.reuse else None)
+        result = _encode_share(plan, encoder, listing, folder, workers)
+        if workers.is_main:
+            _write_descriptions(source, folder, plan, encoder, result)
         workers.wait()
-        report = EncodeReport(folder)
-        _encode_share(plan, encoder, listing, done, kept, workers, report)
-        workers.wait()
-        if workers.first:
-            _finish(source, folder, plan, encoder, report)
-        workers.wait()
-    return report
+    return result
 
 
-def _check_places(settings: EncodeSettings) -> None:
-    """Refuse what is named and is not there before the audit, which may take hours."""
+def _check_named_files(settings: EncodeSettings) -> None:
+    """Check that named files exist before the audit, which may take hours."""
     if isinstance(settings.split, str):
-        read_list(settings.split)
-    if settings.reuse and not shard_files(Path(settings.reuse)):
-        raise DataError(f"reuse={settings.reuse} holds no latent shards: give a folder that sa3-encode made.")
+        read_heldout_list(settings.split)
+    if settings.reuse and not list_shards(Path(settings.reuse)):
+        raise DataError(f"reuse={settings.reuse} contains no latent shards: give a folder that sa3-encode made.")
 
 
-def latent_basis(encoder: Encoder, settings: EncodeSettings) -> dict[str, Any]:
-    """Everything besides its audio that a latent depends on."""
-    model = encoder.model
+def collect_latent_settings(encoder: Encoder, settings: EncodeSettings) -> dict[str, Any]:
+    """Collect everything besides its audio that a latent depends on.
+
+    Args:
+        encoder: The autoencoder with its choices.
+        settings: Settings of the encode.
+
+    Returns:
+        Values for JSON.
+    """
     return {
-        "autoencoder": model["fingerprint"],
-        "sample_rate": model["sample_rate"],
+        "autoencoder": encoder.model["fingerprint"],
+        "sample_rate": encoder.model["sample_rate"],
         "precision": encoder.precision,
         "chunked": encoder.chunked,
-        "fix": list(chosen_fixes(settings.fix)),
+        "fixes": order_fixes(settings.fixes),
     }
 
 
-def _absolute(source: str) -> str:
-    return source if is_url(source) else str(Path(source).resolve())
-
-
 def list_clips(source: str, out: Path | None = None) -> Listing:
-    """`list_source`, with what it skipped said aloud. Raises `DataError` when `out` lies inside the source."""
+    """List the clips of a source, and log what is skipped.
+
+    Args:
+        source: Folder, audio file, manifest, tar, or a URL of one of these.
+        out: Output folder; None for none.
+
+    Returns:
+        The listing.
+
+    Raises:
+        DataError: When `out` is inside the source.
+    """
     if out is not None and not is_url(source) and out.resolve().is_relative_to(Path(source).resolve()):
-        raise DataError(f"the output folder {out} lies inside the source {source}: choose one outside of it.")
+        raise DataError(f"the output folder {out} is inside the source {source}: choose one outside of it.")
     listing = list_source(source)
-    skipped = describe_skipped(listing)
-    if skipped:
-        _logger.info("not audio, left alone: %s", skipped)
+    if listing.skipped:
+        _logger.info("Skipped files that are not audio: %s", listing.describe_skipped())
     return listing
 
 
-def audit_clips(listing: Listing, rules: Rules, work: Path, workers: Workers, threads: int) -> AuditIndex:
-    """Audit every clip that no journal in `work` covers, each process its share; returns the index over all."""
-    signature = f"{AUDIT_VERSION}|{rules.captions}|{rules.longest_seconds}|{rules.max_tokens}"
+def audit_clips(listing: Listing, rules: AuditRules, work_dir: Path, workers: Workers, threads: int) -> AuditIndex:
+    """Audit the clips that no journal covers yet, each process its share.
+
+    Args:
+        listing: Clips to audit.
+        rules: What to check.
+        work_dir: Folder of the journals.
+        workers: This process among those that share the work.
+        threads: Number of clips decoded at a time.
+
+    Returns:
+        The audit of all clips.
+    """
+    signature = f"{compute_audit_version()}|{rules.captions}|{rules.longest_seconds}|{rules.max_tokens}"
     for clip in listing.clips:
         clip.stamp = hashlib.blake2b(f"{clip.stamp}|{signature}".encode("utf-8", "replace"), digest_size=12).hexdigest()
-    work.mkdir(parents=True, exist_ok=True)
-    known = journal_stamps(sorted(work.glob("audit-*.jsonl")))
+    work_dir.mkdir(parents=True, exist_ok=True)
+    known = read_stamps(sorted(work_dir.glob("audit-*.jsonl")))
     missing = [clip for clip in listing.clips if known.get(clip.source) != clip.stamp]
-    _logger.info("audit: %d clips, %d of them known", len(listing.clips), len(listing.clips) - len(missing))
+    _logger.info("Audit: %d clips, %d cached", len(listing.clips), len(listing.clips) - len(missing))
     workers.wait()
-    journal = work / f"audit-{workers.rank:03d}.jsonl"
-    run_audit(missing[workers.rank :: workers.world], rules, journal, known, threads)
+    journal = work_dir / f"audit-{workers.rank:03d}.jsonl"
+    run_audit(missing[workers.rank :: workers.world_size], rules, journal, known, threads)
     workers.wait()
-    wanted = {clip.source: clip.stamp for clip in listing.clips}
-    return AuditIndex(sorted(work.glob("audit-*.jsonl")), wanted, problem_rows(listing))
+    stamps = {clip.source: clip.stamp for clip in listing.clips}
+    return AuditIndex(sorted(work_dir.glob("audit-*.jsonl")), stamps, list_problem_rows(listing))
 
 
 def _check_rejected(source: str, folder: Path, plan: EncodePlan, workers: Workers) -> None:
     total, rejected = len(plan.index), int((~plan.accepted).sum())
     if rejected < total and rejected <= plan.settings.max_rejected * total:
         return
-    if workers.first:
-        _write_rejected(folder, plan.rejected())
-        write_audit(folder, source, plan.index.rows())
-    first = next(plan.rejected())
+    if workers.is_main:
+        _write_rejected(folder, plan.iterate_rejected())
+        write_audit_report(folder, source, plan.index.iterate_rows())
+    first = next(plan.iterate_rejected())
     raise DataError(
         f"{rejected} of {total} clips of {source} are rejected, more than max_rejected={plan.settings.max_rejected:g} "
-        f"allows; the first: {first['source']}, {reason(first)}. All are in {folder / 'rejected.jsonl'}, pictures in "
-        f"{folder / 'audit.html'}. Mend them, or raise max_rejected."
+        f"allows; the first: {first['source']}, {describe_rejection(first)}. All are listed in "
+        f"{folder / 'rejected.jsonl'}, with waveforms in {folder / 'audit.html'}. Fix them, or raise max_rejected."
     )
 
 
-def _write_rejected(folder: Path, rows: Iterator[dict[str, Any]]) -> int:
+def _write_rejected(folder: Path, rows: Iterable[dict[str, Any]]) -> int:
     count = 0
-    with atomic_path(folder / "rejected.jsonl") as path, path.open("w", encoding="utf-8") as file:
+    with replace_file(folder / "rejected.jsonl") as path, path.open("w", encoding="utf-8") as file:
         for row in rows:
-            codes = [found["code"] for found in row["findings"] if found["severity"] == "error"]
-            file.write(json.dumps({"source": row["source"], "reason": reason(row), "codes": codes}) + "\n")
+            codes = [finding["code"] for finding in row["findings"] if finding["severity"] == ERROR]
+            rejection = {"source": row["source"], "reason": describe_rejection(row), "codes": codes}
+            file.write(json.dumps(rejection) + "\n")
             count += 1
     return count
 
 
-def _encode_share(
-    plan: EncodePlan,
-    encoder: Encoder,
-    listing: Listing,
-    done: set[str],
-    kept: dict[str, Kept],
-    workers: Workers,
-    report: EncodeReport,
-) -> None:
-    """Encode this process's batches into its shards; what fails is listed in its journal of rejections."""
-    folder, settings = report.folder, plan.settings
-    seconds = settings.batch_seconds or encoder.batch_seconds()
-    _logger.info("encode: %d clips, %d takes done before", int(plan.accepted.sum()), len(done))
-    run = EncodeRun(plan, encoder, {clip.source: clip for clip in listing.clips}, done, kept)
+def _encode_share(plan: EncodePlan, encoder: Encoder, listing: Listing, folder: Path, workers: Workers) -> EncodeResult:
+    """Encode this process's batches into its shards; failures are listed in its journal of rejections."""
+    settings = plan.settings
+    done = list_encoded_keys(folder)
+    reusable = find_reusable_latents(folder, Path(settings.reuse) if settings.reuse else None)
+    workers.wait()  # all have read the shards before any writes
+    _logger.info("Encode: %d clips, %d latents cached", int(plan.accepted.sum()), len(done))
+    pipeline = EncodePipeline(plan, encoder, {clip.source: clip for clip in listing.clips}, done, reusable)
+    batches = plan.make_batches(settings.batch_seconds or encoder.estimate_batch_seconds())
+    shard_bytes = settings.shard_mb * 1_000_000
     with (
-        ShardWriter(folder, SPLITS[0], workers.rank, settings.shard_bytes) as train,
-        ShardWriter(folder, SPLITS[1], workers.rank, settings.shard_bytes) as heldout,
-        (work_folder(folder) / f"rejected-{workers.rank:03d}.jsonl").open("w", encoding="utf-8") as rejected,
+        ShardWriter(folder, SPLITS[0], workers.rank, shard_bytes) as train,
+        ShardWriter(folder, SPLITS[1], workers.rank, shard_bytes) as heldout,
+        (get_work_dir(folder) / f"rejected-{workers.rank:03d}.jsonl").open("w", encoding="utf-8") as rejected,
     ):
         writers = {SPLITS[0]: train, SPLITS[1]: heldout}
-        for outcome in run.outcomes(plan.batches(seconds)[workers.rank :: workers.world]):
-            if outcome.latent_CT is None:
-                rejected.write(json.dumps({"source": outcome.record["source"], "finding": outcome.fault}) + "\n")
+        for clip in pipeline.run(batches[workers.rank :: workers.world_size]):
+            if clip.latents_CF is None:
+                rejected.write(json.dumps({"source": clip.record["source"], "finding": clip.finding}) + "\n")
                 rejected.flush()
             else:
-                writers[outcome.record["split"]].add(outcome.latent_CT, outcome.record)
-    report.encoded, report.reused, report.seconds = run.encoded, run.reused, run.seconds
-    report.padding, report.elapsed = run.padding, run.elapsed
+                writers[clip.record["split"]].add(clip.latents_CF, clip.record)
+    workers.wait()
+    counted = {name: getattr(pipeline, name) for name in ("encoded", "reused", "seconds", "padding", "elapsed")}
+    return EncodeResult(folder, **counted)
 
 
-def _forget_rejections(folder: Path) -> None:
-    for path in work_folder(folder).glob("rejected-*.jsonl"):
-        path.unlink()
+def _write_descriptions(source: str, folder: Path, plan: EncodePlan, encoder: Encoder, result: EncodeResult) -> None:
+    """Write everything that describes the set; then delete what was set aside."""
+    failed = _read_failures(folder)
 
+    def add_failures(row: dict[str, Any]) -> dict[str, Any]:
+        return row | {"findings": [*row["findings"], *failed.get(row["source"], [])]}
 
-def _finish(source: str, folder: Path, plan: EncodePlan, encoder: Encoder, report: EncodeReport) -> None:
-    """Write everything that describes the set; then let go of what was set aside."""
-    failed = _failed(folder)
-
-    def rows() -> Iterator[dict[str, Any]]:
-        for row in plan.index.rows():
-            faults = failed.get(row["source"], [])
-            yield {**row, "findings": [*row["findings"], *faults]}
-
-    def rejected() -> Iterator[dict[str, Any]]:
-        yield from plan.rejected()
-        yield from (row for row in rows() if row["source"] in failed)
-
-    count = _write_rejected(folder, rejected())
-    report.audit = write_audit(folder, source, rows())
-    silence = io.BytesIO()
-    np.save(silence, encoder.silence(), allow_pickle=False)
-    write_bytes(folder / SILENCE, silence.getvalue())
+    failed_rows = (add_failures(plan.index.row(n)) for n, name in enumerate(plan.index.sources) if name in failed)
+    count = _write_rejected(folder, itertools.chain(plan.iterate_rejected(), failed_rows))
+    result.audit = write_audit_report(folder, source, map(add_failures, plan.index.iterate_rows()))
+    buffer = io.BytesIO()
+    np.save(buffer, encoder.encode_silence(), allow_pickle=False)
+    write_bytes(folder / SILENCE_FILE, buffer.getvalue())
+    latent_settings = {name: value for name, value in plan.basis.items() if name != "autoencoder"}
+    chosen = {name: getattr(plan.settings, name) for name in ("augmentations", "split", "duplicates", "captions")}
     described = {
         "made_by": f"sa3train {version('sa3train')}",
         "source": source,
         "rejected": count,
-        "silence": {"file": SILENCE, "sha256": hashlib.sha256(silence.getvalue()).hexdigest()},
+        "silence": {"file": SILENCE_FILE, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()},
     }
-    report.index = build_index(folder, {"model": encoder.model, "settings": _settings_for_index(plan)}, described)
-    write_card(folder, report.index, report.audit)
+    result.index = build_index(folder, {"model": encoder.model, "settings": latent_settings | chosen}, described)
+    write_card(folder, result.index, result.audit)
     remove_outdated(folder)
     for stale in folder.glob(f"*{STALE}"):
         stale.unlink()
     if count > plan.settings.max_rejected * len(plan.index):
         raise DataError(
             f"{count} of {len(plan.index)} clips are rejected, more than max_rejected={plan.settings.max_rejected:g} "
-            f"allows. The others are encoded; see {folder / 'rejected.jsonl'}, mend them, and run the command again."
+            f"allows. The others are encoded; see {folder / 'rejected.jsonl'}, fix them, and run the command again."
         )
 
 
-def _failed(folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """source → findings of what could not be encoded in this run, by any process."""
+def _read_failures(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Findings by source of what could not be encoded in this run, by any process."""
     failed: dict[str, list[dict[str, Any]]] = {}
-    for path in sorted(work_folder(folder).glob("rejected-*.jsonl")):
+    for path in sorted(get_work_dir(folder).glob("rejected-*.jsonl")):
         for line in path.read_text(encoding="utf-8").splitlines():
             row = json.loads(line)
-            failed.setdefault(row["source"], [])
-            if row["finding"] not in failed[row["source"]]:
-                failed[row["source"]].append(row["finding"])
+            findings = failed.setdefault(row["source"], [])
+            if row["finding"] not in findings:
+                findings.append(row["finding"])
     return failed
 
 
-def _settings_for_index(plan: EncodePlan) -> dict[str, Any]:
-    settings = plan.settings
-    return {
-        **{name: value for name, value in plan.basis.items() if name != "autoencoder"},
-        "views": list(settings.views),
-        "split": settings.split,
-        "duplicates": settings.duplicates,
-        "captions": settings.captions,
-    }
+def write_card(folder: Path, index: dict[str, Any], audit: AuditSummary) -> None:
+    """Write `README.md` beside the shards: what the set is, how it was made, and how to use it.
+
+    Args:
+        folder: Folder of the shards.
+        index: Content of `index.json`.
+        audit: Counts of the audit.
+    """
+    model, settings = index["model"], index["settings"]
+    splits = "\n".join(
+        f"| {name} | {split['clips']:.0f} | {split['seconds'] / 60:.1f} |"
+        for name, split in sorted(index["splits"].items())
+    )
+    findings = "\n".join(f"- {code}: {count}" for code, count in sorted(audit.findings.items())) or "- none"
+    listed = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
+    write_text(
+        folder / "README.md",
+        f"""# Latents of {index["source"]}
+
+{index["clips"]:.0f} latents, {index["seconds"] / 60:.1f} minutes, for training Stable Audio 3 adapters with sa3train.
+{index["rejected"]} clips were rejected (`rejected.jsonl`); the audit is in `audit.html` and `audit.json`.
+
+| split | latents | minutes |
+|---|---|---|
+{splits}
+
+Made by {index["made_by"]} with the autoencoder of `{model["name"]}` (weights {model["fingerprint"][:16]}),
+{model["latent_channels"]} channels, {model["downsampling_ratio"]} samples per frame.
+
+| setting | value |
+|---|---|
+{listed}
+
+Audit findings (clips):
+
+{findings}
+
+The shards are WebDataset tars: `<key>.npy` (float16 latents, channels × frames) and `<key>.json` (caption, tags,
+seconds, source, hashes). `index.json` describes them. Manifest hash: `{index["manifest"]}`.
+
+The latents can be decoded back to audio: the license and terms of the source recordings apply to them too.
+""",
+    )

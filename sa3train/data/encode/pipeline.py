@@ -1,166 +1,193 @@
-"""The inner loop of an encode: batches of tasks to latents with their records, or to the reason why not."""
+"""The inner loop of an encode: from batches of clips to latents with their records, or to the reason for failure."""
 
 import hashlib
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from sa3train.audio.edit import gain, to_channels
+from sa3train.audio.edit import apply_gain, mix_channels
 from sa3train.audio.io import read_audio
 from sa3train.audio.resample import resample
-from sa3train.core.log import progress
-from sa3train.data.audit.audit import UNREADABLE
-from sa3train.data.audit.checks import content_hash, finding
+from sa3train.core.log import track_progress
+from sa3train.data.audit.audit import READ_ERRORS
+from sa3train.data.audit.checks import hash_audio, make_finding
 from sa3train.data.encode.encoder import Encoder
 from sa3train.data.encode.fixes import apply_fixes
-from sa3train.data.encode.plan import EncodePlan, Kept, Task
-from sa3train.data.shards.writer import MADE, read_array
+from sa3train.data.encode.plan import ClipGroup, EncodePlan, StoredLatents
+from sa3train.data.shards.writer import ENCODED_FIELDS
 from sa3train.data.sources.listing import Clip
 
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One take: its latents and record, or (latents None) the finding that says why there are none."""
+class EncodedClip:
+    """One augmentation of a clip, encoded.
+
+    Attributes:
+        record: Its record, as planned and completed by what the encoder did.
+        latents_CF: Its latents; None when it could not be encoded.
+        finding: Why it could not be encoded.
+    """
 
     record: Record
-    latent_CT: np.ndarray | None
-    fault: dict[str, Any] | None = None
+    latents_CF: np.ndarray | None
+    finding: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
-class _Loaded:
-    """A clip's audio (2, N) as it goes into the autoencoder, what the fixes did, or why it cannot be had."""
+class _LoadedClip:
+    """Audio (2, N) as the autoencoder takes it, and what the fixes did; or why it cannot be loaded."""
 
     audio_CN: torch.Tensor | None
     applied: dict[str, Any]
-    fault: dict[str, Any] | None = None
+    finding: dict[str, Any] | None = None
 
 
-class EncodeRun:
-    """Encodes what is neither `done` nor `kept`, and counts. `encoded` and `reused` are takes; `seconds` audio encoded;
-    `elapsed` seconds spent in the autoencoder.
+class EncodePipeline:
+    """Encodes what is neither done nor reusable, and counts.
+
+    Attributes:
+        encoded: Number of latents computed.
+        reused: Number of latents copied from an earlier run.
+        seconds: Audio encoded, in seconds.
+        elapsed: Wall time spent in the autoencoder, in seconds.
     """
 
     def __init__(
-        self, plan: EncodePlan, encoder: Encoder, clips: dict[str, Clip], done: set[str], kept: dict[str, Kept]
+        self,
+        plan: EncodePlan,
+        encoder: Encoder,
+        clips: dict[str, Clip],
+        done: set[str],
+        reusable: dict[str, StoredLatents],
     ) -> None:
-        self.plan, self.encoder, self.clips, self.done, self.kept = plan, encoder, clips, done, kept
+        """Prepare an encode.
+
+        Args:
+            plan: What to encode.
+            encoder: The encoder.
+            clips: Clips by source.
+            done: Keys of the records that are already in shards.
+            reusable: Latents of earlier runs by their hash.
+        """
+        self.plan, self.encoder, self.clips, self.done, self.reusable = plan, encoder, clips, done, reusable
         self.encoded = self.reused = 0
         self.seconds = self.elapsed = 0.0
-        self._real = self._computed = 0
+        self._samples = self._computed_samples = 0
 
     @property
     def padding(self) -> float:
-        """Share of the computed frames' samples that belong to no clip."""
-        computed = self._computed * self.encoder.autoencoder.downsampling_ratio
-        return 1 - self._real / computed if computed else 0.0
+        """Share of the computed samples that belong to no clip."""
+        return 1 - self._samples / self._computed_samples if self._computed_samples else 0.0
 
-    def outcomes(self, batches: Sequence[Sequence[Task]]) -> Iterator[Outcome]:
-        """Every take that is still to be written, batch by batch; audio is read one batch ahead."""
-        with ThreadPoolExecutor(self.plan.settings.threads) as pool:
-            waiting: tuple[list[list[Record]], list[Future[_Loaded]]] | None = None
-            for batch in progress(batches, "encode", total=len(batches), unit="batch"):
-                tasks = self._unfinished(batch)
-                following = (tasks, [pool.submit(self._load, task) for task in tasks]) if tasks else None
+    def run(self, batches: Sequence[Sequence[ClipGroup]]) -> Iterator[EncodedClip]:
+        """Encode batch by batch; audio is read one batch ahead.
+
+        Args:
+            batches: Clips to encode together.
+
+        Yields:
+            Everything that is to be written to shards or reported as failed.
+        """
+        with ThreadPoolExecutor(self.plan.settings.count_threads()) as pool:
+            waiting: tuple[list[list[Record]], list[Future[_LoadedClip]]] | None = None
+            for batch in track_progress(batches, "encode", total=len(batches), unit="batch"):
+                groups = self._plan_batch(batch)
+                following = (groups, [pool.submit(self._load, records) for records in groups]) if groups else None
                 if waiting:
                     yield from self._encode(*waiting)
                 waiting = following
             if waiting:
                 yield from self._encode(*waiting)
 
-    def _unfinished(self, batch: Sequence[Task]) -> list[list[Record]]:
-        """Planned records of each task of a batch, all of it or (when all is done) nothing: a batch that was cut short
-        is computed whole, so that its bits do not depend on where it was cut.
+    def _plan_batch(self, batch: Sequence[ClipGroup]) -> list[list[Record]]:
+        """Planned records of each group; none when all are done. An interrupted batch is computed whole, so that its
+        bits do not depend on where it was interrupted.
         """
-        tasks = [[record for number in task.clips for record in self.plan.records(number)] for task in batch]
-        if all(record["key"] in self.done for task in tasks for record in task):
+        groups = [[record for index in group.clips for record in self.plan.plan_records(index)] for group in batch]
+        if all(record["key"] in self.done for records in groups for record in records):
             return []
-        for record in (record for task in tasks for record in task):
-            kept = self.kept.get(record["latent_hash"])
-            if kept is not None and read_array(Path(kept.path), kept.entry) is None:
-                del self.kept[record["latent_hash"]]  # damaged since: compute it
-        return tasks
+        for record in (record for records in groups for record in records):
+            stored = self.reusable.get(record["latent_hash"])
+            if stored is not None and stored.read() is None:
+                del self.reusable[record["latent_hash"]]  # damaged since: compute it
+        return groups
 
-    def _encode(self, tasks: list[list[Record]], loading: list[Future[_Loaded]]) -> Iterator[Outcome]:
+    def _encode(self, groups: list[list[Record]], loading: list[Future[_LoadedClip]]) -> Iterator[EncodedClip]:
         loaded = [future.result() for future in loading]
-        takes: list[tuple[int, str, torch.Tensor]] = []
-        for number, (task, clip) in enumerate(zip(tasks, loaded, strict=True)):
-            if clip.audio_CN is not None:
-                views = {record["view"]: None for record in task if record["latent_hash"] not in self.kept}
-                takes += [(number, view, _viewed(clip.audio_CN, view, task[0]["content_hash"])[0]) for view in views]
+        audio: dict[tuple[int, str], torch.Tensor] = {}
+        for number, (records, clip) in enumerate(zip(groups, loaded, strict=True)):
+            if clip.audio_CN is None:
+                continue
+            for record in records:
+                key = number, record["augmentation"]
+                if record["latent_hash"] not in self.reusable and key not in audio:
+                    audio[key] = _augment(clip.audio_CN, record["augmentation"], records[0]["content_hash"])[0]
+        seeds = [_derive_seed(groups[number][0], augmentation) for number, augmentation in audio]
         started = time.perf_counter()
-        latents = self.encoder.encode(
-            [take[2] for take in takes], [_seed(tasks[take[0]][0], take[1]) for take in takes]
-        )
+        latents = dict(zip(audio, self.encoder.encode(list(audio.values()), seeds), strict=True))
         self.elapsed += time.perf_counter() - started
-        made = {(number, view): latent_CT for (number, view, _), latent_CT in zip(takes, latents, strict=True)}
-        for number, (task, clip) in enumerate(zip(tasks, loaded, strict=True)):
-            for record in task:
+        for number, (records, clip) in enumerate(zip(groups, loaded, strict=True)):
+            for record in records:
                 if record["key"] not in self.done:
-                    yield self._outcome(record, clip, made.get((number, record["view"])))
+                    yield self._finish(record, clip, latents.get((number, record["augmentation"])))
 
-    def _outcome(self, record: Record, clip: _Loaded, latent_CT: np.ndarray | None) -> Outcome:
-        kept = self.kept.get(record["latent_hash"])
-        if kept is not None and (stored := read_array(Path(kept.path), kept.entry)) is not None:
+    def _finish(self, record: Record, clip: _LoadedClip, latents_CF: np.ndarray | None) -> EncodedClip:
+        """Complete a record from its stored or computed latents."""
+        stored = self.reusable.get(record["latent_hash"])
+        if stored is not None and (stored_CF := stored.read()) is not None:
             self.reused += 1
-            made = {name: value for name, value in kept.entry.record.items() if name in MADE}
-            return Outcome(record | made, stored)
+            made = {name: value for name, value in stored.entry.record.items() if name in ENCODED_FIELDS}
+            return EncodedClip(record | made, stored_CF)
         if clip.audio_CN is None:
-            return Outcome(record, None, clip.fault)
-        if latent_CT is None:
-            return Outcome(record, None, finding("bad_latent", self.encoder.precision))
-        samples = clip.audio_CN.shape[1]
-        applied = clip.applied | _viewed(clip.audio_CN[:, :1], record["view"], record["content_hash"])[1]
-        self._count(samples)
-        seconds = round(samples / self.encoder.autoencoder.sample_rate, 6)
-        return Outcome({**record, "seconds": seconds, **({"applied": applied} if applied else {})}, latent_CT)
+            return EncodedClip(record, None, clip.finding)
+        if latents_CF is None:
+            return EncodedClip(record, None, make_finding("bad_latent", self.encoder.precision))
+        autoencoder, samples = self.encoder.autoencoder, clip.audio_CN.shape[1]
+        seconds = samples / autoencoder.sample_rate
+        self.encoded, self.seconds, self._samples = self.encoded + 1, self.seconds + seconds, self._samples + samples
+        self._computed_samples += autoencoder.count_frames(samples) * autoencoder.downsampling_ratio
+        applied = clip.applied | _augment(clip.audio_CN[:, :1], record["augmentation"], record["content_hash"])[1]
+        extra = {"applied": applied} if applied else {}
+        return EncodedClip({**record, "seconds": round(seconds, 6), **extra}, latents_CF)
 
-    def _count(self, samples: int) -> None:
-        self.encoded += 1
-        self.seconds += samples / self.encoder.autoencoder.sample_rate
-        self._real += samples
-        self._computed += self.encoder.computed_frames(samples)
-
-    def _load(self, task: list[Record]) -> _Loaded:
-        """Read, check, mix, resample and mend the sound of a task; nothing when all its latents are there already."""
-        if all(record["latent_hash"] in self.kept for record in task):
-            return _Loaded(None, {})
-        record = task[0]
+    def _load(self, records: list[Record]) -> _LoadedClip:
+        """Read, check, mix, resample and fix the audio of a group; nothing when all its latents are reusable."""
+        if all(record["latent_hash"] in self.reusable for record in records):
+            return _LoadedClip(None, {})
+        record = records[0]
         clip, rate = self.clips[record["source"]], self.encoder.autoencoder.sample_rate
         try:
             audio_CN, own_rate = read_audio(clip.audio.local_path() or clip.audio.read())
-            if content_hash(audio_CN.numpy(), own_rate) != record["content_hash"]:
-                return _Loaded(None, {}, finding("changed"))
-            stereo_CN = resample(to_channels(audio_CN, 2), own_rate, rate)
-            mended_CN, applied = apply_fixes(stereo_CN, rate, self.plan.settings.fix)
-        except UNREADABLE as error:
-            return _Loaded(None, {}, finding("unreadable", str(error) or type(error).__name__))
-        if mended_CN.shape[1] < self.encoder.autoencoder.downsampling_ratio:
-            return _Loaded(
-                None, applied, finding("too_short", f"{mended_CN.shape[1] / rate * 1000:.0f} ms once mended")
-            )
-        return _Loaded(mended_CN, applied)
+            if hash_audio(audio_CN.numpy(), own_rate) != record["content_hash"]:
+                return _LoadedClip(None, {}, make_finding("changed"))
+            stereo_CN = resample(mix_channels(audio_CN, 2), own_rate, rate)
+            fixed_CN, applied = apply_fixes(stereo_CN, rate, self.plan.settings.fixes)
+        except READ_ERRORS as error:
+            return _LoadedClip(None, {}, make_finding("unreadable", str(error) or type(error).__name__))
+        if fixed_CN.shape[1] < self.encoder.autoencoder.downsampling_ratio:
+            milliseconds = fixed_CN.shape[1] / rate * 1000
+            return _LoadedClip(None, applied, make_finding("too_short", f"{milliseconds:.0f} ms after fixes"))
+        return _LoadedClip(fixed_CN, applied)
 
 
-def _viewed(audio_CN: torch.Tensor, view: str, content: str) -> tuple[torch.Tensor, dict[str, Any]]:
-    """A take of the audio, and what was done to it; the gain belongs to the clip."""
-    if view == "polarity":
+def _augment(audio_CN: torch.Tensor, augmentation: str, content_hash: str) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Augment audio; returns it and what was done. The gain depends on the clip alone."""
+    if augmentation == "polarity":
         return -audio_CN, {"polarity": -1}
-    if view == "gain":
-        decibels = -3.0 - 6.0 * (int(content[:8], 16) / 0xFFFFFFFF)
-        return gain(audio_CN, decibels), {"gain": round(decibels, 3)}
+    if augmentation == "gain":
+        decibels = -3.0 - 6.0 * (int(content_hash[:8], 16) / 0xFFFFFFFF)
+        return apply_gain(audio_CN, decibels), {"gain": round(decibels, 3)}
     return audio_CN, {}
 
 
-def _seed(record: Record, view: str) -> int:
-    """The seed of what the model draws at random for a take: from its content, and nothing else."""
-    digest = hashlib.sha256(f"{record['content_hash']} {view}".encode()).digest()
+def _derive_seed(record: Record, augmentation: str) -> int:
+    """The seed of what the model draws, from the clip's content and augmentation alone."""
+    digest = hashlib.sha256(f"{record['content_hash']} {augmentation}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1

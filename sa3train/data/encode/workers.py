@@ -1,74 +1,95 @@
 """Several processes on one output folder: who is who, one run at a time, and one set of settings."""
 
-import fcntl
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from sa3train.core.errors import DataError
 from sa3train.core.files import write_json
-
-WORK = ".encode"
-_SETTINGS = "settings.json"
-
-
-def _alone() -> None:
-    """Nobody to wait for."""
 
 
 @dataclass(frozen=True)
 class Workers:
-    """This process among those that share the work; `wait` returns once all of them have called it."""
+    """This process among those that share the work.
+
+    Attributes:
+        rank: Number of this process.
+        world_size: Number of processes.
+        wait: Returns once all processes have called it.
+    """
 
     rank: int = 0
-    world: int = 1
-    wait: Callable[[], None] = _alone
+    world_size: int = 1
+    wait: Callable[[], None] = lambda: None
 
     @property
-    def first(self) -> bool:
-        """Whether this process does what is to be done once."""
+    def is_main(self) -> bool:
+        """Whether this process does what must be done once."""
         return self.rank == 0
 
 
-def work_folder(folder: Path) -> Path:
-    """Where an encode keeps its journals."""
-    return folder / WORK
+def get_work_dir(folder: Path) -> Path:
+    """Get the folder of an encode's journals.
+
+    Args:
+        folder: Output folder.
+
+    Returns:
+        A hidden folder inside it.
+    """
+    return folder / ".encode"
 
 
 @contextmanager
-def claim(folder: Path, workers: Workers) -> Iterator[None]:
-    """Hold the output folder for one run; the system lets go of it when the process dies, however it dies.
+def lock_output_dir(folder: Path, workers: Workers) -> Iterator[None]:
+    """Lock the output folder for one run; the system releases the lock however the process ends.
 
-    Raises `DataError` when another run holds it, or the folder cannot be made.
+    Args:
+        folder: Output folder; created if needed.
+        workers: This process; only the main one locks.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        DataError: When another run holds the lock, or the folder cannot be written.
     """
-    if not workers.first:
+    if not workers.is_main:
         yield
         return
+    lock = FileLock(get_work_dir(folder) / "lock", timeout=0)
     try:
-        work_folder(folder).mkdir(parents=True, exist_ok=True)
-        handle = os.open(work_folder(folder) / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        get_work_dir(folder).mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise DataError(f"another encode is writing to {folder}: wait for it, or choose another folder.") from error
     except OSError as error:
         raise DataError(
             f"cannot write to {folder}: {error.strerror or error}. Choose an output folder that you may write to."
         ) from error
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
-    except BlockingIOError as error:
-        raise DataError(f"another encode is writing to {folder}: wait for it, or choose another folder.") from error
     finally:
-        os.close(handle)
+        lock.release()
 
 
-def settle(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
-    """Record what this folder's latents are made from and with. Raises `DataError` when it already holds latents made
-    otherwise, naming each difference, unless `overwrite`.
+def record_settings(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
+    """Record what the latents in a folder are made from and with.
+
+    Args:
+        folder: Output folder.
+        settings: Everything that the latents depend on, as JSON.
+        overwrite: Replace latents made with other settings.
+
+    Raises:
+        DataError: When the folder already contains latents made with other settings, listing the differences.
     """
-    path = work_folder(folder) / _SETTINGS
+    path = get_work_dir(folder) / "settings.json"
     if path.is_file() and not overwrite and any(folder.glob("*.tar*")):
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
@@ -81,7 +102,7 @@ def settle(folder: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
         ]
         if changed:
             raise DataError(
-                f"{folder} holds latents made otherwise: {'; '.join(changed)}. Choose another out=DIR, or replace them "
-                f"with overwrite=true."
+                f"{folder} contains latents made with other settings: {'; '.join(changed)}. Choose another out=DIR, or "
+                f"replace them with overwrite=true."
             )
     write_json(path, dict(settings))

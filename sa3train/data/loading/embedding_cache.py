@@ -1,11 +1,11 @@
-"""Text embeddings on disk, so that a prompt is encoded once on a machine and training loads no text encoder.
+"""Text embeddings on disk, so that a prompt is encoded once per machine and training loads no text encoder.
 
-    cache = EmbeddingCache(encoder_identity(folder, max_length))
-    embeddings = cache.get(prompts, encode)      # {prompt: (L, D) tensor}; `encode` is called for what is missing only
+    cache = EmbeddingCache(hash_text_encoder(folder, max_length))
+    embeddings = cache.get(prompts, encode)      # {prompt: (L, D) tensor}; `encode` is called for missing prompts only
 
-`encode` takes a list of prompts and returns one (L_i, D) tensor each, without padding, in the text encoder's dtype
-(`conditioner.encode_prompts(prompts).split()`). Packs are safetensors files that appear whole; several processes may
-read and write at once. Nothing is ever changed in place: deleting the folder only costs time.
+`encode` takes a list of prompts and returns one (L_i, D) tensor each, without padding, in the text encoder's dtype.
+Packs are safetensors files that appear whole; several processes may read and write at once. Nothing is changed in
+place: deleting the folder only costs time.
 """
 
 import hashlib
@@ -16,26 +16,34 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from sa3train.core.errors import SA3Error
-from sa3train.core.files import cache_dir, write_tensors
+from sa3train.core.files import get_cache_dir
 from sa3train.core.log import get_logger
+from sa3train.core.safetensors_file import write_tensors
 
 _logger = get_logger(__name__)
 
-CHUNK = 16
-"""Prompts encoded at a time."""
+_CHUNK = 16
+"""Number of prompts encoded at a time."""
 
-PACK = 4096
-"""Prompts in one file."""
+_PACK = 4096
+"""Number of prompts in one file."""
 
 _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 
 Encode = Callable[[list[str]], Sequence[torch.Tensor]]
 
 
-def encoder_identity(folder: str | Path, max_length: int) -> str:
-    """A hash of a text encoder's folder (weights, configuration, tokenizer) and of how many tokens are read.
+def hash_text_encoder(folder: str | Path, max_length: int) -> str:
+    """Hash a text encoder: weights, configuration, tokenizer, and number of tokens.
 
     Of files over 4 MB only the size and 64 pieces are read: other weights differ in all of them.
+
+    Args:
+        folder: Folder of the text encoder.
+        max_length: Number of tokens it reads.
+
+    Returns:
+        Hex SHA-256.
     """
     digest = hashlib.sha256(f"{max_length}".encode())
     for path in sorted(Path(folder).iterdir()):
@@ -51,71 +59,98 @@ def encoder_identity(folder: str | Path, max_length: int) -> str:
 
 
 class EmbeddingCache:
-    """Embeddings of one text encoder, in packs under the cache folder."""
+    """Embeddings of one text encoder, in packs under the cache folder.
+
+    Attributes:
+        folder: Folder of the packs.
+    """
 
     def __init__(self, encoder: str, folder: Path | None = None) -> None:
-        self.folder = (folder or cache_dir() / "text") / encoder[:32]
-        self._packs: set[Path] = set()
-        self._places: dict[str, Path] = {}
+        """Open a cache.
 
-    def get(self, prompts: Iterable[str], encode: Encode, keep: bool = True) -> dict[str, torch.Tensor]:
-        """The embedding of every distinct prompt, on the CPU. What is new is encoded and, unless told otherwise, kept
-        on disk; a disk that cannot be written costs a warning, not the run. Do not keep prompts that are made at
-        random: there is no end of them.
+        Args:
+            encoder: What `hash_text_encoder` returned.
+            folder: Folder of all text encoders' embeddings; None for the cache folder.
+        """
+        self.folder = (folder or get_cache_dir() / "text") / encoder[:32]
+        self._packs: set[Path] = set()
+        self._pack_of: dict[str, Path] = {}
+
+    def get(self, prompts: Iterable[str], encode: Encode, save: bool = True) -> dict[str, torch.Tensor]:
+        """Get the embedding of every distinct prompt.
+
+        Args:
+            prompts: Prompts.
+            encode: Encodes missing prompts.
+            save: Save new embeddings; a failure to write is logged only. Set it to False for randomly built prompts,
+                which hardly repeat.
+
+        Returns:
+            (L, D) tensor on the CPU by prompt.
         """
         wanted = list(dict.fromkeys(prompts))
         found = self.load(wanted)
         missing = [prompt for prompt in wanted if prompt not in found]
-        for start in range(0, len(missing), PACK):
+        for start in range(0, len(missing), _PACK):
             fresh: dict[str, torch.Tensor] = {}
-            pack = missing[start : start + PACK]
-            for place in range(0, len(pack), CHUNK):
-                chunk = pack[place : place + CHUNK]
+            pack = missing[start : start + _PACK]
+            for first in range(0, len(pack), _CHUNK):
+                chunk = pack[first : first + _CHUNK]
                 for prompt, hidden_LD in zip(chunk, encode(chunk), strict=True):
                     fresh[prompt] = hidden_LD.detach().cpu().contiguous()
-            if keep:
+            if save:
                 self.save(fresh)
             found |= fresh
         return found
 
     def load(self, prompts: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Those of `prompts` that are on disk. A damaged pack is left out, with a warning."""
-        wanted = {_name(prompt): prompt for prompt in prompts}
-        self._look()
+        """Load embeddings from disk. Damaged packs are skipped with a warning.
+
+        Args:
+            prompts: Prompts.
+
+        Returns:
+            (L, D) tensor by prompt, of those that are on disk.
+        """
+        wanted = {_hash_prompt(prompt): prompt for prompt in prompts}
+        self._list_new_packs()
         by_pack: dict[Path, list[str]] = {}
         for name in wanted:
-            if name in self._places:
-                by_pack.setdefault(self._places[name], []).append(name)
+            if name in self._pack_of:
+                by_pack.setdefault(self._pack_of[name], []).append(name)
         found: dict[str, torch.Tensor] = {}
         for path, names in by_pack.items():
             try:
                 with safe_open(path, framework="pt") as pack:
                     found |= {wanted[name]: pack.get_tensor(name) for name in names}
             except (OSError, SafetensorError) as error:
-                _logger.warning("text embeddings in %s are damaged and left out (%s); delete the file.", path, error)
+                _logger.warning("Skipping damaged text embeddings in %s (%s); delete the file.", path, error)
         return found
 
-    def _look(self) -> None:
-        """Take in packs that have appeared since the last look."""
+    def _list_new_packs(self) -> None:
         for path in sorted(set(self.folder.glob("*.safetensors")) - self._packs):
             self._packs.add(path)
             try:
                 with safe_open(path, framework="pt") as pack:
-                    self._places |= dict.fromkeys(pack.keys(), path)
+                    self._pack_of |= dict.fromkeys(pack.keys(), path)
             except (OSError, SafetensorError) as error:
-                _logger.warning("text embeddings in %s are damaged and left out (%s); delete the file.", path, error)
+                _logger.warning("Skipping damaged text embeddings in %s (%s); delete the file.", path, error)
 
     def save(self, embeddings: Mapping[str, torch.Tensor]) -> None:
-        """Keep embeddings in a pack of their own."""
+        """Save embeddings in a new pack; a failure is logged only.
+
+        Args:
+            embeddings: (L, D) tensor by prompt.
+        """
         if not embeddings:
             return
-        tensors = {_name(prompt): hidden_LD for prompt, hidden_LD in embeddings.items()}
+        tensors = {_hash_prompt(prompt): hidden_LD for prompt, hidden_LD in embeddings.items()}
         pack = hashlib.sha256("".join(sorted(tensors)).encode()).hexdigest()[:32]
         try:
             write_tensors(self.folder / f"{pack}.safetensors", tensors)
         except SA3Error as error:
-            _logger.warning("text embeddings are not kept: %s", error)
+            _logger.warning("Cannot save text embeddings: %s", error)
 
 
-def _name(prompt: str) -> str:
+def _hash_prompt(prompt: str) -> str:
     return hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,80 +1,156 @@
-"""Clips of several sources by request, and a loader of batches that can be stopped and resumed at any batch.
+"""Load batches: crops of latents with their prompts, in an order that can be stopped and resumed at any batch.
 
-The order of batches depends on the seed, the data, the batch shape and the number of ranks only: neither on the number
-of workers nor on when a run was interrupted.
+The order depends on the seed, the data, the batch shape and the number of ranks only: neither on the number of workers
+nor on when a run was interrupted.
+
+Shapes: B rows, S clips of a batch, C latent channels, T latent frames. Without packing, each row is a clip (S = B).
 """
 
+import math
 import random
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from sa3train.core.config import check_choice
 from sa3train.core.errors import ConfigError, SA3Error
-from sa3train.core.log import get_logger
 from sa3train.data.loading.prompts import PromptBuilder
-from sa3train.data.loading.sampler import Planner, Request, collate, crop_start, whole_seconds
+from sa3train.data.loading.sampler import BatchIndices, BatchSampler, SampleIndex
 from sa3train.data.shards.reader import LatentStore
 
-_logger = get_logger(__name__)
+_SILENCE_FRAMES = 16
 
-CROPS = ("random", "start", "beat")
+
+class Batch(TypedDict):
+    """What the loader yields. T is the same on every rank.
+
+    Attributes:
+        latents_BCT: float32: crops, followed by latents of silence.
+        attention_mask_BT: True on crops.
+        seconds_total_S: Duration that the model is conditioned on, in seconds.
+        at_end_S: Whether the crop reaches the end of its clip, so that silence truly follows it.
+        prompts: Prompt of each clip.
+        keys: Key of each clip.
+        seeds: Seed of each clip, different each time it is loaded; whatever is drawn for it can start there.
+        segment_ids_BT: int64, in packed batches only: index of each frame's clip, 0 … S-1 in order of rows, -1 for
+            padding.
+    """
+
+    latents_BCT: Tensor
+    attention_mask_BT: Tensor
+    seconds_total_S: Tensor
+    at_end_S: Tensor
+    prompts: list[str]
+    keys: list[str]
+    seeds: list[int]
+    segment_ids_BT: NotRequired[Tensor]
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A crop of a clip's latents with its prompt; fields as in `Batch`."""
+
+    latents_CT: Tensor
+    prompt: str
+    key: str
+    seed: int
+    seconds_total: float
+    at_end: bool
 
 
 @dataclass(frozen=True)
 class CropSettings:
-    """`frames`: longest crop in latent frames (None: whole clips). `how`: where it starts. `seconds`: what the model is
-    told, the crop's length or the file's.
+    """How clips are cropped.
+
+    Attributes:
+        frames: Longest crop in latent frames; None for whole clips.
+        start: Where crops start: "random", "start" or "beat".
+        seconds: Duration that the model is conditioned on: of the "crop" or of the "file".
     """
 
     frames: int | None = None
-    how: str = "random"
+    start: str = "random"
     seconds: str = "crop"
 
     def __post_init__(self) -> None:
         if self.frames is not None and self.frames < 1:
-            raise ConfigError(f"a crop of {self.frames} frames holds nothing; give at least one latent frame (93 ms).")
-        if self.how not in CROPS:
-            raise ConfigError(f"crop is {self.how!r}; choose one of: {', '.join(CROPS)}.")
-        if self.seconds not in ("crop", "file"):
-            raise ConfigError(f"seconds is {self.seconds!r}; choose crop or file.")
+            raise ConfigError(f"a crop of {self.frames} frames is empty: use at least one latent frame (93 ms).")
+        check_choice("crop", self.start, ("random", "start", "beat"))
+        check_choice("seconds", self.seconds, ("crop", "file"))
 
 
-class Clips:
-    """The clips of one split of one store, each with its takes (views)."""
+class SplitClips:
+    """The clips of one split of a store, each with its augmentations.
 
-    def __init__(self, store: LatentStore, split: str, views: bool = True) -> None:
+    Attributes:
+        store: The store.
+    """
+
+    def __init__(self, store: LatentStore, split: str, augmentations: bool = True) -> None:
+        """Group the rows of a split by clip.
+
+        Args:
+            store: The store.
+            split: "train" or "heldout".
+            augmentations: Include augmentations.
+        """
         self.store = store
-        takes: dict[str, list[int]] = {}
-        for row in store.rows(split).tolist():
-            if views or store.views[row] == "original":
-                takes.setdefault(store.clips[row], []).append(row)
-        self.first = np.array([rows[0] for rows in takes.values()], dtype=np.int64)
-        self._takes = {number: rows for number, rows in enumerate(takes.values()) if len(rows) > 1}
+        rows_of_clip: dict[str, list[int]] = {}
+        for row in store.list_rows(split).tolist():
+            if augmentations or store.augmentations[row] == "original":
+                rows_of_clip.setdefault(store.clips[row], []).append(row)
+        self._first = np.array([rows[0] for rows in rows_of_clip.values()], dtype=np.int64)
+        self._augmented = {clip: rows for clip, rows in enumerate(rows_of_clip.values()) if len(rows) > 1}
 
     def __len__(self) -> int:
-        return len(self.first)
+        return len(self._first)
 
-    def row(self, clip: int, chance: random.Random) -> int:
-        """The row to show of a clip: any of its takes, evenly."""
-        draw = chance.random()
-        rows = self._takes.get(clip)
-        return rows[int(draw * len(rows))] if rows else int(self.first[clip])
+    def choose_row(self, clip: int, rng: random.Random) -> int:
+        """Choose one of a clip's augmentations at random.
 
-    def lengths(self, longest: int | None) -> np.ndarray:
-        """Crop length of each clip in frames."""
-        frames: np.ndarray = self.store.frames[self.first]
+        Args:
+            clip: Index of the clip.
+            rng: Source of randomness; always draws once.
+
+        Returns:
+            Row number in the store.
+        """
+        draw = rng.random()
+        rows = self._augmented.get(clip)
+        return rows[int(draw * len(rows))] if rows else int(self._first[clip])
+
+    def compute_lengths(self, longest: int | None) -> np.ndarray:
+        """Compute the crop length of each clip.
+
+        Args:
+            longest: Longest crop in latent frames; None for whole clips.
+
+        Returns:
+            (n,) frames.
+        """
+        frames: np.ndarray = self.store.frames[self._first]
         return frames if longest is None else np.minimum(frames, longest)
 
 
-class ClipDataset:
-    """Turns lists of requests into batches; map-style, so that any number of workers gives the same batches."""
+class LatentDataset:
+    """Turns the indices of a batch into a batch; map-style, so that any number of workers gives the same batches.
+
+    Attributes:
+        sources: Clips of each source.
+        crop: How clips are cropped.
+        prompts: Builds prompts.
+        tail: Frames of silence after the longest crop.
+        pack_frames: Length of a packed row; None for one clip per row.
+        fixed_prompts: Whether prompts are those of validation, without randomness.
+    """
 
     def __init__(
         self,
-        sources: Sequence[Clips],
+        sources: Sequence[SplitClips],
         crop: CropSettings,
         prompts: PromptBuilder,
         *,
@@ -82,173 +158,240 @@ class ClipDataset:
         pack_frames: int | None = None,
         fixed_prompts: bool = False,
     ) -> None:
+        """Define a dataset.
+
+        Args:
+            sources: Clips of each source.
+            crop: How to crop clips.
+            prompts: Builds prompts.
+            tail: Frames of silence after the longest crop.
+            pack_frames: Length of a packed row; None for one clip per row.
+            fixed_prompts: Use the prompts of validation, without randomness.
+        """
         self.sources, self.crop, self.prompts = list(sources), crop, prompts
         self.tail, self.pack_frames, self.fixed_prompts = tail, pack_frames, fixed_prompts
         model = self.sources[0].store.index["model"]
-        self.frame_seconds = model["downsampling_ratio"] / model["sample_rate"]
-        self.silence_CT = torch.from_numpy(self.sources[0].store.silence(16).astype(np.float32))
+        self._frame_seconds = model["downsampling_ratio"] / model["sample_rate"]
+        self._silence_CT = torch.from_numpy(self.sources[0].store.get_silence(_SILENCE_FRAMES).astype(np.float32))
 
-    def __getitem__(self, rows: Sequence[Sequence[Request]]) -> Any:
-        """One batch; a user error comes back as a value, for the loader to raise outside the worker."""
+    def __getitem__(self, rows: BatchIndices) -> Batch | SA3Error:
+        """Load a batch; a user error comes back as a value, for the loader to raise outside the worker."""
         try:
-            clips = [[self.clip(request) for request in row] for row in rows]
+            crops = [[self.load_crop(sample) for sample in row] for row in rows]
         except SA3Error as error:
             return error
-        longest = max(request.longest for row in rows for request in row)
-        return collate(clips, self.silence_CT, self.tail, self.pack_frames, longest)
+        longest = max(sample.longest for row in rows for sample in row)
+        return collate(crops, self._silence_CT, self.tail, self.pack_frames, longest)
 
-    def clip(self, request: Request) -> dict[str, Any]:
-        """One clip, cropped, with its prompt."""
-        clips = self.sources[request.source]
-        chance = random.Random(request.seed)
-        row = clips.row(request.clip, chance)
-        latent_CT, record = clips.store.read(row)
-        free = latent_CT.shape[1] - request.frames
-        start = crop_start(free, self.crop.how, chance, beats_of(record), self.frame_seconds)
+    def load_crop(self, sample: SampleIndex) -> Crop:
+        """Load one clip, cropped, with its prompt.
+
+        Args:
+            sample: Which clip.
+
+        Returns:
+            The crop.
+        """
+        clips = self.sources[sample.source]
+        rng = random.Random(sample.seed)
+        latents_CT, record = clips.store.read(clips.choose_row(sample.clip, rng))
+        free = latents_CT.shape[1] - sample.frames
+        start = choose_crop_start(free, self.crop.start, rng, _get_beats(record), self._frame_seconds)
         whole = float(record["seconds"])
-        whole_clip = request.frames == latent_CT.shape[1]
         # The shortest duration that a generation of so many frames can have; less where the clip ends in the last.
-        seconds = min((request.frames - 1 + 1e-3) * self.frame_seconds, whole - start * self.frame_seconds)
-        prompt = self.prompts.fixed(record) if self.fixed_prompts else self.prompts(record, chance)
-        return {
-            "latent_CT": torch.from_numpy(latent_CT[:, start : start + request.frames].astype(np.float32)),
-            "prompt": prompt,
-            "key": record["key"],
-            "seed": request.seed,
-            "seconds_total": whole_seconds(whole if whole_clip or self.crop.seconds == "file" else seconds),
-            "at_end": start + request.frames == latent_CT.shape[1],
-        }
+        seconds = min((sample.frames - 1 + 1e-3) * self._frame_seconds, whole - start * self._frame_seconds)
+        prompt = self.prompts.build_fixed(record) if self.fixed_prompts else self.prompts.build(record, rng)
+        return Crop(
+            torch.from_numpy(latents_CT[:, start : start + sample.frames].astype(np.float32)),
+            prompt,
+            record["key"],
+            sample.seed,
+            round_up_seconds(whole if free == 0 or self.crop.seconds == "file" else seconds),
+            start + sample.frames == latents_CT.shape[1],
+        )
 
 
-def beats_of(record: Mapping[str, Any]) -> list[float]:
-    """A clip's beats in seconds from the start of its latents: less what `fix=trim_silence` cut off the front."""
+def choose_crop_start(free: int, start: str, rng: random.Random, beats: Sequence[float], frame_seconds: float) -> int:
+    """Choose the first frame of a crop.
+
+    Args:
+        free: Last possible first frame.
+        start: "start", "random", or "beat" (a random one, "random" where there is none).
+        rng: Source of randomness.
+        beats: Beats of the clip in seconds.
+        frame_seconds: Length of a latent frame in seconds.
+
+    Returns:
+        A frame from 0 to `free`.
+    """
+    if free <= 0 or start == "start":
+        return 0
+    if start == "beat":
+        frames = [frame for beat in beats if 0 <= (frame := round(beat / frame_seconds)) <= free]
+        if frames:
+            return frames[int(rng.random() * len(frames))]
+    return int(rng.random() * (free + 1))
+
+
+def round_up_seconds(seconds: float) -> float:
+    """Round up to whole seconds, as the models were trained; rounding errors do not count.
+
+    Args:
+        seconds: A duration.
+
+    Returns:
+        Whole seconds.
+    """
+    return float(math.ceil(seconds - 1e-6))
+
+
+def _get_beats(record: Mapping[str, Any]) -> list[float]:
+    """A clip's beats in seconds from the start of its latents: less what `fixes=trim_silence` cut off the front."""
     trimmed = (record.get("applied") or {}).get("trim_silence", [0.0])[0]
     return [beat - trimmed for beat in record.get("beats") or ()]
+
+
+def collate(
+    rows: Sequence[Sequence[Crop]], silence_CT: Tensor, tail: int, pack_frames: int | None, longest: int = 0
+) -> Batch:
+    """Collate crops into a batch.
+
+    Args:
+        rows: Crops of each row (one, unless packed).
+        silence_CT: Latents that fill the rest, repeated along T.
+        tail: Frames of silence after the longest crop, without packing.
+        pack_frames: Length of a packed row; None for one clip per row.
+        longest: Longest crop on all ranks, where another rank has a longer one.
+
+    Returns:
+        The batch.
+    """
+    crops = [crop for row in rows for crop in row]
+    frames = pack_frames or max(longest, *(sum(crop.latents_CT.shape[1] for crop in row) for row in rows)) + tail
+    times = math.ceil(frames / silence_CT.shape[1])
+    latents_BCT = silence_CT.float().repeat(1, times)[:, :frames].expand(len(rows), -1, -1).clone()
+    segment_ids_BT = torch.full((len(rows), frames), -1, dtype=torch.int64)
+    number = 0
+    for row, crops_of_row in enumerate(rows):
+        start = 0
+        for crop in crops_of_row:
+            end = start + crop.latents_CT.shape[1]
+            latents_BCT[row, :, start:end] = crop.latents_CT
+            segment_ids_BT[row, start:end] = number
+            start, number = end, number + 1
+    batch = Batch(
+        latents_BCT=latents_BCT,
+        attention_mask_BT=segment_ids_BT >= 0,
+        seconds_total_S=torch.tensor([crop.seconds_total for crop in crops], dtype=torch.float32),
+        at_end_S=torch.tensor([crop.at_end for crop in crops], dtype=torch.bool),
+        prompts=[crop.prompt for crop in crops],
+        keys=[crop.key for crop in crops],
+        seeds=[crop.seed for crop in crops],
+    )
+    if pack_frames:
+        batch["segment_ids_BT"] = segment_ids_BT
+    return batch
 
 
 class LatentLoader:
     """Endless batches in epochs of `len(loader)`, continuing one order from epoch to epoch without a pause.
 
-    `state_dict()` holds the position after the last batch yielded and is the same on every rank; after
-    `load_state_dict()` the next batch is the one that would have come.
+    `state_dict()` holds the position after the last batch yielded, that of the `BatchSampler`.
+
+    Attributes:
+        dataset: Loads batches.
+        sampler: The order, and the position in it.
+        num_workers: Number of worker processes.
     """
 
-    def __init__(
-        self, dataset: ClipDataset, planner: Planner, identity: Mapping[str, Any], num_workers: int = 0
-    ) -> None:
-        self.dataset, self.planner, self.identity = dataset, planner, dict(identity)
-        self.num_workers = num_workers
-        self._window, self._place, self._batches, self._in_epoch = 0, 0, 0, 0
-        self._resumed = False
-        self._source: Generator[Any, None, None] | None = None
+    def __init__(self, dataset: LatentDataset, sampler: BatchSampler, num_workers: int = 0) -> None:
+        """Prepare to load; workers start with the first batch.
+
+        Args:
+            dataset: Loads batches.
+            sampler: The order, and the position in it.
+            num_workers: Number of worker processes; 0 loads in this process.
+        """
+        self.dataset, self.sampler, self.num_workers = dataset, sampler, num_workers
+        self._batches: Generator[Batch, None, None] | None = None
 
     def __len__(self) -> int:
-        return self.planner.batches_per_cycle()
+        return len(self.sampler)
 
-    def __iter__(self) -> Iterator[Any]:
-        if not self._resumed:
-            self._in_epoch = 0
-        self._resumed = False
-        for _ in range(len(self) - self._in_epoch % len(self)):
-            if self._source is None:
-                self._source = _endless(self.dataset, self.planner, self._window, self._place, self.num_workers)
-            (window, place), batch = next(self._source)
-            self._window, self._place = window, place + 1
-            self._batches, self._in_epoch = self._batches + 1, self._in_epoch + 1
+    def __iter__(self) -> Iterator[Batch]:
+        for _ in range(self.sampler.start_epoch()):
+            if self._batches is None:
+                self._batches = _iterate_batches(self.dataset, self.sampler, self.num_workers)
+            batch = next(self._batches)
+            self.sampler.advance()
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and what it is a position in."""
-        return {
-            "window": self._window,
-            "place": self._place,
-            "batches": self._batches,
-            "in_epoch": self._in_epoch,
-            "identity": dict(self.identity),
-        }
+        """Return the position, the same on every rank.
+
+        Returns:
+            Values for a checkpoint.
+        """
+        return self.sampler.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at a saved position. If data, seed or batch shape have changed since, the position means nothing:
-        then the next window after about as many clips is taken, with a warning that says what changed.
+        """Restore a position.
+
+        Args:
+            state: What `state_dict` returned.
         """
         self.close()
-        self._resumed = True
-        self._window, self._place = int(state["window"]), int(state["place"])
-        self._batches, self._in_epoch = int(state["batches"]), int(state["in_epoch"])
-        saved = dict(state["identity"])
-        changed = [name for name in self.identity if saved.get(name) != self.identity[name]]
-        if changed:
-            shown = self._batches * int(saved.get("rows", 1))
-            self._window, self._place, self._in_epoch = -(-shown // self.planner.window), 0, 0
-            _logger.warning(
-                "the data loader does not continue exactly: %s changed since the checkpoint. It goes on after about as "
-                "many clips in the new order.",
-                ", ".join(f"{name} ({saved.get(name)} → {self.identity[name]})" for name in changed),
-            )
+        self.sampler.load_state_dict(state)
 
     def close(self) -> None:
-        """Stop the workers, if there are any; the position stays, and iterating goes on from it."""
-        if self._source is not None:
-            self._source.close()
-            self._source = None
+        """Stop the workers, if there are any; the position stays, and iterating continues from it."""
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
 
 
-def _endless(
-    dataset: ClipDataset, planner: Planner, window: int, place: int, num_workers: int
-) -> Generator[tuple[tuple[int, int], Any], None, None]:
-    """Batches from a position on, each with its own position. No method, lest the loader be in a cycle with its own
-    generator: then its workers would end at the garbage collector's whim, in any thread.
+def _iterate_batches(dataset: LatentDataset, sampler: BatchSampler, num_workers: int) -> Generator[Batch, None, None]:
+    """Load the batches of a sampler. Not a method, lest the loader be in a reference cycle with its own generator: then
+    its workers would end whenever the garbage collector runs, in any thread.
     """
     from torch.utils.data import DataLoader
 
     loader: DataLoader[Any] = DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_size=None,
-        sampler=_Places(planner, window, place),
+        sampler=sampler,
         num_workers=num_workers,
         generator=torch.Generator().manual_seed(0),  # workers' base seed: none of ours, and not the global stream
     )
-    for position, batch in zip(_Places(planner, window, place).places(), loader, strict=False):
-        if isinstance(batch, SA3Error):
-            raise batch
-        yield position, batch
+    yield from map(_raise_error, loader)
 
 
-class _Places:
-    """Every batch from a position on: as requests for the workers, or as (window, place) for the loader."""
-
-    def __init__(self, planner: Planner, window: int, place: int) -> None:
-        self.planner, self.window, self.place = planner, window, place
-
-    def __iter__(self) -> Iterator[list[list[Request]]]:
-        for _, rows in self._walk():
-            yield rows
-
-    def places(self) -> Iterator[tuple[int, int]]:
-        for place, _ in self._walk():
-            yield place
-
-    def _walk(self) -> Iterator[tuple[tuple[int, int], list[list[Request]]]]:
-        window, start = self.window, self.place
-        while True:
-            for place, rows in enumerate(self.planner.plan(window).batches):
-                if place >= start:
-                    yield (window, place), rows
-            window, start = window + 1, 0
+def _raise_error(batch: Batch | SA3Error) -> Batch:
+    if isinstance(batch, SA3Error):
+        raise batch
+    return batch
 
 
-class FixedLoader:
-    """The same batches in the same order each time: held-out clips, whole on every rank."""
+class ValidationLoader:
+    """The same batches in the same order each time, whole on every rank.
 
-    def __init__(self, dataset: ClipDataset, batches: Sequence[list[list[Request]]]) -> None:
+    Attributes:
+        dataset: Loads batches.
+        batches: Indices of the batches.
+    """
+
+    def __init__(self, dataset: LatentDataset, batches: Sequence[BatchIndices]) -> None:
+        """Define the batches.
+
+        Args:
+            dataset: Loads batches.
+            batches: Indices of the batches.
+        """
         self.dataset, self.batches = dataset, list(batches)
 
     def __len__(self) -> int:
         return len(self.batches)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Iterator[Batch]:
         for rows in self.batches:
-            batch = self.dataset[rows]
-            if isinstance(batch, SA3Error):
-                raise batch
-            yield batch
+            yield _raise_error(self.dataset[rows])

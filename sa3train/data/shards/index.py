@@ -1,4 +1,4 @@
-"""`index.json`: what a folder of latent shards holds, made by which autoencoder with which settings."""
+"""`index.json`: what a folder of latent shards contains, made by which autoencoder with which settings."""
 
 import hashlib
 import json
@@ -9,67 +9,94 @@ from pathlib import Path
 from typing import Any
 
 from sa3train.core.errors import DataError
-from sa3train.core.files import sha256_of, write_json
-from sa3train.data.shards.writer import Entry, listing_path, read_listing
+from sa3train.core.files import hash_file, write_json
+from sa3train.data.shards.writer import ShardEntry, get_listing_path, read_listing
 
-FORMAT = "sa3train-latents"
-VERSION = 1
-INDEX = "index.json"
-SILENCE = "silence.npy"
+INDEX_FILE = "index.json"
+SILENCE_FILE = "silence.npy"
 
-
+_FORMAT = "sa3train-latents"
+_VERSION = 2
 _OUTDATED = ".encode/outdated.json"
 _SHARD = re.compile(r"[a-z]+-\d{3,}-\d{5,}\.tar")
 
 
-def shard_files(folder: Path) -> list[Path]:
-    """The finished shards of a folder, in order of name, without those that a run under way is replacing."""
-    outdated = outdated_shards(folder)
+def list_shards(folder: Path) -> list[Path]:
+    """List the finished shards of a folder, without those that a running encode replaces.
+
+    Args:
+        folder: Folder of shards.
+
+    Returns:
+        Paths in order of name.
+    """
+    outdated = list_outdated_shards(folder)
     return [path for path in sorted(folder.glob("*.tar")) if _SHARD.fullmatch(path.name) and path.name not in outdated]
 
 
-def outdated_shards(folder: Path) -> list[str]:
-    """Names of shards that stay, for the index there is and for their latents, until a new index is written."""
+def list_outdated_shards(folder: Path) -> list[str]:
+    """List shards that stay until a new index is written, for the current index and for their latents.
+
+    Args:
+        folder: Folder of shards.
+
+    Returns:
+        File names.
+
+    Raises:
+        DataError: When the list is damaged.
+    """
     try:
         names = json.loads((folder / _OUTDATED).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return []
     except (ValueError, OSError) as error:
         raise DataError(
-            f"{folder / _OUTDATED} is damaged ({error}): delete it and {folder / INDEX}, encode again."
+            f"{folder / _OUTDATED} is damaged ({error}): delete it and {folder / INDEX_FILE}, and encode again."
         ) from error
     return [str(name) for name in names]
 
 
 def mark_outdated(folder: Path, shards: Iterable[Path]) -> None:
-    """Add to `outdated_shards`."""
-    write_json(folder / _OUTDATED, sorted({*outdated_shards(folder), *(shard.name for shard in shards)}))
+    """Mark shards as outdated.
+
+    Args:
+        folder: Folder of shards.
+        shards: Shards to mark in addition to those already marked.
+    """
+    write_json(folder / _OUTDATED, sorted({*list_outdated_shards(folder), *(shard.name for shard in shards)}))
 
 
 def remove_outdated(folder: Path) -> None:
-    """Delete the outdated shards, once an index without them is written."""
-    for name in outdated_shards(folder):
+    """Remove the outdated shards, once an index without them is written.
+
+    Args:
+        folder: Folder of shards.
+    """
+    for name in list_outdated_shards(folder):
         (folder / name).unlink(missing_ok=True)
-        listing_path(folder / name).unlink(missing_ok=True)
+        get_listing_path(folder / name).unlink(missing_ok=True)
     (folder / _OUTDATED).unlink(missing_ok=True)
 
 
-def split_of(shard: Path) -> str:
-    """`train-000-00001.tar` → `train`."""
-    return shard.name.rsplit("-", 2)[0]
-
-
 def build_index(folder: Path, settings: Mapping[str, Any], extra: Mapping[str, Any]) -> dict[str, Any]:
-    """Describe every finished shard of `folder` and write `index.json`.
+    """Describe every finished shard of a folder and write `index.json`.
 
-    `settings` is what the latents depend on (the `model` section among it); `extra` is added as it is. The `manifest`
-    hash covers every clip's latent and record and does not depend on how they are spread over shards.
+    The `manifest` hash covers the latents and record of every clip, however they are distributed over shards.
+
+    Args:
+        folder: Folder of shards.
+        settings: What the latents depend on, including the `model` section.
+        extra: Further keys.
+
+    Returns:
+        Content of `index.json`.
     """
     shards, digests = [], []
     splits: dict[str, dict[str, float]] = {}
-    for shard in shard_files(folder):
+    for shard in list_shards(folder):
         entries = list(read_listing(shard))
-        described = _describe(shard, entries)
+        described = _describe_shard(shard, entries)
         shards.append(described)
         total = splits.setdefault(described["split"], {"clips": 0, "frames": 0, "seconds": 0.0})
         for name in total:
@@ -77,8 +104,8 @@ def build_index(folder: Path, settings: Mapping[str, Any], extra: Mapping[str, A
         digests += [hashlib.sha256(f"{e.key} {e.digest} {e.record['crc32']}".encode()).digest() for e in entries]
     sums = {name: round(sum(split[name] for split in splits.values()), 6) for name in ("clips", "frames", "seconds")}
     index = {
-        "format": FORMAT,
-        "version": VERSION,
+        "format": _FORMAT,
+        "version": _VERSION,
         **sums,
         "manifest": hashlib.sha256(b"".join(sorted(digests))).hexdigest(),
         "splits": splits,
@@ -86,57 +113,71 @@ def build_index(folder: Path, settings: Mapping[str, Any], extra: Mapping[str, A
         **extra,
         "shards": shards,
     }
-    write_json(folder / INDEX, index)
+    write_json(folder / INDEX_FILE, index)
     return index
 
 
-def _describe(shard: Path, entries: Iterable[Entry]) -> dict[str, Any]:
+def _describe_shard(shard: Path, entries: Iterable[ShardEntry]) -> dict[str, Any]:
     records = [entry.record for entry in entries]
     return {
         "file": shard.name,
-        "listing": listing_path(shard).name,
-        "split": split_of(shard),
+        "listing": get_listing_path(shard).name,
+        "split": shard.name.rsplit("-", 2)[0],  # train-000-00001.tar
         "clips": len(records),
         "frames": sum(int(record["frames"]) for record in records),
         "seconds": round(sum(float(record["seconds"]) for record in records), 6),
         "bytes": shard.stat().st_size,
-        "sha256": sha256_of(shard),
+        "sha256": hash_file(shard),
     }
 
 
-def check_index(index: Any, where: str) -> dict[str, Any]:
-    """`index` if it is one that this version reads; `DataError` otherwise."""
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise DataError(f"{where} is not an index of latent shards. Make one with: sa3-encode source=DIR out=DIR")
-    if index.get("version") != VERSION:
+def parse_index(text: bytes, path: str) -> dict[str, Any]:
+    """Parse the content of `index.json`.
+
+    Args:
+        text: The file's bytes.
+        path: Its path or URL, for messages.
+
+    Returns:
+        The index.
+
+    Raises:
+        DataError: When it is damaged or was written by another version.
+    """
+    again = "run the same sa3-encode command again to rewrite it."
+    try:
+        index = json.loads(text)
+    except ValueError as error:
+        raise DataError(f"{path} is damaged ({error}): {again}") from error
+    if not isinstance(index, dict) or index.get("format") != _FORMAT:
+        raise DataError(f"{path} is not an index of latent shards. Make one with: sa3-encode source=DIR out=DIR")
+    if index.get("version") != _VERSION:
         raise DataError(
-            f"{where} has index version {index.get('version')}, this sa3train reads version {VERSION}. "
-            f"Encode the source again, or use the sa3train that made it ({index.get('made_by', 'unknown')})."
+            f"{path} has index version {index.get('version')}, this sa3train reads version {_VERSION}. "
+            f"Encode the source again, or use the sa3train that wrote it ({index.get('made_by', 'unknown')})."
         )
     missing = [name for name in ("model", "shards", "splits", "manifest") if name not in index]
     if missing:
-        raise DataError(f"{where} lacks {', '.join(missing)}: run the same sa3-encode command again to rewrite it.")
+        raise DataError(f"{path} lacks {', '.join(missing)}: {again}")
     return index
 
 
-def parse_index(text: bytes, where: str) -> dict[str, Any]:
-    """Read `index.json`'s bytes; `DataError` when they are damaged or of another format."""
-    try:
-        return check_index(json.loads(text), where)
-    except ValueError as error:
-        if isinstance(error, DataError):
-            raise
-        raise DataError(
-            f"{where} is damaged ({error}): run the same sa3-encode command again to rewrite it."
-        ) from error
+def check_autoencoder(index: Mapping[str, Any], name: str, fingerprint: str, path: str) -> None:
+    """Check that latents were made by an autoencoder.
 
+    Args:
+        index: Content of `index.json`.
+        name: Name of the model to use.
+        fingerprint: Fingerprint of its autoencoder.
+        path: Path or URL of the latents, for messages.
 
-def check_autoencoder(index: Mapping[str, Any], name: str, fingerprint: str, where: str) -> None:
-    """Raise `DataError`, naming both models, unless the latents were made by the autoencoder with this fingerprint."""
+    Raises:
+        DataError: When another autoencoder made them, naming both models.
+    """
     made_with = index["model"]
     if made_with["fingerprint"] != fingerprint:
         raise DataError(
-            f"the latents in {where} were made by the autoencoder of '{made_with['name']}' "
+            f"the latents in {path} were made by the autoencoder of '{made_with['name']}' "
             f"(weights {made_with['fingerprint'][:12]}), but '{name}' has another (weights {fingerprint[:12]}). "
             f"Encode again with model={name}, or train with model={made_with['name']}."
         )
@@ -144,7 +185,17 @@ def check_autoencoder(index: Mapping[str, Any], name: str, fingerprint: str, whe
 
 @dataclass(frozen=True)
 class DataSummary:
-    """What an `index.json` says: clips and seconds of each split, and whose autoencoder made it."""
+    """A summary of an `index.json`.
+
+    Attributes:
+        clips: Number of training latents.
+        seconds: Their length in seconds.
+        heldout: Number of held-out latents.
+        heldout_seconds: Their length in seconds.
+        model: Name of the model whose autoencoder made them.
+        rejected: Number of rejected clips.
+        frames: Number of training frames.
+    """
 
     clips: int
     seconds: float
@@ -155,11 +206,21 @@ class DataSummary:
     frames: int
 
 
-def summarise(data: Path) -> DataSummary:
-    """What lies in a folder of latents. Raises `DataError` when it holds none."""
-    path = data / INDEX
+def summarize_data(data: Path) -> DataSummary:
+    """Summarize a folder of latents.
+
+    Args:
+        data: Folder of shards.
+
+    Returns:
+        The summary.
+
+    Raises:
+        DataError: When it contains no latents.
+    """
+    path = data / INDEX_FILE
     if not path.is_file():
-        raise DataError(f"{data} holds no latents ({INDEX}): encode a folder of audio first, on the Data page.")
+        raise DataError(f"{data} contains no latents ({INDEX_FILE}): encode a folder of audio first, on the Data page.")
     index = parse_index(path.read_bytes(), str(path))
     train, heldout = (index["splits"].get(split, {}) for split in ("train", "heldout"))
     return DataSummary(

@@ -1,9 +1,9 @@
-"""Latent shards on disk: ordinary WebDataset tars (`<key>.npy`, `<key>.json`), written so that a kill loses nothing.
+"""Write latent shards: ordinary WebDataset tars (`<key>.npy`, `<key>.json`), so that a killed process loses nothing.
 
-A shard is first `NAME.tar.part`, to which whole clips are appended, array first and record second: a record that is
-there in full means a clip that is done. Opening a writer salvages the part an earlier run left, cutting off the clip it
-was writing. A full shard gets its listing (`NAME.jsonl`, one line a clip with its place in the tar) and is then renamed
-to `NAME.tar`.
+A shard is first `NAME.tar.part`, to which clips are appended, array first and record second: a complete record means a
+complete clip. Opening a writer recovers the part of an earlier run and cuts off an incomplete clip. A full shard gets
+its listing (`NAME.jsonl`, one line per clip with its offsets in the tar) and is then renamed to `NAME.tar`. This
+recovery is why `webdataset.ShardWriter` is not used.
 """
 
 import hashlib
@@ -20,40 +20,56 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 
 from sa3train.core.errors import DataError
-from sa3train.core.files import atomic_path
+from sa3train.core.files import replace_file
 
-BLOCK = 512
-MAX_SHARD_BYTES = 512_000_000
+_BLOCK = 512
+_MAX_BYTES = 512_000_000
 PART, STALE = ".tar.part", ".tar.stale"
 
 
-MADE = ("frames", "seconds", "crc32", "applied")
-"""What a record says of the encoded result; the rest was known before and is what `Entry.digest` covers."""
+ENCODED_FIELDS = ("frames", "seconds", "crc32", "applied")
+"""Fields of a record that encoding adds; `ShardEntry.digest` covers the others, which were planned before."""
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """One clip in a shard: its record, and where its array and its record lie in the tar (bytes)."""
+class ShardEntry:
+    """A clip in a shard.
+
+    Attributes:
+        record: Its record.
+        npy_offset: First byte of its array in the tar.
+        npy_size: Size of its array in bytes.
+        json_offset: First byte of its record in the tar.
+        json_size: Size of its record in bytes.
+    """
 
     record: dict[str, Any]
-    npy_at: int
+    npy_offset: int
     npy_size: int
-    json_at: int
+    json_offset: int
     json_size: int
 
     @property
     def key(self) -> str:
+        """Key of the clip."""
         return str(self.record["key"])
 
     @property
     def digest(self) -> str:
-        """A hash of what was planned for this clip, to tell whether the plan has changed."""
-        return record_digest(self.record)
+        """Hash of what was planned for this clip, to tell whether the plan has changed."""
+        return hash_record(self.record)
 
 
-def record_digest(record: Mapping[str, Any]) -> str:
-    """A short hash of a record's planned part, whatever the order of its keys."""
-    planned = {name: value for name, value in record.items() if name not in MADE}
+def hash_record(record: Mapping[str, Any]) -> str:
+    """Hash the planned part of a record, independent of the order of its keys.
+
+    Args:
+        record: Record of a clip.
+
+    Returns:
+        24 hex digits.
+    """
+    planned = {name: value for name, value in record.items() if name not in ENCODED_FIELDS}
     canonical = json.dumps(planned, sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()[:24]
 
@@ -61,18 +77,31 @@ def record_digest(record: Mapping[str, Any]) -> str:
 class ShardWriter:
     """Appends clips to the shards of one split and one process; use as a context manager.
 
-    Leaving it normally finishes the open shard; leaving it by an exception keeps the part for the next run.
+    Leaving it finishes the open shard; leaving it by an exception keeps the part for the next run.
+
+    Attributes:
+        folder: Folder of the shards.
+        max_bytes: Largest shard in bytes.
+        prefix: Start of the shards' file names.
     """
 
-    def __init__(self, folder: Path, split: str, rank: int = 0, max_bytes: int = MAX_SHARD_BYTES) -> None:
+    def __init__(self, folder: Path, split: str, rank: int = 0, max_bytes: int = _MAX_BYTES) -> None:
+        """Open a writer, and recover what an earlier run left.
+
+        Args:
+            folder: Folder of the shards.
+            split: "train" or "heldout".
+            rank: Number of this process.
+            max_bytes: Largest shard in bytes.
+        """
         self.folder, self.max_bytes = folder, max_bytes
         self.prefix = f"{split}-{rank:03d}"
-        self.file: BinaryIO | None = None
-        self.path: Path | None = None
-        self.entries: list[Entry] = []
+        self._file: BinaryIO | None = None
+        self._path: Path | None = None
+        self._entries: list[ShardEntry] = []
         parts = sorted(folder.glob(f"{self.prefix}-*{PART}"))
         for part in parts[:-1]:
-            finish_part(part)
+            finish_shard(part)
         if parts:
             self._open(parts[-1])
 
@@ -82,57 +111,73 @@ class ShardWriter:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.finish()
-        elif self.file is not None:
-            self.file.close()
+        elif self._file is not None:
+            self._file.close()
 
-    def add(self, latent_CT: np.ndarray, record: Mapping[str, Any]) -> Entry:
-        """Append one clip. `record` needs a `key`; `frames` and `crc32` are added to it. Raises `DataError` when the
-        disk is full or the folder cannot be written.
+    def add(self, latents_CF: np.ndarray, record: Mapping[str, Any]) -> ShardEntry:
+        """Append one clip.
+
+        Args:
+            latents_CF: (C, F) latents.
+            record: Its record, with a `key`; `frames` and `crc32` are added.
+
+        Returns:
+            Its position in the shard. A `DataError` is raised when the disk is full or the folder cannot be written.
         """
-        array = _array_bytes(latent_CT)
-        whole = {**record, "frames": int(latent_CT.shape[1]), "crc32": zlib.crc32(array)}
+        array = _serialize_array(latents_CF)
+        whole = {**record, "frames": int(latents_CF.shape[1]), "crc32": zlib.crc32(array)}
         text = json.dumps(whole, ensure_ascii=False).encode("utf-8", "replace")
-        needed = _padded(len(array)) + _padded(len(text)) + 4 * BLOCK
+        needed = _pad(len(array)) + _pad(len(text)) + 4 * _BLOCK
         try:
-            if self.file is not None and self.file.tell() + needed > self.max_bytes:
+            if self._file is not None and self._file.tell() + needed > self.max_bytes:
                 self.finish()
-            if self.file is None:
+            if self._file is None:
                 self._open(self._next_path())
-            assert self.file is not None
-            start = self.file.tell()
-            _write_all(self.file, _member(f"{record['key']}.npy", array) + _member(f"{record['key']}.json", text))
+            assert self._file is not None
+            start = self._file.tell()
+            _write_all(
+                self._file, _make_member(f"{record['key']}.npy", array) + _make_member(f"{record['key']}.json", text)
+            )
         except OSError as error:
-            raise _cannot_write(self.folder, error) from error
-        entry = _entry(whole, start, len(array), len(text))
-        self.entries.append(entry)
+            raise _describe_write_error(self.folder, error) from error
+        entry = _make_entry(whole, start, len(array), len(text))
+        self._entries.append(entry)
         return entry
 
     def finish(self) -> None:
-        """Turn the open part into a finished shard; a part without a clip is removed."""
-        if self.file is None or self.path is None:
+        """Finish the open shard; a part without a clip is removed."""
+        if self._file is None or self._path is None:
             return
-        self.file.close()
-        finish_part(self.path, self.entries)
-        self.file, self.path, self.entries = None, None, []
+        self._file.close()
+        finish_shard(self._path, self._entries)
+        self._file, self._path, self._entries = None, None, []
 
     def _open(self, path: Path) -> None:
         try:
             path.touch()
-            self.entries, end = scan_latents(path)
-            self.file, self.path = path.open("r+b", buffering=0), path
-            self.file.truncate(end)
-            self.file.seek(end)
+            self._entries, end = scan_shard(path)
+            self._file, self._path = path.open("r+b", buffering=0), path
+            self._file.truncate(end)
+            self._file.seek(end)
         except OSError as error:
-            raise _cannot_write(self.folder, error) from error
+            raise _describe_write_error(self.folder, error) from error
 
     def _next_path(self) -> Path:
         taken = [int(p.name.split(".")[0].rsplit("-", 1)[1]) for p in self.folder.glob(f"{self.prefix}-*.tar*")]
         return self.folder / f"{self.prefix}-{max(taken, default=-1) + 1:05d}{PART}"
 
 
-def finish_part(part: Path, entries: list[Entry] | None = None) -> Path | None:
-    """Close the tar, write its listing, and rename it; returns the shard, or None when it held no whole clip."""
-    found, end = scan_latents(part) if entries is None else (entries, part.stat().st_size)
+def finish_shard(part: Path, entries: list[ShardEntry] | None = None) -> Path | None:
+    """Finish a part: close the tar, write its listing, and rename it.
+
+    Args:
+        part: Path of the part.
+        entries: Its clips; None to scan it.
+
+    Returns:
+        The shard, or None when it contained no complete clip. A `DataError` is raised when it cannot be written.
+    """
+    found, end = scan_shard(part) if entries is None else (entries, part.stat().st_size)
     if not found:
         part.unlink()
         return None
@@ -141,44 +186,71 @@ def finish_part(part: Path, entries: list[Entry] | None = None) -> Path | None:
         with part.open("r+b") as file:
             file.truncate(end)
             file.seek(end)
-            file.write(bytes(2 * BLOCK))
+            file.write(bytes(2 * _BLOCK))
             file.flush()
             os.fsync(file.fileno())
         write_listing(target, found)
         part.replace(target)
     except OSError as error:
-        raise _cannot_write(part.parent, error) from error
+        raise _describe_write_error(part.parent, error) from error
     return target
 
 
-def listing_path(shard: Path) -> Path:
-    """The listing beside a shard: `train-000-00000.tar` → `train-000-00000.jsonl`."""
+def get_listing_path(shard: Path) -> Path:
+    """Get the path of a shard's listing.
+
+    Args:
+        shard: Such as `train-000-00000.tar`.
+
+    Returns:
+        Such as `train-000-00000.jsonl`.
+    """
     return shard.with_suffix(".jsonl")
 
 
-def write_listing(shard: Path, entries: list[Entry]) -> None:
-    """Write the listing of `shard`, one JSON line a clip, in the order of the tar."""
-    with atomic_path(listing_path(shard)) as path, path.open("w", encoding="utf-8") as file:
+def write_listing(shard: Path, entries: list[ShardEntry]) -> None:
+    """Write the listing of a shard, one JSON line per clip.
+
+    Args:
+        shard: Path of the shard.
+        entries: Its clips in the order of the tar.
+    """
+    with replace_file(get_listing_path(shard)) as path, path.open("w", encoding="utf-8") as file:
         for entry in entries:
             file.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")
 
 
-def read_listing(shard: Path) -> Iterator[Entry]:
-    """The clips of a finished shard; a listing that is missing or damaged is made again from the tar."""
+def read_listing(shard: Path) -> Iterator[ShardEntry]:
+    """Read the clips of a finished shard; a missing or damaged listing is made again from the tar.
+
+    Args:
+        shard: Path of the shard.
+
+    Yields:
+        Its clips in the order of the tar.
+    """
     try:
-        lines = listing_path(shard).read_text(encoding="utf-8").splitlines()
-        entries = [Entry(**json.loads(line)) for line in lines]
+        lines = get_listing_path(shard).read_text(encoding="utf-8").splitlines()
+        entries = [ShardEntry(**json.loads(line)) for line in lines]
     except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError, TypeError):
-        entries, _ = scan_latents(shard)
+        entries, _ = scan_shard(shard)
         write_listing(shard, entries)
     yield from entries
 
 
-def read_array(path: Path, entry: Entry) -> np.ndarray | None:
-    """The (C, T) array of an entry, or None when its bytes are no longer what they were."""
+def read_latents(path: Path, entry: ShardEntry) -> np.ndarray | None:
+    """Read latents from a shard.
+
+    Args:
+        path: Path of the shard.
+        entry: The clip.
+
+    Returns:
+        (C, F) float16; None when the bytes are damaged.
+    """
     try:
         with path.open("rb") as file:
-            file.seek(entry.npy_at)
+            file.seek(entry.npy_offset)
             content = file.read(entry.npy_size)
     except OSError:
         return None
@@ -188,35 +260,42 @@ def read_array(path: Path, entry: Entry) -> np.ndarray | None:
     return array
 
 
-def scan_latents(path: Path) -> tuple[list[Entry], int]:
-    """The whole, undamaged clips at the head of a shard or part, and the byte where they end."""
-    entries: list[Entry] = []
+def scan_shard(path: Path) -> tuple[list[ShardEntry], int]:
+    """Scan a shard or part for complete, undamaged clips.
+
+    Args:
+        path: Path of the shard or part.
+
+    Returns:
+        The clips up to the first incomplete or damaged one, and the byte where they end.
+    """
+    entries: list[ShardEntry] = []
     end = 0
     with path.open("rb") as file:
         while True:
             array = _read_member(file, end)
             text = _read_member(file, array[2]) if array else None
-            entry = _whole_entry(array, text) if array and text else None
+            entry = _parse_entry(array, text) if array and text else None
             if entry is None or text is None:
                 return entries, end
             entries.append(entry)
             end = text[2]
 
 
-def _read_member(file: BinaryIO, at: int) -> tuple[str, bytes, int] | None:
-    """Name, content and end of the member whose header is at `at`; None if it is not there in full."""
-    file.seek(at)
+def _read_member(file: BinaryIO, start: int) -> tuple[str, bytes, int] | None:
+    """Name, content and end of the member whose header is at `start`; None if it is incomplete."""
+    file.seek(start)
     try:
-        header = tarfile.TarInfo.frombuf(file.read(BLOCK), "utf-8", "strict")
+        header = tarfile.TarInfo.frombuf(file.read(_BLOCK), "utf-8", "strict")
     except (tarfile.HeaderError, ValueError):
         return None
-    content = file.read(_padded(header.size)) if 0 <= header.size <= MAX_SHARD_BYTES * 8 else b""
-    if header.size <= 0 or len(content) < _padded(header.size):
+    content = file.read(_pad(header.size)) if 0 <= header.size <= _MAX_BYTES * 8 else b""
+    if header.size <= 0 or len(content) < _pad(header.size):
         return None
-    return header.name, content[: header.size], at + BLOCK + len(content)
+    return header.name, content[: header.size], start + _BLOCK + len(content)
 
 
-def _whole_entry(array: tuple[str, bytes, int], text: tuple[str, bytes, int]) -> Entry | None:
+def _parse_entry(array: tuple[str, bytes, int], text: tuple[str, bytes, int]) -> ShardEntry | None:
     key = array[0].removesuffix(".npy")
     if array[0] != f"{key}.npy" or text[0] != f"{key}.json":
         return None
@@ -226,25 +305,25 @@ def _whole_entry(array: tuple[str, bytes, int], text: tuple[str, bytes, int]) ->
             return None
     except (ValueError, KeyError, TypeError):
         return None
-    start = array[2] - _padded(len(array[1])) - BLOCK
-    return _entry(record, start, len(array[1]), len(text[1]))
+    start = array[2] - _pad(len(array[1])) - _BLOCK
+    return _make_entry(record, start, len(array[1]), len(text[1]))
 
 
-def _entry(record: dict[str, Any], start: int, npy: int, text: int) -> Entry:
-    return Entry(record, start + BLOCK, npy, start + 2 * BLOCK + _padded(npy), text)
+def _make_entry(record: dict[str, Any], start: int, npy: int, text: int) -> ShardEntry:
+    return ShardEntry(record, start + _BLOCK, npy, start + 2 * _BLOCK + _pad(npy), text)
 
 
-def _array_bytes(latent_CT: np.ndarray) -> bytes:
+def _serialize_array(latents_CF: np.ndarray) -> bytes:
     buffer = io.BytesIO()
-    np.save(buffer, np.ascontiguousarray(latent_CT, dtype=np.float16), allow_pickle=False)
+    np.save(buffer, np.ascontiguousarray(latents_CF, dtype=np.float16), allow_pickle=False)
     return buffer.getvalue()
 
 
-def _member(name: str, content: bytes) -> bytes:
+def _make_member(name: str, content: bytes) -> bytes:
     header = tarfile.TarInfo(name)
     header.size = len(content)
     header.mode = 0o644
-    return header.tobuf(tarfile.USTAR_FORMAT) + content.ljust(_padded(len(content)), b"\0")
+    return header.tobuf(tarfile.USTAR_FORMAT) + content.ljust(_pad(len(content)), b"\0")
 
 
 def _write_all(file: BinaryIO, content: bytes) -> None:
@@ -253,12 +332,12 @@ def _write_all(file: BinaryIO, content: bytes) -> None:
         remaining = remaining[file.write(remaining) :]
 
 
-def _padded(size: int) -> int:
-    return -(-size // BLOCK) * BLOCK
+def _pad(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK
 
 
-def _cannot_write(folder: Path, error: OSError) -> DataError:
+def _describe_write_error(folder: Path, error: OSError) -> DataError:
     return DataError(
         f"cannot write shards in {folder}: {error.strerror or error}. What is encoded so far is kept; "
-        f"free some space or mend the folder's permissions, then run the same command again."
+        f"free some space or fix the folder's permissions, then run the same command again."
     )

@@ -1,7 +1,6 @@
-"""Where clips come from: folders of any depth, manifests (`.jsonl`, `.csv`), WebDataset tars, on disk or at a URL.
+"""List the clips of a source: folders of any depth, manifests (`.jsonl`, `.csv`), WebDataset tars, on disk or at a URL.
 
-`list_source` finds every clip and the text that goes with it, and says what it could not make sense of. It opens no
-audio.
+`list_source` finds every clip and the text that belongs to it, and reports what it could not use. It opens no audio.
 """
 
 import csv
@@ -16,7 +15,7 @@ from typing import Any
 
 from sa3train.audio.io import AUDIO_SUFFIXES
 from sa3train.core.errors import DataError
-from sa3train.data.sources.storage import Blob, Place, is_hidden, open_place, tar_groups
+from sa3train.data.sources.storage import Blob, LocalStorage, is_hidden, list_tar_members, open_storage
 
 MANIFESTS = ("metadata.jsonl", "metadata.csv")
 PATH_FIELDS = ("file_name", "path", "file", "audio", "filename", "audio_path")
@@ -25,7 +24,16 @@ _TEXT = (".txt", ".json")
 
 @dataclass(slots=True)
 class Clip:
-    """One clip of a source: its path there, its bytes, and where its text is. `stamp` changes when any of them does."""
+    """One clip of a source.
+
+    Attributes:
+        source: Its path within the source.
+        audio: The bytes of its audio file.
+        text: The bytes of its `.txt`.
+        fields: The bytes of its `.json`.
+        row: Its manifest row as JSON text.
+        stamp: Changes when any of these does.
+    """
 
     source: str
     audio: Blob
@@ -34,81 +42,96 @@ class Clip:
     row: str | None = None
     stamp: str = ""
 
-    @property
-    def suffix(self) -> str:
-        return PurePosixPath(self.source).suffix.lower()
-
 
 @dataclass
 class Listing:
-    """What a source holds. `problems`: (path, reason) of what is meant to be a clip but cannot be one. `skipped`: how
-    many files of each suffix are neither audio nor text for it.
+    """What a source contains.
+
+    Attributes:
+        clips: Clips in order of path.
+        problems: (path, reason) of what is meant to be a clip but cannot be one.
+        skipped: Number of files of each suffix that are neither audio nor its text.
     """
 
     clips: list[Clip] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
 
+    def describe_skipped(self) -> str:
+        """Describe the skipped files.
+
+        Returns:
+            Text such as "12 .jpg, 1 .pdf"; empty when nothing was skipped.
+        """
+        return ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in self.skipped.most_common())
+
 
 def list_source(source: str) -> Listing:
-    """Every clip of a folder, an audio file, a manifest, a tar, or a URL of any of these, in order of path.
+    """List every clip of a source.
 
-    Raises `DataError` when there is nothing there, or nothing in it that could be a clip.
+    Args:
+        source: Folder, audio file, manifest, tar, or a URL of any of these.
+
+    Returns:
+        Its clips in order of path.
+
+    Raises:
+        DataError: When there is nothing at `source`, or nothing that could be a clip.
     """
-    place, inner = open_place(source)
+    storage, name = open_storage(source)
     listing = Listing()
-    if inner is None:
-        names = {name: stamp for name, stamp in place.files() if not is_hidden(name)}
-        _list_folder(place, names, listing)
-    elif inner.endswith((".jsonl", ".csv")):
-        _list_manifest(place, inner, dict(place.files()), listing, alone=True)
-    elif inner.endswith(".tar"):
-        _list_tar(place, inner, place.stamp(inner), listing)
-    elif inner.lower().endswith(AUDIO_SUFFIXES):
-        _list_folder(place, {name: stamp for name, stamp in place.files() if _beside(name, inner)}, listing)
+    if name is None:
+        names = {name: stamp for name, stamp in storage.iterate_files() if not is_hidden(name)}
+        _list_folder(storage, names, listing)
+    elif name.endswith((".jsonl", ".csv")):
+        _list_manifest(storage, name, dict(storage.iterate_files()), listing, alone=True)
+    elif name.endswith(".tar"):
+        _list_tar(storage, name, storage.get_blob(name).compute_stamp(), listing)
+    elif name.lower().endswith(AUDIO_SUFFIXES):
+        beside = {other: stamp for other, stamp in storage.iterate_files() if _belongs_to(other, name)}
+        _list_folder(storage, beside, listing)
     else:
         raise DataError(
-            f"cannot take clips from {source}: give a folder, an audio file, a .jsonl or .csv manifest, or a .tar."
+            f"unsupported source {source}. Give a folder, an audio file, a .jsonl or .csv manifest, or a .tar."
         )
     listing.clips.sort(key=lambda clip: clip.source)
     if not listing.clips and not listing.problems:
-        found = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in listing.skipped.most_common(5))
         raise DataError(
-            f"no audio in {source} ({found or 'it is empty'}). Known kinds: {' '.join(AUDIO_SUFFIXES)}; "
-            f"also .tar and metadata.jsonl."
+            f"no audio in {source} ({listing.describe_skipped() or 'it is empty'}). Supported: "
+            f"{' '.join(AUDIO_SUFFIXES)}; also .tar and metadata.jsonl."
         )
     return listing
 
 
-def _list_folder(place: Place, names: Mapping[str, str], listing: Listing) -> None:
+def _list_folder(storage: LocalStorage, names: Mapping[str, str], listing: Listing) -> None:
+    """Add the clips among the files `names` (path → stamp)."""
     manifests = [name for name in names if PurePosixPath(name).name in MANIFESTS]
     rows: dict[str, str] = {}
     for name in manifests:
-        rows |= _list_manifest(place, name, names, listing, alone=False)
+        rows |= _list_manifest(storage, name, names, listing, alone=False)
     used = set(manifests)
     for name in names:
         suffix = PurePosixPath(name).suffix.lower()
         if suffix in AUDIO_SUFFIXES:
-            clip = _clip(place, name, names, rows.get(name))
+            clip = _make_clip(storage, name, names, rows.get(name))
             used |= {name, *(blob.name for blob in (clip.text, clip.fields) if blob)}
             listing.clips.append(clip)
         elif suffix == ".tar":
             used.add(name)
-            _list_tar(place, name, names[name], listing)
+            _list_tar(storage, name, names[name], listing)
     listing.skipped.update(PurePosixPath(name).suffix.lower() for name in names if name not in used)
 
 
-def _clip(place: Place, name: str, names: Mapping[str, str], row: str | None) -> Clip:
-    text, fields = (next(filter(names.__contains__, _sidecars(name, suffix)), None) for suffix in _TEXT)
-    stamp = "|".join([names[name], names.get(text or "", ""), names.get(fields or "", ""), row or ""])
-    label = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    return Clip(
-        label, place.blob(name), place.blob(text) if text else None, place.blob(fields) if fields else None, row, stamp
-    )
+def _make_clip(storage: LocalStorage, name: str, names: Mapping[str, str], row: str | None) -> Clip:
+    sidecars = [next(filter(names.__contains__, _list_sidecars(name, suffix)), None) for suffix in _TEXT]
+    text, fields = (storage.get_blob(sidecar) if sidecar else None for sidecar in sidecars)
+    stamp = "|".join([names[name], *(names.get(sidecar or "", "") for sidecar in sidecars), row or ""])
+    source = name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return Clip(source, storage.get_blob(name), text, fields, row, stamp)
 
 
-def _sidecars(name: str, suffix: str) -> Iterator[str]:
-    """Where the text of an audio file may be: beside it, in a `txt/` (`json/`) folder there or in place of any of its
+def _list_sidecars(name: str, suffix: str) -> Iterator[str]:
+    """Where the text of an audio file may be: beside it, in a `txt/` (`json/`) folder there or instead of any of its
     folders (`set/wav/a/x.wav` → `set/txt/a/x.txt`).
     """
     folder, slash, file = name.rpartition("/")
@@ -120,44 +143,47 @@ def _sidecars(name: str, suffix: str) -> Iterator[str]:
             yield "/".join([*folders[:depth], kind, *folders[depth + 1 :], text])
 
 
-def _list_manifest(place: Place, name: str, names: Mapping[str, str], listing: Listing, alone: bool) -> dict[str, str]:
+def _list_manifest(
+    storage: LocalStorage, name: str, names: Mapping[str, str], listing: Listing, alone: bool
+) -> dict[str, str]:
     """Rows of a manifest by the path of their audio, each as JSON text. `alone`: its rows are the clips."""
     rows: dict[str, str] = {}
     base = PurePosixPath(name).parent
-    for number, (row, text) in enumerate(_manifest_rows(place.blob(name).read(), name), start=1):
-        where = f"{name}:{number}"
+    for number, (row, text) in enumerate(_iterate_manifest(storage.get_blob(name).read(), name), start=1):
+        given = next((str(row[key]) for key in PATH_FIELDS if row.get(key)), None) if row else None
+        is_absolute = given is not None and ("://" in given or given.startswith("/"))
+        path = given if given is None or is_absolute else os.path.normpath(str(base / given))
+        problem = ""
         if row is None:
-            listing.problems.append((where, text))
-            continue
-        given = next((str(row[key]) for key in PATH_FIELDS if row.get(key)), None)
-        if given is None:
-            listing.problems.append((where, f"names no file; one of {', '.join(PATH_FIELDS)} is needed"))
-            continue
-        path = given if "://" in given or given.startswith("/") else os.path.normpath(str(base / given))
-        if path in rows:
-            listing.problems.append((where, f"names {given} a second time; its first row is used"))
-            continue
-        if not alone and path not in names:
-            listing.problems.append((where, f"names {given}, which is not there"))
+            problem = text
+        elif path is None:
+            problem = f"names no file; one of {', '.join(PATH_FIELDS)} is needed"
+        elif path in rows:
+            problem = f"names {given} a second time; its first row is used"
+        elif not alone and path not in names:
+            problem = f"names {given}, which does not exist"
+        if problem or path is None:
+            listing.problems.append((f"{name}:{number}", problem))
             continue
         rows[path] = text
         if alone:
-            _add_listed(place, path, names, text, listing)
+            _add_manifest_clip(storage, path, names, text, listing)
     return rows
 
 
-def _add_listed(place: Place, path: str, names: Mapping[str, str], row: str, listing: Listing) -> None:
+def _add_manifest_clip(storage: LocalStorage, path: str, names: Mapping[str, str], row: str, listing: Listing) -> None:
     if path in names:
-        listing.clips.append(_clip(place, path, names, row))
+        listing.clips.append(_make_clip(storage, path, names, row))
     elif "://" in path or path.startswith("/"):
-        blob = Blob.at(path)
-        listing.clips.append(Clip(path.rpartition("://")[2].lstrip("/"), blob, row=row, stamp=f"{blob.stamp()}|{row}"))
+        blob = Blob(path, name=path)
+        stamp = f"{blob.compute_stamp()}|{row}"
+        listing.clips.append(Clip(path.rpartition("://")[2].lstrip("/"), blob, row=row, stamp=stamp))
     else:
-        listing.problems.append((path, "is in the manifest but not there"))
+        listing.problems.append((path, "is in the manifest but does not exist"))
 
 
-def _manifest_rows(content: bytes, name: str) -> Iterator[tuple[dict[str, Any] | None, str]]:
-    """Each row with its JSON text, or None with what is wrong with it."""
+def _iterate_manifest(content: bytes, name: str) -> Iterator[tuple[dict[str, Any] | None, str]]:
+    """Yield each row with its JSON text, or None with what is wrong with it."""
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -177,34 +203,19 @@ def _manifest_rows(content: bytes, name: str) -> Iterator[tuple[dict[str, Any] |
             yield None, f"is not JSON ({error})"
 
 
-def _list_tar(place: Place, name: str, stamp: str, listing: Listing) -> None:
-    """Clips of a WebDataset tar: members of one name but for its suffix."""
-    groups, faults = tar_groups(place.local(name))
-    listing.problems += [(name, fault) for fault in faults]
+def _list_tar(storage: LocalStorage, name: str, stamp: str, listing: Listing) -> None:
+    """Add the clips of a WebDataset tar: members that differ in their suffix only."""
+    groups, problems = list_tar_members(storage.localize(name))
+    listing.problems += [(name, problem) for problem in problems]
     for key, members in groups.items():
         audio = [suffix for suffix in members if suffix in AUDIO_SUFFIXES]
-        listing.skipped.update(suffix for suffix in members if suffix not in (*AUDIO_SUFFIXES, *_TEXT))
-        if not audio:
-            listing.skipped.update(suffix for suffix in members if suffix in _TEXT)
+        used = (*AUDIO_SUFFIXES, *_TEXT) if audio else AUDIO_SUFFIXES
+        listing.skipped.update(suffix for suffix in members if suffix not in used)
         for suffix in audio:
-            blob = members[suffix]
-            listing.clips.append(
-                Clip(
-                    f"{name}/{key}{suffix}",
-                    blob,
-                    members.get(".txt"),
-                    members.get(".json"),
-                    None,
-                    f"{stamp}|{blob.offset}",
-                )
-            )
+            blob, text, fields = members[suffix], members.get(".txt"), members.get(".json")
+            listing.clips.append(Clip(f"{name}/{key}{suffix}", blob, text, fields, None, f"{stamp}|{blob.offset}"))
 
 
-def _beside(name: str, inner: str) -> bool:
-    """Whether `name` is the file `inner` or could be text for it."""
-    return name == inner or any(name in _sidecars(inner, suffix) for suffix in _TEXT)
-
-
-def describe_skipped(listing: Listing) -> str:
-    """`12 .jpg, 1 .pdf` for what was skipped; empty when nothing was."""
-    return ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in listing.skipped.most_common())
+def _belongs_to(name: str, audio: str) -> bool:
+    """Whether a file is the audio file or could be its text."""
+    return name == audio or any(name in _list_sidecars(audio, suffix) for suffix in _TEXT)

@@ -1,1 +1,1 @@
-"""The Adapters page: inspect, convert and merge adapter files."""
+"""The studio's Adapters page: the tools of `sa3train.adapters.tools` inside the studio's folders."""

@@ -1,197 +1,178 @@
-"""The Adapters page: look into adapter files, compare them, and make others of them.
+"""The Adapters page: inspect adapter files, compare, convert, merge and resize them."""
 
-What the Adapters page shows, as HTML.
-"""
-
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from html import escape
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from sa3train.studio.adapters import actions as work
-from sa3train.studio.adapters.actions import Examination, Made
-from sa3train.studio.play.cards import load_report, table
+from sa3train.adapters.tools import CheckpointResult, EditResult, Truncation
+from sa3train.adapters.tools.inspect import Comparison, Inspection
+from sa3train.core.dtypes import DTYPES
+from sa3train.core.text import format_number, list_few
+from sa3train.studio.adapters import actions
+from sa3train.studio.adapters.actions import Output
+from sa3train.studio.play.cards import render_load_report, render_table
 from sa3train.studio.server.widgets import (
-    command_box,
-    empty,
-    notice,
-    number_or_none,
-    optional_number,
-    told,
-    whole_or_none,
+    build_optional_number,
+    parse_optional_int,
+    parse_optional_number,
+    render_command,
+    render_notice,
+    render_placeholder,
+    show_errors,
 )
 from sa3train.studio.server.workspace import Workspace, list_adapters, list_models
 
-OF_LAYERS = 15
-
-
-def examination(workspace: Workspace, seen: Examination) -> str:
-    """What an adapter holds, and how it fits."""
-    found = seen.found
-    settings = {
-        "kind": found["kind"],
-        "rank, alpha": f"{found['rank']}, {found['alpha']}{' (rsLoRA)' if found['rslora'] else ''}",
-        "layers": f"{len(found['layers'])}, {found['parameters']:,} numbers in {', '.join(found['dtypes'])}",
-        "include": _few(found["include"]) or "every Linear and Conv1d",
-        "exclude": _few(found["exclude"]) or "nothing",
-        "dropout": f"{found['dropout']:g}" if found["dropout"] else "",
-        "fingerprint": found["fingerprint"][:16],
-    }
-    known = {key: _short(str(value)) for key, value in found["metadata"].items() if key != "sa3train_history"}
-    steps = {f"step {number}": _short(str(entry)) for number, entry in enumerate(found["history"], 1)}
-    damage = [f"{len(found['not_finite'])} tensors hold NaN or infinity"] if found["not_finite"] else []
-    damage += ["every tensor is zero: it has no effect"] if found["all_zero"] else []
-    groups = [[name, str(row["layers"]), _number(row["norm"])] for name, row in found["groups"].items()]
-    parts = [
-        *(notice(text, "warning") for text in damage),
-        _facts(settings, "Settings"),
-        _facts(known | steps, "Where it comes from") if known or steps else "",
-        table(["group", "layers", "norm of the change"], groups, "Groups of layers"),
-        _picture(workspace, seen),
-        command_box(workspace.command(seen.command)),
-    ]
-    report = "" if seen.report is None else load_report(seen.report, seen.summary, seen.refused)
-    head = f"<h3>{escape(workspace.shown(found['source']))}</h3>"
-    return f'<article class="card">{head}{"".join(parts)}</article>{report}'
-
-
-def comparison(workspace: Workspace, found: dict[str, Any], names: tuple[str, str], command: list[str]) -> str:
-    """Two adapters side by side."""
-    same = "The two have the same kind, scales and tensors, bit for bit."
-    changed = found["settings"] | found["metadata"]
-    rows = [[name, _short(str(one)), _short(str(other))] for name, (one, other) in changed.items()]
-    layers = sorted(found["layers"].items(), key=lambda item: -(item[1]["relative_difference"] or 0.0))
-    shown = [[path, _number(row["relative_difference"]), _number(row["cosine"])] for path, row in layers[:OF_LAYERS]]
-    only = [
-        notice(f"only in {name}: {len(found[key])} layers, such as {_few(found[key])}")
-        for name, key in zip(names, ("only_in_first", "only_in_second"), strict=True)
-        if found[key]
-    ]
-    title = f"{found['compared']}: the {len(shown)} most different of {len(layers)} shared layers"
-    parts = [
-        notice(same) if found["identical"] else "",
-        table(["differs", *names], rows, "Settings and provenance") if rows else "",
-        *only,
-        table(["layer", "relative difference", "cosine"], shown, title) if shown else "",
-        command_box(workspace.command(command)),
-    ]
-    heads = " and ".join(escape(name) for name in names)
-    return f'<article class="card"><h3>{heads}</h3>{"".join(parts)}</article>'
-
-
-def made(workspace: Workspace, done: Made) -> str:
-    """What a tool wrote, with its error."""
-    parts = [
-        _facts(done.facts, "What was written"),
-        *(notice(text, "warning" if text.startswith(("LEFT OUT", "not carried")) else "note") for text in done.notes),
-        command_box(workspace.command(done.command)),
-    ]
-    head = f'<h3 role="status">Written: {escape(workspace.shown(done.target))}</h3>'
-    return f'<article class="card">{head}{"".join(parts)}</article>'
-
-
-def _facts(facts: dict[str, str], caption: str) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>'
-        for name, value in facts.items()
-        if value
-    )
-    return f'<div class="studio-table"><table><caption>{escape(caption)}</caption><tbody>{rows}</tbody></table></div>'
-
-
-def _picture(workspace: Workspace, seen: Examination) -> str:
-    if seen.plot is None:
-        return ""
-    url = escape(workspace.url(seen.plot), quote=True)
-    return (
-        f'<details><summary>Every layer</summary><img class="plot" alt="change of every layer" src="{url}"></details>'
-    )
-
-
-def _few(names: list[str] | None, count: int = 3) -> str:
-    if not names:
-        return ""
-    return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
-
-
-def _short(text: str) -> str:
-    return text if len(text) <= 160 else f"{text[:157]}…"
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
-
-
+SHOWN_LAYERS = 15
 NO_MODEL = "no model"
 NOTHING_YET = "Choose an adapter on the left. What it holds, how it fits, or what was written appears here."
+Tool = tuple[gr.Button, Callable[..., str], list[Any], list[gr.Dropdown]]
+"""A tool's button, handler, inputs, and the inputs that choose adapters."""
 
 
-def adapters_page(workspace: Workspace) -> None:
-    """Build the page inside the open context."""
+def render_inspection(workspace: Workspace, inspection: Inspection, plot: Path | None, command: list[str]) -> str:
+    """Render what an adapter holds, and how it fits the model.
+
+    Args:
+        workspace: The studio's folders.
+        inspection: The inspected adapter.
+        plot: Its plot by layer.
+        command: The command that does the same.
+
+    Returns:
+        HTML.
+    """
+    report = inspection.load_report
+    groups = [[name, str(group.layers), format_number(group.norm)] for name, group in inspection.groups.items()]
+    parts = [
+        *(render_notice(text, "warning") for text in inspection.problems),
+        _render_facts(inspection.settings, "Settings"),
+        _render_facts(inspection.provenance, "Provenance"),
+        render_table(["group", "layers", "norm of the change"], groups, "Groups of layers"),
+    ]
+    if plot is not None:
+        url = escape(workspace.get_url(plot), quote=True)
+        image = f'<img class="plot" alt="change by layer" src="{url}">'
+        parts.append(f"<details><summary>Every layer</summary>{image}</details>")
+    card = _render_card(escape(workspace.shorten(inspection.source)), parts, command)
+    return card + ("" if report is None else render_load_report(report.to_dict(), report.summary, report.refusal))
+
+
+def render_comparison(comparison: Comparison, command: list[str], names: tuple[str, str]) -> str:
+    """Render where two adapters differ.
+
+    Args:
+        comparison: The compared adapters.
+        command: The command that does the same.
+        names: Their names.
+
+    Returns:
+        HTML.
+    """
+    changed = comparison.changed
+    only = zip(names, (comparison.only_in_first, comparison.only_in_second), strict=True)
+    layers = comparison.list_differences(SHOWN_LAYERS)
+    title = f"{comparison.compared}: the {len(layers)} most different of {len(comparison.layers)} shared layers"
+    parts = [
+        *(render_notice(text, "warning") for text in comparison.warnings),
+        render_notice("The two have the same type, scales and tensors, bit for bit.") if comparison.identical else "",
+        render_table(["differs", *names], changed, "Settings and provenance") if changed else "",
+        *(
+            render_notice(f"only in {name}: {len(paths)} layers, such as {list_few(paths)}")
+            for name, paths in only
+            if paths
+        ),
+        render_table(["layer", "relative difference", "cosine"], layers, title) if layers else "",
+    ]
+    return _render_card(" and ".join(escape(name) for name in names), parts, command)
+
+
+def render_result(workspace: Workspace, result: EditResult | CheckpointResult, command: list[str]) -> str:
+    """Render what a tool wrote.
+
+    Args:
+        workspace: The studio's folders.
+        result: What was written.
+        command: The command that does the same.
+
+    Returns:
+        HTML.
+    """
+    parts = [
+        _render_facts(result.facts, "Written"),
+        *(render_notice(text, "warning") for text in result.warnings),
+        *(render_notice(text) for text in result.notes),
+    ]
+    title = f"Written: {escape(workspace.shorten(result.target))}"
+    return _render_card(title, parts, command, ' role="status"')
+
+
+def build_adapters_page(workspace: Workspace) -> None:
+    """Build the page inside the open Gradio context.
+
+    Args:
+        workspace: The studio's folders.
+    """
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=380), gr.Tabs(elem_id="adapter-tools"):
-            tools = [build(workspace) for build in (_inspect, _diff, _convert, _merge, _resize)]
+            tools = [build(workspace) for build in (_inspect, _compare, _convert, _merge, _resize)]
         with gr.Column(scale=7, min_width=420):
-            gr.HTML("<h2>What was found</h2>", elem_classes="studio-title", apply_default_css=False)
-            result = gr.HTML(empty(NOTHING_YET), elem_id="adapters-result", apply_default_css=False)
-    choosers = [chooser for _, _, _, own in tools for chooser in own]
+            gr.HTML("<h2>Result</h2>", elem_classes="studio-title", apply_default_css=False)
+            result = gr.HTML(render_placeholder(NOTHING_YET), elem_id="adapters-result", apply_default_css=False)
+    choosers = [chooser for *_, own in tools for chooser in own]
 
-    def listed() -> list[Any]:
+    def refresh() -> list[Any]:
         found = list_adapters(workspace)
         return [gr.update(choices=found) for _ in choosers]
 
     quiet: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 1, "concurrency_id": "adapter-tools"}
     for button, run, inputs, _ in tools:
-        button.click(told(run), inputs, result, **quiet).success(
-            listed, None, choosers, show_progress="hidden", **quiet
+        button.click(show_errors(run), inputs, result, **quiet).success(
+            refresh, None, choosers, show_progress="hidden", **quiet
         )
-    gr.on(None, listed, None, choosers, show_progress="hidden", **quiet)
-
-
-Tool = tuple[gr.Button, Callable[..., str], list[Any], list[gr.Dropdown]]
+    gr.on(None, refresh, None, choosers, show_progress="hidden", **quiet)
 
 
 def _inspect(workspace: Workspace) -> Tool:
     with gr.Tab("Inspect"):
-        path, model = _adapter(), _model(workspace, "Hold it against a model")
+        path, model = _choose_adapter(), _choose_model(workspace, "Check against a model")
         button = gr.Button("Inspect", variant="primary", elem_id="inspect-run")
 
     def run(path: str | None, model: str) -> str:
-        return examination(workspace, work.inspect(workspace, path or "", _named(model)))
+        return render_inspection(workspace, *actions.inspect(workspace, path or "", _get_model(model)))
 
     return button, run, [path, model], [path]
 
 
-def _diff(workspace: Workspace) -> Tool:
+def _compare(workspace: Workspace) -> Tool:
     with gr.Tab("Compare"):
-        first, second = _adapter("First adapter", "first"), _adapter("Second adapter", "second")
-        model = _model(workspace, "Compare whole changes of a model's weights")
+        first, second = _choose_adapter("First adapter", "first"), _choose_adapter("Second adapter", "second")
+        model = _choose_model(workspace, "Compare changes of a model's weights")
         button = gr.Button("Compare", variant="primary", elem_id="diff-run")
 
     def run(first: str | None, second: str | None, model: str) -> str:
-        found, command = work.diff(workspace, first or "", second or "", _named(model))
-        return comparison(workspace, found, (str(first), str(second)), command)
+        compared = actions.compare(workspace, first or "", second or "", _get_model(model))
+        return render_comparison(*compared, (str(first), str(second)))
 
     return button, run, [first, second, model], [first, second]
 
 
 def _convert(workspace: Workspace) -> Tool:
     with gr.Tab("Convert"):
-        path = _adapter("Adapter, or a pickle (.ckpt, .pt)", "convert")
-        to = gr.Radio(list(work.FORMATS), value=next(iter(work.FORMATS)), label="To", elem_id="convert-to")
-        target, overwrite = _target("convert", "such as adapters/style_comfy.safetensors; a folder for PEFT")
-        model = _model(workspace, "Its base model: measures the error, and is needed for some kinds")
-        size, dtype = _size("convert", "Where the format cannot hold it as it is: approximate by a lora of")
+        path = _choose_adapter("Adapter, or a pickle (.ckpt, .pt)", "convert")
+        to = gr.Radio(list(actions.FORMATS), value=next(iter(actions.FORMATS)), label="To", elem_id="convert-to")
+        target, overwrite = _choose_target("convert", "such as adapters/style_comfy.safetensors; a folder for PEFT")
+        model = _choose_model(workspace, "Base model: measures the error, and is needed for some types")
+        size = _choose_rank("convert", "If the format cannot carry the type: approximate by a lora of")
         button = gr.Button("Convert", variant="primary", elem_id="convert-run")
 
-    def run(path: Any, to: str, target: str, tick: bool, model: str, rank: Any, energy: Any, dtype: str) -> str:
-        done = work.convert_file(
-            workspace, path or "", target, work.FORMATS[to], _named(model), _cut(rank, energy), dtype, bool(tick)
-        )
-        return made(workspace, done)
+    def run(path: Any, to: str, target: str, tick: bool, model: str, *size: Any) -> str:
+        output = _build_output(target, tick, model, *size)
+        return render_result(workspace, *actions.convert(workspace, path or "", actions.FORMATS[to], output))
 
-    return button, run, [path, to, target, overwrite, model, *size, dtype], [path]
+    return button, run, [path, to, target, overwrite, model, *size], [path]
 
 
 def _merge(workspace: Workspace) -> Tool:
@@ -200,62 +181,78 @@ def _merge(workspace: Workspace) -> Tool:
         strengths = gr.Textbox(
             "", label="Strengths in the same order, with commas (empty: 1 each)", elem_id="merge-strengths"
         )
-        target, overwrite = _target("merge", "a .safetensors file for one adapter; a folder for a checkpoint")
-        size, dtype = _size("merge", "Into one adapter of this size; left empty: into a whole checkpoint")
-        model = _model(workspace, "The checkpoint, or the adapters' base")
+        target, overwrite = _choose_target("merge", "a .safetensors file for one adapter; a folder for a checkpoint")
+        size = _choose_rank("merge", "Merge into one adapter of this rank; leave empty to merge into a checkpoint")
+        model = _choose_model(workspace, "The checkpoint, or the adapters' base model")
         button = gr.Button("Merge", variant="primary", elem_id="merge-run")
 
-    def run(paths: Any, strengths: str, target: str, tick: bool, rank: Any, energy: Any, dtype: str, model: str) -> str:
+    def run(paths: Any, strengths: str, target: str, tick: bool, model: str, *size: Any) -> str:
         chosen = list(paths or [])
-        items = list(zip(chosen, work.strengths_of(strengths, len(chosen)), strict=True))
-        return made(
-            workspace, work.merge_files(workspace, items, target, _named(model), _cut(rank, energy), dtype, bool(tick))
-        )
+        adapters = list(zip(chosen, actions.parse_strengths(strengths, len(chosen)), strict=True))
+        output = _build_output(target, tick, model, *size)
+        return render_result(workspace, *actions.merge(workspace, adapters, output))
 
-    return button, run, [paths, strengths, target, overwrite, *size, dtype, model], [paths]
+    return button, run, [paths, strengths, target, overwrite, model, *size], [paths]
 
 
 def _resize(workspace: Workspace) -> Tool:
     with gr.Tab("Resize"):
-        path = _adapter("Adapter", "resize")
-        target, overwrite = _target("resize", "such as adapters/style_r4.safetensors")
-        size, dtype = _size("resize", "New size")
-        model = _model(workspace, "Its base model (needed for kinds other than lora, dora and bora)")
+        path = _choose_adapter("Adapter", "resize")
+        target, overwrite = _choose_target("resize", "such as adapters/style_r4.safetensors")
+        size = _choose_rank("resize", "New rank")
+        model = _choose_model(workspace, "Base model (needed for types other than lora, dora and bora)")
         button = gr.Button("Resize", variant="primary", elem_id="resize-run")
 
-    def run(path: Any, target: str, tick: bool, rank: Any, energy: Any, dtype: str, model: str) -> str:
-        done = work.resize_file(workspace, path or "", target, _named(model), _cut(rank, energy), dtype, bool(tick))
-        return made(workspace, done)
+    def run(path: Any, target: str, tick: bool, model: str, *size: Any) -> str:
+        output = _build_output(target, tick, model, *size)
+        return render_result(workspace, *actions.resize(workspace, path or "", output))
 
-    return button, run, [path, target, overwrite, *size, dtype, model], [path]
+    return button, run, [path, target, overwrite, model, *size], [path]
 
 
-def _adapter(label: str = "Adapter", name: str = "inspect") -> gr.Dropdown:
+def _choose_adapter(label: str = "Adapter", name: str = "inspect") -> gr.Dropdown:
     """Its choices come when the page is loaded."""
     return gr.Dropdown([], value=None, label=label, allow_custom_value=True, elem_id=f"{name}-adapter")
 
 
-def _model(workspace: Workspace, label: str) -> gr.Dropdown:
+def _choose_model(workspace: Workspace, label: str) -> gr.Dropdown:
     return gr.Dropdown([(NO_MODEL, NO_MODEL), *list_models(workspace)], value=NO_MODEL, label=label, filterable=False)
 
 
-def _target(name: str, example: str) -> tuple[gr.Textbox, gr.Checkbox]:
+def _choose_target(name: str, example: str) -> tuple[gr.Textbox, gr.Checkbox]:
     target = gr.Textbox(label="Write to", placeholder=example, elem_id=f"{name}-target")
-    return target, gr.Checkbox(label="Overwrite what is there", elem_id=f"{name}-overwrite")
+    return target, gr.Checkbox(label="Overwrite", elem_id=f"{name}-overwrite")
 
 
-def _size(name: str, label: str) -> tuple[tuple[gr.Textbox, gr.Textbox], gr.Dropdown]:
+def _choose_rank(name: str, label: str) -> tuple[gr.Textbox, gr.Textbox, gr.Dropdown]:
     gr.Markdown(label, elem_classes="soft")
     with gr.Row():
-        rank = optional_number("Rank", elem_id=f"{name}-rank")
-        energy = optional_number("or energy kept", placeholder="such as 0.95")
-        dtype = gr.Dropdown(list(work.DTYPES), value="f16", label="Written in", filterable=False, min_width=90)
-    return (rank, energy), dtype
+        rank = build_optional_number("Rank", elem_id=f"{name}-rank")
+        variance = build_optional_number("or explained variance", placeholder="such as 0.95")
+        dtype = gr.Dropdown(list(DTYPES), value="fp16", label="Dtype", filterable=False, min_width=90)
+    return rank, variance, dtype
 
 
-def _named(model: str | None) -> str | None:
+def _get_model(model: str | None) -> str | None:
     return None if model in (None, "", NO_MODEL) else model
 
 
-def _cut(rank: str | None, energy: str | None) -> work.Size:
-    return work.Size(whole_or_none("rank", rank), number_or_none("energy", energy))
+def _build_output(target: str, tick: bool, model: str, rank: str | None, variance: str | None, dtype: str) -> Output:
+    settings = parse_optional_int("rank", rank), parse_optional_number("explained variance", variance)
+    truncation = None if settings == (None, None) else Truncation(*settings)
+    return Output(target, _get_model(model), truncation, dtype, bool(tick))
+
+
+def _render_card(title: str, parts: list[str], command: list[str], attributes: str = "") -> str:
+    body = "".join((*parts, render_command(command)))
+    return f'<article class="card"><h3{attributes}>{title}</h3>{body}</article>'
+
+
+def _render_facts(facts: Mapping[str, str], caption: str) -> str:
+    rows = "".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>'
+        for name, value in facts.items()
+        if value
+    )
+    table = f"<table><caption>{escape(caption)}</caption><tbody>{rows}</tbody></table>"
+    return f'<div class="studio-table">{table}</div>' if rows else ""

@@ -1,5 +1,5 @@
-/* What the server is about to replace is held while it answers: an edit made meanwhile would be lost, or end up in
-   another row. `more` is 1 when a question is asked and -1 when it is answered, or failed. */
+/* Elements that the server is about to replace are inert while it answers: an edit made meanwhile would be lost, or end
+   up in another row. `more` is 1 when a request is sent and -1 when it is answered or has failed. */
 sa3.hold = (() => {
   let asked = 0, focused = null;
   return (ids, more) => {

@@ -1,9 +1,9 @@
-/* The rack of adapters. props.value: {rows: [{path, strength, conditioner, low, high, exclude, partial}]}.
-   Files to choose from are in the page's datalist #adapter-files. */
+/* The list of adapters. props.value: {rows: [{path, strength, conditioner, low, high, exclude, partial}]}.
+   The page's datalist #adapter-files has the files to choose from. */
 sa3.rack = (element, props, watch, upload) => {
   const {make} = sa3;
   const rows = make('div', {class: 'rows'});
-  const told = make('p', {class: 'notice error', role: 'alert', hidden: true});
+  const error = make('p', {class: 'notice error', role: 'alert', hidden: true});
   const chooser = make('input', {type: 'file', accept: '.safetensors', hidden: true, 'aria-label': 'adapter file to upload'});
   const value = () => props.value || {rows: []};
   const all = () => value().rows || [];
@@ -20,17 +20,17 @@ sa3.rack = (element, props, watch, upload) => {
   chooser.addEventListener('change', async () => {
     const file = chooser.files[0];
     chooser.value = '';
-    told.hidden = true;
+    error.hidden = true;
     if (!file) return;
     try {
       const {path} = await upload(file);
       change([...all(), fresh(path)]);
-    } catch (error) {
-      told.textContent = `${file.name} was not taken: ${error && error.message || error}`;
-      told.hidden = false;
+    } catch (failure) {
+      error.textContent = `${file.name} cannot be uploaded: ${failure && failure.message || failure}`;
+      error.hidden = false;
     }
   });
-  element.append(rows, told, make('div', {class: 'row'}, add, send), chooser);
+  element.append(rows, error, make('div', {class: 'row'}, add, send), chooser);
 
   const number = (index, name, label, extra = {}) => make('label', {}, make('span', {}, label), make('input', {
     type: 'number', step: 0.05, value: all()[index][name] ?? '', ...extra,
@@ -53,16 +53,16 @@ sa3.rack = (element, props, watch, upload) => {
         const field = event.target.closest('fieldset').querySelector('label:nth-of-type(2) input');
         field.value = event.target.value; field.dispatchEvent(new Event('input'));
       }}),
-    make('details', {}, make('summary', {}, 'Conditioner, noise interval, layers'), make('div', {class: 'more'},
-      number(index, 'conditioner', 'In the conditioner', {placeholder: 'as strength'}),
-      number(index, 'low', 'From noise level', {min: 0, max: 1}),
-      number(index, 'high', 'to noise level', {min: 0, max: 1}),
-      make('label', {class: 'wide'}, make('span', {}, 'Layers to leave alone'), make('input', {
-        type: 'text', value: row.exclude, placeholder: 'such as cross_attn, layers.[0-5]',
+    make('details', {}, make('summary', {}, 'Conditioner, noise levels, layers'), make('div', {class: 'more'},
+      number(index, 'conditioner', 'Conditioner strength', {placeholder: 'same as strength'}),
+      number(index, 'low', 'Min noise level', {min: 0, max: 1}),
+      number(index, 'high', 'Max noise level', {min: 0, max: 1}),
+      make('label', {class: 'wide'}, make('span', {}, 'Exclude layers'), make('input', {
+        type: 'text', value: row.exclude, placeholder: 'for example cross_attn, layers.[0-5]',
         onchange: event => put(all().map((old, other) => other === index ? {...old, exclude: event.target.value} : old))})),
       make('label', {class: 'tick wide'}, make('input', {type: 'checkbox', checked: row.partial,
         onchange: event => put(all().map((old, other) => other === index ? {...old, partial: event.target.checked} : old))}),
-        make('span', {}, 'load it even if only a part fits')))),
+        make('span', {}, 'Allow partial load')))),
     make('button', {type: 'button', class: 'small', 'aria-label': `remove adapter ${index + 1}`,
       onclick: () => { change(all().filter((_, other) => other !== index)); add.focus(); }}, 'Remove'));
 

@@ -1,13 +1,13 @@
-/* The waveform of the source and the regions to generate anew: drag on it, or use the table; both show the same.
-   props.value: {peaks, seconds, duration, regions: [[start, end]], url, fixed, edited}. `fixed`: shown, not changed;
-   `edited` counts changes made here, and comes back in the answer to a question. */
+/* The waveform of the source and the regions to regenerate: drag on it, or use the table; both show the same.
+   props.value: {peaks, seconds, duration, regions: [[start, end]], url, fixed, edited}. `fixed`: not editable; `edited`
+   counts changes made here, and comes back in the answer to a request. */
 sa3.regions = (element, props, watch) => {
   const {make} = sa3;
   const canvas = make('canvas', {role: 'img', height: 96});
   const audio = make('audio', {controls: true, preload: 'metadata', 'aria-label': 'source audio'});
   const body = make('tbody');
   const table = make('table', {},
-    make('caption', {}, 'Regions to generate anew, in seconds (or drag on the waveform)'),
+    make('caption', {}, 'Regions to regenerate, in seconds (or drag on the waveform)'),
     make('thead', {}, make('tr', {}, ...['Start', 'End', 'Remove'].map(name => make('th', {scope: 'col'}, name)))), body);
   const add = make('button', {type: 'button', class: 'small', onclick: () => {
     const end = last(), room = span() - end > 0.2 ? [end, Math.min(span(), end + Math.max(0.5, span() / 6))]
@@ -27,7 +27,7 @@ sa3.regions = (element, props, watch) => {
   let drag = null, edits = value().edited || 0, drawn = value();
 
   const change = next => { edits += 1; props.value = {...value(), regions: next, edited: edits}; draw(); };
-  /* An answer to what was drawn earlier brings everything but the regions: they have been changed since. */
+  /* An answer to an earlier state updates everything but the regions, which have been changed since. */
   const arrived = () => {
     const came = value(), late = came.edited < edits && came.url === drawn.url && !came.fixed && !drawn.fixed;
     if (late) props.value = {...came, regions: drawn.regions, edited: edits};
@@ -58,8 +58,8 @@ sa3.regions = (element, props, watch) => {
     context.font = '11px system-ui, sans-serif';
     for (let tick = 0; tick <= 4; tick++) {
       const text = `${round(span() * tick / 4)} s`;
-      const place = Math.min(width - context.measureText(text).width, Math.max(0, to(span() * tick / 4) - 8));
-      context.fillText(text, place, height - 2);
+      const left = Math.min(width - context.measureText(text).width, Math.max(0, to(span() * tick / 4) - 8));
+      context.fillText(text, left, height - 2);
     }
   };
 
@@ -78,7 +78,7 @@ sa3.regions = (element, props, watch) => {
     element.classList.toggle('nothing', !seconds);
     canvas.setAttribute('aria-label', seconds ? `waveform, ${round(seconds)} seconds, ${regions().length} regions` : 'no audio yet');
     if (audio.getAttribute('src') !== url) { if (url) audio.setAttribute('src', url); else audio.removeAttribute('src'); }
-    note.textContent = fixed ? 'What is marked is new: from the end of the audio to the duration.' : '';
+    note.textContent = fixed ? 'The marked region is generated: from the end of the audio to the duration.' : '';
     table.hidden = fixed || !regions().length;
     add.hidden = fixed;
     const held = document.activeElement, at = [...body.querySelectorAll('input')].indexOf(held);

@@ -1,4 +1,4 @@
-/* What every page of the studio shares: building elements, copying commands, lists that keep what plays. */
+/* Shared by all pages of the studio: building elements, copying commands, lists that do not interrupt what plays. */
 window.sa3 = (() => {
   const make = (tag, attributes = {}, ...children) => {
     const element = document.createElement(tag);
@@ -27,7 +27,7 @@ window.sa3 = (() => {
     setTimeout(() => { button.textContent = 'Copy'; }, 1500);
   };
 
-  /* A new take goes on where the one it is compared with was stopped, so that the ear can judge. */
+  /* Starting another player of a group stops the current one and continues at its position, for comparing by ear. */
   let last = null;
   const played = audio => {
     const take = audio.closest('[data-group]'), other = last && last !== audio && last.closest('[data-group]');
@@ -55,7 +55,7 @@ window.sa3 = (() => {
   document.addEventListener('play', event => { if (event.target.matches('audio')) played(event.target); }, true);
   document.addEventListener('timeupdate', event => { if (event.target.matches('audio')) follow(event.target); }, true);
 
-  /* props.value: [{key, html}]. Items stay in place while their html is the same, so that playing goes on. */
+  /* props.value: [{key, html}]. Items stay in place while their HTML is the same, so that playback continues. */
   const list = (element, props, watch, act) => {
     const shown = new Map();
     const draw = () => {
@@ -79,10 +79,16 @@ window.sa3 = (() => {
     draw();
   };
 
-  /* Gradio's table names a picture without saying that it is one. And it lets the keyboard into a cell that was opened
-     only a frame later: what is typed before that would be lost, so the cell's field gets the focus, and keeps it. */
+  /* Gradio's table labels an image without the role of one. And it lets the keyboard into an opened cell only a frame
+     later: what is typed before that would be lost, so the cell's field gets the focus, and keeps it. Several handlers
+     may report the same error at once: it is shown once. */
   const opened = new WeakSet();
-  const mend = () => {
+  const patch = () => {
+    const shown = new Set();
+    for (const toast of document.querySelectorAll('.toast-body')) {
+      if (shown.has(toast.textContent)) toast.querySelector('.toast-close')?.click();
+      shown.add(toast.textContent);
+    }
     for (const mark of document.querySelectorAll('.wrapper[aria-label]:not([role])')) mark.setAttribute('role', 'img');
     for (const field of document.querySelectorAll('.virtual-body textarea')) {
       if (!opened.has(field)) { opened.add(field); field.focus(); }
@@ -92,6 +98,6 @@ window.sa3 = (() => {
     const field = event.target.closest('.virtual-body [role=gridcell]')?.querySelector('textarea');
     if (field && field !== event.target) field.focus();
   });
-  new MutationObserver(mend).observe(document.documentElement, {childList: true, subtree: true});
+  new MutationObserver(patch).observe(document.documentElement, {childList: true, subtree: true});
   return {make, list};
 })();

@@ -1,6 +1,7 @@
-"""The Captions tab: a folder's captions in a table, a clip to listen to beside it."""
+"""The Captions tab: the captions of a folder in a table, and a player for the selected clip."""
 
 import shlex
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -9,168 +10,241 @@ import gradio as gr
 
 from sa3train.data.sources.listing import Clip
 from sa3train.studio.data import captions
-from sa3train.studio.data.captions import Change, Edit, caption_of, clips_of
-from sa3train.studio.data.jobs_tabs import player
-from sa3train.studio.server.widgets import command_box, empty, notice, told, view
+from sa3train.studio.data.captions import Change, Edit, get_caption, list_clips
+from sa3train.studio.data.jobs_tabs import render_player
+from sa3train.studio.server.widgets import render_command, render_notice, render_panel, render_placeholder, show_errors
 from sa3train.studio.server.workspace import StudioError, Workspace
 
 PAGE = 40
-MOST_SEARCHED = 2000
-"""In larger folders the search looks at names alone: captions would all have to be read."""
-LISTEN = "Choose a row to hear its clip."
+MAX_SEARCHED = 2000
+"""In larger folders only names are searched, since all captions would have to be read."""
+CHOOSE = "Choose a folder of audio above."
+LISTEN = "Select a row to listen to its clip."
 HELD = '["captions", "data-folder"]'
 HOLD = f"(...values) => {{ sa3.hold({HELD}, 1); return values; }}"
 FREE = f"() => {{ sa3.hold({HELD}, -1); }}"
 
 Rows = list[list[str]]
 Shown = tuple[str, dict[str, str]]
-"""The folder that the table is of, and its captions as they were shown."""
+"""The folder shown in the table, and its captions as they were shown."""
 NOTHING: Shown = ("", {})
 
 
-def captions_tab(workspace: Workspace, folder: gr.Dropdown) -> None:
-    """Build the tab."""
-    shown = gr.State(NOTHING)
+@dataclass(frozen=True)
+class _Controls:
+    """The components of the tab."""
+
+    words: gr.Textbox
+    bare: gr.Checkbox
+    page: gr.Number
+    table: gr.Dataframe
+    count: gr.HTML
+    status: gr.HTML
+    player: gr.HTML
+    save: gr.Button
+    undo: gr.Button
+    reload: gr.Button
+
+
+def _build_controls() -> _Controls:
     with gr.Row(equal_height=False, elem_id="captions"):
         with gr.Column(scale=5, min_width=420):
             with gr.Row():
                 words = gr.Textbox("", label="Search clips and captions", scale=3, min_width=160)
                 page = gr.Number(1, label="Page", precision=0, minimum=1, scale=1, min_width=80)
-                bare = gr.Checkbox(False, label="Only without caption", scale=1, min_width=150)
-            count = gr.HTML(empty("Choose a folder of audio above."), elem_id="captions-count")
+                bare = gr.Checkbox(False, label="Without caption only", scale=1, min_width=150)
+            count = gr.HTML(render_placeholder(CHOOSE), elem_id="captions-count")
             table = gr.Dataframe(
-                [],
-                headers=["clip", "caption"],
-                column_count=2,
-                static_columns=[0],
-                type="array",
-                datatype="str",
-                wrap=True,
-                interactive=True,
-                max_height=520,
-                column_widths=["32%", "68%"],
-                label="Captions",
+                [], headers=["clip", "caption"], column_count=2, static_columns=[0], type="array", datatype="str",
+                wrap=True, interactive=True, max_height=520, column_widths=["32%", "68%"], label="Captions",
                 elem_id="captions-table",
-            )
+            )  # fmt: skip
         with gr.Column(scale=2, min_width=280):
             with gr.Row():
                 save = gr.Button("Save", variant="primary", elem_id="captions-save", min_width=80)
                 undo = gr.Button("Undo", elem_id="captions-undo", min_width=80)
-                again = gr.Button("Reload", elem_id="captions-reload", min_width=80)
-            said = gr.HTML("", elem_id="captions-said")
-            heard = gr.HTML(empty(LISTEN), elem_id="captions-heard")
-    looking = [folder, words, bare, page]
+                reload = gr.Button("Reload", elem_id="captions-reload", min_width=80)
+            status = gr.HTML("", elem_id="captions-status")
+            player = gr.HTML(render_placeholder(LISTEN), elem_id="captions-player")
+    return _Controls(words, bare, page, table, count, status, player, save, undo, reload)
 
-    def look(path: str | None, text: str, only: bool, number: float) -> tuple[Any, ...]:
+
+def build_captions_tab(workspace: Workspace, folder: gr.Dropdown) -> None:
+    """Build the tab.
+
+    Args:
+        workspace: The studio's folders.
+        folder: The chosen folder of audio.
+    """
+    shown, tab = gr.State(NOTHING), _build_controls()
+
+    def show_rows(path: str | None, text: str, only: bool, number: float) -> tuple[Any, ...]:
         if not path:
-            return NOTHING, [], empty("Choose a folder of audio above."), 1, empty(LISTEN)
-        rows, total, number = rows_of(workspace, workspace.folder(path), text, only, int(number or 1))
+            return NOTHING, [], render_placeholder(CHOOSE), 1, render_placeholder(LISTEN)
+        rows, total, number = list_rows(workspace, workspace.resolve_folder(path), text, only, int(number or 1))
         pages = max(1, -(-total // PAGE))
-        undoable = captions.saves(workspace, workspace.folder(path))
+        undoable = captions.count_saves(workspace, workspace.resolve_folder(path))
         line = f"{total:,} clips, page {number} of {pages}; {undoable} saves can be undone"
-        return (path, dict(rows)), rows, view(f'<p class="soft">{line}</p>'), number, empty(LISTEN)
+        return (path, dict(rows)), rows, render_panel(f'<p class="soft">{line}</p>'), number, render_placeholder(LISTEN)
 
-    @told
-    def turned(path: str, text: str, only: bool, number: float, before: Shown, rows: Rows) -> tuple[Any, ...]:
-        if edits_of(before[1], rows):
-            raise StudioError("changed captions are not saved yet: save them, or drop them (Reload).")
-        return look(path, text, only, number)
+    @show_errors
+    def turn_page(path: str, text: str, only: bool, number: float, before: Shown, rows: Rows) -> tuple[Any, ...]:
+        _refuse_unsaved(before, rows)
+        return show_rows(path, text, only, number)
 
-    @told
-    def saved(path: str, text: str, only: bool, number: float, before: Shown, rows: Rows) -> tuple[Any, ...]:
-        folder_shown = shown_folder(workspace, before)
-        changes = captions.save(workspace, folder_shown, edits_of(before[1], rows))
+    @show_errors
+    def save_edits(path: str, text: str, only: bool, number: float, before: Shown, rows: Rows) -> tuple[Any, ...]:
+        edits = find_edits(before[1], rows)
+        changes = captions.save_captions(workspace, resolve_shown_folder(workspace, before), edits)
         if not changes:
-            return *(gr.skip(),) * 5, notice("Nothing to save: no caption was changed.")
-        names = ", ".join(workspace.shown(change.path) for change in changes[:5])
+            return *(gr.skip(),) * 5, render_notice("Nothing to save: no caption was changed.")
+        names = ", ".join(workspace.shorten(change.path) for change in changes[:5])
         more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
-        box = command_box(commands_of(changes))
-        return *look(path, text, only, number), notice(f"Saved {names}{more}.") + box
+        box = render_command(build_commands(changes))
+        return *show_rows(path, text, only, number), render_notice(f"Saved {names}{more}.") + box
 
-    @told
-    def undone(path: str, text: str, only: bool, number: float, before: Shown, rows: Rows) -> tuple[Any, ...]:
-        folder_shown = shown_folder(workspace, before)
-        if edits_of(before[1], rows):
-            raise StudioError("changed captions are not saved yet: save them, or drop them (Reload), before an undo.")
-        names = captions.undo(workspace, folder_shown)
-        return *look(path, text, only, number), notice(f"As before: {', '.join(names[:5])}.")
+    @show_errors
+    def undo_edits(path: str, text: str, only: bool, number: float, before: Shown, rows: Rows) -> tuple[Any, ...]:
+        _refuse_unsaved(before, rows)
+        names = captions.undo_save(workspace, resolve_shown_folder(workspace, before))
+        return *show_rows(path, text, only, number), render_notice(f"Restored: {', '.join(names[:5])}.")
 
-    @told
-    def listened(before: Shown, chosen: gr.SelectData) -> str:
-        row = chosen.row_value or []
-        return listening(workspace, shown_folder(workspace, before), str(row[0])) if row else empty(LISTEN)
+    @show_errors
+    def select_clip(before: Shown, chosen: gr.SelectData) -> str:
+        if not chosen.row_value:
+            return render_placeholder(LISTEN)
+        return render_clip(workspace, resolve_shown_folder(workspace, before), str(chosen.row_value[0]))
 
-    outputs = [shown, table, count, page, heard]
-    both = [*looking, shown, table]
+    inputs = [folder, tab.words, tab.bare, tab.page]
+    both, outputs = [*inputs, shown, tab.table], [shown, tab.table, tab.count, tab.page, tab.player]
     held: dict[str, Any] = {"js": HOLD, "show_progress": "hidden"}
-    asked = [event(turned, both, outputs, **held) for event in (folder.change, words.submit, bare.input, page.submit)]
-    asked.append(again.click(told(look), looking, outputs, **held))
-    asked += [button.click(act, both, [*outputs, said], **held) for button, act in ((save, saved), (undo, undone))]
-    for answer in asked:
-        answer.success(None, None, None, js=FREE)
-        answer.failure(None, None, None, js=FREE)
+    listeners = (folder.change, tab.words.submit, tab.bare.input, tab.page.submit)
+    events = [listen(turn_page, both, outputs, **held) for listen in listeners]
+    events.append(tab.reload.click(show_errors(show_rows), inputs, outputs, **held))
+    events.append(tab.save.click(save_edits, both, [*outputs, tab.status], **held))
+    events.append(tab.undo.click(undo_edits, both, [*outputs, tab.status], **held))
+    for event in events:
+        event.success(None, None, None, js=FREE)
+        event.failure(None, None, None, js=FREE)
     # One after another and none left out: the clip that is shown in the end is the one that was chosen last.
-    table.select(listened, shown, heard, show_progress="hidden", trigger_mode="multiple", concurrency_limit=1)
+    one_by_one: dict[str, Any] = {"trigger_mode": "multiple", "concurrency_limit": 1, "show_progress": "hidden"}
+    tab.table.select(select_clip, shown, tab.player, **one_by_one)
 
 
-def shown_folder(workspace: Workspace, shown: Shown) -> Path:
-    """The folder that the table is of, whatever has been chosen since. Raises `StudioError` when it is of none."""
+def _refuse_unsaved(shown: Shown, rows: Rows) -> None:
+    if find_edits(shown[1], rows):
+        raise StudioError("unsaved captions: save them, or discard them with Reload.")
+
+
+def resolve_shown_folder(workspace: Workspace, shown: Shown) -> Path:
+    """Resolve the folder shown in the table, whatever has been chosen since.
+
+    Args:
+        workspace: The studio's folders.
+        shown: What the table shows.
+
+    Returns:
+        The folder.
+
+    Raises:
+        StudioError: When the table is empty.
+    """
     if not shown[0]:
         raise StudioError("choose a folder of audio first.")
-    return workspace.folder(shown[0])
+    return workspace.resolve_folder(shown[0])
 
 
-def rows_of(workspace: Workspace, folder: Path, text: str, bare: bool, page: int) -> tuple[Rows, int, int]:
-    """A page of (clip, caption) that match, how many match, and the page's number after all. Raises `SA3Error`."""
-    clips, words = clips_of(workspace, folder), text.strip().lower()
-    if len(clips) <= MOST_SEARCHED:
-        pairs = [(clip, caption_of(clip)) for clip in clips] if words or bare else []
-        found = [clip for clip, caption in pairs if _fits(clip, caption, words, bare)] if pairs else clips
+def list_rows(workspace: Workspace, folder: Path, text: str, bare: bool, page: int) -> tuple[Rows, int, int]:
+    """List a page of the table.
+
+    Args:
+        workspace: The studio's folders.
+        folder: Folder of audio.
+        text: Words to search.
+        bare: Only clips without a caption.
+        page: Number of the page.
+
+    Returns:
+        (clip, caption) rows of the page, the number of matching clips, and the page's number within their range.
+
+    Raises:
+        StudioError: When the folder is too large to search captions.
+    """
+    clips, words = list_clips(workspace, folder), text.strip().lower()
+    if len(clips) <= MAX_SEARCHED:
+        pairs = [(clip, get_caption(clip)) for clip in clips] if words or bare else []
+        found = [clip for clip, caption in pairs if _matches(clip, caption, words, bare)] if pairs else clips
     elif bare:
         raise StudioError(f"{folder} has {len(clips):,} clips: audit it to find those without a caption.")
     else:
         found = [clip for clip in clips if words in clip.source.lower()]
     page = min(max(1, page), max(1, -(-len(found) // PAGE)))
     there = found[(page - 1) * PAGE : page * PAGE]
-    return [[clip.source, caption_of(clip)] for clip in there], len(found), page
+    return [[clip.source, get_caption(clip)] for clip in there], len(found), page
 
 
-def edits_of(before: dict[str, str], rows: Rows) -> list[Edit]:
-    """What was changed in the table. Raises `StudioError` for rows that were not there."""
+def find_edits(before: dict[str, str], rows: Rows) -> list[Edit]:
+    """Find the edited captions in the table.
+
+    Args:
+        before: Captions by clip as they were shown.
+        rows: The table now.
+
+    Returns:
+        The edits.
+
+    Raises:
+        StudioError: For rows that were added.
+    """
     found = []
     for row in rows or []:
         source, caption = str(row[0]), " ".join(str(row[1] or "").split())
         if source not in before and (source or caption):
-            raise StudioError(f"{source or 'an empty row'} is no clip of this folder: reload the table.")
+            raise StudioError(f"{source or 'an empty row'} is not a clip of this folder: reload the table.")
         if source in before and caption != before[source]:
             found.append(Edit(source, before[source], caption))
     return found
 
 
-def commands_of(changes: list[Change]) -> str:
-    """Shell lines that write what was written."""
+def build_commands(changes: list[Change]) -> str:
+    """Build shell commands that write the same files.
+
+    Args:
+        changes: The changed files.
+
+    Returns:
+        One command per line.
+    """
     lines = [["printf", "%s", change.after.decode()] for change in changes]
     return "\n".join(
         f"{shlex.join(line)} > {shlex.quote(str(change.path))}" for line, change in zip(lines, changes, strict=True)
     )
 
 
-def listening(workspace: Workspace, folder: Path, source: str) -> str:
-    """HTML of one clip: its waveform, a player, and what is measured of it. Raises `SA3Error`."""
+def render_clip(workspace: Workspace, folder: Path, source: str) -> str:
+    """Render one clip: waveform, player and measurements.
+
+    Args:
+        workspace: The studio's folders.
+        folder: Folder of audio.
+        source: The clip.
+
+    Returns:
+        HTML.
+    """
     from sa3train.audio.io import read_audio
     from sa3train.data.audit.checks import measure
-    from sa3train.data.audit.report import waveform
+    from sa3train.data.audit.report import draw_waveform, format_measurements
 
-    path = workspace.file(folder / source, "clip")
+    path = workspace.resolve_file(folder / source, "clip")
     audio_CN, rate = read_audio(path)
     row = measure(audio_CN.numpy(), rate)
-    loud = f", {row['lufs']} LUFS" if row["lufs"] is not None else ""
-    facts = f"{row['seconds']:.2f} s, {rate} Hz, {row['channels']} channels{loud}"
-    return view(
+    return render_panel(
         f'<div class="tile"><b>{escape(Path(source).name)}</b>'
-        f'<div class="wave wide">{waveform(row["thumb"])}</div>{player(workspace, path)}<span>{facts}</span></div>'
+        f'<div class="wave wide">{draw_waveform(row["thumb"])}</div>{render_player(workspace, path)}'
+        f"<span>{format_measurements(row)}</span></div>"
     )
 
 
-def _fits(clip: Clip, caption: str, words: str, bare: bool) -> bool:
+def _matches(clip: Clip, caption: str, words: str, bare: bool) -> bool:
     return (not bare or not caption) and (words in clip.source.lower() or words in caption.lower())

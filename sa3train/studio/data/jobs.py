@@ -1,6 +1,7 @@
-"""Audits and encodes that the page starts: processes of their own, kept track of in the studio's home."""
+"""Audits and encodes that the Data page starts: processes of their own, recorded in the studio's home."""
 
 import hashlib
+import json
 import re
 import time
 from collections.abc import Sequence
@@ -9,30 +10,38 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from sa3train.core.errors import SA3Error
-from sa3train.data.encode.fixes import FIXES
-from sa3train.data.encode.plan import VIEWS, done_keys
-from sa3train.data.encode.workers import work_folder
-from sa3train.data.shards.index import INDEX
+from sa3train.data.encode.settings import EncodeSettings
+from sa3train.data.shards.index import INDEX_FILE
 from sa3train.studio.server import processes
 from sa3train.studio.server.workspace import StudioError, Workspace
 
-JOBS, AUDITS = "jobs", "audits"
-AUDIT = "audit.json"
+AUDIT_FILE = "audit.json"
 STATES = {
-    "running": "at work",
+    "running": "running",
     "stopping": "stopping",
     "finished": "done",
-    "failed": "ended with an error",
-    "stopped": "stopped; start it again to go on",
+    "failed": "failed",
+    "stopped": "stopped; start it again to resume",
 }
-_AUDITED = re.compile(r"audit: (\d+) clips, (\d+) of them known")
-_ENCODING = re.compile(r"encode: (\d+) clips, (\d+) takes done before")
+_PROGRESS_FLAGS = {"audit": "--progress-json", "encode": "progress=json"}
+_LOG_LINES = 1000
 
 
 @dataclass(frozen=True)
-class Work:
-    """An audit or encode: its `source`, where it writes, its state, and how far it is (0 to 1, None: unknown)."""
+class DataJob:
+    """An audit or encode.
+
+    Attributes:
+        folder: Folder of its record.
+        kind: "audit" or "encode".
+        source: Folder of audio.
+        out: Output folder.
+        state: Key of `STATES`.
+        share: Progress from 0 to 1; None when unknown.
+        progress: Progress in words.
+        error: Why it failed.
+        command: Command line.
+    """
 
     folder: Path
     kind: str
@@ -40,145 +49,193 @@ class Work:
     out: Path
     state: str
     share: float | None
-    said: str
+    progress: str
     error: str | None
     command: tuple[str, ...]
 
     @property
-    def alive(self) -> bool:
-        """Whether it is at work."""
+    def is_running(self) -> bool:
+        """Whether its process exists."""
         return self.state in ("running", "stopping")
 
 
-def audit_folder(workspace: Workspace, source: Path) -> Path:
-    """Where the audit of `source` is kept."""
-    return workspace.home / AUDITS / _name(source)
+def get_audit_dir(workspace: Workspace, source: Path) -> Path:
+    """Get the output folder of an audit.
+
+    Args:
+        workspace: The studio's folders.
+        source: Folder of audio.
+
+    Returns:
+        A folder in the studio's home.
+    """
+    return workspace.home / "audits" / _make_name(source)
 
 
-def audit_command(workspace: Workspace, source: Path, captions: str, model: str | None) -> list[str]:
-    """The command that audits `source`."""
-    out = ["--out", str(audit_folder(workspace, source))]
+def build_audit_command(workspace: Workspace, source: Path, captions: str, model: str | None) -> list[str]:
+    """Build the command that audits a folder.
+
+    Args:
+        workspace: The studio's folders.
+        source: Folder of audio.
+        captions: "required" or "optional".
+        model: Model whose limits apply; None for none.
+
+    Returns:
+        The arguments.
+    """
+    out = ["--out", str(get_audit_dir(workspace, source))]
     return ["sa3-data", "audit", str(source), *out, "--captions", captions, *(["--model", model] if model else [])]
 
 
-def encode_command(
-    source: Path,
-    out: Path,
-    model: str,
-    *,
-    fix: Sequence[str] = (),
-    views: Sequence[str] = (),
-    split: float = 0.05,
-    captions: str = "required",
-    duplicates: str = "keep",
-    max_rejected: float = 0.1,
-) -> list[str]:
-    """The command that encodes `source` into `out`. Raises `StudioError` for what cannot be."""
+def build_encode_command(source: Path, out: Path, model: str, settings: EncodeSettings) -> list[str]:
+    """Build the command that encodes a folder.
+
+    Args:
+        source: Folder of audio.
+        out: Output folder.
+        model: Model whose autoencoder encodes.
+        settings: Settings of the encode.
+
+    Returns:
+        The arguments.
+
+    Raises:
+        StudioError: When the output folder is inside the source.
+    """
     if out.is_relative_to(source):
-        raise StudioError(f"{out} lies inside {source}: choose a folder for the latents outside of the audio.")
-    for name, given, known in (("fix", fix, FIXES), ("views", views, VIEWS)):
-        if not set(given) <= set(known):
-            raise StudioError(f"{name} is {', '.join(given)}; choose among {', '.join(known)}.")
-    if not 0 <= split < 1 or not 0 <= max_rejected <= 1:
-        raise StudioError("the shares held out and rejected lie between 0 and 1.")
-    lists = [f"{name}=[{','.join(given)}]" for name, given in (("fix", fix), ("views", views)) if given]
-    return [
-        "sa3-encode",
-        f"source={source}",
-        f"out={out}",
-        f"model={model}",
-        f"split={split:g}",
-        f"captions={captions}",
-        f"duplicates={duplicates}",
-        f"max_rejected={max_rejected:g}",
-        *lists,
-    ]
+        raise StudioError(f"{out} is inside {source}: choose a folder for the latents outside of the audio.")
+    command = ["sa3-encode", f"source={source}", f"out={out}", f"model={model}", f"split={settings.split}"]
+    command += [f"{name}={getattr(settings, name)}" for name in ("captions", "duplicates", "max_rejected")]
+    lists = {"fixes": settings.fixes, "augmentations": settings.augmentations}
+    return command + [f"{name}=[{','.join(chosen)}]" for name, chosen in lists.items() if chosen]
 
 
-def begin(workspace: Workspace, kind: str, source: Path, out: Path, command: Sequence[str]) -> Path:
-    """Start an audit or encode; the folder of its record. Raises `SA3Error` when it is at work already."""
-    folder = workspace.home / JOBS / f"{kind}-{_name(out)}"
-    had = journal_lines(out)
-    processes.start(folder, command, kind=kind, source=str(source), out=str(out), had=had)
+def start_job(workspace: Workspace, kind: str, source: Path, out: Path, command: Sequence[str]) -> Path:
+    """Start an audit or encode. A `SA3Error` is raised when it is already running.
+
+    Args:
+        workspace: The studio's folders.
+        kind: "audit" or "encode".
+        source: Folder of audio.
+        out: Output folder.
+        command: The arguments.
+
+    Returns:
+        Folder of its record.
+    """
+    folder = workspace.home / "jobs" / f"{kind}-{_make_name(out)}"
+    processes.start(folder, [*command, _PROGRESS_FLAGS[kind]], kind=kind, source=str(source), out=str(out))
     return folder
 
 
-def stop(work: Work) -> None:
-    """End it; what is done is kept, and the same command goes on. Raises `StudioError` when it is not at work."""
-    if not processes.stop(work.folder):
-        raise StudioError("it is not at work: there is nothing to stop.")
+def stop_job(job: DataJob) -> None:
+    """Stop a job; the same command resumes it.
+
+    Args:
+        job: The job.
+
+    Raises:
+        StudioError: When it is not running.
+    """
+    if not processes.stop(job.folder):
+        raise StudioError("it is not running: nothing to stop.")
 
 
-def works(workspace: Workspace) -> list[Work]:
-    """Every audit and encode that was started here: those at work first, then the latest."""
-    folders = sorted((workspace.home / JOBS).glob("*/"), key=lambda folder: _started(folder), reverse=True)
-    found = [work for work in map(read, folders) if work is not None]
-    return sorted(found, key=lambda work: not work.alive)
+def list_jobs(workspace: Workspace) -> list[DataJob]:
+    """List all audits and encodes, running ones first, then latest first.
+
+    Args:
+        workspace: The studio's folders.
+
+    Returns:
+        The jobs.
+    """
+    folders = sorted((workspace.home / "jobs").glob("*/"), key=_get_start_time, reverse=True)
+    found = [job for job in map(read_job, folders) if job is not None]
+    return sorted(found, key=lambda job: not job.is_running)
 
 
-def read(folder: Path) -> Work | None:
-    """The audit or encode whose record is in `folder`, or None."""
-    record = processes.record_of(folder)
-    if record.get("kind") not in ("audit", "encode"):
+def read_job(folder: Path) -> DataJob | None:
+    """Read a job from its record.
+
+    Args:
+        folder: Folder of its record.
+
+    Returns:
+        The job; None when there is none.
+    """
+    record = processes.read_record(folder)
+    kind = record.get("kind")
+    if kind not in _PROGRESS_FLAGS:
         return None
-    out, alive = Path(record["out"]), processes.running(folder) is not None
-    error = None if alive else processes.failure(folder)
-    made = out / (AUDIT if record["kind"] == "audit" else INDEX)
-    share, said = progress(folder, record, out) if alive else (1.0, "")
-    if alive:
+    out, is_running = Path(record["out"]), processes.get_running_pid(folder) is not None
+    error = None if is_running else processes.read_failure(folder)
+    made = out / (AUDIT_FILE if kind == "audit" else INDEX_FILE)
+    is_made = made.is_file() and made.stat().st_mtime >= _get_start_time(folder) - 1
+    if is_running:
         state = "stopping" if record["stop_asked"] else "running"
-    elif error is not None or (not record["stop_asked"] and not _newer(made, _started(folder))):
-        state, error = "failed", error or "it ended without a word: killed, or out of memory. Start it again to go on."
+    elif error is not None or (not record["stop_asked"] and not is_made):
+        state = "failed"
+        error = error or "The process was killed, possibly out of memory. Start it again to resume."
     else:
-        state = "finished" if _newer(made, _started(folder)) else "stopped"
-    command = tuple(str(part) for part in record["command"])
-    return Work(folder, record["kind"], Path(record["source"]), out, state, share, said, error, command)
+        state = "finished" if is_made else "stopped"
+    share, progress = read_progress(folder) if is_running else (1.0, "")
+    command = tuple(str(part) for part in record["command"] if part != _PROGRESS_FLAGS[kind])
+    return DataJob(folder, kind, Path(record["source"]), out, state, share, progress, error, command)
 
 
-def progress(folder: Path, record: dict[str, Any], out: Path) -> tuple[float | None, str]:
-    """How far a process is, by what it said and wrote: a share (None before it knows) and a line."""
-    log = processes.log_tail(folder, 400).rpartition("\n$ ")[2]
-    encoding = _ENCODING.search(log)
-    if encoding:
-        clips = max(1, int(encoding[1]))
-        done = _done(out)
-        return min(1.0, done / clips), f"encoding: {done} takes of {clips} clips written"
-    audited = _AUDITED.search(log)
-    if audited:
-        clips, known = int(audited[1]), int(audited[2])
-        done = min(clips, known + journal_lines(out) - int(record["had"]))
-        return done / max(1, clips), f"listening: {done} of {clips} clips"
-    return None, "getting ready"
+def read_progress(folder: Path) -> tuple[float | None, str]:
+    """Read the progress that a job's process has written.
+
+    Args:
+        folder: Folder of its record.
+
+    Returns:
+        Share from 0 to 1 (None while unknown), and the progress in words.
+    """
+    lines, _ = _split_log(folder)
+    if not lines:
+        return None, "starting"
+    stage, done, total = (lines[-1][name] for name in ("stage", "done", "total"))
+    unit = {"clip": "clips", "batch": "batches"}.get(lines[-1]["unit"], "")
+    return done / max(1, total), f"{stage}: {done} of {total} {unit}"
 
 
-def journal_lines(out: Path) -> int:
-    """How many rows the audit journals of an output folder hold."""
-    count = 0
-    for journal in work_folder(out).glob("audit-*.jsonl"):
-        with journal.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                count += chunk.count(b"\n")
-    return count
+def read_log(folder: Path, lines: int) -> str:
+    """Read the end of a job's log, without progress.
+
+    Args:
+        folder: Folder of its record.
+        lines: Number of lines.
+
+    Returns:
+        The text.
+    """
+    return "\n".join(_split_log(folder)[1][-lines:])
 
 
-def _done(out: Path) -> int:
+def _split_log(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
+    """Progress lines of the latest process, and the other lines."""
+    progress: list[dict[str, Any]] = []
+    others: list[str] = []
+    for line in processes.read_log_tail(folder, _LOG_LINES).splitlines():
+        if line.startswith('{"stage":') and line.endswith("}"):
+            progress.append(json.loads(line))
+        elif not line.startswith('{"result":'):
+            others.append(line)
+            if line.startswith("$ "):
+                progress = []
+    return progress, others
+
+
+def _get_start_time(folder: Path) -> float:
     try:
-        return len(done_keys(out))
-    except (SA3Error, OSError, ValueError):
-        return 0  # a shard is being renamed this very moment
-
-
-def _newer(path: Path, moment: float) -> bool:
-    return path.is_file() and path.stat().st_mtime >= moment - 1
-
-
-def _started(folder: Path) -> float:
-    try:
-        return datetime.fromisoformat(str(processes.record_of(folder).get("at"))).timestamp()
+        return datetime.fromisoformat(str(processes.read_record(folder).get("at"))).timestamp()
     except ValueError:
         return time.time()
 
 
-def _name(path: Path) -> str:
+def _make_name(path: Path) -> str:
     digest = hashlib.sha256(str(path).encode("utf-8", "surrogateescape")).hexdigest()[:12]
     return f"{re.sub(r'[^A-Za-z0-9_-]+', '_', path.name)[:40] or 'folder'}-{digest}"

@@ -1,7 +1,4 @@
-"""The Audit and Encode tabs: each starts a command in a process of its own, and shows how far it is.
-
-An audit as the Data page shows it: what was found with its remedy, the gravest clips with waveform and player.
-"""
+"""The Audit and Encode tabs: each starts a command in a process of its own, and shows its progress and result."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,32 +10,51 @@ from typing import Any
 import gradio as gr
 
 from sa3train.core.errors import DataError, SA3Error
-from sa3train.data.audit.checks import KINDS, SEVERITIES, worst
-from sa3train.data.audit.report import waveform
-from sa3train.data.encode.fixes import FIXES
-from sa3train.data.encode.plan import VIEWS
-from sa3train.data.shards.index import INDEX, summarise
-from sa3train.reports.html import folded, table, tile
-from sa3train.reports.run_report import duration
+from sa3train.data.audit.checks import FINDING_TYPES, SEVERITIES, find_worst_severity
+from sa3train.data.audit.report import draw_waveform, format_measurements
+from sa3train.data.encode.settings import AUGMENTATIONS, FIX_NAMES, EncodeSettings
+from sa3train.data.shards.index import INDEX_FILE, summarize_data
+from sa3train.reports.html import format_duration, render_details, render_table, render_tile
 from sa3train.studio.data import jobs
-from sa3train.studio.data.jobs import STATES, Work
-from sa3train.studio.server import processes
-from sa3train.studio.server.widgets import command_box, empty, notice, told, view
+from sa3train.studio.data.captions import list_clips
+from sa3train.studio.data.jobs import STATES, DataJob
+from sa3train.studio.server.widgets import render_command, render_notice, render_panel, render_placeholder, show_errors
 from sa3train.studio.server.workspace import StudioError, Workspace, list_models, resolve_model_name
 
-SHOWN = 60
+MAX_ROWS = 60
+"""Clips shown of an audit, worst first."""
+ANY_MODEL = "any"
+LOG_LINES = 12
+NO_AUDIT = "An audit decodes and measures every clip, and lists problems with their remedies. It changes nothing."
+NO_ENCODE = "Encoding turns each clip, at its own length, into latents for training. It can be stopped and resumed."
 
 
 @dataclass(frozen=True)
-class Audit:
-    """An audit's summary, and its gravest rows."""
+class AuditReport:
+    """An audit.
+
+    Attributes:
+        summary: Its counts.
+        rows: The rows of its worst clips.
+    """
 
     summary: Mapping[str, Any]
     rows: Sequence[Mapping[str, Any]]
 
 
-def read_audit(path: Path, most: int = SHOWN) -> Audit:
-    """Read an `audit.json`, a line at a time. Raises `DataError` when it is damaged."""
+def read_audit(path: Path, max_rows: int = MAX_ROWS) -> AuditReport:
+    """Read an `audit.json`, one line at a time.
+
+    Args:
+        path: Path of the file.
+        max_rows: Number of clips to keep, worst first.
+
+    Returns:
+        The audit.
+
+    Raises:
+        DataError: When the file is damaged.
+    """
     groups: list[list[dict[str, Any]]] = [[] for _ in range(len(SEVERITIES) + 1)]
     summary = ""
     try:
@@ -46,8 +62,8 @@ def read_audit(path: Path, most: int = SHOWN) -> Audit:
             for line in file:
                 if line.startswith('{"source"'):
                     row = json.loads(line.rstrip().rstrip(","))
-                    group = groups[worst(row)]
-                    if len(group) < most:
+                    group = groups[find_worst_severity(row)]
+                    if len(group) < max_rows:
                         group.append(row)
                 elif summary or line.startswith('"summary"'):
                     summary += line
@@ -55,102 +71,123 @@ def read_audit(path: Path, most: int = SHOWN) -> Audit:
         found = json.loads("{" + summary)["summary"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}): audit the folder again.") from error
-    return Audit(found, [row for group in groups for row in group][:most])
+    return AuditReport(found, [row for group in groups for row in group][:max_rows])
 
 
-def audit_view(workspace: Workspace, audit: Audit, source: Path) -> str:
-    """HTML of the whole audit."""
+def render_audit(workspace: Workspace, audit: AuditReport, source: Path) -> str:
+    """Render an audit.
+
+    Args:
+        workspace: The studio's folders.
+        audit: The audit.
+        source: Folder of audio.
+
+    Returns:
+        HTML.
+    """
     summary = audit.summary
     tiles = [
-        tile(f"{summary['clips']:,}", "clips"),
-        tile(f"{summary['rejected']:,}", "cannot be encoded", "bad" if summary["rejected"] else "good"),
-        tile(duration(summary["seconds"]), "of audio to use"),
+        render_tile(f"{summary['clips']:,}", "clips"),
+        render_tile(f"{summary['rejected']:,}", "rejected", "bad" if summary["rejected"] else "good"),
+        render_tile(format_duration(summary["seconds"]), "usable audio"),
     ]
-    found = [
+    findings = [
         [f'<span class="{item["severity"]}">{escape(item["severity"])}</span>', f"{item['clips']:,}",
-         escape(KINDS[code].title), escape(item["remedy"])]
+         escape(FINDING_TYPES[code].title), escape(item["remedy"])]
         for code, item in summary["findings"].items()
     ]  # fmt: skip
-    findings = table(("", "clips", "finding", "remedy"), found, numbers=(1,)) if found else notice("Nothing amiss.")
-    rows = [_row(workspace, source, row) for row in audit.rows]
-    clips = table(("waveform", "clip", "findings", "listen"), rows)
+    table = render_table(("", "clips", "finding", "remedy"), findings, numbers=(1,))
+    rows = [_render_row(workspace, source, row) for row in audit.rows]
+    clips = render_table(("waveform", "clip", "findings", "listen"), rows)
     left = summary["clips"] - len(rows)
-    more = f'<p class="soft">and {left:,} less grave ones: all are in audit.json.</p>' if left > 0 else ""
-    return view(f'<div class="tiles">{"".join(tiles)}</div>{findings}<h3>Clips, the gravest first</h3>{clips}{more}')
+    more = f'<p class="soft">and {left:,} more: all are in audit.json.</p>' if left > 0 else ""
+    return render_panel(
+        f'<div class="tiles">{"".join(tiles)}</div>{table if findings else render_notice("No problems found.")}'
+        f"<h3>Clips, worst first</h3>{clips}{more}"
+    )
 
 
-def _row(workspace: Workspace, source: Path, row: Mapping[str, Any]) -> list[str]:
-    found = "<br>".join(
-        f'<span class="{item["severity"]}">{escape(KINDS[item["code"]].title)}</span> {escape(item["detail"])}'
+def _render_row(workspace: Workspace, source: Path, row: Mapping[str, Any]) -> list[str]:
+    findings = "<br>".join(
+        f'<span class="{item["severity"]}">{escape(FINDING_TYPES[item["code"]].title)}</span> {escape(item["detail"])}'
         for item in sorted(row["findings"], key=lambda item: SEVERITIES.index(item["severity"]))
     )
-    facts = []
-    if "seconds" in row:
-        facts = [f"{row['seconds']:.2f} s", f"{row['sample_rate']} Hz", f"{row['channels']} ch"]
-        facts += [f"{row['lufs']} LUFS"] if row["lufs"] is not None else []
-    about = f"<b>{escape(row['source'])}</b><br><small>{' · '.join(facts)}</small>"
+    about = f"<b>{escape(row['source'])}</b><br><small>{format_measurements(row)}</small>"
     caption = f"<br>{escape(row['caption'][:200])}" if row.get("caption") else ""
-    picture = f'<div class="wave">{waveform(str(row.get("thumb", "")))}</div>'
-    return [picture, about + caption, found or "nothing amiss", player(workspace, source / row["source"])]
+    picture = f'<div class="wave">{draw_waveform(str(row.get("thumb", "")))}</div>'
+    player = render_player(workspace, source / row["source"])
+    return [picture, about + caption, findings or "no problems found", player]
 
 
-def player(workspace: Workspace, path: Path) -> str:
-    """HTML of a player for a file, or why there is none."""
+def render_player(workspace: Workspace, path: Path) -> str:
+    """Render a player for a file.
+
+    Args:
+        workspace: The studio's folders.
+        path: The file.
+
+    Returns:
+        HTML; a note when the clip is not a file of its own.
+    """
     try:
-        url = workspace.url(workspace.file(path))
+        url = workspace.get_url(workspace.resolve_file(path))
     except StudioError:
-        return "<small>not a file of its own</small>"
+        return "<small>not a separate file</small>"
     return f'<audio controls preload="none" src="{escape(url)}" aria-label="{escape(path.name)}"></audio>'
 
 
-ANY_MODEL = "any"
-LOG_LINES = 12
-NO_AUDIT = (
-    "An audit decodes and measures every clip, and says what is wrong with it and what to do. It changes nothing."
-)
-NO_ENCODE = "Encoding turns each clip, at its own length, into latents to train on. It can be stopped and gone on with."
+def build_audit_tab(workspace: Workspace, folder: gr.Dropdown, tick: gr.Timer) -> None:
+    """Build the Audit tab.
 
-
-def audit_tab(workspace: Workspace, folder: gr.Dropdown, tick: gr.Timer) -> None:
-    """Build the Audit tab."""
+    Args:
+        workspace: The studio's folders.
+        folder: The chosen folder of audio.
+        tick: Refreshes the tab.
+    """
     with gr.Row():
         captions = gr.Radio(["required", "optional"], value="required", label="Captions", scale=2)
         choices = [("any model", ANY_MODEL), *list_models(workspace)]
-        model = gr.Dropdown(choices, value=ANY_MODEL, label="Limits of", allow_custom_value=True, scale=2)
+        model = gr.Dropdown(choices, value=ANY_MODEL, label="Check against model", allow_custom_value=True, scale=2)
         begin = gr.Button("Audit", variant="primary", elem_id="audit-start", min_width=100)
         stop = gr.Button("Stop", elem_id="audit-stop", min_width=80)
-    said = gr.HTML("", elem_id="audit-said")
-    result = gr.HTML(empty(NO_AUDIT), elem_id="audit-result")
+    status = gr.HTML("", elem_id="audit-status")
+    result = gr.HTML(render_placeholder(NO_AUDIT), elem_id="audit-result")
     seen = gr.State(None)
 
-    @told
-    def started(path: str | None, wanted: str, name: str) -> str:
-        source = source_of(workspace, path)
+    @show_errors
+    def start_audit(path: str | None, rule: str, name: str) -> str:
+        source = resolve_source(workspace, path)
         limits = None if name in ("", ANY_MODEL) else resolve_model_name(workspace, name)
-        command = jobs.audit_command(workspace, source, wanted, limits)
-        jobs.begin(workspace, "audit", source, jobs.audit_folder(workspace, source), command)
-        return working(workspace, _of(workspace, "audit", path))
+        command = jobs.build_audit_command(workspace, source, rule, limits)
+        jobs.start_job(workspace, "audit", source, jobs.get_audit_dir(workspace, source), command)
+        return render_job(_find_job(workspace, "audit", path))
 
-    @told
-    def refreshed(path: str | None, before: Any) -> tuple[Any, ...]:
-        source, work = _known(workspace, path), _of(workspace, "audit", path)
-        file = jobs.audit_folder(workspace, source) / jobs.AUDIT if source else None
+    @show_errors
+    def refresh(path: str | None, before: Any) -> tuple[Any, ...]:
+        source, job = _resolve_known(workspace, path), _find_job(workspace, "audit", path)
+        file = jobs.get_audit_dir(workspace, source) / jobs.AUDIT_FILE if source else None
         stamp = file.stat().st_mtime_ns if file is not None and file.is_file() else 0
-        now = (path, stamp, work)
+        now = (path, stamp, job)
         if now == before:
             return gr.skip(), gr.skip(), gr.skip()
         if source is None or file is None or not stamp:
-            return working(workspace, work), empty(NO_AUDIT), now
+            return render_job(job), render_placeholder(NO_AUDIT), now
         same = before is not None and before[:2] == now[:2]
-        return working(workspace, work), gr.skip() if same else audited(workspace, file, source), now
+        return render_job(job), gr.skip() if same else render_audit_file(workspace, file, source), now
 
-    begin.click(started, [folder, captions, model], said, show_progress="hidden")
-    stop.click(told(lambda path: _stop(workspace, "audit", path)), folder, said, show_progress="hidden")
-    tick.tick(refreshed, [folder, seen], [said, result, seen], show_progress="hidden")
+    begin.click(start_audit, [folder, captions, model], status, show_progress="hidden")
+    stop.click(show_errors(lambda path: _stop(workspace, "audit", path)), folder, status, show_progress="hidden")
+    tick.tick(refresh, [folder, seen], [status, result, seen], show_progress="hidden")
 
 
-def encode_tab(workspace: Workspace, folder: gr.Dropdown, tick: gr.Timer) -> None:
-    """Build the Encode tab."""
+def build_encode_tab(workspace: Workspace, folder: gr.Dropdown, tick: gr.Timer) -> None:
+    """Build the Encode tab.
+
+    Args:
+        workspace: The studio's folders.
+        folder: The chosen folder of audio.
+        tick: Refreshes the tab.
+    """
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=360):
             with gr.Row():
@@ -159,11 +196,11 @@ def encode_tab(workspace: Workspace, folder: gr.Dropdown, tick: gr.Timer) -> Non
                 )
                 out = gr.Textbox("", label="Folder for the latents", placeholder="latents/NAME")
             with gr.Row():
-                fix = gr.CheckboxGroup(list(FIXES), label="Mend on the way")
-                views = gr.CheckboxGroup(list(VIEWS), label="Further takes")
+                fixes = gr.CheckboxGroup(list(FIX_NAMES), label="Fixes")
+                augmentations = gr.CheckboxGroup(list(AUGMENTATIONS), label="Augmentations")
             with gr.Row():
-                split = gr.Slider(0, 0.5, value=0.05, step=0.01, label="Share held out")
-                rejected = gr.Slider(0, 1, value=0.1, step=0.01, label="Rejected at most")
+                split = gr.Slider(0, 0.5, value=0.05, step=0.01, label="Validation split")
+                rejected = gr.Slider(0, 1, value=0.1, step=0.01, label="Max rejected")
             with gr.Row():
                 captions = gr.Radio(["required", "optional"], value="required", label="Captions")
                 duplicates = gr.Radio(["keep", "drop"], value="keep", label="Duplicates")
@@ -171,105 +208,137 @@ def encode_tab(workspace: Workspace, folder: gr.Dropdown, tick: gr.Timer) -> Non
                 begin = gr.Button("Encode", variant="primary", elem_id="encode-start")
                 stop = gr.Button("Stop", elem_id="encode-stop")
         with gr.Column(scale=3, min_width=320):
-            said = gr.HTML("", elem_id="encode-said")
-            result = gr.HTML(empty(NO_ENCODE), elem_id="encode-result")
+            status = gr.HTML("", elem_id="encode-status")
+            result = gr.HTML(render_placeholder(NO_ENCODE), elem_id="encode-result")
     seen = gr.State(None)
 
-    @told
-    def started(path: str | None, name: str, target: str, mends: Any, takes: Any, *values: Any) -> tuple[str, str]:
-        source = source_of(workspace, path)
-        where = workspace.inside(target or f"latents/{source.name}")
-        names = ("split", "max_rejected", "captions", "duplicates")
-        options = dict(zip(names, values, strict=True))
-        command = jobs.encode_command(
-            source, where, resolve_model_name(workspace, name), fix=mends, views=takes, **options
-        )
-        jobs.begin(workspace, "encode", source, where, command)
-        return workspace.shown(where), working(workspace, _of(workspace, "encode", path))
+    @show_errors
+    def start_encode(path: str | None, name: str, target: str, *values: Any) -> tuple[str, str]:
+        source = resolve_source(workspace, path)
+        folder_out = workspace.resolve(target or f"latents/{source.name}")
+        names = ("fixes", "augmentations", "split", "max_rejected", "captions", "duplicates")
+        settings = EncodeSettings(**dict(zip(names, values, strict=True)))
+        command = jobs.build_encode_command(source, folder_out, resolve_model_name(workspace, name), settings)
+        jobs.start_job(workspace, "encode", source, folder_out, command)
+        return workspace.shorten(folder_out), render_job(_find_job(workspace, "encode", path))
 
-    @told
-    def refreshed(path: str | None, before: Any) -> tuple[Any, ...]:
-        work = _of(workspace, "encode", path)
-        now = (path, work)
+    @show_errors
+    def refresh(path: str | None, before: Any) -> tuple[Any, ...]:
+        job = _find_job(workspace, "encode", path)
+        now = (path, job)
         if now == before:
             return gr.skip(), gr.skip(), gr.skip()
-        shown = empty(NO_ENCODE) if work is None else made(workspace, work)
-        return working(workspace, work), shown, now
+        shown = render_placeholder(NO_ENCODE) if job is None else render_latents(workspace, job)
+        return render_job(job), shown, now
 
-    fields = [folder, model, out, fix, views, split, rejected, captions, duplicates]
-    begin.click(started, fields, [out, said], show_progress="hidden")
-    stop.click(told(lambda path: _stop(workspace, "encode", path)), folder, said, show_progress="hidden")
-    tick.tick(refreshed, [folder, seen], [said, result, seen], show_progress="hidden")
+    fields = [folder, model, out, fixes, augmentations, split, rejected, captions, duplicates]
+    begin.click(start_encode, fields, [out, status], show_progress="hidden")
+    stop.click(show_errors(lambda path: _stop(workspace, "encode", path)), folder, status, show_progress="hidden")
+    tick.tick(refresh, [folder, seen], [status, result, seen], show_progress="hidden")
 
 
-def source_of(workspace: Workspace, path: str | None) -> Path:
-    """The chosen folder of audio, none of it outside of the studio. Raises `SA3Error`."""
-    from sa3train.studio.data.captions import clips_of
+def resolve_source(workspace: Workspace, path: str | None) -> Path:
+    """Resolve the chosen folder of audio, and check that all of it is inside the studio's folders.
 
+    Args:
+        workspace: The studio's folders.
+        path: The choice.
+
+    Returns:
+        The folder.
+
+    Raises:
+        StudioError: When none is chosen.
+    """
     if not path:
         raise StudioError("choose a folder of audio first.")
-    folder = workspace.folder(path, "folder of audio")
-    clips_of(workspace, folder)
+    folder = workspace.resolve_folder(path, "folder of audio")
+    list_clips(workspace, folder)
     return folder
 
 
-def audited(workspace: Workspace, file: Path, source: Path) -> str:
-    """HTML of an audit, or of what is wrong with its file."""
+def render_audit_file(workspace: Workspace, file: Path, source: Path) -> str:
+    """Render an audit, or what is wrong with its file.
+
+    Args:
+        workspace: The studio's folders.
+        file: Path of an `audit.json`.
+        source: Folder of audio.
+
+    Returns:
+        HTML.
+    """
     try:
-        return audit_view(workspace, read_audit(file), source)
+        return render_audit(workspace, read_audit(file), source)
     except SA3Error as error:
-        return notice(str(error), "error")
+        return render_notice(str(error), "error")
 
 
-def working(workspace: Workspace, work: Work | None) -> str:
-    """HTML of how a command fares, and the command."""
-    if work is None:
+def render_job(job: DataJob | None) -> str:
+    """Render the state and progress of a job, and its command.
+
+    Args:
+        job: The job.
+
+    Returns:
+        HTML; empty without a job.
+    """
+    if job is None:
         return ""
-    share = f' value="{work.share:.4f}"' if work.share is not None else ""
-    bar = f'<progress max="1"{share} aria-label="{work.kind} progress"></progress>' if work.alive else ""
-    line = f"{work.kind}: {STATES[work.state]}" + (f"; {work.said}" if work.said else "")
-    error = notice(work.error, "error") if work.error else ""
-    log = processes.log_tail(work.folder, LOG_LINES)
-    told_log = folded("Log", f'<pre tabindex="0" aria-label="log">{escape(log)}</pre>') if log else ""
-    mark = {"finished": "done", "failed": "bad"}.get(work.state, "work" if work.alive else "rest")
+    share = f' value="{job.share:.4f}"' if job.share is not None else ""
+    bar = f'<progress max="1"{share} aria-label="{job.kind} progress"></progress>' if job.is_running else ""
+    line = f"{job.kind}: {STATES[job.state]}" + (f"; {job.progress}" if job.progress else "")
+    error = render_notice(job.error, "error") if job.error else ""
+    log = jobs.read_log(job.folder, LOG_LINES)
+    details = render_details("Log", f'<pre tabindex="0" aria-label="log">{escape(log)}</pre>') if log else ""
+    mark = {"finished": "done", "failed": "bad"}.get(job.state, "work" if job.is_running else "rest")
     state = f'<p><span class="state {mark}" role="status">{escape(line)}</span></p>'
-    return view(state + bar + error + told_log) + command_box(workspace.command(work.command))
+    return render_panel(state + bar + error + details) + render_command(job.command)
 
 
-def made(workspace: Workspace, work: Work) -> str:
-    """HTML of the latents that an encode has made so far."""
-    if work.alive or not (work.out / INDEX).is_file():
-        return view(f'<p class="soft">writes to {escape(workspace.shown(work.out))}</p>')
-    found = summarise(work.out)
+def render_latents(workspace: Workspace, job: DataJob) -> str:
+    """Render the latents that an encode has made.
+
+    Args:
+        workspace: The studio's folders.
+        job: The encode.
+
+    Returns:
+        HTML.
+    """
+    if job.is_running or not (job.out / INDEX_FILE).is_file():
+        return render_panel(f'<p class="soft">Output folder: {escape(workspace.shorten(job.out))}</p>')
+    found = summarize_data(job.out)
     heldout = f", {found.heldout} held out" if found.heldout else ""
-    rejected = f"; {found.rejected} rejected, see rejected.jsonl there" if found.rejected else ""
-    card = work.out / "README.md"
+    rejected = f"; {found.rejected} rejected (rejected.jsonl)" if found.rejected else ""
+    card = job.out / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    return view(
-        f"<p><b>{escape(workspace.shown(work.out))}</b>: {found.clips} clips to train on, {duration(found.seconds)}"
-        f"{heldout}{rejected}.</p><p>Train on it on the Runs page.</p>"
-        + (folded("Card", f"<pre>{escape(text)}</pre>") if text else "")
+    clips = f"{found.clips} training clips, {format_duration(found.seconds)}"
+    return render_panel(
+        f"<p><b>{escape(workspace.shorten(job.out))}</b>: {clips}{heldout}{rejected}.</p>"
+        "<p>Start training on the Runs page.</p>"
+        + (render_details("Card", f"<pre>{escape(text)}</pre>") if text else "")
     )
 
 
-def _known(workspace: Workspace, path: str | None) -> Path | None:
-    """The chosen folder, or None while none of the studio's is chosen: that is said when it is chosen."""
+def _resolve_known(workspace: Workspace, path: str | None) -> Path | None:
+    """The chosen folder; None for one outside of the studio, which is reported when it is chosen."""
     try:
-        return workspace.folder(path) if path else None
+        return workspace.resolve_folder(path) if path else None
     except StudioError:
         return None
 
 
-def _of(workspace: Workspace, kind: str, path: str | None) -> Work | None:
-    """The latest work of a kind on the chosen folder."""
-    found: Sequence[Work] = jobs.works(workspace)
-    source = _known(workspace, path)
-    return next((work for work in found if work.kind == kind and work.source == source), None)
+def _find_job(workspace: Workspace, kind: str, path: str | None) -> DataJob | None:
+    """The latest job of a kind for the chosen folder."""
+    found: Sequence[DataJob] = jobs.list_jobs(workspace)
+    source = _resolve_known(workspace, path)
+    return next((job for job in found if job.kind == kind and job.source == source), None)
 
 
 def _stop(workspace: Workspace, kind: str, path: str | None) -> str:
-    work = _of(workspace, kind, path)
-    if work is None:
-        raise StudioError(f"no {kind} of this folder is at work.")
-    jobs.stop(work)
-    return working(workspace, jobs.read(work.folder))
+    job = _find_job(workspace, kind, path)
+    if job is None:
+        raise StudioError(f"no {kind} of this folder is running.")
+    jobs.stop_job(job)
+    return render_job(jobs.read_job(job.folder))

@@ -1,223 +1,285 @@
-"""The left side of the Play page: everything a generation can be told, and back from a result into the form."""
+"""The left side of the Play page: a form made from `GenerationSettings`, and from a result back into the form."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
 
 import gradio as gr
 
-from sa3train.audio.io import audio_info
-from sa3train.diffusion.samplers import SAMPLERS
-from sa3train.studio.play.history import waveform
-from sa3train.studio.play.player import rows_of
-from sa3train.studio.play.request import DEFAULT_LEVEL, MODES, AdapterWish, Wish, regions_of
-from sa3train.studio.server.widgets import number_or_none, optional_number, shown_number, whole_or_none
+from sa3train.audio.io import read_audio_info
+from sa3train.core.config import list_settings
+from sa3train.inference.request import VALUE_TYPES, GenerationSettings, get_default
+from sa3train.studio.play.history import compute_waveform
+from sa3train.studio.play.request import MODES, AdapterSettings, PlaySettings, parse_regions, select_source
+from sa3train.studio.server.widgets import (
+    build_optional_number,
+    format_optional_number,
+    parse_optional_int,
+    parse_optional_number,
+)
 from sa3train.studio.server.workspace import Workspace, describe_model, list_adapters, list_models
 
-BY_MODEL = "default"
-DECODING = {"as the model says": None, "in chunks (less memory)": True, "whole (no seams)": False}
+DEFAULT_DURATION = 10.0
+MODEL_DEFAULT = "model's default"
+DECODING: dict[str, bool | None] = {MODEL_DEFAULT: None, "in chunks (less memory)": True, "whole (no seams)": False}
 PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 MODE_LABELS = {mode: label for label, mode in MODES.items()}
+FORM_SETTINGS = (
+    *("prompt", "duration", "seed", "batch_size", "negative_prompt", "steps", "cfg_scale", "sampler_type"),
+    *("cfg_norm_threshold", "scale_phi", "apg_scale", "chunked_decode", "init_noise_level", "keep_exact"),
+)
+"""Settings with one field each; `cfg_interval` has two, audio and regions belong to the waveform."""
+MODES_OF_SETTING = {"init_noise_level": ("restyle",), "keep_exact": ("inpaint", "continue")}
+"""Modes in which a setting applies; all, where it is not listed."""
 RACK_JS = "sa3.rack(element, props, watch, upload)"
 REGIONS_JS = "sa3.regions(element, props, watch)"
 
 
 @dataclass(frozen=True)
 class Form:
-    """The form's components; `fields` is their order as inputs and outputs of events."""
+    """The form's components.
 
-    model: gr.Dropdown
+    Attributes:
+        inputs: Fields by name, in the order in which events pass their values: settings, `cfg_interval_min` and
+            `cfg_interval_max`, `model`, `mode`, `precision`, `source`, `regions`, `rack`.
+        facts: Description of the model.
+        source_box: Group of the source audio's fields.
+        upload: Button that uploads source audio.
+    """
+
+    inputs: dict[str, Any]
     facts: gr.Markdown
-    mode: gr.Radio
-    prompt: gr.Textbox
-    negative: gr.Textbox
-    duration: gr.Number
-    seed: gr.Number
-    batch: gr.Number
-    steps: gr.Textbox
-    cfg: gr.Textbox
-    sampler: gr.Dropdown
-    low: gr.Number
-    high: gr.Number
-    norm: gr.Number
-    rescale: gr.Number
-    apg: gr.Number
-    precision: gr.Dropdown
-    decoding: gr.Dropdown
     source_box: gr.Group
-    source: gr.Dropdown
     upload: gr.UploadButton
-    level: gr.Slider
-    exact: gr.Checkbox
-    regions: gr.HTML
-    rack: gr.HTML
-
-    @property
-    def fields(self) -> list[Any]:
-        """What `wish_of` takes, in order."""
-        return [
-            *(self.model, self.mode, self.prompt, self.negative, self.duration, self.seed, self.batch),
-            *(self.steps, self.cfg, self.sampler, self.low, self.high, self.norm, self.rescale, self.apg),
-            *(self.precision, self.decoding, self.source, self.level, self.exact, self.regions, self.rack),
-        ]
 
 
 def build_form(workspace: Workspace) -> Form:
-    """Lay the form out, top to bottom in the order it is filled in."""
-    parts: dict[str, Any] = {}
-    parts["model"] = gr.Dropdown(
-        list_models(workspace), value=workspace.model, label="Model", elem_id="play-model", filterable=False
-    )
-    parts["facts"] = gr.Markdown(describe_model(workspace, workspace.model), elem_classes="soft")
-    parts["mode"] = gr.Radio(list(MODES), value="Text to audio", label="What to make", elem_id="play-mode")
-    parts["prompt"] = gr.Textbox(
-        label="Prompt", lines=2, placeholder="what is to be heard, such as: koto, slow melody", elem_id="play-prompt"
-    )
-    parts |= _source()
+    """Build the form inside the open context.
+
+    Args:
+        workspace: The studio's folders.
+
+    Returns:
+        The components.
+    """
+    fields: dict[str, Any] = {
+        "model": gr.Dropdown(
+            list_models(workspace), value=workspace.model, label="Model", elem_id="play-model", filterable=False
+        )
+    }
+    facts = gr.Markdown(describe_model(workspace, workspace.model), elem_classes="soft")
+    fields["mode"] = gr.Radio(list(MODES), value="Text to audio", label="Mode", elem_id="play-mode")
+    fields["prompt"] = _build_field("prompt", info=None, lines=2, placeholder="for example: koto, slow melody")
+    source_box, upload = _build_source(fields)
     with gr.Row():
-        parts["duration"] = gr.Number(
-            10, label="Duration (s)", minimum=0.1, step=0.5, min_width=90, elem_id="play-duration"
-        )
-        parts["seed"] = gr.Number(-1, label="Seed (-1: random)", precision=0, min_width=90, elem_id="play-seed")
-        parts["batch"] = gr.Number(1, label="Variations", precision=0, minimum=1, min_width=90, elem_id="play-batch")
-    gr.HTML(lambda: _files(workspace), apply_default_css=False, elem_id="play-files")
+        fields["duration"] = _build_field("duration", info=None, value=DEFAULT_DURATION, step=0.5)
+        fields["seed"] = _build_field("seed", info=None)
+        fields["batch_size"] = _build_field("batch_size", info=None)
+    gr.HTML(lambda: _render_adapter_files(workspace), apply_default_css=False, elem_id="play-files")
     gr.HTML("<h2>Adapters</h2>", elem_classes="studio-title", apply_default_css=False)
-    parts["rack"] = gr.HTML(
-        {"rows": []},
-        html_template='<div class="rack-box"></div>',
-        js_on_load=RACK_JS.replace("element", "element.querySelector('.rack-box')", 1),
-        elem_id="play-rack",
-        apply_default_css=False,
-        padding=False,
-    )
-    parts |= _more()
-    return Form(**parts)
+    fields["rack"] = _build_scripted("play-rack", "rack-box", RACK_JS, {"rows": []})
+    _build_more(fields)
+    return Form(fields, facts, source_box, upload)
 
 
-def _files(workspace: Workspace) -> str:
-    """The adapters to choose from, where the rack's script looks for them."""
-    options = "".join(f'<option value="{escape(path, quote=True)}"></option>' for path in list_adapters(workspace))
-    return f'<datalist id="adapter-files">{options}</datalist>'
-
-
-def _source() -> dict[str, Any]:
+def _build_source(fields: dict[str, Any]) -> tuple[gr.Group, gr.UploadButton]:
     with gr.Group(visible=False, elem_classes="play-source-box") as box:
-        source = gr.Dropdown(
-            [],
-            value=None,
-            label="Source audio: a file in the folders, or its path",
-            allow_custom_value=True,
+        fields["source"] = gr.Dropdown(
+            [], value=None, label="Source audio", info="A file in the folders, or its path.", allow_custom_value=True,
             elem_id="play-source",
-        )
+        )  # fmt: skip
         upload = gr.UploadButton(
             "Upload audio…", file_types=["audio"], type="filepath", size="sm", elem_id="play-upload"
         )
-        level = gr.Slider(
-            0, 1, DEFAULT_LEVEL, step=0.01, label="Noise level: 0 keeps the audio, 1 forgets it", elem_id="play-level"
+        fields["init_noise_level"] = _build_field("init_noise_level", gr.Slider, step=0.01)
+        fields["keep_exact"] = _build_field("keep_exact", visible=False)
+        fields["regions"] = _build_scripted(
+            "play-regions", "regions-box nothing", REGIONS_JS, {"edited": 0}, visible=False
         )
-        exact = gr.Checkbox(label="Kept parts exactly from their own latents", visible=False, elem_id="play-exact")
-        regions = gr.HTML(
-            {"edited": 0},
-            html_template='<div class="regions-box nothing"></div>',
-            js_on_load=REGIONS_JS.replace("element", "element.querySelector('.regions-box')", 1),
-            visible=False,
-            elem_id="play-regions",
-            apply_default_css=False,
-            padding=False,
-        )
-    return {"source_box": box, "source": source, "upload": upload, "level": level, "exact": exact, "regions": regions}
+    return box, upload
 
 
-def _more() -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    with gr.Accordion("More settings (left empty: the model's own)", open=False, elem_id="play-more"):
-        found["negative"] = gr.Textbox(label="Negative prompt (needs guidance)", lines=1, elem_id="play-negative")
+def _build_more(fields: dict[str, Any]) -> None:
+    with gr.Accordion("More settings", open=False, elem_id="play-more"):
+        fields["negative_prompt"] = _build_field("negative_prompt", lines=1)
         with gr.Row():
-            found["steps"] = optional_number("Steps", "play-steps")
-            found["cfg"] = optional_number("Guidance (cfg)", "play-cfg")
-            found["sampler"] = gr.Dropdown(
-                [BY_MODEL, *SAMPLERS], value=BY_MODEL, label="Sampler", min_width=120, filterable=False
+            fields["steps"] = _build_field("steps")
+            fields["cfg_scale"] = _build_field("cfg_scale")
+        with gr.Row():
+            interval = list_settings(GenerationSettings)["cfg_interval"]
+            for end, value in zip(("min", "max"), GenerationSettings.cfg_interval, strict=True):
+                fields[f"cfg_interval_{end}"] = gr.Number(
+                    value,
+                    label=f"{interval.label}, {end}",
+                    info=interval.help,
+                    minimum=interval.min,
+                    maximum=interval.max,
+                    step=0.05,
+                    min_width=90,
+                )
+        with gr.Row():
+            fields["cfg_norm_threshold"] = _build_field("cfg_norm_threshold", step=0.5)
+            fields["scale_phi"] = _build_field("scale_phi", step=0.05)
+        with gr.Row():
+            fields["apg_scale"] = _build_field("apg_scale", step=0.1)
+            fields["sampler_type"] = _build_field("sampler_type", min_width=90)
+        with gr.Row():
+            fields["chunked_decode"] = _build_field("chunked_decode", min_width=90)
+            fields["precision"] = gr.Dropdown(
+                list(PRECISIONS),
+                value="auto",
+                label="Precision",
+                info="Precision to load the model in.",
+                min_width=90,
+                filterable=False,
             )
-        with gr.Row():
-            found["low"] = gr.Number(0, label="Guidance from level", minimum=0, maximum=1, step=0.05, min_width=90)
-            found["high"] = gr.Number(1, label="to noise level", minimum=0, maximum=1, step=0.05, min_width=90)
-            found["apg"] = gr.Number(1, label="Projected (apg)", step=0.1, min_width=90)
-        with gr.Row():
-            found["norm"] = gr.Number(0, label="Norm cap (0: none)", minimum=0, step=0.5, min_width=90)
-            found["rescale"] = gr.Number(0, label="Guidance rescale", minimum=0, maximum=1, step=0.05, min_width=90)
-        with gr.Row():
-            found["precision"] = gr.Dropdown(
-                list(PRECISIONS), value="auto", label="Precision", min_width=120, filterable=False
-            )
-            found["decoding"] = gr.Dropdown(
-                list(DECODING), value=next(iter(DECODING)), label="Decoding", min_width=160, filterable=False
-            )
-    return found
 
 
-def wish_of(
-    model: str, mode: str, prompt: str, negative: str, duration: float | None, seed: float | None, batch: float | None,
-    steps: str | None, cfg: str | None, sampler: str, low: float | None, high: float | None, norm: float | None,
-    rescale: float | None, apg: float | None, precision: str, decoding: str, source: str | None, level: float | None,
-    exact: bool, regions: dict[str, Any] | None, rack: dict[str, Any] | None,
-) -> Wish:  # fmt: skip
-    """What the form's values ask for; numbers left empty are the defaults. Raises `SA3Error` for what is no number."""
-    return Wish(
-        model=model,
-        prompt=prompt or "",
-        mode=MODES.get(mode, "text"),
-        negative_prompt=(negative or "").strip() or None,
-        duration=10.0 if duration is None else duration,
-        seed=-1 if seed is None else int(seed),
-        batch_size=1 if batch is None else int(batch),
-        steps=whole_or_none("steps", steps),
-        cfg_scale=number_or_none("guidance", cfg),
-        sampler_type=None if sampler == BY_MODEL else sampler,
-        cfg_interval=(0.0 if low is None else low, 1.0 if high is None else high),
-        cfg_norm_threshold=norm or 0.0,
-        scale_phi=rescale or 0.0,
-        apg_scale=1.0 if apg is None else apg,
-        source=source,
-        init_noise_level=DEFAULT_LEVEL if level is None else level,
-        regions=regions_of((regions or {}).get("regions") or []),
-        keep_exact=bool(exact),
-        chunked_decode=DECODING.get(decoding),
-        precision=precision,
-        adapters=tuple(AdapterWish.of_row(row) for row in (rack or {}).get("rows") or []),
+def _build_field(name: str, number: Any = gr.Number, **options: Any) -> Any:
+    """Build the field of a setting: label, help, range, choices and default are the setting's."""
+    declared, default, kind = list_settings(GenerationSettings)[name], get_default(name), VALUE_TYPES[name]
+    label = declared.label or name.replace("_", " ").capitalize()
+    elem_id = f"play-{name.replace('_', '-')}"
+    if kind in (int, float) and default is None:
+        return build_optional_number(label, elem_id, info=declared.help)
+    common: dict[str, Any] = {"label": label, "elem_id": elem_id, "info": declared.help} | options
+    if declared.choices or name == "chunked_decode":
+        choices = list(DECODING) if name == "chunked_decode" else [MODEL_DEFAULT, *declared.choices]
+        return gr.Dropdown(choices, value=MODEL_DEFAULT, filterable=False, **common)
+    if kind is bool:
+        return gr.Checkbox(default, **common)
+    if kind is str:
+        return gr.Textbox(**common)
+    limits = {"minimum": declared.min, "maximum": declared.max} | ({"precision": 0} if kind is int else {})
+    return number(**{"value": default, "min_width": 90} | limits | common)
+
+
+def _build_scripted(elem_id: str, classes: str, script: str, value: dict[str, Any], visible: bool = True) -> gr.HTML:
+    """Build an element whose content a script of the page draws."""
+    box = classes.split()[0]
+    return gr.HTML(
+        value,
+        html_template=f'<div class="{classes}"></div>',
+        js_on_load=script.replace("element", f"element.querySelector('.{box}')", 1),
+        visible=visible,
+        elem_id=elem_id,
+        apply_default_css=False,
+        padding=False,
     )
 
 
-def values_of(workspace: Workspace, wish: Wish) -> list[Any]:
-    """The form filled in from `wish`: one value per entry of `Form.fields`."""
-    decoding = next(label for label, value in DECODING.items() if value == wish.chunked_decode)
-    source = None if wish.source is None else workspace.shown(wish.source)
-    rows = [row | {"path": workspace.shown(row["path"])} for row in rows_of(wish.adapters)]
-    return [
-        *(wish.model, MODE_LABELS[wish.mode], wish.prompt, wish.negative_prompt or "", wish.duration, wish.seed),
-        *(wish.batch_size, shown_number(wish.steps), shown_number(wish.cfg_scale)),
-        *(wish.sampler_type or BY_MODEL, *wish.cfg_interval),
-        *(wish.cfg_norm_threshold, wish.scale_phi, wish.apg_scale, wish.precision, decoding, source),
-        *(
-            wish.init_noise_level,
-            wish.keep_exact,
-            drawing(workspace, wish.source, wish.mode, wish.duration, wish.regions),
-        ),
-        {"rows": rows},
-    ]
+def _render_adapter_files(workspace: Workspace) -> str:
+    """The adapters to choose from, where `assets/rack.js` looks for them."""
+    options = "".join(f'<option value="{escape(path)}"></option>' for path in list_adapters(workspace))
+    return f'<datalist id="adapter-files">{options}</datalist>'
 
 
-def drawing(
+def read_form(values: Mapping[str, Any]) -> PlaySettings:
+    """Read the form.
+
+    Args:
+        values: Value of each of `Form.inputs`; an empty number means the default.
+
+    Returns:
+        The settings.
+    """
+    mode = MODES.get(values["mode"], "text")
+    applicable = [name for name in FORM_SETTINGS if mode in MODES_OF_SETTING.get(name, (mode,))]
+    given = {name: _parse_value(name, values[name]) for name in applicable}
+    low, high = values["cfg_interval_min"], values["cfg_interval_max"]
+    default_low, default_high = GenerationSettings.cfg_interval
+    given["cfg_interval"] = (default_low if low is None else low, default_high if high is None else high)
+    regions = parse_regions((values["regions"] or {}).get("regions") or [])
+    given |= select_source(mode, values["source"], regions)
+    settings = GenerationSettings(**{name: value for name, value in given.items() if value is not None})
+    rows = (values["rack"] or {}).get("rows") or []
+    adapters = tuple(AdapterSettings.from_row(row) for row in rows)
+    return PlaySettings(values["model"], settings, mode, values["precision"], adapters)
+
+
+def _parse_value(name: str, value: Any) -> Any:
+    """The value of a field as that of its setting; None leaves the default."""
+    kind = VALUE_TYPES[name]
+    if name == "chunked_decode":
+        return DECODING.get(value)
+    if name == "prompt":
+        return value or ""
+    if kind is str:
+        return None if value == MODEL_DEFAULT else (value or "").strip() or None
+    if isinstance(value, str):
+        return parse_optional_int(name, value) if kind is int else parse_optional_number(name, value)
+    return int(value) if kind is int and value is not None else value
+
+
+def fill_form(workspace: Workspace, request: PlaySettings) -> dict[str, Any]:
+    """Fill the form in.
+
+    Args:
+        workspace: The studio's folders.
+        request: The settings to show.
+
+    Returns:
+        Value of each of `Form.inputs`.
+    """
+    settings = request.settings
+    values = {name: _format_value(name, getattr(settings, name)) for name in FORM_SETTINGS}
+    regions = _list_regions(settings)
+    return values | {
+        "cfg_interval_min": settings.cfg_interval[0],
+        "cfg_interval_max": settings.cfg_interval[1],
+        "model": request.model,
+        "mode": MODE_LABELS[request.mode],
+        "precision": request.precision,
+        "source": None if request.source is None else workspace.shorten(request.source),
+        "regions": describe_waveform(workspace, request.source, request.mode, values["duration"], regions),
+        "rack": {"rows": [row.to_row() | {"path": workspace.shorten(row.path)} for row in request.adapters]},
+    }
+
+
+def _format_value(name: str, value: Any) -> Any:
+    if name == "chunked_decode":
+        return next(label for label, choice in DECODING.items() if choice is value)
+    if VALUE_TYPES[name] is str:
+        return value or (MODEL_DEFAULT if name == "sampler_type" else "")
+    if get_default(name) is None:
+        return format_optional_number(value)
+    return value
+
+
+def _list_regions(settings: GenerationSettings) -> list[tuple[float, float]]:
+    starts, ends = settings.inpaint_mask_start_seconds, settings.inpaint_mask_end_seconds
+    if starts is None or ends is None:
+        return []
+    pairs = (starts, ends) if isinstance(starts, tuple) else ((starts,), (ends,))
+    return list(zip(*pairs, strict=True))
+
+
+def describe_waveform(
     workspace: Workspace, source: str | None, mode: str, duration: float | None, regions: Sequence[Sequence[float]] = ()
 ) -> dict[str, Any]:
-    """What the waveform shows: for a continuation, what is to be added. Raises `SA3Error` for no usable audio."""
+    """Describe what the waveform of the source audio shows.
+
+    Args:
+        workspace: The studio's folders.
+        source: The audio file; None for none.
+        mode: The mode.
+        duration: Duration to generate in seconds.
+        regions: (start, end) in seconds of what to regenerate; computed for a continuation.
+
+    Returns:
+        Value for `assets/regions.js`; empty without audio.
+    """
     if not source or mode == "text":
         return {}
-    path = workspace.file(source, "audio file")
+    path = workspace.resolve_file(source, "audio file")
     if mode == "continue":
-        seconds, end = audio_info(path).seconds, duration or 0.0
+        seconds, end = read_audio_info(path).seconds, duration or 0.0
         regions = [(seconds, end)] if end > seconds else []
-    shown = [list(region) for region in regions] if mode in ("inpaint", "continue") else []
-    length = 0.0 if mode == "restyle" else duration or 0.0
-    fixed = mode != "inpaint"
-    return {**waveform(path), "duration": length, "regions": shown, "url": workspace.url(path), "fixed": fixed}
+    return {
+        **compute_waveform(path),
+        "duration": 0.0 if mode == "restyle" else duration or 0.0,
+        "regions": [list(region) for region in regions] if mode in ("inpaint", "continue") else [],
+        "url": workspace.get_url(path),
+        "fixed": mode != "inpaint",
+    }

@@ -1,7 +1,7 @@
-"""Playing for the page: models kept loaded, adapters as asked for, results into the history."""
+"""Generates for the page: keeps models loaded, loads the adapters asked for, saves results to the history."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,148 +11,200 @@ from sa3train.adapters.apply.load_report import LoadReport
 from sa3train.inference.generator import Generator
 from sa3train.inference.outputs import GenerationOutput
 from sa3train.models.hub import REGISTRY
-from sa3train.studio.play.history import Entry, keep, new_name
-from sa3train.studio.play.request import OWN_OF_A_MODEL, AdapterWish, Wish
+from sa3train.studio.play.history import Result, make_name, save_results
+from sa3train.studio.play.request import MODEL_SPECIFIC, AdapterSettings, PlaySettings
 from sa3train.studio.server.jobs import Job
 from sa3train.studio.server.workspace import Workspace
 
-KEPT_MODELS = 2
-Tell = Callable[[str, float], None]
+MAX_LOADED_MODELS = 2
+Report = Callable[[str, float], None]
 
 
 @dataclass(frozen=True)
-class Cell:
-    """One generation of a comparison: what to call it, what to ask for, and what of the form it leaves out."""
+class ComparisonCell:
+    """One generation of a comparison.
+
+    Attributes:
+        label: What to call it.
+        request: What to generate.
+        note: Which of the form's settings it does not use.
+    """
 
     label: str
-    wish: Wish
+    request: PlaySettings
     note: str = ""
 
 
 class Player:
-    """Loads models once and plays one wish at a time: for one thread, the worker's."""
+    """Loads models once and generates one request at a time, for the worker's thread.
+
+    Args:
+        workspace: The studio's folders.
+    """
 
     def __init__(self, workspace: Workspace) -> None:
         self.workspace = workspace
         self._loaded: dict[tuple[str, str], Generator] = {}
         self._adapters: dict[tuple[str, str], list[tuple[Any, ...]]] = {}
 
-    def play(self, wish: Wish, job: Job) -> list[Entry]:
-        """Generate what is asked and keep it. Raises `SA3Error`, or `Cancelled` when `job` was."""
-        wish = wish.checked(self.workspace)
-        output, reports = self._generate(wish, job.tell)
-        job.tell("keeping the result", 1.0)
-        return keep(self.workspace, output, {"mode": wish.mode, "reports": reports})
+    def play(self, request: PlaySettings, job: Job) -> list[Result]:
+        """Generate and save to the history.
 
-    def compare(self, wish: Wish, factors: Sequence[float], with_sibling: bool, job: Job) -> list[Entry]:
-        """The same seed on each strength of its adapters, and on the model's twin too when asked."""
-        group, found = new_name(), []
-        cells = comparison(wish.checked(self.workspace), factors, with_sibling)
+        Args:
+            request: What to generate.
+            job: The job to report progress to; its cancellation ends the generation.
+
+        Returns:
+            The result of each item.
+        """
+        request = request.resolve(self.workspace)
+        output, reports = self._generate(request, job.report_progress)
+        job.report_progress("saving", 1.0)
+        return save_results(self.workspace, output, {"mode": request.mode, "reports": reports})
+
+    def compare(self, request: PlaySettings, factors: Sequence[float], with_sibling: bool, job: Job) -> list[Result]:
+        """Generate a comparison with one seed and save it to the history.
+
+        Args:
+            request: What to generate.
+            factors: Multipliers of the adapters' strengths.
+            with_sibling: Whether to compare with the model's sibling too.
+            job: The job to report progress to.
+
+        Returns:
+            The result of each cell.
+        """
+        group = make_name()
+        results: list[Result] = []
+        cells = plan_comparison(request.resolve(self.workspace), factors, with_sibling)
         for number, cell in enumerate(cells):
 
-            def tell(message: str, share: float, number: int = number, label: str = cell.label) -> None:
+            def report(message: str, progress: float, number: int = number, label: str = cell.label) -> None:
                 text = f"{number + 1} of {len(cells)}, {label}: {message}"
-                job.tell(text, (number + share) / len(cells))
+                job.report_progress(text, (number + progress) / len(cells))
 
-            output, reports = self._generate(cell.wish, tell)
-            tell("keeping the result", 1.0)
-            facts = {"mode": wish.mode, "group": group, "cell": cell.label, "note": cell.note, "reports": reports}
-            found += keep(self.workspace, output, facts, f"{group}-{number:02d}")
-        return found
+            output, reports = self._generate(cell.request, report)
+            report("saving", 1.0)
+            facts = {"mode": request.mode, "group": group, "cell": cell.label, "note": cell.note, "reports": reports}
+            results += save_results(self.workspace, output, facts, f"{group}-{number:02d}")
+        return results
 
-    def check(self, wish: Wish, job: Job) -> list[LoadReport]:
-        """The load report of each adapter of `wish` on its model. Raises `AdapterError` for one that is refused."""
-        arguments = [each.arguments(self.workspace) for each in wish.adapters]
-        generator, key = self._generator(wish, job.tell)
-        self._equip(generator, key, arguments, job.tell)
+    def check_adapters(self, request: PlaySettings, job: Job) -> list[LoadReport]:
+        """Load the adapters of a request on its model.
+
+        Args:
+            request: The request.
+            job: The job to report progress to.
+
+        Returns:
+            The load report of each adapter.
+        """
+        adapters = [adapter.resolve(self.workspace) for adapter in request.adapters]
+        generator, key = self._load_model(request, job.report_progress)
+        self._load_adapters(generator, key, adapters, job.report_progress)
         return generator.stack.reports
 
-    def _generate(self, wish: Wish, tell: Tell) -> tuple[GenerationOutput, list[dict[str, Any]]]:
-        generator, key = self._generator(wish, tell)
-        self._equip(generator, key, [each.arguments(self.workspace) for each in wish.adapters], tell)
-        tell("encoding" if wish.source else "starting", 0.0)
+    def _generate(self, request: PlaySettings, report: Report) -> tuple[GenerationOutput, list[dict[str, Any]]]:
+        generator, key = self._load_model(request, report)
+        self._load_adapters(generator, key, request.adapters, report)
+        report("encoding" if request.source else "starting", 0.0)
 
-        def step(number: int, total: int, sigma: float, denoised_BCT: Tensor) -> None:
-            tell(f"step {number + 1} of {total}", (number + 1) / (total + 1))
+        def report_step(step: int, total: int, sigma: float, denoised_BCT: Tensor) -> None:
+            report(f"step {step + 1} of {total}", (step + 1) / (total + 1))
 
-        output = generator.generate(**wish.arguments(), callback=step)
-        reports = [{"summary": one.summary(), "warnings": one.warnings} for one in generator.stack.reports]
-        return output, reports
+        output = generator.generate_from(request.settings, callback=report_step)
+        return output, [{"summary": one.summary, "warnings": one.warnings} for one in generator.stack.reports]
 
-    def _generator(self, wish: Wish, tell: Tell) -> tuple[Generator, tuple[str, str]]:
-        key = (wish.model, wish.precision)
+    def _load_model(self, request: PlaySettings, report: Report) -> tuple[Generator, tuple[str, str]]:
+        key = (request.model, request.precision)
         if key not in self._loaded:
-            tell(f"loading {wish.model}", 0.0)
-            while len(self._loaded) >= KEPT_MODELS:
+            report(f"loading {request.model}", 0.0)
+            while len(self._loaded) >= MAX_LOADED_MODELS:
                 oldest = next(iter(self._loaded))
                 del self._loaded[oldest], self._adapters[oldest]
-            self._loaded[key] = Generator.from_pretrained(wish.model, self.workspace.device, wish.precision)
+            self._loaded[key] = Generator.from_pretrained(request.model, self.workspace.device, request.precision)
             self._adapters[key] = []
-        self._loaded[key] = self._loaded.pop(key)  # the latest used comes last
+        self._loaded[key] = self._loaded.pop(key)  # the last one used comes last
         return self._loaded[key], key
 
-    def _equip(self, generator: Generator, key: tuple[str, str], wanted: list[dict[str, Any]], tell: Tell) -> None:
-        """Load `wanted`; what is loaded already, from a file that has not changed, only gets its strength."""
-        identities = [_identity(each) for each in wanted]
+    def _load_adapters(
+        self, generator: Generator, key: tuple[str, str], adapters: Sequence[AdapterSettings], report: Report
+    ) -> None:
+        """Load adapters; where the same unchanged files are loaded already, only set their strengths."""
+        identities = [_identify(adapter) for adapter in adapters]
         if identities != self._adapters[key]:
             self._adapters[key] = []
-            _bare(generator)
+            _remove_adapters(generator)
             try:
-                for each in wanted:
-                    tell(f"loading {Path(each['adapter']).name}", 0.0)
-                    generator.load_adapter(**each)
+                for adapter in adapters:
+                    report(f"loading {Path(adapter.path).name}", 0.0)
+                    settings = asdict(adapter)
+                    generator.load_adapter(settings.pop("path"), **settings)
             except BaseException:
-                _bare(generator)  # a refused adapter leaves none of the others behind
+                _remove_adapters(generator)  # a refused adapter leaves none of the others behind
                 raise
             self._adapters[key] = identities
-        for number, each in enumerate(wanted):
-            generator.set_strength(each["strength"], number, each["conditioner_strength"])
+        for index, adapter in enumerate(adapters):
+            generator.set_strength(adapter.strength, index, adapter.conditioner_strength)
 
 
-def comparison(wish: Wish, factors: Sequence[float], with_sibling: bool) -> list[Cell]:
-    """What a comparison generates, row by row: a row per model, a column per strength; 0 is the model alone."""
-    wishes = [wish, wish.on_sibling()] if with_sibling else [wish]
-    strengths = factors if wish.adapters else [0.0]
+def plan_comparison(request: PlaySettings, factors: Sequence[float], with_sibling: bool) -> list[ComparisonCell]:
+    """List what a comparison generates: a row per model, a column per strength.
+
+    Args:
+        request: What to generate.
+        factors: Multipliers of the adapters' strengths; 0 is the model alone.
+        with_sibling: Whether to compare with the model's sibling too.
+
+    Returns:
+        The cells, row by row.
+    """
+    requests = [request, request.switch_to_sibling()] if with_sibling else [request]
     cells = []
-    for each in wishes:
-        for factor in strengths:
+    for each in requests:
+        for factor in factors if request.adapters else [0.0]:
             label = "no adapter" if factor == 0 else f"strength ×{factor:g}"
-            alone = replace(each.at(factor), batch_size=1)
-            cells.append(Cell(f"{each.model}, {label}", alone, _left_out(wish, each)))
+            scaled = each.scale_adapters(factor)
+            scaled = replace(scaled, settings=replace(scaled.settings, batch_size=1))
+            cells.append(ComparisonCell(f"{each.model}, {label}", scaled, _describe_differences(request, each)))
     return cells
 
 
-def _left_out(wish: Wish, used: Wish) -> str:
-    """What a comparison does not take over from the form."""
-    own = [name for name in OWN_OF_A_MODEL if getattr(wish, name) != getattr(used, name)]
+def _describe_differences(request: PlaySettings, used: PlaySettings) -> str:
+    """What a comparison does not use of the form."""
+    own = [name for name in MODEL_SPECIFIC if getattr(request.settings, name) != getattr(used.settings, name)]
     parts = [f"{used.model} uses its own {', '.join(own).replace('_', ' ')}"] if own else []
-    parts += ["grids have one take each: variations are left out"] if wish.batch_size > 1 else []
+    parts += ["grids have one variation each"] if request.settings.batch_size > 1 else []
     return "; ".join(parts)
 
 
-def without_effect(wish: Wish, factors: Sequence[float], with_sibling: bool) -> str | None:
-    """Why a comparison of these would compare nothing, or None."""
-    if len(comparison(wish, factors, with_sibling)) > 1:
+def find_missing_contrast(request: PlaySettings, factors: Sequence[float], with_sibling: bool) -> str | None:
+    """Find out why a comparison would have a single cell.
+
+    Args:
+        request: What to generate.
+        factors: Multipliers of the adapters' strengths.
+        with_sibling: Whether to compare with the model's sibling too.
+
+    Returns:
+        What to change; None where there is something to compare.
+    """
+    if len(plan_comparison(request, factors, with_sibling)) > 1:
         return None
-    if not wish.adapters and not with_sibling:
-        twin = " or tick the model's twin" if wish.model in REGISTRY else ""
-        return f"there is nothing to compare: add an adapter{twin}."
-    return "there is nothing to compare: give two strengths or more."
+    if not request.adapters and not with_sibling:
+        sibling = " or select the model's sibling" if request.model in REGISTRY else ""
+        return f"There is nothing to compare. Add an adapter{sibling}."
+    return "There is nothing to compare. Give two strength multipliers or more."
 
 
-def _bare(generator: Generator) -> None:
+def _remove_adapters(generator: Generator) -> None:
     for _ in range(len(generator.stack)):
         generator.remove_adapter(0)
 
 
-def _identity(arguments: dict[str, Any]) -> tuple[Any, ...]:
-    path = Path(arguments["adapter"])
+def _identify(adapter: AdapterSettings) -> tuple[Any, ...]:
+    """What decides whether a loaded adapter can stay."""
+    path = Path(adapter.path)
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     stamps = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
-    rest = tuple(sorted((k, v) for k, v in arguments.items() if k in ("interval", "exclude_layers", "allow_partial")))
-    return (str(path), stamps, rest)
-
-
-def rows_of(wishes: Sequence[AdapterWish]) -> list[dict[str, Any]]:
-    """Adapters as rows of the page's rack."""
-    return [wish.row() for wish in wishes]
+    return (adapter.path, stamps, adapter.interval, adapter.exclude_layers, adapter.allow_partial)

@@ -1,8 +1,4 @@
-"""What the form asks for, as plain values: checked, turned into arguments of the generator, and read back from a
-sidecar.
-
-An adapter as the form asks for it.
-"""
+"""What the Play page asks for: a model, adapters and `GenerationSettings`, read from the form or from a sidecar."""
 
 import secrets
 from collections.abc import Mapping, Sequence
@@ -10,15 +6,35 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from sa3train.audio.io import audio_info
-from sa3train.core.errors import RequestError
-from sa3train.inference.request import number
+from sa3train.audio.io import read_audio_info
+from sa3train.core.errors import GenerationError
+from sa3train.inference.request import GUIDANCE_SETTINGS, GenerationSettings, check_number
 from sa3train.studio.server.workspace import StudioError, Workspace, get_sibling, resolve_model_name
+
+Mode = Literal["text", "restyle", "inpaint", "continue"]
+MODES: dict[str, Mode] = {
+    "Text to audio": "text",
+    "Audio to audio": "restyle",
+    "Inpaint": "inpaint",
+    "Continue": "continue",
+}
+MODEL_SPECIFIC = ("steps", "cfg_scale", "sampler_type", *GUIDANCE_SETTINGS)
+"""Settings that a base model and its post-trained sibling do not share; at their defaults they are the model's own."""
+MOST_STRENGTHS = 8
 
 
 @dataclass(frozen=True)
-class AdapterWish:
-    """An adapter and how it is to play; `conditioner_strength` None: as `strength`."""
+class AdapterSettings:
+    """An adapter and how to load it.
+
+    Attributes:
+        path: File or folder.
+        strength: 0 is the bare model, 1 the adapter as trained.
+        conditioner_strength: Strength in the conditioner; None for the same.
+        interval: Noise levels at which it acts.
+        exclude_layers: Comma-separated substrings of layers to leave untouched.
+        allow_partial: Whether to load it when only some layers match.
+    """
 
     path: str
     strength: float = 1.0
@@ -27,53 +43,61 @@ class AdapterWish:
     exclude_layers: str = ""
     allow_partial: bool = False
 
-    def arguments(self, workspace: Workspace) -> dict[str, Any]:
-        """Keyword arguments of `Generator.load_adapter`."""
-        path = workspace.inside(self.path)
-        if not path.exists():
-            raise StudioError(f"there is no adapter {path}.")
-        return {
-            "adapter": str(path),
-            "strength": self.strength,
-            "conditioner_strength": self.conditioner_strength,
-            "interval": self.interval,
-            "exclude_layers": self.exclude_layers,
-            "allow_partial": self.allow_partial,
-        }
-
     @classmethod
-    def of_row(cls, row: Mapping[str, Any]) -> "AdapterWish":
-        """From a row of the page's rack. Raises `RequestError` for what is no number."""
+    def from_row(cls, row: Mapping[str, Any]) -> "AdapterSettings":
+        """Read a row of the adapter list.
+
+        Args:
+            row: Values by field, as `assets/rack.js` has them.
+
+        Returns:
+            The adapter.
+
+        Raises:
+            StudioError: When no file is chosen.
+        """
         path = str(row.get("path") or "")
         if not path.strip():
-            raise StudioError("an adapter has no file: choose one, or remove it.")
-        level = row.get("conditioner")
+            raise StudioError("An adapter has no file. Choose one, or remove the adapter.")
+        conditioner = row.get("conditioner")
         return cls(
             path,
-            read_number(f"the strength of {path}", row.get("strength"), 1.0),
-            None if level in (None, "") else read_number(f"the conditioner strength of {path}", level, 1.0),
+            parse_number(f"the strength of {path}", row.get("strength"), 1.0),
+            None if conditioner in (None, "") else parse_number(f"the conditioner strength of {path}", conditioner),
             (
-                read_number(f"the interval of {path}", row.get("low"), 0.0),
-                read_number(f"the interval of {path}", row.get("high"), 1.0),
+                parse_number(f"the interval of {path}", row.get("low"), 0.0),
+                parse_number(f"the interval of {path}", row.get("high"), 1.0),
             ),
             str(row.get("exclude") or ""),
             bool(row.get("partial")),
         )
 
     @classmethod
-    def of_record(cls, entry: Mapping[str, Any]) -> "AdapterWish":
-        """From an adapter of a sidecar."""
+    def from_record(cls, entry: Mapping[str, Any]) -> "AdapterSettings":
+        """Read an adapter of a sidecar.
+
+        Args:
+            entry: Entry of the sidecar's `adapters`.
+
+        Returns:
+            The adapter.
+        """
+        low, high = entry["interval"]
         return cls(
             entry["path"] or "",
             entry["strength"],
             entry["conditioner_strength"],
-            (entry["interval"][0], entry["interval"][1]),
+            (low, high),
             ", ".join(entry["exclude_layers"]),
             entry["allow_partial"],
         )
 
-    def row(self) -> dict[str, Any]:
-        """As a row of the rack."""
+    def to_row(self) -> dict[str, Any]:
+        """Return a row of the adapter list.
+
+        Returns:
+            Values by field, as `assets/rack.js` has them.
+        """
         return {
             "path": self.path,
             "strength": self.strength,
@@ -84,222 +108,251 @@ class AdapterWish:
             "partial": self.allow_partial,
         }
 
+    def resolve(self, workspace: Workspace) -> "AdapterSettings":
+        """Return a copy with its full path.
 
-def read_number(what: str, value: Any, default: float | None) -> float:
-    """`value`, a number or its text; empty is `default`, if there is one. Raises `RequestError` naming `what` it is."""
+        Args:
+            workspace: The studio's folders.
+
+        Returns:
+            The adapter.
+
+        Raises:
+            StudioError: When there is no such file inside the folders.
+        """
+        path = workspace.resolve(self.path)
+        if not path.exists():
+            raise StudioError(f"There is no adapter {path}.")
+        return replace(self, path=str(path))
+
+    def scale(self, factor: float) -> "AdapterSettings":
+        """Return a copy with its strengths multiplied.
+
+        Args:
+            factor: The multiplier.
+
+        Returns:
+            The adapter.
+        """
+        conditioner = None if self.conditioner_strength is None else self.conditioner_strength * factor
+        return replace(self, strength=self.strength * factor, conditioner_strength=conditioner)
+
+
+@dataclass(frozen=True)
+class PlaySettings:
+    """A generation of the Play page.
+
+    Attributes:
+        model: Name or folder.
+        settings: What to generate, the audio of its mode included.
+        mode: What the audio is used for.
+        precision: What to load the model in.
+        adapters: Adapters in order.
+    """
+
+    model: str
+    settings: GenerationSettings
+    mode: Mode = "text"
+    precision: str = "auto"
+    adapters: tuple[AdapterSettings, ...] = ()
+
+    @property
+    def source(self) -> str | None:
+        """The source audio, where the mode has any."""
+        return self.settings.init_audio or self.settings.inpaint_audio
+
+    def resolve(self, workspace: Workspace) -> "PlaySettings":
+        """Return a copy with full paths, the seed drawn, and the region of a continuation computed.
+
+        Args:
+            workspace: The studio's folders.
+
+        Returns:
+            The settings.
+
+        Raises:
+            StudioError: When the prompt, the source audio or a region is missing, or a file may not be used.
+        """
+        settings = self.settings
+        if not str(settings.prompt).strip():
+            raise StudioError("The prompt is empty. Enter one.")
+        changes: dict[str, Any] = {"seed": secrets.randbelow(2**32) if settings.seed == -1 else settings.seed}
+        if self.mode != "text":
+            if not (self.source or "").strip():
+                raise StudioError("This mode needs source audio. Choose a file or upload one.")
+            source = str(workspace.resolve_file(self.source or "", "audio file"))
+            changes |= {"init_audio" if self.mode == "restyle" else "inpaint_audio": source}
+        if self.mode == "inpaint" and not settings.inpaint_mask_start_seconds:
+            raise StudioError("There is no region to regenerate. Mark one on the waveform, or add one to the table.")
+        if self.mode == "continue":
+            seconds, duration = read_audio_info(source).seconds, check_number("duration", settings.duration)
+            if duration <= seconds:
+                raise StudioError(f"The audio is {seconds:.2f} s long. To continue it, increase the duration.")
+            changes |= {"inpaint_mask_start_seconds": seconds, "inpaint_mask_end_seconds": duration}
+        return replace(
+            self,
+            model=resolve_model_name(workspace, self.model),
+            settings=replace(settings, **changes),
+            adapters=tuple(adapter.resolve(workspace) for adapter in self.adapters),
+        )
+
+    def scale_adapters(self, factor: float) -> "PlaySettings":
+        """Return a copy with the strength of every adapter multiplied, without adapters for 0.
+
+        Args:
+            factor: The multiplier.
+
+        Returns:
+            The settings.
+        """
+        return replace(self, adapters=tuple(adapter.scale(factor) for adapter in self.adapters) if factor else ())
+
+    def switch_to_sibling(self) -> "PlaySettings":
+        """Return a copy for the base of a post-trained model, or the other way round, with its own sampling settings.
+
+        Returns:
+            The settings.
+        """
+        defaults = {name: getattr(GenerationSettings, name) for name in MODEL_SPECIFIC}
+        return replace(self, model=get_sibling(self.model), settings=replace(self.settings, **defaults))
+
+    @classmethod
+    def from_record(cls, record: Mapping[str, Any]) -> "PlaySettings":
+        """Read the settings of a result.
+
+        Args:
+            record: Content of its sidecar.
+
+        Returns:
+            Settings that generate it again.
+        """
+        inputs = {role: entry["path"] for role, entry in record["inputs"].items() if entry}
+        settings, item = GenerationSettings.from_dict(record["settings"], **inputs), record["item"]
+        negative = settings.negative_prompt
+        mode = "inpaint" if settings.inpaint_audio else "restyle" if settings.init_audio else "text"
+        return cls(
+            model=record["model"]["source"],
+            settings=replace(
+                settings,
+                prompt=settings.prompt[item],
+                duration=record["settings"]["duration"][item],
+                negative_prompt=negative[item] if negative else None,
+            ),
+            mode=record.get("studio", {}).get("mode", mode),
+            precision=record["precision"],
+            adapters=tuple(AdapterSettings.from_record(entry) for entry in record["adapters"]),
+        )
+
+    @classmethod
+    def from_result(cls, record: Mapping[str, Any], audio: Path, mode: Mode) -> "PlaySettings":
+        """Make settings that use a result as source audio, with its model and adapters.
+
+        Args:
+            record: Content of the result's sidecar.
+            audio: Its audio file.
+            mode: What to use it for. Inpainting marks its middle third, continuing adds half its length.
+
+        Returns:
+            The settings.
+        """
+        same, seconds = cls.from_record(record), float(record["seconds"])
+        regions = ((round(seconds / 3, 2), round(seconds * 2 / 3, 2)),) if mode == "inpaint" else ()
+        settings = GenerationSettings(
+            same.settings.prompt,
+            duration=round(seconds * 1.5 if mode == "continue" else seconds, 2),
+            **select_source(mode, str(audio), regions),
+        )
+        return replace(same, mode=mode, settings=settings)
+
+
+def select_source(mode: Mode, source: str | None, regions: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """Select the settings that use source audio in a mode.
+
+    Args:
+        mode: The mode.
+        source: The audio file.
+        regions: (start, end) in seconds of what to regenerate.
+
+    Returns:
+        Values of `GenerationSettings`.
+    """
+    if mode == "text":
+        return {}
+    if mode == "restyle":
+        return {"init_audio": source}
+    if mode == "continue" or not regions:
+        return {"inpaint_audio": source}
+    starts, ends = zip(*regions, strict=True)
+    return {"inpaint_audio": source, "inpaint_mask_start_seconds": starts, "inpaint_mask_end_seconds": ends}
+
+
+def parse_number(name: str, value: Any, default: float | None = None) -> float:
+    """Parse a number of the page.
+
+    Args:
+        name: What it is, for the message.
+        value: A number or its text.
+        default: The number that an empty value means; None for none.
+
+    Returns:
+        The number.
+
+    Raises:
+        GenerationError: When the value is not a number.
+    """
     if value in (None, "") and default is not None:
         return default
     if isinstance(value, str):
         try:
             value = float(value)
         except ValueError as error:
-            raise RequestError(f"{what} must be a number, not {value!r}.") from error
-    return number(what, value)
+            raise GenerationError(f"{name} must be a number, not {value!r}.") from error
+    return check_number(name, value)
 
 
-def name_of(path: str | Path) -> str:
-    """A short name for an adapter: its file's, or its run's where every run calls it the same."""
-    file = Path(path)
-    return file.parent.name if file.stem == "adapter" and file.parent.name else file.stem
+def parse_strengths(text: str) -> list[float]:
+    """Parse comma-separated strength multipliers.
 
+    Args:
+        text: Such as "0, 0.5, 1".
 
-Mode = Literal["text", "restyle", "inpaint", "continue"]
-MODES: dict[str, Mode] = {
-    "Text to audio": "text",
-    "Audio to audio": "restyle",
-    "Inpaint": "inpaint",
-    "Continue": "continue",
-}
-DEFAULT_LEVEL = 0.9
-OWN_OF_A_MODEL = {
-    "steps": None,
-    "cfg_scale": None,
-    "sampler_type": None,
-    "negative_prompt": None,
-    "cfg_interval": (0.0, 1.0),
-    "cfg_norm_threshold": 0.0,
-    "apg_scale": 1.0,
-    "scale_phi": 0.0,
-}
-"""Settings that a base model and its post-trained twin do not share; None and these values mean the model's own."""
+    Returns:
+        The numbers, each once, in rising order.
 
-
-@dataclass(frozen=True)
-class Wish:
-    """A generation as the form says it. Times in seconds; None leaves a setting to the model."""
-
-    model: str
-    prompt: str
-    mode: Mode = "text"
-    negative_prompt: str | None = None
-    duration: float = 10.0
-    seed: int = -1
-    batch_size: int = 1
-    steps: int | None = None
-    cfg_scale: float | None = None
-    sampler_type: str | None = None
-    cfg_interval: tuple[float, float] = (0.0, 1.0)
-    cfg_norm_threshold: float = 0.0
-    scale_phi: float = 0.0
-    apg_scale: float = 1.0
-    source: str | None = None
-    init_noise_level: float = DEFAULT_LEVEL
-    regions: tuple[tuple[float, float], ...] = ()
-    keep_exact: bool = False
-    chunked_decode: bool | None = None
-    precision: str = "auto"
-    adapters: tuple[AdapterWish, ...] = ()
-
-    def checked(self, workspace: Workspace) -> "Wish":
-        """The same with full paths, its seed drawn, and the region of a continuation worked out.
-
-        Raises `StudioError` for files that may not or cannot be used.
-        """
-        if not self.prompt.strip():
-            raise StudioError("write a prompt: what is to be heard.")
-        source = None
-        if self.mode != "text":
-            if not (self.source or "").strip():
-                raise StudioError("this mode starts from audio: choose a file, or upload one.")
-            source = str(workspace.file(self.source or "", "audio file"))
-        adapters = tuple(replace(each, path=each.arguments(workspace)["adapter"]) for each in self.adapters)
-        return replace(
-            self,
-            model=resolve_model_name(workspace, self.model),
-            source=source,
-            regions=self._regions(source),
-            seed=secrets.randbelow(2**32) if self.seed == -1 else self.seed,
-            adapters=adapters,
-        )
-
-    def _regions(self, source: str | None) -> tuple[tuple[float, float], ...]:
-        if source is None or self.mode == "restyle":
-            return ()
-        if self.mode == "inpaint":
-            if not self.regions:
-                raise StudioError("say what to generate anew: mark a region on the waveform, or add one to its table.")
-            return self.regions
-        seconds = audio_info(source).seconds
-        if self.duration <= seconds:
-            raise StudioError(f"the audio is {seconds:.2f} s long: to continue it, ask for a longer duration.")
-        return ((seconds, self.duration),)
-
-    def arguments(self) -> dict[str, Any]:
-        """Keyword arguments of `Generator.generate`."""
-        found: dict[str, Any] = {
-            "prompt": self.prompt,
-            "negative_prompt": self.negative_prompt or None,
-            "duration": self.duration,
-            "seed": self.seed,
-            "batch_size": self.batch_size,
-            "steps": self.steps,
-            "cfg_scale": self.cfg_scale,
-            "sampler_type": self.sampler_type,
-            "cfg_interval": self.cfg_interval,
-            "cfg_norm_threshold": self.cfg_norm_threshold,
-            "scale_phi": self.scale_phi,
-            "apg_scale": self.apg_scale,
-            "chunked_decode": self.chunked_decode,
-        }
-        if self.mode == "restyle":
-            found |= {"init_audio": self.source, "init_noise_level": self.init_noise_level}
-        elif self.mode != "text":
-            found |= {
-                "inpaint_audio": self.source,
-                "inpaint_mask_start_seconds": [start for start, _ in self.regions],
-                "inpaint_mask_end_seconds": [end for _, end in self.regions],
-                "keep_exact": self.keep_exact,
-            }
-        return found
-
-    def at(self, factor: float) -> "Wish":
-        """With every adapter at `factor` times its strength; without adapters at 0."""
-        if factor == 0:
-            return replace(self, adapters=())
-        scaled = [
-            replace(
-                each,
-                strength=each.strength * factor,
-                conditioner_strength=None if each.conditioner_strength is None else each.conditioner_strength * factor,
-            )
-            for each in self.adapters
-        ]
-        return replace(self, adapters=tuple(scaled))
-
-    def on_sibling(self) -> "Wish":
-        """On the base of a post-trained model or the other way round, with that model's own sampling settings."""
-        return replace(self, model=get_sibling(self.model), **OWN_OF_A_MODEL)  # type: ignore[arg-type]
-
-    @classmethod
-    def of_record(cls, record: Mapping[str, Any]) -> "Wish":
-        """What a sidecar recorded, to be asked for again."""
-        settings, inputs = record["settings"], record["inputs"]
-        item = record["item"]
-        starts = settings["inpaint_mask_start_seconds"] or []
-        regions = tuple(zip(starts, settings["inpaint_mask_end_seconds"] or [], strict=True))
-        source = inputs["inpaint_audio"] or inputs["init_audio"]
-        mode: Mode = "inpaint" if inputs["inpaint_audio"] else "restyle" if inputs["init_audio"] else "text"
-        negative = settings["negative_prompt"]
-        return cls(
-            model=record["model"]["source"],
-            prompt=settings["prompt"][item],
-            mode=record.get("studio", {}).get("mode", mode),
-            negative_prompt=None if negative is None else negative[item],
-            duration=settings["duration"][item],
-            seed=settings["seed"] if settings["seed"] is not None else -1,
-            batch_size=settings["batch_size"],
-            steps=settings["steps"],
-            cfg_scale=settings["cfg_scale"],
-            sampler_type=settings["sampler_type"],
-            cfg_interval=tuple(settings["cfg_interval"]),
-            cfg_norm_threshold=settings["cfg_norm_threshold"],
-            scale_phi=settings["scale_phi"],
-            apg_scale=settings["apg_scale"],
-            source=None if source is None else source["path"],
-            init_noise_level=settings["init_noise_level"]
-            if settings["init_noise_level"] is not None
-            else DEFAULT_LEVEL,
-            regions=regions,
-            keep_exact=settings["keep_exact"],
-            chunked_decode=settings["chunked_decode"],
-            precision=record["precision"],
-            adapters=tuple(AdapterWish.of_record(entry) for entry in record["adapters"]),
-        )
-
-    @classmethod
-    def from_result(cls, record: Mapping[str, Any], audio: Path, mode: Mode) -> "Wish":
-        """The model and adapters of a result, with its own sound `audio` as the source: its middle third is marked for
-        inpainting, half its length is added to continue it."""
-        same, seconds = cls.of_record(record), float(record["seconds"])
-        middle = ((round(seconds / 3, 2), round(seconds * 2 / 3, 2)),)
-        return cls(
-            model=same.model,
-            prompt=same.prompt,
-            mode=mode,
-            duration=round(seconds * 1.5 if mode == "continue" else seconds, 2),
-            source=str(audio),
-            regions=middle if mode == "inpaint" else (),
-            precision=same.precision,
-            adapters=same.adapters,
-        )
-
-
-def factors(text: str) -> list[float]:
-    """Strengths written with commas, such as "0, 0.5, 1": each once, rising. Raises `StudioError`."""
+    Raises:
+        StudioError: When they are no numbers, too many or too large.
+    """
     try:
         found = sorted({float(part) for part in text.replace(";", ",").split(",") if part.strip()})
     except ValueError as error:
-        raise StudioError(
-            f"{text!r} is not a list of strengths: write numbers with commas, such as 0, 0.5, 1."
-        ) from error
-    if not 1 <= len(found) <= 8 or any(abs(value) > 100 for value in found):
-        raise StudioError("compare between one and eight strengths, each within ±100.")
+        raise StudioError(f"{text!r} is not a list of numbers. Write them with commas, such as 0, 0.5, 1.") from error
+    if not 1 <= len(found) <= MOST_STRENGTHS or any(abs(value) > 100 for value in found):
+        raise StudioError(f"Compare between 1 and {MOST_STRENGTHS} strength multipliers, each within ±100.")
     return found
 
 
-def regions_of(rows: Sequence[Sequence[Any]]) -> tuple[tuple[float, float], ...]:
-    """Regions of the page's table. Raises `RequestError` for what is no number."""
+def parse_regions(rows: Sequence[Sequence[Any]]) -> tuple[tuple[float, float], ...]:
+    """Parse the table of regions.
+
+    Args:
+        rows: (start, end) in seconds of each.
+
+    Returns:
+        The regions.
+    """
     return tuple(
-        (read_number("the start of a region", start, None), read_number("the end of a region", end, None))
-        for start, end in rows
+        (parse_number("the start of a region", start), parse_number("the end of a region", end)) for start, end in rows
     )
+
+
+def shorten_name(path: str | Path) -> str:
+    """Shorten the path of an adapter.
+
+    Args:
+        path: The path.
+
+    Returns:
+        The file's name, or its folder's where the file is called `adapter`, as every run calls it.
+    """
+    file = Path(path)
+    return file.parent.name if file.stem == "adapter" and file.parent.name else file.stem

@@ -1,1 +1,1 @@
-"""The Runs page: start, watch, stop and resume training runs."""
+"""The Runs page of the studio: start, watch, stop and resume training runs."""

@@ -1,13 +1,10 @@
-"""What a training run will be, before it is started: its settings as composed, its data, its steps, and the time and
-memory that a few real steps of it took.
+"""The plan of a training run before it starts: its settings, data and steps, and estimates of time and memory.
 
-A planned run in words: what is trained on what, how often each clip comes, how long it takes with what memory.
+The estimates come from a trial: a few real steps in a temporary folder.
 """
 
 import dataclasses
 import functools
-import importlib.resources
-import json
 import re
 import shutil
 import subprocess
@@ -19,33 +16,48 @@ from typing import Any
 
 import yaml
 
-from sa3train.core.device import GIB
-from sa3train.core.files import cache_dir
+from sa3train.core.files import get_cache_dir, get_config_dir
 from sa3train.data.shards.index import DataSummary
-from sa3train.reports.run_files import MACHINE
-from sa3train.reports.run_report import duration
-from sa3train.studio.runs.runs import METRICS
-from sa3train.studio.server.processes import program
+from sa3train.reports.html import format_bytes, format_duration
+from sa3train.reports.run_files import read_run
+from sa3train.studio.server.processes import find_program
 from sa3train.studio.server.workspace import StudioError
 
 TRIAL_STEPS = 4
 TRIAL_SECONDS = 900
 COMPOSE_SECONDS = 60
 
-MAY_SET = ("data", "adapter", "objective", "optimizer", "scheduler", "trainer", "callbacks", "logger", "seed")
-NOT_HERE = ("data.dir.", "data.more.", "adapter.start_from.")
+SETTABLE_GROUPS = ("data", "adapter", "loss", "optimizer", "scheduler", "trainer", "callbacks", "logger", "seed")
+FIXED_SETTINGS = ("data.dir.", "data.more.", "adapter.start_from.")
 _SETTING = re.compile(r"\+{0,2}[a-z_]+(\.[A-Za-z0-9_]+)*=[^\n\0]*")
 
-TRIAL = (
+TRIAL_SETTINGS = (
     f"trainer.max_steps={TRIAL_STEPS}", "trainer.log_every=1", "scheduler.warmup_steps=0", "callbacks=none",
-    "callbacks.report=true", "callbacks.save.every=1000000",
+    "callbacks.report=true", "callbacks.checkpoint.every=1000000",
 )  # fmt: skip
-"""What a trial sets: a few steps, nothing beside them but the note on memory."""
+"""Settings of a trial: a few steps and the memory plan, nothing else."""
+OMITTED_IN_TRIAL = ("callbacks", "logger")
+"""Groups whose settings would be refused, since a trial leaves out what they configure."""
+
+NOISE_LEVELS = 10
+"""Noise levels at which validation measures the loss of each clip."""
+BASE_STEPS, CFG_PASSES = 50, 2
+"""Sampling steps of a base model, and its passes per step with CFG; a post-trained model's few steps are negligible."""
 
 
 @dataclass(frozen=True)
-class Choice:
-    """What was chosen on the page. `settings`: further `key=value`; `start_from`: an adapter for recipe=continue."""
+class RunRequest:
+    """What was chosen in the form.
+
+    Args:
+        recipe: Name of the recipe.
+        data: Folder of latents.
+        model: Name or folder of the model to train.
+        run_dir: The run folder.
+        steps: Optimizer steps. None: the recipe's.
+        settings: Further `key=value` settings.
+        start_from: Adapter to continue from, for recipe=continue.
+    """
 
     recipe: str
     data: Path
@@ -55,17 +67,30 @@ class Choice:
     settings: tuple[str, ...] = ()
     start_from: Path | None = None
 
-    def command(self) -> list[str]:
-        """The command that this is."""
-        begun = ["sa3-train", f"recipe={self.recipe}", f"data={self.data}", f"model={self.model}"]
+    def build_command(self) -> list[str]:
+        """Build the `sa3-train` command.
+
+        Returns:
+            The arguments, the command first.
+        """
         steps = [f"trainer.max_steps={self.steps}"] if self.steps else []
         start_from = [f"adapter.start_from={self.start_from}"] if self.start_from else []
-        return [*begun, f"run_dir={self.run_dir}", *steps, *start_from, *self.settings]
+        return [
+            "sa3-train", f"recipe={self.recipe}", f"data={self.data}", f"model={self.model}",
+            f"run_dir={self.run_dir}", *steps, *start_from, *self.settings,
+        ]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What a few real steps took. `parts`: the memory plan's bytes by name."""
+    """Measurements of a trial.
+
+    Args:
+        steps_per_second: Speed without the first step.
+        peak_gib: Peak memory in GiB.
+        device: Description of the device.
+        parts: The memory plan: bytes by name.
+    """
 
     steps_per_second: float
     peak_gib: float
@@ -73,89 +98,121 @@ class Trial:
     parts: dict[str, int]
 
 
-def recipes() -> dict[str, str]:
-    """Recipes that make one run each, with what they say of themselves."""
-    return {name: said for name, said in options("recipe").items() if name != "sweep"}
+def list_recipes() -> dict[str, str]:
+    """List the recipes that make one run each.
+
+    Returns:
+        Their descriptions by name.
+    """
+    return {name: text for name, text in list_options("recipe").items() if name != "sweep"}
 
 
 @functools.cache
-def options(group: str) -> dict[str, str]:
-    """The options of a configuration group, each with the first line of its comment."""
+def list_options(group: str) -> dict[str, str]:
+    """List the options of a configuration group.
+
+    Args:
+        group: Name of the group, such as `recipe`.
+
+    Returns:
+        The first line of each option's comment, by name.
+    """
     found = {}
-    for file in sorted(
-        importlib.resources.files("sa3train.conf").joinpath(group).iterdir(), key=lambda file: file.name
-    ):
-        if file.name.endswith(".yaml"):
-            comments = [line[1:].strip() for line in file.read_text(encoding="utf-8").splitlines() if line[:2] == "# "]
-            said = next((line for line in comments if not line.startswith("@")), "")
-            found[file.name.removesuffix(".yaml")] = said.partition(" Card:")[0]
+    for file in sorted((get_config_dir() / group).glob("*.yaml")):
+        comments = [line[1:].strip() for line in file.read_text(encoding="utf-8").splitlines() if line[:2] == "# "]
+        text = next((line for line in comments if not line.startswith("@")), "")
+        found[file.stem] = text.partition(" Card:")[0]
     return found
 
 
-def further_settings(text: str) -> tuple[str, ...]:
-    """`key=value` lines as typed. Raises `StudioError` for what reaches beyond the run: folders, other jobs, Hydra."""
+def parse_settings(text: str) -> tuple[str, ...]:
+    """Parse further settings, and refuse those that reach beyond the run: folders, other jobs, Hydra itself.
+
+    Args:
+        text: Lines of `key=value`.
+
+    Returns:
+        The settings.
+
+    Raises:
+        StudioError: A line is not a setting, or not one that may be set here.
+    """
     found = []
     for line in filter(None, (line.strip() for line in text.splitlines())):
-        key = line.partition("=")[0].lstrip("+")
+        key, _, value = line.partition("=")
+        key = key.lstrip("+")
         if not _SETTING.fullmatch(line) or "${" in line:
-            raise StudioError(f"{line!r} is not a setting: write one key=value a line, such as optimizer.lr=1e-3.")
-        if key.partition(".")[0] not in MAY_SET or key == "data" or f"{key}.".startswith(NOT_HERE):
+            raise StudioError(f"{line!r} is not a setting. Write one key=value per line, such as optimizer.lr=1e-3.")
+        if key.partition(".")[0] not in SETTABLE_GROUPS or key == "data" or f"{key}.".startswith(FIXED_SETTINGS):
             raise StudioError(
-                f"{key} is not set here: choose data, model and folder above. Settings begin with {', '.join(MAY_SET)}."
+                f"{key} cannot be set here. Choose data, model and folder in the form. Settings start with "
+                f"{', '.join(SETTABLE_GROUPS)}."
             )
-        if "." not in key and key != "seed" and line.partition("=")[2] not in options(key):
-            raise StudioError(f"{line!r}: choose {key} from {', '.join(options(key))}.")
+        if "." not in key and key != "seed" and value not in list_options(key):
+            raise StudioError(f"{line!r} is not an option. Choose {key} from {', '.join(list_options(key))}.")
         found.append(line)
     return tuple(found)
 
 
-def compose(choice: Choice) -> dict[str, Any]:
-    """The whole configuration as the trainer will see it, from the trainer itself. Raises `SA3Error` as it does."""
-    text = _run([*choice.command(), "--cfg", "job", "--resolve"], COMPOSE_SECONDS)
+def compose_config(request: RunRequest) -> dict[str, Any]:
+    """Compose the whole configuration with the trainer itself, which also checks it.
+
+    Args:
+        request: What to train.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        StudioError: The trainer refuses it, with its message.
+    """
+    text = _run([*request.build_command(), "--cfg", "job", "--resolve"], COMPOSE_SECONDS)
     config = yaml.safe_load(text)
     if not isinstance(config, dict) or "trainer" not in config:
-        raise StudioError("the settings could not be composed: try the command in a terminal to see why.")
+        raise StudioError("Cannot compose the settings. Run the command in a terminal to see why.")
     return config
 
 
-def measure(choice: Choice) -> Trial:
-    """Run a few steps of it in a folder that is thrown away. Raises `SA3Error` with the trainer's own message."""
-    trials = cache_dir() / "trials"
+def run_trial(request: RunRequest) -> Trial:
+    """Run a few steps in a temporary folder.
+
+    Args:
+        request: What to train.
+
+    Returns:
+        Its speed and memory. If the trainer fails, the `StudioError` has its message.
+    """
+    trials = get_cache_dir() / "trials"
     trials.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix="trial-", dir=trials))
-    beside = ("callbacks", "logger")  # what a trial leaves out, its settings must leave out too: they would be refused
-    kept = tuple(setting for setting in choice.settings if not setting.lstrip("+").startswith(beside))
-    trial = dataclasses.replace(choice, run_dir=folder / "run", steps=None, settings=(*kept, *TRIAL))
+    settings = tuple(line for line in request.settings if not line.lstrip("+").startswith(OMITTED_IN_TRIAL))
+    trial = dataclasses.replace(request, run_dir=folder / "run", steps=None, settings=(*settings, *TRIAL_SETTINGS))
     try:
-        _run(trial.command(), TRIAL_SECONDS)
-        return read_trial(folder / "run")
+        _run(trial.build_command(), TRIAL_SECONDS)
+        return _read_trial(folder / "run")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def read_trial(folder: Path) -> Trial:
-    """What a trial's folder says; the first step, which sets things up, does not count for speed."""
-    from sa3train.reports.run_files import read_metrics
-
-    rows = [row for row in read_metrics(folder / METRICS)[1] if "time/steps_per_second" in row]
-    if not rows:
-        raise StudioError("the trial made no steps: try the command in a terminal to see why.")
-    seconds = [1 / max(float(row["time/steps_per_second"]), 1e-9) for row in rows]
-    counted = seconds[1:] or seconds
-    machine = json.loads((folder / MACHINE).read_text(encoding="utf-8")) if (folder / MACHINE).is_file() else {}
+def _read_trial(folder: Path) -> Trial:
+    files = read_run(folder)
+    speeds = [speed for _, speed in files.get_curve("time/steps_per_second")]
+    if not speeds:
+        raise StudioError("The trial made no steps. Run the command in a terminal to see why.")
+    seconds = [1 / max(speed, 1e-9) for speed in speeds[1:] or speeds]  # the first step includes the setup
     return Trial(
-        len(counted) / sum(counted),
-        max(float(row.get("time/peak_memory_gib", 0)) for row in rows),
-        str(machine.get("device", "")),
-        {name: int(size) for name, size in (machine.get("plan") or {}).items() if size},
+        len(seconds) / sum(seconds),
+        files.peak_memory_gib or 0.0,
+        str(files.system.get("device", "")),
+        {name: int(size) for name, size in (files.system.get("plan") or {}).items() if size},
     )
 
 
 def _run(command: Sequence[str], seconds: float) -> str:
-    """Standard output of a command of ours. Raises `StudioError` with what it said when it fails."""
+    """Run a command of ours and return its standard output."""
     try:
         done = subprocess.run(
-            [program(command[0]), *command[1:]],
+            [find_program(command[0]), *command[1:]],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -163,100 +220,122 @@ def _run(command: Sequence[str], seconds: float) -> str:
             timeout=seconds,
         )
     except subprocess.TimeoutExpired as error:
-        raise StudioError(f"{command[0]} has not answered within {seconds:.0f} s; try it in a terminal.") from error
+        raise StudioError(f"{command[0]} did not finish within {seconds:.0f} s. Run it in a terminal.") from error
     except OSError as error:
-        raise StudioError(f"cannot start {command[0]}: {error.strerror or error}.") from error
+        raise StudioError(f"Cannot start {command[0]}: {error.strerror or error}.") from error
     if done.returncode != 0:
-        raise StudioError(_complaint(done.stderr) or f"{command[0]} ended with exit code {done.returncode}.")
+        raise StudioError(_find_error(done.stderr) or f"{command[0]} ended with exit code {done.returncode}.")
     return done.stdout
 
 
-def _complaint(text: str) -> str:
-    """A command's `error: …` with the lines that belong to it, else the last line it wrote."""
+def _find_error(text: str) -> str:
+    """Find a command's `error: …` with the lines that belong to it, or the last line it wrote."""
     _, found, message = text.rpartition("error: ")
-    if found:
-        return " ".join(message.split())
-    lines = text.strip().splitlines()
-    return lines[-1] if lines else ""
+    return " ".join(message.split()) if found else "".join(text.strip().splitlines()[-1:])
 
 
-LEVELS = 10
-"""Noise levels at which the fixed evaluation judges each clip."""
-DEMO_STEPS, DEMO_PASSES = 50, 2
-"""A base model's sampler, with guidance; its twin's few steps are small beside them."""
+def describe_plan(config: Mapping[str, Any], data: DataSummary) -> list[tuple[str, str]]:
+    """Describe what is known before a trial.
 
+    Args:
+        config: The composed configuration.
+        data: Summary of the latents.
 
-def outlook(config: Mapping[str, Any], data: DataSummary) -> list[tuple[str, str]]:
-    """What is known before a step is run, as (name, text)."""
-    trainer, clips = config["trainer"], config["data"]
-    steps, each = int(trainer["max_steps"]), int(trainer["accumulate"]) * int(clips["batch_size"])
-    packed = clips["pack_frames"]
+    Returns:
+        (name, text) of each line.
+    """
+    trainer, adapter = config["trainer"], config["adapter"]
+    steps, rows, packed = int(trainer["max_steps"]), _count_rows(config), config["data"]["pack_frames"]
+    batch = f"{rows} packed rows" if packed else _format_clips(rows)
+    duration = format_duration(data.seconds)
     found = [
-        ("Data", f"{_clips(data.clips)}, {duration(data.seconds)}; {data.heldout} held out; encoded by {data.model}"),
-        ("Adapter", f"{config['adapter']['kind']}, rank {config['adapter']['rank']}, in {config['model']['name']}"),
-        ("Steps", f"{steps:,}, each of {f'{each} packed rows' if packed else _clips(each)}"),
+        ("Data", f"{_format_clips(data.clips)}, {duration}; {data.heldout} held out; encoded by {data.model}"),
+        ("Adapter", f"{adapter['adapter_type']}, rank {adapter['rank']}, on {config['model']['name']}"),
+        ("Steps", f"{steps:,} with a batch of {batch}"),
     ]
     if data.clips and not packed:
-        found.append(("Passes", f"each clip comes about {_count(steps * each / data.clips)} times"))
+        epochs = steps * rows / data.clips
+        found.append(("Epochs", f"{epochs:,.0f}" if epochs >= 10 else f"{epochs:.2g}"))
     if not data.heldout:
-        found.append(("Note", "nothing is held out, so nothing can show whether it learns or copies"))
+        found.append(("Note", "No clips are held out: validation cannot show overfitting."))
     return found
 
 
-def expected(config: Mapping[str, Any], data: DataSummary, trial: Trial) -> list[tuple[str, str]]:
-    """Time and memory of the whole run, from those of a few steps, as (name, text)."""
-    loop = int(config["trainer"]["max_steps"]) / trial.steps_per_second
-    judging, demos = judging_seconds(config, data, trial), playing_seconds(config, trial)
-    whole = f"about {duration(loop + judging + demos)} on {trial.device or 'this machine'}"
-    parts = f"steps {duration(loop)} at {trial.steps_per_second:.3g} a second"
-    parts += f", judging {duration(judging)}" if judging else ""
-    parts += f", demos {duration(demos)}" if demos else ""
+def describe_trial(config: Mapping[str, Any], data: DataSummary, trial: Trial) -> list[tuple[str, str]]:
+    """Describe the time and memory that the whole run will take.
+
+    Args:
+        config: The composed configuration.
+        data: Summary of the latents.
+        trial: Measurements of a trial.
+
+    Returns:
+        (name, text) of each line.
+    """
+    steps = int(config["trainer"]["max_steps"]) / trial.steps_per_second
+    validation = estimate_validation_seconds(config, data, trial)
+    demos = estimate_demo_seconds(config, trial)
+    parts = f"steps {format_duration(steps)} at {trial.steps_per_second:.3g} per second"
+    parts += f", validation {format_duration(validation)}" if validation else ""
+    parts += f", demos {format_duration(demos)}" if demos else ""
+    device = trial.device or "this machine"
     found = [
-        ("Time", f"{whole}: {parts}"),
-        ("Memory", f"{trial.peak_gib:.2f} GiB at most in {TRIAL_STEPS} steps of trial"),
+        ("Time", f"about {format_duration(steps + validation + demos)} on {device}: {parts}"),
+        ("Memory", f"peak {trial.peak_gib:.2f} GiB in {TRIAL_STEPS} trial steps"),
     ]
     if trial.parts:
-        sizes = ", ".join(f"{name} {size_of(size)}" for name, size in trial.parts.items())
-        found.append(("Memory plan", f"{size_of(sum(trial.parts.values()))}: {sizes}"))
+        sizes = ", ".join(f"{name} {format_bytes(size)}" for name, size in trial.parts.items())
+        found.append(("Memory plan", f"{format_bytes(sum(trial.parts.values()))}: {sizes}"))
     return found
 
 
-def judging_seconds(config: Mapping[str, Any], data: DataSummary, trial: Trial) -> float:
-    """Time of the fixed evaluations: forward passes alone, at about half the cost of a step's rows."""
-    judge = config["callbacks"]["judge"]
-    if not judge["enabled"]:
+def estimate_validation_seconds(config: Mapping[str, Any], data: DataSummary, trial: Trial) -> float:
+    """Estimate the time of all validations, which are forward passes alone.
+
+    Args:
+        config: The composed configuration.
+        data: Summary of the latents.
+        trial: Measurements of a trial.
+
+    Returns:
+        Seconds.
+    """
+    validation = config["callbacks"]["validation"]
+    if not validation["enabled"]:
         return 0.0
-    clips = min(int(judge["clips"]), data.heldout) + min(int(judge["clips"]), data.clips)
-    times = 1 + int(config["trainer"]["max_steps"]) // int(judge["every"])
-    return times * clips * LEVELS * _forward_seconds(config, trial)
+    clips = min(int(validation["clips"]), data.heldout) + min(int(validation["clips"]), data.clips)
+    times = 1 + int(config["trainer"]["max_steps"]) // int(validation["every"])
+    return times * clips * NOISE_LEVELS * _estimate_forward_seconds(config, trial)
 
 
-def playing_seconds(config: Mapping[str, Any], trial: Trial) -> float:
-    """Time of the demos' sampling, by the length of their audio against a training row's."""
+def estimate_demo_seconds(config: Mapping[str, Any], trial: Trial) -> float:
+    """Estimate the time of all demos, from the duration of their audio relative to a training row's.
+
+    Args:
+        config: The composed configuration.
+        trial: Measurements of a trial.
+
+    Returns:
+        Seconds.
+    """
     demos = config["callbacks"]["demos"]
     if not demos["enabled"]:
         return 0.0
-    played = len(demos["prompts"]) + int(demos["heldout_prompts"]) + int(bool(demos["inpaint"]))
+    count = len(demos["prompts"]) + int(demos["heldout_prompts"]) + int(bool(demos["inpaint"]))
     times = 1 + int(config["trainer"]["max_steps"]) // int(demos["every"]) * len(demos["strengths"])
     row_seconds = config["data"]["crop_seconds"] or demos["duration"]
-    passes = int(demos["steps"] or DEMO_STEPS) * DEMO_PASSES * float(demos["duration"]) / float(row_seconds)
-    return played * times * passes * _forward_seconds(config, trial)
+    passes = int(demos["steps"] or BASE_STEPS) * CFG_PASSES * float(demos["duration"]) / float(row_seconds)
+    return count * times * passes * _estimate_forward_seconds(config, trial)
 
 
-def _forward_seconds(config: Mapping[str, Any], trial: Trial) -> float:
-    """Of one row: a step is a forward and a backward pass of about equal cost over its rows."""
-    rows = int(config["trainer"]["accumulate"]) * int(config["data"]["batch_size"])
-    return 1 / trial.steps_per_second / (2 * rows)
+def _estimate_forward_seconds(config: Mapping[str, Any], trial: Trial) -> float:
+    """Estimate a forward pass of one row: a step is a forward and a backward pass of about equal cost."""
+    return 1 / trial.steps_per_second / (2 * _count_rows(config))
 
 
-def size_of(count: int) -> str:
-    """Bytes as a person says them."""
-    return f"{count / GIB:.2f} GiB" if count >= GIB // 10 else f"{count / 2**20:.1f} MiB"
+def _count_rows(config: Mapping[str, Any]) -> int:
+    return int(config["trainer"]["accumulate"]) * int(config["data"]["batch_size"])
 
 
-def _count(times: float) -> str:
-    return f"{times:,.0f}" if times >= 10 else f"{times:.2g}"
-
-
-def _clips(count: int) -> str:
+def _format_clips(count: int) -> str:
     return f"{count} clip" if count == 1 else f"{count:,} clips"

@@ -1,206 +1,289 @@
-"""The Runs page: every run under the studio's folders as it goes, and a form that starts another."""
+"""The Runs page: every run in the studio's folders as it goes, and a form that starts another."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
 from sa3train.core.errors import SA3Error
-from sa3train.reports.run_files import RunFiles, read_run
+from sa3train.reports import run_files
+from sa3train.reports.run_files import RunFiles
 from sa3train.studio.runs import runs, view
-from sa3train.studio.runs.start_form import start_form
+from sa3train.studio.runs.start_form import build_start_form
 from sa3train.studio.server import processes
-from sa3train.studio.server.widgets import command_box, empty, notice, ticking, told
+from sa3train.studio.server.widgets import (
+    build_timer,
+    render_command,
+    render_notice,
+    render_placeholder,
+    show_errors,
+)
 from sa3train.studio.server.workspace import StudioError, Workspace
 
 SECONDS = 2.0
 LOG_LINES = 60
 VIEWS = Path(__file__).parents[1] / "assets" / "views.css"
 PARTS = {
-    "curves": ("metrics.csv", "heldout.json", "generated.json", "machine.json"),
-    "demos": ("demos",),
-    "data": ("data.json",),
-    "config": ("config.yaml",),
+    "curves": (run_files.METRICS_FILE, run_files.VALIDATION_FILE, run_files.MEMORIZATION_FILE, run_files.SYSTEM_FILE),
+    "demos": (run_files.DEMOS_DIR,),
+    "data": (run_files.DATA_FILE,),
+    "config": (run_files.CONFIG_FILE,),
+    "log": (processes.LOG_FILE,),
 }
-"""What each part is made from: it is shown anew when one of these has changed."""
+"""Files that each part of the page is made from: it is rendered again when one of them has changed."""
 
 Values = dict[Any, Any]
 
 
-def runs_page(workspace: Workspace) -> None:
-    """Build the page inside an open tab."""
-    tick = ticking(SECONDS)
+@dataclass(frozen=True)
+class _Widgets:
+    """Widgets of the page; `panels` are the parts that are rendered by name."""
+
+    chosen: gr.Radio
+    none: gr.HTML
+    actions: gr.Row
+    stop: gr.Button
+    kill: gr.Button
+    resume: gr.Button
+    other: gr.Dropdown
+    differences: gr.HTML
+    open_report: gr.Button
+    report: gr.HTML
+    panels: dict[str, gr.HTML]
+
+
+def build_runs_page(workspace: Workspace) -> None:
+    """Build the page inside an open tab.
+
+    Args:
+        workspace: The workspace.
+    """
+    tick = build_timer(SECONDS)
     seen = gr.State({})
+    widgets = _build_widgets(workspace, tick)
+
+    @show_errors
+    def on_refresh(path: str | None, before: dict[str, Any]) -> Values:
+        values, after = _refresh(workspace, widgets, path, before)
+        return values | {seen: after}
+
+    def make_handler(act: Callable[[Path], Any]) -> Callable[..., Values]:
+        @show_errors
+        def on_click(path: str | None, before: dict[str, Any]) -> Values:
+            act(resolve_run_dir(workspace, path))
+            values: Values = on_refresh(path, before)
+            return values
+
+        return on_click
+
+    chosen, other = widgets.chosen, widgets.other
+    outputs = [chosen, other, widgets.none, widgets.actions, widgets.stop, widgets.kill, widgets.resume]
+    wiring: dict[str, Any] = {
+        "inputs": [chosen, seen],
+        "outputs": [*outputs, *widgets.panels.values(), seen],
+        "show_progress": "hidden",
+    }
+    tick.tick(on_refresh, **wiring)
+    chosen.input(on_refresh, **wiring)
+    widgets.stop.click(make_handler(runs.stop_run), **wiring)
+    widgets.kill.click(make_handler(lambda folder: runs.stop_run(folder, at_once=True)), **wiring)
+    widgets.resume.click(make_handler(runs.resume_run), **wiring)
+    compare = show_errors(lambda path, second: render_comparison(workspace, path, second))
+    other.input(compare, [chosen, other], widgets.differences)
+    widgets.open_report.click(show_errors(lambda path: render_report(workspace, path)), chosen, widgets.report)
+
+
+def _build_widgets(workspace: Workspace, tick: gr.Timer) -> _Widgets:
+    panels = {}
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=330):
             gr.HTML(f'<style>{VIEWS.read_text(encoding="utf-8")}</style><h2 class="studio">Runs</h2>')
-            chosen = gr.Radio([], label="Run", elem_classes="run-list", elem_id="run-list", show_label=False)
-            none = gr.HTML(empty("No runs in the studio's folders yet. Start one below."), elem_id="run-none")
+            # The list, or the hint that it is empty, is shown once runs have been looked for.
+            chosen = gr.Radio(
+                [], label="Run", elem_classes="run-list", elem_id="run-list", show_label=False, visible=False
+            )
+            hint = render_placeholder("No runs in the studio's folders yet. Start one below.")
+            none = gr.HTML(hint, elem_id="run-none", visible=False)
             with gr.Accordion("Start a run", open=True, elem_id="run-form"):
-                start_form(workspace, chosen, tick)
+                build_start_form(workspace, chosen, tick)
         with gr.Column(scale=5, min_width=480):
-            head = gr.HTML(view.head(workspace, None, RunFiles(Path())), elem_id="run-head")
+            panels["head"] = gr.HTML(view.render_head(workspace, None, RunFiles(Path())), elem_id="run-head")
             with gr.Row(visible=False, elem_id="run-actions") as actions:
                 stop = gr.Button("Stop", elem_id="run-stop", min_width=90, scale=0)
-                kill = gr.Button("Stop at once", variant="stop", elem_id="run-kill", min_width=120, scale=0)
+                kill = gr.Button("Kill", variant="stop", elem_id="run-kill", min_width=90, scale=0)
                 resume = gr.Button("Resume", variant="primary", elem_id="run-resume", min_width=90, scale=0)
-            line = gr.HTML("", elem_id="run-command")
+            panels["commands"] = gr.HTML("", elem_id="run-command")
             with gr.Tabs():
-                with gr.Tab("Curves"):
-                    curves = gr.HTML(elem_id="run-curves")
-                with gr.Tab("Listen"):
-                    demos = gr.HTML(elem_id="run-demos")
-                with gr.Tab("Data"):
-                    data = gr.HTML(elem_id="run-data")
+                for name, title in (("curves", "Curves"), ("demos", "Listen"), ("data", "Data")):
+                    with gr.Tab(title):
+                        panels[name] = gr.HTML(elem_id=f"run-{name}")
                 with gr.Tab("Settings"):
-                    other = gr.Dropdown([], label="Differences from run", elem_id="run-other")
-                    settings = gr.HTML(elem_id="run-differences")
-                    config = gr.HTML(elem_id="run-config")
+                    other = gr.Dropdown([], label="Compare with run", elem_id="run-other")
+                    differences = gr.HTML(elem_id="run-differences")
+                    panels["config"] = gr.HTML(elem_id="run-config")
                 with gr.Tab("Log"):
-                    log = gr.HTML(elem_id="run-log")
+                    panels["log"] = gr.HTML(elem_id="run-log")
                 with gr.Tab("Report"):
-                    open_report = gr.Button("Show the report", elem_id="run-report-open", scale=0)
+                    open_report = gr.Button("Show report", elem_id="run-report-open", scale=0)
                     report = gr.HTML(elem_id="run-report")
-    boxes = {"head": head, "line": line, "curves": curves, "demos": demos, "data": data, "config": config, "log": log}
-    outputs = [chosen, other, none, actions, stop, kill, resume, *boxes.values(), seen]
-
-    @told
-    def refreshed(path: str | None, before: dict[str, Any]) -> Values:
-        found = runs.find_runs(workspace, Path(path) if path else None)
-        labels, given = [(view.label(workspace, run), str(run.path)) for run in found], path
-        path = path if path in [value for _, value in labels] else (labels[0][1] if labels else None)
-        run = next((run for run in found if str(run.path) == path), None)
-        after, changed = parts_of(workspace, run, before)
-        values: Values = {boxes[name]: html for name, html in changed.items()}
-        after["list"], after["path"] = labels, path
-        if after["list"] != before.get("list") or path != before.get("path"):
-            # A choice is not said again: by now there may be another.
-            first: dict[str, Any] = {} if path == given else {"value": path}
-            values[chosen] = gr.update(choices=labels, **first)
-            values[none] = gr.update(visible=not labels)
-            values[other] = gr.update(choices=[(workspace.shown(run.path), str(run.path)) for run in found])
-        state = run.state if run else None
-        if state != before.get("state") or path != before.get("path"):
-            values |= buttons(run, actions, stop, kill, resume)
-        return values | {seen: after | {"state": state}}
-
-    def acting(act: Callable[[Path], Any]) -> Callable[..., Values]:
-        @told
-        def acted(path: str | None, before: dict[str, Any]) -> Values:
-            act(folder_of(workspace, path))
-            values: Values = refreshed(path, before)
-            return values
-
-        return acted
-
-    shown: dict[str, Any] = {"inputs": [chosen, seen], "outputs": outputs, "show_progress": "hidden"}
-    tick.tick(refreshed, **shown)
-    chosen.input(refreshed, **shown)
-    stop.click(acting(runs.stop), **shown)
-    kill.click(acting(lambda folder: runs.stop(folder, at_once=True)), **shown)
-    resume.click(acting(runs.resume), **shown)
-    other.input(told(lambda path, second: compared(workspace, path, second)), [chosen, other], settings)
-    open_report.click(told(lambda path: report_of(workspace, path)), chosen, report)
+    return _Widgets(chosen, none, actions, stop, kill, resume, other, differences, open_report, report, panels)
 
 
-def folder_of(workspace: Workspace, path: str | None) -> Path:
-    """The chosen run's folder. Raises `StudioError` when none is chosen, or it is outside the studio's folders."""
+def _refresh(
+    workspace: Workspace, widgets: _Widgets, path: str | None, before: dict[str, Any]
+) -> tuple[Values, dict[str, Any]]:
+    """Return updates of the widgets whose content has changed since `before`, and what the page has seen now."""
+    found = runs.find_runs(workspace, Path(path) if path else None)
+    labels, selected = [(view.format_label(workspace, run), str(run.path)) for run in found], path
+    path = path if path in [value for _, value in labels] else (labels[0][1] if labels else None)
+    run = next((run for run in found if str(run.path) == path), None)
+    after, changed = render_parts(workspace, run, before)
+    after |= {"list": labels, "path": path, "state": run.state if run else None}
+    differing = {name for name in ("list", "path", "state") if after[name] != before.get(name, ...)}
+    values: Values = {widgets.panels[name]: html for name, html in changed.items()}
+    if differing & {"list", "path"}:
+        # The choice is only set when it must change: the user may have made another meanwhile.
+        choice: dict[str, Any] = {} if path == selected else {"value": path}
+        values[widgets.chosen] = gr.update(choices=labels, visible=bool(labels), **choice)
+        values[widgets.none] = gr.update(visible=not labels)
+        values[widgets.other] = gr.update(choices=[(workspace.shorten(run.path), str(run.path)) for run in found])
+    if differing & {"state", "path"}:
+        is_own = run is not None and run.state in ("starting", "running", "stopping")
+        is_stopping = run is not None and run.state == "stopping"
+        is_resumable = run is not None and run.is_resumable
+        values |= {
+            widgets.actions: gr.update(visible=is_own or is_resumable),
+            widgets.stop: gr.update(visible=is_own, interactive=not is_stopping),
+            widgets.kill: gr.update(visible=is_stopping),
+            widgets.resume: gr.update(visible=is_resumable),
+        }
+    return values, after
+
+
+def resolve_run_dir(workspace: Workspace, path: str | None) -> Path:
+    """Resolve the folder of the chosen run.
+
+    Args:
+        workspace: The workspace.
+        path: Path of the folder, or None when no run is chosen.
+
+    Returns:
+        The absolute path.
+
+    Raises:
+        StudioError: No run is chosen, or the folder holds none or is outside the roots.
+    """
     if not path:
-        raise StudioError("choose a run first.")
-    folder = workspace.folder(path, "run folder")
+        raise StudioError("Choose a run first.")
+    folder = workspace.resolve_folder(path, "run folder")
     if not runs.is_run(folder):
-        raise StudioError(f"{workspace.shown(folder)} holds no run.")
+        raise StudioError(f"{workspace.shorten(folder)} contains no run. Choose another.")
     return folder
 
 
-def parts_of(
+def render_parts(
     workspace: Workspace, run: runs.Run | None, before: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """What was seen by now, and the HTML of each part that has changed since `before`."""
+    """Render the parts of the page that have changed.
+
+    Args:
+        workspace: The workspace.
+        run: The chosen run, or None.
+        before: What the page has seen.
+
+    Returns:
+        (what it has seen now, HTML of each part that has changed).
+    """
     if run is None:
-        return {}, {} if "run" not in before else {"head": view.head(workspace, None, RunFiles(Path())), "line": ""}
+        head = view.render_head(workspace, None, RunFiles(Path()))
+        return {}, {"head": head, "commands": ""} if "run" in before else {}
     after: dict[str, Any] = {"run": run}
-    after |= {part: (str(run.path), *(_stamp(run.path / name) for name in names)) for part, names in PARTS.items()}
-    after["log"] = (str(run.path), _stamp(run.path / processes.LOG))
+    after |= {part: (str(run.path), *(_get_stamp(run.path / name) for name in names)) for part, names in PARTS.items()}
     changed = {part for part in after if after[part] != before.get(part)}
     html: dict[str, str] = {}
     if changed & {"curves", "demos", "data", "run"}:
         try:
-            files, wrong = read_files(run.path), ""
-        except SA3Error as error:  # said on the page, once: raised, it would come back with every tick
-            files, wrong = RunFiles(run.path), notice(str(error), "error")
-        html["head"] = view.head(workspace, run, files) + wrong
-        html["line"] = command_line(workspace, run)
-        html["curves"] = view.curves(files) if "curves" in changed else ""
-        html["demos"] = view.listening(workspace, files) if "demos" in changed else ""
-        html["data"] = view.data_card(files) if "data" in changed else ""
+            files, problem = _read_files(run.path), ""
+        except SA3Error as error:  # shown on the page: raised, it would come back with every tick
+            files, problem = RunFiles(run.path), render_notice(str(error), "error")
+        html["head"] = view.render_head(workspace, run, files) + problem
+        html["commands"] = _render_commands(run)
+        if "curves" in changed:
+            html["curves"] = view.render_curves(files)
+        if "demos" in changed:
+            html["demos"] = view.render_demos(workspace, files)
+        if "data" in changed:
+            html["data"] = view.render_data(files)
     if "config" in changed:
-        html["config"] = view.config(run.path)
+        html["config"] = view.render_config(run.path)
     if "log" in changed:
-        html["log"] = view.log(processes.log_tail(run.path, LOG_LINES))
-    return after, {name: text for name, text in html.items() if text}
+        html["log"] = view.render_log(processes.read_log_tail(run.path, LOG_LINES))
+    return after, html
 
 
-def read_files(folder: Path) -> RunFiles:
-    """A run's files. Raises `StudioError` when one of them is damaged."""
+def _read_files(folder: Path) -> RunFiles:
     try:
-        return read_run(folder)
-    except SA3Error:
-        raise
+        return run_files.read_run(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StudioError(f"a file in {folder} is damaged ({error}).") from error
+        raise StudioError(f"A file in {folder} is damaged ({error}). Restore or delete it.") from error
 
 
-def command_line(workspace: Workspace, run: runs.Run) -> str:
-    """What does in a shell what the buttons do."""
-    pid, started = processes.running(run.path), processes.record_of(run.path).get("command")
-    found = command_box(workspace.command(started), "Started as command") if started else ""
+def _render_commands(run: runs.Run) -> str:
+    """Render commands that do what the buttons do."""
+    pid, command = processes.get_running_pid(run.path), processes.read_record(run.path).get("command")
+    found = render_command(command, "Start command") if command else ""
     if pid is not None:
-        return found + command_box(f"kill -TERM {pid}", "Stop as command")
-    if run.alive or run.state == "finished":
-        return found
-    return found + command_box(workspace.command(runs.resume_command(run.path)), "Resume as command")
+        found += render_command(f"kill -TERM {pid}", "Stop command")
+    elif run.is_resumable:
+        found += render_command(runs.build_resume_command(run.path), "Resume command")
+    return found
 
 
-def buttons(run: runs.Run | None, actions: Any, stop: Any, kill: Any, resume: Any) -> Values:
-    """Which actions a run in its state allows."""
-    state = run.state if run else ""
-    own = state in ("starting", "running", "stopping")
-    again = run is not None and not run.alive and state != "finished"
-    return {
-        actions: gr.update(visible=own or again),
-        stop: gr.update(visible=own, interactive=state != "stopping"),
-        kill: gr.update(visible=state == "stopping"),
-        resume: gr.update(visible=again),
-    }
+def render_comparison(workspace: Workspace, path: str | None, second: str | None) -> str:
+    """Render the settings in which two runs differ, and a command that shows them.
+
+    Args:
+        workspace: The workspace.
+        path: Folder of the chosen run.
+        second: Folder of the other run.
+
+    Returns:
+        HTML.
+    """
+    one, other = resolve_run_dir(workspace, path), resolve_run_dir(workspace, second)
+    differences = runs.compare_settings(one, other)
+    command = render_command(["diff", one / run_files.CONFIG_FILE, other / run_files.CONFIG_FILE])
+    return view.render_differences(differences, workspace.shorten(one), workspace.shorten(other)) + command
 
 
-def compared(workspace: Workspace, path: str | None, second: str | None) -> str:
-    """HTML of the settings in which two runs differ, and the command that shows it."""
-    one, other = folder_of(workspace, path), folder_of(workspace, second)
-    names = workspace.shown(one), workspace.shown(other)
-    command = command_box(workspace.command(["diff", one / "config.yaml", other / "config.yaml"]))
-    return view.between(runs.settings_between(one, other), *names) + command
+def render_report(workspace: Workspace, path: str | None) -> str:
+    """Render the report of a run inside the page, and write it first if there is none yet.
 
+    Args:
+        workspace: The workspace.
+        path: Folder of the run.
 
-def report_of(workspace: Workspace, path: str | None) -> str:
-    """HTML that shows the run's report, written from its files when there is none yet."""
-    from sa3train.reports.run_report import REPORT, write_report
+    Returns:
+        HTML.
+    """
+    from sa3train.reports.run_report import write_report
 
-    folder = folder_of(workspace, path)
-    if not (folder / REPORT).is_file():
-        if not (folder / "run.json").is_file():
-            return notice("There is nothing to report yet.")
+    folder = resolve_run_dir(workspace, path)
+    report = folder / run_files.REPORT_FILE
+    if not report.is_file():
+        if not (folder / run_files.RECORD_FILE).is_file():
+            return render_notice("There is nothing to report yet.")
         write_report(folder)
-    return view.report(workspace.url(folder / REPORT), workspace.shown(folder / REPORT))
+    return view.render_report_frame(workspace.get_url(report), workspace.shorten(report))
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    """Changes when the file does, or when something comes into the folder."""
+def _get_stamp(path: Path) -> tuple[int, int]:
+    """Return a value that changes when the file does, or when demos are added to the folder."""
     try:
         found = path.stat()
     except OSError:
         return 0, 0
-    entries = sum(1 for _ in path.glob("step-*/demos.json")) if path.is_dir() else found.st_size
+    entries = sum(1 for _ in path.glob(f"step-*/{run_files.DEMOS_FILE}")) if path.is_dir() else found.st_size
     return found.st_mtime_ns, entries

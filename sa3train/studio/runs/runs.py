@@ -1,30 +1,29 @@
-"""Run folders as the page lists them: what state each is in, how far it is, and how it is gone on with.
+"""Run folders as the Runs page lists them: their state and progress, and how to start, stop and resume a run.
 
 Everything is read from files and from the process record, so a run is found again whoever started it and whatever
-became of the server meanwhile.
+happened to the server.
 """
 
+import contextlib
 import functools
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sa3train.core.config import differences
+from sa3train.core.config import find_differences
 from sa3train.core.errors import DataError
-from sa3train.reports.run_files import CONFIG, RECORD, load_settings
+from sa3train.reports.run_files import CONFIG_FILE, METRICS_FILE, RECORD_FILE, STEP, load_settings
 from sa3train.studio.server import processes
-from sa3train.studio.server.workspace import Workspace, survey_folders
+from sa3train.studio.server.workspace import Workspace, find_folders
 
-METRICS = "metrics.csv"
-METRICS_TAIL = 64_000
-
-SIGN_OF_LIFE = 600.0
-"""Seconds after its last trace for which a run of somebody else's counts as going on."""
+TAIL_BYTES = 64_000
+ALIVE_SECONDS = 600.0
+"""For how long after its last trace a run that was started elsewhere counts as running."""
 
 STATES = {
     "starting": "starting",
@@ -33,16 +32,27 @@ STATES = {
     "elsewhere": "running, started elsewhere",
     "finished": "finished",
     "stopped": "stopped",
-    "crashed": "ended before its end",
-    "failed": "could not start",
+    "crashed": "interrupted",
+    "failed": "failed to start",
 }
-"""States of a run, in words."""
+"""Labels of the states of a run."""
 ALIVE = ("starting", "running", "stopping", "elsewhere")
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder. `step` of `total` optimizer steps; `speed` in steps per second; `begun` in UTC."""
+    """A run folder.
+
+    Args:
+        path: The folder.
+        state: A key of `STATES`.
+        step: Optimizer steps done.
+        total: Optimizer steps planned, if known.
+        speed: Steps per second.
+        loss: Last training loss.
+        started: Time of its start, ISO 8601 in UTC.
+        error: The error with which it ended.
+    """
 
     path: Path
     state: str
@@ -50,171 +60,250 @@ class Run:
     total: int | None = None
     speed: float | None = None
     loss: float | None = None
-    begun: str = ""
+    started: str = ""
     error: str | None = None
 
     @property
-    def alive(self) -> bool:
-        """Whether something works on it."""
+    def is_alive(self) -> bool:
+        """Whether the run is starting, running or stopping."""
         return self.state in ALIVE
+
+    @property
+    def is_resumable(self) -> bool:
+        """Whether the run has ended before its last step."""
+        return not self.is_alive and self.state != "finished"
 
     @property
     def seconds_left(self) -> float | None:
         """Time until its last step at its last speed, or None."""
-        if not self.alive or not self.speed or self.total is None:
+        if not self.is_alive or not self.speed or self.total is None:
             return None
         return (self.total - self.step) / self.speed
 
 
 def find_runs(workspace: Workspace, known: Path | None = None) -> list[Run]:
-    """Every run under the roots: those at work first, then the newest. `known` is a run that has just begun, perhaps:
-    a survey may be older than it.
+    """Find all runs below the roots.
+
+    Args:
+        workspace: The workspace.
+        known: Folder of a run that may have been started after the last search.
+
+    Returns:
+        Running ones first, then the newest.
     """
-    paths = survey_folders(workspace).runs
+    paths = find_folders(workspace).runs
     if known is not None and known not in paths:
         paths = [*paths, known]
-    runs = [run for run in map(read, paths) if run is not None]
-    return sorted(runs, key=lambda run: (run.alive, run.begun), reverse=True)
+    runs = [run for run in map(load_run, paths) if run is not None]
+    return sorted(runs, key=lambda run: (run.is_alive, run.started), reverse=True)
 
 
 def is_run(folder: Path) -> bool:
-    """Whether `folder` holds a run, or the record of one that has yet to begin."""
-    whole = (folder / RECORD).is_file() and (folder / CONFIG).is_file()
-    return whole or processes.record_of(folder).get("kind") == "train"
+    """Check whether a folder holds a run, or the record of one that has not written anything yet.
+
+    Args:
+        folder: The folder.
+
+    Returns:
+        Whether it does.
+    """
+    return _is_begun(folder) or processes.read_record(folder).get("kind") == "train"
 
 
-def read(folder: Path) -> Run | None:
-    """The run in `folder`, or None when there is none."""
+def load_run(folder: Path) -> Run | None:
+    """Load the state and progress of a run.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        The run, or None when there is none.
+    """
     if not is_run(folder):
         return None
-    record, started = _json(folder / RECORD), processes.record_of(folder)
-    state = state_of(folder, record, started)
-    row = last_metrics(folder / METRICS)
-    total = _steps(folder / CONFIG, _stamp(folder / CONFIG))
-    step = max(int(row.get("step", 0)), int(record.get("steps", 0)) if state in ("finished", "stopped") else 0)
+    record, process = processes.read_json(folder / RECORD_FILE), processes.read_record(folder)
+    state = detect_state(folder, record, process)
+    row = read_last_metrics(folder / METRICS_FILE)
+    saved_step = int(record.get("steps", 0)) if state in ("finished", "stopped") else 0
     return Run(
         folder,
         state,
-        step,
-        total,
+        max(int(row.get(STEP, 0)), saved_step),
+        _read_total_steps(folder / CONFIG_FILE, _get_mtime_ns(folder / CONFIG_FILE)),
         row.get("time/steps_per_second"),
         row.get("train/loss"),
-        str(record.get("started") or started.get("at") or ""),
-        processes.failure(folder) if state in ("crashed", "failed") else None,
+        str(record.get("started") or process.get("at") or ""),
+        processes.read_failure(folder) if state in ("crashed", "failed") else None,
     )
 
 
-def state_of(folder: Path, record: dict[str, Any], started: dict[str, Any]) -> str:
-    """A key of `STATES`, from `run.json` and the process record."""
-    asked = bool(started.get("stop_asked"))
-    if processes.running(folder) is not None:
-        return "stopping" if asked else "running" if record else "starting"
+def detect_state(folder: Path, record: Mapping[str, Any], process: Mapping[str, Any]) -> str:
+    """Detect the state of a run.
+
+    Args:
+        folder: The run folder.
+        record: Content of `run.json`; empty without one.
+        process: Content of `process.json`; empty without one.
+
+    Returns:
+        A key of `STATES`.
+    """
+    stop_asked = bool(process.get("stop_asked"))
+    if processes.get_running_pid(folder) is not None:
+        return "stopping" if stop_asked else "running" if record else "starting"
     if record.get("status") == "finished":
         return "finished"
     if record.get("status") == "interrupted":
         return "stopped"
-    if record and _seconds_since_trace(folder) < SIGN_OF_LIFE and _traced_by_another(record, started):
+    # A run that was resumed more often than this studio's process knows of is somebody else's.
+    is_foreign = not process or len(record.get("resumed", [])) > int(process.get("parts", 0))
+    last_trace = max(_get_mtime_ns(folder / name) for name in (METRICS_FILE, RECORD_FILE)) / 1e9
+    if record and is_foreign and time.time() - last_trace < ALIVE_SECONDS:
         return "elsewhere"
-    if asked and processes.failure(folder) is None:
+    if stop_asked and processes.read_failure(folder) is None:
         return "stopped"
     return "crashed" if record else "failed"
 
 
-def resume_command(folder: Path) -> list[str]:
-    """The command that goes on with the run; the one that started it, when it ended before it had begun."""
-    if (folder / RECORD).is_file() and (folder / CONFIG).is_file():
+def build_resume_command(folder: Path) -> list[str]:
+    """Build the command that resumes a run, or that starts it again if it failed before its first step.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        The arguments, the command first.
+
+    Raises:
+        DataError: The folder holds no run.
+    """
+    if _is_begun(folder):
         return ["sa3-train", f"resume={folder}"]
-    command = processes.record_of(folder).get("command")
+    command = processes.read_record(folder).get("command")
     if not command:
-        raise DataError(f"{folder} holds no run ({RECORD} and {CONFIG}), and no record of how one was started.")
+        raise DataError(f"{folder} contains no run ({RECORD_FILE} and {CONFIG_FILE}). Choose another folder.")
     return [str(part) for part in command]
 
 
-def resume(folder: Path) -> int:
-    """Go on with a run in a process of its own; its number. Raises `SA3Error` when it is at work or finished."""
-    run = read(folder)
+def resume_run(folder: Path) -> int:
+    """Resume a run in a process of its own.
+
+    Args:
+        folder: The run folder.
+
+    Returns:
+        The process ID.
+
+    Raises:
+        DataError: There is no run, or it is running or finished.
+    """
+    run = load_run(folder)
     if run is None:
-        raise DataError(f"{folder} holds no run.")
-    if run.alive:
-        raise DataError(f"{folder.name} is at work already ({STATES[run.state]}): there is nothing to resume.")
+        raise DataError(f"{folder} contains no run. Choose another folder.")
+    if run.is_alive:
+        raise DataError(f"{folder.name} is already running ({STATES[run.state]}). There is nothing to resume.")
     if run.state == "finished":
-        raise DataError(f"{folder.name} is finished. Train on from its adapter with recipe=continue, in a new run.")
-    parts = len(_json(folder / RECORD).get("resumed", [])) + 1 if (folder / RECORD).is_file() else 0
-    return processes.start(folder, resume_command(folder), kind="train", parts=parts)
+        raise DataError(f"{folder.name} is finished. To train its adapter further, start a run with recipe=continue.")
+    record = folder / RECORD_FILE
+    parts = len(processes.read_json(record).get("resumed", [])) + 1 if record.is_file() else 0
+    return processes.start(folder, build_resume_command(folder), kind="train", parts=parts)
 
 
-def begin(folder: Path, command: Sequence[str]) -> int:
-    """Start a new run in `folder` in a process of its own; its number. Raises `SA3Error` when something is there."""
+def start_run(folder: Path, command: Sequence[str]) -> int:
+    """Start a new run in a process of its own.
+
+    Args:
+        folder: Folder of the run, which must be empty or missing.
+        command: The `sa3-train` command.
+
+    Returns:
+        The process ID.
+
+    Raises:
+        DataError: Something is in the folder.
+    """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder} is there already: give the run another name.")
+        raise DataError(f"{folder} already exists. Choose another run folder.")
     return processes.start(folder, command, kind="train", parts=0)
 
 
-def stop(folder: Path, *, at_once: bool = False) -> None:
-    """Ask a run to save its state and end, or end it `at_once`. Raises `DataError` when it cannot be asked."""
-    run = read(folder)
-    if run is None or not run.alive:
-        raise DataError(f"{folder.name} is not at work: there is nothing to stop.")
+def stop_run(folder: Path, *, at_once: bool = False) -> None:
+    """Stop a run.
+
+    Args:
+        folder: The run folder.
+        at_once: Kill it. Otherwise it saves its state first.
+
+    Raises:
+        DataError: The run is not running, was started elsewhere, or is stopping already.
+    """
+    run = load_run(folder)
+    if run is None or not run.is_alive:
+        raise DataError(f"{folder.name} is not running. There is nothing to stop.")
     if run.state == "elsewhere":
-        raise DataError(f"{folder.name} was started elsewhere: stop it where it was started (Ctrl+C, or scancel).")
+        raise DataError(f"{folder.name} was started elsewhere. Stop it where it was started (Ctrl+C or scancel).")
     if run.state == "stopping" and not at_once:
-        raise DataError(f"{folder.name} was asked already: it ends once its state is saved.")
+        raise DataError(f"{folder.name} is already stopping. It exits when its state is saved.")
     processes.stop(folder, at_once=at_once)
 
 
-def settings_between(one: Path, other: Path) -> list[tuple[str, str, str]]:
-    """(key, value in `one`, value in `other`) of every setting that differs, by key, but for the folder.
+def compare_settings(one: Path, other: Path) -> list[tuple[str, str, str]]:
+    """Compare the settings of two runs.
 
-    Raises `DataError` when the settings of one cannot be read.
+    Args:
+        one: A run folder.
+        other: Another run folder.
+
+    Returns:
+        (key, value in `one`, value in `other`) of each setting that differs, except for the folder, by key.
+
+    Raises:
+        DataError: The settings of one of them cannot be read.
     """
     try:
-        old, new = (load_settings(folder / CONFIG) for folder in (one, other))
+        old, new = (load_settings(folder / CONFIG_FILE) for folder in (one, other))
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise DataError(f"the settings ({CONFIG}) of a run cannot be read: {error}.") from error
-    found = differences(old, new)
-    return [(key, _said(a), _said(b)) for key, (a, b) in sorted(found.items()) if key != "run_dir"]
+        raise DataError(
+            f"Cannot read {CONFIG_FILE} of a run: {error}. Restore the file or choose another run."
+        ) from error
+    found = find_differences(old, new)
+    return [(key, _format_setting(a), _format_setting(b)) for key, (a, b) in sorted(found.items()) if key != "run_dir"]
 
 
-def last_metrics(path: Path) -> dict[str, float]:
-    """Each metric's last value among the last rows of a `metrics.csv`; empty when there is none."""
+def read_last_metrics(path: Path) -> dict[str, float]:
+    """Read the last value of each metric from the end of a `metrics.csv`, which may still be written to.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The values by name; empty without a file.
+    """
     try:
         with path.open("rb") as file:
             head = file.readline().decode("utf-8", "replace").strip().split(",")
             start = file.tell()
-            file.seek(max(start, file.seek(0, 2) - METRICS_TAIL))
-            cut = file.tell() > start
-            lines = file.read().decode("utf-8", "replace").split("\n")[1 if cut else 0 : -1]
+            file.seek(max(start, file.seek(0, 2) - TAIL_BYTES))
+            is_cut = file.tell() > start
+            lines = file.read().decode("utf-8", "replace").split("\n")[1 if is_cut else 0 : -1]
     except OSError:
         return {}
     found: dict[str, float] = {}
     for line in lines:
         for name, value in zip(head, line.split(","), strict=False):
-            if value:
-                found[name] = _number(value)
+            with contextlib.suppress(ValueError):  # an empty cell
+                found[name] = float(value)
     return found
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        return float("nan")
-
-
-def _seconds_since_trace(folder: Path) -> float:
-    traces = [_stamp(folder / name) for name in (METRICS, RECORD)]
-    return time.time() - max(traces) / 1e9
-
-
-def _traced_by_another(record: dict[str, Any], started: dict[str, Any]) -> bool:
-    """Whether the run was gone on with more often than the process that this studio knows of would have it."""
-    return not started or len(record.get("resumed", [])) > int(started.get("parts", 0))
+def _is_begun(folder: Path) -> bool:
+    return (folder / RECORD_FILE).is_file() and (folder / CONFIG_FILE).is_file()
 
 
 @functools.lru_cache(maxsize=1024)
-def _steps(config: Path, stamp: int) -> int | None:
-    """`trainer.max_steps` of a run's settings; `stamp` makes a changed file be read again."""
-    if not stamp:
+def _read_total_steps(config: Path, mtime_ns: int) -> int | None:
+    """Read `trainer.max_steps`; `mtime_ns` makes a changed file be read again."""
+    if not mtime_ns:
         return None
     try:
         return int(load_settings(config)["trainer"]["max_steps"])
@@ -222,20 +311,12 @@ def _steps(config: Path, stamp: int) -> int | None:
         return None
 
 
-def _stamp(path: Path) -> int:
+def _get_mtime_ns(path: Path) -> int:
     try:
         return path.stat().st_mtime_ns
     except OSError:
         return 0
 
 
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _said(value: Any) -> str:
+def _format_setting(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,1 +1,1 @@
-"""What all pages of the studio share: workspace, processes, jobs, widgets, commands."""
+"""Shared by all pages of the studio: workspace, access control, processes, jobs and widgets."""

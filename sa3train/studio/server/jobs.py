@@ -1,7 +1,6 @@
-"""One thing after another, in a thread of its own: what the page asked for goes on when the page is closed or reloaded.
+"""A queue of jobs in a thread of its own, which continue when the page is closed or reloaded.
 
-A job is waiting, running, done, failed or cancelled. A cancelled one is over at once for the page; its thread leaves at
-the next step, and what it made by then is dropped.
+A cancelled job is over at once for the page: its thread leaves at the next progress report, and its result is dropped.
 """
 
 import itertools
@@ -14,43 +13,63 @@ from typing import Any, Literal
 
 from sa3train.core.errors import SA3Error
 from sa3train.core.log import get_logger
-from sa3train.studio.server.widgets import message_of
+from sa3train.studio.server.widgets import get_error_message
 from sa3train.studio.server.workspace import StudioError
 
 logger = get_logger(__name__)
 
 State = Literal["waiting", "running", "done", "failed", "cancelled"]
-MOST_WAITING = 20
-KEPT = 50
+MAX_WAITING = 20
+MAX_JOBS = 50
 
 
 class Cancelled(Exception):
-    """Raised inside a job that is no longer wanted."""
+    """Raised inside a job that was cancelled."""
 
 
 @dataclass(eq=False)
 class Job:
-    """Something to do, how far it is, and what became of it: `result` when done, `message` when failed."""
+    """Something to do, its progress and its outcome.
+
+    Args:
+        title: What the page calls it.
+        run: Function that does it and returns the result.
+        number: ID of the job.
+        state: Where it is: waiting, running, done, failed or cancelled.
+        message: Progress while running, the error when failed.
+        progress: Fraction done, from 0 to 1.
+        started: `time.monotonic()` at its start.
+        result: What `run` returned.
+        finished: Set when the job is over.
+    """
 
     title: str
     run: Callable[["Job"], Any]
     number: int = field(default_factory=itertools.count(1).__next__)
     state: State = "waiting"
     message: str = ""
-    share: float = 0.0
+    progress: float = 0.0
     started: float | None = None
     result: Any = None
-    over: threading.Event = field(default_factory=threading.Event)
+    finished: threading.Event = field(default_factory=threading.Event)
 
-    def tell(self, message: str, share: float) -> None:
-        """Report progress, `share` from 0 to 1. Raises `Cancelled` when the job is no longer wanted."""
+    def report_progress(self, message: str, progress: float) -> None:
+        """Report progress from inside the job.
+
+        Args:
+            message: What is being done.
+            progress: Fraction done, from 0 to 1.
+
+        Raises:
+            Cancelled: The job was cancelled.
+        """
         if self.state == "cancelled":
             raise Cancelled
-        self.message, self.share = message, share
+        self.message, self.progress = message, progress
 
     @property
-    def pending(self) -> bool:
-        """Whether it is waiting or running."""
+    def is_pending(self) -> bool:
+        """Whether the job is waiting or running."""
         return self.state in ("waiting", "running")
 
 
@@ -64,14 +83,25 @@ class Worker:
         self._thread: threading.Thread | None = None
 
     def submit(self, title: str, run: Callable[[Job], Any]) -> Job:
-        """Queue a job. Raises `StudioError` when too many wait already."""
+        """Queue a job.
+
+        Args:
+            title: What the page calls it.
+            run: Function that does it and returns the result.
+
+        Returns:
+            The job.
+
+        Raises:
+            StudioError: Too many jobs are waiting.
+        """
         with self._lock:
-            if sum(job.pending for job in self._jobs) >= MOST_WAITING:
-                raise StudioError(f"{MOST_WAITING} generations are waiting already: let some finish, or cancel them.")
+            if len(self.pending) >= MAX_WAITING:
+                raise StudioError(f"{MAX_WAITING} jobs are waiting already. Let some finish or cancel them.")
             job = Job(title, run)
-            self._jobs = [*(old for old in self._jobs[-KEPT:]), job]
+            self._jobs = [*self._jobs[-MAX_JOBS:], job]
             if self._thread is None:
-                self._thread = threading.Thread(target=self._work, name="studio-worker", daemon=True)
+                self._thread = threading.Thread(target=self._run_jobs, name="studio-worker", daemon=True)
                 self._thread.start()
         self._queue.put(job)
         return job
@@ -83,22 +113,42 @@ class Worker:
 
     @property
     def pending(self) -> list[Job]:
-        """Those that wait or run."""
-        return [job for job in self._jobs if job.pending]
+        """Jobs that are waiting or running."""
+        return [job for job in self._jobs if job.is_pending]
 
-    def ahead(self, job: Job) -> int:
-        """How many jobs come before it."""
-        return sum(other.pending and other.number < job.number for other in self._jobs)
+    def count_ahead(self, job: Job) -> int:
+        """Count the jobs that come before a job.
+
+        Args:
+            job: The job.
+
+        Returns:
+            How many jobs are running or wait before it.
+        """
+        return sum(other.number < job.number for other in self.pending)
 
     def cancel(self, number: int) -> Job:
-        """End the job `number`, whether it runs or waits. Raises `StudioError` when there is none."""
+        """Cancel a waiting or running job, or dismiss one that has failed.
+
+        Args:
+            number: ID of the job.
+
+        Returns:
+            The job.
+
+        Raises:
+            StudioError: There is no such job.
+        """
         job = next((job for job in self._jobs if job.number == number), None)
         if job is None:
-            raise StudioError(f"there is no job {number} any more.")
+            raise StudioError(f"There is no job {number} any more. Reload the page.")
+        with self._lock:
+            if not job.is_pending:
+                self._jobs = [other for other in self._jobs if other is not job]
         self._close(job, "cancelled", "cancelled")
         return job
 
-    def _work(self) -> None:
+    def _run_jobs(self) -> None:
         while True:
             job = self._queue.get()
             with self._lock:
@@ -110,14 +160,13 @@ class Worker:
                 self._close(job, "done", "")
             except Cancelled:
                 self._close(job, "cancelled", "cancelled")
-            except SA3Error as error:
-                self._close(job, "failed", message_of(error))
             except Exception as error:
-                logger.exception("a job of the studio failed")
-                self._close(job, "failed", message_of(error))
+                if not isinstance(error, SA3Error):
+                    logger.exception("a job of the studio failed")
+                self._close(job, "failed", get_error_message(error))
 
     def _close(self, job: Job, state: State, message: str) -> None:
         with self._lock:
-            if job.pending:
+            if job.is_pending:
                 job.state, job.message = state, message
-                job.over.set()
+                job.finished.set()

@@ -1,123 +1,166 @@
-"""Commands that outlive the page and the server: each in a session of its own, its record and log in a folder.
+"""Commands that outlive the page and the server: each in its own session, its record and log in a folder.
 
-`process.json` says what is about to be started. The new process itself leaves `process.stat`, the kernel's line about
-it, before it becomes the command, so a server killed at any moment loses nothing. A process counts as the one that was
-started when its number, its start time and the boot agree: a number used again is somebody else.
+`process.json` says what was started, with the process ID and its start time since boot. A process counts as the one
+that was started when ID, start time and boot agree: the system may reuse an ID for another process.
 """
 
 import contextlib
 import datetime
-import fcntl
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
+from filelock import FileLock
 
 from sa3train.core.errors import SA3Error
 from sa3train.core.files import write_json
 
-RECORD, STAT, LOG, LOCK = "process.json", "process.stat", "process.log", "process.lock"
-
-PROC = Path("/proc")
-LEAVE_STAT = 'cat "/proc/$$/stat" > "$0.part" && mv "$0.part" "$0" && exec "$@"'
-"""What the shell does with the place of `process.stat` as $0 and the command as its arguments."""
-
-STARTING_SECONDS = 10.0
+PROCESS_FILE, LOG_FILE, LOCK_FILE = "process.json", "process.log", "process.lock"
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 TAIL_BYTES = 64_000
+START_TOLERANCE = 0.005
+"""Seconds; the kernel counts start times in ticks of 10 ms."""
 
 _children: list[subprocess.Popen[bytes]] = []
 _lock = threading.Lock()
 
 
-def program(name: str) -> str:
-    """The console command `name` of this environment. Raises `SA3Error` when it is not installed."""
+def find_program(name: str) -> str:
+    """Find a console command of this environment.
+
+    Args:
+        name: Name of the command, such as `sa3-train`.
+
+    Returns:
+        Its path.
+
+    Raises:
+        SA3Error: The command is not installed.
+    """
     path = Path(sys.executable).parent / name
     if not path.is_file():
-        raise SA3Error(f"the command {name} is not installed beside {sys.executable}: pip install sa3train")
+        raise SA3Error(f"The command {name} is not installed in {path.parent}. Run: pip install sa3train")
     return str(path)
 
 
-def start(folder: Path, argv: Sequence[str], **about: Any) -> int:
-    """Start a console command with its record and log in `folder`, and give its process number.
+def start(folder: Path, argv: Sequence[str], **facts: Any) -> int:
+    """Start a console command with its record and log in a folder.
 
-    `about` goes into the record. Raises `SA3Error` when the folder's process still runs or cannot be started.
+    Args:
+        folder: Folder of the process, made if needed.
+        argv: The command, its name first.
+        **facts: What else to record.
+
+    Returns:
+        The process ID.
+
+    Raises:
+        SA3Error: The folder's process is still running, or the command cannot be started.
     """
-    command = [program(argv[0]), *argv[1:]]
+    command = [find_program(argv[0]), *argv[1:]]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _held(folder), (folder / LOG).open("ab") as log:
-            pid = running(folder)
+        with FileLock(folder / LOCK_FILE), (folder / LOG_FILE).open("ab") as log:
+            pid = get_running_pid(folder)
             if pid is not None:
-                raise SA3Error(f"{folder} has a process at work already (number {pid}): wait for it, or stop it.")
-            (folder / STAT).unlink(missing_ok=True)
-            record = {"command": list(argv), "at": _now(), "boot": _boot(), "stop_asked": None, **about}
-            write_json(folder / RECORD, record)
+                raise SA3Error(f"A process is already running in {folder} (PID {pid}). Wait for it or stop it.")
+            record = {"command": list(argv), "at": _get_utc_time(), "boot": _get_boot_id(), "stop_asked": None, **facts}
+            write_json(folder / PROCESS_FILE, record)
             log.write(f"$ {shlex.join(argv)}\n".encode())
             log.flush()
-            child = subprocess.Popen(
-                ["/bin/sh", "-c", LEAVE_STAT, str(folder / STAT), *command],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-            )
+            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
             with _lock:
                 _children.append(child)
-            _await_stat(folder, child)
+            with contextlib.suppress(psutil.NoSuchProcess):
+                record |= {"pid": child.pid, "started": _get_start_time(psutil.Process(child.pid))}
+                write_json(folder / PROCESS_FILE, record)
     except OSError as error:
-        raise SA3Error(f"cannot start {argv[0]} in {folder}: {error.strerror or error}.") from error
+        raise SA3Error(f"Cannot start {argv[0]} in {folder}: {error.strerror or error}.") from error
     return child.pid
 
 
-def running(folder: Path) -> int | None:
-    """The number of the folder's process while it runs, else None."""
-    _reap()
-    try:
-        then = _parse((folder / STAT).read_text(encoding="utf-8", errors="replace"))
-        now = _parse((PROC / str(then[0]) / "stat").read_text(encoding="utf-8", errors="replace"))
-    except (OSError, ValueError, IndexError):
-        return None
-    alive = now[1] not in "ZXx" and now[2] == then[2] and record_of(folder).get("boot") == _boot()
-    return then[0] if alive else None
+def get_running_pid(folder: Path) -> int | None:
+    """Return the ID of the folder's process while it is running.
+
+    Args:
+        folder: Folder of the process.
+
+    Returns:
+        The process ID, or None.
+    """
+    process = _find_process(folder)
+    return process.pid if process else None
 
 
 def stop(folder: Path, *, at_once: bool = False) -> bool:
-    """Ask the folder's process to save and end (SIGTERM), or end it and its helpers `at_once` (SIGKILL).
+    """Stop the folder's process, and record that it was asked to.
 
-    Returns whether there was one. The record notes that it was asked.
+    Args:
+        folder: Folder of the process.
+        at_once: Kill the process and its children. Otherwise ask it to save and exit (SIGTERM).
+
+    Returns:
+        Whether a process was running.
     """
-    pid = running(folder)
-    if pid is None:
+    process = _find_process(folder)
+    if process is None:
         return False
-    write_json(folder / RECORD, record_of(folder) | {"stop_asked": _now()})
-    with contextlib.suppress(ProcessLookupError):  # it has ended by itself meanwhile
-        if at_once:
-            os.killpg(pid, signal.SIGKILL)
-        else:
-            os.kill(pid, signal.SIGTERM)
+    write_json(folder / PROCESS_FILE, read_record(folder) | {"stop_asked": _get_utc_time()})
+    with contextlib.suppress(psutil.NoSuchProcess):  # it has exited by itself meanwhile
+        processes = [*process.children(recursive=True), process] if at_once else [process]
+        for running in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                running.kill() if at_once else running.terminate()
     return True
 
 
-def record_of(folder: Path) -> dict[str, Any]:
-    """What was started in `folder`: command, at, boot, stop_asked and what else was noted; empty when nothing was."""
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read what was started in a folder.
+
+    Args:
+        folder: Folder of the process.
+
+    Returns:
+        The record: command, at, boot, pid, started, stop_asked and the facts given to `start`; empty without one.
+    """
+    return read_json(folder / PROCESS_FILE)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that may be missing, or damaged.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Its content; empty without a whole object.
+    """
     try:
-        found: Mapping[str, Any] = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return dict(found) if isinstance(found, dict) else {}
+    return found if isinstance(found, dict) else {}
 
 
-def log_tail(folder: Path, lines: int = 30) -> str:
-    """The last lines that the folder's processes have written."""
+def read_log_tail(folder: Path, lines: int = 30) -> str:
+    """Read the end of the log of a folder's processes.
+
+    Args:
+        folder: Folder of the process.
+        lines: How many lines.
+
+    Returns:
+        The last lines; empty without a log.
+    """
     try:
-        with (folder / LOG).open("rb") as file:
+        with (folder / LOG_FILE).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
             text = file.read().decode("utf-8", "replace")
     except OSError:
@@ -125,59 +168,54 @@ def log_tail(folder: Path, lines: int = 30) -> str:
     return "\n".join(text.splitlines()[-lines:])
 
 
-def failure(folder: Path) -> str | None:
-    """The error with which the folder's last process ended, as it said it or as Python did, or None."""
+def read_failure(folder: Path) -> str | None:
+    """Read the error with which the folder's last process ended.
+
+    Args:
+        folder: Folder of the process.
+
+    Returns:
+        The text of an `error: ` line with its indented lines, or the last line of a traceback; None without one.
+    """
     last: list[str] = []
-    traced = False
-    for line in log_tail(folder, 400).splitlines():
+    in_traceback = False
+    for line in read_log_tail(folder, 400).splitlines():
         if line.startswith("$ "):
-            last, traced = [], False  # a new process
+            last, in_traceback = [], False  # a new process
         elif line.startswith("error: "):
-            last, traced = [line.removeprefix("error: ")], False
+            last, in_traceback = [line.removeprefix("error: ")], False
         elif line.startswith("Traceback (most recent call last)"):
-            last, traced = [], True
-        elif traced and line and not line.startswith(" "):
-            last, traced = [line], False
+            last, in_traceback = [], True
+        elif in_traceback and line and not line.startswith(" "):
+            last, in_traceback = [line], False
         elif last and line.startswith("   "):
             last.append(line.strip())
     return " ".join(last) or None
 
 
-def _parse(line: str) -> tuple[int, str, str]:
-    """Number, state and start time (ticks since boot) from a line of `/proc/PID/stat`; its name may hold anything."""
-    number, _, rest = line.partition(" (")
-    fields = rest[rest.rindex(")") + 2 :].split()
-    return int(number), fields[0], fields[19]
-
-
-def _boot() -> str:
-    """What names this boot of the machine: start times are counted from it."""
-    try:
-        return (PROC / "sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
-    except OSError:
-        return ""
-
-
-@contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """One start at a time in a folder, over threads and servers."""
-    with (folder / LOCK).open("ab") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _await_stat(folder: Path, child: subprocess.Popen[bytes]) -> None:
-    """Until the new process has said who it is, or is gone."""
-    until = time.monotonic() + STARTING_SECONDS
-    while not (folder / STAT).exists() and child.poll() is None and time.monotonic() < until:
-        time.sleep(0.01)
-
-
-def _reap() -> None:
-    """Let go of own children that have ended, so that they do not stay as zombies."""
-    with _lock:
+def _find_process(folder: Path) -> psutil.Process | None:
+    """Find the folder's process while it is running."""
+    with _lock:  # poll children that have exited, or they stay as zombies
         _children[:] = [child for child in _children if child.poll() is None]
+    record = read_record(folder)
+    try:
+        process = psutil.Process(int(record["pid"]))
+        is_same = abs(_get_start_time(process) - float(record["started"])) < START_TOLERANCE
+        is_alive = process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except (psutil.Error, KeyError, TypeError, ValueError):
+        return None
+    return process if is_same and is_alive and record.get("boot") == _get_boot_id() else None
 
 
-def _now() -> str:
+def _get_start_time(process: psutil.Process) -> float:
+    """Return seconds since boot, which a change of the system's clock leaves as they are."""
+    return process.create_time() - psutil.boot_time()
+
+
+def _get_boot_id() -> str:
+    """Return what Linux calls this boot of the machine; empty elsewhere."""
+    return BOOT_ID.read_text(encoding="ascii").strip() if BOOT_ID.is_file() else ""
+
+
+def _get_utc_time() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -1,129 +1,216 @@
-"""What went wrong, as the page shows it: users' errors in their own words, anything else by its type and in the log.
-
-Fields that several pages have, and how their values are read.
-
-A timer that ticks while its tab is looked at, and rests otherwise.
-"""
+"""Widgets and error handling that several pages of the studio share."""
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import gradio as gr
 from gradio.context import Context
 
-from sa3train.core.errors import RequestError, SA3Error
+from sa3train.core.errors import GenerationError, SA3Error
 from sa3train.core.log import get_logger
-from sa3train.inference.request import number
+from sa3train.inference.request import check_number
 
 logger = get_logger(__name__)
 Handler = TypeVar("Handler", bound=Callable[..., Any])
-SECONDS_SHOWN = 20.0
+TOAST_SECONDS = 20.0
 
 
-def told(handler: Handler) -> Handler:
-    """`handler`, an event's function or generator, with its errors shown on the page instead of lost."""
+def show_errors(handler: Handler) -> Handler:
+    """Wrap an event handler so that its errors appear on the page as toasts.
+
+    Args:
+        handler: Function or generator function that handles a Gradio event.
+
+    Returns:
+        The wrapped handler. It raises `gr.Error` with the message of an `SA3Error`, or with the type and text of any
+        other exception, which it also logs.
+    """
     if inspect.isgeneratorfunction(handler):
 
         @functools.wraps(handler)
-        def steps(*arguments: Any, **named: Any) -> Iterator[Any]:
-            with shown():
+        def run_generator(*arguments: Any, **named: Any) -> Iterator[Any]:
+            with _convert_errors():
                 yield from handler(*arguments, **named)
 
-        return cast(Handler, steps)
+        return cast(Handler, run_generator)
 
     @functools.wraps(handler)
-    def once(*arguments: Any, **named: Any) -> Any:
-        with shown():
+    def run_function(*arguments: Any, **named: Any) -> Any:
+        with _convert_errors():
             return handler(*arguments, **named)
 
-    return cast(Handler, once)
+    return cast(Handler, run_function)
 
 
 @contextmanager
-def shown() -> Iterator[None]:
-    """Turn what is raised inside into a message on the page."""
+def _convert_errors() -> Iterator[None]:
     try:
         yield
     except gr.Error:
         raise
-    except SA3Error as error:
-        raise gr.Error(escape(str(error)), duration=SECONDS_SHOWN, print_exception=False) from error
     except Exception as error:
-        logger.exception("the studio met an unexpected error")
-        raise gr.Error(escape(unexpected(error)), duration=SECONDS_SHOWN, print_exception=False) from error
+        if not isinstance(error, SA3Error):
+            logger.exception("unexpected error in the studio")
+        raise gr.Error(escape(get_error_message(error)), duration=TOAST_SECONDS, print_exception=False) from error
 
 
-def unexpected(error: BaseException) -> str:
-    """What to tell about an error that no user can have caused."""
-    return f"{type(error).__name__}: {error}. This is a fault of the studio; its log says more."
+def get_error_message(error: BaseException) -> str:
+    """Return the text to show for an error.
+
+    Args:
+        error: What was raised.
+
+    Returns:
+        The message of an `SA3Error`; for anything else its type and text, and that it is a bug.
+    """
+    if isinstance(error, SA3Error):
+        return str(error)
+    return f"{type(error).__name__}: {error}. This is a bug in the studio. See the server's log for details."
 
 
-def message_of(error: BaseException) -> str:
-    """The text to show for `error` where it is kept, such as beside a failed job."""
-    return str(error) if isinstance(error, SA3Error) else unexpected(error)
+def render_notice(text: str, kind: str = "note", action: str = "") -> str:
+    """Render a message inside the page.
 
+    Args:
+        text: Plain text.
+        kind: `note`, `warning` or `error`.
+        action: HTML after the text, such as a button.
 
-def notice(text: str, kind: str = "note") -> str:
-    """HTML of a message inside the page; `kind` is note, warning or error. `text` is plain text."""
+    Returns:
+        HTML.
+    """
     role = "alert" if kind == "error" else "status"
-    return f'<div class="notice {kind}" role="{role}">{escape(text)}</div>'
+    return f'<div class="notice {kind}" role="{role}">{escape(text)}{action and " " + action}</div>'
 
 
-def empty(text: str) -> str:
-    """HTML that says what will appear here, as long as nothing does. `text` is plain text."""
+def render_placeholder(text: str) -> str:
+    """Render a hint that stands where nothing is shown yet.
+
+    Args:
+        text: Plain text.
+
+    Returns:
+        HTML.
+    """
     return f'<div class="empty">{escape(text)}</div>'
 
 
-def command_box(command: str, label: str = "Copy as command") -> str:
-    """HTML of a command line, folded away, with a button that copies it (the page's script gives it its work)."""
+def render_command(command: str | Sequence[str | Path], label: str = "Copy as command") -> str:
+    """Render a command line inside a closed `<details>`, with a button that copies it (see `assets/studio.js`).
+
+    Args:
+        command: Arguments, which are quoted for a shell, or text to copy as it is.
+        label: Text of the summary.
+
+    Returns:
+        HTML.
+    """
+    line = escape(command if isinstance(command, str) else shlex.join(map(str, command)))
     return (
-        f'<details class="command"><summary>{escape(label)}</summary><div class="line"><code>{escape(command)}</code>'
-        f'<button type="button" class="copy" data-copy="{escape(command, quote=True)}">Copy</button></div></details>'
+        f'<details class="command"><summary>{escape(label)}</summary><div class="line"><code>{line}</code>'
+        f'<button type="button" class="copy" data-copy="{line}">Copy</button></div></details>'
     )
 
 
-def view(body: str) -> str:
-    """HTML in the look of this page's parts (`views.css`)."""
+def render_panel(body: str) -> str:
+    """Wrap HTML in the element that `assets/views.css` styles.
+
+    Args:
+        body: HTML.
+
+    Returns:
+        HTML.
+    """
     return f'<div class="run-view">{body}</div>'
 
 
-def optional_number(label: str, elem_id: str | None = None, placeholder: str = "") -> gr.Textbox:
-    """A field for a number that may be left empty, which Gradio's own fields for numbers turn into 0."""
-    return gr.Textbox("", label=label, placeholder=placeholder, max_lines=1, min_width=90, elem_id=elem_id)
+def build_optional_number(
+    label: str, elem_id: str | None = None, placeholder: str = "", info: str | None = None
+) -> gr.Textbox:
+    """Build a text field for a number that may be empty, which `gr.Number` turns into 0.
+
+    Args:
+        label: Label of the field.
+        elem_id: Id of its HTML element.
+        placeholder: Text shown while it is empty.
+        info: Help below the label.
+
+    Returns:
+        The field. `parse_optional_number` and `parse_optional_int` read its value.
+    """
+    return gr.Textbox("", label=label, info=info, placeholder=placeholder, max_lines=1, min_width=90, elem_id=elem_id)
 
 
-def number_or_none(name: str, text: str | float | None) -> float | None:
-    """What `optional_number` says; None when empty. Raises `RequestError` for anything but a number."""
+def parse_optional_number(name: str, text: str | float | None) -> float | None:
+    """Parse the value of an optional number field.
+
+    Args:
+        name: Name of the setting, for the error message.
+        text: Value of the field.
+
+    Returns:
+        The number, or None for an empty field.
+
+    Raises:
+        GenerationError: The text is not a number.
+    """
     if text is None or str(text).strip() == "":
         return None
     try:
         value = float(text)
     except ValueError as error:
-        raise RequestError(f"{name} must be a number, not {text!r}; or leave it empty.") from error
-    return number(name, value)
+        raise GenerationError(f"{name} must be a number, not {text!r}. Correct it or leave it empty.") from error
+    return check_number(name, value)
 
 
-def whole_or_none(name: str, text: str | float | None) -> int | None:
-    """As `number_or_none`, for whole numbers."""
-    value = number_or_none(name, text)
+def parse_optional_int(name: str, text: str | float | None) -> int | None:
+    """Parse the value of an optional number field that must be an integer.
+
+    Args:
+        name: Name of the setting, for the error message.
+        text: Value of the field.
+
+    Returns:
+        The integer, or None for an empty field.
+
+    Raises:
+        GenerationError: The text is not an integer.
+    """
+    value = parse_optional_number(name, text)
     if value is None:
         return None
     if value != int(value):
-        raise RequestError(f"{name} must be a whole number, not {value:g}.")
+        raise GenerationError(f"{name} must be an integer, not {value:g}.")
     return int(value)
 
 
-def shown_number(value: float | None) -> str:
-    """A number as `optional_number` shows it."""
+def format_optional_number(value: float | None) -> str:
+    """Format a number as the value of an optional number field.
+
+    Args:
+        value: The number, or None for an empty field.
+
+    Returns:
+        The text.
+    """
     return "" if value is None else f"{value:.10g}"
 
 
-def ticking(seconds: float) -> gr.Timer:
-    """A timer for the tab that is being built. Outside of tabs it always ticks."""
+def build_timer(seconds: float) -> gr.Timer:
+    """Build a timer that ticks only while the tab being built is selected.
+
+    Args:
+        seconds: Interval between ticks.
+
+    Returns:
+        The timer. Outside of tabs it always ticks.
+    """
     tab = Context.block
     while tab is not None and not isinstance(tab, gr.Tab):
         tab = tab.parent
@@ -133,9 +220,9 @@ def ticking(seconds: float) -> gr.Timer:
     timer = gr.Timer(seconds, active=False)
     name = tab.label
 
-    def looked_at(chosen: gr.SelectData) -> gr.Timer:
-        return gr.Timer(active=chosen.value == name)
+    def on_select(selected: gr.SelectData) -> gr.Timer:
+        return gr.Timer(active=selected.value == name)
 
-    # One after another and none left out, however fast tabs are changed: the last one decides.
-    tabs.select(looked_at, None, timer, show_progress="hidden", trigger_mode="multiple", concurrency_limit=1)
+    # One after another and none dropped, however fast tabs change: the last one decides.
+    tabs.select(on_select, None, timer, show_progress="hidden", trigger_mode="multiple", concurrency_limit=1)
     return timer

@@ -1,13 +1,10 @@
-"""Where the studio works: the folders it may touch, and no others.
+"""The folders that a studio may read and write, and what they hold: models, adapters, audio, latents and runs.
 
-What lies in a studio's folders: models, adapters, audio. Listings are bounded: a root may be a whole home folder.
-
-What lies under the folders that the studio was started with: runs, latents, folders of audio.
+Listings are bounded, since a root may be a whole home folder.
 """
 
 import functools
 import os
-import shlex
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -16,28 +13,37 @@ from urllib.parse import quote
 
 from sa3train.audio.io import AUDIO_SUFFIXES
 from sa3train.core.errors import SA3Error
-from sa3train.data.shards.index import INDEX
-from sa3train.inference.request import BASE_CFG, BASE_SAMPLER, BASE_STEPS, POST_CFG, POST_SAMPLER, POST_STEPS
+from sa3train.data.shards.index import INDEX_FILE
+from sa3train.inference.request import MODEL_DEFAULTS
+from sa3train.models import hub
 from sa3train.models.config import ModelConfig
-from sa3train.models.hub import CONFIG_FILE, REGISTRY, WEIGHTS_FILE, cached_names, locate
-from sa3train.models.parse import parse_model, read_config
-from sa3train.reports.run_files import CONFIG, RECORD
-from sa3train.studio.server.processes import RECORD as PROCESS
+from sa3train.models.parse import parse_model, read_config_file
+from sa3train.reports import run_files
+from sa3train.studio.server.processes import PROCESS_FILE
 
 HOME = ".sa3-studio"
 FILE_ROUTE = "/gradio_api/file="
+ADAPTER_CONFIG = "adapter_config.json"
+MAX_FOLDERS = 4000
+MAX_DEPTH = 8
+MAX_LISTED = 400
+CACHE_SECONDS = 3
+"""For how long `find_folders` returns the same result."""
 
 
 class StudioError(SA3Error):
-    """A wish of the page's user that cannot be granted."""
+    """Invalid request from the UI."""
 
 
 @dataclass(frozen=True)
 class Workspace:
-    """The folders of a studio and what it starts with.
+    """The folders of a studio and its initial choices.
 
-    `roots`: whole folders that may be read and written. `home`: the studio's own folder (history, uploads), inside one
-    of them. `model`: the name or folder first chosen. `device` None: the best there is.
+    Args:
+        roots: Folders that may be read and written, with all that is in them.
+        home: The studio's own folder (history, uploads), inside one of `roots`.
+        model: Name or folder of the model that is selected first.
+        device: Device to run on. None: the best one.
     """
 
     roots: tuple[Path, ...]
@@ -46,84 +52,146 @@ class Workspace:
     device: str | None = None
 
     @classmethod
-    def at(cls, folders: Iterable[str | Path], model: str = "nano", device: str | None = None) -> "Workspace":
-        """A workspace of existing `walk_folders`; its home is `.sa3-studio` in the first. Raises `StudioError`."""
+    def create(cls, folders: Iterable[str | Path], model: str = "nano", device: str | None = None) -> "Workspace":
+        """Create a workspace of existing folders, with its home in the first of them.
+
+        Args:
+            folders: The roots.
+            model: Name or folder of the model that is selected first.
+            device: Device to run on. None: the best one.
+
+        Returns:
+            The workspace.
+
+        Raises:
+            StudioError: There is no folder, one does not exist, or the first cannot be written to.
+        """
         roots = tuple(dict.fromkeys(Path(folder).expanduser().resolve() for folder in folders))
         if not roots:
-            raise StudioError("the studio needs a folder to work in: name one or more.")
+            raise StudioError("The studio needs a folder to work in. Name one or more.")
         for root in roots:
             if not root.is_dir():
-                raise StudioError(f"{root} is not a folder. Name folders that exist, or make it first.")
+                raise StudioError(f"{root} is not a folder. Name folders that exist, or create it first.")
         home = roots[0] / HOME
         try:
             for part in ("history", "uploads"):
                 (home / part).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StudioError(
-                f"cannot write into {roots[0]}: {error.strerror or error}. Results are kept there; name a folder "
-                f"that you may write to first."
+                f"Cannot write to {roots[0]}: {error.strerror or error}. The studio stores results there. Name a "
+                "writable folder first."
             ) from error
         return cls(roots, home.resolve(), model, device)
 
     @property
     def history(self) -> Path:
-        """Where results are kept."""
+        """Folder of generated results."""
         return self.home / "history"
 
     @property
     def uploads(self) -> Path:
-        """Where files given through the page are kept."""
+        """Folder of files uploaded through the page."""
         return self.home / "uploads"
 
-    def inside(self, path: str | Path) -> Path:
-        """`path` in full, symbolic links followed; relative ones count from the first root.
+    def resolve(self, path: str | Path) -> Path:
+        """Resolve a path, symbolic links included, and check that it is inside the roots.
 
-        It need not exist. Raises `StudioError` when it lies, or a link on the way leads, outside the roots.
+        Args:
+            path: A path that need not exist; a relative one starts at the first root.
+
+        Returns:
+            The absolute path.
+
+        Raises:
+            StudioError: The path, or a link on the way, leads outside the roots.
         """
         text = str(path).strip()
         if not text or "\0" in text:
-            raise StudioError("give the path of a file or folder.")
+            raise StudioError("Enter the path of a file or folder.")
         try:
             found = (self.roots[0] / Path(text).expanduser()).resolve()
         except (OSError, RuntimeError) as error:  # a loop of links, or a user that does not exist
-            raise StudioError(f"{text} leads nowhere: {error}.") from error
+            raise StudioError(f"Cannot resolve {text}: {error}. Correct the path.") from error
         if not any(found.is_relative_to(root) for root in self.roots):
             folders = ", ".join(str(root) for root in self.roots)
             raise StudioError(
-                f"{text} is outside the folders of this studio ({folders}). Copy it there, or start sa3-studio with "
-                f"its folder too."
+                f"{text} is outside the folders of this studio ({folders}). Copy it there, or restart sa3-studio with "
+                "its folder as well."
             )
         return found
 
-    def file(self, path: str | Path, what: str = "file") -> Path:
-        """As `inside`, for a file that must exist; `what` it is goes into the message."""
-        found = self.inside(path)
+    def resolve_file(self, path: str | Path, what: str = "file") -> Path:
+        """Resolve the path of a file that must exist.
+
+        Args:
+            path: As for `resolve`.
+            what: What the file is, for the error message.
+
+        Returns:
+            The absolute path.
+
+        Raises:
+            StudioError: There is no such file inside the roots.
+        """
+        found = self.resolve(path)
         if not found.is_file():
-            raise StudioError(f"there is no {what} {found}.")
+            raise StudioError(f"There is no {what} {found}. Check the path.")
         return found
 
-    def folder(self, path: str | Path, what: str = "folder") -> Path:
-        """As `inside`, for a folder that must exist."""
-        found = self.inside(path)
+    def resolve_folder(self, path: str | Path, what: str = "folder") -> Path:
+        """Resolve the path of a folder that must exist.
+
+        Args:
+            path: As for `resolve`.
+            what: What the folder is, for the error message.
+
+        Returns:
+            The absolute path.
+
+        Raises:
+            StudioError: There is no such folder inside the roots.
+        """
+        found = self.resolve(path)
         if not found.is_dir():
-            raise StudioError(f"there is no {what} {found}.")
+            raise StudioError(f"There is no {what} {found}. Check the path.")
         return found
 
-    def shown(self, path: str | Path) -> str:
-        """`path` as short as it can be said: relative to the first root, or in full."""
+    def shorten(self, path: str | Path) -> str:
+        """Shorten a path for display.
+
+        Args:
+            path: An absolute path.
+
+        Returns:
+            The path relative to the first root if it is inside it, else the whole path.
+        """
         full = Path(path)
         return str(full.relative_to(self.roots[0])) if full.is_relative_to(self.roots[0]) else str(full)
 
-    def url(self, path: str | Path) -> str:
-        """The address at which the page finds the file `path`. Raises as `inside` does."""
-        return FILE_ROUTE + quote(str(self.inside(path)))
+    def get_url(self, path: str | Path) -> str:
+        """Return the address at which the page finds a file.
 
-    def served(self, path: str | Path) -> bool:
-        """Whether the page may fetch `path`: in full, inside the roots, and no hidden file but the studio's own."""
-        if not Path(path).is_absolute():  # also an address elsewhere, which Gradio would fetch
+        Args:
+            path: As for `resolve`, which also checks it.
+
+        Returns:
+            The address, relative to the server.
+        """
+        return FILE_ROUTE + quote(str(self.resolve(path)))
+
+    def is_served(self, path: str | Path) -> bool:
+        """Check whether the page may fetch a file.
+
+        Args:
+            path: The path as requested.
+
+        Returns:
+            True for an absolute path inside the roots that is not hidden, and for anything in the studio's own home.
+        """
+        if not Path(path).is_absolute():  # also a remote address, which Gradio would fetch
             return False
         try:
-            found = self.inside(path)
+            found = self.resolve(path)
         except StudioError:
             return False
         if found.is_relative_to(self.home):
@@ -131,160 +199,234 @@ class Workspace:
         root = next(root for root in self.roots if found.is_relative_to(root))
         return not any(part.startswith(".") for part in found.relative_to(root).parts)
 
-    def command(self, argv: Iterable[str | Path]) -> str:
-        """A command line to paste into a shell."""
-        return shlex.join(str(part) for part in argv)
 
+def iterate_folders(workspace: Workspace) -> Iterator[tuple[Path, list[str]]]:
+    """Yield the folders below the roots, without hidden ones, up to `MAX_FOLDERS` and `MAX_DEPTH`.
 
-MOST_FOLDERS = 4000
-DEEPEST = 8
-MOST_LISTED = 400
+    Args:
+        workspace: The workspace.
 
-ADAPTER_CONFIG = "adapter_config.json"
-
-
-def walk_folders(workspace: Workspace) -> Iterator[tuple[Path, list[str]]]:
-    """Every folder under the roots with the names of its files; hidden ones are left out."""
-    seen = 0
+    Yields:
+        (folder, names of its files that are not hidden), both in order.
+    """
+    count = 0
     for root in workspace.roots:
         for parent, below, files in os.walk(root):
-            here = Path(parent)
-            deep = len(here.relative_to(root).parts) >= DEEPEST
-            below[:] = [] if deep else sorted(name for name in below if not name.startswith((".", "__")))
-            seen += 1
-            if seen > MOST_FOLDERS:
+            folder = Path(parent)
+            is_deepest = len(folder.relative_to(root).parts) >= MAX_DEPTH
+            below[:] = [] if is_deepest else sorted(name for name in below if not name.startswith((".", "__")))
+            count += 1
+            if count > MAX_FOLDERS:
                 return
-            yield here, sorted(name for name in files if not name.startswith("."))
+            yield folder, sorted(name for name in files if not name.startswith("."))
 
 
 def list_adapters(workspace: Workspace) -> list[str]:
-    """Adapter files and PEFT folders under the roots, newest first, as `Workplace.shown` says them."""
+    """List adapter files and PEFT folders.
+
+    Args:
+        workspace: The workspace.
+
+    Returns:
+        Short paths (`Workspace.shorten`), newest first.
+    """
     found = []
-    for here, files in walk_folders(workspace):
+    for folder, files in iterate_folders(workspace):
         if ADAPTER_CONFIG in files:
-            found.append(here)
+            found.append(folder)
             continue
-        whole = CONFIG_FILE in files
+        is_model = hub.CONFIG_FILE in files
         found += [
-            here / name for name in files if name.endswith(".safetensors") and not (whole and name == WEIGHTS_FILE)
+            folder / name
+            for name in files
+            if name.endswith(".safetensors") and not (is_model and name == hub.WEIGHTS_FILE)
         ]
-    return _newest(workspace, found)
+    return _sort_by_age(workspace, found)
 
 
 def list_audio(workspace: Workspace) -> list[str]:
-    """Audio files under the roots, newest first."""
-    return _newest(
-        workspace, [here / name for here, files in walk_folders(workspace) for name in files if _is_audio(name)]
-    )
+    """List audio files.
+
+    Args:
+        workspace: The workspace.
+
+    Returns:
+        Short paths (`Workspace.shorten`), newest first.
+    """
+    found = [folder / name for folder, files in iterate_folders(workspace) for name in files if _is_audio(name)]
+    return _sort_by_age(workspace, found)
 
 
 def list_models(workspace: Workspace) -> list[tuple[str, str]]:
-    """(label, value) of every model that can be chosen: by name, and folders under the roots."""
-    here = {"nano", "nano-base", *cached_names()}
-    named = [entry.name for entry in REGISTRY.values() if entry.kind == "model"]
-    choices = [(name if name in here else f"{name} (not downloaded yet)", name) for name in named]
-    for folder, files in walk_folders(workspace):
-        if CONFIG_FILE in files and WEIGHTS_FILE in files:
-            choices.append((workspace.shown(folder), str(folder)))
+    """List the models to choose from: those known by name, and folders below the roots.
+
+    Args:
+        workspace: The workspace.
+
+    Returns:
+        (label, value) of each.
+    """
+    available = {"nano", "nano-base", *hub.list_cached_names()}
+    names = [entry.name for entry in hub.REGISTRY.values() if entry.kind == "model"]
+    choices = [(name if name in available else f"{name} (not downloaded yet)", name) for name in names]
+    for folder, files in iterate_folders(workspace):
+        if hub.CONFIG_FILE in files and hub.WEIGHTS_FILE in files:
+            choices.append((workspace.shorten(folder), str(folder)))
     if workspace.model not in [value for _, value in choices]:
         choices.append((workspace.model, workspace.model))
     return choices
 
 
 def resolve_model_name(workspace: Workspace, name: str) -> str:
-    """`name`, if it is one of the registry, the one the studio was started with, or a folder under the roots."""
-    if name in REGISTRY or name == workspace.model:
+    """Check the name of a model.
+
+    Args:
+        workspace: The workspace.
+        name: A name of the registry, the model that the studio was started with, or a folder inside the roots.
+
+    Returns:
+        The name, or the absolute path of the folder. A path outside the roots is refused as by `Workspace.resolve`.
+    """
+    if name in hub.REGISTRY or name == workspace.model:
         return name
-    return str(workspace.folder(name, "model folder"))
+    return str(workspace.resolve_folder(name, "model folder"))
 
 
-def read_model_config(workspace: Workspace, name: str) -> ModelConfig | None:
-    """The model's configuration, or None while that would mean a download. Raises `SA3Error` for no model."""
+def load_model_config(workspace: Workspace, name: str) -> ModelConfig | None:
+    """Load the configuration of a model, unless that needs a download.
+
+    Args:
+        workspace: The workspace.
+        name: As for `resolve_model_name`.
+
+    Returns:
+        The configuration, or None for a model that has not been downloaded yet.
+    """
     name = resolve_model_name(workspace, name)
-    entry = REGISTRY.get(name)
-    if entry is not None and entry.repo_id is not None and name not in cached_names():
+    entry = hub.REGISTRY.get(name)
+    if entry is not None and entry.repo_id is not None and name not in hub.list_cached_names():
         return None
-    files = locate(name)
-    return parse_model(read_config(files.config), str(files.config))
+    files = hub.locate_checkpoint(name)
+    return parse_model(read_config_file(files.config), str(files.config))
 
 
 def get_generation_defaults(config: ModelConfig) -> tuple[int, float, str]:
-    """Steps, guidance and sampler that a request leaves to the model."""
-    if config.objective == "rectified_flow":
-        return BASE_STEPS, BASE_CFG, BASE_SAMPLER
-    return POST_STEPS, POST_CFG, POST_SAMPLER
+    """Return what a model uses where a request leaves the sampling open.
+
+    Args:
+        config: The model's configuration.
+
+    Returns:
+        (steps, CFG scale, name of the sampler).
+    """
+    defaults = MODEL_DEFAULTS[config.objective]
+    return defaults["steps"], defaults["cfg_scale"], defaults["sampler_type"]
 
 
 def describe_model(workspace: Workspace, name: str) -> str:
-    """A line on a model: what it is and how far it reaches."""
+    """Describe a model in one line.
+
+    Args:
+        workspace: The workspace.
+        name: As for `resolve_model_name`.
+
+    Returns:
+        Kind, longest duration and defaults; the license of a model that must be downloaded; or what is wrong.
+    """
     try:
-        config = read_model_config(workspace, name)
+        config = load_model_config(workspace, name)
     except SA3Error as error:
         return str(error)
     if config is None:
-        entry = REGISTRY[name]
-        return f"{name} is downloaded when it is first used. Its licence: {entry.licence}, {entry.page}."
+        entry = hub.REGISTRY[name]
+        return f"{name} is downloaded on first use. License: {entry.license}, {entry.page}."
     kind = "base model" if config.objective == "rectified_flow" else "post-trained model"
     longest = config.sample_size / config.sample_rate
     steps, cfg, sampler = get_generation_defaults(config)
-    return f"{kind}, up to {longest:.0f} s; by default {steps} steps, guidance {cfg:g}, {sampler}"
+    return f"{kind}, up to {longest:.0f} s; defaults: {steps} steps, CFG scale {cfg:g}, sampler {sampler}"
 
 
 def get_sibling(name: str) -> str:
-    """The base of a post-trained model, or the other way round. Raises `StudioError` when it has none."""
-    entry = REGISTRY.get(name)
+    """Return the base model of a post-trained model, or the other way round.
+
+    Args:
+        name: Name of a model of the registry.
+
+    Returns:
+        Name of its sibling.
+
+    Raises:
+        StudioError: The model has none.
+    """
+    entry = hub.REGISTRY.get(name)
     if entry is None or entry.sibling is None:
-        raise StudioError(f"{name} has no known twin: base and post-trained can be compared for the named models.")
+        raise StudioError(f"{name} has no known sibling. Choose a named model to compare base and post-trained.")
     return entry.sibling
 
 
-def _is_audio(name: str) -> bool:
-    return name.lower().endswith(AUDIO_SUFFIXES)
-
-
-def _newest(workspace: Workspace, paths: list[Path]) -> list[str]:
-    dated = sorted(((path.stat().st_mtime, path) for path in paths if path.exists()), reverse=True)
-    return [workspace.shown(path) for _, path in dated[:MOST_LISTED]]
-
-
-FRESH_SECONDS = 3
-
-
 @dataclass(frozen=True)
-class Survey:
-    """Folders by what they hold, each in order of path."""
+class FoundFolders:
+    """Folders by what they hold, each list in order of path.
+
+    Args:
+        runs: Run folders.
+        latents: Folders of encoded clips.
+        audio: Folders of audio files.
+    """
 
     runs: list[Path] = field(default_factory=list)
     latents: list[Path] = field(default_factory=list)
     audio: list[Path] = field(default_factory=list)
 
 
-def survey_folders(workspace: Workspace) -> Survey:
-    """Look through the roots. Links and hidden folders are not followed, and what is inside a run or a folder of
-    latents is its own business. A survey of the last few seconds is given again.
+def find_folders(workspace: Workspace) -> FoundFolders:
+    """Find folders of runs, latents and audio below the roots; a result is reused for `CACHE_SECONDS`.
+
+    Links and hidden folders are not followed, and folders inside a run or a folder of latents are not listed.
+
+    Args:
+        workspace: The workspace.
+
+    Returns:
+        The folders.
     """
-    return _recent(workspace, int(time.monotonic() / FRESH_SECONDS))
+    return _find_cached(workspace, int(time.monotonic() / CACHE_SECONDS))
 
 
-def refresh_survey(workspace: Workspace) -> Survey:
-    """`survey_folders`, always anew."""
-    found = Survey()
+def refresh_folders(workspace: Workspace) -> FoundFolders:
+    """Find folders as `find_folders` does, but without its cache.
+
+    Args:
+        workspace: The workspace.
+
+    Returns:
+        The folders.
+    """
+    found = FoundFolders()
     closed: set[Path] = set()
-    for folder, files in walk_folders(workspace):
-        names = set(files)
+    for folder, files in iterate_folders(workspace):
         if folder.parent in closed:
             closed.add(folder)
-        elif PROCESS in names or {CONFIG, RECORD} <= names:
+        elif PROCESS_FILE in files or {run_files.CONFIG_FILE, run_files.RECORD_FILE} <= set(files):
             found.runs.append(folder)
             closed.add(folder)
-        elif INDEX in names:
+        elif INDEX_FILE in files:
             found.latents.append(folder)
             closed.add(folder)
-        elif any(name.lower().endswith(AUDIO_SUFFIXES) for name in files):
+        elif any(map(_is_audio, files)):
             found.audio.append(folder)
-    return Survey(*(sorted(set(paths)) for paths in (found.runs, found.latents, found.audio)))
+    return FoundFolders(*(sorted(set(paths)) for paths in (found.runs, found.latents, found.audio)))
 
 
 @functools.lru_cache(maxsize=8)
-def _recent(workspace: Workspace, moment: int) -> Survey:
-    return refresh_survey(workspace)
+def _find_cached(workspace: Workspace, period: int) -> FoundFolders:
+    return refresh_folders(workspace)
+
+
+def _is_audio(name: str) -> bool:
+    return name.lower().endswith(AUDIO_SUFFIXES)
+
+
+def _sort_by_age(workspace: Workspace, paths: list[Path]) -> list[str]:
+    dated = sorted(((path.stat().st_mtime, path) for path in paths if path.exists()), reverse=True)
+    return [workspace.shorten(path) for _, path in dated[:MAX_LISTED]]

@@ -1,7 +1,7 @@
-"""What the adapter sounds like while it learns: the same seeds each time, base against adapter, nothing normalised.
+"""Demos: audio generated from the same seeds each time, base and adapter side by side, not normalized.
 
-Files are in `demos/step-XXXXXXXX/` of the run folder with `demos.json` beside them. Training's random state is not
-touched: every generation draws from a CPU generator of its own.
+Files are in `demos/step-XXXXXXXX/` of the run folder, listed by `demos.json` beside them. Training's random state is
+not touched: every generation draws from its own CPU generator.
 """
 
 import contextlib
@@ -17,18 +17,18 @@ import torch
 from torch import Tensor
 
 from sa3train.adapters.adapter import Adapter
-from sa3train.audio.metrics import measure, mel_picture
+from sa3train.audio.io import encode_audio
+from sa3train.audio.metrics import measure, plot_mel_spectrogram
 from sa3train.core.errors import MemoryShortageError, SA3Error
 from sa3train.core.files import write_bytes, write_json
 from sa3train.core.log import get_logger
 from sa3train.inference import Generator
-from sa3train.models import hub
 from sa3train.models.checkpoint import StableAudio3
-from sa3train.models.hub import WEIGHTS_FILE
-from sa3train.reports.run_files import FOLDER, INDEX, Played
-from sa3train.training.callbacks.validation import FixedItem
-from sa3train.training.loggers import Tracker
-from sa3train.training.module import LoraModule
+from sa3train.models.hub import list_cached_names
+from sa3train.reports.run_files import DEMOS_DIR, DEMOS_FILE, DemoFile
+from sa3train.training.batch import ClipBatch
+from sa3train.training.loggers import LoggerCollection
+from sa3train.training.module import LoraModule, StepCallback
 from sa3train.training.settings import DemoSettings
 
 _logger = get_logger(__name__)
@@ -36,136 +36,162 @@ _logger = get_logger(__name__)
 
 @dataclass(frozen=True)
 class Demo:
-    """One thing that is played again and again: a prompt, or a held-out clip whose middle is generated anew."""
+    """One generation that is repeated at each interval.
+
+    Attributes:
+        name: Name, the same at every step.
+        prompt: The prompt.
+        duration: In seconds.
+        seed: Seed of the generation.
+        clip: A held-out clip (batch of one) whose middle is inpainted; None to generate everything.
+    """
 
     name: str
     prompt: str
     duration: float
     seed: int
-    item: FixedItem | None = None
+    clip: ClipBatch | None = None
 
 
-def demos_of(settings: DemoSettings, heldout: Sequence[FixedItem]) -> list[Demo]:
-    """The demos of a run: its prompts, captions of held-out clips, and one clip to inpaint."""
+def plan_demos(settings: DemoSettings, heldout: Sequence[ClipBatch]) -> list[Demo]:
+    """Plan the demos of a run.
+
+    Args:
+        settings: Prompts, duration and seed.
+        heldout: Held-out clips, batches of one.
+
+    Returns:
+        One demo per prompt, one per caption of the first held-out clips, and one clip to inpaint.
+    """
     found = [
         Demo(f"prompt{number}", prompt, settings.duration, settings.seed + number)
         for number, prompt in enumerate(settings.prompts)
     ]
-    captions = list(dict.fromkeys(item.clip.prompts[0] for item in heldout))
+    captions = list(dict.fromkeys(clip.prompts[0] for clip in heldout))
     for number, caption in enumerate(captions[: settings.heldout_prompts]):
         found.append(Demo(f"heldout{number}", caption, settings.duration, settings.seed + 100 + number))
     if settings.inpaint and heldout:
-        item = heldout[0]
-        seconds = float(item.clip.seconds_S[0])
-        found.append(Demo("inpaint", item.clip.prompts[0], min(seconds, settings.duration), settings.seed + 200, item))
+        clip = heldout[0]
+        duration = min(float(clip.seconds_S[0]), settings.duration)
+        found.append(Demo("inpaint", clip.prompts[0], duration, settings.seed + 200, clip))
     return found
 
 
-def on_this_machine(name: str) -> bool:
-    """Whether the model called `name` can be loaded without a download."""
-    import huggingface_hub
+def list_demo_models(model: StableAudio3, source: str, also_sibling: bool) -> list[str]:
+    """List the models that play the demos.
 
-    entry = hub.find(name)
-    if entry is None or entry.repo_id is None:
-        return entry is not None
-    return isinstance(huggingface_hub.try_to_load_from_cache(entry.repo_id, WEIGHTS_FILE), str)
+    Args:
+        model: The model that is trained.
+        source: Its name or folder.
+        also_sibling: Whether its sibling (post-trained for a base, base for a post-trained model) plays too.
+
+    Returns:
+        `source`, and the sibling's name if it is downloaded.
+    """
+    if not also_sibling or model.sibling is None:
+        return [source]
+    if model.sibling not in list_cached_names():
+        _logger.info("demos are played on %s only: its sibling %s is not downloaded", model.name, model.sibling)
+        return [source]
+    return [source, model.sibling]
 
 
-def players(model: StableAudio3, source: str, sibling: bool) -> list[str]:
-    """Names or folders of the models to play on: the trained one, and its twin when wanted and at hand."""
-    twin = model.sibling
-    if sibling and twin is not None and not on_this_machine(twin):
-        _logger.info("demos are played on %s alone: its twin %s is not on this machine", model.name, twin)
-    return [source, *([twin] if sibling and twin is not None and on_this_machine(twin) else [])]
+class DemoCallback(StepCallback):
+    """Plays the demos at step 0 (base) and at intervals (adapter at each strength), on rank 0.
 
+    Demo failures, including out-of-memory, are logged and never stop training.
 
-class Demos(lightning.Callback):
-    """Plays the demos at step 0 (base alone) and every `settings.every` steps (adapter at each strength), on rank 0."""
+    Args:
+        run_dir: The run folder.
+        loggers: Where audio, spectrograms and measures go.
+        settings: What to play and how often.
+        heldout: Held-out clips, batches of one.
+        models: What `list_demo_models` returns.
+        device: Where to generate.
+    """
 
     def __init__(
         self,
         run_dir: Path,
-        tracker: Tracker,
+        loggers: LoggerCollection,
         settings: DemoSettings,
-        heldout: Sequence[FixedItem],
+        heldout: Sequence[ClipBatch],
         models: Sequence[str],
         device: torch.device | str = "cpu",
     ) -> None:
-        self.run_dir, self.tracker, self.settings = run_dir, tracker, settings
-        self.demos = demos_of(settings, heldout)
+        self.run_dir, self.loggers, self.settings = run_dir, loggers, settings
+        self.demos = plan_demos(settings, heldout)
         self.models, self.device = list(models), device
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """The base model, once."""
+        """Play the base once."""
         if trainer.global_step == 0 and trainer.is_global_zero:
-            self._play_or_say(None, 0)
+            self._try_play(None, 0)
 
-    def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """The adapter as it is now."""
-        assert isinstance(pl_module, LoraModule)
+    def on_step_end(self, trainer: lightning.Trainer, module: LoraModule) -> None:
+        """Play the adapter at the interval and at the end."""
         step = trainer.global_step
-        due = step % self.settings.every == 0 or step == trainer.max_steps
-        if not trainer.fit_loop._should_accumulate() and due and trainer.is_global_zero:
-            self._play_or_say(pl_module.export({}), step)
+        if (step % self.settings.every == 0 or step == trainer.max_steps) and trainer.is_global_zero:
+            self._try_play(module.export({}), step)
 
-    def _play_or_say(self, adapter: Adapter | None, step: int) -> None:
-        """Demos are not worth a run: what cannot be played, or has no room beside the training, is said aloud."""
+    def _try_play(self, adapter: Adapter | None, step: int) -> None:
         try:
             self.play(adapter, step)
         except MemoryShortageError:
             _logger.warning(
-                "no demos at step %d: no room beside the training. Set callbacks.demos.duration below %g, or "
+                "no demos at step %d: out of memory beside training. Set callbacks.demos.duration below %g, or "
                 "callbacks.demos.enabled=false.", step, self.settings.duration,
             )  # fmt: skip
         except SA3Error as error:
             _logger.warning("no demos at step %d: %s", step, error)
 
-    def play(self, adapter: Adapter | None, step: int) -> list[Played]:
-        """Play every demo with `adapter` at each strength, or the base alone, and record it."""
+    def play(self, adapter: Adapter | None, step: int) -> list[DemoFile]:
+        """Play every demo and write the files.
+
+        Args:
+            adapter: Played at each strength; None for the base.
+            step: Optimizer steps taken.
+
+        Returns:
+            The files.
+        """
         if not self.demos:
             return []
-        folder = self.run_dir / FOLDER / f"step-{step:08d}"
-        played: list[Played] = []
+        folder = self.run_dir / DEMOS_DIR / f"step-{step:08d}"
+        files: list[DemoFile] = []
         with torch.random.fork_rng():
             for number, source in enumerate(self.models):
-                # The same precision every time, whatever this machine is quick at: demos are compared over steps.
+                # Fixed precision: demos are compared over steps and machines.
                 precision = "bf16" if torch.device(self.device).type == "cuda" else "fp32"
                 generator = Generator.from_pretrained(source, device=self.device, precision=precision)
-                with quiet("sa3train.adapters", "sa3train.inference"):
-                    played += self._play_on(generator, adapter, step, folder, trained=number == 0)
+                with _silence_loggers("sa3train.adapters", "sa3train.inference"):
+                    files += self._play_on(generator, adapter, step, folder, is_trained=number == 0)
                 del generator
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        write_json(folder / INDEX, [asdict(entry) for entry in played])
-        self._curves(played, step)
-        return played
+        write_json(folder / DEMOS_FILE, [asdict(file) for file in files])
+        self._log_measures(files, step)
+        return files
 
     def _play_on(
-        self, generator: Generator, adapter: Adapter | None, step: int, folder: Path, *, trained: bool
-    ) -> Iterator[Played]:
+        self, generator: Generator, adapter: Adapter | None, step: int, folder: Path, *, is_trained: bool
+    ) -> Iterator[DemoFile]:
         if adapter is not None:
             generator.load_adapter(adapter, strength=self.settings.strengths[0])
         for demo in self.demos:
             for strength in self.settings.strengths if adapter is not None else [0.0]:
                 if adapter is not None:
                     generator.set_strength(strength)
-                audio_CN = self._generate(generator, demo, trained)
-                yield self._record(generator, demo, audio_CN, strength, step, folder)
+                audio_CN = self._generate(generator, demo, is_trained)
+                yield self._write(generator, demo, audio_CN, strength, step, folder)
 
-    def _generate(self, generator: Generator, demo: Demo, trained: bool) -> Tensor:
+    def _generate(self, generator: Generator, demo: Demo, is_trained: bool) -> Tensor:
         duration = min(demo.duration, generator.facts.longest)
         settings: dict[str, Any] = {"prompt": demo.prompt, "seed": demo.seed}
-        if trained:  # its twin is sampled otherwise, in its own steps
+        if is_trained:  # its sibling has another sampler, with its own steps
             settings |= {"steps": self.settings.steps, "cfg_scale": self.settings.cfg_scale}
-        if demo.item is not None:
-            z_1CT = demo.item.clip.data_SCF.to(generator.device, generator.model.dit.dtype)
+        if demo.clip is not None:
+            z_1CT = demo.clip.data_SCF.to(generator.device, generator.model.dit.dtype)
             with torch.no_grad():
                 source_CN = generator.model.autoencoder.decode(z_1CT)[0].float().cpu()
             rate = generator.facts.sample_rate
@@ -177,40 +203,37 @@ class Demos(lightning.Callback):
             }
         return generator.generate(duration=duration, **settings).audio[0]
 
-    def _record(
+    def _write(
         self, generator: Generator, demo: Demo, audio_CN: Tensor, strength: float, step: int, folder: Path
-    ) -> Played:
-        from sa3train.audio.io import encode_audio
-
+    ) -> DemoFile:
         rate, model = generator.facts.sample_rate, generator.model.name
         stem = f"{model}-{demo.name}-{strength:g}"
         write_bytes(folder / f"{stem}.wav", encode_audio(audio_CN, rate))
-        title = f"{model}, strength {strength:g}, step {step}"
-        picture = mel_picture(audio_CN, rate, title)
+        picture = plot_mel_spectrogram(audio_CN, rate, f"{model}, strength {strength:g}, step {step}")
         write_bytes(folder / f"{stem}.png", picture)
         name = f"demos/{model}/{demo.name}/{strength:g}"
-        self.tracker.audio(name, audio_CN, rate, step, demo.prompt)
-        self.tracker.image(f"{name}/mel", picture, step, demo.prompt)
+        self.loggers.log_audio(name, audio_CN, rate, step, demo.prompt)
+        self.loggers.log_image(f"{name}/mel", picture, step, demo.prompt)
         measures = {key: value if math.isfinite(value) else None for key, value in measure(audio_CN, rate).items()}
-        mode = "text" if demo.item is None else "inpaint"
-        return Played(
+        mode = "text" if demo.clip is None else "inpaint"
+        return DemoFile(
             f"{stem}.wav", f"{stem}.png", demo.name, mode, demo.prompt, model, strength, demo.seed, step, measures
         )
 
-    def _curves(self, played: Sequence[Played], step: int) -> None:
-        """Means over demos of each measure, by model and strength."""
-        sums: dict[str, list[float]] = {}
-        for entry in played:
-            for key, value in entry.measures.items():
+    def _log_measures(self, files: Sequence[DemoFile], step: int) -> None:
+        """Log the mean over demos of each measure, by model and strength."""
+        values: dict[str, list[float]] = {}
+        for file in files:
+            for key, value in file.measures.items():
                 if value is not None:
-                    sums.setdefault(f"demos/{entry.model}/{entry.strength:g}/{key}", []).append(value)
-        if sums:
-            self.tracker.metrics({name: sum(values) / len(values) for name, values in sums.items()}, step)
+                    values.setdefault(f"demos/{file.model}/{file.strength:g}/{key}", []).append(value)
+        if values:
+            self.loggers.log_metrics({name: sum(found) / len(found) for name, found in values.items()}, step)
 
 
 @contextlib.contextmanager
-def quiet(*names: str) -> Iterator[None]:
-    """Within the context these loggers say only what is wrong."""
+def _silence_loggers(*names: str) -> Iterator[None]:
+    """Let these loggers report errors only."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,18 +1,12 @@
-"""Held to account: loss on clips the adapter has never seen, against the base model's own, level by level.
+"""Validation: loss on fixed clips with fixed noise and noise levels, for the base model and for the adapter.
 
-`heldout.json` in the run folder holds everything measured; the report draws it.
+Noise comes from each clip's key and nothing draws from a shared random state, so the numbers of two runs, of two steps,
+and of base and adapter can be compared. `validation.json` in the run folder holds all of them.
 
-The same question asked again and again: loss on fixed clips, fixed noise and fixed noise levels.
-
-Nothing here draws from a shared random state: noise comes from each clip's key, so the numbers of two runs, of two
-steps
-and of base and adapter can be compared.
-
-Shape legend: I items, N noise levels, C latent channels, F frames.
+Shape legend: I clips, N noise levels, C latent channels, F frames.
 """
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,337 +14,331 @@ import lightning.pytorch as lightning
 import torch
 from torch import Tensor
 
-from sa3train.core.device import to_device
+from sa3train.core.device import move_to_device
 from sa3train.core.errors import ConfigError
 from sa3train.core.files import write_json
 from sa3train.core.log import get_logger
 from sa3train.data.loading.datamodule import LatentDataModule
-from sa3train.data.loading.loader import ClipDataset, FixedLoader, Request
+from sa3train.data.loading.loader import Batch, LatentDataset, ValidationLoader
+from sa3train.data.loading.sampler import SampleIndex
 from sa3train.diffusion import objective
-from sa3train.reports.run_files import HELDOUT
-from sa3train.training.batch import Clips, clips_of
-from sa3train.training.callbacks.checkpoint import BEST_ADAPTER, Saver
-from sa3train.training.callbacks.metrics import BINS, level_names
-from sa3train.training.distributed import place, summed
-from sa3train.training.ema import swapped_in
-from sa3train.training.loggers import Tracker
-from sa3train.training.module import LoraModule
-from sa3train.training.step import Draw, seed_of
+from sa3train.reports.run_files import BEST_ADAPTER_FILE, VALIDATION_FILE
+from sa3train.training.batch import ClipBatch, make_clip_batch
+from sa3train.training.callbacks.checkpoint import CheckpointCallback
+from sa3train.training.callbacks.metrics import LEVELS, name_levels
+from sa3train.training.distributed import all_reduce_sum, get_rank_and_world_size
+from sa3train.training.ema import swap_parameters
+from sa3train.training.loggers import LoggerCollection
+from sa3train.training.module import LoraModule, StepCallback
+from sa3train.training.settings import ValidationSettings
+from sa3train.training.step import StepDraw, derive_seed
 
-LEVELS = tuple((index + 0.5) / BINS for index in range(BINS))
-"""The centres of the ten bins of noise level."""
-
-
-@dataclass(frozen=True)
-class FixedItem:
-    """One clip to be judged: its crop (1, C, F without padding), seconds, prompt and key."""
-
-    clip: Clips
-
-    @property
-    def key(self) -> str:
-        """The clip's key in its shard."""
-        return self.clip.keys[0]
-
-
-@dataclass(frozen=True)
-class LossTable:
-    """Mean squared velocity error of each item at each level: loss_IN, with the items' keys and prompts."""
-
-    loss_IN: Tensor
-    keys: tuple[str, ...]
-    prompts: tuple[str, ...]
-
-    @property
-    def mean(self) -> float:
-        """Over all items and levels."""
-        return float(self.loss_IN.mean())
-
-    @property
-    def by_level(self) -> list[float]:
-        """Mean over items at each level."""
-        return [float(value) for value in self.loss_IN.mean(dim=0)]
-
-    @property
-    def by_item(self) -> list[float]:
-        """Mean over levels of each item."""
-        return [float(value) for value in self.loss_IN.mean(dim=1)]
-
-
-def heldout_items(data: LatentDataModule, most: int) -> list[FixedItem]:
-    """The first `most` held-out clips by key; empty when nothing is held out."""
-    return _items((batch for loader in data.val_dataloader() for batch in loader), most)
-
-
-def training_items(data: LatentDataModule, most: int) -> list[FixedItem]:
-    """`most` training clips spread over the set, each with a fixed crop and prompt."""
-    data.setup()
-    requests = []
-    for number, (source, clips) in enumerate(zip(data.sources, data.train_clips, strict=True)):
-        if source.role == "train":
-            frames = clips.lengths(data.crop.frames)
-            requests += [Request(number, clip, int(frames[clip]), clip) for clip in range(len(clips))]
-    stride = max(1, len(requests) // max(1, most))
-    dataset = ClipDataset(data.train_clips, data.crop, data.builder, fixed_prompts=True)
-    return _items(FixedLoader(dataset, [[[request]] for request in requests[::stride][:most]]), most)
-
-
-def _items(batches: Iterable[dict[str, object]], most: int) -> list[FixedItem]:
-    found = []
-    for batch in batches:
-        clips = clips_of(batch)
-        for row in range(len(clips)):
-            length = int(clips.padding_mask_SF[row].sum())
-            found.append(
-                FixedItem(
-                    Clips(
-                        clips.data_SCF[row : row + 1, :, :length].clone(),
-                        clips.padding_mask_SF[row : row + 1, :length].clone(),
-                        clips.seconds_S[row : row + 1].clone(),
-                        clips.at_end_S[row : row + 1].clone(),
-                        [clips.prompts[row]],
-                        [clips.keys[row]],
-                    )
-                )
-            )
-    return sorted(found, key=lambda item: item.key)[:most]
-
-
-def loss_table(
-    module: LoraModule, items: Sequence[FixedItem], *, seed: int, rows: int, levels: Sequence[float] = LEVELS
-) -> LossTable:
-    """Loss of every item at every level, with the adapter as it now is; `rows` (item, level) pairs at a time.
-
-    Ranks share the work and all get the whole table. The module's randomness and gradients are left alone.
-    """
-    rank, world = place()
-    device = module.device
-    table_IN = torch.zeros(len(items), len(levels), dtype=torch.float64, device=device)
-    per_pass = max(1, rows // len(levels))
-    mine = list(range(rank, len(items), world))
-    was_training = module.training
-    module.eval()
-    with torch.no_grad(), module.trainer_precision():
-        for start in range(0, -(-len(items) // world), per_pass):
-            numbers = mine[start : start + per_pass]
-            # A rank with nothing left computes along: with a sharded base every forward pass needs all ranks.
-            losses_IN = _losses(module, [items[n] for n in numbers or [0]], seed, levels).double()
-            if numbers:
-                table_IN.index_copy_(0, to_device(torch.tensor(numbers), device), losses_IN)
-    module.train(was_training)
-    return LossTable(
-        summed(table_IN).cpu(), tuple(item.key for item in items), tuple(item.clip.prompts[0] for item in items)
-    )
-
-
-def _losses(module: LoraModule, items: Sequence[FixedItem], seed: int, levels: Sequence[float]) -> Tensor:
-    """Losses (len(items), len(levels)) of a few items, padded to the longest among them."""
-    longest = max(item.clip.data_SCF.shape[2] for item in items)
-    data, masks, noise = [], [], []
-    for item in items:
-        data_1CF = item.clip.data_SCF
-        room = longest - data_1CF.shape[2]
-        data.append(torch.nn.functional.pad(data_1CF, (0, room)))
-        masks.append(torch.nn.functional.pad(item.clip.padding_mask_SF, (0, room)))
-        generator = torch.Generator().manual_seed(seed_of(seed, "fixed", item.key))
-        noise.append(torch.randn(longest, data_1CF.shape[1], generator=generator).T[None])
-    times = len(levels)
-    t_S = torch.tensor(levels).repeat(len(items))
-    clips = Clips(
-        to_device(torch.cat(data), module.device).repeat_interleave(times, dim=0),
-        torch.cat(masks).repeat_interleave(times, dim=0),
-        torch.cat([item.clip.seconds_S for item in items]).repeat_interleave(times),
-        torch.zeros(len(t_S), dtype=torch.bool),
-        [item.clip.prompts[0] for item in items for _ in levels],
-        [item.key for item in items for _ in levels],
-    )
-    draw = Draw(
-        torch.cat(noise).repeat_interleave(times, dim=0),
-        t_S,
-        clips.padding_mask_SF,
-        torch.zeros(len(t_S), 1, longest),
-        torch.zeros(len(t_S), dtype=torch.bool),
-    ).to(module.device)
-    error_SCF = objective.squared_error(module(clips, draw), objective.velocity_target(clips.data_SCF, draw.noise_BCT))
-    return objective.masked_item_means(error_SCF, draw.padding_mask_BT).view(len(items), times)
-
-
+VAL, TRAIN_EVAL = "val", "train_eval"
+"""The parts: held-out clips and training clips, by their prefix in metrics."""
+_TITLES = {TRAIN_EVAL: "training clips", VAL: "held-out clips"}
 _logger = get_logger(__name__)
 
 
-class Judge(lightning.Callback):
-    """Every `every` steps, and before the first and after the last: loss on fixed held-out and training clips.
+def list_heldout_clips(data: LatentDataModule, limit: int) -> list[ClipBatch]:
+    """List the first held-out clips by key.
 
-    The base model's loss on the same clips, noise and levels is the zero line. With `select_best` the adapter of the
-    lowest held-out loss becomes the run's; with `patience` training stops after so many judgements without a new best.
-    Without held-out clips only the training clips are judged, and selection and stopping are refused.
+    Args:
+        data: The data module.
+        limit: Maximum number of clips.
+
+    Returns:
+        Each clip as a batch of one, without padding; empty when nothing is held out.
+    """
+    return _split_batches((batch for loader in data.val_dataloader() for batch in loader), limit)
+
+
+def list_training_clips(data: LatentDataModule, limit: int) -> list[ClipBatch]:
+    """List training clips spread over the set, each with a fixed crop and prompt.
+
+    Args:
+        data: The data module.
+        limit: Maximum number of clips.
+
+    Returns:
+        Each clip as a batch of one, without padding.
+    """
+    data.setup()
+    samples = []
+    for number, (source, clips) in enumerate(zip(data.sources, data.train_clips, strict=True)):
+        if source.role == "train":
+            frames = clips.compute_lengths(data.crop.frames)
+            samples += [SampleIndex(number, clip, int(frames[clip]), clip) for clip in range(len(clips))]
+    stride = max(1, len(samples) // max(1, limit))
+    dataset = LatentDataset(data.train_clips, data.crop, data.builder, fixed_prompts=True)
+    return _split_batches(ValidationLoader(dataset, [[[sample]] for sample in samples[::stride][:limit]]), limit)
+
+
+def _split_batches(batches: Iterable[Batch], limit: int) -> list[ClipBatch]:
+    found = []
+    for batch in batches:
+        clips = make_clip_batch(batch)
+        for row in range(len(clips)):
+            length, one = int(clips.attention_mask_SF[row].sum()), slice(row, row + 1)
+            found.append(
+                ClipBatch(
+                    clips.data_SCF[one, :, :length].clone(),
+                    clips.attention_mask_SF[one, :length].clone(),
+                    clips.seconds_S[one].clone(),
+                    clips.at_end_S[one].clone(),
+                    clips.prompts[one],
+                    clips.keys[one],
+                )
+            )
+    return sorted(found, key=lambda clip: clip.keys)[:limit]
+
+
+def measure_losses(
+    module: LoraModule, clips: Sequence[ClipBatch], *, seed: int, batch_size: int, levels: Sequence[float] = LEVELS
+) -> Tensor:
+    """Measure the loss of every clip at every noise level, with the adapter as it is now.
+
+    Ranks share the work. The module's random state and gradients are left alone.
+
+    Args:
+        module: The module.
+        clips: Batches of one clip.
+        seed: Seed of the fixed noise.
+        batch_size: (clip, level) pairs per forward pass.
+        levels: Noise levels.
+
+    Returns:
+        loss_IN: mean squared velocity error, float64 on the CPU, the same on all ranks.
+    """
+    rank, world_size = get_rank_and_world_size()
+    device = module.device
+    loss_IN = torch.zeros(len(clips), len(levels), dtype=torch.float64, device=device)
+    per_pass = max(1, batch_size // len(levels))
+    mine = list(range(rank, len(clips), world_size))
+    was_training = module.training
+    module.eval()
+    with torch.no_grad(), module.forward_context():
+        for start in range(0, -(-len(clips) // world_size), per_pass):
+            numbers = mine[start : start + per_pass]
+            # A rank with nothing left computes along: with a sharded base every forward pass needs all ranks.
+            part_IN = _compute_losses(module, [clips[n] for n in numbers or [0]], seed, levels).double()
+            if numbers:
+                loss_IN.index_copy_(0, move_to_device(torch.tensor(numbers), device), part_IN)
+    module.train(was_training)
+    return all_reduce_sum(loss_IN).cpu()
+
+
+def _compute_losses(module: LoraModule, clips: Sequence[ClipBatch], seed: int, levels: Sequence[float]) -> Tensor:
+    """Losses (len(clips), len(levels)) of a few clips, padded to the longest among them."""
+    longest = max(clip.data_SCF.shape[2] for clip in clips)
+    data, masks, noise = [], [], []
+    for clip in clips:
+        padding = (0, longest - clip.data_SCF.shape[2])
+        data.append(torch.nn.functional.pad(clip.data_SCF, padding))
+        masks.append(torch.nn.functional.pad(clip.attention_mask_SF, padding))
+        rng = torch.Generator().manual_seed(derive_seed(seed, "fixed", clip.keys[0]))
+        noise.append(torch.randn(longest, clip.data_SCF.shape[1], generator=rng).T[None])
+    times = len(levels)
+    t_S = torch.tensor(levels).repeat(len(clips))
+    batch = ClipBatch(
+        move_to_device(torch.cat(data), module.device).repeat_interleave(times, dim=0),
+        torch.cat(masks).repeat_interleave(times, dim=0),
+        torch.cat([clip.seconds_S for clip in clips]).repeat_interleave(times),
+        torch.zeros(len(t_S), dtype=torch.bool),
+        [clip.prompts[0] for clip in clips for _ in levels],
+        [clip.keys[0] for clip in clips for _ in levels],
+    )
+    draw = StepDraw(
+        torch.cat(noise).repeat_interleave(times, dim=0),
+        t_S,
+        batch.attention_mask_SF,
+        torch.zeros(len(t_S), 1, longest),
+        torch.zeros(len(t_S), dtype=torch.bool),
+    ).to(module.device)
+    target_SCF = objective.compute_velocity_target(batch.data_SCF, draw.noise_BCT)
+    error_SCF = objective.compute_squared_error(module(batch, draw), target_SCF)
+    return objective.compute_masked_means(error_SCF, draw.attention_mask_BT).view(len(clips), times)
+
+
+def _summarize(loss_IN: Tensor) -> dict[str, Any]:
+    return {"loss": float(loss_IN.mean()), "by_level": loss_IN.mean(dim=0).tolist()}
+
+
+class ValidationCallback(StepCallback):
+    """Validates at intervals, before the first step and after the last, against the base on the same clips and noise.
+
+    Without held-out clips only training clips are evaluated, and selection and early stopping are refused.
+
+    Args:
+        run_dir: The run folder.
+        loggers: Where metrics go.
+        checkpoint: Writes the best adapter.
+        heldout: Held-out clips, batches of one.
+        training: Training clips, likewise.
+        settings: Interval, batch size, seed, selection and early stopping.
+
+    Raises:
+        ConfigError: Selection or early stopping without held-out clips.
     """
 
     def __init__(
         self,
         run_dir: Path,
-        tracker: Tracker,
-        saver: Saver,
-        heldout: Sequence[FixedItem],
-        training: Sequence[FixedItem],
-        *,
-        every: int,
-        rows: int,
-        seed: int = 0,
-        select_best: bool = False,
-        patience: int | None = None,
+        loggers: LoggerCollection,
+        checkpoint: CheckpointCallback,
+        heldout: Sequence[ClipBatch],
+        training: Sequence[ClipBatch],
+        settings: ValidationSettings,
     ) -> None:
-        if not heldout and (select_best or patience):
+        if not heldout and (settings.select_best or settings.patience):
             raise ConfigError(
-                "callbacks.judge.select_best and patience need held-out clips, and this data has none: "
-                "encode with split=0.1, or turn them off."
+                "callbacks.validation.select_best and patience need held-out clips, and this data has none. "
+                "Encode with split=0.1, or turn them off."
             )
-        self.run_dir, self.tracker, self.saver = run_dir, tracker, saver
-        self.items = {"heldout": list(heldout), "train": list(training)}
-        self.every, self.rows, self.seed = every, rows, seed
-        self.select_best, self.patience = select_best, patience
-        self.base: dict[str, LossTable] = {}
-        self.last: dict[str, LossTable] = {}
+        self.run_dir, self.loggers, self.checkpoint, self.settings = run_dir, loggers, checkpoint, settings
+        self.clips = {VAL: list(heldout), TRAIN_EVAL: list(training)}
+        self.base: dict[str, Tensor] = {}
+        self.last: dict[str, Tensor] = {}
         self.history: list[dict[str, Any]] = []
         self.best_loss, self.best_step = float("inf"), -1
         self._without_best = 0
 
     @property
     def state_key(self) -> str:
-        """The name of its state in a checkpoint."""
-        return "judge"
+        """Name of this callback's state in a checkpoint."""
+        return "validation"
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything measured so far."""
+        """Collect everything measured so far.
+
+        Returns:
+            The state of this callback.
+        """
         return {
             "history": self.history,
             "best_loss": self.best_loss,
             "best_step": self.best_step,
             "without_best": self._without_best,
-            "base": {name: table.loss_IN for name, table in self.base.items()},
-            "last": {name: table.loss_IN for name, table in self.last.items()},
+            "base": dict(self.base),
+            "last": dict(self.last),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what was measured before the interruption."""
+        """Restore what was measured before the interruption.
+
+        Args:
+            state_dict: What `state_dict` returned.
+        """
         self.history = list(state_dict["history"])
         self.best_loss, self.best_step = state_dict["best_loss"], state_dict["best_step"]
         self._without_best = state_dict["without_best"]
         for name, tables in (("base", self.base), ("last", self.last)):
             for part, loss_IN in state_dict[name].items():
-                items = self.items[part]
-                if len(items) == len(loss_IN):
-                    tables[part] = _table(loss_IN, items)
+                if len(self.clips[part]) == len(loss_IN):
+                    tables[part] = loss_IN
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Measure the zero line once."""
+        """Measure the base once, and the adapter before the first step."""
         assert isinstance(pl_module, LoraModule)
-        missing = [part for part, items in self.items.items() if items and part not in self.base]
+        missing = [part for part, clips in self.clips.items() if clips and part not in self.base]
         if missing:
-            with pl_module.injected.disabled():
+            with pl_module.injected.disable():
                 self.base |= {part: self._measure(pl_module, part) for part in missing}
         if not self.history:
-            self._judge(trainer, pl_module)
-        if self.patience and self._without_best >= self.patience:
+            self._validate(trainer, pl_module)
+        if self._is_out_of_patience():
             trainer.should_stop = True  # it had stopped early before it was interrupted
 
-    def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Judge when it is time."""
-        assert isinstance(pl_module, LoraModule)
-        if trainer.fit_loop._should_accumulate():
-            return
+    def on_step_end(self, trainer: lightning.Trainer, module: LoraModule) -> None:
+        """Validate at the interval; stop early if told to."""
         step = trainer.global_step
-        if step % self.every == 0 or step == trainer.max_steps:
-            self._judge(trainer, pl_module)
-            if self.patience and self._without_best >= self.patience:
+        if step % self.settings.every == 0 or step == trainer.max_steps:
+            self._validate(trainer, module)
+            if self._is_out_of_patience():
                 _logger.warning(
-                    "stopped early after step %d: no better held-out loss than %.4f (step %d) in %d judgements",
-                    step, self.best_loss, self.best_step, self.patience,
+                    "stopped early after step %d: no validation loss below %.4f (step %d) in the last %d validations",
+                    step, self.best_loss, self.best_step, self.settings.patience,
                 )  # fmt: skip
                 trainer.should_stop = True
 
-    def summary(self) -> dict[str, Any]:
-        """What `heldout.json` holds."""
+    def summarize(self) -> dict[str, Any]:
+        """Summarize everything measured so far.
+
+        Returns:
+            The content of `validation.json`.
+        """
         items = {
             part: [
-                {
-                    "key": key,
-                    "prompt": prompt,
-                    "base": self.base[part].by_item[row],
-                    "adapter": table.by_item[row],
-                }
-                for row, (key, prompt) in enumerate(zip(table.keys, table.prompts, strict=True))
+                {"key": clip.keys[0], "prompt": clip.prompts[0], "base": base, "adapter": adapter}
+                for clip, base, adapter in zip(
+                    self.clips[part], self.base[part].mean(dim=1).tolist(), loss_IN.mean(dim=1).tolist(), strict=True
+                )
             ]
-            for part, table in self.last.items()
+            for part, loss_IN in self.last.items()
         }
         return {
             "levels": list(LEVELS),
-            "base": {part: {"loss": table.mean, "by_level": table.by_level} for part, table in self.base.items()},
+            "base": {part: _summarize(loss_IN) for part, loss_IN in self.base.items()},
             "history": self.history,
             "best_step": self.best_step,
             "best_loss": self.best_loss if self.best_step >= 0 else None,
             "items": items,
         }
 
-    def _judge(self, trainer: lightning.Trainer, module: LoraModule) -> None:
+    def _is_out_of_patience(self) -> bool:
+        return bool(self.settings.patience) and self._without_best >= (self.settings.patience or 0)
+
+    def _validate(self, trainer: lightning.Trainer, module: LoraModule) -> None:
         step = trainer.global_step
-        with swapped_in(module.trained, module.judged()):
-            self.last = {part: self._measure(module, part) for part, items in self.items.items() if items}
+        with swap_parameters(module.trainable, module.get_eval_parameters()):
+            self.last = {part: self._measure(module, part) for part, clips in self.clips.items() if clips}
         row: dict[str, Any] = {"step": step}
         metrics: dict[str, float] = {}
-        for part, table in self.last.items():
-            row[part] = {"loss": table.mean, "by_level": table.by_level}
-            prefix = "heldout" if part == "heldout" else "fixed_train"
-            metrics |= {f"{prefix}/loss": table.mean, f"{prefix}/over_base": table.mean - self.base[part].mean}
-            metrics |= dict(zip(level_names(prefix), table.by_level, strict=True))
+        for part, loss_IN in self.last.items():
+            row[part] = _summarize(loss_IN)
+            loss = row[part]["loss"]
+            metrics |= {f"{part}/loss": loss, f"{part}/loss_delta": loss - float(self.base[part].mean())}
+            metrics |= dict(zip(name_levels(part), row[part]["by_level"], strict=True))
         if len(self.last) == 2:
-            metrics["heldout/gap"] = self.last["heldout"].mean - self.last["train"].mean
+            metrics["val/gap"] = row[VAL]["loss"] - row[TRAIN_EVAL]["loss"]
         self.history.append(row)
-        self.tracker.metrics(metrics, step)
-        self._keep_best(trainer, module, step)
+        self.loggers.log_metrics(metrics, step)
+        if VAL in row:
+            self._keep_best(trainer, module, row[VAL]["loss"])
         if trainer.is_global_zero:
-            write_json(self.run_dir / HELDOUT, self.summary())
+            write_json(self.run_dir / VALIDATION_FILE, self.summarize())
 
-    def _keep_best(self, trainer: lightning.Trainer, module: LoraModule, step: int) -> None:
-        if "heldout" not in self.last:
-            return
-        loss = self.last["heldout"].mean
-        if loss < self.best_loss:
-            self.best_loss, self.best_step, self._without_best = loss, step, 0
-            if self.select_best and trainer.is_global_zero:
-                self.saver.write_adapter(BEST_ADAPTER, module, step)
-        else:
+    def _keep_best(self, trainer: lightning.Trainer, module: LoraModule, loss: float) -> None:
+        if loss >= self.best_loss:
             self._without_best += 1
+            return
+        self.best_loss, self.best_step, self._without_best = loss, trainer.global_step, 0
+        if self.settings.select_best and trainer.is_global_zero:
+            self.checkpoint.write_adapter(BEST_ADAPTER_FILE, module, self.best_step)
 
-    def _measure(self, module: LoraModule, part: str) -> LossTable:
-        return loss_table(module, self.items[part], seed=self.seed, rows=self.rows)
+    def _measure(self, module: LoraModule, part: str) -> Tensor:
+        return measure_losses(module, self.clips[part], seed=self.settings.seed, batch_size=self.settings.batch_size)
 
 
-def _table(loss_IN: Any, items: Sequence[FixedItem]) -> LossTable:
-    return LossTable(loss_IN, tuple(item.key for item in items), tuple(item.clip.prompts[0] for item in items))
+def summarize_validation(summary: Mapping[str, Any]) -> list[str]:
+    """Summarize a validation in sentences.
 
+    Args:
+        summary: Content of `validation.json`.
 
-def verdict(summary: dict[str, Any]) -> list[str]:
-    """What the fixed evaluation says, in lines for a person: loss before and after on the same noise and levels."""
+    Returns:
+        Lines with the loss of base and adapter, and where the best was.
+    """
     lines = []
     history = summary["history"]
-    titles = {"train": "training clips", "heldout": "held-out clips"}
     for part, base in summary["base"].items():
         if not history or part not in history[-1]:
             continue
         after = history[-1][part]["loss"]
         change = 100 * (after - base["loss"]) / base["loss"]
         lines.append(
-            f"loss on fixed noise and timesteps, {titles[part]}: base {base['loss']:.4f} -> adapter {after:.4f} "
+            f"loss on fixed noise and timesteps, {_TITLES[part]}: base {base['loss']:.4f} -> adapter {after:.4f} "
             f"({change:+.1f} %) at step {history[-1]['step']}"
         )
     if summary["best_step"] >= 0 and history and summary["best_step"] != history[-1]["step"]:
-        lines.append(f"best held-out loss {summary['best_loss']:.4f} was at step {summary['best_step']}")
+        lines.append(f"best validation loss {summary['best_loss']:.4f} was at step {summary['best_step']}")
     return lines

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sa3train.adapters.apply.layer_weight import layer_part
+from sa3train.adapters.apply.layer_weight import get_layer_adapter
 from sa3train.adapters.formats import comfy
 from sa3train.adapters.formats.comfy import read_comfy
 from sa3train.adapters.formats.io import load_adapter
@@ -20,9 +20,9 @@ KEY, PATH = "diffusion_model.transformer.project_in", "model.transformer.project
 def changed(tensors: dict[str, Tensor], shape: tuple[int, ...], key: str = KEY, path: str = PATH) -> Tensor:
     """What the file's layer adds to a weight of this shape."""
     adapter = read_comfy("file", {f"{key}.{name}": tensor for name, tensor in tensors.items()}, {})
-    assert adapter.spec.kind == "diff"
+    assert adapter.spec.adapter_type == "diff"
     W = torch.zeros(shape)
-    return layer_part(adapter, path, W).weight(W)
+    return get_layer_adapter(adapter, path, W).weight(W)
 
 
 @pytest.mark.parametrize(("alpha", "scale"), [(None, 1.0), (1.0, 0.5)])
@@ -62,8 +62,8 @@ def test_a_file_is_told_by_these_keys_and_may_have_lora_layers_too(tmp_path: Pat
     save_file(stored, tmp_path / "a.safetensors")
     adapter = load_adapter(tmp_path / "a.safetensors")
     W = torch.zeros(3, 4)
-    torch.testing.assert_close(layer_part(adapter, PATH, W).weight(W), torch.ones(3, 4))
-    torch.testing.assert_close(layer_part(adapter, "model.transformer.project_out", W).weight(W), up @ down)
+    torch.testing.assert_close(get_layer_adapter(adapter, PATH, W).weight(W), torch.ones(3, 4))
+    torch.testing.assert_close(get_layer_adapter(adapter, "model.transformer.project_out", W).weight(W), up @ down)
 
 
 M22, M32 = torch.ones(2, 2), torch.ones(3, 2)
@@ -72,16 +72,16 @@ M22, M32 = torch.ones(2, 2), torch.ones(3, 2)
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"hada_w1_a": M22}, "cannot be read here"),
+        ({"hada_w1_a": M22}, "is not supported"),
         ({"hada_w1_a": M22, "hada_w1_b": M22, "hada_w2_a": M32, "hada_w2_b": M22}, "have the shapes"),
         ({"hada_w1_a": M22, "hada_w1_b": M32, "hada_w2_a": M22, "hada_w2_b": M22}, "do not fit"),
         ({"lokr_w1": M22}, "incomplete"),
         ({"lokr_w1": M22, "lokr_w2_a": M22}, "incomplete"),
         ({"lokr_w1": M22, "lokr_w1_a": M22, "lokr_w2": M22}, "both whole and in factors"),
         ({"lokr_w1": M22, "lokr_w2": torch.ones(4)}, "must be a matrix"),
-        ({"lokr_w1": M22, "lokr_w2": M22, "dora_scale": M22}, "cannot be read here"),
-        ({"lokr_w1": M22, "lokr_w2": M22, "lora_up.weight": M22}, "cannot be read here"),
-        ({"lokr_t2": M22, "lokr_w1": M22}, "cannot be played here"),
+        ({"lokr_w1": M22, "lokr_w2": M22, "dora_scale": M22}, "is not supported"),
+        ({"lokr_w1": M22, "lokr_w2": M22, "lora_up.weight": M22}, "is not supported"),
+        ({"lokr_t2": M22, "lokr_w1": M22}, "is not supported"),
         ({"lokr_w1": torch.ones(200, 200), "lokr_w2": torch.ones(200, 200)}, "no layer is as large"),
     ],
 )
@@ -91,7 +91,7 @@ def test_what_does_not_fit_is_refused(tensors: dict[str, Tensor], message: str) 
 
 
 def test_many_layers_together_may_not_ask_for_all_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comfy, "MAX_DIFFERENCES", 100)
+    monkeypatch.setattr(comfy, "MAX_DELTAS", 100)
     layers = {
         f"diffusion_model.transformer.layers.{index}.self_attn.to_qkv.lokr_w{which}": torch.ones(2, 3)
         for index in range(3)

@@ -10,11 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from sa3train.adapters.adapter import Adapter, architecture_of
-from sa3train.adapters.apply.layer_weight import layer_part
-from sa3train.adapters.apply.load_report import LoadReport, group_of
+from helpers.small_model import Small, train_adapter
+from sa3train.adapters.adapter import Adapter, hash_architecture
+from sa3train.adapters.apply.layer_weight import get_layer_adapter
+from sa3train.adapters.apply.load_report import LoadReport, get_layer_group
 from sa3train.adapters.apply.stack import AdapterStack
-from sa3train.adapters.layer_filter import adaptable_layers
+from sa3train.adapters.layer_filter import find_adaptable_layers
 from sa3train.adapters.spec import KINDS, AdapterSpec
 from sa3train.core.errors import AdapterError
 
@@ -33,13 +34,13 @@ class Base:
 
 
 @pytest.fixture
-def model(small: type[Any]) -> Any:
-    return small()
+def model() -> Any:
+    return Small()
 
 
 @pytest.fixture(scope="module")
-def adapter(small: type[Any], trained: Callable[..., Adapter]) -> Adapter:
-    return replace(trained(AdapterSpec("lora", rank=3), small()), source="style.safetensors")
+def adapter() -> Adapter:
+    return replace(train_adapter(AdapterSpec("lora", rank=3), Small()), source="style.safetensors")
 
 
 def edited(adapter: Adapter, edit: Callable[[dict[str, dict[str, Tensor]]], Any]) -> Adapter:
@@ -47,18 +48,18 @@ def edited(adapter: Adapter, edit: Callable[[dict[str, dict[str, Tensor]]], Any]
         path: {name: tensor.clone() for name, tensor in params.items()} for path, params in adapter.tensors.items()
     }
     edit(tensors)
-    return adapter.with_tensors(tensors)
+    return replace(adapter, tensors=tensors)
 
 
 def refused(model: Any, adapter: Adapter, **settings: Any) -> str:
     """The message of the refusal; the stack and the model are as they were."""
-    before = {path: layer.weight.detach().clone() for path, layer in adaptable_layers(model).items()}  # type: ignore[operator]
+    before = {path: layer.weight.detach().clone() for path, layer in find_adaptable_layers(model).items()}  # type: ignore[operator]
     stack = AdapterStack(model)
     with pytest.raises(AdapterError) as caught:
         stack.add(adapter, **settings)
     assert len(stack) == 0
     assert not stack.apply()
-    assert all(torch.equal(layer.weight, before[path]) for path, layer in adaptable_layers(model).items())  # type: ignore[arg-type]
+    assert all(torch.equal(layer.weight, before[path]) for path, layer in find_adaptable_layers(model).items())  # type: ignore[arg-type]
     assert "style.safetensors" in str(caught.value)
     return str(caught.value)
 
@@ -77,24 +78,24 @@ class TestReport:
     def test_it_tells_kind_rank_alpha_targets_and_layers(self, model: Any, adapter: Adapter) -> None:
         report = AdapterStack(model).add(adapter)
         assert isinstance(report, LoadReport)
-        assert (report.kind, report.rank, report.alpha) == ("lora", "3", "3")
-        assert report.targets == {"include": None, "exclude": None}
-        assert sorted(report.matched) == sorted(adaptable_layers(model))
+        assert (report.adapter_type, report.rank, report.alpha) == ("lora", "3", "3")
+        assert (report.include, report.exclude) == (None, None)
+        assert sorted(report.matched) == sorted(find_adaptable_layers(model))
         assert report.missing == report.unexpected == report.not_finite == []
-        assert report.shape_wrong == {}
+        assert report.mismatched == {}
         assert json.loads(json.dumps(report.to_dict()))["matched"] == report.matched
-        assert report.summary().startswith("lora, rank 3, alpha 3: 9 of 9 layers fit, changes the weights by ")
+        assert report.summary.startswith("lora, rank 3, alpha 3: 9 of 9 layers fit, changes the weights by ")
 
     @pytest.mark.parametrize("kind", KINDS)
-    def test_the_effect_is_measured(self, model: Any, trained: Callable[..., Adapter], kind: str) -> None:
-        adapter = trained(AdapterSpec(kind, rank=3), model)
+    def test_the_effect_is_measured(self, model: Any, kind: str) -> None:
+        adapter = train_adapter(AdapterSpec(kind, rank=3), model)
         report = AdapterStack(model).add(adapter, strength=0.3)
         sums: dict[str, list[Tensor]] = {}
-        for path, layer in adaptable_layers(model).items():
+        for path, layer in find_adaptable_layers(model).items():
             W: Tensor = layer.weight.detach()  # type: ignore[operator, assignment]
-            changed = layer_part(adapter, path, W).weight(W) - W
+            changed = get_layer_adapter(adapter, path, W).weight(W) - W
             assert report.layer_effect[path] == pytest.approx((changed.norm() / W.norm()).item(), rel=1e-4)
-            for group in (group_of(path), "all"):
+            for group in (get_layer_group(path), "all"):
                 sums.setdefault(group, []).append(torch.stack([changed.square().sum(), W.square().sum()]))
         assert report.effect.keys() == sums.keys() == {"feed-forward", "conditioner", "all"}
         for group, parts in sums.items():
@@ -105,7 +106,7 @@ class TestReport:
         path = "model.transformer.layers.1.ff.up"
         report = AdapterStack(model).add(edited(adapter, lambda tensors: tensors.pop(path)))
         assert report.missing == [path]
-        assert "1 it names are missing" in report.summary()
+        assert "1 included layers are missing" in report.summary
         only = replace(adapter, spec=replace(adapter.spec, exclude=["layers.1."]))
         report = AdapterStack(model).add(edited(only, lambda tensors: tensors.pop(path)))
         assert report.missing == []
@@ -117,7 +118,7 @@ class TestReport:
         known = replace(adapter, metadata=dict(adapter.metadata) | {"base_model": "nano-base", "base_hash": "ab" * 32})
         with caplog.at_level(logging.WARNING, "sa3train"):
             report = AdapterStack(model).add(known, base="cd" * 32 if by_hash else Base("nano", "cd" * 32))
-        architecture = architecture_of(model)
+        architecture = hash_architecture(model)
         assert report.base == {"name": "nano-base", "architecture": architecture, "hash": "ab" * 32}
         loaded = {"architecture": architecture, "hash": "cd" * 32} | ({} if by_hash else {"name": "nano"})
         assert report.base_loaded == loaded
@@ -126,12 +127,10 @@ class TestReport:
         same = AdapterStack(model).add(known, base=Base("nano-base", "ab" * 32))
         assert same.warnings == []
 
-    def test_bases_of_fp32_weights_on_a_bf16_model_are_pointed_out(
-        self, small: type[Any], trained: Callable[..., Adapter]
-    ) -> None:
-        adapter = trained(AdapterSpec("lora-xs", rank=3), small())
-        assert "bases are those of float32" in AdapterStack(small(dtype=torch.bfloat16)).add(adapter).warnings[0]
-        assert AdapterStack(small()).add(adapter).warnings == []
+    def test_bases_of_fp32_weights_on_a_bf16_model_are_pointed_out(self) -> None:
+        adapter = train_adapter(AdapterSpec("lora-xs", rank=3), Small())
+        assert "bases are those of float32" in AdapterStack(Small(dtype=torch.bfloat16)).add(adapter).warnings[0]
+        assert AdapterStack(Small()).add(adapter).warnings == []
 
 
 class TestRefusals:
@@ -139,7 +138,7 @@ class TestRefusals:
         strange = edited(replace(adapter, metadata={}), lambda tensors: renamed(tensors, 9))
         for allow in (False, True):
             message = refused(model, strange, allow_partial=allow)
-            assert "nothing matches" in message
+            assert "no layer matches" in message
             assert "0 of its 9 layers fit, 0 have another shape, 9 are not in the model" in message
             assert ".mlp." in message
 
@@ -163,25 +162,25 @@ class TestRefusals:
     def test_partial_unless_allowed(self, model: Any, adapter: Adapter, spoil: Callable[..., None]) -> None:
         partial = edited(adapter, lambda tensors: spoil(tensors, 2))
         message = refused(model, partial)
-        assert "only part of it fits" in message
+        assert "only some of its layers fit" in message
         assert "7 of its 9 layers fit" in message
         assert "--allow-partial" in message
         stack = AdapterStack(model)
         report = stack.add(partial, allow_partial=True)
-        assert report.partial
+        assert report.is_partial
         assert len(report.matched) == 7
-        assert len(report.unexpected) + len(report.shape_wrong) == 2
+        assert len(report.unexpected) + len(report.mismatched) == 2
         assert stack.apply()
 
     @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
     @pytest.mark.parametrize("kind", KINDS)
-    def test_not_finite(self, model: Any, trained: Callable[..., Adapter], kind: str, value: float) -> None:
+    def test_not_finite(self, model: Any, kind: str, value: float) -> None:
         name = KINDS[kind].parameters[-1]
 
         def spoil(tensors: dict[str, dict[str, Tensor]]) -> None:
             tensors[CONDITIONER][name].reshape(-1)[-1] = value
 
-        adapter = replace(trained(AdapterSpec(kind, rank=2), model), source="style.safetensors")
+        adapter = replace(train_adapter(AdapterSpec(kind, rank=2), model), source="style.safetensors")
         message = refused(model, edited(adapter, spoil), allow_partial=True)
         assert "1 of its tensors hold NaN or infinity" in message
         assert f"{CONDITIONER} {name}" in message
@@ -192,7 +191,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("what", ["all zero", "untrained"])
-    def test_without_effect(self, model: Any, trained: Callable[..., Adapter], kind: str, what: str) -> None:
+    def test_without_effect(self, model: Any, kind: str, what: str) -> None:
         from sa3train.adapters.layers.inject import inject
 
         if what == "untrained":
@@ -201,20 +200,20 @@ class TestRefusals:
             injected.remove()
             adapter = edited(adapter, lambda tensors: round_to_half(tensors))  # as a file would hold it
         else:
-            adapter = trained(AdapterSpec(kind, rank=2), model)
+            adapter = train_adapter(AdapterSpec(kind, rank=2), model)
             adapter = edited(
                 adapter, lambda tensors: [t.zero_() for params in tensors.values() for t in params.values()]
             )
         message = refused(model, replace(adapter, source="style.safetensors"))
         assert "changes nothing" in message
-        assert "in 9 layers" in message
+        assert "9 layers" in message
 
     def test_a_refused_replacement_leaves_the_one_that_plays(self, model: Any, adapter: Adapter) -> None:
         stack = AdapterStack(model)
         stack.add(adapter)
         stack.apply()
         playing = model()
-        with pytest.raises(AdapterError, match="nothing matches"):
+        with pytest.raises(AdapterError, match="no layer matches"):
             stack.replace(0, edited(replace(adapter, metadata={}), lambda tensors: renamed(tensors, 9)))
         assert not stack.apply()
         assert torch.equal(model(), playing)

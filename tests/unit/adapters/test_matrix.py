@@ -56,7 +56,7 @@ def test_disabled_is_the_base_bit_for_bit(
     injected = inject(model, spec_of(kind))
     steps(model, injected)
     changed = model()
-    with injected.disabled():
+    with injected.disable():
         assert torch.equal(model(), before)
     assert torch.equal(model(), changed)
     assert not torch.equal(changed, before)

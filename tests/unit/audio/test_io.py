@@ -11,7 +11,7 @@ import torch
 
 from helpers.audio import noise, tone
 from sa3train.audio import io as audio_io
-from sa3train.audio.io import audio_info, encode_audio, load_audio, read_audio, write_audio
+from sa3train.audio.io import encode_audio, load_audio, read_audio, read_audio_info, write_audio
 from sa3train.core.errors import AudioError, SA3Error
 
 RATE = 44100
@@ -120,7 +120,7 @@ def test_missing_folder_empty_and_text_files_are_refused(tmp_path: Path, monkeyp
     with pytest.raises(AudioError, match="is a folder"):
         read_audio(tmp_path)
     soundfile.write(tmp_path / "empty.wav", np.zeros((0, 2)), RATE)
-    with pytest.raises(AudioError, match="no audio in it"):
+    with pytest.raises(AudioError, match="contains no audio"):
         read_audio(tmp_path / "empty.wav")
     (tmp_path / "text.wav").write_text("not audio")
     with pytest.raises(AudioError, match="not WAV, FLAC"):
@@ -154,7 +154,7 @@ def test_m4a_is_read_through_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     song.write_bytes(b"M4A!")
     audio, rate = read_audio(song.read_bytes() if as_bytes else song)
     assert (rate, audio.shape) == (RATE, (2, len(tone(0.2))))
-    assert audio_info(song).seconds == pytest.approx(0.2)
+    assert read_audio_info(song).seconds == pytest.approx(0.2)
 
 
 def test_what_ffmpeg_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,11 +168,11 @@ def test_what_ffmpeg_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.Monke
 def test_info_reads_the_header(tmp_path: Path) -> None:
     path = tmp_path / "clip.flac"
     soundfile.write(path, tone(0.5), RATE, subtype="PCM_24")
-    info = audio_info(path)
+    info = read_audio_info(path)
     assert (info.sample_rate, info.channels, info.samples) == (RATE, 2, RATE // 2)
     assert (info.seconds, info.container, info.encoding) == (0.5, "FLAC", "PCM_24")
     with pytest.raises(AudioError, match="no such audio file"):
-        audio_info(tmp_path / "none.wav")
+        read_audio_info(tmp_path / "none.wav")
 
 
 @pytest.mark.parametrize(
@@ -200,9 +200,9 @@ def test_writes_other_kinds(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize(
     ("name", "subtype", "message"),
     [
-        ("a.xyz", "PCM_16", "unknown kind of file"),
-        ("a", "PCM_16", "unknown kind"),
-        ("a.flac", "FLOAT", "holds no FLOAT"),
+        ("a.xyz", "PCM_16", "unknown suffix"),
+        ("a", "PCM_16", "unknown suffix"),
+        ("a.flac", "FLOAT", "FLAC does not support FLOAT"),
     ],
 )
 def test_kinds_that_cannot_be_written_are_refused(tmp_path: Path, name: str, subtype: str, message: str) -> None:

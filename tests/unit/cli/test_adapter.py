@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 from helpers.golden import PLAIN
 from sa3train.adapters.formats.io import load_adapter, save_adapter
-from sa3train.adapters.tools.low_rank import Loss
 from sa3train.cli.adapter import build_parser, main
 
 ADAPTERS = PLAIN / "adapters"
@@ -32,7 +31,7 @@ def run(*words: Any) -> int:
     return main([str(word) for word in words])
 
 
-def told(capsys: pytest.CaptureFixture[str], *words: Any) -> dict[str, Any]:
+def run_json(capsys: pytest.CaptureFixture[str], *words: Any) -> dict[str, Any]:
     """What a command prints with --json."""
     capsys.readouterr()
     assert run(*words, "--json") == 0
@@ -53,17 +52,17 @@ def test_inspect_tells_every_kind_with_and_without_a_model(path: Path, capsys: p
 
 
 def test_inspect_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
-    found = told(capsys, "inspect", DORA, "--model", PLAIN)
-    assert (found["kind"], found["refused"]) == ("dora-rows", None)
+    found = run_json(capsys, "inspect", DORA, "--model", PLAIN)
+    assert (found["adapter_type"], found["load_report"]["refusal"]) == ("dora-rows", None)
     assert found["load_report"]["effect"]["all"] > 0.01
     assert set(found["load_report"]["layer_effect"]) == set(found["layers"])
-    assert "load_report" not in told(capsys, "inspect", DORA)
+    assert "load_report" not in run_json(capsys, "inspect", DORA)
 
 
 def test_inspect_shows_a_misfit_and_then_fails(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("inspect", OTHER, "--model", PLAIN) == 1
     shown = capsys.readouterr()
-    assert "shape-wrong" in shown.out
+    assert "mismatched" in shown.out
     assert shown.err.startswith("error: ")
     assert "is refused" in shown.err
 
@@ -73,10 +72,10 @@ def test_diff_compares_tensors_or_whole_changes(capsys: pytest.CaptureFixture[st
     assert "bit for bit" in capsys.readouterr().out
     assert run("diff", LORA, DORA, "--layers") == 0
     shown = capsys.readouterr().out
-    assert "kind" in shown
+    assert "adapter_type" in shown
     assert "31 of 31 shared layers" in shown
-    found = told(capsys, "diff", LORA, BORA, "--model", PLAIN)
-    assert found["compared"] == "changes of weights"
+    found = run_json(capsys, "diff", LORA, BORA, "--model", PLAIN)
+    assert found["compared"] == "weight changes"
     assert all(row["cosine"] is not None for row in found["layers"].values())
 
 
@@ -88,14 +87,14 @@ def test_convert_there_and_back(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(torch.equal(before[key], after[key]) for key in before)
     capsys.readouterr()
     assert run("convert", BORA, "comfy.safetensors", "--to", "comfy", "--model", PLAIN) == 0
-    shown = capsys.readouterr().out
-    assert "LEFT OUT: 1 layer(s) of the duration embedder" in shown
-    assert "measured error of the written file: 0.0" in shown
-    found = told(capsys, "convert", XS, "x.safetensors", "--to", "comfy", "--model", PLAIN, "--dtype", "f32")
-    assert (found["kind"], found["layers"]) == ("lora", 30)
+    shown = capsys.readouterr()
+    assert "not carried over: 1 layer(s) of the duration embedder" in shown.err
+    assert "measured error of the written file: 0.0" in shown.out
+    found = run_json(capsys, "convert", XS, "x.safetensors", "--to", "comfy", "--model", PLAIN, "--dtype", "fp32")
+    assert (found["adapter_type"], found["layers"]) == ("lora", 30)
     assert found["error"] < 1e-4
-    found = told(capsys, "convert", BORA, "low", "--to", "peft", "--model", PLAIN, "--rank", 8)
-    assert (found["kind"], found["rank"]) == ("lora", "8")
+    found = run_json(capsys, "convert", BORA, "low", "--to", "peft", "--model", PLAIN, "--rank", 8)
+    assert (found["adapter_type"], found["rank"]) == ("lora", "8")
     assert 0.01 < found["error"] < 1
     assert run("inspect", "low") == 0
 
@@ -111,24 +110,26 @@ def test_convert_reads_a_pickle_and_inspect_refuses_it(capsys: pytest.CaptureFix
 
 
 def test_merge_into_one_adapter(capsys: pytest.CaptureFixture[str]) -> None:
-    found = told(capsys, "merge", f"{LORA}=0.8", f"{LORA}=0.2", "-o", "same.safetensors", "--rank", 4, "--dtype", "f32")
+    found = run_json(
+        capsys, "merge", f"{LORA}=0.8", f"{LORA}=0.2", "-o", "same.safetensors", "--rank", 4, "--dtype", "fp32"
+    )
     assert found["error"] < 1e-6
-    apart = told(capsys, "diff", LORA, "same.safetensors")["layers"]
+    apart = run_json(capsys, "diff", LORA, "same.safetensors")["layers"]
     assert max(row["relative_difference"] for row in apart.values()) < 1e-4
-    found = told(capsys, "merge", LORA, f"{DORA}=0.5", "-o", "both.safetensors", "--rank", 6, "--model", PLAIN)
+    found = run_json(capsys, "merge", LORA, f"{DORA}=0.5", "-o", "both.safetensors", "--rank", 6, "--model", PLAIN)
     assert 0.01 < found["error"] < 1
     assert run("inspect", "both.safetensors", "--model", PLAIN) == 0
 
 
 def test_merge_into_a_checkpoint_and_extract_it_again(capsys: pytest.CaptureFixture[str]) -> None:
-    found = told(capsys, "merge", f"{LORA}=0.8", "-o", "merged", "--model", PLAIN)
+    found = run_json(capsys, "merge", f"{LORA}=0.8", "-o", "merged", "--model", PLAIN)
     assert found["reports"][0]["missing"] == []
     assert run("merge", f"{LORA}=0.8", "-o", "merged", "--model", PLAIN) == 0
-    assert "1 adapter(s) in its weights" in capsys.readouterr().out
-    found = told(capsys, "extract", "merged", "--base", PLAIN, "-o", "again.safetensors", "--rank", 4)
+    assert "merged adapters: 1" in capsys.readouterr().out
+    found = run_json(capsys, "extract", "merged", "--base", PLAIN, "-o", "again.safetensors", "--rank", 4)
     assert found["error"] < 0.02  # what the checkpoint's bf16 weights rounded
     assert found["not_carried"] == []
-    rows = told(capsys, "diff", LORA, "again.safetensors")["layers"]
+    rows = run_json(capsys, "diff", LORA, "again.safetensors")["layers"]
     assert all(row["cosine"] > 0.999 for row in rows.values())
     metadata = load_adapter("again.safetensors").metadata
     assert (metadata["base_model"], metadata["extracted_from"]) == ("plain", "merged")
@@ -142,38 +143,40 @@ def test_extract_names_what_a_lora_cannot_hold(capsys: pytest.CaptureFixture[str
     tensors["model.model.transformer.project_in.weight"] += 0.1
     tensors["model.model.transformer.layers.0.pre_norm.gamma"] += 0.1
     save_file(tensors, "tuned/model.safetensors")
-    found = told(capsys, "extract", "tuned", "--base", PLAIN, "-o", "x.safetensors", "--energy", 0.99)
+    found = run_json(capsys, "extract", "tuned", "--base", PLAIN, "-o", "x.safetensors", "--explained-variance", 0.99)
     assert found["layers"] == 1
     assert found["not_carried"] == ["model.transformer.layers.0.pre_norm.gamma"]
 
 
 def test_resize_and_scale(capsys: pytest.CaptureFixture[str]) -> None:
-    found = told(capsys, "resize", LORA, "two.safetensors", "--rank", 2)
+    found = run_json(capsys, "resize", LORA, "two.safetensors", "--rank", 2)
     assert found["rank"] == "2"
     assert found["error"] > 0.01
-    assert told(capsys, "resize", DORA, "dora.safetensors", "--energy", 0.5)["kind"] == "dora-rows"
-    found = told(capsys, "resize", XS, "xs.safetensors", "--rank", 4, "--model", PLAIN)
+    assert (
+        run_json(capsys, "resize", DORA, "dora.safetensors", "--explained-variance", 0.5)["adapter_type"] == "dora-rows"
+    )
+    found = run_json(capsys, "resize", XS, "xs.safetensors", "--rank", 4, "--model", PLAIN)
     assert found["notes"] == ["lora-xs became lora"]
     assert run("scale", LORA, "half.safetensors", "-0.5") == 0
     half = load_adapter("half.safetensors")
-    assert half.spec.scale_of("model.transformer.project_in") == -0.5
+    assert half.spec.get_scale("model.transformer.project_in") == -0.5
     with safe_open("half.safetensors", framework="pt") as file:
         assert "scale" in file.metadata()["sa3train_history"]
-    found = told(capsys, "scale", DORA, "d.safetensors", "0.5", "--model", PLAIN, "--rank", 64)
-    assert found["kind"] == "lora"
+    found = run_json(capsys, "scale", DORA, "d.safetensors", "0.5", "--model", PLAIN, "--rank", 64)
+    assert found["adapter_type"] == "lora"
 
 
 def test_another_base_than_it_was_trained_on_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
     adapter = load_adapter(XS)
     save_adapter("xs.safetensors", replace(adapter, metadata={**adapter.metadata, "base_hash": "0" * 64}))
     assert run("convert", "xs.safetensors", "peft", "--model", PLAIN) == 0
-    assert "warning: xs.safetensors: it was trained on" in capsys.readouterr().err
+    assert "xs.safetensors: it was trained on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["inspect", "none.safetensors"], "there is no adapter at"),
+        (["inspect", "none.safetensors"], "There is no adapter at"),
         (["inspect", PLAIN / "model.safetensors"], "whole checkpoint"),
         (["inspect", "."], "is no PEFT adapter"),
         (["inspect", LORA, "--model", "nowhere"], "nowhere"),
@@ -184,24 +187,24 @@ def test_another_base_than_it_was_trained_on_is_warned_of(capsys: pytest.Capture
         (["convert", LORA, "out", "--to", "comfy"], "does not suit"),
         (["convert", LORA, "out.safetensors", "--to", "peft"], "does not suit"),
         (["convert", LORA, "out.safetensors", "--rank", "2"], "use: sa3-adapter resize"),
-        (["convert", "none.ckpt", "out.safetensors"], "there is no adapter at"),
-        (["merge", LORA, "-o", "out"], "say what to merge into"),
-        (["merge", f"{LORA}=loud", "-o", "out", "--model", PLAIN], "is no strength"),
+        (["convert", "none.ckpt", "out.safetensors"], "There is no adapter at"),
+        (["merge", LORA, "-o", "out"], "to merge into"),
+        (["merge", f"{LORA}=loud", "-o", "out", "--model", PLAIN], "strength 'loud'"),
         (["merge", OTHER, "-o", "out", "--model", PLAIN], "is refused"),
         (["merge", DORA, LORA, "-o", "out.safetensors", "--rank", "3"], "needs the weights"),
-        (["merge", LORA, "-o", "out", "--rank", "3", "--allow-partial"], "are for checkpoints"),
+        (["merge", LORA, "-o", "out", "--rank", "3", "--allow-partial"], "for checkpoints"),
         (["extract", PLAIN, "--base", PLAIN, "-o", "out.safetensors", "--rank", "4"], "nothing to extract"),
         (
             ["extract", PLAIN.parent / "diff", "--base", PLAIN, "-o", "out.safetensors", "--rank", "4"],
             "different archi",
         ),
-        (["extract", PLAIN, "--base", PLAIN, "-o", "out.safetensors"], "say how far to cut"),
-        (["resize", LORA, "out.safetensors"], "say how far to cut"),
+        (["extract", PLAIN, "--base", PLAIN, "-o", "out.safetensors"], "Set --rank R"),
+        (["resize", LORA, "out.safetensors"], "Set --rank R"),
         (["resize", LORA, "out.safetensors", "--rank", "0"], "at least 1"),
-        (["resize", LORA, "out.safetensors", "--energy", "2"], "at most 1"),
+        (["resize", LORA, "out.safetensors", "--explained-variance", "2"], "at most 1"),
         (["resize", XS, "out.safetensors", "--rank", "2"], "needs the weights"),
         (["scale", LORA, "out.safetensors", "0"], "other than 0"),
-        (["scale", DORA, "out.safetensors", "0.5"], "not in proportion"),
+        (["scale", DORA, "out.safetensors", "0.5"], "not proportional"),
     ],
     ids=lambda value: " ".join(Path(str(word)).name for word in value)[:60] if isinstance(value, list) else "",
 )
@@ -216,7 +219,12 @@ def test_wrong_input_is_a_message_and_leaves_nothing(
 
 
 def test_misused_flags_exit_with_2() -> None:
-    for words in ([], ["fold"], ["resize", "a", "b", "--rank", "2", "--energy", "0.5"], ["scale", "a", "b", "loud"]):
+    for words in (
+        [],
+        ["fold"],
+        ["resize", "a", "b", "--rank", "2", "--explained-variance", "0.5"],
+        ["scale", "a", "b", "loud"],
+    ):
         with pytest.raises(SystemExit) as caught:
             build_parser().parse_args(words)
         assert caught.value.code == 2
@@ -226,10 +234,3 @@ def test_help_is_light() -> None:
     code = "import sys; from sa3train.cli.adapter import build_parser; build_parser(); print('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "False"
-
-
-def test_no_loss_is_said_to_be_none() -> None:
-    from sa3train.cli.adapter_tables import loss_lines
-
-    assert loss_lines(None, "error") == []
-    assert loss_lines(Loss({"a": (0.0, 1.0)}, ["b"]), "error") == ["error: none", "not carried: b"]

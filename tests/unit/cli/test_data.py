@@ -43,15 +43,25 @@ def test_audit_prints_and_leaves_a_report(tmp_path: Path, capsys: pytest.Capture
     printed = capsys.readouterr().out
     lines = printed.splitlines()
     assert lines[0].startswith("silent.wav: error: silent throughout")
-    assert lines[1].startswith("long.wav: warning: the caption is longer than the model reads")
+    assert lines[1].startswith("long.wav: warning: caption longer than the model reads")
     assert "3 clips, 1 rejected" in printed
-    assert "nothing amiss" not in printed
+    assert "no problems" not in printed
     written = json.loads((out / "audit.json").read_text())
     assert len(written["clips"]) == 3
     assert (out / "audit.html").read_text().count("<svg") == 3
     assert sorted(path.name for path in source.iterdir()) == sorted(
         f"{name}.{kind}" for name in ("good", "silent", "long") for kind in ("wav", "txt")
     ), "the source is left alone"
+
+
+def test_audit_writes_its_progress_as_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_clip(tmp_path / "music" / "a.wav", noise(1.0), "x")
+    assert main(["audit", str(tmp_path / "music"), "--out", str(tmp_path / "out"), "--progress-json"]) == 0
+    *progress, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [(line["stage"], line["done"], line["total"], line["unit"]) for line in progress] == [
+        ("audit", 0, 1, "clip"), ("audit", 1, 1, "clip")
+    ]  # fmt: skip
+    assert last["result"]["clips"] == 1 and last["result"]["out"] == str(tmp_path / "out")
 
 
 def test_audit_has_a_folder_of_its_own(
@@ -62,7 +72,7 @@ def test_audit_has_a_folder_of_its_own(
     assert main(["audit", "music/"]) == 0
     assert (tmp_path / "audit-music" / "audit.html").exists()
     assert main(["audit", "nothing-here"]) == 1
-    assert "error: there is no nothing-here" in capsys.readouterr().err
+    assert "error: nothing-here does not exist" in capsys.readouterr().err
 
 
 def test_preview_tells_what_training_will(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -79,7 +89,7 @@ def test_preview_tells_what_training_will(shards: Path, capsys: pytest.CaptureFi
     told = [
         f"{key}  [{seconds:.0f} s]  {prompt}"
         for batch in first
-        for key, seconds, prompt in zip(batch["keys"], batch["seconds_total_B"], batch["prompts"], strict=True)
+        for key, seconds, prompt in zip(batch["keys"], batch["seconds_total_S"], batch["prompts"], strict=True)
     ]
     assert printed[:5] == told[:5]
     assert printed[-1].endswith("distinct prompts: 16")
@@ -91,7 +101,13 @@ def test_preview_of_a_run_tells_what_it_was_told(
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SA3TRAIN_RUN_STAMP", raising=False)
     quick = ["trainer=cpu", "trainer.max_steps=1", "data.num_workers=0", "adapter.rank=2", "callbacks=none"]
-    told = ["data.prompts.trigger=sks", "data.crop_seconds=0.3", "data.tail_seconds=0", "seed=5", "data.batch_size=2"]
+    told = [
+        "data.prompts.trigger=sks",
+        "data.crop_seconds=0.3",
+        "data.silence_tail_seconds=0",
+        "seed=5",
+        "data.batch_size=2",
+    ]
     assert train([f"data={shards}", f"model={MODEL}", "run_dir=run", *quick, *told]) == 0
     os.environ.pop("SA3TRAIN_RUN_STAMP", None)
     capsys.readouterr()
@@ -101,8 +117,8 @@ def test_preview_of_a_run_tells_what_it_was_told(
     assert main(["preview", str(shards), "-n", "3", *flags]) == 0
     assert of_run == capsys.readouterr().out and "sks" in of_run
     for arguments, message in (
-        (["--run", "run", "--trigger", "x", str(shards)], "shards, trigger would do nothing with --run"),
-        (["--run", "none"], "none holds no training run"),
+        (["--run", "run", "--trigger", "x", str(shards)], "shards, trigger has no effect with --run"),
+        (["--run", "none"], "none is not a training run"),
         ([], "name a folder of latent shards, or a training run"),
     ):
         assert main(["preview", *arguments]) == 1
@@ -113,7 +129,7 @@ def test_preview_refuses_settings_without_effect(shards: Path, capsys: pytest.Ca
     assert main(["preview", str(shards), "--template", "{mood}"]) == 1
     assert "no clip has mood" in capsys.readouterr().err
     assert main(["preview", str(shards), "--shuffle-tags", "--template", "{caption}=2", "-n", "2"]) == 0
-    assert "more than can be listed" in capsys.readouterr().out
+    assert "too many to list" in capsys.readouterr().out
     assert main(["preview", str(shards.parent)]) == 1
     assert "index.json" in capsys.readouterr().err
 
@@ -121,8 +137,8 @@ def test_preview_refuses_settings_without_effect(shards: Path, capsys: pytest.Ca
 def test_inspect_lists_verifies_and_plays(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(shards), "--verify", "-n", "100"]) == 0
     printed = capsys.readouterr().out
-    assert "8 takes" in printed
-    assert "everything is whole" in printed
+    assert "8 latents" in printed
+    assert "verified" in printed
     keys = [line.split()[0] for line in printed.splitlines() if "noise, no" in line]
     assert len(keys) == 8
     assert main(["inspect", str(shards), "-n", "0", "--play", keys[0], "--play", keys[1], "--out", str(tmp_path)]) == 0
@@ -154,7 +170,7 @@ def test_inspect_verifies_silence_and_listings(
     silence.write_bytes(silence.read_bytes()[:-1] + b"x")
     assert main(["inspect", str(copy), "--verify"]) == 1
     printed = capsys.readouterr()
-    assert f"damaged: {listing.stem}.tar its listing says otherwise" in printed.err
+    assert f"damaged: {listing.stem}.tar its listing does not match" in printed.err
     assert "damaged: silence.npy its bytes" in printed.err
     assert "2 damaged file(s)" in printed.out
     silence.unlink()

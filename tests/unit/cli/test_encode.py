@@ -10,17 +10,13 @@ import numpy as np
 import pytest
 
 from helpers.audio import noise, write_clip
+from helpers.base_yaml import CONF, render_encode
 from helpers.golden import PLAIN
-from sa3train.cli.encode import load_encoder, load_rules, main, one_at_a_time, torch_device, without_sweep
+from helpers.shards import write_set
+from sa3train.cli.encode import load_encoder, load_rules, lock_calls, main, quote_for_hydra, resolve_device
 from sa3train.data.shards.reader import LatentStore
 
 MODEL = str(PLAIN)
-
-
-def write_set(folder: Path, count: int = 6) -> Path:
-    for number in range(count):
-        write_clip(folder / f"{number}.wav", noise(0.3 + 0.1 * number, seed=number, peak=0.3), f"noise {number}")
-    return folder
 
 
 def run(*arguments: str) -> int:
@@ -28,11 +24,11 @@ def run(*arguments: str) -> int:
 
 
 def test_the_command_makes_a_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, out = write_set(tmp_path / "my set, [1]"), tmp_path / "out"
+    source, out = write_set(tmp_path / "my set, [1]", 6), tmp_path / "out"
     assert run(f"source={source}", f"out={out}") == 0
     printed = capsys.readouterr().out
     assert "6 clips, 0 rejected" in printed
-    assert "6 takes (heldout 1, train 5)" in printed or "6 takes" in printed
+    assert "6 latents" in printed
     assert "× real time" in printed
     assert "padding" in printed
     store = LatentStore(out, verify="hash")
@@ -40,30 +36,44 @@ def test_the_command_makes_a_set(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert store.index["model"]["name"] == MODEL
     assert store.index["settings"]["precision"] == "float32"
     assert run(f"source={source}", f"out={out}") == 0
-    assert "nothing to encode" in capsys.readouterr().out
+    assert "all cached" in capsys.readouterr().out
+
+
+def test_progress_is_written_as_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = write_set(tmp_path / "set", 3), tmp_path / "out"
+    assert run(f"source={source}", f"out={out}", "progress=json") == 0
+    *progress, last = map(json.loads, capsys.readouterr().out.splitlines())
+    assert {line["stage"] for line in progress} == {"audit", "encode"}
+    assert all(0 <= line["done"] <= line["total"] and line["seconds"] >= 0 for line in progress)
+    assert (last["result"]["clips"], last["result"]["encoded"]) == (3, 3)
+
+
+def test_the_yaml_holds_the_defaults_and_help_of_the_code() -> None:
+    assert render_encode() in (CONF / "encode.yaml").read_text(encoding="utf-8")
 
 
 def test_lists_are_written_with_commas(tmp_path: Path) -> None:
-    assert without_sweep("fix=trim_silence,dc,loudness") == "fix=[trim_silence,dc,loudness]"
-    assert without_sweep("views=[gain]") == "views=[gain]"
-    assert without_sweep("source=a,b") == 'source="a,b"'
-    assert without_sweep("split=0.1") == "split=0.1"
+    assert quote_for_hydra("fixes=trim_silence,dc,loudness") == "fixes=[trim_silence,dc,loudness]"
+    assert quote_for_hydra("augmentations=[gain]") == "augmentations=[gain]"
+    assert quote_for_hydra("source=a,b") == 'source="a,b"'
+    assert quote_for_hydra("split=0.1") == "split=0.1"
     source, out = write_set(tmp_path / "set", 2), tmp_path / "out"
-    assert run(f"source={source}", f"out={out}", "fix=trim_silence,dc,loudness", "views=polarity,gain", "split=0") == 0
-    assert LatentStore(out).index["settings"]["fix"] == ["dc", "trim_silence", "loudness"]
+    lists = ["fixes=trim_silence,dc,loudness", "augmentations=polarity,gain"]
+    assert run(f"source={source}", f"out={out}", *lists, "split=0") == 0
+    assert LatentStore(out).index["settings"]["fixes"] == ["dc", "trim_silence", "loudness"]
     assert len(LatentStore(out)) == 6
 
 
 def test_a_split_may_be_a_list(tmp_path: Path) -> None:
-    source, out = write_set(tmp_path / "set"), tmp_path / "out"
-    (tmp_path / "held.txt").write_text("2.wav\n4.wav\n")
+    source, out = write_set(tmp_path / "set", 6), tmp_path / "out"
+    (tmp_path / "held.txt").write_text("part2/02.wav\npart1/04.wav\n")
     assert run(f"source={source}", f"out={out}", f"split={tmp_path / 'held.txt'}") == 0
     store = LatentStore(out)
-    assert {store.record(row)["source"] for row in store.rows("heldout")} == {"2.wav", "4.wav"}
+    assert {store.read_record(row)["source"] for row in store.list_rows("heldout")} == {"part2/02.wav", "part1/04.wav"}
 
 
 def test_too_many_bad_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source, out = write_set(tmp_path / "set"), tmp_path / "out"
+    source, out = write_set(tmp_path / "set", 6), tmp_path / "out"
     write_clip(source / "uncaptioned.wav", noise(0.5, seed=50))
     assert run(f"source={source}", f"out={out}") == 1
     error = capsys.readouterr().err
@@ -79,21 +89,21 @@ def test_too_many_bad_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["source=/nowhere", "out={out}"], "there is no /nowhere"),
-        (["source={source}", "out={source}/x"], "lies inside the source"),
+        (["source=/nowhere", "out={out}"], "/nowhere does not exist"),
+        (["source={source}", "out={source}/x"], "is inside the source"),
         (["source={source}"], "'out' must be given"),
-        (["source={source}", "out={out}", "fixes=dc"], "unknown setting 'fixes'. Did you mean 'fix'?"),
-        (["source={source}", "out={out}", "fix=reverb"], "there is no fix reverb"),
-        (["source={source}", "out={out}", "split=1.5"], "give the share to hold out"),
+        (["source={source}", "out={out}", "fix=dc"], "unknown setting 'fix'. Did you mean 'fixes'?"),
+        (["source={source}", "out={out}", "fixes=reverb"], "fixes=reverb is unknown"),
+        (["source={source}", "out={out}", "split=1.5"], "split=1.5"),
         (["source={source}", "out={out}", "split=no-list.txt"], "cannot read the held-out list no-list.txt"),
-        (["source={source}", "out={out}", "reuse={source}"], "holds no latent shards"),
-        (["source={source}", "out={out}", "threads=0"], "threads is 0; give 1 or more"),
-        (["source={source}", "out={out}", "duplicates=some"], "choose one of: keep, drop"),
-        (["source={source}", "out={out}", "max_rejected=3"], "a share from 0 to 1"),
-        (["source={source}", "out={out}", "shard_mb=9999"], "give from 1 000 000"),
+        (["source={source}", "out={out}", "reuse={source}"], "contains no latent shards"),
+        (["source={source}", "out={out}", "threads=0"], "threads=0 must be at least 1"),
+        (["source={source}", "out={out}", "duplicates=some"], "keep, drop"),
+        (["source={source}", "out={out}", "max_rejected=3"], "max_rejected=3"),
+        (["source={source}", "out={out}", "shard_mb=9999"], "shard_mb=9999"),
         (["source={source}", "out={out}", "model=no-such-model"], "no-such-model"),
         (["source={source}", "out={out}", "adapter=lora"], "'adapter' cannot be chosen here"),
-        (["source={source}", "out={out}", "device=abacus"], "choose auto, cpu, cuda"),
+        (["source={source}", "out={out}", "device=abacus"], "device 'abacus'"),
         (["source={source}", "out=/proc/nothing/x"], "cannot write to"),
     ],
 )
@@ -103,7 +113,7 @@ def test_wrong_use(tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments
     captured = capsys.readouterr()
     assert message in captured.err
     assert "Traceback" not in captured.err
-    assert "audit:" not in captured.err, "what is asked is checked before the audio is"
+    assert "Audit:" not in captured.err, "what is asked is checked before the audio is"
 
 
 def test_nan_in_audio_is_listed(tmp_path: Path) -> None:
@@ -119,6 +129,7 @@ def test_nan_in_audio_is_listed(tmp_path: Path) -> None:
     assert row["codes"] == ["not_finite"]
 
 
+@pytest.mark.slow
 def test_two_processes_by_torchrun(tmp_path: Path) -> None:
     source = write_set(tmp_path / "set", 8)
     settings = [f"source={source}", f"model={MODEL}", "device=cpu", "threads=1", "batch_seconds=1"]
@@ -132,7 +143,7 @@ def test_two_processes_by_torchrun(tmp_path: Path) -> None:
     one, two = LatentStore(tmp_path / "one", verify="hash"), LatentStore(tmp_path / "two", verify="hash")
     assert sorted(one.keys) == sorted(two.keys)
     rows = {key: row for row, key in enumerate(two.keys)}
-    assert all(np.array_equal(one.latent(row), two.latent(rows[key])) for row, key in enumerate(one.keys))
+    assert all(np.array_equal(one.read_latents(row), two.read_latents(rows[key])) for row, key in enumerate(one.keys))
     assert one.index["manifest"] == two.index["manifest"]
     assert {shard["file"].split("-")[1] for shard in two.index["shards"]} == {"000", "001"}
 
@@ -146,12 +157,12 @@ def test_what_the_model_says_of_captions_and_length() -> None:
 
 
 def test_devices() -> None:
-    assert torch_device("cpu").type == "cpu"
-    assert torch_device("auto").type in ("cpu", "cuda")
+    assert resolve_device("cpu").type == "cpu"
+    assert resolve_device("auto").type in ("cpu", "cuda")
 
 
 def test_one_at_a_time() -> None:
-    assert one_at_a_time(lambda texts: [len(text) for text in texts])(["ab"]) == [2]
+    assert lock_calls(lambda texts: [len(text) for text in texts])(["ab"]) == [2]
 
 
 def test_help_is_quick_and_whole(capfd: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,14 @@ import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 
 from sa3train.cli import hydra_app, train
-from sa3train.cli.hydra_app import check_overrides, expand, extra_folder, hydra_job, run_job, run_stamp
+from sa3train.cli.hydra_app import (
+    check_overrides,
+    expand_argument,
+    find_config_dir,
+    get_run_stamp,
+    run_hydra_job,
+    run_job,
+)
 from sa3train.core.errors import ConfigError, DataError
 
 
@@ -49,7 +56,7 @@ def run(*arguments: str, seen: list[Clip] | None = None) -> int:
             raise DataError("seven is not a rate")
         return 3 if clip.rate == 3 else 0
 
-    return hydra_job("clip", Clip, job, shorthand={"src": "source"}, paths=("source",), argv=list(arguments))
+    return run_hydra_job("clip", Clip, job, shorthand={"src": "source"}, paths=("source",), argv=list(arguments))
 
 
 def test_a_user_error_is_one_line_and_exit_code_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,20 +127,25 @@ def test_resuming_takes_the_saved_configuration_with_overrides_on_top(conf: Path
         seen.append(clip)
 
     arguments = [f"source={tmp_path / 'run'}", "rate=2"]
-    assert hydra_job("clip", Clip, job, paths=("source",), resume="source", argv=arguments) == 0
+    assert run_hydra_job("clip", Clip, job, paths=("source",), resume="source", argv=arguments) == 0
     assert seen == [Clip(str(tmp_path / "run"), 2.0, "t")]
-    assert hydra_job("clip", Clip, job, resume="source", argv=[f"source={tmp_path}/none"]) == 1
+    assert run_hydra_job("clip", Clip, job, resume="source", argv=[f"source={tmp_path}/none"]) == 1
 
 
 def test_shorthand_selects_a_group_option_when_there_is_one(tmp_path: Path) -> None:
     shorthand = {"model": "model.name"}
-    assert expand("model=nano", shorthand, ()) == "model=nano"
-    assert expand("model=nano,medium", shorthand, ()) == "model=nano,medium"
-    assert expand("model=/my/model", shorthand, ()) == "model.name=/my/model"
+    assert expand_argument("model=nano", shorthand, ()) == "model=nano"
+    assert expand_argument("model=nano,medium", shorthand, ()) == "model=nano,medium"
+    assert expand_argument("model=/my/model", shorthand, ()) == "model.name=/my/model"
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.yaml").write_text("name: x\n")
-    assert expand("model=mine", shorthand, (), extra_folder(["--config-dir", str(tmp_path)])) == "model=mine"
-    assert expand("--flag=1", shorthand, ()) == "--flag=1" and expand("~model", shorthand, ()) == "~model"
+    assert (
+        expand_argument("model=mine", shorthand, (), find_config_dir(["--config-dir", str(tmp_path)])) == "model=mine"
+    )
+    assert (
+        expand_argument("--flag=1", shorthand, ()) == "--flag=1"
+        and expand_argument("~model", shorthand, ()) == "~model"
+    )
 
 
 def test_groups_and_hydras_own_keys_are_left_to_hydra() -> None:
@@ -156,13 +168,13 @@ def test_every_rank_of_a_run_has_the_same_stamp(
 ) -> None:
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    assert run_stamp() == stamp
+    assert get_run_stamp() == stamp
 
 
 def test_ranks_with_nothing_in_common_are_refused(conf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="launch/torchrun.sh"):
-        run_stamp()
+        get_run_stamp()
 
 
 def test_help_loads_nothing_heavy() -> None:
@@ -188,7 +200,7 @@ def test_quick_help_is_hydras_own(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         train.main(["--help"])
     quick, many = capsys.readouterr().out, len(copies)
     assert ConfigLoaderImpl._parse_overrides_and_create_caching_repo is original
-    monkeypatch.setattr(hydra_app, "quick_help", contextlib.nullcontext)
+    monkeypatch.setattr(hydra_app, "_share_help_queries", contextlib.nullcontext)
     with pytest.raises(SystemExit, match="0"):
         train.main(["--help"])
     assert "trainer.max_steps" in quick
@@ -205,9 +217,10 @@ def openmp_settings(**environment: str) -> dict[str, str]:
     return dict(re.findall(r"(\w+) = '(.*)'", done.stderr))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="torch brings GNU OpenMP on Linux only")
 def test_threads_do_not_spin_for_long_unless_the_user_says_so() -> None:
-    assert openmp_settings()["GOMP_SPINCOUNT"] == hydra_app.SPINS
+    assert openmp_settings()["GOMP_SPINCOUNT"] == hydra_app.MAX_SPINS
     assert openmp_settings(GOMP_SPINCOUNT="777")["GOMP_SPINCOUNT"] == "777"
     assert openmp_settings(OMP_WAIT_POLICY="PASSIVE")["GOMP_SPINCOUNT"] == "0"
     assert int(openmp_settings(OMP_WAIT_POLICY="ACTIVE")["GOMP_SPINCOUNT"]) > 10**6

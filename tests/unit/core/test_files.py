@@ -13,7 +13,7 @@ import pytest
 
 from sa3train.core import files
 from sa3train.core.errors import SA3Error
-from sa3train.core.files import atomic_path, beside, write_json, write_text
+from sa3train.core.files import create_staging_dir, replace_file, write_json, write_text
 
 
 def test_a_finished_file_replaces_the_old_one_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
     write_json(target, {"step": 1})
 
     def stop_in_the_middle() -> None:
-        with atomic_path(target) as temporary:
+        with replace_file(target) as temporary:
             temporary.write_text("half")
             raise ValueError("stopped in the middle")
 
@@ -52,7 +52,7 @@ def test_nan_is_not_written_as_json(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(SA3Error, match=r"cannot write .*a\.bin.*No space left"), atomic_path(tmp_path / "a.bin"):
+    with pytest.raises(SA3Error, match=r"cannot write .*a\.bin.*No space left"), replace_file(tmp_path / "a.bin"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     assert not list(tmp_path.iterdir())
 
@@ -73,7 +73,7 @@ def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path, monkeypatch: 
 
 
 def test_an_oserror_of_another_file_is_not_relabelled(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), atomic_path(tmp_path / "a.bin"):
+    with pytest.raises(FileNotFoundError), replace_file(tmp_path / "a.bin"):
         (tmp_path / "missing").read_bytes()
     assert not list(tmp_path.iterdir())
 
@@ -82,7 +82,7 @@ def killed_while_writing(target: Path) -> None:
     """Leave what a process leaves that SIGKILL meets between two lines of its writing."""
     child = os.fork()
     if child == 0:
-        with atomic_path(target) as temporary:
+        with replace_file(target) as temporary:
             temporary.write_text("half")
             (temporary.parent / ".tmpOfTheWriter").write_text("half")  # safetensors writes to a file of its own
             os.kill(os.getpid(), signal.SIGKILL)
@@ -119,7 +119,7 @@ def test_a_process_looks_for_leftovers_once_a_folder(tmp_path: Path, monkeypatch
 def test_a_full_disk_is_named_for_tensors_too(tmp_path: Path) -> None:
     """The system refuses what goes beyond 10 kB of a file."""
     script = (
-        "import sys, torch; from sa3train.core.files import write_tensors; "
+        "import sys, torch; from sa3train.core.safetensors_file import write_tensors; "
         "write_tensors(sys.argv[1], {'a': torch.ones(9999)})"
     )
     done = subprocess.run(
@@ -135,7 +135,7 @@ def test_a_full_disk_is_named_for_tensors_too(tmp_path: Path) -> None:
 
 def test_a_writer_at_work_keeps_what_it_has(tmp_path: Path) -> None:
     target = tmp_path / "a.txt"
-    with atomic_path(target) as slow:
+    with replace_file(target) as slow:
         slow.unlink()  # a writer may put another file in its place
         slow.write_text("slow")
         files._SWEPT.clear()
@@ -157,7 +157,7 @@ def test_a_folder_removed_before_it_was_locked_is_made_again(tmp_path: Path, mon
             removed[0].rmdir()
 
     monkeypatch.setattr("fcntl.flock", late)
-    with beside(tmp_path / "a") as folder:
+    with create_staging_dir(tmp_path / "a") as folder:
         assert folder.is_dir() and folder != removed[0]
     assert not list(tmp_path.iterdir())
 
@@ -167,7 +167,7 @@ def test_without_locks_nothing_is_taken_for_abandoned(tmp_path: Path, monkeypatc
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    with atomic_path(tmp_path / "a.txt") as slow:
+    with replace_file(tmp_path / "a.txt") as slow:
         slow.write_text("slow")
         files._SWEPT.clear()
         write_text(tmp_path / "a.txt", "quick")

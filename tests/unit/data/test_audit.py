@@ -11,21 +11,22 @@ import pytest
 import soundfile
 
 from helpers.audio import noise, sweep, tone, write_clip
-from sa3train.data.audit.audit import AuditIndex, Rules, audit_clip, journal_stamps, problem_rows, run_audit
-from sa3train.data.audit.checks import KINDS, is_rejected, measure, reason
-from sa3train.data.audit.report import Summary, clip_line, write_audit
+from sa3train.data.audit import audit
+from sa3train.data.audit.audit import AuditIndex, AuditRules, audit_clip, list_problem_rows, read_stamps, run_audit
+from sa3train.data.audit.checks import FINDING_TYPES, describe_rejection, is_rejected, measure
+from sa3train.data.audit.report import AuditSummary, format_clip, write_audit_report
 from sa3train.data.sources.listing import list_source
 
-RULES = Rules(longest_seconds=20.0, count_tokens=lambda texts: [len(text.split()) for text in texts], max_tokens=5)
+RULES = AuditRules(longest_seconds=20.0, count_tokens=lambda texts: [len(text.split()) for text in texts], max_tokens=5)
 
 
-def audit(folder: Path, rules: Rules = RULES) -> dict[str, dict[str, Any]]:
+def audit_rows(folder: Path, rules: AuditRules = RULES) -> dict[str, dict[str, Any]]:
     """Audit rows by source, comparisons included."""
     listing = list_source(str(folder))
     journal = folder.parent / f"{folder.name}.audit" / "audit-000.jsonl"
     run_audit(listing.clips, rules, journal, {})
-    index = AuditIndex([journal], {clip.source: clip.stamp for clip in listing.clips}, problem_rows(listing))
-    return {row["source"]: row for row in index.rows()}
+    index = AuditIndex([journal], {clip.source: clip.stamp for clip in listing.clips}, list_problem_rows(listing))
+    return {row["source"]: row for row in index.iterate_rows()}
 
 
 def codes(row: dict[str, Any]) -> set[str]:
@@ -87,11 +88,11 @@ def test_signals_have_their_finding_and_no_other(tmp_path: Path, name: str) -> N
     soundfile.write(folder / "a.wav", samples, **{"samplerate": 44100, **how})
     (folder / "a.txt").write_text("a sound")
     code = name.partition(",")[0]
-    row = audit(folder)["a.wav"]
+    row = audit_rows(folder)["a.wav"]
     assert codes(row) == {code} | ALSO.get(code, set())
-    assert is_rejected(row) == (KINDS[code].severity == "error")
-    assert KINDS[code].remedy
-    assert KINDS[code].title in clip_line(row)
+    assert is_rejected(row) == (FINDING_TYPES[code].severity == "error")
+    assert FINDING_TYPES[code].remedy
+    assert FINDING_TYPES[code].title in format_clip(row)
 
 
 @pytest.mark.parametrize("samples", [noise(2.0), sweep(2.0) * np.array([1, 0.8], np.float32)], ids=["noise", "sweep"])
@@ -102,7 +103,7 @@ def test_sound_clips_are_clean_in_every_format(tmp_path: Path, samples: np.ndarr
     settings = {"format": "OGG", "subtype": "OPUS"} if kind == "opus" else {}
     soundfile.write(folder / f"a.{kind}", samples, 48000, **settings)
     (folder / "a.txt").write_text("a sound")
-    row = audit(folder)[f"a.{kind}"]
+    row = audit_rows(folder)[f"a.{kind}"]
     assert row["findings"] == []
     assert row["sample_rate"] == 48000
     assert row["channels"] == 2
@@ -133,10 +134,10 @@ def test_unreadable_files_say_why(tmp_path: Path) -> None:
     for name, content in (("a.wav", b"RIFF nothing"), ("b.mp3", b""), ("c.m4a", b"\0\0\0\x20ftypM4A ")):
         (folder / name).write_bytes(content)
         (folder / name).with_suffix(".txt").write_text("x")
-    rows = audit(folder)
+    rows = audit_rows(folder)
     assert all(codes(row) == {"unreadable"} for row in rows.values())
     if shutil.which("ffmpeg") is None:
-        assert "apt install ffmpeg" in reason(rows["c.m4a"])
+        assert "apt install ffmpeg" in describe_rejection(rows["c.m4a"])
 
 
 def test_cut_short(tmp_path: Path) -> None:
@@ -144,9 +145,9 @@ def test_cut_short(tmp_path: Path) -> None:
     for suffix in ("wav", "aiff"):
         path = write_clip(folder / f"a.{suffix}", noise(1.0), "x")
         path.write_bytes(path.read_bytes()[:-40000])
-    rows = audit(folder)
+    rows = audit_rows(folder)
     assert [codes(row) - {"near_duplicate", "duplicate"} for row in rows.values()] == [{"cut_short"}] * 2
-    assert "40000" in clip_line(rows["a.wav"]) or "39999" in clip_line(rows["a.wav"])
+    assert "40000" in format_clip(rows["a.wav"]) or "39999" in format_clip(rows["a.wav"])
 
 
 def test_captions(tmp_path: Path) -> None:
@@ -159,7 +160,7 @@ def test_captions(tmp_path: Path) -> None:
     (folder / "odd.txt").write_bytes(b"\xff\xfe\xfd")
     write_clip(folder / "two.wav", noise(1.0, seed=11), "one thing")
     (folder / "two.json").write_text('{"caption": "another"}')
-    rows = audit(folder)
+    rows = audit_rows(folder)
     found = {source.partition(".")[0]: codes(row) for source, row in rows.items()}
     assert found == {
         "good": set(),
@@ -170,20 +171,20 @@ def test_captions(tmp_path: Path) -> None:
         "two": {"caption_conflict"},
     }
     assert rows["long.wav"]["tokens"] == 6
-    assert "6 tokens, the model reads 5" in clip_line(rows["long.wav"])
-    free = audit(folder, Rules(captions="optional"))
+    assert "6 tokens, the model reads 5" in format_clip(rows["long.wav"])
+    free = audit_rows(folder, AuditRules(captions="optional"))
     assert not is_rejected(free["none.wav"])
     assert not is_rejected(free["empty.wav"])
 
 
 def chord(seed: int) -> np.ndarray:
     """Six seconds of plucked notes, other ones for each seed."""
-    chance = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
     samples = np.zeros(6 * 44100)
     for _ in range(12):
-        start, length = int(chance.integers(0, 5 * 44100)), int(chance.integers(8000, 40000))
+        start, length = int(rng.integers(0, 5 * 44100)), int(rng.integers(8000, 40000))
         time = np.arange(length) / 44100
-        frequency = 110 * 2 ** (chance.integers(0, 36) / 12)
+        frequency = 110 * 2 ** (rng.integers(0, 36) / 12)
         for harmonic in range(1, 6):
             samples[start : start + length] += np.sin(2 * np.pi * frequency * harmonic * time) * np.exp(-3 * time)
     return np.stack([samples, 0.8 * samples], axis=1).astype(np.float32) / 20
@@ -201,21 +202,21 @@ def test_duplicates(tmp_path: Path) -> None:
     for number in range(1, 12):
         write_clip(folder / f"other{number}.wav", chord(number), "different")
     (folder / "f.txt").write_text("mono")
-    rows = audit(folder, Rules())
+    rows = audit_rows(folder, AuditRules())
     found = {source: codes(row) & {"duplicate", "near_duplicate"} for source, row in rows.items()}
     assert found["a.wav"] == set()
     assert found["b.flac"] == {"duplicate"}
     assert all(found[name] == {"near_duplicate"} for name in ("c.wav", "d.ogg", "e.mp3", "f.wav"))
     assert not any(found[name] for name in found if name.startswith("other"))
-    assert "of a.wav" in clip_line(rows["b.flac"])
-    assert "of a.wav" in clip_line(rows["e.mp3"])
+    assert "of a.wav" in format_clip(rows["b.flac"])
+    assert "of a.wav" in format_clip(rows["e.mp3"])
 
 
 def test_problems_of_the_source_are_rows(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     write_clip(folder / "a.wav", noise(1.0), "x")
     (folder / "metadata.jsonl").write_text('{"file_name": "gone.wav"}\n')
-    rows = audit(folder)
+    rows = audit_rows(folder)
     assert codes(rows["metadata.jsonl:1"]) == {"damaged_source"}
     assert is_rejected(rows["metadata.jsonl:1"])
 
@@ -231,7 +232,7 @@ def test_an_audit_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(
         "sa3train.data.audit.audit.audit_clip", lambda clip, rules: seen.append(clip.source) or audit_clip(clip, rules)
     )
-    run_audit(clips, RULES, journal, journal_stamps([journal]), threads=1)
+    run_audit(clips, RULES, journal, read_stamps([journal]), threads=1)
     assert seen == ["2.wav", "3.wav", "4.wav"]
     index = AuditIndex([journal], {clip.source: clip.stamp for clip in clips})
     assert index.sources == [f"{number}.wav" for number in range(5)]
@@ -243,8 +244,8 @@ def test_a_changed_clip_is_audited_again(tmp_path: Path) -> None:
     run_audit(list_source(str(folder)).clips, RULES, journal, {})
     write_clip(folder / "a.wav", noise(0.7), "after")
     clips = list_source(str(folder)).clips
-    run_audit(clips, RULES, journal, journal_stamps([journal]))
-    (row,) = AuditIndex([journal], {clip.source: clip.stamp for clip in clips}).rows()
+    run_audit(clips, RULES, journal, read_stamps([journal]))
+    (row,) = AuditIndex([journal], {clip.source: clip.stamp for clip in clips}).iterate_rows()
     assert row["caption"] == "after"
     assert row["seconds"] == pytest.approx(0.7)
 
@@ -253,22 +254,32 @@ def test_reports(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     write_clip(folder / "good.wav", noise(2.0), "x")
     write_clip(folder / "bad <b>.wav", silence(1.0), "y & z")
-    rows = list(audit(folder).values())
-    summary = write_audit(tmp_path / "out", str(folder), rows)
+    rows = list(audit_rows(folder).values())
+    summary = write_audit_report(tmp_path / "out", str(folder), rows)
     written = json.loads((tmp_path / "out" / "audit.json").read_text())
     assert [row["source"] for row in written["clips"]] == ["bad <b>.wav", "good.wav"]
     assert written["summary"]["rejected"] == 1
     assert written["summary"]["seconds"] == 2.0
     assert written["summary"]["findings"]["silent"] == {
-        "clips": 1, "severity": "error", "remedy": KINDS["silent"].remedy,
+        "clips": 1, "severity": "error", "remedy": FINDING_TYPES["silent"].remedy,
     }  # fmt: skip
     page = (tmp_path / "out" / "audit.html").read_text()
     assert page.count("<svg") == 2
     assert "bad &lt;b&gt;.wav" in page
     assert "y &amp; z" in page
     assert "http" not in page.replace("http-equiv", ""), "nothing is fetched from elsewhere"
-    table = summary.table()
+    table = summary.format_table()
     assert "2 clips, 1 rejected" in table
     assert "silent throughout" in table
-    assert KINDS["silent"].remedy in table
-    assert "nothing amiss" in Summary("empty").table()
+    assert FINDING_TYPES["silent"].remedy in table
+    assert "no problems" in AuditSummary("empty").format_table()
+
+
+@pytest.mark.parametrize("name", ["CAPTION_FIELDS", "MAX_TAG_LENGTH", "LIMITS", "FINDING_TYPES"])
+def test_the_version_follows_what_it_guards(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    before = audit.compute_audit_version()
+    assert before == audit.compute_audit_version()
+    changes = {"CAPTION_FIELDS": ("text",), "MAX_TAG_LENGTH": 100}
+    changed = changes[name] if name in changes else dict(list(getattr(audit, name).items())[1:])
+    monkeypatch.setattr(audit, name, changed)
+    assert audit.compute_audit_version() != before

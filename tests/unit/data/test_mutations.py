@@ -12,14 +12,13 @@ import pytest
 import soundfile
 
 from helpers.audio import noise
-from sa3train.data.audit.audit import Rules
-from sa3train.data.encode.encode import encode_source
+from helpers.shards import mutate
+from sa3train.data.audit.audit import AuditRules
+from sa3train.data.encode.encode import encode_dataset
 from sa3train.data.encode.encoder import Encoder
-from sa3train.data.encode.plan import EncodeSettings
+from sa3train.data.encode.settings import EncodeSettings
 from sa3train.data.shards.reader import LatentStore
 from sa3train.data.sources.listing import list_source
-
-from .test_shards import mutated
 
 LONGEST_SECONDS = 2.0
 KINDS: list[tuple[str, str, str | None]] = [
@@ -40,11 +39,11 @@ def encoded(kind: str, subtype: str | None, seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def mutated_header(content: bytes, chance: random.Random) -> bytes:
+def mutated_header(content: bytes, rng: random.Random) -> bytes:
     """A few bytes of the first 64 changed: where sizes, rates and channel counts stand."""
     out = bytearray(content)
-    for _ in range(chance.randint(1, 4)):
-        out[chance.randrange(min(64, len(out)))] = chance.choice((0, 1, 127, 128, 255, chance.randrange(256)))
+    for _ in range(rng.randint(1, 4)):
+        out[rng.randrange(min(64, len(out)))] = rng.choice((0, 1, 127, 128, 255, rng.randrange(256)))
     return bytes(out)
 
 
@@ -60,7 +59,7 @@ def sources_listed(out: Path) -> set[str]:
 def slowest(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """Seconds of processor time that each clip takes in the audit and in loading for the autoencoder."""
     import sa3train.data.audit.audit as audit
-    from sa3train.data.encode.pipeline import EncodeRun
+    from sa3train.data.encode.pipeline import EncodePipeline
 
     taken: list[float] = []
 
@@ -74,10 +73,11 @@ def slowest(monkeypatch: pytest.MonkeyPatch) -> list[float]:
         return run
 
     monkeypatch.setattr(audit, "audit_clip", timed(audit.audit_clip))
-    monkeypatch.setattr(EncodeRun, "_load", timed(EncodeRun._load))
+    monkeypatch.setattr(EncodePipeline, "_load", timed(EncodePipeline._load))
     return taken
 
 
+@pytest.mark.slow
 def test_1000_mutated_audio_files(
     tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,24 +85,25 @@ def test_1000_mutated_audio_files(
     source.mkdir()
     originals = [encoded(kind, subtype, seed) for seed, (_, kind, subtype) in enumerate(KINDS)]
     for seed in range(1000):
-        chance, (suffix, _, _) = random.Random(seed), KINDS[seed % len(KINDS)]
-        change = mutated_header if chance.random() < 0.4 else mutated
-        (source / f"{seed:04d}{suffix}").write_bytes(change(originals[seed % len(KINDS)], chance))
+        rng, (suffix, _, _) = random.Random(seed), KINDS[seed % len(KINDS)]
+        change = mutated_header if rng.random() < 0.4 else mutate
+        (source / f"{seed:04d}{suffix}").write_bytes(change(originals[seed % len(KINDS)], rng))
         (source / f"{seed:04d}.txt").write_text("damaged")
     taken = slowest(monkeypatch)
-    encode_source(str(source), out, encoder, EncodeSettings(max_rejected=1.0, threads=1), Rules())
+    encode_dataset(str(source), out, encoder, EncodeSettings(max_rejected=1.0, threads=1), AuditRules())
     listed = sources_listed(out)
     store = LatentStore(out)
-    stored = {record["source"] for _, record in store.records()}
+    stored = {record["source"] for _, record in store.iterate_records()}
     assert len(stored) + len(listed) == 1000
     assert not stored & listed
     assert len(listed) > 200
     assert len(stored) > 200
     assert len(taken) >= 1000
     assert max(taken) < LONGEST_SECONDS
-    assert all(np.isfinite(store.latent(row)).all() for row in range(len(store)))
+    assert all(np.isfinite(store.read_latents(row)).all() for row in range(len(store)))
 
 
+@pytest.mark.slow
 def test_500_mutated_tars(tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "set"
     source.mkdir()
@@ -117,15 +118,15 @@ def test_500_mutated_tars(tmp_path: Path, encoder: Encoder, monkeypatch: pytest.
     clips = problems = 0
     for seed in range(500):
         path = source / f"{seed:03d}.tar"
-        path.write_bytes(mutated(whole, random.Random(seed)))
+        path.write_bytes(mutate(whole, random.Random(seed)))
         started = time.thread_time()
         listing = list_source(str(path))
         listings.append(time.thread_time() - started)
         clips, problems = clips + len(listing.clips), problems + len(listing.problems)
         assert len(listing.clips) == 3 or listing.problems or listing.skipped, "what is missing is named"
     out = tmp_path / "out"
-    encode_source(str(source), out, encoder, EncodeSettings(max_rejected=1.0, threads=1), Rules())
-    stored = {record["source"] for _, record in LatentStore(out).records()}
+    encode_dataset(str(source), out, encoder, EncodeSettings(max_rejected=1.0, threads=1), AuditRules())
+    stored = {record["source"] for _, record in LatentStore(out).iterate_records()}
     listed = sources_listed(out)
     assert not stored & listed
     assert len(stored) + len(listed) == clips + problems

@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from helpers.golden import GOLDEN
+from helpers.shards import make_store
 from sa3train.data.loading.datamodule import LatentDataModule
-from sa3train.data.shards.index import SILENCE, build_index
-from sa3train.data.shards.writer import ShardWriter
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
 
 LENGTHS = [5, 9, 12, 3, 7, 20, 4, 11, 6, 8]
@@ -24,16 +23,8 @@ def model(request: pytest.FixtureRequest) -> StableAudio3:
 def batch(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A packed batch of two rows from shards of random latents."""
     folder = tmp_path_factory.mktemp("packed")
-    chance = np.random.default_rng(0)
-    with ShardWriter(folder, "train") as writer:
-        for number, frames in enumerate(LENGTHS):
-            key = f"clip-{number}"
-            record = {"key": key, "clip": key, "view": "original", "caption": f"sound {number}", "tags": {}}
-            seconds = frames * 4096 / 44100
-            writer.add(chance.standard_normal((64, frames)), {**record, "source": key, "seconds": seconds})
-    np.save(folder / SILENCE, np.zeros((64, 16), np.float16))
-    made_by = {"name": "x", "fingerprint": "0" * 64, "sample_rate": 44100, "downsampling_ratio": 4096}
-    build_index(folder, {"model": made_by}, {})
+    rng = np.random.default_rng(0)
+    make_store(folder, LENGTHS, make=lambda frames, _: rng.standard_normal((64, frames)), channels=64)
     loader = LatentDataModule(str(folder), 2, pack_frames=48, seed=1).train_dataloader()
     found: dict[str, Any] = next(iter(loader))
     return found
@@ -50,7 +41,7 @@ def test_outputs_and_loss_equal_the_clips_one_by_one(model: StableAudio3, batch:
     x_BCT = (1 - t_BT[:, None]) * latents_BCT + t_BT[:, None] * noise_BCT
     local_BCT = torch.cat((torch.zeros_like(x_BCT[:, :1]), torch.zeros_like(x_BCT)), dim=1)
     with torch.no_grad():
-        given = model.conditioner(batch["prompts"], batch["seconds_total_B"])
+        given = model.conditioner(batch["prompts"], batch["seconds_total_S"])
         packed_BCT = model.dit(
             x_BCT,
             t_S,
@@ -62,7 +53,7 @@ def test_outputs_and_loss_equal_the_clips_one_by_one(model: StableAudio3, batch:
         for clip in range(clips):
             row = int(torch.nonzero((ids_BT == clip).any(dim=1))[0, 0])
             frames = ids_BT[row] == clip
-            alone = model.conditioner([batch["prompts"][clip]], batch["seconds_total_B"][clip : clip + 1])
+            alone = model.conditioner([batch["prompts"][clip]], batch["seconds_total_S"][clip : clip + 1])
             alone_1CT = model.dit(
                 x_BCT[row : row + 1, :, frames],
                 t_S[clip : clip + 1],
@@ -78,7 +69,7 @@ def test_outputs_and_loss_equal_the_clips_one_by_one(model: StableAudio3, batch:
 
 def test_a_clip_never_sees_its_neighbours(model: StableAudio3, batch: dict[str, Any]) -> None:
     ids_BT = batch["segment_ids_BT"]
-    given = model.conditioner(batch["prompts"], batch["seconds_total_B"])
+    given = model.conditioner(batch["prompts"], batch["seconds_total_S"])
     conditions = {"cross_attn_cond_BLD": given.cross_attn_cond_BLD, "global_cond_BD": given.global_cond_BD}
     changed_BCT = batch["latents_BCT"].clone()
     others = ids_BT != 0

@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from sa3train.core.errors import ConfigError, DataError
-from sa3train.data.loading.prompts import PromptBuilder, PromptSettings, Template, distinct_prompts, fields_of, fill
+from sa3train.data.loading.prompts import (
+    PromptBuilder,
+    PromptSettings,
+    Template,
+    fill_template,
+    list_distinct_prompts,
+    list_template_fields,
+)
 
 RECORD: dict[str, Any] = {
     "caption": "warm pad, slow, in A minor",
@@ -25,7 +32,7 @@ def builder(**settings: Any) -> PromptBuilder:
 
 
 def many(make: PromptBuilder, record: dict[str, Any] = RECORD, count: int = 2000) -> Counter[str]:
-    return Counter(make(record, random.Random(seed)) for seed in range(count))
+    return Counter(make.build(record, random.Random(seed)) for seed in range(count))
 
 
 def test_the_caption_as_it_is() -> None:
@@ -55,10 +62,10 @@ def test_weights_are_kept() -> None:
 def test_templates_that_a_clip_cannot_fill_are_left_to_others() -> None:
     make = builder(templates=["{caption}", "{genre} {bpm}"])
     assert many(make, BARE, 50) == {"a kick": 50}
-    assert fill("{path[7]}", {"path": ("a",)}) is None
-    assert fill("{genre[0]}", {"genre": "x"}) is None
+    assert fill_template("{path[7]}", {"path": ("a",)}) is None
+    assert fill_template("{genre[0]}", {"genre": "x"}) is None
     with pytest.raises(DataError, match=r"fits kick\.wav"):
-        builder(templates=["{genre}"])(BARE, random.Random(0))
+        builder(templates=["{genre}"]).build(BARE, random.Random(0))
 
 
 def test_the_trigger_has_its_probability_and_place() -> None:
@@ -97,31 +104,31 @@ def test_captions_are_dropped_whole() -> None:
 
 def test_equal_seeds_give_equal_prompts() -> None:
     make = builder(shuffle_tags=True, tag_dropout=0.5, caption_dropout=0.1, trigger="x", trigger_probability=0.5)
-    assert [make(RECORD, random.Random(s)) for s in range(50)] == [make(RECORD, random.Random(s)) for s in range(50)]
+    assert many(make, count=50) == many(make, count=50)
 
 
 def test_held_out_clips_have_one_prompt() -> None:
     make = builder(
         templates=[("{genre}", 1.0), ("{caption}", 2.0)], shuffle_tags=True, trigger="x", trigger_probability=0.5
     )
-    assert make.fixed(RECORD) == "x, warm pad, slow, in A minor"
-    assert make.fixed(BARE) == "x, a kick"
+    assert make.build_fixed(RECORD) == "x, warm pad, slow, in A minor"
+    assert make.build_fixed(BARE) == "x, a kick"
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"templates": ()}, "at least one template"),
-        ({"templates": (Template("{caption"),)}, "lone '{'"),
-        ({"templates": (Template("caption}"),)}, "lone '}'"),
-        ({"templates": (Template("{caption}", 0),)}, "more than 0"),
+        ({"templates": (Template("{caption"),)}, "single '{'"),
+        ({"templates": (Template("caption}"),)}, "single '}'"),
+        ({"templates": (Template("{caption}", 0),)}, "weight 0"),
         ({"trigger_probability": 0.5}, "without a trigger"),
         ({"trigger_position": "back"}, "without a trigger"),
         ({"trigger": "x", "trigger_probability": 0.0}, "no effect"),
-        ({"trigger": "x", "trigger_position": "middle"}, "front or back"),
-        ({"tag_dropout": 1.5}, "from 0 to 1"),
-        ({"caption_dropout": -0.1}, "from 0 to 1"),
-        ({"keep_tags": 2}, "keep_tags needs"),
+        ({"trigger": "x", "trigger_position": "middle"}, "trigger_position"),
+        ({"tag_dropout": 1.5}, "tag_dropout"),
+        ({"caption_dropout": -0.1}, "caption_dropout"),
+        ({"keep_tags": 2}, "keep_tags"),
         ({"shuffle_tags": True, "separator": ""}, "need a separator"),
         ({"shuffle_tags": True, "templates": (Template("{genre}"),)}, r"no template contains \{caption\}"),
     ],
@@ -154,13 +161,13 @@ def test_settings_with_effect_pass() -> None:
 
 def test_all_prompts_are_listed_when_they_are_finite() -> None:
     make = builder(templates=["{caption}", "{genre}"], trigger="x", trigger_probability=0.5, caption_dropout=0.1)
-    listed = distinct_prompts(make, [RECORD, BARE])
+    listed = list_distinct_prompts(make, [RECORD, BARE])
     assert listed is not None
-    drawn = set(many(make)) | set(many(make, BARE)) | {make.fixed(RECORD), make.fixed(BARE)}
+    drawn = set(many(make)) | set(many(make, BARE)) | {make.build_fixed(RECORD), make.build_fixed(BARE)}
     assert drawn == set(listed)
-    assert distinct_prompts(builder(trigger="x"), [BARE]) == ["x, a kick"]
-    assert distinct_prompts(builder(tag_dropout=0.1), [RECORD]) is None
+    assert list_distinct_prompts(builder(trigger="x"), [BARE]) == ["x, a kick"]
+    assert list_distinct_prompts(builder(tag_dropout=0.1), [RECORD]) is None
 
 
 def test_fields_are_found() -> None:
-    assert fields_of("{{no}} {caption}, {path[0]} {big key}") == {"caption", "path", "big key"}
+    assert list_template_fields("{{no}} {caption}, {path[0]} {big key}") == {"caption", "path", "big key"}

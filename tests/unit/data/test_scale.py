@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 CLIPS, MOST_GIGABYTES = 1_000_000, 2.0
 
 PROGRAM = """
@@ -12,10 +14,10 @@ import json, sys, time
 from pathlib import Path
 import numpy as np
 from sa3train.data.audit.audit import AuditIndex
-from sa3train.data.loading.sampler import Planner, Shape
-from sa3train.data.loading.loader import Clips
+from sa3train.data.loading.sampler import BatchSampler, BatchShape
+from sa3train.data.loading.loader import SplitClips
 from sa3train.data.sources.listing import list_source
-from sa3train.data.encode.plan import held_out
+from sa3train.data.encode.plan import select_heldout
 from sa3train.data.shards.reader import LatentStore
 from sa3train.data.loading.sampler import ClipStream, SourceSize
 
@@ -30,8 +32,8 @@ def lap(name):
 with (root / "metadata.jsonl").open("w") as file:
     for n in range(count):
         file.write(f'{{"path": "/far/away/{n:07d}.wav", "caption": "clip number {n}", "bpm": {60 + n % 120}}}\\n')
-chance = np.random.default_rng(0)
-content, prints = chance.bytes(32 * count).hex(), chance.bytes(30 * count).hex()
+rng = np.random.default_rng(0)
+content, prints = rng.bytes(32 * count).hex(), rng.bytes(30 * count).hex()
 with (root / "audit.jsonl").open("w") as file:
     for n in range(count):
         c = n - 1 if n % 50 == 49 else n  # one in fifty is a copy
@@ -47,29 +49,30 @@ for s in range(shards):
     with (root / f"{name}.jsonl").open("w") as file:
         for n in range(s * share, (s + 1) * share):
             file.write(
-                f'{{"record": {{"key": "k{n:07d}-0123456789ab", "clip": "k{n:07d}-0123456789ab", "view": "original", '
-                f'"caption": "clip {n}", "tags": {{}}, "source": "far/{n:07d}.wav", "seconds": 10.0, "frames": 108, '
-                f'"crc32": {n}}}, "npy_at": 512, "npy_size": 55424, "json_at": 56832, "json_size": 400}}\\n'
+                f'{{"record": {{"key": "k{n:07d}-0123456789ab", "clip": "k{n:07d}-0123456789ab", '
+                f'"augmentation": "original", "caption": "clip {n}", "tags": {{}}, "source": "far/{n:07d}.wav", '
+                f'"seconds": 10.0, "frames": 108, '
+                f'"crc32": {n}}}, "npy_offset": 512, "npy_size": 55424, "json_offset": 56832, "json_size": 400}}\\n'
             )
     described.append(
         {"file": f"{name}.tar", "listing": f"{name}.jsonl", "split": "train", "clips": share, "bytes": 1, "sha256": "0"}
     )
-index = {"format": "sa3train-latents", "version": 1, "model": {}, "splits": {}, "manifest": "", "shards": described}
+index = {"format": "sa3train-latents", "version": 2, "model": {}, "splits": {}, "manifest": "", "shards": described}
 (root / "index.json").write_text(json.dumps(index))
 lap("writing")
 wanted = {clip.source: str(n) for n, clip in enumerate(list_source(str(root / "metadata.jsonl")).clips)}
 lap("manifest")
 audit = AuditIndex([root / "audit.jsonl"], wanted)
 lap("audit index")
-held = held_out(0.05, audit.sources, audit.content, audit.families(), ~audit.rejected)
+held = select_heldout(0.05, audit.sources, audit.content, audit.find_groups(), ~audit.rejected)
 copies = int((audit.original != np.arange(count)).sum())
 parted = int((held != held[audit.original]).sum())
 lap("split")
 del audit, wanted
-clips = Clips(LatentStore(root, verify="none"), "train")
+clips = SplitClips(LatentStore(root, verify="none"), "train")
 lap("shard listing")
 stream = ClipStream([SourceSize(len(clips))], 0)
-Planner(stream, [clips.lengths(None)], Shape(16, 8, 3), 0).plan(1)
+BatchSampler(stream, [clips.compute_lengths(None)], BatchShape(16, 8, 3)).plan_window(1)
 lap("first batches")
 # VmHWM, not ru_maxrss: that one keeps the peak of the process which started this one.
 peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1e6
@@ -78,6 +81,7 @@ print(json.dumps({**result, "times": times}))
 """
 
 
+@pytest.mark.slow
 def test_a_million_rows(tmp_path: Path) -> None:
     command = [sys.executable, "-c", PROGRAM, str(tmp_path), str(CLIPS)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

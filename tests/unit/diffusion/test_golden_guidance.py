@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from helpers.golden import DEVICE, GOLDEN, GoldenSet
-from sa3train.diffusion.guidance import Condition, Guidance, guided_velocity
+from sa3train.diffusion.guidance import Condition, Guidance, compute_guided_velocity
 from sa3train.models.checkpoint import load_checkpoint
 from sa3train.models.dit import DiT
 
@@ -36,7 +36,7 @@ def test_guided_velocity(which: str, case: str) -> None:
     if "cfg_interval" in settings:
         settings["cfg_interval"] = tuple(settings["cfg_interval"])
     with torch.no_grad():
-        velocity = guided_velocity(dit(which), tensors["x"], tensors["t"], condition, Guidance(**settings))
+        velocity = compute_guided_velocity(dit(which), tensors["x"], tensors["t"], condition, Guidance(**settings))
     difference = (velocity - tensors["velocity"]).abs()
     if "padding_mask" in tensors:
         difference = difference * tensors["padding_mask"][:, None]

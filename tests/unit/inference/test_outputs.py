@@ -11,10 +11,10 @@ import torch
 from helpers.audio import tone
 from sa3train.audio.io import read_audio
 from sa3train.core import files
-from sa3train.core.errors import AudioError, RequestError, SA3Error
-from sa3train.core.files import sha256_of
-from sa3train.inference.outputs import GenerationOutput, check_output, output_paths
-from sa3train.inference.sidecar import read_record
+from sa3train.core.errors import AudioError, GenerationError, SA3Error
+from sa3train.core.files import hash_file
+from sa3train.inference.outputs import GenerationOutput, check_output, list_output_paths
+from sa3train.inference.sidecar import read_sidecar
 
 
 def output(count: int = 1) -> GenerationOutput:
@@ -25,7 +25,7 @@ def output(count: int = 1) -> GenerationOutput:
 def test_one_item_goes_to_the_path_with_a_sidecar(tmp_path: Path) -> None:
     assert output().save(tmp_path / "new" / "a.wav") == [tmp_path / "new" / "a.wav"]
     sidecar = json.loads((tmp_path / "new" / "a.json").read_text())
-    assert sidecar["sha256"] == sha256_of(tmp_path / "new" / "a.wav")
+    assert sidecar["sha256"] == hash_file(tmp_path / "new" / "a.wav")
     assert (sidecar["file"], sidecar["item"], sidecar["seed"], sidecar["settings"]) == ("a.wav", 0, 5, {"steps": 8})
     assert sidecar["seconds"] == pytest.approx(0.1)
 
@@ -38,7 +38,7 @@ def test_a_batch_is_numbered_and_each_item_keeps_its_length(tmp_path: Path) -> N
 
 
 def test_without_a_suffix_it_is_wav(tmp_path: Path) -> None:
-    assert output_paths(tmp_path / "take", 1) == [tmp_path / "take.wav"]
+    assert list_output_paths(tmp_path / "take", 1) == [tmp_path / "take.wav"]
 
 
 def test_one_item_of_a_batch_can_be_kept_alone(tmp_path: Path) -> None:
@@ -48,16 +48,16 @@ def test_one_item_of_a_batch_can_be_kept_alone(tmp_path: Path) -> None:
 
 def test_folders_that_cannot_be_written_are_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(RequestError, match="is not a folder you may write to"):
+    with pytest.raises(GenerationError, match="not a writable folder"):
         check_output(tmp_path / "file" / "a.wav")
     (tmp_path / "a.wav").mkdir()
-    with pytest.raises(RequestError, match="it is a folder"):
+    with pytest.raises(GenerationError, match="it is a folder"):
         check_output(tmp_path / "a.wav")
 
 
 def test_a_read_only_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sa3train.inference.outputs.os.access", lambda path, mode: False)
-    with pytest.raises(RequestError, match="may write to"):
+    with pytest.raises(GenerationError, match="not a writable folder"):
         output().save(tmp_path / "a.wav")
     assert list(tmp_path.iterdir()) == []
 
@@ -70,7 +70,7 @@ def test_kinds_that_cannot_be_written_are_refused_before_any_work(tmp_path: Path
 
 def test_a_json_that_is_no_sidecar_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_text('{"mine": 1}')
-    with pytest.raises(RequestError, match=r"would overwrite .*a\.json"):
+    with pytest.raises(GenerationError, match=r"would overwrite .*a\.json"):
         output().save(tmp_path / "a.wav")
     assert not (tmp_path / "a.wav").exists()
 
@@ -98,11 +98,11 @@ def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         ("not json", "cannot be read as a sidecar"),
         ("[1]", "is not a sidecar"),
         ('{"made_by": "sa3train", "format": 99}', "has format 99"),
-        ('{"made_by": "sa3train", "format": 1}', "is not whole: file, item"),
+        ('{"made_by": "sa3train", "format": 1}', "incomplete: file, item"),
     ],
 )
 def test_what_is_no_sidecar_is_refused(tmp_path: Path, content: Any, message: str) -> None:
     if content is not None:
         (tmp_path / "a.json").write_text(content)
-    with pytest.raises(RequestError, match=message):
-        read_record(tmp_path / "a.json")
+    with pytest.raises(GenerationError, match=message):
+        read_sidecar(tmp_path / "a.json")

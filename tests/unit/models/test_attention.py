@@ -39,9 +39,18 @@ def inputs(queries: tuple[int, int], keys: tuple[int, int]) -> tuple[Tensor, Ten
 
 
 def emulated_kernel(
-    q: Tensor, k: Tensor, v: Tensor, bounds_q: Tensor, bounds_k: Tensor, longest_q: int, longest_k: int, radius: int
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds_q: Tensor,
+    bounds_k: Tensor,
+    longest_q: int,
+    longest_k: int,
+    *,
+    window_size: tuple[int, int],
 ) -> Tensor:
     """What the CUDA kernels promise, on the CPU: sequence i of the queries sees sequence i of the keys."""
+    radius = window_size[0]
     assert q.ndim == k.ndim == v.ndim == 3
     assert bounds_q.dtype == bounds_k.dtype == torch.int32
     assert len(bounds_q) == len(bounds_k)
@@ -61,8 +70,7 @@ def emulated_kernel(
 @pytest.mark.parametrize("backend", ["sdpa", "varlen", "flash"])
 @pytest.mark.parametrize("case", CASES)
 def test_backend_equals_reference(case: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("varlen", "flash"):
-        monkeypatch.setitem(attention.VARLEN_KERNELS, name, emulated_kernel)
+    monkeypatch.setattr(attention, "_load_kernel", lambda name: emulated_kernel)
     queries, keys, pattern = CASES[case]
     tensors = inputs(queries, keys)
     weight = torch.randn(*queries, 2, 64, generator=torch.Generator().manual_seed(1))
@@ -96,15 +104,15 @@ def test_blocks_of_products_equal_reference(case: str, scores: int, monkeypatch:
 
 
 def test_blocks_are_for_bf16_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(attention, "_has_cpu_bf16", lambda: True)
+    monkeypatch.setattr(attention, "has_bf16_instructions", lambda: True)
     q = torch.zeros(1, 1, 1, 64)
     with torch.no_grad():
-        assert attention.preferred_backend(q.bfloat16(), None) == "blocked"
-        assert attention.preferred_backend(q, None) == "sdpa"
-    assert attention.preferred_backend(q.bfloat16(), None) == "sdpa"
-    monkeypatch.setattr(attention, "_has_cpu_bf16", lambda: False)
+        assert attention.choose_backend(q.bfloat16(), None) == "blocked"
+        assert attention.choose_backend(q, None) == "sdpa"
+    assert attention.choose_backend(q.bfloat16(), None) == "sdpa"
+    monkeypatch.setattr(attention, "has_bf16_instructions", lambda: False)
     with torch.no_grad():
-        assert attention.preferred_backend(q.bfloat16(), None) == "sdpa"
+        assert attention.choose_backend(q.bfloat16(), None) == "sdpa"
 
 
 def test_a_row_does_not_depend_on_the_lengths_of_others() -> None:
@@ -123,7 +131,7 @@ def test_padding_is_never_seen() -> None:
 
 def test_no_gradient_after_inference_mode_is_lost() -> None:
     """Index tensors that a first call under inference mode leaves in the cache serve training too."""
-    attention.window_blocks.cache_clear()
+    attention._build_window_blocks.cache_clear()
     q, k, v = inputs((1, 100), (1, 100))
     with torch.inference_mode():
         attend(q.detach(), k.detach(), v.detach(), Window((100,), 5))
@@ -141,7 +149,7 @@ def test_patterns_that_do_not_fit_are_refused() -> None:
 
 
 def test_force_backend_ends_with_its_block() -> None:
-    assert attention.preferred_backend(torch.zeros(1, 1, 1, 64), Window((1,), 1)) == "sdpa"
+    assert attention.choose_backend(torch.zeros(1, 1, 1, 64), Window((1,), 1)) == "sdpa"
     with force_backend("reference"):
         assert attention._FORCED.get() == "reference"
     assert attention._FORCED.get() is None

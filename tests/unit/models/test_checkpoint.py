@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from helpers.golden import GOLDEN
 from sa3train.core.errors import CheckpointError
 from sa3train.models.checkpoint import load_autoencoder, load_checkpoint
-from sa3train.models.weight_files import read_tensors
+from sa3train.models.weight_files import iterate_tensors
 
 PLAIN = GOLDEN / "plain"
 
@@ -56,7 +56,7 @@ def test_facts_of_a_loaded_model() -> None:
     assert (model.name, model.path, model.sibling) == ("plain", PLAIN, None)
     assert (model.sample_rate, model.objective) == (44100, "rectified_flow")
     assert (model.latent_channels, model.downsampling_ratio, model.max_frames) == (64, 4096, 1292)
-    assert not any(weight.requires_grad for weight in model.adaptable().parameters())
+    assert not any(weight.requires_grad for weight in model.get_adapter_root().parameters())
     assert not model.dit.training
 
 
@@ -65,9 +65,9 @@ def test_only_the_asked_parts_are_loaded() -> None:
     assert model.dit is not None
     assert model.conditioner is None
     assert model.autoencoder is None
-    with pytest.raises(ValueError, match=r"adapters need parts=\('dit', 'conditioner'\)"):
-        model.adaptable()
-    with pytest.raises(ValueError, match="parts \\['vae'\\] do not exist"):
+    with pytest.raises(ValueError, match=r"parts=\('dit', 'conditioner'\)"):
+        model.get_adapter_root()
+    with pytest.raises(ValueError, match="vae"):
         load_checkpoint(PLAIN, parts=("vae",))
 
 
@@ -100,7 +100,7 @@ def test_loading_in_the_stored_precision_maps_the_file_and_never_writes_it(copy:
 def test_reading_in_windows_gives_every_tensor_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sa3train.models.weight_files._RELEASE_AFTER", 100_000)
     state = load_file(PLAIN / "model.safetensors")
-    found = list(read_tensors(PLAIN / "model.safetensors", sorted(state), "cpu", torch.float64))
+    found = list(iterate_tensors(PLAIN / "model.safetensors", sorted(state), "cpu", torch.float64))
     assert [name for name, _ in found] == sorted(state)
     assert all(torch.equal(tensor, state[name].double()) for name, tensor in found)
 
@@ -112,7 +112,7 @@ def test_a_standalone_autoencoder_is_the_same_one(tmp_path: Path) -> None:
     assert torch.equal(alone.encode(audio), inside.encode(audio))
     assert alone.fingerprint() == inside.fingerprint() == load_checkpoint(PLAIN).autoencoder.fingerprint()
     assert load_checkpoint(PLAIN, parts=("autoencoder",)).autoencoder.chunked is False
-    with pytest.raises(CheckpointError, match="stand-alone autoencoder: it encodes and decodes but generates nothing"):
+    with pytest.raises(CheckpointError, match="is a stand-alone autoencoder"):
         load_checkpoint(folder)
 
 
@@ -137,14 +137,14 @@ def test_fingerprints_know_the_weights_and_not_the_file(copy: Path) -> None:
 
 
 def test_the_encoder_is_read_when_it_is_first_needed(copy: Path) -> None:
-    whole, later = load_checkpoint(copy).autoencoder, load_checkpoint(copy, encoder_later=True).autoencoder
+    whole, later = load_checkpoint(copy).autoencoder, load_checkpoint(copy, lazy_encoder=True).autoencoder
     audio_BCN, latents_BCT = torch.randn(1, 2, 4 * 4096), torch.randn(1, whole.latent_channels, 6)
     assert torch.equal(later.decode(latents_BCT, noise=False), whole.decode(latents_BCT, noise=False))
     assert all(tensor.is_meta for tensor in later.encoder.parameters()), "decoding reads no encoder"
     assert later.fingerprint() == whole.fingerprint()
     assert torch.equal(later.encode(audio_BCN, noise=False), whole.encode(audio_BCN, noise=False))
     assert not any(tensor.is_meta or tensor.requires_grad for tensor in later.state_dict().values())
-    gone = load_checkpoint(copy, encoder_later=True).autoencoder
+    gone = load_checkpoint(copy, lazy_encoder=True).autoencoder
     (copy / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match="is missing"):
         gone.encode(audio_BCN)
@@ -177,7 +177,7 @@ def test_a_missing_file_is_named(copy: Path) -> None:
 def test_a_truncated_file_is_told(copy: Path, keep: int) -> None:
     weights = copy / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=r"not a whole safetensors file.*download or copy it again"):
+    with pytest.raises(CheckpointError, match=r"not a complete safetensors file.*download or copy it again"):
         load_checkpoint(copy)
 
 

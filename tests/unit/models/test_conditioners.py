@@ -27,16 +27,16 @@ def test_the_text_encoder_is_never_a_submodule(model: StableAudio3) -> None:
     conditioner = model.conditioner
     names = [f"conditioners.{name}" for name, _ in conditioner.conditioners.named_parameters()]
     conditioner(["a hum"], [3.0])
-    assert conditioner.text_encoder.loaded
+    assert conditioner.text_encoder.is_loaded
     assert names == [
         "conditioners.prompt.padding_embedding",
         "conditioners.seconds_total.embedder.embedding.1.weight",
         "conditioners.seconds_total.embedder.embedding.1.bias",
     ]
     assert {name for name, _ in conditioner.named_parameters()} == set(names)
-    root = model.adaptable()
+    root = model.get_adapter_root()
     modules = dict(root.named_modules())
-    assert root is model.adaptable()
+    assert root is model.get_adapter_root()
     assert isinstance(modules["model.transformer.layers.0.self_attn.to_qkv"], torch.nn.Linear)
     assert isinstance(modules["conditioners.seconds_total.embedder.embedding.1"], torch.nn.Linear)
     assert not any("T5" in type(module).__name__ for module in modules.values())
@@ -46,7 +46,7 @@ def test_cached_embeddings_never_load_it() -> None:
     conditioner = load_checkpoint(PLAIN, parts=("conditioner",)).conditioner
     text = TextEmbedding.join([torch.randn(5, 768), torch.randn(0, 768), torch.randn(24, 768)])
     found = conditioner.condition(text, torch.tensor([1.0, 2.0, 3.0]))
-    assert not conditioner.text_encoder.loaded
+    assert not conditioner.text_encoder.is_loaded
     assert found.cross_attn_cond_BLD.shape == (3, 25, 768)
     assert found.prompt_mask_BL.sum(1).tolist() == [5, 0, 24]
     padding = conditioner.conditioners["prompt"].padding_embedding
@@ -69,8 +69,8 @@ def test_split_and_join_are_inverse_and_batching_changes_nothing(model: StableAu
 def test_long_prompts_can_be_told(model: StableAudio3) -> None:
     prompts = ["short", "x" * 24, "y" * 25]
     assert model.conditioner.max_length == 24
-    assert model.conditioner.token_counts(prompts) == [5, 24, 25]
-    assert model.conditioner.token_counts([]) == []
+    assert model.conditioner.count_tokens(prompts) == [5, 24, 25]
+    assert model.conditioner.count_tokens([]) == []
     assert model.conditioner.encode_prompts(prompts).mask_BL.sum(1).tolist() == [5, 24, 24]
 
 
@@ -143,7 +143,7 @@ def test_another_text_encoder_is_refused(tmp_path: Path) -> None:
 def test_release_gives_the_memory_back(model: StableAudio3) -> None:
     before = model.conditioner.encode_prompts(["bells"]).hidden_BLD
     model.conditioner.text_encoder.release()
-    assert not model.conditioner.text_encoder.loaded
+    assert not model.conditioner.text_encoder.is_loaded
     assert torch.equal(model.conditioner.encode_prompts(["bells"]).hidden_BLD, before)
 
 
@@ -155,7 +155,7 @@ def test_bf16_conditioner_over_an_fp32_text_encoder() -> None:
 
 
 def test_wrong_inputs_are_refused(model: StableAudio3) -> None:
-    with pytest.raises(ValueError, match="no prompt given"):
+    with pytest.raises(ValueError, match="prompts is empty"):
         model.conditioner.encode_prompts([])
     long = TextEmbedding(torch.zeros(1, 25, 768), torch.ones(1, 25, dtype=torch.bool))
     with pytest.raises(ValueError, match="do not fit 24 tokens"):

@@ -8,7 +8,7 @@ from helpers.golden import GOLDEN
 from sa3train.models.attention import force_backend
 from sa3train.models.checkpoint import load_checkpoint
 from sa3train.models.dit import DiT
-from sa3train.models.packing import packed_layout
+from sa3train.models.packing import make_packed_layout
 
 ROOT = GOLDEN
 LENGTHS = (17, 5, 1, 30)
@@ -102,7 +102,7 @@ def test_padding_is_not_looked_at(dit: DiT) -> None:
     for fill in (0.0, 1e3):
         x, local = (given[name][3].masked_fill(~mask[:, None], fill) for name in ("x", "local"))
         conditions = {"cross_attn_cond_BLD": given["context"][0], "global_cond_BD": given["globals"][0]}
-        outs.append(dit(x, given["t"][0], local_add_cond_BCT=local, padding_mask_BT=mask, **conditions)[..., :12])
+        outs.append(dit(x, given["t"][0], local_add_cond_BCT=local, attention_mask_BT=mask, **conditions)[..., :12])
     short = dit(given["x"][3][..., :12], given["t"][0], local_add_cond_BCT=given["local"][3][..., :12], **conditions)
     assert torch.equal(outs[0], outs[1])
     torch.testing.assert_close(outs[0], short, atol=1e-5, rtol=0)
@@ -112,13 +112,13 @@ def test_bad_masks_and_ids_are_refused(dit: DiT) -> None:
     x, t = torch.zeros(2, 64, 6), torch.zeros(2)
     conditions = {"cross_attn_cond_BLD": torch.zeros(2, 25, 768), "global_cond_BD": torch.zeros(2, 768)}
     with pytest.raises(ValueError, match="padding before real frames"):
-        dit(x, t, padding_mask_BT=torch.tensor([[0, 1, 1, 1, 1, 1], [1] * 6]), **conditions)
+        dit(x, t, attention_mask_BT=torch.tensor([[0, 1, 1, 1, 1, 1], [1] * 6]), **conditions)
     with pytest.raises(ValueError, match="does not fit 2 rows of 6 frames"):
-        dit(x, t, padding_mask_BT=torch.ones(2, 5), **conditions)
+        dit(x, t, attention_mask_BT=torch.ones(2, 5), **conditions)
     with pytest.raises(ValueError, match="several clips in a row need segment_ids"):
         dit(x[:1], t, **conditions)
     with pytest.raises(ValueError, match="not both"):
-        dit(x, t, padding_mask_BT=torch.ones(2, 6), segment_ids=torch.zeros(2, 6), **conditions)
+        dit(x, t, attention_mask_BT=torch.ones(2, 6), segment_ids=torch.zeros(2, 6), **conditions)
     for ids, message in (
         ([[0, 0, 2, -1]], r"-1\.\.1"),
         ([[0, 0, -2, 1]], r"-1\.\.1"),
@@ -127,7 +127,7 @@ def test_bad_masks_and_ids_are_refused(dit: DiT) -> None:
         ([[1, 1, 0, 0], [0, -1, -1, -1]], "within one row"),
     ):
         with pytest.raises(ValueError, match=message):
-            packed_layout(torch.tensor(ids), 2, 64, torch.device("cpu"))
+            make_packed_layout(torch.tensor(ids), 2, 64, torch.device("cpu"))
 
 
 def test_checkpointing_changes_nothing_but_memory(dit: DiT) -> None:

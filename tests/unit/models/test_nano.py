@@ -36,7 +36,7 @@ def test_it_is_small_and_shaped_as_released(model: StableAudio3) -> None:
     assert 8e6 < dit + parameters(model.autoencoder) < 12e6
     files = ("nano.safetensors", "nano-base.safetensors", "autoencoder.safetensors", "t5gemma/model.safetensors")
     assert sum((nano.ASSETS / name).stat().st_size for name in files) < 30e6
-    assert (model.latent_channels, model.downsampling_ratio, model.max_frames) == (nano.WIDTH, 4096, 1292)
+    assert (model.latent_channels, model.downsampling_ratio, model.max_frames) == (nano.LATENT_WIDTH, 4096, 1292)
     assert model.config.autoencoder.encoder.chunk_size == 32
     assert not model.config.dit.differential
     assert model.config.chunked
@@ -52,7 +52,7 @@ def test_both_models_and_their_relation(model: StableAudio3) -> None:
 @torch.inference_mode()
 def test_it_is_finite_and_audible(model: StableAudio3) -> None:
     generator = torch.Generator().manual_seed(0)
-    z = torch.randn(1, nano.WIDTH, 20, generator=generator)
+    z = torch.randn(1, nano.LATENT_WIDTH, 20, generator=generator)
     audio = model.autoencoder.decode(z, generator=generator)
     assert audio.isfinite().all()
     assert 0.01 < audio.std() < 1
@@ -64,7 +64,7 @@ def test_it_is_finite_and_audible(model: StableAudio3) -> None:
         torch.tensor([0.9, 0.1]),
         cross_attn_cond_BLD=condition.cross_attn_cond_BLD,
         global_cond_BD=condition.global_cond_BD,
-        local_add_cond_BCT=torch.zeros(2, nano.WIDTH + 1, 20),
+        local_add_cond_BCT=torch.zeros(2, nano.LATENT_WIDTH + 1, 20),
     )
     assert velocity.isfinite().all()
     assert 0.05 < velocity.std() < 5
@@ -73,7 +73,7 @@ def test_it_is_finite_and_audible(model: StableAudio3) -> None:
 def test_its_tokenizer_reads_every_byte(model: StableAudio3) -> None:
     text = "Größe 🎵 140 BPM\n"
     encoder: TextEncoder = model.conditioner.text_encoder
-    counts = model.conditioner.token_counts([text, "", "TrackType: Instrument, Instruments: Piano, BPM: 112"])
+    counts = model.conditioner.count_tokens([text, "", "TrackType: Instrument, Instruments: Piano, BPM: 112"])
     assert counts[1] == 0 < counts[2] < 20 < len(text.encode())
     assert (
         encoder.tokenizer.decode(encoder.tokenizer.encode(text, add_special_tokens=False).ids).strip() == text.strip()
@@ -87,12 +87,15 @@ def test_it_is_the_same_again_and_leaves_the_callers_stream_alone(
     torch.manual_seed(7)
     wanted = torch.randn(3)
     torch.manual_seed(7)
-    folder = nano.nano_folder("nano-base")
+    folder = nano.ensure_nano_folder("nano-base")
     assert torch.equal(torch.randn(3), wanted)
     first, second = (load_file(path / "model.safetensors") for path in (model.path, folder))
     assert all(torch.equal(first[name], second[name]) for name in first)
     for name in ("nano", "nano-base"):
-        texts = (load_file(nano.nano_folder(name) / "t5gemma" / "model.safetensors"), load_file(model.path / TEXT))
+        texts = (
+            load_file(nano.ensure_nano_folder(name) / "t5gemma" / "model.safetensors"),
+            load_file(model.path / TEXT),
+        )
         assert all(torch.equal(texts[0][key], texts[1][key]) for key in texts[1])
     assert (folder / "model.safetensors").stat().st_mode & 0o044 == 0o044
     assert (folder / "t5gemma" / "model.safetensors").stat().st_mode & 0o044 == 0o044
@@ -111,6 +114,7 @@ def write_assets(assets: Path, model: StableAudio3) -> dict[str, torch.Tensor]:
     return rest
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(tmp_path: Path, model: StableAudio3) -> None:
     write_assets(tmp_path / "assets", model)
     script = (
@@ -145,12 +149,12 @@ def test_an_unwritable_cache_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyP
     blocker.write_text("")
     monkeypatch.setenv("SA3TRAIN_CACHE", str(blocker / "cache"))
     with pytest.raises(SA3Error, match=r"cannot write nano to .*set SA3TRAIN_CACHE"):
-        nano.nano_folder("nano")
+        nano.ensure_nano_folder("nano")
 
 
 def test_an_installation_without_weights_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nano, "ASSETS", tmp_path)
-    with pytest.raises(SA3Error, match=r"holds no weights of nano\. Install sa3train again"):
+    with pytest.raises(SA3Error, match=r"contains no weights of nano\. Reinstall"):
         load_checkpoint("nano")
 
 

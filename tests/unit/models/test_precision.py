@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from helpers.golden import GOLDEN
-from sa3train.core.files import cache_dir
+from sa3train.core.files import get_cache_dir
 from sa3train.models import precision
 from sa3train.models.checkpoint import load_autoencoder
 
@@ -16,27 +16,27 @@ from sa3train.models.checkpoint import load_autoencoder
 def fresh() -> Iterator[None]:
     """Nothing remembered from other tests, and torch's setting as it was."""
     before, rounded = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    precision.cpu_gain.cache_clear()
-    precision.fast_fp32_products.cache_clear()
+    precision.get_bf16_speedup.cache_clear()
+    precision.enable_fast_fp32_matmul.cache_clear()
     yield
     torch.set_float32_matmul_precision(before)
     torch.backends.cudnn.allow_tf32 = rounded
-    precision.cpu_gain.cache_clear()
-    precision.fast_fp32_products.cache_clear()
+    precision.get_bf16_speedup.cache_clear()
+    precision.enable_fast_fp32_matmul.cache_clear()
 
 
 @pytest.mark.parametrize(("gain", "expected"), [(2.0, "bf16"), (1.3, "bf16"), (1.29, "fp32"), (0.1, "fp32")])
 def test_auto_takes_bf16_on_a_cpu_where_it_is_worth_while(
     gain: float, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "cpu_gain", lambda: gain)
-    name, why = precision.auto_precision(torch.device("cpu"))
+    monkeypatch.setattr(precision, "get_bf16_speedup", lambda: gain)
+    name, why = precision.choose_precision(torch.device("cpu"))
     assert name == expected
     assert f"{gain:.1f} times" in why
 
 
 def test_auto_is_fp32_where_nothing_is_measured() -> None:
-    assert precision.auto_precision(torch.device("mps"))[0] == "fp32"
+    assert precision.choose_precision(torch.device("mps"))[0] == "fp32"
 
 
 def test_the_gain_is_measured_once_per_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
@@ -47,48 +47,48 @@ def test_the_gain_is_measured_once_per_machine(monkeypatch: pytest.MonkeyPatch, 
         measured.append(2.5)
         return 2.5
 
-    monkeypatch.setattr(precision, "measure_gain", measure)
-    assert precision.cpu_gain() == 2.5
-    precision.cpu_gain.cache_clear()
-    assert precision.cpu_gain() == 2.5
+    monkeypatch.setattr(precision, "measure_bf16_speedup", measure)
+    assert precision.get_bf16_speedup() == 2.5
+    precision.get_bf16_speedup.cache_clear()
+    assert precision.get_bf16_speedup() == 2.5
     assert measured == [2.5]
-    (kept,) = (cache_dir() / "precision").iterdir()
+    (kept,) = (get_cache_dir() / "precision").iterdir()
     kept.write_text("not JSON", encoding="utf-8")
-    precision.cpu_gain.cache_clear()
-    assert precision.cpu_gain() == 2.5
+    precision.get_bf16_speedup.cache_clear()
+    assert precision.get_bf16_speedup() == 2.5
     assert len(measured) == 2
     assert json.loads(kept.read_text(encoding="utf-8")) == {"bf16_over_fp32": 2.5}
 
 
 def test_measuring_gives_a_positive_ratio() -> None:
-    assert precision.measure_gain(rounds=1) > 0
+    assert precision.measure_bf16_speedup(rounds=1) > 0
 
 
 def test_fp32_products_are_exact_whichever_library_does_them() -> None:
-    precision.fast_fp32_products()
-    assert precision.largest_error() < 1e-5
+    precision.enable_fast_fp32_matmul()
+    assert precision.measure_matmul_error() < 1e-5
 
 
 def test_a_choice_of_the_users_own_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "_cpu_field", lambda key: {"vendor_id": "AuthenticAMD"}.get(key, ""))
+    monkeypatch.setattr(precision, "_read_cpu_field", lambda key: {"vendor_id": "AuthenticAMD"}.get(key, ""))
     torch.set_float32_matmul_precision("high")
-    assert not precision.fast_fp32_products()
+    assert not precision.enable_fast_fp32_matmul()
     assert torch.get_float32_matmul_precision() == "high"
 
 
 @pytest.mark.parametrize("fields", [{"vendor_id": "GenuineIntel"}, {"vendor_id": "AuthenticAMD", "flags": "amx_bf16"}])
 def test_products_are_torchs_own_on_other_processors(fields: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "_cpu_field", lambda key: fields.get(key, ""))
+    monkeypatch.setattr(precision, "_read_cpu_field", lambda key: fields.get(key, ""))
     torch.set_float32_matmul_precision("highest")
-    assert not precision.fast_fp32_products()
+    assert not precision.enable_fast_fp32_matmul()
     assert torch.get_float32_matmul_precision() == "highest"
 
 
 def test_the_permission_is_taken_back_when_products_turn_out_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "_cpu_field", lambda key: {"vendor_id": "AuthenticAMD"}.get(key, ""))
-    monkeypatch.setattr(precision, "largest_error", lambda: 1e-3)
+    monkeypatch.setattr(precision, "_read_cpu_field", lambda key: {"vendor_id": "AuthenticAMD"}.get(key, ""))
+    monkeypatch.setattr(precision, "measure_matmul_error", lambda: 1e-3)
     torch.set_float32_matmul_precision("highest")
-    assert not precision.fast_fp32_products()
+    assert not precision.enable_fast_fp32_matmul()
     assert torch.get_float32_matmul_precision() == "highest"
 
 

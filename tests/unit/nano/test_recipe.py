@@ -46,7 +46,7 @@ CAP = parts.Cap(12, 8, 6, 0.5, 1.0)
 
 @pytest.fixture
 def plain_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No compilation: a test runs each shape once. Short batches, and a judge of a few clips."""
+    """No compilation: a test runs each shape once. Short batches, and a classifier of a few clips."""
     monkeypatch.setattr(base, "fast_cpu_blocks", lambda layers: None)
     monkeypatch.setattr(base, "SHORT", (CAP,))
     monkeypatch.setattr(base.Run, "validate", lambda self, corpus: 0.0)
@@ -87,7 +87,7 @@ def test_store_gives_back_what_was_written(work: Path) -> None:
 
 def test_tokenizer_writes_any_text() -> None:
     tokenizer = text.train_tokenizer(["solo piano, slow", "A bright marimba at 120 BPM."] * 20)
-    assert len(tokenizer) <= text.PIECES
+    assert len(tokenizer) <= text.VOCABULARY_SIZE
     for words in ("solo piano", "Ünknown wörds ♫"):
         assert tokenizer.decode(tokenizer(words).input_ids).strip() == words
     assert len(tokenizer("solo piano, slow").input_ids) < 8
@@ -137,6 +137,7 @@ def test_envelope_follows_level_and_side() -> None:
     assert float(side[-targets.SIDE_BANDS :].max()) > 0.5 > float(loud[-targets.SIDE_BANDS :].max())
 
 
+@pytest.mark.slow
 def test_decoder_starts_as_a_vocoder(work: Path) -> None:
     """Set by hand, it gives each band about its energy back, and every loss term is finite."""
     model = decoder.first(work)
@@ -201,6 +202,7 @@ def test_noise_comes_back_as_noise_and_a_chord_does_not(work: Path) -> None:
     assert alike(model, targets.latents_of(code, torch.stack([tone, tone]))) > 0.6
 
 
+@pytest.mark.slow
 def test_bass_is_joined_across_patches(work: Path) -> None:
     """The fitted mapping comes nearer to the bass of clips than patches cut at their edges do."""
     code, pairs = targets.load_code(work), decoder.Pairs(work, "train", 0).batch(12)
@@ -301,6 +303,7 @@ def test_encoder_is_solved(work: Path) -> None:
     torch.testing.assert_close(made, head(x_FD[: len(made)]), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_base_trains_saves_and_resumes(work: Path, plain_speed: None) -> None:
     run = base.Run(work, 1 / 60, 1e-3)
     run.train()
@@ -345,7 +348,7 @@ def test_fast_blocks_compute_the_same() -> None:
     norm = norms.RMSNorm(32)
     x, gain, shift = torch.randn(3, 2, 5, 32).unbind()
     torch.testing.assert_close(speed._norm(norm, x), norm(x))
-    torch.testing.assert_close(speed._modulated(norm, x, gain, shift), norm.modulated(x, gain, shift))
+    torch.testing.assert_close(speed._modulated(norm, x, gain, shift), norm.modulate(x, gain, shift))
 
 
 def test_distillation_walks_and_learns(work: Path) -> None:

@@ -1,4 +1,4 @@
-"""The cheap half of `sa3-bench nano`, on the weights that ship: prompts and adapters change the sound as asked."""
+"""The cheap half of `sa3-bench nano`, with the shipped weights: prompts and adapters change the audio as requested."""
 
 import json
 import statistics
@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from sa3train.audio.metrics import spectral_centroid
-from sa3train.bench.nano import ASSETS, LEARNED_PROMPTS, RATE, WISHES, classes, probability
+from sa3train.audio.metrics import compute_spectral_centroid
+from sa3train.bench.nano import ADAPTER_PROMPTS, ASSETS, ATTRIBUTE_PROMPTS, RATE, compute_mean_probability, list_classes
 from sa3train.evaluation.classifier import Classifier
 from sa3train.inference import Generator
 
@@ -24,8 +24,8 @@ def classifier() -> Classifier:
     return Classifier.load(ASSETS / "classifier.safetensors")
 
 
-def test_the_ruler_knows_every_class_and_the_learned_instruments(classifier: Classifier) -> None:
-    known = classes(ASSETS / "held_out")
+def test_the_classifier_has_every_class_and_the_learned_instruments(classifier: Classifier) -> None:
+    known = list_classes(ASSETS / "held_out")
     assert len(known) == 53
     assert {*known, "koto", "steel drums"} <= set(classifier.names)
 
@@ -33,27 +33,28 @@ def test_the_ruler_knows_every_class_and_the_learned_instruments(classifier: Cla
 @torch.inference_mode()
 def test_dark_and_bright_prompts_sound_dark_and_bright(nano: Generator) -> None:
     centroids: dict[str, list[float]] = {"dark": [], "bright": []}
-    wishes = [wish for wish in WISHES if wish.attribute == "brightness"]
-    made = nano.generate([wish.prompt for wish in wishes], duration=2.0, seed=2).audio
-    for wish, clip in zip(wishes, made, strict=True):
-        centroids[wish.answer].append(spectral_centroid(clip, RATE))
+    requests = [each for each in ATTRIBUTE_PROMPTS if each.attribute == "brightness"]
+    made = nano.generate([each.prompt for each in requests], duration=2.0, seed=2).audio
+    for each, clip in zip(requests, made, strict=True):
+        centroids[each.answer].append(compute_spectral_centroid(clip, RATE))
     assert statistics.fmean(centroids["bright"]) > 2 * statistics.fmean(centroids["dark"])
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_the_koto_adapter_makes_it_a_koto(nano: Generator, classifier: Classifier) -> None:
     nano.load_adapter(ASSETS / "learned" / "koto.safetensors", strength=1.0)
-    chances = []
+    probabilities = []
     for strength in (0.0, 1.0):
         nano.set_strength(strength, adapter=0)
-        made = nano.generate([prompt.format("koto") for prompt in LEARNED_PROMPTS], duration=2.0, seed=4).audio
-        chances.append(probability(classifier, made, "koto"))
+        made = nano.generate([prompt.format("koto") for prompt in ADAPTER_PROMPTS], duration=2.0, seed=4).audio
+        probabilities.append(compute_mean_probability(classifier, made, "koto"))
     nano.remove_adapter(0)
-    assert chances[1] > chances[0] + 0.2
+    assert probabilities[1] > probabilities[0] + 0.2
 
 
 @pytest.mark.parametrize("name", ["koto", "steel_drums"])
-def test_learned_adapters_name_no_place_of_the_machine_that_made_them(name: str) -> None:
+def test_learned_adapters_name_no_folder_of_the_machine_that_made_them(name: str) -> None:
     with safe_open(ASSETS / "learned" / f"{name}.safetensors", framework="pt") as file:
         made_with = json.loads(file.metadata()["training_config"])
     assert not Path(made_with["data"]["dir"]).is_absolute()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sa3train.core.errors import SA3Error
-from sa3train.data.sources.captions import describe
+from sa3train.data.sources.captions import read_clip_text
 from sa3train.data.sources.listing import list_source
 from sa3train.studio.data import captions, captions_tab
 from sa3train.studio.data.captions import Edit
@@ -29,16 +29,16 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def workspace(folder: Path) -> Workspace:
-    return Workspace.at([folder.parent])
+    return Workspace.create([folder.parent])
 
 
 def read_captions(folder: Path) -> dict[str, str]:
-    return {clip.source: describe(clip).caption for clip in list_source(str(folder)).clips}
+    return {clip.source: read_clip_text(clip).caption for clip in list_source(str(folder)).clips}
 
 
 def save(workspace: Workspace, folder: Path, **edits: tuple[str, str]) -> int:
     named = {"text": "text.wav", "fields": "fields.wav", "bare": "bare.wav", "listed": "deep/listed.wav"}
-    changes = captions.save(workspace, folder, [Edit(named[name], *edit) for name, edit in edits.items()])
+    changes = captions.save_captions(workspace, folder, [Edit(named[name], *edit) for name, edit in edits.items()])
     return len(changes)
 
 
@@ -64,18 +64,18 @@ def test_undo_restores_every_byte_save_by_save(workspace: Workspace, folder: Pat
     before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
     save(workspace, folder, text=("old words", "one"), bare=("", "two"))
     save(workspace, folder, text=("one", "three"), fields=("old fields", "four"))
-    assert captions.saves(workspace, folder) == 2
-    assert sorted(captions.undo(workspace, folder)) == ["audio/fields.json", "audio/text.txt"]
+    assert captions.count_saves(workspace, folder) == 2
+    assert sorted(captions.undo_save(workspace, folder)) == ["audio/fields.json", "audio/text.txt"]
     assert read_captions(folder)["text.wav"] == "one"
-    captions.undo(Workspace.at(workspace.roots), folder)  # by another server
+    captions.undo_save(Workspace.create(workspace.roots), folder)  # by another server
     assert {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} == before
     with pytest.raises(SA3Error, match="nothing to undo"):
-        captions.undo(workspace, folder)
+        captions.undo_save(workspace, folder)
 
 
 def test_nothing_changed_is_nothing_saved(workspace: Workspace, folder: Path) -> None:
     assert save(workspace, folder, text=("old words", " old words ")) == 0
-    assert captions.saves(workspace, folder) == 0
+    assert captions.count_saves(workspace, folder) == 0
 
 
 def test_a_save_that_is_cut_short_can_be_undone(
@@ -96,7 +96,7 @@ def test_a_save_that_is_cut_short_can_be_undone(
         save(workspace, folder, text=("old words", "new"), bare=("", "new"))
     monkeypatch.undo()
     assert read_captions(folder)["text.wav"] == "new"
-    captions.undo(workspace, folder)
+    captions.undo_save(workspace, folder)
     assert (folder / "text.txt").read_bytes() == before
     assert not (folder / "bare.txt").exists()
 
@@ -109,7 +109,7 @@ def test_what_others_wrote_meanwhile_is_never_overwritten(workspace: Workspace, 
     save(workspace, folder, text=("theirs", "mine"))
     (folder / "text.txt").write_text("theirs again")
     with pytest.raises(SA3Error, match="changed elsewhere since"):
-        captions.undo(workspace, folder)
+        captions.undo_save(workspace, folder)
     assert (folder / "text.txt").read_text() == "theirs again"
 
 
@@ -117,8 +117,8 @@ def test_what_others_wrote_meanwhile_is_never_overwritten(workspace: Workspace, 
     ("edit", "told"),
     [
         ({"text": ("old words", "x" * 20_000)}, "shorten it"),
-        ({"fields": ("old fields", "")}, "empty it there"),
-        ({"listed": ("from the list", " ")}, "empty it there"),
+        ({"fields": ("old fields", "")}, "remove it there"),
+        ({"listed": ("from the list", " ")}, "remove it there"),
     ],
 )
 def test_captions_that_cannot_be_kept_are_refused(
@@ -126,19 +126,19 @@ def test_captions_that_cannot_be_kept_are_refused(
 ) -> None:
     with pytest.raises(SA3Error, match=told):
         save(workspace, folder, **edit)
-    assert captions.saves(workspace, folder) == 0
+    assert captions.count_saves(workspace, folder) == 0
 
 
 def test_clips_that_are_gone_archived_or_share_a_file(workspace: Workspace, folder: Path) -> None:
-    with pytest.raises(SA3Error, match="no longer there"):
-        captions.save(workspace, folder, [Edit("ghost.wav", "", "boo")])
+    with pytest.raises(SA3Error, match="no longer exists"):
+        captions.save_captions(workspace, folder, [Edit("ghost.wav", "", "boo")])
     with tarfile.open(folder / "more.tar", "w") as tar:
         tar.add(folder / "bare.wav", "inner.wav")
-    with pytest.raises(SA3Error, match="lies in an archive"):
-        captions.save(workspace, folder, [Edit("more.tar/inner.wav", "", "boo")])
+    with pytest.raises(SA3Error, match="in an archive"):
+        captions.save_captions(workspace, folder, [Edit("more.tar/inner.wav", "", "boo")])
     (folder / "bare.flac").write_bytes(b"fLaC")
     with pytest.raises(SA3Error, match="share one caption file"):
-        captions.save(workspace, folder, [Edit("bare.wav", "", "a"), Edit("bare.flac", "", "b")])
+        captions.save_captions(workspace, folder, [Edit("bare.wav", "", "a"), Edit("bare.flac", "", "b")])
 
 
 @pytest.mark.parametrize("link", ["folder", "audio", "caption"])
@@ -153,38 +153,38 @@ def test_links_out_of_the_studio_are_refused(workspace: Workspace, folder: Path,
         "caption": ("bare.txt", outside / "secret.txt"),
     }[link]
     (folder / name).symlink_to(target)
-    with pytest.raises(SA3Error, match="reaches out of the studio's folders"):
-        captions.clips_of(workspace, folder)
+    with pytest.raises(SA3Error, match="leads out of the studio's folders"):
+        captions.list_clips(workspace, folder)
     with pytest.raises(SA3Error, match="outside the folders"):
-        captions.clips_of(workspace, outside)
+        captions.list_clips(workspace, outside)
     with pytest.raises(SA3Error, match="outside the folders"):
-        captions.clips_of(workspace, folder / ".." / ".." / "outside")
+        captions.list_clips(workspace, folder / ".." / ".." / "outside")
 
 
 def test_a_damaged_undo_log_is_said(workspace: Workspace, folder: Path) -> None:
     save(workspace, folder, bare=("", "x"))
     next((workspace.home / captions.UNDO).iterdir()).write_text("[")
     with pytest.raises(SA3Error, match="is damaged"):
-        captions.undo(workspace, folder)
+        captions.undo_save(workspace, folder)
 
 
 def test_the_table_is_searched_and_paged(workspace: Workspace, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(captions_tab, "PAGE", 3)
-    rows, total, page = captions_tab.rows_of(workspace, folder, "", False, 99)
+    rows, total, page = captions_tab.list_rows(workspace, folder, "", False, 99)
     assert (len(rows), total, page) == (1, 4, 2)
-    assert captions_tab.rows_of(workspace, folder, "OLD", False, 1)[0] == [
+    assert captions_tab.list_rows(workspace, folder, "OLD", False, 1)[0] == [
         ["fields.wav", "old fields"], ["text.wav", "old words"]
     ]  # fmt: skip
-    assert captions_tab.rows_of(workspace, folder, "", True, 1)[0] == [["bare.wav", ""]]
-    monkeypatch.setattr(captions_tab, "MOST_SEARCHED", 2)
-    assert captions_tab.rows_of(workspace, folder, "listed", False, 1)[1] == 1
+    assert captions_tab.list_rows(workspace, folder, "", True, 1)[0] == [["bare.wav", ""]]
+    monkeypatch.setattr(captions_tab, "MAX_SEARCHED", 2)
+    assert captions_tab.list_rows(workspace, folder, "listed", False, 1)[1] == 1
     with pytest.raises(SA3Error, match="audit it"):
-        captions_tab.rows_of(workspace, folder, "", True, 1)
+        captions_tab.list_rows(workspace, folder, "", True, 1)
 
 
 def test_the_tables_rows_become_edits() -> None:
     before = {"a.wav": "one", "b.wav": "two"}
-    assert captions_tab.edits_of(before, [["b.wav", " two "], ["a.wav", "three"]]) == [Edit("a.wav", "one", "three")]
-    assert captions_tab.edits_of(before, []) == []
-    with pytest.raises(SA3Error, match="no clip of this folder"):
-        captions_tab.edits_of(before, [["c.wav", "x"]])
+    assert captions_tab.find_edits(before, [["b.wav", " two "], ["a.wav", "three"]]) == [Edit("a.wav", "one", "three")]
+    assert captions_tab.find_edits(before, []) == []
+    with pytest.raises(SA3Error, match="not a clip of this folder"):
+        captions_tab.find_edits(before, [["c.wav", "x"]])

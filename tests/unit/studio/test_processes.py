@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from sa3train.core.errors import SA3Error
@@ -20,7 +21,7 @@ PATIENT = 'trap "echo saved; exit 143" TERM; while :; do sleep 0.05; done'
 @pytest.fixture(autouse=True)
 def shell(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command is a shell script: `sh -c SCRIPT`."""
-    monkeypatch.setattr(processes, "program", lambda name: "/bin/sh")
+    monkeypatch.setattr(processes, "find_program", lambda name: "/bin/sh")
 
 
 def begin(folder: Path, script: str, **about: object) -> int:
@@ -37,15 +38,15 @@ def until(condition: object, seconds: float = 20.0) -> None:
 def test_a_process_has_its_record_its_log_and_a_session_of_its_own(tmp_path: Path) -> None:
     pid = begin(tmp_path / "run", f"echo hello; {PATIENT}", kind="train")
     try:
-        assert processes.running(tmp_path / "run") == pid
+        assert processes.get_running_pid(tmp_path / "run") == pid
         assert os.getsid(pid) == pid != os.getsid(0)
-        record = processes.record_of(tmp_path / "run")
+        record = processes.read_record(tmp_path / "run")
         assert record["command"][0] == "sa3-train"
         assert (record["kind"], record["stop_asked"]) == ("train", None)
-        until(lambda: "hello" in processes.log_tail(tmp_path / "run"))
+        until(lambda: "hello" in processes.read_log_tail(tmp_path / "run"))
     finally:
         assert processes.stop(tmp_path / "run", at_once=True)
-    until(lambda: processes.running(tmp_path / "run") is None)
+    until(lambda: processes.get_running_pid(tmp_path / "run") is None)
 
 
 def test_it_goes_on_when_its_starter_is_killed_and_is_found_again(tmp_path: Path) -> None:
@@ -57,45 +58,36 @@ def test_it_goes_on_when_its_starter_is_killed_and_is_found_again(tmp_path: Path
     )
     done = subprocess.run([sys.executable, "-c", starter, str(tmp_path / "run"), PATIENT], start_new_session=True)
     assert done.returncode == -signal.SIGKILL
-    pid = processes.running(tmp_path / "run")
+    pid = processes.get_running_pid(tmp_path / "run")
     assert pid is not None
     assert processes.stop(tmp_path / "run")
-    until(lambda: processes.running(tmp_path / "run") is None)
-    assert "saved" in processes.log_tail(tmp_path / "run")
+    until(lambda: processes.get_running_pid(tmp_path / "run") is None)
+    assert "saved" in processes.read_log_tail(tmp_path / "run")
 
 
 def test_stopping_asks_and_is_noted(tmp_path: Path) -> None:
     begin(tmp_path, PATIENT)
     assert processes.stop(tmp_path)
-    until(lambda: processes.running(tmp_path) is None)
-    assert "saved" in processes.log_tail(tmp_path)
-    assert processes.record_of(tmp_path)["stop_asked"]
+    until(lambda: processes.get_running_pid(tmp_path) is None)
+    assert "saved" in processes.read_log_tail(tmp_path)
+    assert processes.read_record(tmp_path)["stop_asked"]
     assert not processes.stop(tmp_path)
 
 
-@pytest.mark.parametrize("what", ["start time", "boot", "torn", "gone"])
+@pytest.mark.parametrize("what", ["start time", "boot", "torn", "no pid"])
 def test_a_number_used_again_is_somebody_else(tmp_path: Path, what: str) -> None:
     other = subprocess.Popen(["/bin/sleep", "60"])
     try:
-        line = Path(f"/proc/{other.pid}/stat").read_text()
-        head, _, fields = line.rpartition(") ")
-        changed = fields.split()
-        record = {"boot": processes._boot(), "stop_asked": None}
-        if what == "start time":
-            changed[19] = str(int(changed[19]) - 1)
-        if what == "boot":
-            record["boot"] = "another"
-        text = f"{head}) {' '.join(changed)}\n"
-        (tmp_path / processes.STAT).write_text(text[:10] if what == "torn" else text)
-        if what == "gone":
-            (tmp_path / processes.STAT).unlink()
-        (tmp_path / processes.RECORD).write_text(json.dumps(record))
-        assert processes.running(tmp_path) is None
+        started = processes._get_start_time(psutil.Process(other.pid))
+        record = {"boot": processes._get_boot_id(), "pid": other.pid, "started": started, "stop_asked": None}
+        changes = {"start time": {"started": started - 0.01}, "boot": {"boot": "another"}, "no pid": {"pid": None}}
+        text = json.dumps(record | changes.get(what, {}))
+        (tmp_path / processes.PROCESS_FILE).write_text(text[:10] if what == "torn" else text)
+        assert processes.get_running_pid(tmp_path) is None
         assert not processes.stop(tmp_path, at_once=True)
         assert other.poll() is None, "somebody else was killed"
-        (tmp_path / processes.STAT).write_text(line)
-        (tmp_path / processes.RECORD).write_text(json.dumps({"boot": processes._boot()}))
-        assert processes.running(tmp_path) == other.pid
+        (tmp_path / processes.PROCESS_FILE).write_text(json.dumps(record))
+        assert processes.get_running_pid(tmp_path) == other.pid
     finally:
         other.kill()
         other.wait()
@@ -103,8 +95,8 @@ def test_a_number_used_again_is_somebody_else(tmp_path: Path, what: str) -> None
 
 def test_a_process_that_nobody_buried_is_dead(tmp_path: Path) -> None:
     pid = begin(tmp_path, "exit 0")
-    until(lambda: processes.running(tmp_path) is None)
-    assert not (processes.PROC / str(pid)).exists(), "the child stays as a zombie"
+    until(lambda: processes.get_running_pid(tmp_path) is None)
+    assert not psutil.pid_exists(pid), "the child stays as a zombie"
 
 
 def test_of_two_starts_at_once_one_is_refused(tmp_path: Path) -> None:
@@ -125,29 +117,29 @@ def test_of_two_starts_at_once_one_is_refused(tmp_path: Path) -> None:
     try:
         assert len(started) == 1
         assert len(refused) == 3
-        assert "at work already" in refused[0]
+        assert "already running" in refused[0]
     finally:
         processes.stop(tmp_path, at_once=True)
 
 
 def test_the_last_process_says_why_it_failed(tmp_path: Path) -> None:
     begin(tmp_path, "echo 'error: an old one' >&2")
-    until(lambda: processes.running(tmp_path) is None)
-    assert processes.failure(tmp_path) == "an old one"
+    until(lambda: processes.get_running_pid(tmp_path) is None)
+    assert processes.read_failure(tmp_path) == "an old one"
     begin(tmp_path, "echo 'error: first line\n       second line\n' >&2")
-    until(lambda: processes.running(tmp_path) is None)
-    assert processes.failure(tmp_path) == "first line second line"
+    until(lambda: processes.get_running_pid(tmp_path) is None)
+    assert processes.read_failure(tmp_path) == "first line second line"
     begin(tmp_path, "printf 'Traceback (most recent call last):\\n  File x\\nKeyError: 3\\n' >&2")
-    until(lambda: processes.running(tmp_path) is None)
-    assert processes.failure(tmp_path) == "KeyError: 3"
+    until(lambda: processes.get_running_pid(tmp_path) is None)
+    assert processes.read_failure(tmp_path) == "KeyError: 3"
     begin(tmp_path, "echo fine")
-    until(lambda: processes.running(tmp_path) is None)
-    assert processes.failure(tmp_path) is None
+    until(lambda: processes.get_running_pid(tmp_path) is None)
+    assert processes.read_failure(tmp_path) is None
 
 
 def test_what_cannot_be_started_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(SA3Error, match="cannot start sa3-train"):
+    with pytest.raises(SA3Error, match="Cannot start sa3-train"):
         begin(tmp_path / "file" / "run", "exit 0")
     monkeypatch.undo()
     with pytest.raises(SA3Error, match="sa3-nothing is not installed"):
@@ -155,7 +147,7 @@ def test_what_cannot_be_started_is_said(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_damaged_record_is_no_record(tmp_path: Path) -> None:
-    (tmp_path / processes.RECORD).write_text("{")
-    assert processes.record_of(tmp_path) == {}
-    assert processes.log_tail(tmp_path) == ""
-    assert processes.running(tmp_path) is None
+    (tmp_path / processes.PROCESS_FILE).write_text("{")
+    assert processes.read_record(tmp_path) == {}
+    assert processes.read_log_tail(tmp_path) == ""
+    assert processes.get_running_pid(tmp_path) is None

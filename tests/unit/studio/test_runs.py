@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from sa3train.core.errors import DataError
-from sa3train.reports.run_files import dump_settings
+from sa3train.reports.run_files import format_settings
 from sa3train.studio.runs import runs
 from sa3train.studio.server import processes
-from sa3train.studio.server.workspace import Survey, Workspace, refresh_survey
+from sa3train.studio.server.workspace import FoundFolders, Workspace, refresh_folders
 
 OLD = time.time() - 7200
 
@@ -20,7 +20,7 @@ OLD = time.time() - 7200
 def make_run(folder: Path, status: str = "running", *, steps: int = 100, old: bool = True, **settings: Any) -> Path:
     folder.mkdir(parents=True)
     config = {"trainer": {"max_steps": steps}, "run_dir": str(folder), **settings}
-    (folder / "config.yaml").write_text(dump_settings(config))
+    (folder / "config.yaml").write_text(format_settings(config))
     record = {"id": "x", "status": status, "started": "2026-01-01T00:00:00+00:00", "resumed": [], "steps": 40}
     (folder / "run.json").write_text(json.dumps(record))
     (folder / "metrics.csv").write_text("step,train/loss,time/steps_per_second\n10,1.5,2.0\n20,1.25,\n30,1.")
@@ -30,10 +30,16 @@ def make_run(folder: Path, status: str = "running", *, steps: int = 100, old: bo
     return folder
 
 
-def note(folder: Path, **values: Any) -> None:
+def write_record(folder: Path, **values: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     record = {"command": ["sa3-train", "a=b"], "at": "2026-01-01T00:00:00+00:00", "boot": "gone", "stop_asked": None}
-    (folder / processes.RECORD).write_text(json.dumps(record | {"kind": "train", "parts": 0} | values))
+    (folder / processes.PROCESS_FILE).write_text(json.dumps(record | {"kind": "train", "parts": 0} | values))
+
+
+def get_run(folder: Path) -> runs.Run:
+    run = runs.load_run(folder)
+    assert run is not None
+    return run
 
 
 @pytest.mark.parametrize(
@@ -48,78 +54,75 @@ def note(folder: Path, **values: Any) -> None:
 def test_state_from_the_files_alone(tmp_path: Path, status: str, started: bool, state: str) -> None:
     folder = make_run(tmp_path / "run", status)
     if started:
-        note(folder)
-    run = runs.read(folder)
-    assert run is not None
+        write_record(folder)
+    run = get_run(folder)
     assert (run.state, run.total, run.loss, run.speed) == (state, 100, 1.25, 2.0)
     assert run.step == (20 if state == "crashed" else 40)
 
 
-def test_a_process_makes_it_run_and_a_wish_to_stop_makes_it_stopped(
+def test_a_process_makes_it_run_and_a_request_to_stop_makes_it_stopped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = make_run(tmp_path / "run")
-    note(folder)
-    monkeypatch.setattr(processes, "running", lambda _: 4711)
-    run = runs.read(folder)
-    assert run is not None
-    assert (run.state, run.alive, run.seconds_left) == ("running", True, 40.0)
-    note(folder, stop_asked="now")
-    assert runs.read(folder).state == "stopping"  # type: ignore[union-attr]
-    with pytest.raises(DataError, match="was asked already"):
-        runs.stop(folder)
+    write_record(folder)
+    monkeypatch.setattr(processes, "get_running_pid", lambda _: 4711)
+    run = get_run(folder)
+    assert (run.state, run.is_alive, run.seconds_left) == ("running", True, 40.0)
+    write_record(folder, stop_asked="now")
+    assert get_run(folder).state == "stopping"
+    with pytest.raises(DataError, match="already stopping"):
+        runs.stop_run(folder)
     monkeypatch.undo()
-    assert runs.read(folder).state == "stopped"  # type: ignore[union-attr]
+    assert get_run(folder).state == "stopped"
 
 
 def test_a_run_that_failed_while_it_was_stopped_did_not_stop(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
-    note(folder, stop_asked="now")
-    (folder / processes.LOG).write_text("$ sa3-train\nTraceback (most recent call last):\n  File x\nOSError: full\n")
-    run = runs.read(folder)
-    assert run is not None
+    write_record(folder, stop_asked="now")
+    log = "$ sa3-train\nTraceback (most recent call last):\n  File x\nOSError: full\n"
+    (folder / processes.LOG_FILE).write_text(log)
+    run = get_run(folder)
     assert (run.state, run.error) == ("crashed", "OSError: full")
 
 
 def test_a_run_of_somebody_else_is_seen_while_it_writes(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", old=False)
-    assert runs.read(folder).state == "elsewhere"  # type: ignore[union-attr]
+    assert get_run(folder).state == "elsewhere"
     with pytest.raises(DataError, match="started elsewhere"):
-        runs.stop(folder)
-    with pytest.raises(DataError, match="at work already"):
-        runs.resume(folder)
-    note(folder)  # ours, and dead: a fresh trace is our own
-    assert runs.read(folder).state == "crashed"  # type: ignore[union-attr]
+        runs.stop_run(folder)
+    with pytest.raises(DataError, match="already running"):
+        runs.resume_run(folder)
+    write_record(folder)  # ours, and dead: a fresh trace is our own
+    assert get_run(folder).state == "crashed"
     record = json.loads((folder / "run.json").read_text())
     (folder / "run.json").write_text(json.dumps(record | {"resumed": [{"at": "later"}]}))
-    assert runs.read(folder).state == "elsewhere", "somebody went on with it"  # type: ignore[union-attr]
+    assert get_run(folder).state == "elsewhere", "somebody went on with it"
 
 
 def test_a_run_that_never_began(tmp_path: Path) -> None:
-    note(tmp_path / "run")
-    (tmp_path / "run" / processes.LOG).write_text("$ sa3-train a=b\nerror: no such data\n")
-    run = runs.read(tmp_path / "run")
-    assert run is not None
+    write_record(tmp_path / "run")
+    (tmp_path / "run" / processes.LOG_FILE).write_text("$ sa3-train a=b\nerror: no such data\n")
+    run = get_run(tmp_path / "run")
     assert (run.state, run.error) == ("failed", "no such data")
-    assert runs.resume_command(tmp_path / "run") == ["sa3-train", "a=b"]
+    assert runs.build_resume_command(tmp_path / "run") == ["sa3-train", "a=b"]
 
 
 def test_resuming_is_the_trainers_own_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_run(tmp_path / "run", "interrupted")
     seen: dict[str, Any] = {}
     monkeypatch.setattr(processes, "start", lambda where, argv, **about: seen.update(argv=argv, **about) or 1)
-    runs.resume(folder)
+    runs.resume_run(folder)
     assert seen == {"argv": ["sa3-train", f"resume={folder}"], "kind": "train", "parts": 1}
     with pytest.raises(DataError, match="is finished"):
-        runs.resume(make_run(tmp_path / "done", "finished"))
-    with pytest.raises(DataError, match="holds no run"):
-        runs.resume(tmp_path / "nothing")
+        runs.resume_run(make_run(tmp_path / "done", "finished"))
+    with pytest.raises(DataError, match="contains no run"):
+        runs.resume_run(tmp_path / "nothing")
 
 
 def test_a_new_run_wants_a_new_folder(tmp_path: Path) -> None:
     make_run(tmp_path / "run")
-    with pytest.raises(DataError, match="is there already"):
-        runs.begin(tmp_path / "run", ["sa3-train"])
+    with pytest.raises(DataError, match="already exists"):
+        runs.start_run(tmp_path / "run", ["sa3-train"])
 
 
 def test_runs_latents_and_audio_are_found_under_the_roots_alone(tmp_path: Path) -> None:
@@ -127,7 +130,7 @@ def test_runs_latents_and_audio_are_found_under_the_roots_alone(tmp_path: Path) 
     make_run(root / "runs" / "one", "finished")
     (root / "runs" / "one" / "demos").mkdir()
     (root / "runs" / "one" / "demos" / "a.wav").touch()
-    note(root / "runs" / "two")
+    write_record(root / "runs" / "two")
     (root / "latents").mkdir()
     (root / "latents" / "index.json").touch()
     (root / "audio" / "deep").mkdir(parents=True)
@@ -136,8 +139,8 @@ def test_runs_latents_and_audio_are_found_under_the_roots_alone(tmp_path: Path) 
     (root / "link").symlink_to(tmp_path / "outside")
     (root / ".hidden").mkdir()
     (root / ".hidden" / "a.wav").touch()
-    workspace = Workspace.at([root])
-    found = refresh_survey(workspace)
+    workspace = Workspace.create([root])
+    found = refresh_folders(workspace)
     assert found.runs == [root / "runs" / "one", root / "runs" / "two"]
     assert found.latents == [root / "latents"]
     assert found.audio == [root / "audio" / "deep"]
@@ -148,8 +151,8 @@ def test_a_run_that_began_after_the_survey_is_found_when_it_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new = make_run(tmp_path / "old", "finished"), make_run(tmp_path / "new", "finished")
-    workspace = Workspace.at([tmp_path])
-    monkeypatch.setattr(runs, "survey_folders", lambda workspace: Survey(runs=[old]))
+    workspace = Workspace.create([tmp_path])
+    monkeypatch.setattr(runs, "find_folders", lambda workspace: FoundFolders(runs=[old]))
     assert [run.path for run in runs.find_runs(workspace)] == [old]
     assert {run.path for run in runs.find_runs(workspace, new)} == {old, new}
     assert [run.path for run in runs.find_runs(workspace, old)] == [old]
@@ -157,25 +160,24 @@ def test_a_run_that_began_after_the_survey_is_found_when_it_is_known(
 
 
 def test_the_difference_between_two_runs(tmp_path: Path) -> None:
-    one = make_run(tmp_path / "one", adapter={"kind": "lora", "rank": 8}, data={"prompts": {"trigger": "x"}})
-    two = make_run(tmp_path / "two", adapter={"kind": "lora", "rank": 16}, data={"prompts": {"trigger": ""}})
-    assert runs.settings_between(one, two) == [("adapter.rank", "8", "16"), ("data.prompts.trigger", "x", "")]
+    one = make_run(tmp_path / "one", adapter={"adapter_type": "lora", "rank": 8}, data={"prompts": {"trigger": "x"}})
+    two = make_run(tmp_path / "two", adapter={"adapter_type": "lora", "rank": 16}, data={"prompts": {"trigger": ""}})
+    assert runs.compare_settings(one, two) == [("adapter.rank", "8", "16"), ("data.prompts.trigger", "x", "")]
 
 
 def test_metrics_of_a_long_and_torn_file(tmp_path: Path) -> None:
     path = tmp_path / "metrics.csv"
     lines = "".join(f"{step},{step / 7!r}\n" for step in range(20_000))
     path.write_text(f"step,train/loss\n{lines}20000,not")
-    assert runs.last_metrics(path) == {"step": 19_999.0, "train/loss": 19_999 / 7}
-    assert runs.last_metrics(tmp_path / "none.csv") == {}
+    assert runs.read_last_metrics(path) == {"step": 19_999.0, "train/loss": 19_999 / 7}
+    assert runs.read_last_metrics(tmp_path / "none.csv") == {}
 
 
 def test_damaged_files_do_not_hide_a_run(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     (folder / "config.yaml").write_text("trainer: [")
     (folder / "run.json").write_text("{")
-    run = runs.read(folder)
-    assert run is not None
+    run = get_run(folder)
     assert run.total is None
-    with pytest.raises(DataError, match="cannot be read"):
-        runs.settings_between(folder, folder)
+    with pytest.raises(DataError, match="Cannot read"):
+        runs.compare_settings(folder, folder)

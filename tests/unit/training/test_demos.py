@@ -1,7 +1,6 @@
 """Demos: same seeds, base against adapter, levels untouched, and training none the wiser."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,37 +10,38 @@ import soundfile
 import torch
 
 from helpers.golden import GOLDEN
+from helpers.training import Trial, read_adapter, read_losses
 from sa3train.adapters.formats.io import load_adapter
 from sa3train.core.errors import ConfigError
 from sa3train.data.loading.datamodule import LatentDataModule
 from sa3train.inference import Generator
 from sa3train.models.checkpoint import load_checkpoint
-from sa3train.reports.run_files import played_demos, read_metrics
-from sa3train.training.callbacks.demos import Demos, demos_of, on_this_machine, players
-from sa3train.training.callbacks.validation import heldout_items
-from sa3train.training.checks import played_as_trained
-from sa3train.training.loggers import Tracker
-from sa3train.training.settings import DemoSettings, Objective
+from sa3train.reports.run_files import list_demos, read_metrics
+from sa3train.training.callbacks.demos import DemoCallback, list_demo_models, plan_demos
+from sa3train.training.callbacks.validation import list_heldout_clips
+from sa3train.training.checks import match_demo_steps
+from sa3train.training.loggers import LoggerCollection
+from sa3train.training.settings import CallbackSettings, DemoSettings, LossSettings, TrainingSettings
 
 SETTINGS = DemoSettings(
     every=2, prompts=["a hum"], heldout_prompts=1, duration=0.6, steps=2, cfg_scale=2.0, strengths=[0.5, 1.0], seed=4
 )
-Make = Callable[..., Any]
 
 
 @pytest.fixture(scope="module")
-def played(shards: Path, tmp_path_factory: pytest.TempPathFactory, make_trial: Make) -> Any:
+def played(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Two runs of three steps, one with demos."""
     folder = tmp_path_factory.mktemp("demos")
-    with_demos, without = (make_trial(shards, folder / name, max_steps=3) for name in ("with", "without"))
+    with_demos, without = (Trial(shards, folder / name, max_steps=3) for name in ("with", "without"))
     with_demos.demos = SETTINGS
     with_demos.run()
     without.run()
     return with_demos, without
 
 
+@pytest.mark.slow
 def test_demos_are_at_step_0_every_interval_and_the_end(played: Any) -> None:
-    found = played_demos(played[0].run_dir)
+    found = list_demos(played[0].run_dir)
     assert [(entry.step, entry.strength) for entry in found if entry.demo == "prompt0"] == [
         (0, 0.0), (2, 0.5), (2, 1.0), (3, 0.5), (3, 1.0)
     ]  # fmt: skip
@@ -55,17 +55,17 @@ def test_demos_are_at_step_0_every_interval_and_the_end(played: Any) -> None:
     assert len({entry.seed for entry in found if entry.demo == "prompt0"}) == 1, "the same seed every time"
 
 
-def test_training_does_not_notice(played: Any, helpers: Any) -> None:
+def test_training_does_not_notice(played: Any) -> None:
     one, two = played
-    assert helpers.losses_of(one.run_dir) == helpers.losses_of(two.run_dir)
-    expected, found = helpers.adapter_of(two.run_dir), helpers.adapter_of(one.run_dir)
+    assert read_losses(one.run_dir) == read_losses(two.run_dir)
+    expected, found = read_adapter(two.run_dir), read_adapter(one.run_dir)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_what_is_played_is_what_the_adapter_plays_at_its_own_level(played: Any) -> None:
     run_dir = played[0].run_dir
     generator = Generator.from_pretrained(GOLDEN / "plain", device="cpu", precision="fp32")
-    entries = {(entry.step, entry.strength): entry for entry in played_demos(run_dir) if entry.demo == "prompt0"}
+    entries = {(entry.step, entry.strength): entry for entry in list_demos(run_dir) if entry.demo == "prompt0"}
     settings: dict[str, Any] = {"prompt": "a hum", "duration": 0.6, "steps": 2, "cfg_scale": 2.0, "seed": 4}
     base = generator.generate(**settings).audio[0]
     generator.load_adapter(load_adapter(run_dir / "adapter.safetensors"), strength=1.0)
@@ -86,21 +86,20 @@ def test_measures_are_curves_by_model_and_strength(played: Any) -> None:
 
 
 def test_the_twin_is_played_when_it_is_on_this_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert on_this_machine("nano") and not on_this_machine("medium") and not on_this_machine(str(tmp_path))
     nano = load_checkpoint("nano-base", parts=("dit", "conditioner"))
-    assert players(nano, "nano-base", sibling=True) == ["nano-base", "nano"]
-    assert players(nano, "nano-base", sibling=False) == ["nano-base"]
+    assert list_demo_models(nano, "nano-base", also_sibling=True) == ["nano-base", "nano"]
+    assert list_demo_models(nano, "nano-base", also_sibling=False) == ["nano-base"]
     golden = load_checkpoint(GOLDEN / "plain", parts=("dit", "conditioner"))
-    assert players(golden, "here", sibling=True) == ["here"]
+    assert list_demo_models(golden, "here", also_sibling=True) == ["here"]
 
 
 def test_demos_come_from_the_recipe_and_from_held_out_captions(shards: Path) -> None:
-    items = heldout_items(LatentDataModule(str(shards), 2), 10)
-    found = demos_of(DemoSettings(prompts=["x", "y"], heldout_prompts=3, duration=5.0), items)
+    items = list_heldout_clips(LatentDataModule(str(shards), 2), 10)
+    found = plan_demos(DemoSettings(prompts=["x", "y"], heldout_prompts=3, duration=5.0), items)
     assert [demo.name for demo in found] == ["prompt0", "prompt1", "heldout0", "heldout1", "heldout2", "inpaint"]
     assert len({demo.seed for demo in found}) == 6 and found[-1].duration == 2.0, "no longer than the clip"
-    assert demos_of(DemoSettings(heldout_prompts=0, inpaint=False, memorisation_clips=2), items) == []
-    assert demos_of(DemoSettings(), []) == []
+    assert plan_demos(DemoSettings(heldout_prompts=0, inpaint=False, memorization_clips=2), items) == []
+    assert plan_demos(DemoSettings(), []) == []
 
 
 def test_steps_are_those_of_the_trained_model_and_its_twin_plays_with_its_own(
@@ -115,15 +114,19 @@ def test_steps_are_those_of_the_trained_model_and_its_twin_plays_with_its_own(
 
     monkeypatch.setattr(Generator, "generate", generate)
     settings = DemoSettings(prompts=["x"], steps=3, cfg_scale=2.0)
-    Demos(tmp_path, Tracker(), settings, [], ["nano", "nano-base"]).play(None, 0)
+    DemoCallback(tmp_path, LoggerCollection(), settings, [], ["nano", "nano-base"]).play(None, 0)
     assert asked == [("nano", 3, 2.0), ("nano-base", None, None)]
 
 
 def test_what_is_trained_at_a_samplers_levels_is_played_in_its_steps() -> None:
-    few, every = Objective(timesteps="levels", sampler_steps=4, shift="none"), Objective()
-    assert played_as_trained(DemoSettings(), few) == DemoSettings(steps=4)
-    assert played_as_trained(DemoSettings(steps=8), few) == DemoSettings(steps=8)
-    assert played_as_trained(DemoSettings(), every) == DemoSettings() and played_as_trained(None, few) is None
+    few, every = LossSettings(timesteps="levels", sampler_steps=4, shift="none"), LossSettings()
+    for demos, loss, expected in (
+        (DemoSettings(), few, 4),
+        (DemoSettings(steps=8), few, 8),
+        (DemoSettings(), every, None),
+    ):
+        settings = TrainingSettings(loss=loss, callbacks=CallbackSettings(demos=demos))
+        assert match_demo_steps(settings).callbacks.demos.steps == expected
 
 
 @pytest.mark.parametrize(

@@ -7,11 +7,10 @@ from helpers.golden import DEVICE, GOLDEN, GoldenSet
 from sa3train.adapters.layers.inject import inject
 from sa3train.adapters.spec import AdapterSpec
 from sa3train.models.checkpoint import load_checkpoint
-from sa3train.training.batch import Clips
+from sa3train.training.batch import ClipBatch
 from sa3train.training.module import LoraModule
-from sa3train.training.optim import learning_rate_factor, make_optimizer
-from sa3train.training.settings import Objective
-from sa3train.training.step import Draw
+from sa3train.training.settings import TrainingSettings
+from sa3train.training.step import StepDraw
 
 
 def relative(ours: torch.Tensor, theirs: torch.Tensor) -> float:
@@ -25,44 +24,35 @@ def test_training_step_equals_the_recorded_one(folder: str, case: str) -> None:
     settings, tensors = golden.settings(case), golden.tensors(case, DEVICE)
     model = load_checkpoint(GOLDEN / folder, DEVICE, parts=("dit", "conditioner"))
     spec = AdapterSpec(settings["adapter_type"], rank=settings["rank"], alpha=settings["alpha"])
-    injected = inject(model.adaptable(), spec)
+    injected = inject(model.get_adapter_root(), spec)
     given: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         if key.startswith("param:"):
             path, _, name = key.removeprefix("param:").partition(".parametrizations.weight.0.")
             given.setdefault(path, {})[name] = tensor.float()
     injected.load_tensors(given)
-    module = LoraModule(
-        model,
-        injected,
-        model.conditioner.encode_prompts,
-        Objective(),
-        make_optimizer=lambda named: make_optimizer(
-            "adamw", named, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.01, options={}
-        ),
-        learning_rate_factor=learning_rate_factor("constant", warmup_steps=0, total_steps=1, options={}),
-    )
+    module = LoraModule(model, injected, model.conditioner.encode_prompts, TrainingSettings())
     count = len(settings["prompts"])
-    padding_mask = tensors["padding_mask"].bool()
-    clips = Clips(
+    attention_mask = tensors["padding_mask"].bool()
+    clips = ClipBatch(
         tensors["latents"].float(),
-        padding_mask,
+        attention_mask,
         torch.tensor(settings["seconds_total"], device=DEVICE),
         torch.ones(count, dtype=torch.bool, device=DEVICE),
         list(settings["prompts"]),
         [str(number) for number in range(count)],
     )
-    draw = Draw(
+    draw = StepDraw(
         tensors["noise"].float(),
         tensors["t"].float(),
-        padding_mask,
+        attention_mask,
         tensors["inpaint_mask"].float(),
         torch.zeros(count, dtype=torch.bool, device=DEVICE),
     )
     velocity = module(clips, draw)
-    real = padding_mask[:, None, :]  # outputs at padded positions mean nothing
+    real = attention_mask[:, None, :]  # outputs at padded positions mean nothing
     assert relative(velocity.detach() * real, tensors["velocity"] * real) < 1e-3
-    losses = module.losses(clips, draw)
+    losses = module.compute_losses(clips, draw)
     assert relative(losses.loss.detach(), tensors["loss"]) < 1e-3
     assert relative(losses.context_loss.detach(), tensors["context_loss"]) < 1e-3
     losses.total.backward()

@@ -13,40 +13,35 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.training import Children, Trial, assert_same_results, read_adapter, read_losses
 from sa3train.adapters.spec import AdapterSpec
 from sa3train.reports.run_files import read_metrics
-from sa3train.training.callbacks.checkpoint import load_state, saved_states, state_path
-from sa3train.training.settings import JudgeSettings
-
-Make = Callable[..., Any]
+from sa3train.training.callbacks.checkpoint import get_checkpoint_path, list_checkpoints, load_state
+from sa3train.training.settings import ValidationSettings
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def hard(trial: Make, name: str, **values: Any) -> Any:
-    """Two loader workers, accumulation 2, running average, judgements, dropout in the adapter."""
-    return trial(
-        name,
+def make_hard_trial(shards: Path, tmp_path: Path, name: str, **values: Any) -> Any:
+    """Two loader workers, accumulation 2, EMA, validation, dropout in the adapter."""
+    return Trial(
+        shards,
+        tmp_path / name,
         max_steps=12,
-        workers=2,
-        loop={"accumulate": 2, "average": 0.9},
+        num_workers=2,
+        trainer={"accumulate": 2, "ema_decay": 0.9},
         save_every=3,
-        judge=JudgeSettings(every=4, clips=2),
+        validation=ValidationSettings(every=4, clips=2),
         spec=AdapterSpec("dora-rows", rank=4, dropout=0.1, include=["self_attn"]),
         **values,
     )
 
 
-def assert_same_metrics(helpers: Any, run: Any, whole: Any) -> None:
-    assert helpers.losses_of(run.run_dir) == helpers.losses_of(whole.run_dir)
-    assert same(helpers.adapter_of(run.run_dir), helpers.adapter_of(whole.run_dir))
-
-
-def assert_same_run(helpers: Any, run: Any, whole: Any) -> None:
-    assert_same_metrics(helpers, run, whole)
-    assert (run.run_dir / "heldout.json").read_text() == (whole.run_dir / "heldout.json").read_text()
+def assert_same_files(run: Any, whole: Any) -> None:
+    assert_same_results(run, whole)
+    assert (run.run_dir / "validation.json").read_text() == (whole.run_dir / "validation.json").read_text()
 
 
 def worked(pid: int, most: float = float("inf")) -> float:
@@ -63,14 +58,14 @@ def worked(pid: int, most: float = float("inf")) -> float:
 
 
 def kill_until_done(
-    children: Any, run: Any, start: Callable[[bool], list[int]], chance: random.Random, most: float, kills: int
+    children: Children, run: Any, start: Callable[[bool], list[int]], rng: random.Random, most: float, kills: int
 ) -> int:
     """Kill and resume `run` at random moments, at most `kills` times, until it ends by itself; how often it was."""
     done = 0
     while True:
         pids = start((run.run_dir / "run.json").is_file())
         if done < kills:
-            worked(pids[0], chance.uniform(0.1, 0.9) * most)
+            worked(pids[0], rng.uniform(0.1, 0.9) * most)
             for pid in pids:
                 os.killpg(pid, signal.SIGKILL)
         ended = [children.outcome(pid) for pid in pids]
@@ -82,99 +77,104 @@ def kill_until_done(
 
 
 def kill_ten_times(
-    trial: Make, helpers: Any, children: Any, start: Callable[[Any, bool], list[int]], **values: Any
+    shards: Path, tmp_path: Path, children: Children, start: Callable[[Any, bool], list[int]], **values: Any
 ) -> None:
     """A whole run, then others that are killed ten times in all, each compared with it."""
-    whole = hard(trial, "whole", **values)
+    whole = make_hard_trial(shards, tmp_path, "whole", **values)
     pids = start(whole, False)
     seconds = worked(pids[0])
     assert {children.outcome(pid) for pid in pids} == {0}
-    chance, kills, number = random.Random(5), 0, 0
+    rng, kills, number = random.Random(5), 0, 0
     while kills < 10:
         number += 1
-        killed = hard(trial, f"killed{number}", **values)
+        killed = make_hard_trial(shards, tmp_path, f"killed{number}", **values)
         again = functools.partial(start, killed)
-        kills += kill_until_done(children, killed, again, chance, seconds, 10 - kills)
-        assert_same_run(helpers, killed, whole)
+        kills += kill_until_done(children, killed, again, rng, seconds, 10 - kills)
+        assert_same_files(killed, whole)
 
 
-def test_killed_at_ten_random_points_ends_the_same(trial: Make, helpers: Any, children: Any) -> None:
-    kill_ten_times(trial, helpers, children, lambda run, resume: [children.start(run, resume=resume)])
+@pytest.mark.slow
+def test_killed_at_ten_random_points_ends_the_same(shards: Path, tmp_path: Path, children: Children) -> None:
+    kill_ten_times(shards, tmp_path, children, lambda run, resume: [children.start(run, resume=resume)])
 
 
-def test_two_ranks_killed_at_ten_random_points_end_the_same(trial: Make, helpers: Any, children: Any) -> None:
+@pytest.mark.slow
+def test_two_ranks_killed_at_ten_random_points_end_the_same(shards: Path, tmp_path: Path, children: Children) -> None:
     kill_ten_times(
-        trial, helpers, children, lambda run, resume: children.two_ranks(run, resume=resume), batch_size=1
+        shards, tmp_path, children, lambda run, resume: children.two_ranks(run, resume=resume), batch_size=1
     )  # fmt: skip
 
 
-def small(trial: Make, name: str, **values: Any) -> Any:
-    return trial(name, max_steps=6, loop={"average": 0.9}, save_every=2, **values)
+def make_small_trial(shards: Path, tmp_path: Path, name: str, **values: Any) -> Any:
+    return Trial(shards, tmp_path / name, max_steps=6, trainer={"ema_decay": 0.9}, save_every=2, **values)
 
 
+@pytest.fixture
+def pair(shards: Path, tmp_path: Path) -> tuple[Trial, Trial]:
+    """A run that is through, and an equal one that has not begun."""
+    whole, part = make_small_trial(shards, tmp_path, "whole"), make_small_trial(shards, tmp_path, "part")
+    assert whole.run().interrupted is None
+    return whole, part
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_schedulers_signal_saves_and_stops_and_the_run_goes_on(
-    trial: Make, helpers: Any, number: signal.Signals
+    pair: tuple[Trial, Trial], number: signal.Signals
 ) -> None:
-    whole, part = small(trial, "whole"), small(trial, "part")
-    assert whole.run().interrupted is None
+    whole, part = pair
     part.stop_after, part.stop_by = 3, number
     handler = signal.getsignal(number)
     stopped = part.run()
     assert stopped.interrupted == number and stopped.steps == 3, "between two intervals"
     assert signal.getsignal(number) is handler, "handlers are given back"
-    assert list(saved_states(part.run_dir)) == [2, 3] and (part.run_dir / "adapter.safetensors").is_file()
+    assert list(list_checkpoints(part.run_dir)) == [2, 3] and (part.run_dir / "adapter.safetensors").is_file()
     part.stop_after = None
     assert part.run(resume=True).steps == 6
-    assert_same_metrics(helpers, part, whole)
+    assert_same_results(part, whole)
 
 
-def test_after_a_torn_write_the_state_before_is_used(trial: Make, helpers: Any) -> None:
-    whole, part = small(trial, "whole"), small(trial, "part")
-    whole.run()
+@pytest.mark.slow
+@pytest.mark.parametrize("damage", ["torn", "gone"])
+def test_after_a_torn_write_the_state_before_is_used_and_without_any_it_starts_again(
+    pair: tuple[Trial, Trial], damage: str
+) -> None:
+    whole, part = pair
     part.stop_after = 4
     part.run()
     part.stop_after = None
-    newest = state_path(part.run_dir, 4)
-    newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    if damage == "torn":
+        newest = get_checkpoint_path(part.run_dir, 4)
+        newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    else:
+        shutil.rmtree(part.run_dir / "checkpoints")
     assert part.run(resume=True).steps == 6
-    assert_same_metrics(helpers, part, whole)
+    assert_same_results(part, whole)
 
 
-def test_without_any_state_it_starts_again_from_the_beginning(trial: Make, helpers: Any) -> None:
-    whole, part = small(trial, "whole"), small(trial, "part")
-    whole.run()
-    part.stop_after = 2
-    part.run()
-    part.stop_after = None
-    shutil.rmtree(part.run_dir / "checkpoints")
-    part.run(resume=True)
-    assert_same_metrics(helpers, part, whole)
-
-
-def test_resuming_a_finished_run_leaves_what_it_finds(trial: Make, helpers: Any) -> None:
-    run = small(trial, "done")
+def test_resuming_a_finished_run_leaves_what_it_finds(shards: Path, tmp_path: Path) -> None:
+    run = make_small_trial(shards, tmp_path, "done")
     run.run()
-    before, losses = helpers.adapter_of(run.run_dir), helpers.losses_of(run.run_dir)
+    before, losses = read_adapter(run.run_dir), read_losses(run.run_dir)
     again = run.run(resume=True)
-    assert again.steps == 6 and same(helpers.adapter_of(run.run_dir), before)
-    assert helpers.losses_of(run.run_dir) == losses
+    assert again.steps == 6 and same(read_adapter(run.run_dir), before)
+    assert read_losses(run.run_dir) == losses
 
 
-def test_only_the_last_states_are_kept_and_a_resumed_step_is_logged_once(trial: Make, helpers: Any) -> None:
-    run = small(trial, "kept")
+def test_only_the_last_states_are_kept_and_a_resumed_step_is_logged_once(shards: Path, tmp_path: Path) -> None:
+    run = make_small_trial(shards, tmp_path, "kept")
     run.run()
-    assert list(saved_states(run.run_dir)) == [4, 6]
-    assert list(helpers.losses_of(run.run_dir)) == [1, 2, 3, 4, 5, 6]
+    assert list(list_checkpoints(run.run_dir)) == [4, 6]
+    assert list(read_losses(run.run_dir)) == [1, 2, 3, 4, 5, 6]
     _, rows = read_metrics(run.run_dir / "metrics.csv")
     assert [int(row["step"]) for row in rows] == sorted({int(row["step"]) for row in rows})
 
 
-def test_a_state_holds_the_adapter_and_no_base_and_no_code(trial: Make) -> None:
-    run = small(trial, "state")
+def test_a_state_holds_the_adapter_and_no_base_and_no_code(shards: Path, tmp_path: Path) -> None:
+    run = make_small_trial(shards, tmp_path, "state")
     run.run()
-    state = load_state(state_path(run.run_dir, 6))
+    state = load_state(get_checkpoint_path(run.run_dir, 6))
     values = sum(tensor.numel() for tensor in state["state_dict"].values())
-    assert state_path(run.run_dir, 6).stat().st_size < 4 * values * 5, "adapter, two moments, average"
-    assert {"optimizer_states", "lr_schedulers", "loops", "average", "callbacks"} <= set(state)
+    assert get_checkpoint_path(run.run_dir, 6).stat().st_size < 4 * values * 5, "adapter, two moments, EMA"
+    assert {"optimizer_states", "lr_schedulers", "loops", "ema", "callbacks"} <= set(state)
     assert state["loops"]["fit_loop"]["state_dict"]["combined_loader"][0]["batches"] == 6

@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Install sa3train plainly, as a user would, into temporary environments, and run launch/smoke.sh in each:
+#   oldest    the oldest torch that pyproject.toml admits, everything else as pip resolves it today
+#   newest    everything as pip resolves it today
+#   bounds    every dependency at the lower bound that pyproject.toml gives
+#   bash launch/test_install.sh                 all rows (about 8 GB of TMPDIR, deleted at the end)
+#   bash launch/test_install.sh oldest          some of them
+#   PYTHON=python3.12 bash launch/test_install.sh
+# A row that installs and cannot be imported or does not run is a bound of pyproject.toml to correct.
+set -uo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+work="$(mktemp -d)"
+trap 'rm -rf "$work"' EXIT
+# Constraints from pip's configuration would hide what a plain install resolves to. The rows share one download cache.
+export PIP_CONSTRAINT=/dev/null PIP_CACHE_DIR="$work/cache" PIP_DISABLE_PIP_VERSION_CHECK=1 TMPDIR="$work"
+
+# A copy of the sources: pip builds in place, and would leave its build folder there.
+mkdir "$work/source"
+git -C "$root" ls-files -coz --exclude-standard -- sa3train conf launch pyproject.toml README.md LICENSE |
+    tar --create --directory "$root" --null --ignore-failed-read --files-from - 2>/dev/null |
+    tar --extract --directory "$work/source"
+
+lower_bounds() { # [NAME]: name==bound of each dependency, or of one
+    "${PYTHON:-python3}" - "$root/pyproject.toml" "$@" <<'END'
+import re, sys, tomllib
+
+with open(sys.argv[1], "rb") as file:
+    dependencies = tomllib.load(file)["project"]["dependencies"]
+bounds = dict(re.match(r"([\w.-]+)>=([\w.]+)", dependency).groups() for dependency in dependencies)
+print("\n".join(f"{name}=={bounds[name]}" for name in sys.argv[2:] or bounds))
+END
+}
+
+test_row() { # ROW
+    local row=$1 environment="$work/$1" chosen=()
+    case "$row" in
+        oldest) mapfile -t chosen < <(lower_bounds torch) ;;
+        newest) ;;
+        bounds) mapfile -t chosen < <(lower_bounds) ;;
+        *) printf 'error: unknown row %s: use oldest, newest or bounds\n' "$row" >&2 && return 2 ;;
+    esac
+    printf '\n%s: pip install . %s\n' "$row" "${chosen[*]:-}"
+    "${PYTHON:-python3}" -m venv "$environment" &&
+        "$environment/bin/python" -m pip install --quiet --quiet "$work/source" "${chosen[@]}" &&
+        "$environment/bin/python" -m pip check &&
+        INSTALLED=1 PYTHON="$environment/bin/python" bash "$work/source/launch/smoke.sh"
+    local code=$?
+    rm -rf "$environment"
+    return "$code"
+}
+
+[ "$#" -gt 0 ] || set -- oldest newest bounds
+results=()
+status=0
+for row in "$@"; do
+    if test_row "$row"; then results+=("$row: passed"); else results+=("$row: FAILED") && status=1; fi
+done
+printf '\n%s\n' "${results[@]}"
+exit "$status"

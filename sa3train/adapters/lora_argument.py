@@ -1,0 +1,165 @@
+"""The grammar of `--lora`: `PATH[@STEP][=STRENGTH | =START..END][@MIN-MAX]`, parsed and formatted here only.
+
+PATH is a file, a PEFT or run folder, or a hub name; text that names an existing path is taken whole. STEP selects a
+checkpoint of a run folder, START..END is a strength that changes during sampling, MIN-MAX are the noise levels at which
+the adapter is on. Numbers may have any form that Python reads.
+"""
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sa3train.core.errors import AdapterError
+
+_STEP = re.compile(r"(.+)@([0-9]{1,15})", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class LoraArgument:
+    """An adapter and its settings, as `--lora` gives them.
+
+    Attributes:
+        path: File, folder or hub name.
+        step: Training step of the checkpoint to load; None loads the adapter itself.
+        strength: The strength, or (start, end) of one that changes during sampling.
+        interval: Noise levels at which the adapter is on; None means all.
+    """
+
+    path: str
+    step: int | None = None
+    strength: float | tuple[float, float] = 1.0
+    interval: tuple[float, float] | None = None
+
+    def require_path(self) -> str:
+        """Return the path where only whole adapters can be loaded.
+
+        Returns:
+            The path.
+
+        Raises:
+            AdapterError: If a step is given.
+        """
+        if self.step is not None:
+            raise AdapterError(
+                f"@{self.step} is not available for {self.path}: only whole adapters can be loaded, not the checkpoint "
+                f"of a step. Give the adapter file of that step."
+            )
+        return self.path
+
+    def require_strength(self) -> float:
+        """Return the strength where it must be constant.
+
+        Returns:
+            The strength.
+
+        Raises:
+            AdapterError: If it changes during sampling.
+        """
+        if isinstance(self.strength, tuple):
+            start, end = map(_format_number, self.strength)
+            raise AdapterError(
+                f"={start}..{end} is not available for {self.path}: its strength cannot change during sampling. Give "
+                f"one strength, such as ={end}."
+            )
+        return self.strength
+
+    def to_settings(self) -> dict[str, Any]:
+        """Convert to keyword arguments of `Generator.load_adapter`. Raises `AdapterError` for what it does not support.
+
+        Returns:
+            `adapter`, `strength` and, where given, `interval`.
+        """
+        interval = {} if self.interval is None else {"interval": self.interval}
+        return {"adapter": self.require_path(), "strength": self.require_strength(), **interval}
+
+
+def parse_lora(text: str) -> LoraArgument:
+    """Parse the value of `--lora`.
+
+    Args:
+        text: `PATH[@STEP][=STRENGTH | =START..END][@MIN-MAX]`.
+
+    Returns:
+        The adapter and its settings.
+
+    Raises:
+        AdapterError: If a number cannot be read.
+    """
+    rest, settings = text, dict[str, Any]()
+    if not _exists(rest):
+        rest, interval = _split_interval(rest, text)
+        settings["interval"] = interval
+    if not _exists(rest) and "=" in rest:
+        rest, _, strength = rest.rpartition("=")
+        settings["strength"] = _parse_strength(strength, text)
+    if not _exists(rest) and (found := _STEP.fullmatch(rest)):
+        rest, settings["step"] = found[1], int(found[2])
+    if not rest:
+        raise AdapterError(f"{text!r} names no adapter. Write PATH=0.8.")
+    return LoraArgument(rest, **settings)
+
+
+def format_lora(argument: LoraArgument) -> str:
+    """Format an adapter and its settings as the value of `--lora`.
+
+    Args:
+        argument: The adapter and its settings.
+
+    Returns:
+        Text that `parse_lora` reads back to the same. The strength is always written, so that `=` or `@` in a path are
+        not taken for a setting.
+    """
+    step = "" if argument.step is None else f"@{argument.step}"
+    ends = argument.strength if isinstance(argument.strength, tuple) else (argument.strength,)
+    strength = "..".join(map(_format_number, ends))
+    interval = "" if argument.interval is None else "@" + "-".join(map(_format_number, argument.interval))
+    return f"{argument.path}{step}={strength}{interval}"
+
+
+def _split_interval(text: str, whole: str) -> tuple[str, tuple[float, float] | None]:
+    """Split `@MIN-MAX` off the end."""
+    rest, marker, tail = text.rpartition("@")
+    if not marker:
+        return text, None
+    pairs = [(tail[:index], tail[index + 1 :]) for index, letter in enumerate(tail) if letter == "-"]
+    for low, high in pairs:
+        levels = _read_number(low), _read_number(high)
+        if levels[0] is not None and levels[1] is not None:
+            return rest, (levels[0], levels[1])
+    one_is_number = next((pair for pair in pairs if any(_read_number(end) is not None for end in pair)), None)
+    if one_is_number and "=" not in tail and not re.search(r"[/\\]", tail):
+        wrong = next(end for end in one_is_number if _read_number(end) is None)
+        raise AdapterError(f"noise level {wrong!r} in {whole!r} is not a number. Write PATH@0.2-0.8.")
+    return text, None
+
+
+def _parse_strength(text: str, whole: str) -> float | tuple[float, float]:
+    value = _read_number(text)
+    if value is not None:
+        return value
+    for found in re.finditer(r"(?=\.\.)", text):
+        start, end = _read_number(text[: found.start()]), _read_number(text[found.start() + 2 :])
+        if start is not None and end is not None:
+            return start, end
+    raise AdapterError(f"strength {text!r} in {whole!r} is not a number. Write PATH=0.8.")
+
+
+def _read_number(text: str) -> float | None:
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
+
+
+def _format_number(value: float) -> str:
+    return repr(float(value)).removesuffix(".0")
+
+
+def _exists(text: str) -> bool:
+    try:
+        return Path(text).exists()
+    except (OSError, ValueError):  # too long for a path, or a NUL in it
+        return False

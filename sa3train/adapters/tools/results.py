@@ -1,0 +1,96 @@
+"""Results of the tools that write something, as `sa3-adapter` prints them and the studio shows them."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sa3train.adapters.adapter import Adapter
+from sa3train.adapters.apply.load_report import LoadReport
+from sa3train.adapters.tools.low_rank import ErrorByLayer
+
+
+@dataclass(frozen=True)
+class EditResult:
+    """An adapter that was written.
+
+    Attributes:
+        target: The file or folder.
+        adapter: What it holds.
+        notes: What was done.
+        warnings: What may make it sound different than intended.
+        error: How far it is from the original; None where not measured.
+        error_name: What kind of error that is.
+    """
+
+    target: str | Path
+    adapter: Adapter
+    notes: Sequence[str] = ()
+    warnings: Sequence[str] = ()
+    error: ErrorByLayer | None = None
+    error_name: str = "truncation error"
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Type, rank, number of layers and error, by name."""
+        spec, paths = self.adapter.spec, self.adapter.tensors
+        facts = {"adapter type": spec.adapter_type, "rank": spec.format_rank(paths), "layers": str(len(paths))}
+        return facts if self.error is None else {**facts, self.error_name: self.error.summary}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to plain values for JSON.
+
+        Returns:
+            The result by name.
+        """
+        spec, paths, error = self.adapter.spec, self.adapter.tensors, self.error
+        return {
+            "written": os.fspath(self.target),
+            "adapter_type": spec.adapter_type,
+            "rank": spec.format_rank(paths),
+            "layers": len(paths),
+            "notes": list(self.notes),
+            "warnings": list(self.warnings),
+            "error": None if error is None else error.relative,
+            "worst_layer": None if error is None else dict(zip(("layer", "error"), error.worst, strict=True)),
+            "not_carried": [] if error is None else error.not_carried,
+        }
+
+
+@dataclass(frozen=True)
+class CheckpointResult:
+    """A checkpoint that was written with adapters merged into its weights.
+
+    Attributes:
+        target: The folder.
+        model: Name of the model that they were merged into.
+        reports: How each adapter fits the model.
+    """
+
+    target: str | Path
+    model: str
+    reports: Sequence[LoadReport]
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """The model and the number of adapters, by name."""
+        return {"checkpoint": self.model, "merged adapters": str(len(self.reports))}
+
+    @property
+    def notes(self) -> list[str]:
+        """How each adapter fits the model."""
+        return [f"{Path(report.source).name}: {report.summary}" for report in self.reports]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What may make the checkpoint sound different than intended."""
+        return [f"{report.source}: {text}" for report in self.reports for text in report.warnings]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Convert to plain values for JSON.
+
+        Returns:
+            The result by name.
+        """
+        return {"written": os.fspath(self.target), "reports": [report.to_dict() for report in self.reports]}

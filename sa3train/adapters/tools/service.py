@@ -1,0 +1,177 @@
+"""The tools from file to file: what `sa3-adapter` and the studio's adapters page call.
+
+Each function reads, checks, writes and reports; every one raises `AdapterError` for a file that holds no adapter, an
+adapter that does not fit the model, and a setting that is missing.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from sa3train.adapters.adapter import hash_architecture
+from sa3train.adapters.formats.io import load_adapter, save_adapter
+from sa3train.adapters.tools.base_weights import LoadedModel, get_base_weights, get_weights
+from sa3train.adapters.tools.edit import extract, list_not_extracted, merge, resize, scale
+from sa3train.adapters.tools.low_rank import ErrorByLayer, Truncation
+from sa3train.adapters.tools.merge_checkpoint import WeightedAdapter, merge_into_checkpoint
+from sa3train.adapters.tools.results import CheckpointResult, EditResult
+from sa3train.core.dtypes import get_dtype
+from sa3train.core.errors import AdapterError
+
+AnyPath = str | Path
+
+
+def merge_adapters(
+    sources: Sequence[tuple[AnyPath, float]],
+    target: AnyPath,
+    model: LoadedModel | None = None,
+    truncation: Truncation | None = None,
+    dtype: str = "fp16",
+    conditioner_strength: float | None = None,
+    allow_partial: bool = False,
+) -> EditResult | CheckpointResult:
+    """Merge adapters into one lora adapter, or into a checkpoint.
+
+    Args:
+        sources: Files or PEFT folders with their strengths.
+        target: A file or folder for one adapter, a folder for a checkpoint.
+        model: The model to merge into, or the base model of adapters whose change depends on it.
+        truncation: The rank of the one adapter; None merges into a checkpoint.
+        dtype: Dtype of the adapter file.
+        conditioner_strength: Strength in the conditioner, for a checkpoint; None means each adapter's strength.
+        allow_partial: Accept adapters of which only some layers fit, for a checkpoint.
+
+    Returns:
+        What was written.
+
+    Raises:
+        AdapterError: If a setting is missing or has no effect.
+    """
+    adapters, strengths = [load_adapter(path) for path, _ in sources], [strength for _, strength in sources]
+    if truncation is None:
+        if model is None:
+            raise AdapterError(
+                "Set --model NAME to merge into a checkpoint, or --rank R (or --explained-variance SHARE) to merge "
+                "into one adapter."
+            )
+        weighted = [
+            WeightedAdapter(adapter, strength, conditioner_strength)
+            for adapter, strength in zip(adapters, strengths, strict=True)
+        ]
+        return merge_into_checkpoint(model, target, weighted, allow_partial)
+    if conditioner_strength is not None or allow_partial:
+        raise AdapterError(
+            "--conditioner-strength and --allow-partial have no effect with --rank: they are for checkpoints."
+        )
+    weights, warnings = get_base_weights(adapters, model)
+    adapter, error = merge(adapters, strengths, truncation, weights)
+    save_adapter(target, adapter, get_dtype(dtype))
+    return EditResult(target, adapter, (), [*warnings, *_list_losses(error)], error)
+
+
+def extract_adapter(
+    tuned: LoadedModel, base: LoadedModel, target: AnyPath, truncation: Truncation | None, dtype: str = "fp16"
+) -> EditResult:
+    """Extract the difference of two checkpoints as a lora adapter.
+
+    Args:
+        tuned: The fine-tuned model.
+        base: Its base model.
+        target: The file or folder to write.
+        truncation: The rank of the adapter.
+        dtype: Dtype of the adapter file.
+
+    Returns:
+        What was written.
+    """
+    provenance = {
+        "base_model": base.name,
+        "base_hash": base.fingerprint(),
+        "base_architecture": hash_architecture(base.get_adapter_root()),
+        "extracted_from": tuned.name,
+    }
+    source = f"{tuned.name} − {base.name}"
+    adapter, error = extract(get_weights(tuned), get_weights(base), require_rank(truncation), provenance, source)
+    error.not_carried += list_not_extracted(tuned.get_adapter_root(), base.get_adapter_root())
+    save_adapter(target, adapter, get_dtype(dtype))
+    return EditResult(target, adapter, (), _list_losses(error), error)
+
+
+def resize_adapter(
+    source: AnyPath,
+    target: AnyPath,
+    truncation: Truncation | None,
+    model: LoadedModel | None = None,
+    dtype: str = "fp16",
+) -> EditResult:
+    """Resize an adapter to another rank.
+
+    Args:
+        source: File or PEFT folder.
+        target: The file or folder to write.
+        truncation: The new rank.
+        model: The base model, for types whose change depends on it.
+        dtype: Dtype of the adapter file.
+
+    Returns:
+        What was written.
+    """
+    truncation, original = require_rank(truncation), load_adapter(source)
+    weights, warnings = get_base_weights([original], model)
+    adapter, error = resize(original, truncation, weights)
+    save_adapter(target, adapter, get_dtype(dtype))
+    before, after = original.spec.adapter_type, adapter.spec.adapter_type
+    notes = [] if before == after else [f"{before} became {after}"]
+    return EditResult(target, adapter, notes, [*warnings, *_list_losses(error)], error)
+
+
+def scale_adapter(
+    source: AnyPath,
+    target: AnyPath,
+    factor: float,
+    truncation: Truncation | None = None,
+    model: LoadedModel | None = None,
+    dtype: str = "fp16",
+) -> EditResult:
+    """Scale an adapter: exactly where its change is proportional to its scale, else as a lora approximation.
+
+    Args:
+        source: File or PEFT folder.
+        target: The file or folder to write.
+        factor: Strength 1 of the result is this strength of the original.
+        truncation: The rank of the lora approximation; None scales exactly.
+        model: The base model, for types whose change depends on it.
+        dtype: Dtype of the adapter file.
+
+    Returns:
+        What was written.
+    """
+    original = load_adapter(source)
+    weights, warnings = get_base_weights([original], model)
+    error = None
+    if truncation is None:
+        adapter = scale(original, factor)
+    else:
+        adapter, error = merge([original], [factor], truncation, weights, tool="scale")
+    save_adapter(target, adapter, get_dtype(dtype))
+    return EditResult(target, adapter, (), [*warnings, *(_list_losses(error) if error else ())], error)
+
+
+def require_rank(truncation: Truncation | None) -> Truncation:
+    """Require a rank to truncate to.
+
+    Args:
+        truncation: The rank, if one was given.
+
+    Returns:
+        The rank.
+
+    Raises:
+        AdapterError: If none was given.
+    """
+    if truncation is None:
+        raise AdapterError("Set --rank R, or --explained-variance SHARE (0.95 keeps 95 % of Σσ²).")
+    return truncation
+
+
+def _list_losses(error: ErrorByLayer) -> list[str]:
+    return [f"not carried over: {what}" for what in error.not_carried]

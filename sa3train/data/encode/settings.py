@@ -1,0 +1,70 @@
+"""Settings of an encode, without heavy imports, for command lines and forms."""
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+from sa3train.core.config import check_settings, setting
+from sa3train.core.errors import ConfigError
+
+FIX_NAMES = ("dc", "trim_silence", "loudness")
+"""In the order in which they are applied."""
+
+AUGMENTATIONS = ("polarity", "gain")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeSettings:
+    """What to encode, and how."""
+
+    fixes: list[str] = setting(
+        [],
+        help="Fixes applied while encoding, never to the sources: dc, trim_silence, loudness (-14 LUFS, peaks at most "
+        "-1 dBFS).",
+        choices=FIX_NAMES,
+    )
+    augmentations: list[str] = setting(
+        [],
+        help="Further versions of each training clip: polarity (inverted), gain (3 to 9 dB softer).",
+        choices=AUGMENTATIONS,
+    )
+    split: float | str = setting(
+        0.05,
+        help="Share to hold out (by content, so that similar clips stay together), or the path of a list of sources.",
+    )
+    duplicates: Literal["keep", "drop"] = setting(
+        "keep", help="Clips with the same audio: keep, or drop all but the first."
+    )
+    captions: Literal["required", "optional"] = setting(
+        "required",
+        help="Clips without a caption: reject them (required), or encode them with an empty one (optional; prompts "
+        "then come from tags).",
+    )
+    max_rejected: float = setting(
+        0.1, help="Stop with exit code 1 when more than this share of the clips is rejected.", min=0, max=1
+    )
+    batch_seconds: float | None = setting(
+        None, help="Audio encoded at a time; null: as memory allows.", unit="seconds", above=0
+    )
+    shard_mb: int = setting(512, help="Largest shard.", unit="megabytes", min=1, max=512)
+    threads: int | None = setting(
+        None, help="Threads per process that read and measure audio; null: as many as cores, up to 8.", min=1
+    )
+    reuse: str | None = setting(
+        None,
+        help="Another folder of shards whose latents are reused where audio, fixes, weights and precision are equal.",
+    )
+    overwrite: bool = setting(False, help="Replace what the output folder contains if it was made with other settings.")
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if not isinstance(self.split, str) and not 0 <= self.split < 1:
+            raise ConfigError(f"split={self.split} must be a share from 0 to below 1, or the path of a list.")
+
+    def count_threads(self) -> int:
+        """Count the threads to use.
+
+        Returns:
+            `threads`, or the number of cores up to 8.
+        """
+        return self.threads or min(os.cpu_count() or 1, 8)

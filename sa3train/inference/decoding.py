@@ -1,0 +1,100 @@
+"""From latents to audio: decode, cut and clamp, and collect what the user should know about the result.
+
+Shapes: B items, C latent channels (or audio channels), T latent frames, N samples.
+"""
+
+import torch
+from torch import Tensor
+
+from sa3train.audio.edit import clamp_and_count
+from sa3train.core.device import move_to_device, move_to_host
+from sa3train.core.errors import GenerationError
+from sa3train.inference.resolve import count_samples
+from sa3train.inference.sampling import Generation, build_item_mask
+
+
+def decode_audio(generation: Generation, latents_BCT: Tensor) -> tuple[list[Tensor], list[float]]:
+    """Decode latents to audio within ±1.
+
+    Args:
+        generation: The generation.
+        latents_BCT: Denoised latents.
+
+    Returns:
+        The audio (2, N_i) of each item on the CPU, and the share of its samples that were clipped.
+
+    Raises:
+        GenerationError: When the model's output is NaN or infinite.
+    """
+    facts, settings, frames = generation.facts, generation.settings, latents_BCT.shape[-1]
+    autoencoder = generation.model.autoencoder
+    decoded_BCN = autoencoder.decode(latents_BCT, generator=generation.rng, chunked=settings.chunked_decode)
+    decoded_BCN = decoded_BCN[..., : frames * facts.downsampling_ratio].float()
+    real_BT = move_to_device(build_item_mask(generation, frames), decoded_BCN.device)
+    real_BN = real_BT.repeat_interleave(facts.downsampling_ratio, dim=1)
+    decoded_BCN = torch.where(real_BN[:, None, :], decoded_BCN, 0.0)
+    items = [decoded_BCN[index, :, : count_samples(facts, each)] for index, each in enumerate(settings.duration)]
+    clamped = [clamp_and_count(item_CN) for item_CN in items]
+    shares_B = torch.stack([share for _, share in clamped])
+    *audio, finite_B, shares_B = move_to_host([*(audio_CN for audio_CN, _ in clamped), _are_finite(items), shares_B])
+    if not bool(finite_B.all()):
+        raise GenerationError(
+            "the model produced NaN or infinity. Try precision fp32 or bf16, a lower cfg_scale, or a lower strength."
+        )
+    return audio, shares_B.tolist()
+
+
+def _are_finite(items: list[Tensor]) -> Tensor:
+    """Whether each item is free of NaN and infinity: (B,), on its device."""
+    return torch.stack([torch.isfinite(item_CN).all() for item_CN in items])
+
+
+def collect_warnings(generation: Generation, clipped_shares: list[float]) -> list[str]:
+    """Collect what the user should know about a finished generation.
+
+    Args:
+        generation: The generation.
+        clipped_shares: Share of clipped samples of each item.
+
+    Returns:
+        Warnings about prompts and audio that were cut, input without effect, and clipping.
+    """
+    warnings = _warn_of_long_prompts(generation)
+    if generation.settings.init_noise_level == 1.0:
+        warnings.append("init_audio had no effect: init_noise_level=1 replaces it by noise. Try 0.9.")
+    for role in generation.inputs:
+        warnings += _warn_of_length(generation, role)
+    for index, share in enumerate(clipped_shares):
+        if share > 0:
+            which = f"item {index}" if len(clipped_shares) > 1 else "the audio"
+            warnings.append(f"{which} exceeded full scale in {share:.2%} of its samples, which were clipped.")
+    return warnings
+
+
+def _warn_of_long_prompts(generation: Generation) -> list[str]:
+    conditioner, settings = generation.model.conditioner, generation.settings
+    prompts = dict.fromkeys([*settings.prompt, *(settings.negative_prompt or ())])
+    counts = zip(prompts, conditioner.count_tokens(list(prompts)), strict=True)
+    return [
+        f"the prompt {prompt[:40]!r}… has {count} tokens and was truncated to {conditioner.max_length}."
+        for prompt, count in counts
+        if count > conditioner.max_length
+    ]
+
+
+def _warn_of_length(generation: Generation, role: str) -> list[str]:
+    facts, settings = generation.facts, generation.settings
+    frame = facts.downsampling_ratio / facts.sample_rate
+    length, longest = generation.inputs[role].audio_CN.shape[1] / facts.sample_rate, max(settings.duration)
+    if length > longest + 1 / facts.sample_rate:
+        return [f"{role} is {length:.2f} s long and was truncated to the duration of {longest:g} s."]
+    covered = length
+    for start, end in sorted(settings.regions):
+        if start <= covered + frame:
+            covered = max(covered, end)
+    if role == "inpaint_audio" and covered + frame < longest:
+        return [
+            f"inpaint_audio is {length:.2f} s long: from {covered:.2f} to {longest:g} s the result is silence. To "
+            f"continue the audio, let a region start at its end and reach {longest:g} s."
+        ]
+    return []

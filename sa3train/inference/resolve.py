@@ -1,0 +1,240 @@
+"""Settings checked against a model, with what was left open filled in.
+
+Times are in seconds, lengths in samples at the model's rate or in latent frames.
+"""
+
+import secrets
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sa3train.core.errors import GenerationError
+from sa3train.inference.request import (
+    GUIDANCE_SETTINGS,
+    MODEL_DEFAULTS,
+    PER_ITEM_SETTINGS,
+    SETTING_NAMES,
+    GenerationSettings,
+    count_items,
+    get_default,
+    is_list,
+)
+
+NEEDED_AUDIO = {
+    "init_noise_level": "init_audio",
+    "keep_exact": "inpaint_audio",
+    "inpaint_mask_start_seconds": "inpaint_audio",
+    "inpaint_mask_end_seconds": "inpaint_audio",
+}
+"""Audio without which a setting has no effect."""
+EXTRA_SECONDS = 6
+"""The released models generate this much more than asked and cut it off, so that endings are not cut short."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedSettings(GenerationSettings):
+    """Settings checked against a model, with nothing left open: tuples hold one value per item of the batch.
+
+    `seed` is None where the caller brings a torch generator, `init_noise_level` without `init_audio`.
+    """
+
+    prompt: tuple[str, ...]
+    negative_prompt: tuple[str, ...] | None
+    duration: tuple[float, ...]
+    seed: int | None  # type: ignore[assignment]
+    steps: int
+    sampler_type: str
+    cfg_scale: float
+    init_noise_level: float | None  # type: ignore[assignment]
+    inpaint_mask_start_seconds: tuple[float, ...] | None
+    inpaint_mask_end_seconds: tuple[float, ...] | None
+
+    @property
+    def regions(self) -> tuple[tuple[float, float], ...]:
+        """Regions to regenerate, each (start, end) in seconds."""
+        return tuple(zip(self.inpaint_mask_start_seconds or (), self.inpaint_mask_end_seconds or (), strict=True))
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What settings are checked against.
+
+    Attributes:
+        name: The model's name, for messages.
+        objective: "rectified_flow" (base model) or "rf_denoiser" (post-trained).
+        sample_rate: Samples per second.
+        downsampling_ratio: Samples per latent frame.
+        max_frames: Latent frames of the longest audio.
+    """
+
+    name: str
+    objective: str
+    sample_rate: int
+    downsampling_ratio: int
+    max_frames: int
+
+    @property
+    def longest(self) -> float:
+        """The longest duration in seconds."""
+        return self.max_frames * self.downsampling_ratio / self.sample_rate
+
+
+def count_samples(facts: ModelFacts, seconds: float) -> int:
+    """Count the samples that a duration is cut to.
+
+    Args:
+        facts: The model's.
+        seconds: Duration.
+
+    Returns:
+        Samples at the model's rate.
+    """
+    return int(seconds * facts.sample_rate)
+
+
+def count_generated_frames(facts: ModelFacts, seconds: float) -> int:
+    """Count the latent frames to generate: for 6 s more than asked, in whole pairs, at most the longest.
+
+    Args:
+        facts: The model's.
+        seconds: Duration asked for.
+
+    Returns:
+        Latent frames.
+    """
+    frames = -(-int((seconds + EXTRA_SECONDS) * facts.sample_rate) // facts.downsampling_ratio)
+    return min(frames + frames % 2, facts.max_frames)
+
+
+def count_real_frames(facts: ModelFacts, seconds: float, frames: int) -> int:
+    """Count the latent frames of an item that are not padding.
+
+    Args:
+        facts: The model's.
+        seconds: Duration of the item.
+        frames: Latent frames that are generated for the batch.
+
+    Returns:
+        Latent frames.
+    """
+    effective = -(-count_samples(facts, seconds) // facts.downsampling_ratio)
+    return min(effective + int(EXTRA_SECONDS * facts.sample_rate / facts.downsampling_ratio), frames)
+
+
+def resolve_settings(
+    settings: GenerationSettings, facts: ModelFacts, *, has_generator: bool = False
+) -> ResolvedSettings:
+    """Check settings against a model and fill in what was left open.
+
+    Args:
+        settings: What was asked for.
+        facts: The model's.
+        has_generator: Whether the caller brings a torch generator, which replaces the seed.
+
+    Returns:
+        Settings from which the same audio is generated again.
+
+    Raises:
+        GenerationError: For lists that do not match, values beyond the model and settings that would have no effect.
+    """
+    if has_generator and settings.seed != -1:
+        raise GenerationError(f"seed={settings.seed} has no effect beside generator. Give one of the two.")
+    seed = secrets.randbelow(2**32) if settings.seed == -1 else settings.seed
+    by_model = MODEL_DEFAULTS[facts.objective]
+    settings = replace(settings, **{name: by_model[name] for name in by_model if getattr(settings, name) is None})
+    _check_audio(settings)
+    _check_guidance(facts, settings)
+    batch, negative = _check_items(settings), settings.negative_prompt
+    durations = tuple(_check_duration(facts, value) for value in _expand(settings.duration, batch))
+    starts, ends = _check_regions(facts, settings, min(durations))
+    return ResolvedSettings(
+        **{name: getattr(settings, name) for name in SETTING_NAMES}
+        | {
+            "prompt": tuple(_expand(settings.prompt, batch)),
+            "negative_prompt": None if negative is None else tuple(text or "" for text in _expand(negative, batch)),
+            "duration": durations,
+            "batch_size": batch,
+            "seed": None if has_generator else seed,
+            "init_noise_level": None if settings.init_audio is None else settings.init_noise_level,
+            "inpaint_mask_start_seconds": starts,
+            "inpaint_mask_end_seconds": ends,
+        }
+    )
+
+
+def _expand(value: Any, batch: int) -> list[Any]:
+    """A value for each item of the batch."""
+    return list(value) if is_list(value) else [value] * batch
+
+
+def _check_items(settings: GenerationSettings) -> int:
+    size = count_items(settings)
+    for name in PER_ITEM_SETTINGS:
+        value = getattr(settings, name)
+        if is_list(value) and not value:
+            raise GenerationError(f"{name} is an empty list. Give one value, or one per item.")
+        if is_list(value) and len(value) != size:
+            raise GenerationError(f"{name} has {len(value)} values for {size} items. Give one value, or one per item.")
+    if settings.batch_size not in (1, size):
+        raise GenerationError(f"batch_size={settings.batch_size} does not match lists of {size} items. Remove it.")
+    return size
+
+
+def _check_duration(facts: ModelFacts, seconds: float) -> float:
+    if count_samples(facts, seconds) < 1:
+        raise GenerationError(f"duration={seconds:g} is shorter than one sample.")
+    if count_samples(facts, seconds) > facts.max_frames * facts.downsampling_ratio:
+        raise GenerationError(f"duration={seconds:g} seconds exceeds the {facts.longest:.1f} seconds of {facts.name}.")
+    return seconds
+
+
+def _check_guidance(facts: ModelFacts, settings: GenerationSettings) -> None:
+    interval = settings.cfg_interval
+    if not is_list(interval) or len(interval) != 2 or interval[0] > interval[1]:
+        raise GenerationError(f"cfg_interval={interval} must be two noise levels, the lower one first.")
+    idle = [name for name in GUIDANCE_SETTINGS if getattr(settings, name) != get_default(name)]
+    if settings.cfg_scale == 1.0 and idle:
+        hint = "" if facts.objective == "rectified_flow" else f", the default of {facts.name}, which is post-trained"
+        verb = "has" if len(idle) == 1 else "have"
+        raise GenerationError(
+            f"{', '.join(idle)} {verb} no effect with cfg_scale=1{hint}. Set cfg_scale > 1 (for example 7) or remove "
+            f"{'it' if len(idle) == 1 else 'them'}."
+        )
+
+
+def _check_audio(settings: GenerationSettings) -> None:
+    for name, audio in NEEDED_AUDIO.items():
+        value = getattr(settings, name)
+        if value != get_default(name) and getattr(settings, audio) is None:
+            raise GenerationError(f"{name}={value} has no effect without {audio}.")
+
+
+def _check_regions(
+    facts: ModelFacts, settings: GenerationSettings, shortest: float
+) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """The starts and ends of the regions, as many of each."""
+    starts, ends = settings.inpaint_mask_start_seconds, settings.inpaint_mask_end_seconds
+    if settings.inpaint_audio is None:
+        return None, None
+    if starts is None or ends is None:
+        raise GenerationError("inpaint_audio needs inpaint_mask_start_seconds and inpaint_mask_end_seconds.")
+    starts, ends = tuple(_expand(starts, 1)), tuple(_expand(ends, 1))
+    if len(starts) != len(ends) or not starts:
+        raise GenerationError(
+            f"{len(starts)} values of inpaint_mask_start_seconds and {len(ends)} of inpaint_mask_end_seconds: "
+            "each region needs one of both."
+        )
+    for start, end in zip(starts, ends, strict=True):
+        _check_region(facts, start, end, shortest)
+    return starts, ends
+
+
+def _check_region(facts: ModelFacts, start: float, end: float, shortest: float) -> None:
+    where, ratio = f"the inpainting region from {start:g} to {end:g} s", facts.downsampling_ratio
+    if end <= start:
+        raise GenerationError(f"{where} ends before it starts.")
+    if end > shortest:
+        raise GenerationError(f"{where} ends after the duration of {shortest:g} s. Shorten it or increase duration.")
+    if -(-count_samples(facts, start) // ratio) >= -(-count_samples(facts, end) // ratio):
+        raise GenerationError(
+            f"{where} is empty: it lies between two latent frames, which are {ratio / facts.sample_rate:.3f} s apart."
+        )

@@ -1,0 +1,166 @@
+"""Devices: prefetched noise is what would have been drawn, and out-of-memory errors suggest fixes."""
+
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+from helpers.golden import GOLDEN
+from sa3train.core import device
+from sa3train.core.device import explain_oom, is_out_of_memory, move_to_device, prefetch_noise, randn
+from sa3train.core.errors import ConfigError, MemoryShortageError
+from sa3train.inference import Generator
+from sa3train.models.checkpoint import load_autoencoder
+
+SHAPES = [(3, 4), (5,), (2, 2, 7)]
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefetch on the CPU too, where it would not pay."""
+    monkeypatch.setattr(device, "uses_noise_prefetch", lambda device: True)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def test_the_same_numbers_and_the_same_state_behind_them() -> None:
+    plain, ahead = seeded(), seeded()
+    expected = [randn(shape, plain, "cpu") for shape in SHAPES]
+    with prefetch_noise(ahead, SHAPES, "cpu"):
+        found = [randn(shape, ahead, "cpu") for shape in SHAPES]
+        elsewhere = randn((3,), seeded(7), "cpu")
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    assert torch.equal(elsewhere, randn((3,), seeded(7), "cpu")), "other generators go on by themselves"
+    assert torch.equal(ahead.get_state(), plain.get_state())
+    assert torch.equal(randn((2,), ahead, "cpu"), randn((2,), plain, "cpu"))
+
+
+@pytest.mark.parametrize("asked", [[(4, 3)], [*SHAPES, (1,)]])
+def test_what_was_not_announced_is_an_error_and_never_waits(asked: list[tuple[int, ...]]) -> None:
+    generator = seeded()
+    with pytest.raises(RuntimeError, match="a bug in sa3train"), prefetch_noise(generator, SHAPES, "cpu"):
+        for shape in asked:
+            randn(shape, generator, "cpu")
+
+
+def test_leaving_early_ends_the_thread() -> None:
+    with pytest.raises(KeyboardInterrupt), prefetch_noise(seeded(), SHAPES * 1000, "cpu"):
+        raise KeyboardInterrupt
+    assert not any(thread.name == "noise-prefetch" for thread in threading.enumerate())
+    assert not device._PREFETCHED
+
+
+def test_one_thread_a_generator() -> None:
+    generator = seeded()
+    with prefetch_noise(generator, SHAPES, "cpu"):
+        with pytest.raises(RuntimeError, match="already"), prefetch_noise(generator, SHAPES, "cpu"):
+            pass
+        assert torch.equal(randn(SHAPES[0], generator, "cpu"), randn(SHAPES[0], seeded(), "cpu"))
+
+
+def test_no_more_waits_than_the_room_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "PREFETCH_LIMIT", 2)
+    ahead, plain = seeded(), seeded()
+    with prefetch_noise(ahead, [(2,)] * 9, "cpu"):
+        assert device._PREFETCHED[id(ahead)].maxsize == 2
+        found = [randn((2,), ahead, "cpu") for _ in range(9)]
+    assert torch.equal(torch.stack(found), torch.stack([randn((2,), plain, "cpu") for _ in range(9)]))
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("name", ["plain", "diff"])
+def test_decoders_announce_what_they_draw(name: str, chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    autoencoder, drawn = load_autoencoder(GOLDEN / name), []
+    from sa3train.models import resampler
+
+    def noted(shape: tuple[int, ...], generator: torch.Generator, device: torch.device) -> Tensor:
+        drawn.append(tuple(shape))
+        return randn(shape, generator, device)
+
+    monkeypatch.setattr(resampler, "randn", noted)
+    latents_BCT = torch.randn(2, autoencoder.latent_channels, 140)
+    autoencoder.decode(latents_BCT, generator=seeded(), chunked=chunked)
+    assert autoencoder.list_noise_shapes(2, 140, chunked) == drawn
+    assert drawn
+
+
+@pytest.mark.parametrize("sampler", ["pingpong", "euler"])
+def test_a_generation_is_the_same(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gen, audio = Generator.from_pretrained("nano", device="cpu", precision="fp32"), []
+    for pays in (True, False):
+        monkeypatch.setattr(device, "uses_noise_prefetch", lambda device, pays=pays: pays)
+        out = gen.generate("koto", duration=[1.0, 2.0], steps=3, cfg_scale=1.0, sampler_type=sampler, seed=3)
+        audio.append(out.audio)
+    assert all(torch.equal(one, other) for one, other in zip(*audio, strict=True))
+
+
+def test_to_the_cpu_nothing_is_pinned_or_copied() -> None:
+    tensor = torch.ones(3)
+    assert move_to_device(tensor, "cpu") is tensor
+
+
+OOM_ERRORS = (
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+    MemoryError(),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to"),
+    RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB, other allocations: 1.00 GB)"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+)
+
+
+@pytest.mark.parametrize("error", OOM_ERRORS)
+def test_however_a_device_says_it_the_remedies_are_named(error: Exception) -> None:
+    assert is_out_of_memory(error)
+    with (
+        pytest.raises(MemoryShortageError, match=r"^Out of memory while generating 9 s: this machine .* a; b; or c"),
+        explain_oom("cpu", "generating 9 s", ["a", "b", "c"]),
+    ):
+        raise error
+
+
+def test_what_torch_really_says_is_known() -> None:
+    with (
+        pytest.raises(MemoryShortageError, match=r"while reading: .* Try: less\.$"),
+        explain_oom("cpu", "reading", ["less"]),
+    ):
+        torch.empty(2**60, dtype=torch.uint8)
+
+
+def test_it_is_the_memory_that_ran_out_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsaid(device: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for figures, expected in (
+        (lambda device: (0, 8 * 2**30), r"of Card's 8\.0 GiB, this process holds 7\.0 and 0\.0 are free"),
+        (unsaid, "while x: cuda has no free memory"),
+    ):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", figures)
+        monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 7 * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Card")
+        with pytest.raises(MemoryShortageError, match=expected), explain_oom("cuda", "x", ["y"]):
+            raise OOM_ERRORS[0]
+    for host in OOM_ERRORS[1:3]:
+        with pytest.raises(MemoryShortageError, match="this machine"), explain_oom("cuda", "x", lambda: ["y"]):
+            raise host
+
+
+def test_what_failed_is_let_go() -> None:
+    def fails() -> None:
+        held = torch.ones(1)
+        kept.append(weakref.ref(held))
+        raise MemoryError
+
+    kept: list[weakref.ref[torch.Tensor]] = []
+    with pytest.raises(MemoryShortageError) as error, explain_oom("cpu", "x", ["y"]):
+        fails()
+    assert error.value.__cause__ is not None and kept[0]() is None
+
+
+def test_other_errors_pass() -> None:
+    for error in (RuntimeError("shapes do not match"), ConfigError("no"), MemoryShortageError("inner")):
+        with pytest.raises(type(error), match=str(error)), explain_oom("cpu", "x", ["y"]):
+            raise error

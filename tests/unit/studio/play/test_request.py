@@ -1,0 +1,138 @@
+"""What the form asks for is checked before anything is loaded, and a request fills the form."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from sa3train.core.errors import GenerationError
+from sa3train.inference.request import SETTING_NAMES, GenerationSettings
+from sa3train.studio.play.form import FORM_SETTINGS, fill_form, read_form
+from sa3train.studio.play.request import AdapterSettings, PlaySettings, parse_regions, parse_strengths
+from sa3train.studio.server.workspace import StudioError, Workspace
+
+PLAIN = PlaySettings("nano", GenerationSettings("a tone", duration=1.0))
+TONE = "audio/tone.wav"
+REGIONS = {"inpaint_mask_start_seconds": (0.1, 0.6), "inpaint_mask_end_seconds": (0.4, 0.9)}
+
+
+def ask(mode: str = "text", changes: dict[str, Any] | None = None, **settings: Any) -> PlaySettings:
+    return replace(PLAIN, mode=mode, settings=replace(PLAIN.settings, **settings), **(changes or {}))
+
+
+def test_a_row_of_the_rack_is_an_adapter() -> None:
+    row = {
+        "path": "a.safetensors", "strength": 0.5, "conditioner": "", "low": 0.2, "high": 0.8,
+        "exclude": "ff", "partial": True,
+    }  # fmt: skip
+    adapter = AdapterSettings.from_row(row)
+    assert adapter == AdapterSettings("a.safetensors", 0.5, None, (0.2, 0.8), "ff", True)
+    assert AdapterSettings.from_row(adapter.to_row()) == adapter
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"path": ""}, "no file"),
+        ({"path": "a", "strength": "loud"}, "must be a number"),
+        ({"path": "a", "low": True}, "number"),
+    ],
+)
+def test_unusable_rows_are_refused(row: dict[str, object], message: str) -> None:
+    with pytest.raises((StudioError, GenerationError), match=message):
+        AdapterSettings.from_row(row)
+
+
+def test_a_request_is_resolved(workspace: Workspace) -> None:
+    resolved = replace(PLAIN, adapters=(AdapterSettings("adapters/one.safetensors"),)).resolve(workspace)
+    assert resolved.settings.seed >= 0
+    assert resolved.adapters[0].path == str(workspace.roots[0] / "adapters" / "one.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (ask(prompt="  "), "prompt"),
+        (ask("restyle"), "source audio"),
+        (ask("restyle", init_audio="../x.wav"), "outside"),
+        (ask("inpaint", inpaint_audio="audio/none.wav"), "audio file"),
+        (ask("inpaint", inpaint_audio=TONE), "region"),
+        (ask("continue", inpaint_audio=TONE), "duration"),
+        (ask(changes={"adapters": (AdapterSettings("/etc/passwd"),)}), "outside"),
+        (ask(changes={"adapters": (AdapterSettings("adapters/none.safetensors"),)}), "no adapter"),
+        (ask(changes={"model": "../models/mine"}), "outside"),
+        (ask(changes={"model": "medum"}), "model folder"),
+    ],
+)
+def test_impossible_requests_are_refused(workspace: Workspace, request_: PlaySettings, message: str) -> None:
+    with pytest.raises(StudioError, match=message):
+        request_.resolve(workspace)
+
+
+def test_a_continuation_starts_where_the_audio_ends(workspace: Workspace) -> None:
+    settings = ask("continue", inpaint_audio=TONE, duration=3.0).resolve(workspace).settings
+    assert (settings.inpaint_mask_start_seconds, settings.inpaint_mask_end_seconds) == (2.0, 3.0)
+
+
+def test_source_audio_gets_its_full_path(workspace: Workspace) -> None:
+    full = str(workspace.roots[0] / TONE)
+    assert ask("restyle", init_audio=TONE).resolve(workspace).settings.init_audio == full
+    settings = ask("inpaint", inpaint_audio=TONE, **REGIONS).resolve(workspace).settings
+    assert (settings.inpaint_audio, settings.inpaint_mask_start_seconds) == (full, (0.1, 0.6))
+
+
+def test_strengths_are_scaled_together() -> None:
+    request = replace(PLAIN, adapters=(AdapterSettings("a", 0.8, 0.4), AdapterSettings("b")))
+    half = request.scale_adapters(0.5).adapters
+    assert [(each.strength, each.conditioner_strength) for each in half] == [(0.4, 0.2), (0.5, None)]
+    assert request.scale_adapters(0).adapters == ()
+
+
+def test_the_sibling_uses_its_own_sampling() -> None:
+    sibling = ask(steps=3, cfg_scale=4.0, negative_prompt="noise").switch_to_sibling()
+    assert (sibling.model, sibling.settings) == ("nano-base", PLAIN.settings)
+    with pytest.raises(StudioError, match="sibling"):
+        replace(PLAIN, model="/some/folder").switch_to_sibling()
+
+
+def test_lists_of_strengths_are_parsed() -> None:
+    assert parse_strengths("1, 0; 0.5 ,1") == [0.0, 0.5, 1.0]
+    for text in ("", "loud", ",".join(map(str, range(9))), "1e9"):
+        with pytest.raises(StudioError):
+            parse_strengths(text)
+
+
+def test_regions_must_be_numbers() -> None:
+    assert parse_regions([[0, "1.5"]]) == ((0.0, 1.5),)
+    with pytest.raises(GenerationError, match="must be a number"):
+        parse_regions([[None, 1]])
+
+
+def test_every_setting_has_a_field() -> None:
+    elsewhere = {"cfg_interval", "init_audio", "inpaint_audio", *REGIONS}
+    assert {*FORM_SETTINGS, *elsewhere} == set(SETTING_NAMES)
+
+
+@pytest.mark.parametrize(
+    ("mode", "settings"),
+    [
+        ("text", {}),
+        ("restyle", {"init_audio": TONE, "init_noise_level": 0.7}),
+        ("inpaint", {"inpaint_audio": TONE, "keep_exact": True, **REGIONS}),
+        ("continue", {"inpaint_audio": TONE, "keep_exact": True}),
+    ],
+)
+def test_the_form_holds_every_setting(workspace: Workspace, mode: str, settings: dict[str, Any]) -> None:
+    all_settings = GenerationSettings(
+        "a tone", negative_prompt="noise", duration=1.5, seed=7, batch_size=2, steps=3, cfg_scale=2.5,
+        sampler_type="dpmpp", cfg_interval=(0.1, 0.9), cfg_norm_threshold=1.0, scale_phi=0.2, apg_scale=0.5,
+        chunked_decode=True, **settings,
+    )  # fmt: skip
+    adapter = AdapterSettings("adapters/one.safetensors", 0.5, 0.2, (0.1, 0.6), "ff", True)
+    request = PlaySettings("nano-base", all_settings, mode, "fp32", (adapter,))
+    assert read_form(fill_form(workspace, request)) == request
+
+
+def test_empty_numbers_are_defaults(workspace: Workspace) -> None:
+    values = fill_form(workspace, PLAIN) | {"seed": None, "cfg_interval_min": None, "apg_scale": None, "steps": ""}
+    assert read_form(values) == PLAIN

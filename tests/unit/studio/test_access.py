@@ -1,0 +1,93 @@
+"""The server is closed by default, and lets through what it should."""
+
+import sys
+from pathlib import Path
+
+import pytest
+from starlette.applications import Starlette
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from sa3train.cli.studio import build_parser, main
+from sa3train.studio.server.access import LOCAL_NAMES, AccessMiddleware, AccessSettings
+from sa3train.studio.server.workspace import StudioError, Workspace
+
+
+@pytest.mark.parametrize(
+    "access", [AccessSettings(host="0.0.0.0"), AccessSettings(share=True), AccessSettings(host="10.0.0.2", password="")]
+)
+def test_an_open_server_needs_a_password(access: AccessSettings) -> None:
+    with pytest.raises(StudioError, match="needs a password"):
+        access.check()
+
+
+def test_a_short_password_is_none() -> None:
+    with pytest.raises(StudioError, match="too short"):
+        AccessSettings(host="0.0.0.0", password="1234").check()
+
+
+def test_closed_and_guarded_servers_are_fine() -> None:
+    AccessSettings().check()
+    AccessSettings(host="localhost").check()
+    AccessSettings(host="0.0.0.0", password="long enough").check()
+
+
+def test_the_command_refuses_before_it_loads_anything(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("SA3_STUDIO_PASSWORD", raising=False)
+    monkeypatch.setitem(sys.modules, "sa3train.studio.app", None)  # importing the page would fail
+    assert main([str(tmp_path), "--host", "0.0.0.0"]) == 1
+    assert "needs a password" in capsys.readouterr().err
+    assert main([str(tmp_path / "none")]) == 1
+    assert "is not a folder" in capsys.readouterr().err
+
+
+def test_the_command_starts_closed_on_nano() -> None:
+    arguments = build_parser().parse_args([])
+    assert (arguments.host, arguments.share, arguments.password) == ("127.0.0.1", False, None)
+    assert (arguments.model, arguments.folders) == ("nano", ["."])
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> TestClient:
+    async def answer(request: object) -> PlainTextResponse:
+        return PlainTextResponse("served")
+
+    (tmp_path / "folder").mkdir()
+    app = Starlette(routes=[Route("/{path:path}", answer)])
+    guarded = AccessMiddleware(app, Workspace.create([tmp_path / "folder"]), LOCAL_NAMES)
+    return TestClient(guarded, base_url="http://127.0.0.1:7860")
+
+
+def test_files_of_the_folders_are_served_apart_from_the_page(client: TestClient, tmp_path: Path) -> None:
+    answer = client.get(f"/gradio_api/file={tmp_path}/folder/a.html")
+    assert answer.status_code == 200
+    assert "sandbox" in answer.headers["content-security-policy"]
+
+
+@pytest.mark.parametrize(
+    "path", ["/etc/passwd", "{root}/../x", "{root}/.env", "http://example.org/x", "{root}/%2e%2e/x"]
+)
+def test_other_files_are_not(client: TestClient, tmp_path: Path, path: str) -> None:
+    asked = path.replace("{root}", f"{tmp_path}/folder")
+    assert client.get(f"/gradio_api/file={asked}").status_code in (403, 404)
+
+
+def test_only_its_own_names_are_answered(client: TestClient) -> None:
+    assert client.get("/", headers={"host": "localhost:7860"}).status_code == 200
+    assert client.get("/", headers={"host": "evil.example"}).status_code == 421
+    assert client.get("/", headers={"host": "localhost.evil.example:7860"}).status_code == 421
+
+
+def test_other_pages_may_start_nothing(client: TestClient) -> None:
+    assert client.post("/", headers={"origin": "http://evil.example"}).status_code == 403
+    assert client.post("/", headers={"origin": "null"}).status_code == 403
+    assert client.post("/", headers={"origin": "http://127.0.0.1:7860"}).status_code != 403
+
+
+def test_pages_may_load_nothing_from_elsewhere(client: TestClient) -> None:
+    policy = client.get("/").headers["content-security-policy"]
+    assert policy.startswith("default-src 'self'")
+    assert "http" not in policy

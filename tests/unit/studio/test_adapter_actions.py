@@ -1,0 +1,107 @@
+"""The Adapters page: the library's tools inside the studio's folders; nothing is overwritten without consent."""
+
+import pytest
+
+from sa3train.adapters.formats.io import load_adapter
+from sa3train.adapters.tools import Truncation
+from sa3train.cli.adapter import build_parser
+from sa3train.studio.adapters import actions, page
+from sa3train.studio.adapters.actions import Output
+from sa3train.studio.server.workspace import StudioError, Workspace
+
+ONE, TWO = "adapters/one.safetensors", "adapters/two.safetensors"
+
+
+def assert_parses(command: list[str]) -> None:
+    """The command is one that `sa3-adapter` accepts."""
+    assert command[0] == "sa3-adapter"
+    build_parser().parse_args(command[1:])
+
+
+def test_an_adapter_is_inspected(workspace: Workspace) -> None:
+    inspection, plot, command = actions.inspect(workspace, ONE, "nano-base")
+    report = inspection.load_report
+    assert report is not None
+    assert report.refusal is None
+    shown = page.render_inspection(workspace, inspection, plot, command)
+    assert "matched" in shown
+    assert "trained on" in shown
+    assert plot is not None
+    assert plot.is_relative_to(workspace.home)
+    assert_parses(command)
+    assert "trained on" not in page.render_inspection(workspace, *actions.inspect(workspace, ONE))
+
+
+def test_two_are_compared(workspace: Workspace) -> None:
+    comparison, command = actions.compare(workspace, ONE, TWO)
+    assert "relative difference" in page.render_comparison(comparison, command, (ONE, TWO))
+    assert_parses(command)
+    assert "bit for bit" in page.render_comparison(*actions.compare(workspace, ONE, ONE), (ONE, ONE))
+
+
+@pytest.mark.parametrize(
+    ("to", "target"), [("native", "out/n.safetensors"), ("comfy", "out/c.safetensors"), ("peft", "out/p")]
+)
+def test_an_adapter_is_converted_with_its_error(workspace: Workspace, to: str, target: str) -> None:
+    result, command = actions.convert(workspace, ONE, to, Output(target, "nano-base"))
+    assert load_adapter(workspace.resolve(target)).tensors
+    assert any("error" in name for name in result.facts)
+    assert "Written: out/" in page.render_result(workspace, result, command)
+    assert_parses(command)
+    with pytest.raises(StudioError, match="Overwrite"):
+        actions.convert(workspace, ONE, to, Output(target))
+    actions.convert(workspace, TWO, to, Output(target, overwrite=True))
+
+
+def test_adapters_are_merged(workspace: Workspace) -> None:
+    adapters = [(ONE, 1.0), (TWO, 0.5)]
+    output = Output("both.safetensors", truncation=Truncation(3), dtype="fp32")
+    result, command = actions.merge(workspace, adapters, output)
+    assert load_adapter(result.target).spec.rank == 3
+    assert "truncation error" in result.facts
+    assert_parses(command)
+    _, command = actions.merge(workspace, adapters, Output("merged", "nano-base"))
+    assert (workspace.resolve("merged") / "model.safetensors").is_file()
+    assert_parses(command)
+
+
+def test_an_adapter_is_resized_with_its_error(workspace: Workspace) -> None:
+    result, command = actions.resize(workspace, ONE, Output("small.safetensors", truncation=Truncation(1)))
+    assert load_adapter(result.target).spec.rank == 1
+    assert "%" in result.facts["truncation error"]
+    assert_parses(command)
+    with pytest.raises(ValueError, match="--rank"):
+        actions.resize(workspace, ONE, Output("other.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("path", "target", "message"),
+    [
+        ("/etc/passwd", "a.safetensors", "outside"),
+        ("", "a.safetensors", "Choose an adapter"),
+        ("adapters/none.safetensors", "a.safetensors", "No adapter exists"),
+        (ONE, "../a.safetensors", "outside"),
+        (ONE, "", "where to write"),
+        (ONE, ONE, "the adapter itself"),
+        (ONE, ".", "folder of the studio"),
+        (ONE, TWO, "exists already"),
+    ],
+)
+def test_bad_paths_are_refused(workspace: Workspace, path: str, target: str, message: str) -> None:
+    with pytest.raises(StudioError, match=message):
+        actions.resize(workspace, path, Output(target, truncation=Truncation(1)))
+    assert load_adapter(workspace.resolve(ONE)).spec.rank == 2
+
+
+def test_links_that_lead_out_are_refused(workspace: Workspace) -> None:
+    (workspace.roots[0] / "out").symlink_to(workspace.roots[0].parent)
+    with pytest.raises(StudioError, match="outside"):
+        actions.resize(workspace, ONE, Output("out/a.safetensors", truncation=Truncation(1)))
+
+
+def test_strengths_are_read() -> None:
+    assert actions.parse_strengths("", 2) == [1.0, 1.0]
+    assert actions.parse_strengths("0.5, 2", 2) == [0.5, 2.0]
+    for text in ("1", "a, b"):
+        with pytest.raises(StudioError):
+            actions.parse_strengths(text, 2)

@@ -1,0 +1,58 @@
+"""What the Runs page shows: of files as they are, with nothing in them taken for the page's own HTML."""
+
+from sa3train.reports.html import render_facts
+from sa3train.reports.run_files import DemoFile, RunFiles
+from sa3train.studio.runs import page, view
+from sa3train.studio.runs.runs import Run
+from sa3train.studio.server.workspace import Workspace
+
+EVIL = '<img src=x onerror="alert(1)">'
+
+
+def make_demo(step: int, strength: float, prompt: str = "koto") -> DemoFile:
+    name = f"demos/step-{step:08d}/nano-{strength:g}"
+    return DemoFile(f"{name}.wav", f"{name}.png", "prompt0", "text", prompt, "nano", strength, 0, step,
+                  {"loudness_lufs": -14.0})  # fmt: skip
+
+
+def test_names_and_prompts_are_text(workspace: Workspace) -> None:
+    folder = workspace.roots[0] / "runs" / EVIL.replace("/", "")
+    files = RunFiles(folder, demos=[make_demo(0, 0.0, EVIL), make_demo(10, 1.0, EVIL)], data={
+        "manifest": EVIL, "prompts": [EVIL],
+        "sources": [{"path": EVIL, "role": EVIL, "model": EVIL, "card": EVIL, "splits": {}}],
+    })  # fmt: skip
+    run = Run(folder, "crashed", 1, 2, None, 1.0, "", EVIL)
+    shown = [
+        view.render_head(workspace, run, files), view.render_demos(workspace, files), view.render_data(files),
+        view.render_differences([(EVIL, EVIL, EVIL)], EVIL, EVIL), render_facts([(EVIL, EVIL)]),
+        view.render_log(EVIL), view.render_report_frame(EVIL, EVIL),
+    ]  # fmt: skip
+    assert all("<img src=x" not in html and "&lt;img" in html for html in shown)
+
+
+def test_base_stands_beside_the_adapter_and_the_newest_step_first(workspace: Workspace) -> None:
+    files = RunFiles(
+        workspace.roots[0], demos=[make_demo(0, 0.0), *(make_demo(step, s) for step in (10, 20) for s in (0.5, 1.0))]
+    )
+    html = view.render_demos(workspace, files)
+    assert html.index("Step 20") < html.index("Step 10")
+    assert html.count("<b>base model</b>") == 2
+    assert html.count("<audio") == 6
+    assert 'src="/gradio_api/file=' in html
+    assert "No demos yet" in view.render_demos(workspace, RunFiles(workspace.roots[0]))
+
+
+def test_a_part_is_rendered_again_only_when_its_files_change(workspace: Workspace) -> None:
+    folder = workspace.roots[0] / "run"
+    folder.mkdir()
+    run = Run(folder, "running", 1, 2)
+    seen, shown = page.render_parts(workspace, run, {})
+    assert {"head", "curves", "demos", "data", "config", "log"} <= shown.keys()
+    assert page.render_parts(workspace, run, seen) == (seen, {})
+    (folder / "metrics.csv").write_text("step,train/loss\n1,0.5\n2,0.4\n")
+    after, shown = page.render_parts(workspace, run, seen)
+    assert shown.keys() == {"head", "curves", "commands"}
+    assert "Training loss" in shown["curves"]
+    (folder / "demos" / "step-00000000").mkdir(parents=True)
+    (folder / "demos" / "step-00000000" / "demos.json").write_text("[")
+    assert "is damaged" in page.render_parts(workspace, run, after)[1]["head"]

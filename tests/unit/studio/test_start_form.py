@@ -1,0 +1,49 @@
+"""The form that starts a run is checked before anything is started."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sa3train.core.errors import SA3Error
+from sa3train.studio.runs import start_form
+from sa3train.studio.server.workspace import Workspace
+
+
+def test_the_form_becomes_a_command(workspace: Workspace, latents: Path) -> None:
+    root = workspace.roots[0]
+    request = start_form.parse_request(workspace, "instrument", "latents", "nano-base", 20, "runs/a", "seed=1", "")
+    assert request.build_command() == [
+        "sa3-train", "recipe=instrument", f"data={latents}", "model=nano-base", f"run_dir={root / 'runs' / 'a'}",
+        "trainer.max_steps=20", "seed=1",
+    ]  # fmt: skip
+    adapter = "adapters/one.safetensors"
+    continued = start_form.parse_request(workspace, "continue", "latents", "nano-base", 0, "", "", adapter)
+    assert f"adapter.start_from={root / adapter}" in continued.build_command()
+    assert not any("max_steps" in part for part in continued.build_command())
+    assert continued.run_dir.parent == root / "runs"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"recipe": "sweep"}, "no recipe"),
+        ({"data": ""}, "latents"),
+        ({"data": "/etc"}, "outside the folders"),
+        ({"data": "nothing"}, "no folder of latents"),
+        ({"model": "../../etc"}, "outside the folders"),
+        ({"folder": "../x"}, "outside the folders"),
+        ({"folder": "/etc/x"}, "outside the folders"),
+        ({"steps": -1}, "positive integer"),
+        ({"steps": 1.5}, "positive integer"),
+        ({"recipe": "continue"}, "adapter to start from"),
+        ({"recipe": "continue", "adapter": "/etc/passwd"}, "outside the folders"),
+    ],
+)
+def test_invalid_requests_are_refused(
+    workspace: Workspace, latents: Path, changed: dict[str, Any], message: str
+) -> None:
+    values: dict[str, Any] = {"recipe": "instrument", "data": "latents", "model": "nano-base", "steps": 0}
+    values |= {"folder": "", "settings": "", "adapter": ""}
+    with pytest.raises(SA3Error, match=message):
+        start_form.parse_request(workspace, **values | changed)

@@ -1,0 +1,55 @@
+"""Errors reach the page, text stays text, and timers rest while nobody looks."""
+
+from pathlib import Path
+
+import gradio as gr
+import pytest
+
+from sa3train.studio.server.widgets import build_timer, get_error_message, render_command, render_notice, show_errors
+from sa3train.studio.server.workspace import StudioError
+
+
+def test_errors_reach_the_page_as_text() -> None:
+    def refuses() -> None:
+        raise StudioError("no <b>file</b>")
+
+    def breaks() -> None:
+        raise KeyError("x")
+
+    with pytest.raises(gr.Error, match="no &lt;b&gt;file"):
+        show_errors(refuses)()
+    with pytest.raises(gr.Error, match="KeyError"):
+        show_errors(breaks)()
+    assert get_error_message(StudioError("plain")) == "plain"
+    assert 'role="alert"' in render_notice("x", "error")
+    assert "&quot;" in render_command('echo "a"')
+    assert "sa3-generate -p &#x27;a b&#x27; x" in render_command(["sa3-generate", "-p", "a b", Path("x")])
+
+
+def test_a_generator_of_steps_shows_its_errors_too() -> None:
+    def steps() -> object:
+        yield 1
+        raise StudioError("stopped")
+
+    found = show_errors(steps)()
+    assert next(found) == 1  # type: ignore[call-overload]
+    with pytest.raises(gr.Error, match="stopped"):
+        next(found)  # type: ignore[call-overload]
+
+
+def test_a_timer_rests_while_its_tab_is_not_selected() -> None:
+    with gr.Blocks() as blocks:
+        with gr.Tabs():
+            with gr.Tab("Play"):
+                pass
+            with gr.Tab("Runs"), gr.Row():
+                timer = build_timer(2.0)
+        free = build_timer(2.0)
+    assert (timer.active, free.active) == (False, True)
+    (handler,) = [block.fn for block in blocks.fns.values() if timer in block.outputs]
+    assert handler is not None
+    active = [
+        handler(gr.SelectData(None, {"index": number, "value": name})).active
+        for number, name in enumerate(("Play", "Runs"))
+    ]
+    assert active == [False, True]
