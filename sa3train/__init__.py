@@ -3,8 +3,7 @@
 Importing this package loads nothing heavy.
 """
 
-from sa3train.core.lazy import make_getattr
+import lazy_loader
 
-__all__ = ["Generator"]
 __version__ = "0.1.0"
-__getattr__ = make_getattr(__name__, {"Generator": "inference.generator"})
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

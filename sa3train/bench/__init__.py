@@ -3,12 +3,6 @@
 Each benchmark is a module with `run(options) -> list[Figure]`; `sa3train.cli.bench` lists them.
 """
 
-from typing import TYPE_CHECKING
+import lazy_loader
 
-from sa3train.core.lazy import make_getattr
-
-if TYPE_CHECKING:
-    from sa3train.bench.figures import Figure, Options, Record
-
-__all__ = ["Figure", "Options", "Record"]
-__getattr__ = make_getattr(__name__, {"Figure": "figures", "Options": "figures", "Record": "figures"})
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

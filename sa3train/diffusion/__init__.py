@@ -3,16 +3,6 @@
 Formulas and their sources: docs/model.md, sections 5 and 6.
 """
 
-from typing import TYPE_CHECKING
+import lazy_loader
 
-from sa3train.core.lazy import make_getattr
-
-if TYPE_CHECKING:
-    from sa3train.diffusion.guidance import Guidance
-    from sa3train.diffusion.samplers import SAMPLERS
-    from sa3train.diffusion.schedule import SHIFTS, build_schedule
-
-__all__ = ["SAMPLERS", "SHIFTS", "Guidance", "build_schedule"]
-__getattr__ = make_getattr(
-    __name__, {"SAMPLERS": "samplers", "SHIFTS": "schedule", "Guidance": "guidance", "build_schedule": "schedule"}
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,14 +1,5 @@
 """Evaluate generated audio: audible attributes (pitch, onsets, decay) and a classifier of instruments."""
 
-from typing import TYPE_CHECKING
+import lazy_loader
 
-from sa3train.core.lazy import make_getattr
-
-if TYPE_CHECKING:
-    from sa3train.evaluation.attributes import ATTRIBUTES, Attribute
-    from sa3train.evaluation.classifier import Classifier
-
-__all__ = ["ATTRIBUTES", "Attribute", "Classifier"]
-__getattr__ = make_getattr(
-    __name__, {"ATTRIBUTES": "attributes", "Attribute": "attributes", "Classifier": "classifier"}
-)
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

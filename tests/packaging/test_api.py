@@ -1,6 +1,5 @@
 """docs/api.md lists what the packages export. `python tests/packaging/test_api.py` writes it again."""
 
-import ast
 import importlib
 import inspect
 import sys
@@ -13,19 +12,15 @@ PAGE = ROOT / "docs" / "api.md"
 HEADER = """# Public API
 
 What each package exports: `from sa3train.PACKAGE import NAME`. Modules and names that are not listed here may change
-without notice. `python tests/packaging/test_api.py` writes this page from the packages' `__all__` and docstrings.
+without notice. `python tests/packaging/test_api.py` writes this page from the packages' stubs (`__init__.pyi`) and
+docstrings.
 """
 
 
 def list_packages() -> list[str]:
-    """List the packages of sa3train that export something, by dotted name."""
-    names = []
-    for path in sorted((ROOT / "sa3train").rglob("__init__.py")):
-        body = ast.parse(path.read_text(encoding="utf-8")).body
-        targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
-        if any(isinstance(target, ast.Name) and target.id == "__all__" for target in targets):
-            names.append(".".join(path.parent.relative_to(ROOT).parts))
-    return names
+    """List the packages of sa3train that export something (they have a stub), by dotted name."""
+    stubs = sorted((ROOT / "sa3train").rglob("__init__.pyi"))
+    return [".".join(path.parent.relative_to(ROOT).parts) for path in stubs]
 
 
 def summarize(item: object) -> str:

@@ -1,0 +1,3 @@
+from .inference import Generator as Generator
+
+__version__: str

@@ -1,0 +1,9 @@
+from .adapter import Adapter as Adapter
+from .apply.load_report import LoadReport as LoadReport
+from .apply.load_report import check_fit as check_fit
+from .apply.stack import AdapterStack as AdapterStack
+from .formats.io import load_adapter as load_adapter
+from .formats.io import save_adapter as save_adapter
+from .layers.inject import InjectedAdapter as InjectedAdapter
+from .layers.inject import inject as inject
+from .spec import AdapterSpec as AdapterSpec

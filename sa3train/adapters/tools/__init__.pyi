@@ -1,0 +1,13 @@
+from .convert import convert_adapter as convert_adapter
+from .inspect import compare_adapters as compare_adapters
+from .inspect import inspect_adapter as inspect_adapter
+from .inspect import plot_layers as plot_layers
+from .low_rank import Truncation as Truncation
+from .merge_checkpoint import WeightedAdapter as WeightedAdapter
+from .merge_checkpoint import merge_into_checkpoint as merge_into_checkpoint
+from .results import CheckpointResult as CheckpointResult
+from .results import EditResult as EditResult
+from .service import extract_adapter as extract_adapter
+from .service import merge_adapters as merge_adapters
+from .service import resize_adapter as resize_adapter
+from .service import scale_adapter as scale_adapter

@@ -1,0 +1,9 @@
+from .datamodule import DataSource as DataSource
+from .datamodule import LatentDataModule as LatentDataModule
+from .embedding_cache import EmbeddingCache as EmbeddingCache
+from .loader import Batch as Batch
+from .loader import LatentLoader as LatentLoader
+from .prompts import PromptBuilder as PromptBuilder
+from .prompts import PromptSettings as PromptSettings
+from .prompts import Template as Template
+from .sampler import BatchSampler as BatchSampler
