@@ -76,10 +76,8 @@ def build_peft_config(spec: AdapterSpec, paths: Sequence[str]) -> PeftConfig:
     if spec.rslora:
         raise AdapterError(f"rslora has no effect on {method}. Remove it; it is for the SA3 family's types.")
     settings |= {**IDENTITY_INIT.get(method, {}), **_check_options(spec, known)}
-    try:
+    with _translate_errors(f"PEFT rejects these settings for {method}"):
         return config_class(**settings)
-    except PEFT_ERRORS as error:
-        raise AdapterError(f"PEFT rejects these settings for {method}: {error}") from error
 
 
 def inject_peft_method(root: nn.Module, spec: AdapterSpec, paths: Sequence[str]) -> BaseTuner:
@@ -97,14 +95,10 @@ def inject_peft_method(root: nn.Module, spec: AdapterSpec, paths: Sequence[str])
         AdapterError: If the method cannot adapt one of the layers.
     """
     config = build_peft_config(spec, paths)
-    with _ignore_warnings():
-        try:
-            return PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)](root, config, adapter_name=ADAPTER_NAME)
-        except PEFT_ERRORS as error:
-            raise AdapterError(
-                f"PEFT's {spec.adapter_type} cannot adapt these layers: {error} Exclude such layers, or choose another "
-                f"adapter_type."
-            ) from error
+    failure = f"PEFT's {spec.adapter_type} cannot adapt these layers"
+    advice = " Exclude such layers, or choose another adapter_type."
+    with warnings.catch_warnings(action="ignore"), _translate_errors(failure, advice):
+        return PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)](root, config, adapter_name=ADAPTER_NAME)
 
 
 def merge_weight(spec: AdapterSpec, path: str, W: Tensor, params: Mapping[str, Tensor]) -> Tensor:
@@ -127,23 +121,19 @@ def merge_weight(spec: AdapterSpec, path: str, W: Tensor, params: Mapping[str, T
     has_alpha = spec.alpha is not None or any(matches_pattern(pattern, path) for pattern in spec.alpha_pattern)
     alpha = spec.get_alpha(path) if has_alpha else None
     alone = replace(spec, rank=spec.get_rank(path), alpha=alpha, rank_pattern={}, alpha_pattern={}, dropout=0.0)
-    with torch.random.fork_rng(devices=[]), _ignore_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings(action="ignore"):
         tuner = inject_peft_method(holder, alone, ["layer"])
-        try:
+        with _translate_errors(f"The {method} tensors of {path} do not fit its weight"):
             given = {f"layer.{name}": tensor.float().to(W.device) for name, tensor in params.items()}
             missing, unexpected = set_peft_model_state_dict(holder, given, ADAPTER_NAME)  # type: ignore[attr-defined]
-        except PEFT_ERRORS as error:
-            raise AdapterError(f"The {method} tensors of {path} do not fit its weight: {error}") from error
         absent = [name for name in missing if not name.endswith((".base_layer.weight", ".base_layer.bias"))]
         if unexpected or absent:
             raise AdapterError(
                 f"{path} is not a complete {method} layer: missing {absent or 'nothing'}, unexpected "
                 f"{unexpected or 'nothing'}."
             )
-        try:
+        with _translate_errors(f"PEFT cannot merge the {method} of {path}"):
             tuner.merge_and_unload()
-        except PEFT_ERRORS as error:
-            raise AdapterError(f"PEFT cannot merge the {method} of {path}: {error}") from error
     weight = holder["layer"].weight
     assert isinstance(weight, Tensor)
     return weight.detach().reshape(W.shape)
@@ -174,14 +164,11 @@ def parse_peft_config(config: Mapping[str, Any]) -> AdapterSpec:
     }
     if method == "oft" and config.get("r"):
         options.pop("oft_block_size", None)
-    return AdapterSpec(
-        method,
-        rank=config.get("r") or 16,
-        alpha=config.get("alpha"),
-        rank_pattern=_parse_pattern(config, "rank_pattern"),
-        alpha_pattern=_parse_pattern(config, "alpha_pattern"),
-        options=options,
-    )
+    patterns: dict[str, Any] = {  # PEFT's are expressions, which are read as the module names they stand for
+        name: {re.sub(r"\\(\W)", r"\1", pattern): value for pattern, value in (config.get(name) or {}).items()}
+        for name in ("rank_pattern", "alpha_pattern")
+    }
+    return AdapterSpec(method, rank=config.get("r") or 16, alpha=config.get("alpha"), options=options, **patterns)
 
 
 def format_peft_config(spec: AdapterSpec, paths: Sequence[str]) -> str:
@@ -212,14 +199,6 @@ def _check_options(spec: AdapterSpec, known: set[str]) -> Mapping[str, Any]:
     return spec.options
 
 
-def _parse_pattern(config: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Read a pattern of PEFT's, which is an expression, as the module name it stands for."""
-    patterns = config.get(name) or {}
-    if not isinstance(patterns, dict):
-        raise AdapterError(f"{name} must be a mapping, not {str(patterns)[:40]!r}.")
-    return {re.sub(r"\\(\W)", r"\1", pattern): value for pattern, value in patterns.items()}
-
-
 def _find_field(spec: AdapterSpec, known: set[str], setting: str, *names: str) -> str:
     found = next((name for name in names if name in known), None)
     if found is None:
@@ -228,18 +207,17 @@ def _find_field(spec: AdapterSpec, known: set[str], setting: str, *names: str) -
 
 
 def _copy_layer(W: Tensor) -> nn.Linear | nn.Conv1d:
-    layer = (
-        nn.Linear(W.shape[1], W.shape[0], bias=False, device=W.device)
-        if W.ndim == 2
-        else nn.Conv1d(W.shape[1], W.shape[0], W.shape[2], bias=False, device=W.device)
-    )
+    size, options = (W.shape[1], W.shape[0]), dict[str, Any](bias=False, device=W.device)
+    layer = nn.Linear(*size, **options) if W.ndim == 2 else nn.Conv1d(*size, W.shape[2], **options)
     with torch.no_grad():
         layer.weight.copy_(W)
     return layer
 
 
 @contextmanager
-def _ignore_warnings() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+def _translate_errors(failure: str, advice: str = "") -> Iterator[None]:
+    """Raise what PEFT raises as an `AdapterError` that says what failed."""
+    try:
         yield
+    except PEFT_ERRORS as error:
+        raise AdapterError(f"{failure}: {error}{advice}") from error

@@ -22,15 +22,8 @@ from sa3train.models.conditioners import TextEmbedding
 
 FRAMES, RANK = 258, 16
 MEMORY_TARGET = 15  # %
-TARGETS = {
-    "lora": 1.25,
-    "dora-rows": 1.45,
-    "bora": 1.8,
-    "lora-xs": 1.4,
-    "dora-rows-xs": 1.4,
-    "dora-cols-xs": 1.4,
-    "bora-xs": 1.4,
-}
+TARGETS = {"lora": 1.25, "dora-rows": 1.45, "bora": 1.8}
+TARGETS |= dict.fromkeys(("lora-xs", "dora-rows-xs", "dora-cols-xs", "bora-xs"), 1.4)
 
 
 def run(options: Options) -> list[Figure]:
@@ -52,51 +45,28 @@ def run(options: Options) -> list[Figure]:
         frames, context = batch["data_BCT"].shape[-1], frozen.conditioner.max_length + 1
         roofline = count_dit_training(frozen.config.dit, frames, context).compute_seconds(rates, dtype.itemsize)
         baseline = make_frozen_step(frozen, batch)
-        memory = count_weight_bytes(frozen) + measure_peak_allocation(baseline, options.device)
+        baseline_memory = count_weight_bytes(frozen) + measure_peak_allocation(baseline, options.device)
+        has_target = arch == "small" and options.device == "cpu"
         figures = []
         for adapter_type in options.adapter_types or KINDS:
             injected = inject(adapted.get_adapter_root(), AdapterSpec(adapter_type, rank=RANK))
-            figures += _measure_type(options, adapter_type, adapted, injected, batch, baseline, memory)
+            step = make_adapter_step(adapted, injected, batch)
+            timings = time_interleaved({"baseline": baseline, "adapter": step}, options.repeats, options.device)
+            weights = count_weight_bytes(adapted) + sum(parameter.nbytes for parameter in injected.parameters())
+            memory = weights + measure_peak_allocation(step, options.device)
             injected.remove()
             adapted.get_adapter_root().requires_grad_(False)
+            target, memory_target = (TARGETS.get(adapter_type), MEMORY_TARGET) if has_target else (None, None)
+            figures.append(timings.compare(f"{adapter_type} step / baseline", "adapter", "baseline", target))
+            more = 100 * (memory / baseline_memory - 1)
+            note = f"{memory / 1e9:.2f} GB against {baseline_memory / 1e9:.2f} GB, weights included"
+            figures.append(Figure(f"{adapter_type} memory above the baseline", more, "%", memory_target, note=note))
         seconds = time_interleaved({"baseline": baseline}, options.repeats, options.device).median("baseline")
     what = f"{arch} frozen-base baseline (forward and backward), {frames} frames, {options.dtype}"
     return [
         Figure(f"{what}, median of {options.repeats}", seconds, "s"),
         Figure(f"{what} / roofline", seconds / roofline, "×", note=f"roofline {roofline:.2f} s"),
         *figures,
-    ]
-
-
-def _measure_type(
-    options: Options,
-    adapter_type: str,
-    model: StableAudio3,
-    injected: InjectedAdapter,
-    batch: dict[str, Tensor],
-    baseline: Callable[[], object],
-    baseline_memory: int,
-) -> list[Figure]:
-    step = make_adapter_step(model, injected, batch)
-    timings = time_interleaved({"baseline": baseline, "adapter": step}, options.repeats, options.device)
-    parameters = sum(parameter.nbytes for parameter in injected.parameters())
-    memory = count_weight_bytes(model) + parameters + measure_peak_allocation(step, options.device)
-    has_target = options.arch in (None, "small") and options.device == "cpu"
-    return [
-        Figure(
-            f"{adapter_type} step / baseline",
-            timings.ratio("adapter", "baseline"),
-            "×",
-            TARGETS.get(adapter_type) if has_target else None,
-            note=f"{timings.median('adapter'):.2f} s; {timings.describe_spread('adapter', 'baseline')}",
-        ),
-        Figure(
-            f"{adapter_type} memory above the baseline",
-            100 * (memory / baseline_memory - 1),
-            "%",
-            MEMORY_TARGET if has_target else None,
-            note=f"{memory / 1e9:.2f} GB against {baseline_memory / 1e9:.2f} GB, weights included",
-        ),
     ]
 
 

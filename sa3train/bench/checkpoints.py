@@ -46,6 +46,23 @@ _T5GEMMA = {  # b-b-ul2's encoder
     "head_dim": 64,
     "query_pre_attn_scalar": 64,
 }
+_RELEASED: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "small": (
+        5_292_032,
+        {"width": 1024, "depth": 20, "differential": False},
+        {"channels": 128, "transformer_depths": [6], "chunk_size": 32, "chunk_midpoint_shift": True},
+        {"mask_noise": 0.0},
+        {"mask_noise": 0.01, "conv_mapping": True},
+    ),
+    "medium": (
+        16_777_216,
+        {"width": 1536, "depth": 24, "differential": True},
+        {"channels": 256, "transformer_depths": [12], "sliding_window": [1, 1]},
+        {"mask_noise": 0.001},
+        {"mask_noise": 0.1, "sinusoidal_blocks": [8]},
+    ),
+}
+"""Sample size, settings of the DiT, and settings of the autoencoder: of both stacks, the encoder's, the decoder's."""
 _SCALES = {"gamma": 1.0, "weight_g": 1.0, "scaling_factor": 1.0, "running_std": 1.0, "alpha": 1.0}
 
 
@@ -64,11 +81,12 @@ def build_model_config(arch: str, objective: str = "rf_denoiser") -> dict[str, A
     """
     if arch == "nano":
         return build_nano_config(objective)
-    if arch == "small":
-        return _released(objective, 5_292_032, 1024, 20, _same_s(), differential=False)
-    if arch == "medium":
-        return _released(objective, 16_777_216, 1536, 24, _same_l(), differential=True)
-    raise ConfigError(f"unknown architecture {arch!r}. Use one of: {', '.join(ARCHES)}.")
+    if arch not in _RELEASED:
+        raise ConfigError(f"unknown architecture {arch!r}. Use one of: {', '.join(ARCHES)}.")
+    sample_size, dit, shared, encoder, decoder = _RELEASED[arch]
+    transformer = build_dit_config(latent_width=256, condition_width=_TEXT_WIDTH, memory_tokens=64, **dit)
+    same = build_same_config(256, 6, shared | encoder, shared | decoder)
+    return build_checkpoint_config(objective, sample_size, transformer, same, _TEXT_WIDTH, 256)
 
 
 def make_random_checkpoint(arch: str, dtype: torch.dtype = torch.float32) -> Path:
@@ -97,7 +115,10 @@ def make_random_checkpoint(arch: str, dtype: torch.dtype = torch.float32) -> Pat
         with create_staging_dir(final) as work:
             part = work / final.name
             part.mkdir()
-            _write_checkpoint(part, arch, config, dtype)
+            modules = build_modules(parse_model(config, arch), TextEncoderSource((), ()))
+            _write_random_weights(part / "model.safetensors", collect_state_dict(modules), dtype)
+            write_json(part / "model_config.json", config)
+            _write_text_encoder(part / TEXT_FOLDER, build_nano_text_config() if arch == "nano" else _T5GEMMA)
             part.rename(final)
     except OSError as error:
         if not final.is_dir():
@@ -105,13 +126,6 @@ def make_random_checkpoint(arch: str, dtype: torch.dtype = torch.float32) -> Pat
                 f"cannot write {final} ({error.strerror or error}). Free disk space or set SA3TRAIN_CACHE."
             ) from error
     return final
-
-
-def _write_checkpoint(folder: Path, arch: str, config: dict[str, Any], dtype: torch.dtype) -> None:
-    modules = build_modules(parse_model(config, arch), TextEncoderSource((), ()))
-    _write_random_weights(folder / "model.safetensors", collect_state_dict(modules), dtype)
-    write_json(folder / "model_config.json", config)
-    _write_text_encoder(folder / TEXT_FOLDER, build_nano_text_config() if arch == "nano" else _T5GEMMA)
 
 
 def _write_random_weights(path: Path, shapes: Mapping[str, Tensor], dtype: torch.dtype) -> None:
@@ -122,11 +136,8 @@ def _write_random_weights(path: Path, shapes: Mapping[str, Tensor], dtype: torch
     for name, tensor in shapes.items():
         exact = name.endswith("inv_freq")
         size = tensor.numel() * (4 if exact else itemsize)
-        header[name] = {
-            "dtype": "F32" if exact else code,
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + size],
-        }
+        span = [offset, offset + size]
+        header[name] = {"dtype": "F32" if exact else code, "shape": list(tensor.shape), "data_offsets": span}
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -181,32 +192,6 @@ def _build_byte_tokenizer() -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     names = {"pad_token": "<pad>", "eos_token": "<eos>", "bos_token": "<bos>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names)
-
-
-def _released(
-    objective: str, sample_size: int, width: int, depth: int, same: dict[str, Any], *, differential: bool
-) -> dict[str, Any]:
-    dit = build_dit_config(
-        latent_width=256,
-        width=width,
-        depth=depth,
-        condition_width=_TEXT_WIDTH,
-        memory_tokens=64,
-        differential=differential,
-    )
-    return build_checkpoint_config(objective, sample_size, dit, same, _TEXT_WIDTH, 256)
-
-
-def _same_s() -> dict[str, Any]:
-    shared = {"channels": 128, "transformer_depths": [6], "chunk_size": 32, "chunk_midpoint_shift": True}
-    decoder = {**shared, "mask_noise": 0.01, "conv_mapping": True}
-    return build_same_config(256, 6, {**shared, "mask_noise": 0.0}, decoder)
-
-
-def _same_l() -> dict[str, Any]:
-    shared = {"channels": 256, "transformer_depths": [12], "sliding_window": [1, 1]}
-    decoder = {**shared, "mask_noise": 0.1, "sinusoidal_blocks": [8]}
-    return build_same_config(256, 6, {**shared, "mask_noise": 0.001}, decoder)
 
 
 @contextlib.contextmanager

@@ -41,21 +41,13 @@ def run(options: Options) -> list[Figure]:
     name = {"medium": "SAME-L", "small": "SAME-S"}.get(arch, f"{arch} SAME")
     what = f"{name} decode of {seconds:g} s, {options.dtype}"
     has_target = arch == "small" and options.device == "cpu" and options.dtype == "bf16"
+    note = (
+        f"roofline {roofline:.3f} s = {cost.flops / 1e9:.0f} Gflop at {rates.flops / 1e9:.0f} Gflop/s, each "
+        f"frame once; the chunks of generation overlap and compute {computed / frames:.2f} × the frames"
+    )
     return [
         Figure(f"{what}, median of {options.repeats}", timings.median("fast"), "s"),
-        Figure(
-            f"{what} / fp32",
-            timings.ratio("fast", "exact"),
-            "×",
-            TARGET if has_target else None,
-            note=f"fp32 takes {timings.median('exact'):.2f} s; {timings.describe_spread('fast', 'exact')}",
-        ),
-        Figure(
-            f"{what} / roofline",
-            timings.median("fast") / roofline,
-            "×",
-            note=f"roofline {roofline:.3f} s = {cost.flops / 1e9:.0f} Gflop at {rates.flops / 1e9:.0f} Gflop/s, each "
-            f"frame once; the chunks of generation overlap and compute {computed / frames:.2f} × the frames",
-        ),
+        timings.compare(f"{what} / fp32", "fast", "exact", TARGET if has_target else None),
+        Figure(f"{what} / roofline", timings.median("fast") / roofline, "×", note=note),
         Figure(f"{what}: working memory besides the weights", memory / 1e9, "GB"),
     ]

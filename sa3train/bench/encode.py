@@ -6,6 +6,7 @@ The clips run through the calls that `sa3-encode` makes: batches of clips of une
 import json
 import os
 import random
+import statistics
 import subprocess
 import sys
 import time
@@ -120,29 +121,20 @@ def _measure_two_processes(arch: str, options: Options) -> Figure:
     for _ in range(min(options.repeats, 3)):
         one, two = (_time_processes(arch, options.dtype, seconds, count) for count in (1, 2))
         ratios.append(one / two)
-    ratios.sort()
-    return Figure(
-        f"{arch} encode by 2 processes of one thread / by one",
-        ratios[len(ratios) // 2],
-        "×",
-        PROCESSES_TARGET if arch == "small" else None,
-        ">=",
-        note=f"of {seconds:g} s of audio; rounds from {ratios[0]:.2f} to {ratios[-1]:.2f}",
-    )
+    note = f"of {seconds:g} s of audio; rounds from {min(ratios):.2f} to {max(ratios):.2f}"
+    target = PROCESSES_TARGET if arch == "small" else None
+    what = f"{arch} encode by 2 processes of one thread / by one"
+    return Figure(what, statistics.median(ratios), "×", target, ">=", note)
 
 
 def _time_processes(arch: str, dtype: str, seconds: float, count: int) -> float:
     """Time `count` processes that start together; return the seconds of the slowest."""
     program = "import json, sys; from sa3train.bench.encode import encode_share; encode_share(*json.loads(sys.argv[1]))"
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", program, json.dumps([arch, dtype, seconds, share, count])],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for share in range(count)
-    ]
+    processes = []
+    for share in range(count):
+        command = [sys.executable, "-c", program, json.dumps([arch, dtype, seconds, share, count])]
+        pipe = subprocess.PIPE
+        processes.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
     try:
         for process in processes:
             if process.stdout is None or process.stdout.readline().strip() != "ready":

@@ -6,6 +6,7 @@ Shapes: B items, C latent channels, T latent frames, L context tokens, D widths.
 import functools
 from collections.abc import Callable
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -15,13 +16,7 @@ from sa3train.adapters.layers.inject import inject
 from sa3train.adapters.spec import AdapterSpec
 from sa3train.bench.checkpoints import make_random_checkpoint
 from sa3train.bench.figures import Figure, Options
-from sa3train.bench.measure import (
-    get_available_memory,
-    measure_peak_allocation,
-    run_in_subprocess,
-    time_interleaved,
-    use_threads,
-)
+from sa3train.bench.measure import Timings, measure_peak_allocation, run_in_subprocess, time_interleaved, use_threads
 from sa3train.bench.roofline import Cost, count_dit_conditions, count_dit_step, measure_rates
 from sa3train.bench.tasks import measure_generation
 from sa3train.core.dtypes import get_dtype
@@ -135,27 +130,23 @@ def _measure_denoiser(options: Options, arch: str, seconds: float, fast: StableA
     figures = [Figure(f"{what}, median of {options.repeats}", timings.median("fast"), "s")]
     if exact is not None:
         target = DENOISER_TARGET if has_target else None
-        note = f"fp32 takes {timings.median('exact'):.2f} s; {timings.describe_spread('fast', 'exact')}"
-        figures.append(Figure(f"{what} / exact fp32", timings.ratio("fast", "exact"), "×", target, note=note))
+        figures.append(timings.compare(f"{what} / exact fp32", "fast", "exact", target))
     if exact is not None and enable_fast_fp32_matmul():
         step = {
             "fast": lambda: denoise(fast, start_BCT, conditions, 1),
             "plain": lambda: _run_with_default_matmul(lambda: denoise(exact, start_BCT, conditions, 1)),
         }
         plain = time_interleaved(step, min(options.repeats, 3), options.device)
-        note = f"one step {plain.median('plain'):.2f} s; {plain.describe_spread('fast', 'plain')}"
-        name = f"{what} / exact fp32 with torch's default library for matrix products"
-        figures.append(Figure(name, plain.ratio("fast", "plain"), "×", note=note))
+        name = f"{arch} denoiser, {seconds:g} s, one step, {options.dtype} / fp32 with torch's default matrix library"
+        figures.append(plain.compare(name, "fast", "plain"))
+    note = (
+        f"roofline {roofline:.2f} s = {cost.flops / 1e12:.2f} Tflop at {rates.flops / 1e9:.0f} Gflop/s; "
+        f"fastest round {timings.best('fast') / roofline:.2f} ×"
+    )
+    target = ROOFLINE_TARGET if has_target else None
     return [
         *figures,
-        Figure(
-            f"{what} / roofline",
-            timings.median("fast") / roofline,
-            "×",
-            ROOFLINE_TARGET if has_target else None,
-            note=f"roofline {roofline:.2f} s = {cost.flops / 1e12:.2f} Tflop at {rates.flops / 1e9:.0f} Gflop/s; "
-            f"fastest round {timings.best('fast') / roofline:.2f} ×",
-        ),
+        Figure(f"{what} / roofline", timings.median("fast") / roofline, "×", target, note=note),
         Figure(f"{what}: working memory besides the weights", memory / 1e9, "GB"),
     ]
 
@@ -172,7 +163,7 @@ def _run_with_default_matmul(task: Callable[[], object]) -> object:
 
 def _load_exact_model(options: Options, arch: str) -> StableAudio3 | None:
     """Load the fp32 model to compare with, if it fits beside the other."""
-    if options.dtype == "fp32" or (options.device == "cpu" and get_available_memory() < EXACT_BYTES[arch]):
+    if options.dtype == "fp32" or (options.device == "cpu" and psutil.virtual_memory().available < EXACT_BYTES[arch]):
         return None
     return load_checkpoint(make_random_checkpoint(arch), options.device, torch.float32, parts=("dit", "conditioner"))
 
@@ -198,29 +189,22 @@ def _measure_with_adapters(options: Options, arch: str, seconds: float, model: S
     stack = AdapterStack(model.get_adapter_root())
     for adapter in adapters:
         stack.add(adapter, 0.0)
-    rounds: dict[int, list[float]] = {0: [], 1: [], 3: []}
+    names = {0: "none", 1: "1 baked adapter", 3: "3 baked adapters"}
+    timings = Timings({name: [] for name in names.values()}, {name: [] for name in names.values()})
     for _ in range(options.repeats):
-        for count, seconds_taken in rounds.items():
+        for count, name in names.items():
             for index in range(len(adapters)):
                 stack.set_strength(0.7 if index < count else 0.0, index)
             stack.apply()
-            timings = time_interleaved({"step": lambda: denoise(model, start_BCT, conditions, 1)}, 1, options.device)
-            seconds_taken += timings.rounds["step"]
+            step = time_interleaved({name: lambda: denoise(model, start_BCT, conditions, 1)}, 1, options.device)
+            timings.rounds[name] += step.rounds[name]
+            timings.processor[name] += step.processor[name]
     stack.clear()
-    figures = []
-    for count in (1, 3):
-        ratios = sorted(mine / base for mine, base in zip(rounds[count], rounds[0], strict=True))
-        figures.append(
-            Figure(
-                f"{arch} denoiser with {count} baked adapter{'s' if count > 1 else ''} / without",
-                ratios[len(ratios) // 2],
-                "×",
-                ADAPTER_TARGET if options.device == "cpu" and arch == "small" else None,
-                note=f"rounds from {ratios[0]:.3g} to {ratios[-1]:.3g}; fastest against fastest "
-                f"{min(rounds[count]) / min(rounds[0]):.3g} ×",
-            )
-        )
-    return figures
+    target = ADAPTER_TARGET if options.device == "cpu" and arch == "small" else None
+    return [
+        timings.compare(f"{arch} denoiser with {names[count]} / without", names[count], names[0], target)
+        for count in (1, 3)
+    ]
 
 
 def _measure_whole_generation(options: Options, arch: str, seconds: float) -> list[Figure]:

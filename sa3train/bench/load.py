@@ -28,16 +28,16 @@ def run(options: Options) -> list[Figure]:
     best = min(rounds, key=lambda one: one["seconds"])
     what = f"load {arch} from fp32 in {options.dtype}"
     file_bytes = (folder / "model.safetensors").stat().st_size
+    memory = f"{what}: host memory / its size of {best['size'] / 1e9:.2f} GB"
+    ratio = max(one["own"] for one in rounds) / best["size"]
+    target = TARGET if arch == "medium" and options.dtype == "bf16" else None
+    note = (
+        "the process's own memory; with mapped pages of the file, which the system can take back, at most "
+        f"{best['mapped'] / best['size']:.2f} ×"
+    )
     figures = [
         Figure(what, best["seconds"], "s", note=f"{file_bytes / best['seconds'] / 1e9:.2f} GB/s of the file"),
-        Figure(
-            f"{what}: host memory / its size of {best['size'] / 1e9:.2f} GB",
-            max(one["own"] for one in rounds) / best["size"],
-            "×",
-            TARGET if arch == "medium" and options.dtype == "bf16" else None,
-            note="the process's own memory; with mapped pages of the file, which the system can take back, at most "
-            f"{best['mapped'] / best['size']:.2f} ×",
-        ),
+        Figure(memory, ratio, "×", target, note=note),
     ]
     if options.is_cuda:
         figures.append(Figure(f"{what}: device memory", best["device"] / 1e9, "GB"))

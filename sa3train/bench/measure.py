@@ -16,12 +16,11 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-import psutil
 import torch
 
+from sa3train.bench.figures import Figure
 from sa3train.core.errors import SA3Error
 
 _STATUS = Path("/proc/self/status")
@@ -57,31 +56,27 @@ class Timings:
         """
         return min(self.rounds[task])
 
-    def ratio(self, task: str, base: str) -> float:
-        """Compute the median over rounds of `task` / `base`.
+    def compare(self, name: str, task: str, base: str, target: float | None = None) -> Figure:
+        """Make the figure of `task` / `base`.
+
+        Its note has the seconds of both, the range of the ratio over rounds, and the same ratio in processor time.
 
         Args:
+            name: Name of the figure.
             task: Name of the task.
             base: Name of the task it is compared with.
+            target: Ratio to reach at most; None if there is none.
 
         Returns:
-            The ratio of wall-clock times.
-        """
-        return statistics.median(_divide(self.rounds[task], self.rounds[base]))
-
-    def describe_spread(self, task: str, base: str) -> str:
-        """Describe the range over rounds of `task` / `base`, and the same ratio in processor time.
-
-        Args:
-            task: Name of the task.
-            base: Name of the task it is compared with.
-
-        Returns:
-            Text for the note of a figure.
+            The figure.
         """
         ratios = _divide(self.rounds[task], self.rounds[base])
         processor = statistics.median(_divide(self.processor[task], self.processor[base]))
-        return f"rounds {min(ratios):.3g} to {max(ratios):.3g}, in processor time {processor:.3g}"
+        note = (
+            f"{self.median(task):.2f} s against {self.median(base):.2f} s; "
+            f"rounds {min(ratios):.3g} to {max(ratios):.3g}, in processor time {processor:.3g}"
+        )
+        return Figure(name, statistics.median(ratios), "×", target, note=note)
 
 
 def _divide(numerators: list[float], denominators: list[float]) -> list[float]:
@@ -185,9 +180,7 @@ class PeakMemory:
             self._sampler.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self.device.startswith("cuda"):
             self.bytes = torch.cuda.max_memory_allocated(self.device) - self._start["RssAnon"]
         elif self._sampler is not None:
@@ -210,16 +203,6 @@ def _read_status(*keys: str) -> dict[str, int]:
         if key in values:
             values[key] = int(value.split()[0]) * 1024
     return values
-
-
-def get_available_memory() -> int:
-    """Get the memory that can be allocated without swapping.
-
-    Returns:
-        Bytes.
-    """
-    available: int = psutil.virtual_memory().available
-    return available
 
 
 def run_in_subprocess(

@@ -20,7 +20,7 @@ from sa3train.bench.measure import use_threads
 from sa3train.core.errors import ConfigError
 from sa3train.evaluation.attributes import ATTRIBUTES, find_end_of_sound
 from sa3train.evaluation.classifier import Classifier
-from sa3train.inference import Generator
+from sa3train.inference import GenerationOutput, Generator
 from sa3train.models.checkpoint import load_autoencoder
 from sa3train.models.nano import ASSETS
 
@@ -155,73 +155,58 @@ def _measure_reconstruction(classifier: Classifier, folder: Path) -> list[Figure
         if classifier.classify(real_CN, RATE) == _get_class(path):
             known += 1
             recognized += classifier.classify(made_CN, RATE) == _get_class(path)
+    sdr, distance = statistics.median(ratios.values()), statistics.median(distances.values())
+    note, distance_note = _format_by_class(ratios), _format_by_class(distances)
     return [
-        Figure(
-            "autoencoder: SI-SDR, median over classes",
-            statistics.median(ratios.values()),
-            "dB",
-            SDR_TARGET,
-            ">=",
-            _format_by_class(ratios),
-        ),
-        Figure(
-            "autoencoder: log-mel distance, median over classes",
-            statistics.median(distances.values()),
-            "dB",
-            note=_format_by_class(distances),
-        ),
+        Figure("autoencoder: SI-SDR, median over classes", sdr, "dB", SDR_TARGET, ">=", note),
+        Figure("autoencoder: log-mel distance, median over classes", distance, "dB", note=distance_note),
         Figure("autoencoder: classes still recognized", 100 * recognized / max(1, known), "%", 90, ">="),
     ]
 
 
+def _generate(generator: Generator, prompts: list[str], seed: int, seconds: float = SECONDS) -> GenerationOutput:
+    """Generate with guidance, unless the model is post-trained."""
+    settings = {"cfg_scale": CFG_SCALE} if _is_base(generator) else {}
+    return generator.generate(prompts, duration=seconds, seed=seed, return_latents=True, **settings)  # type: ignore[arg-type]
+
+
+def _is_base(generator: Generator) -> bool:
+    return generator.facts.objective == "rectified_flow"
+
+
 def _measure_prompt_following(generator: Generator, classifier: Classifier, names: list[str]) -> list[Figure]:
     """Measure class accuracy, attributes and endings of one model."""
-    name = generator.facts.name
-    base = generator.facts.objective == "rectified_flow"
-    settings = {"cfg_scale": CFG_SCALE} if base else {}
-    prompts = [f"solo {each}" for each in names]
-    clips = generator.generate(prompts, duration=SECONDS, seed=1, **settings).audio  # type: ignore[arg-type]
+    clips = _generate(generator, [f"solo {each}" for each in names], seed=1).audio
     ranked = [classifier.predict(clip, RATE).topk(5).indices.tolist() for clip in clips]
-    classes = [classifier.names.index(each) for each in names]
-    first = sum(index == top[0] for index, top in zip(classes, ranked, strict=True))
-    five = sum(index in top for index, top in zip(classes, ranked, strict=True))
-    prompts = [each.prompt for each in ATTRIBUTE_PROMPTS]
-    clips = generator.generate(prompts, duration=SECONDS, seed=2, **settings).audio  # type: ignore[arg-type]
-    right = [
+    pairs = list(zip(map(classifier.names.index, names), ranked, strict=True))
+    first = 100 * statistics.fmean(index == top[0] for index, top in pairs)
+    five = 100 * statistics.fmean(index in top for index, top in pairs)
+    clips = _generate(generator, [each.prompt for each in ATTRIBUTE_PROMPTS], seed=2).audio
+    right = 100 * statistics.fmean(
         ATTRIBUTES[each.attribute].answer(clip, RATE) == each.answer
         for each, clip in zip(ATTRIBUTE_PROMPTS, clips, strict=True)
-    ]
+    )
+    ending = statistics.median(_measure_endings(generator))
+    first_target, right_target = (60, 80) if _is_base(generator) else (None, None)
     count = len(classifier.names)
-    note = f"{len(ATTRIBUTE_PROMPTS)} prompts, two answers each: 50 % by chance"
+    first_note, five_note = (f"{100 * picks / count:.1f}% by chance over {count} classes" for picks in (1, 5))
+    right_note = f"{len(ATTRIBUTE_PROMPTS)} prompts, two answers each: 50% by chance"
+    name = generator.facts.name
     return [
-        Figure(
-            f"{name}: class ranked first",
-            100 * first / len(names),
-            "%",
-            60 if base else None,
-            ">=",
-            _describe_chance(count, 1),
-        ),
-        Figure(f"{name}: class among the first five", 100 * five / len(names), "%", note=_describe_chance(count, 5)),
-        Figure(
-            f"{name}: requested attributes right", 100 * sum(right) / len(right), "%", 80 if base else None, ">=", note
-        ),
-        Figure(
-            f"{name}: error of the ending, median", statistics.median(_measure_endings(generator, settings)), "s", 0.5
-        ),
+        Figure(f"{name}: class ranked first", first, "%", first_target, ">=", first_note),
+        Figure(f"{name}: class among the first five", five, "%", note=five_note),
+        Figure(f"{name}: requested attributes right", right, "%", right_target, ">=", right_note),
+        Figure(f"{name}: error of the ending, median", ending, "s", 0.5),
     ]
 
 
 def _measure_adapters(generator: Generator, classifier: Classifier, folder: Path) -> list[Figure]:
     """Measure adapters of instruments that nano was not trained on at strengths 0, 0.5 and 1, and both at once."""
-    base = generator.facts.objective == "rectified_flow"
-    settings = {"cfg_scale": CFG_SCALE} if base else {}
     paths = sorted(folder.glob("*.safetensors"))
     names = [_get_class(path) for path in paths]
 
     def play(name: str) -> list[Tensor]:
-        prompts = [prompt.format(name) for prompt in ADAPTER_PROMPTS]
-        return generator.generate(prompts, duration=SECONDS, seed=4, **settings).audio  # type: ignore[arg-type]
+        return _generate(generator, [prompt.format(name) for prompt in ADAPTER_PROMPTS], seed=4).audio
 
     figures, alone = [], {}
     for name, path in zip(names, paths, strict=True):
@@ -236,23 +221,11 @@ def _measure_adapters(generator: Generator, classifier: Classifier, folder: Path
         generator.remove_adapter(0)
         alone[name] = probabilities[0]
         title = f"{generator.facts.name} with the {name} adapter"
+        distance = f"{title}: spectral distance to real clips, smallest fall"
+        falls = [-each for each in distances]
         figures += [
-            Figure(
-                f"{title}: probability of {name}, smallest rise",
-                _get_smallest_rise(probabilities),
-                "",
-                0.0,
-                ">=",
-                _format_by_strength(probabilities),
-            ),
-            Figure(
-                f"{title}: spectral distance to real clips, smallest fall",
-                _get_smallest_rise([-each for each in distances]),
-                "dB",
-                0.0,
-                ">=",
-                _format_by_strength(distances),
-            ),
+            _make_rise_figure(f"{title}: probability of {name}, smallest rise", probabilities, "", probabilities),
+            _make_rise_figure(distance, falls, "dB", distances),
         ]
     for path in paths:
         generator.load_adapter(path, strength=1.0)
@@ -284,25 +257,19 @@ def _compute_mean_spectrum(clips: list[Tensor]) -> Tensor:
     return torch.stack([(each - each.max()).clamp_min(-60) for each in means]).mean(dim=0)
 
 
-def _get_smallest_rise(values: list[float]) -> float:
-    return min(after - before for before, after in itertools.pairwise(values))
+def _make_rise_figure(name: str, values: list[float], unit: str, shown: list[float]) -> Figure:
+    """Make the figure of the smallest rise from one strength to the next; its note has the values to show."""
+    rise = min(after - before for before, after in itertools.pairwise(values))
+    note = ", ".join(f"{value:.2f} at {strength:g}" for value, strength in zip(shown, STRENGTHS, strict=True))
+    return Figure(name, rise, unit, 0.0, ">=", note)
 
 
-def _format_by_strength(values: list[float]) -> str:
-    return ", ".join(f"{value:.2f} at {strength:g}" for value, strength in zip(values, STRENGTHS, strict=True))
-
-
-def _describe_chance(classes: int, picks: int) -> str:
-    """Describe the accuracy of guessing."""
-    return f"{100 * picks / classes:.1f} % by chance over {classes} classes"
-
-
-def _measure_endings(generator: Generator, settings: dict[str, float]) -> list[float]:
+def _measure_endings(generator: Generator) -> list[float]:
     """Measure how far from the requested duration held sounds of 2, 4 and 6 s end when nothing is cut off."""
     errors = []
     for seconds in (2.0, 4.0, 6.0):
         prompts = ["A church organ plays legato chords.", "Sound effect: wind.", "warm pad, chords, legato"]
-        made = generator.generate(prompts, duration=seconds, seed=3, return_latents=True, **settings)  # type: ignore[arg-type]
+        made = _generate(generator, prompts, 3, seconds)
         assert made.latents is not None
         rng = torch.Generator().manual_seed(0)
         whole = generator.model.autoencoder.decode(made.latents.to(generator.device), generator=rng)

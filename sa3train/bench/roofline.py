@@ -81,14 +81,10 @@ def measure_rates(dtype: torch.dtype, device: str = "cpu", repeats: int = 5) -> 
             task = functools.partial(torch.nn.functional.linear, x, weight)
             timings = time_interleaved({"matmul": task}, repeats, device)
         best = max(best, 2 * rows * inputs * outputs / timings.best("matmul"))
-    return Rates(best, _measure_copy_rate(device, repeats))
-
-
-def _measure_copy_rate(device: str = "cpu", repeats: int = 5) -> float:
     source = torch.ones(2**26, device=device)
     target = torch.empty_like(source)
     timings = time_interleaved({"copy": lambda: target.copy_(source)}, repeats, device)
-    return 2 * source.nbytes / timings.best("copy")
+    return Rates(best, 2 * source.nbytes / timings.best("copy"))
 
 
 def _linear(rows: float, inputs: int, outputs: int) -> Cost:

@@ -33,21 +33,13 @@ def run(options: Options) -> list[Figure]:
         flags = ["--model", "nano", "-p", "a short tone", "--duration", f"{seconds:g}", "--seed", "1"]
         flags += ["--device", "cpu", "-o", str(Path(folder) / "clip.wav")]
         clip_seconds = _time_processes(["-c", _make_program("generate"), *flags], options)
-    return [
-        Figure(
-            f"sa3-generate --model nano, {seconds:g} s clip, cold start to file", clip_seconds, "s", GENERATE_TARGET
-        ),
-        Figure("import sa3train", _time_processes(["-c", "import sa3train"], options), "s"),
-        *(
-            Figure(
-                f"sa3-{command} --help",
-                _time_processes(["-c", _make_program(command), "--help"], options),
-                "s",
-                HELP_TARGET,
-            )
-            for command in COMMANDS
-        ),
-    ]
+    what = f"sa3-generate --model nano, {seconds:g} s clip, cold start to file"
+    figures = [Figure(what, clip_seconds, "s", GENERATE_TARGET)]
+    figures.append(Figure("import sa3train", _time_processes(["-c", "import sa3train"], options), "s"))
+    for command in COMMANDS:
+        help_seconds = _time_processes(["-c", _make_program(command), "--help"], options)
+        figures.append(Figure(f"sa3-{command} --help", help_seconds, "s", HELP_TARGET))
+    return figures
 
 
 def _make_program(command: str) -> str:
@@ -60,9 +52,7 @@ def _time_processes(arguments: Sequence[str], options: Options) -> float:
     seconds = []
     for _ in range(1 + options.repeats):
         start = time.perf_counter()
-        process = subprocess.run(
-            [sys.executable, *arguments], capture_output=True, text=True, env=environment, check=False
-        )
+        process = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, env=environment)
         seconds.append(time.perf_counter() - start)
         if process.returncode:
             raise SA3Error(f"the measured command failed: {process.stderr.strip()[-500:]}")

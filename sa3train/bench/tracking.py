@@ -162,16 +162,10 @@ def run(options: Options) -> list[Figure]:
                 measured = run_in_subprocess(measure_tracking, flags, BLOCK, environment=environment)
             ratios, seconds = _compute_block_ratios(measured["starts"], BLOCK)
             what = f"train {arch}, W&B server {failure}"
-            figures += [
-                Figure(
-                    f"{what}: tracked steps / untracked steps",
-                    statistics.median(ratios),
-                    "×",
-                    TARGET,
-                    note=f"{seconds:.3f} s a step; pairs of blocks {min(ratios):.3g} to {max(ratios):.3g}",
-                ),
-                Figure(f"{what}: once, at start and end", sum(measured["once"]), "s"),
-            ]
+            note = f"{seconds:.3f} s a step; pairs of blocks {min(ratios):.3g} to {max(ratios):.3g}"
+            ratio = statistics.median(ratios)
+            figures.append(Figure(f"{what}: tracked steps / untracked steps", ratio, "×", TARGET, note=note))
+            figures.append(Figure(f"{what}: once, at start and end", sum(measured["once"]), "s"))
     return figures
 
 

@@ -93,27 +93,15 @@ def _make_figures(
     """Make the figures of a run, from the baseline's seconds, the operations of a step and the matmul rate."""
     rows = f"{measured.rows} × {frames}" if measured.rows > 1 else str(frames)
     what = f"train {arch}, dora-rows rank {RANK}, {rows} frames, {options.dtype}"
+    ratio, share = measured.seconds / baseline / measured.rows, 100 * flops / measured.seconds / rate
+    speed = f"{measured.rows * frames / measured.seconds:.1f} frames per second"
+    rates = f"{flops / 1e12:.2f} Tflop a step, {rate / 1e12:.2f} Tflop/s"
+    counted = "share of the matmul rate, counted on the frozen forward and backward"
+    share_target = CUDA_RATE_TARGET if options.is_cuda and arch == "medium" else None
     figures = [
-        Figure(
-            f"{what}: steps per second",
-            1 / measured.seconds,
-            "",
-            note=f"{measured.rows * frames / measured.seconds:.1f} frames per second",
-        ),
-        Figure(
-            f"{what}: iteration / frozen-base baseline",
-            measured.seconds / baseline / measured.rows,
-            "×",
-            note=f"baseline {baseline:.2f} s a row",
-        ),
-        Figure(
-            f"{what}: share of the matmul rate, counted on the frozen forward and backward",
-            100 * flops / measured.seconds / rate,
-            "%",
-            CUDA_RATE_TARGET if options.is_cuda and arch == "medium" else None,
-            ">=",
-            f"{flops / 1e12:.2f} Tflop a step, {rate / 1e12:.2f} Tflop/s",
-        ),
+        Figure(f"{what}: steps per second", 1 / measured.seconds, "", note=speed),
+        Figure(f"{what}: iteration / frozen-base baseline", ratio, "×", note=f"baseline {baseline:.2f} s a row"),
+        Figure(f"{what}: {counted}", share, "%", share_target, ">=", rates),
         Figure(f"{what}: peak memory, weights included", measured.memory / 1e9, "GB"),
     ]
     if measured.overhead is not None:

@@ -14,7 +14,7 @@ sa3-adapter scale style.safetensors louder.safetensors 1.3
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from sa3train.cli.hydra_app import run_job
@@ -200,8 +200,8 @@ def _print_json(values: dict[str, Any]) -> None:
 
 def _show_inspection(inspection: "Inspection", every_layer: bool) -> None:
     _print_line(inspection.source)
-    problems = {"problems": ", ".join(inspection.problems)}
-    _print_facts(inspection.settings | problems | inspection.provenance)
+    facts = inspection.settings | {"problems": ", ".join(inspection.problems)} | inspection.provenance
+    _print_table([], [[name, value] for name, value in facts.items() if value])
     groups = [[name, str(group.layers), format_number(group.norm)] for name, group in inspection.groups.items()]
     _print_table(["group", "layers", "norm of the change"], groups)
     if every_layer:
@@ -254,28 +254,18 @@ def _print_line(text: str) -> None:
     Console(soft_wrap=True).print(text, markup=False, highlight=False)
 
 
-def _print_facts(facts: Mapping[str, str]) -> None:
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None)
-    for name, value in facts.items():
-        if value:
-            table.add_row(name, escape(value))
-    Console(soft_wrap=True).print(table)
-
-
 def _print_table(heads: list[str], rows: list[list[str]], title: str | None = None) -> None:
+    """Print a table; without heads, as plain columns."""
+    from rich import box
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", show_header=bool(heads), box=box.HEAVY_HEAD if heads else None)
     for head in heads:
         table.add_column(head, overflow="fold")
     for row in rows:
-        table.add_row(*(escape(cell) for cell in row))
+        table.add_row(*map(escape, row))
     Console(soft_wrap=True).print(table)
 
 

@@ -51,20 +51,19 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=f"benchmarks:\n{listing}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("name", metavar="NAME", choices=[*BENCHMARKS, "all"], help="what to measure (listed below)")
-    parser.add_argument("--check", action="store_true", help="exit with code 1 when a target is missed")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures to a JSON file")
-    parser.add_argument("--update", type=Path, metavar="FILE", help="update this device's tables in a Markdown file")
-    parser.add_argument("--arch", choices=("nano", "small", "medium"), help="default: the one that has targets")
-    parser.add_argument("--device", default="cpu", help="cpu (default), cuda, cuda:0, ...")
-    parser.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="default: bf16")
-    parser.add_argument("--threads", type=_parse_positive, default=2, metavar="N", help="CPU threads (default: 2)")
-    parser.add_argument("--repeats", type=_parse_positive, metavar="N", help="measured rounds (default: 5; for all: 3)")
-    parser.add_argument("--seconds", type=float, help="duration of the audio (default: the one that has targets)")
-    parser.add_argument(
-        "--adapter-types", type=_parse_names, default=(), metavar="A,B", help="adapter types (default: all)"
-    )
-    parser.add_argument("--steps", type=_parse_positive, default=8, help="sampling steps (default: 8)")
+    add = parser.add_argument
+    add("name", metavar="NAME", choices=[*BENCHMARKS, "all"], help="what to measure (listed below)")
+    add("--check", action="store_true", help="exit with code 1 when a target is missed")
+    add("--json", type=Path, metavar="FILE", help="also write the figures to a JSON file")
+    add("--update", type=Path, metavar="FILE", help="update this device's tables in a Markdown file")
+    add("--arch", choices=("nano", "small", "medium"), help="default: the one that has targets")
+    add("--device", default="cpu", help="cpu (default), cuda, cuda:0, ...")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="default: bf16")
+    add("--threads", type=_parse_positive, default=2, metavar="N", help="CPU threads (default: 2)")
+    add("--repeats", type=_parse_positive, metavar="N", help="measured rounds (default: 5; for all: 3)")
+    add("--seconds", type=float, help="duration of the audio (default: the one that has targets)")
+    add("--adapter-types", type=_parse_names, default=(), metavar="A,B", help="adapter types (default: all)")
+    add("--steps", type=_parse_positive, default=8, help="sampling steps (default: 8)")
     return parser
 
 

@@ -143,20 +143,22 @@ def run_preview_command(arguments: argparse.Namespace) -> int:
         ConfigError: When neither shards nor a run are given.
     """
     from sa3train.data.loading.datamodule import LatentDataModule
+    from sa3train.data.loading.settings import DataSettings
 
     if arguments.run_dir is not None:
         data = load_run_data(arguments)
     elif arguments.shards is None:
         raise ConfigError("name a folder of latent shards, or a training run: --run RUN_DIR.")
     else:
-        data = LatentDataModule(
+        settings = DataSettings(
             arguments.shards,
-            arguments.batch_size,
+            batch_size=arguments.batch_size,
             crop_seconds=arguments.crop_seconds,
             seconds=arguments.seconds,
+            num_workers=0,
             prompts=build_prompt_settings(arguments),
-            seed=arguments.seed,
         )
+        data = LatentDataModule(settings, seed=arguments.seed)
     loader = data.train_dataloader()
     samples = (sample for batch in loader.sampler for row in batch for sample in row)
     for _, sample in zip(range(arguments.n), samples, strict=False):

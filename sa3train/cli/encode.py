@@ -77,12 +77,7 @@ def main(argv: list[str] | None = None) -> int:
     if not {"-m", "--multirun"}.intersection(arguments):
         arguments = [quote_for_hydra(argument) for argument in arguments]
     return run_hydra_job(
-        "encode",
-        EncodeConfig,
-        encode,
-        shorthand={"model": "model.name"},
-        paths=_PATHS,
-        argv=arguments,
+        "encode", EncodeConfig, encode, shorthand={"model": "model.name"}, paths=_PATHS, argv=arguments
     )
 
 
@@ -187,8 +182,10 @@ def load_rules(name: str, captions: str) -> "AuditRules":
     """
     from sa3train.data.audit.audit import AuditRules
     from sa3train.models.checkpoint import load_checkpoint
+    from sa3train.models.hub import locate_checkpoint
+    from sa3train.models.parse import is_autoencoder, read_config_file
 
-    if is_bare_autoencoder(name):
+    if is_autoencoder(read_config_file(locate_checkpoint(name).config)):
         return AuditRules(captions)
     model = load_checkpoint(name, parts=("conditioner",))
     return AuditRules(
@@ -197,21 +194,6 @@ def load_rules(name: str, captions: str) -> "AuditRules":
         count_tokens=lock_calls(model.conditioner.count_tokens),
         max_tokens=model.conditioner.max_length,
     )
-
-
-def is_bare_autoencoder(name: str) -> bool:
-    """Tell whether a model is an autoencoder alone.
-
-    Args:
-        name: Name or folder.
-
-    Returns:
-        True for SAME, which reads no captions.
-    """
-    from sa3train.models.hub import locate_checkpoint
-    from sa3train.models.parse import is_autoencoder, read_config_file
-
-    return is_autoencoder(read_config_file(locate_checkpoint(name).config))
 
 
 def resolve_device(name: str) -> "torch.device":
@@ -284,10 +266,8 @@ def print_result(result: "EncodeResult", world_size: int = 1) -> None:
         speed = result.seconds / max(result.elapsed, 1e-9)
         print(f"encoded{share}: {result.encoded} at {speed:.1f} × real time, {result.padding:.1%} padding", end="")
         print(f", {result.reused} reused" if result.reused else "")
-    elif result.reused:
-        print(f"encoded{share}: 0, {result.reused} reused")
     else:
-        print(f"encoded{share}: 0, all cached")
+        print(f"encoded{share}: 0, " + (f"{result.reused} reused" if result.reused else "all cached"))
 
 
 if __name__ == "__main__":

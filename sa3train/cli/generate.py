@@ -9,19 +9,19 @@ With --at-a-time, the files of one batch are written while the next is generated
 """
 
 import argparse
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 from sa3train.cli.generate_args import DEFAULT_MODEL, build_parser, parse_adapters, parse_output, parse_settings
 from sa3train.cli.hydra_app import run_job
 from sa3train.core.errors import GenerationError, SA3Error
 from sa3train.core.log import get_logger
-from sa3train.inference.request import PER_ITEM_SETTINGS, GenerationSettings, count_items, is_list
 from sa3train.inference.resolve import resolve_settings
+from sa3train.inference.settings import PER_ITEM_SETTINGS, GenerationSettings, count_items, is_list
 
 if TYPE_CHECKING:
     from sa3train.inference.outputs import GenerationOutput
@@ -62,51 +62,43 @@ def split_batches(settings: GenerationSettings, at_a_time: int | None) -> list[G
     ]
 
 
-class BackgroundWriter:
-    """Writes files in a thread; use as a context manager, which ends once all are written.
-
-    An error in writing is raised at the next `write`, or at the end.
+@contextlib.contextmanager
+def write_in_background(subtype: str) -> Iterator[Callable[["GenerationOutput", Sequence[Path]], None]]:
+    """Write files in a thread; the block ends once all are written.
 
     Args:
         subtype: Encoding of the samples.
+
+    Yields:
+        A function that waits for the previous files, then starts to write each item of a result to its path, with its
+        sidecar. An error in writing is raised by the next call, or at the end of the block.
     """
+    pending: list[Future[None]] = []
 
-    def __init__(self, subtype: str) -> None:
-        self.subtype = subtype
-        self._thread = ThreadPoolExecutor(max_workers=1)
-        self._last: Future[None] | None = None
+    def finish() -> None:
+        while pending:
+            pending.pop().result()
 
-    def __enter__(self) -> Self:
-        return self
+    def write(result: "GenerationOutput", paths: Sequence[Path]) -> None:
+        finish()
+        pending.append(thread.submit(_write, result, paths, subtype))
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._thread.shutdown()
-        if self._last is None:
-            return
+    with ThreadPoolExecutor(max_workers=1) as thread:
         try:
-            self._last.result()
-        except SA3Error as unwritten:
-            if kind is None:
-                raise
-            _logger.error("%s", unwritten)  # next to the error that ended the block
+            yield write
+        except BaseException:
+            try:
+                finish()
+            except SA3Error as unwritten:
+                _logger.error("%s", unwritten)  # next to the error that ended the block
+            raise
+        finish()
 
-    def write(self, result: "GenerationOutput", paths: Sequence[Path]) -> None:
-        """Wait for the previous files, then write each item with its sidecar and print a line.
 
-        Args:
-            result: The generated items.
-            paths: The audio file of each.
-        """
-        if self._last is not None:
-            self._last.result()
-        self._last = self._thread.submit(self._write, result, list(paths))
-
-    def _write(self, result: "GenerationOutput", paths: Sequence[Path]) -> None:
-        for item, path in enumerate(result.save_at(paths, self.subtype)):
-            seconds = result.audio[item].shape[1] / result.sample_rate
-            print(f"{path}: {seconds:.2f} s, seed {result.seeds[item]}, sidecar {path.stem}.json", flush=True)
+def _write(result: "GenerationOutput", paths: Sequence[Path], subtype: str) -> None:
+    for item, path in enumerate(result.save_at(paths, subtype)):
+        seconds = result.audio[item].shape[1] / result.sample_rate
+        print(f"{path}: {seconds:.2f} s, seed {result.seeds[item]}, sidecar {path.stem}.json", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -147,10 +139,10 @@ def _generate(arguments: argparse.Namespace) -> int:
         generator.load_adapter(**adapter)
     for batch in batches:
         resolve_settings(batch, generator.facts)  # refuse a bad batch before the first is generated
-    with BackgroundWriter(subtype) as writer:
+    with write_in_background(subtype) as write:
         for batch in batches:
             result = generator.generate_from(batch)
-            writer.write(result, paths[: len(result.audio)])
+            write(result, paths[: len(result.audio)])
             paths = paths[len(result.audio) :]
     return 0
 

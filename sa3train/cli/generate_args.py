@@ -9,7 +9,7 @@ from typing import Any
 from sa3train.adapters.lora_argument import parse_lora
 from sa3train.core.config import list_settings
 from sa3train.core.errors import GenerationError
-from sa3train.inference.request import (
+from sa3train.inference.settings import (
     PER_ITEM_SETTINGS,
     SETTING_NAMES,
     VALUE_TYPES,
@@ -64,9 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("settings")
     _add_settings(group, TEXT_TO_AUDIO)
     group.add_argument(
-        "--prompt-file",
-        metavar="FILE",
-        help="read prompts from FILE, one per line, except lines that start with #",
+        "--prompt-file", metavar="FILE", help="read prompts from FILE, one per line, except lines that start with #"
     )
     group.add_argument(
         "--at-a-time",
@@ -197,16 +195,15 @@ def _parse_strength(text: str, where: str) -> float:
 
 
 def _add_model(group: Any) -> None:
-    group.add_argument("--model", help=f"name or folder (default {DEFAULT_MODEL}); nano needs no download")
-    group.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: CUDA or MPS if available)")
-    group.add_argument("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default: auto")
-    group.add_argument(
+    add = group.add_argument
+    add("--model", help=f"name or folder (default {DEFAULT_MODEL}); nano needs no download")
+    add("--device", help="cpu, cuda, cuda:1, mps (default: CUDA or MPS if available)")
+    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default: auto")
+    add(
         "--compile", action="store_true", help="compile the denoiser with torch.compile: slow once, then faster; cached"
     )
-    group.add_argument(
-        "--cuda-graphs", action="store_true", help="launch each step of the denoiser as one CUDA graph (NVIDIA only)"
-    )
-    group.add_argument("--no-half", action="store_true", help="same as --precision fp32, as the public tool calls it")
+    add("--cuda-graphs", action="store_true", help="launch each step of the denoiser as one CUDA graph (NVIDIA only)")
+    add("--no-half", action="store_true", help="same as --precision fp32, as the public tool calls it")
 
 
 def _add_adapters(group: Any) -> None:
@@ -225,11 +222,10 @@ def _add_adapters(group: Any) -> None:
         ("--lora-ckpt-path", "PATH", "adapter; repeatable"),
     ):
         group.add_argument(flag, dest="adapters", action=_AdapterAction, metavar=metavar, help=text)
-    group.add_argument("--allow-partial", action="store_true", help="load adapters of which only some layers match")
-    group.add_argument("--lora-strength", metavar="X", help="strength of all --lora-ckpt-path, or of --lora-index")
-    group.add_argument(
-        "--lora-index", type=int, metavar="I", help="index of the --lora-ckpt-path that --lora-strength sets, from 0"
-    )
+    add = group.add_argument
+    add("--allow-partial", action="store_true", help="load adapters of which only some layers match")
+    add("--lora-strength", metavar="X", help="strength of all --lora-ckpt-path, or of --lora-index")
+    add("--lora-index", type=int, metavar="I", help="index of the --lora-ckpt-path that --lora-strength sets, from 0")
 
 
 def _add_output(group: Any) -> None:

@@ -150,18 +150,20 @@ def run_hydra_job(
     Returns:
         Exit code; the largest of the jobs that ran in this process.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    return run_job(lambda: _run_hydra(config_name, schema, job, dict(shorthand or {}), paths, resume, arguments))
+
+    def run() -> int:
+        given = list(sys.argv[1:] if argv is None else argv)
+        folder = find_config_dir(given)
+        expanded = [expand_argument(argument, shorthand or {}, paths, folder) for argument in given]
+        arguments = [_open_mapping_key(schema, argument) for argument in expanded]
+        check_overrides(schema, arguments)
+        return _run_hydra(schema, job, arguments, _find_primary_config(config_name, resume, arguments))
+
+    return run_job(run)
 
 
 def _run_hydra(
-    config_name: str,
-    schema: type[Schema],
-    job: Callable[[Schema], int | None],
-    shorthand: dict[str, str],
-    paths: Sequence[str],
-    resume: str | None,
-    arguments: list[str],
+    schema: type[Schema], job: Callable[[Schema], int | None], arguments: list[str], primary: tuple[str, str, list[str]]
 ) -> int:
     import hydra
     from hydra.errors import HydraException
@@ -172,10 +174,7 @@ def _run_hydra(
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         get_run_stamp()  # inherited by every process started from here
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions come to us unchanged; we print one line
-    arguments = [expand_argument(argument, shorthand, paths, find_config_dir(arguments)) for argument in arguments]
-    arguments = [_open_mapping_key(schema, argument) for argument in arguments]
-    check_overrides(schema, arguments)
-    config_path, config_name, extra = _find_primary_config(config_name, resume, arguments)
+    config_path, config_name, extra = primary
     codes: list[int] = [0]
     failures: list[SA3Error] = []
     pid = os.getpid()
@@ -230,8 +229,7 @@ def expand_argument(
     if not equals or key.startswith(("-", "~")):
         return argument
     if key in shorthand:
-        folders = [get_config_dir(), *([extra] if extra else [])]
-        options = [value, *value.split(",")]
+        folders, options = filter(None, (get_config_dir(), extra)), (value, *value.split(","))
         if any((folder / key / f"{option}.yaml").is_file() for folder in folders for option in options):
             return argument
         key = shorthand[key]
@@ -355,9 +353,8 @@ def get_run_stamp() -> str:
         )
     else:
         stamp = time.strftime("%Y%m%d-%H%M%S")
-    os.environ["SA3TRAIN_RUN_STAMP"] = (
-        stamp  # processes started from here on (Lightning's ranks, loader workers) use the same
-    )
+    # processes started from here on (Lightning's ranks, loader workers) use the same
+    os.environ["SA3TRAIN_RUN_STAMP"] = stamp
     return stamp
 
 

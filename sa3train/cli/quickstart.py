@@ -1,6 +1,8 @@
 """`sa3-quickstart`: the main workflow on the sample set, step by step, with the commands a user would type."""
 
 import argparse
+import itertools
+import math
 import shlex
 import subprocess
 import sys
@@ -8,13 +10,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 from sa3train.cli.hydra_app import run_job
 from sa3train.core.errors import SA3Error
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 STRENGTHS = (0.0, 0.5, 1.0)
 MODES = ("text", "restyled", "inpainted")
@@ -102,10 +100,8 @@ def _find_sample_set() -> Path:
 
 def _choose_run_dir(out: Path) -> Path:
     """Choose a run folder that does not exist yet, so that the adapter of an earlier demo is kept."""
-    number = 1
-    while (out / f"run-{number}").exists():
-        number += 1
-    return out / f"run-{number}"
+    runs = (out / f"run-{number}" for number in itertools.count(1))
+    return next(run_dir for run_dir in runs if not run_dir.exists())
 
 
 def _plan_training(source: Path, out: Path, run_dir: Path, steps: int) -> list[DemoStep]:
@@ -222,15 +218,10 @@ def _compare_to_first(wavs: Sequence[Path]) -> list[str]:
     """Compare each file to the first: "identical", or the level of the difference in dB."""
     from sa3train.audio.io import read_audio
 
-    base, _ = read_audio(wavs[0])
-    return [_measure_difference(read_audio(wav)[0], base) for wav in wavs]
-
-
-def _measure_difference(audio_CN: "Tensor", base_CN: "Tensor") -> str:
-    difference: Any = (audio_CN - base_CN).square().mean()
-    if difference == 0:
-        return "identical"
-    return f"{10 * (difference / base_CN.square().mean().clamp(min=1e-12)).log10().item():+.1f} dB"
+    audios = [read_audio(wav)[0] for wav in wavs]
+    power = audios[0].square().mean().clamp(min=1e-12)
+    levels = [float(10 * ((audio_CN - audios[0]).square().mean() / power).log10()) for audio_CN in audios]
+    return ["identical" if level == -math.inf else f"{level:+.1f} dB" for level in levels]
 
 
 if __name__ == "__main__":

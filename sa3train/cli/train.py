@@ -70,12 +70,10 @@ def run_training(config: TrainConfig) -> "TrainingResult":
     from sa3train.models.checkpoint import load_checkpoint
     from sa3train.training import step
     from sa3train.training.distributed import run_on_rank_zero, run_on_rank_zero_first
-    from sa3train.training.trainer import uses_gpu
+    from sa3train.training.trainer import resolve_precisions, uses_gpu
 
     train_setup.start_ranks(config)
-    dtype, precision = train_setup.resolve_precisions(
-        config.model.dtype, config.trainer.precision, uses_gpu(config.trainer)
-    )
+    dtype, precision = resolve_precisions(config.model.dtype, config.trainer.precision, uses_gpu(config.trainer))
     data = train_setup.make_data_module(config.data, config.seed)  # first: its errors come before gigabytes load
     model = run_on_rank_zero_first(
         lambda: load_checkpoint(config.model.name, dtype=dtype, parts=("dit", "conditioner"))

@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from sa3train.core.config import check_settings, setting
 from sa3train.core.errors import ConfigError
-from sa3train.data.loading.prompts import PromptSettings
+from sa3train.data.loading.settings import DataSettings
 from sa3train.training.settings import LoggingSettings, TrainingSettings
 
 
@@ -14,43 +14,6 @@ class PathSettings:
     """Folders for what is written."""
 
     runs: str = setting("runs", help="Folder that run folders are created in.")
-
-
-@dataclasses.dataclass(frozen=True)
-class DataSettings:
-    """Which clips to train on and how they are cropped and batched."""
-
-    dir: str = setting(help="Latent shards made by sa3-encode: a folder, or any URL that fsspec reads.")
-    repeats: int = setting(1, help="How often each clip of dir is used per epoch.", min=1)
-    weight: float | None = setting(None, help="Weight of dir among the sources.", above=0)
-    more: list[dict[str, Any]] = setting(
-        [], help="Further sources, such as [{path: DIR, repeats: 1, weight: null, role: prior}]."
-    )
-    prior_share: float = setting(0.0, help="Share of clips from sources with role=prior.", min=0, below=1)
-    batch_size: int = setting(4, help="Clips (or packed rows) per micro-batch on each rank.", min=1)
-    crop_seconds: float | None = setting(
-        None, help="Maximum crop length; null for whole clips.", unit="seconds", above=0
-    )
-    crop_frames: int | None = setting(None, help="The same in latent frames of 93 ms.", min=1)
-    crop: Literal["random", "start", "beat"] = setting(
-        "random", help="Where a crop starts; beat needs clips with a beats field."
-    )
-    seconds: Literal["crop", "file"] = setting("crop", help="Whose length the model is conditioned on.")
-    silence_tail_seconds: float = setting(
-        4.0, help="Silence behind the longest clip, for loss.silence_seconds.", unit="seconds", min=0
-    )
-    pack_frames: int | None = setting(
-        None, help="Latent frames of a row that several clips are packed into; null: one clip per row.", min=1
-    )
-    pool: int = setting(32, help="Batches that are sorted by length (or packed) together.", min=1)
-    heldout_clips: int = setting(256, help="Maximum held-out clips that are read.", min=0)
-    num_workers: int = setting(2, help="Worker processes of the data loader on each rank.", min=0)
-    verify: Literal["size", "hash", "none"] = setting("size", help="Check of the shards at startup.")
-    allow_damaged: bool = setting(False, help="Skip shards that fail the check instead of stopping.")
-    prompts: PromptSettings = setting(PromptSettings(), help="How captions and tags become prompts.")
-
-    def __post_init__(self) -> None:
-        check_settings(self, "data")
 
 
 @dataclasses.dataclass(frozen=True)

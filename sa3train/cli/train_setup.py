@@ -10,21 +10,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from sa3train.core.dtypes import get_dtype
 from sa3train.core.errors import ConfigError
 from sa3train.core.log import get_logger, get_rank
 from sa3train.reports.run_files import METRICS_FILE
 
 if TYPE_CHECKING:
-    import torch
-
     from sa3train.adapters.spec import AdapterSpec
-    from sa3train.cli.train_config import AdapterSettings, DataSettings, TrainConfig
+    from sa3train.cli.train_config import AdapterSettings, TrainConfig
     from sa3train.data.loading.datamodule import LatentDataModule
+    from sa3train.data.loading.settings import DataSettings
     from sa3train.training.loggers import LoggerCollection
     from sa3train.training.run import TrainingResult
     from sa3train.training.run_dir import RunDir
-    from sa3train.training.settings import LoggingSettings, Precision
+    from sa3train.training.settings import LoggingSettings
 
 _logger = get_logger(__name__)
 
@@ -50,38 +48,6 @@ def start_ranks(config: "TrainConfig") -> None:
     check_world_size(ranks)
     check_overrides_have_effect(config, get_overrides(), ranks)
     join_ranks(gpu)
-
-
-def resolve_precisions(dtype: str, precision: "Precision", gpu: bool) -> tuple["torch.dtype", "Precision"]:
-    """Resolve the dtype of the frozen weights and the precision of the computation.
-
-    "auto" is bf16 for both on a GPU that supports it, else fp32: on a CPU, bit-exact resuming and equal ranks are worth
-    more than bf16's speed. A bf16 base computes in bf16.
-
-    Args:
-        dtype: `model.dtype`.
-        precision: `trainer.precision`.
-        gpu: Whether training runs on a GPU.
-
-    Returns:
-        Dtype and precision.
-
-    Raises:
-        ConfigError: fp32 computation on a bf16 base.
-    """
-    import torch
-
-    fast = gpu and torch.cuda.is_bf16_supported()
-    if dtype == "auto":
-        dtype = "bf16" if fast and precision != "fp32" else "fp32"
-    if precision == "auto":
-        precision = "bf16-mixed" if fast or dtype == "bf16" else "fp32"
-    if dtype == "bf16" and precision == "fp32":
-        raise ConfigError(
-            "trainer.precision=fp32 has no effect on a base in bf16, which computes in bf16. "
-            "Set model.dtype=fp32, or trainer.precision=bf16-mixed."
-        )
-    return get_dtype(dtype), precision
 
 
 def check_overrides_have_effect(config: "TrainConfig", given: Sequence[str], ranks: int) -> None:
@@ -133,7 +99,7 @@ def make_data_module(settings: "DataSettings", seed: int) -> "LatentDataModule":
     """Make the data module and set it up.
 
     Args:
-        settings: Its settings; the sources are `dir` and those in `more`.
+        settings: Its settings.
         seed: Seed of the run.
 
     Returns:
@@ -141,9 +107,7 @@ def make_data_module(settings: "DataSettings", seed: int) -> "LatentDataModule":
     """
     from sa3train.data.loading.datamodule import LatentDataModule
 
-    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    first = {"path": values.pop("dir"), "repeats": values.pop("repeats"), "weight": values.pop("weight")}
-    data = LatentDataModule([first, *values.pop("more")], seed=seed, **values)
+    data = LatentDataModule(settings, seed=seed)
     data.setup()
     return data
 

@@ -4,7 +4,7 @@
 class SA3Error(ValueError):
     """Base class of all errors that a user can cause and fix.
 
-    Raised itself for what no subclass covers, such as a folder that cannot be written. Commands print such errors
+    Raised directly when no subclass fits, such as for a folder that cannot be written. Commands print such errors
     without a traceback and exit with code 1.
     """
 

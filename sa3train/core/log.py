@@ -2,10 +2,12 @@
 
 import contextlib
 import contextvars
+import functools
 import json
 import logging
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sized
 from typing import Any, TypeVar
@@ -118,10 +120,17 @@ def track_progress(
     if _json_progress.get():
         yield from _track_as_json(items, description, total, unit)
         return
+    hidden = get_rank() != 0 or not sys.stderr.isatty()
+    yield from _load_tqdm()(items, desc=description, total=total, unit=unit, disable=hidden, dynamic_ncols=True)
+
+
+@functools.cache
+def _load_tqdm() -> Any:
+    """Load tqdm with a lock of this process: its own is shared with forks, and one killed while it holds it blocks all."""
     from tqdm import tqdm
 
-    hidden = get_rank() != 0 or not sys.stderr.isatty()
-    yield from tqdm(items, desc=description, total=total, unit=unit, disable=hidden, dynamic_ncols=True)
+    tqdm.set_lock(threading.RLock())
+    return tqdm
 
 
 def _track_as_json(items: Iterable[Item], stage: str, total: int | None, unit: str) -> Iterator[Item]:

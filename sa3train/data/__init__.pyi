@@ -3,10 +3,11 @@ from .encode.encode import EncodeResult as EncodeResult
 from .encode.encode import encode_dataset as encode_dataset
 from .encode.encoder import Encoder as Encoder
 from .encode.settings import EncodeSettings as EncodeSettings
-from .loading.datamodule import DataSource as DataSource
 from .loading.datamodule import LatentDataModule as LatentDataModule
 from .loading.loader import Batch as Batch
 from .loading.prompts import PromptSettings as PromptSettings
 from .loading.prompts import Template as Template
+from .loading.settings import DataSettings as DataSettings
+from .loading.settings import DataSource as DataSource
 from .shards.reader import LatentStore as LatentStore
 from .sources.listing import list_source as list_source

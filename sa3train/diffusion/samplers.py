@@ -5,7 +5,8 @@ as a scalar tensor and returns noise - data (B, C, T).
 `callback(step, total, sigma, denoised_BCT)` is called after each step's first evaluation and may raise to cancel.
 Shapes: B clips, C latent channels, T latent frames. Formulas: docs/model.md, section 5.
 
-A new sampler is a function and one row of `SAMPLERS`, which says whether the sampler draws noise.
+A new sampler is a function and one row of `SAMPLERS`, which says whether it draws noise, and its name in
+`SAMPLER_NAMES` of inference/settings.py (light, so that `--help` does not load torch; a test compares the two).
 """
 
 import itertools

@@ -1,4 +1,4 @@
 from .generator import Generator as Generator
 from .outputs import GenerationOutput as GenerationOutput
-from .request import GenerationSettings as GenerationSettings
+from .settings import GenerationSettings as GenerationSettings
 from .sidecar import read_sidecar as read_sidecar

@@ -10,7 +10,6 @@ from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.apply.load_report import LoadReport
 from sa3train.adapters.apply.stack import AdapterStack
 from sa3train.adapters.formats.io import load_adapter
-from sa3train.adapters.layer_filter import split_patterns
 from sa3train.core.device import choose_device, explain_oom, prefetch_noise
 from sa3train.core.errors import ConfigError, GenerationError
 from sa3train.core.log import get_logger
@@ -18,10 +17,10 @@ from sa3train.diffusion.samplers import Callback
 from sa3train.inference.decoding import collect_warnings, decode_audio
 from sa3train.inference.input_audio import load_input_audio
 from sa3train.inference.outputs import GenerationOutput
-from sa3train.inference.request import AUDIO_SETTINGS, SETTING_NAMES, GenerationSettings
 from sa3train.inference.resolve import ModelFacts, ResolvedSettings, resolve_settings
 from sa3train.inference.runtime import choose_dtype, suggest_memory_fixes
 from sa3train.inference.sampling import Generation, list_noise_shapes, prepare_start, sample_latents
+from sa3train.inference.settings import AUDIO_SETTINGS, SETTING_NAMES, GenerationSettings
 from sa3train.inference.sidecar import describe_adapter, describe_environment
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
 from sa3train.models.dit import compile_blocks
@@ -50,7 +49,7 @@ class Generator:
         self.precision = precision
         self.compiled = self.cuda_graphs = False
         self.stack = AdapterStack(model.get_adapter_root())
-        self._records: list[dict[str, Any]] = []
+        self._files: list[dict[str, Any]] = []
         self.facts = ModelFacts(
             model.name, model.objective, model.sample_rate, model.downsampling_ratio, model.max_frames
         )
@@ -108,7 +107,7 @@ class Generator:
     @property
     def adapters(self) -> list[dict[str, Any]]:
         """The loaded adapters in order: path, sha256, strengths, interval, excluded layers."""
-        return [dict(record) for record in self._records]
+        return [file | settings for file, settings in zip(self._files, self.stack.settings, strict=True)]
 
     def load_adapter(
         self,
@@ -137,27 +136,17 @@ class Generator:
             AdapterError: When the adapter does not fit the model.
         """
         loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
-        excluded = split_patterns(exclude_layers)
         with explain_oom(self.device, "loading an adapter", suggest_memory_fixes(self.device, self.precision)):
             report = self.stack.add(
                 loaded,
                 strength,
                 conditioner_strength=conditioner_strength,
                 interval=interval,
-                exclude_layers=excluded,
+                exclude_layers=exclude_layers,
                 allow_partial=allow_partial,
                 base=self.model,
             )
-        self._records.append(
-            {
-                **describe_adapter(adapter, loaded),
-                "strength": strength,
-                "conditioner_strength": conditioner_strength,
-                "interval": list(interval),
-                "exclude_layers": list(excluded),
-                "allow_partial": allow_partial,
-            }
-        )
+        self._files.append(describe_adapter(adapter, loaded))
         return report
 
     def set_strength(
@@ -171,8 +160,6 @@ class Generator:
             conditioner_strength: Strength in the conditioner; None for the same.
         """
         self.stack.set_strength(strength, adapter, conditioner_strength)
-        for record in self._records if adapter is None else [self._records[adapter]]:
-            record.update(strength=strength, conditioner_strength=conditioner_strength)
 
     def remove_adapter(self, adapter: int) -> None:
         """Unload an adapter; the model is as if it had never been loaded.
@@ -181,7 +168,7 @@ class Generator:
             adapter: Its index; adapters after it move up.
         """
         self.stack.remove(adapter)
-        del self._records[adapter]
+        del self._files[adapter]
 
     def replace_adapter(self, index: int, adapter: str | os.PathLike[str] | Adapter) -> LoadReport:
         """Replace an adapter and keep its strengths, interval and excluded layers.
@@ -195,7 +182,7 @@ class Generator:
         """
         loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
         report = self.stack.replace(index, loaded)
-        self._records[index].update(describe_adapter(adapter, loaded))
+        self._files[index] = describe_adapter(adapter, loaded)
         return report
 
     def generate(
@@ -281,7 +268,8 @@ class Generator:
         }
         rng = torch.Generator().manual_seed(resolved.seed or 0) if generator is None else generator
         generation = Generation(self.model, self.facts, resolved, inputs, rng)
-        with torch.no_grad(), explain_oom(self.device, f"generating {_describe(resolved)}", self._list_fixes(resolved)):
+        fixes = suggest_memory_fixes(self.device, self.precision, resolved, self.cuda_graphs)
+        with torch.no_grad(), explain_oom(self.device, f"generating {_describe(resolved)}", fixes):
             start = prepare_start(generation)
             with prefetch_noise(rng, list_noise_shapes(generation, start), self.device):
                 latents_BCT = sample_latents(generation, self.stack, start, callback, self.cuda_graphs)
@@ -298,9 +286,6 @@ class Generator:
             warnings=warnings,
             record=self._record(generation),
         )
-
-    def _list_fixes(self, settings: ResolvedSettings) -> list[str]:
-        return suggest_memory_fixes(self.device, self.precision, settings, self.cuda_graphs)
 
     def _record(self, generation: Generation) -> dict[str, Any]:
         """What the sidecars of all items share."""

@@ -11,7 +11,7 @@ from sa3train.core.config import list_settings
 from sa3train.core.errors import GenerationError
 from sa3train.inference.generator import Generator
 from sa3train.inference.outputs import GenerationOutput
-from sa3train.inference.request import PER_ITEM_SETTINGS, SETTING_NAMES, GenerationSettings, get_default, is_list
+from sa3train.inference.settings import PER_ITEM_SETTINGS, SETTING_NAMES, GenerationSettings, get_default, is_list
 from sa3train.inference.sidecar import describe_environment, locate_input
 
 NAMED_SETTINGS = ("duration", "init_noise_level")

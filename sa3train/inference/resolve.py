@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sa3train.core.errors import GenerationError
-from sa3train.inference.request import (
+from sa3train.inference.settings import (
     GUIDANCE_SETTINGS,
     MODEL_DEFAULTS,
     PER_ITEM_SETTINGS,

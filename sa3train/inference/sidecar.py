@@ -11,6 +11,7 @@ from typing import Any
 import soundfile
 import torch
 
+from sa3train import __version__
 from sa3train.adapters.adapter import Adapter
 from sa3train.core.errors import GenerationError
 from sa3train.core.files import hash_file
@@ -21,7 +22,7 @@ KEYS = (
     *("file", "item", "sha256", "audio_sha256", "subtype", "settings", "model", "precision", "adapters", "inputs"),
     "environment",
 )
-PACKAGES = ("sa3train", "torch", "torchaudio", "transformers", "soundfile")
+PACKAGES = ("torchaudio", "transformers", "soundfile")
 # The files of a PEFT folder that make up the adapter.
 FOLDER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -36,7 +37,8 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         Versions, device, CPU capability and threads.
     """
     return {
-        **{name: _get_version(name) for name in PACKAGES},
+        "sa3train": __version__,
+        **{name: metadata.version(name) for name in PACKAGES},
         "torch": torch.__version__,
         "libsndfile": soundfile.__libsndfile_version__,
         "python": platform.python_version(),
@@ -153,10 +155,3 @@ def hash_path(path: Path) -> str:
         return hash_file(path)
     parts = [f"{name} {hash_file(path / name)}" for name in FOLDER_FILES if (path / name).exists()]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
-
-
-def _get_version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None

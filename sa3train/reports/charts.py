@@ -1,4 +1,4 @@
-"""Line charts and bars as inline SVG and HTML: no script, no font, no file next to the page.
+"""Line charts and bars as inline SVG and HTML: no script, no font, no file next to the page. Markup is in `assets/`.
 
 Colors are CSS classes (`c-heldout`, `c-train`, …) that the page defines for light and dark. Points have tooltips, which
 is why these are not images by matplotlib.
@@ -8,7 +8,8 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from html import escape
+
+from sa3train.reports.html import render_template
 
 Point = tuple[float, float]
 
@@ -44,12 +45,21 @@ class _Frame:
     y: tuple[float, float]
     size: tuple[float, float]
 
-    def to_pixels(self, point: Point) -> Point:
-        width = self.size[0] - MARGIN_LEFT - MARGIN_RIGHT
-        height = self.size[1] - MARGIN_TOP - MARGIN_BOTTOM
-        across = (point[0] - self.x[0]) / (self.x[1] - self.x[0])
-        up = (point[1] - self.y[0]) / (self.y[1] - self.y[0])
-        return MARGIN_LEFT + across * width, MARGIN_TOP + (1 - up) * height
+    left = MARGIN_LEFT
+
+    @property
+    def right(self) -> float:
+        return self.size[0] - MARGIN_RIGHT
+
+    @property
+    def bottom(self) -> float:
+        return self.size[1] - MARGIN_BOTTOM
+
+    def x_to_pixels(self, x: float) -> float:
+        return self.left + (x - self.x[0]) / (self.x[1] - self.x[0]) * (self.right - self.left)
+
+    def y_to_pixels(self, y: float) -> float:
+        return self.bottom - (y - self.y[0]) / (self.y[1] - self.y[0]) * (self.bottom - MARGIN_TOP)
 
 
 def render_line_chart(
@@ -83,16 +93,28 @@ def render_line_chart(
     if not shown:
         return ""
     frame = _fit_frame([point for line in shown for point in line.points], baseline, min_range, size)
-    curves = "".join(_draw_curve(line, frame) for line in sorted(shown, key=lambda line: not line.faint))
-    level = "" if baseline is None else _draw_level(baseline, frame)
+    curves = []
+    for line in sorted(shown, key=lambda line: not line.faint):
+        pixels = [(frame.x_to_pixels(x), frame.y_to_pixels(y)) for x, y in line.points]
+        curves.append((line, pixels, not line.faint and len(pixels) <= MAX_DOTS))
+    heights, widths = compute_ticks(*frame.y), compute_ticks(*frame.x)
+    if all(float(x).is_integer() for x in frame.x):
+        widths = [x for x in widths if float(x).is_integer()]  # there is no step 150.5
     keys = [line for line in shown if line.name]
     keys += [Line(baseline[1], (), "c-base", dashed=True)] if baseline is not None else []
-    below = f"<small>{escape(note)}</small>" if note else ""
-    return (
-        f'<figure class="chart"><figcaption>{escape(title)}{below}</figcaption>'
-        f'<svg viewBox="0 0 {size[0]:g} {size[1]:g}" role="img" aria-label="{escape(title)}">'
-        f"{_draw_axes(frame, x_label, unit)}{level}{curves}</svg>"
-        f"{render_legend(keys if len(keys) > 1 else [])}</figure>"
+    return render_template(
+        "chart.html",
+        frame=frame,
+        title=title,
+        note=note,
+        unit=unit,
+        x_label=x_label,
+        x_ticks=[(frame.x_to_pixels(x), f"{x:.6g}") for x in widths],
+        y_ticks=[(frame.y_to_pixels(y), _format_tick(y, heights)) for y in heights],
+        baseline=baseline,
+        level=None if baseline is None else frame.y_to_pixels(baseline[0]),
+        curves=curves,
+        keys=keys if len(keys) > 1 else [],
     )
 
 
@@ -105,11 +127,7 @@ def render_legend(lines: Sequence[Line]) -> str:
     Returns:
         HTML.
     """
-    keys = "".join(
-        f'<span><i class="{line.color}{" dashed" if line.dashed else ""}"></i>{escape(line.name)}</span>'
-        for line in lines
-    )
-    return f'<div class="legend">{keys}</div>'
+    return render_template("legend.html", keys=lines)
 
 
 def render_bars(rows: Sequence[tuple[str, float, str]], color: str = "c-heldout") -> str:
@@ -123,12 +141,9 @@ def render_bars(rows: Sequence[tuple[str, float, str]], color: str = "c-heldout"
         HTML.
     """
     largest = max((value for _, value, _ in rows if math.isfinite(value)), default=0.0) or 1.0
-    lines = "".join(
-        f'<tr><th>{escape(label)}<td class="bar"><i class="{color}" style="width:{_to_percent(value, largest):.1f}%">'
-        f'</i><td class="n">{escape(text)}'
-        for label, value, text in rows
-    )
-    return f'<table class="bars">{lines}</table>'
+    shares = [min(1.0, max(0.0, value / largest)) if math.isfinite(value) else 1.0 for _, value, _ in rows]
+    bars = [(label, 100 * share, text) for share, (label, _, text) in zip(shares, rows, strict=True)]
+    return render_template("bars.html", rows=bars, color=color)
 
 
 def thin_points(points: Sequence[Point], most: int = MAX_POINTS) -> list[Point]:
@@ -196,27 +211,6 @@ def _fit_frame(
     return _Frame((left, right if right > left else left + 1.0), (low - pad, high + pad), size)
 
 
-def _draw_axes(frame: _Frame, x_label: str, unit: str) -> str:
-    left, bottom = frame.to_pixels((frame.x[0], frame.y[0]))
-    right = frame.size[0] - MARGIN_RIGHT
-    found = []
-    heights = compute_ticks(*frame.y)
-    for value in heights:
-        y = frame.to_pixels((frame.x[0], value))[1]
-        found.append(f'<path class="grid" d="M{left:.1f} {y:.1f}H{right:.1f}"/>')
-        found.append(
-            f'<text x="{left - 6:.1f}" y="{y + 3.5:.1f}" text-anchor="end">{_format_tick(value, heights)}{unit}</text>'
-        )
-    has_steps = all(float(x).is_integer() for x in frame.x)
-    for value in compute_ticks(*frame.x):
-        if has_steps and not float(value).is_integer():
-            continue  # there is no step 150.5
-        x = frame.to_pixels((value, frame.y[0]))[0]
-        found.append(f'<text x="{x:.1f}" y="{bottom + 15:.1f}" text-anchor="middle">{value:.6g}</text>')
-    found.append(f'<text class="label" x="{left - 14:.1f}" y="{bottom + 15:.1f}" text-anchor="end">{x_label}</text>')
-    return "".join(found)
-
-
 def _format_tick(value: float, among: Sequence[float]) -> str:
     """Format a tick with as many digits as it takes to tell the ticks apart."""
     if len(among) < 2:
@@ -226,33 +220,6 @@ def _format_tick(value: float, among: Sequence[float]) -> str:
         return f"{value:,.{max(0, -order)}f}"
     largest = math.floor(math.log10(max(abs(tick) for tick in among)) + 1e-9)
     return f"{value:.{largest - order + 1}g}"
-
-
-def _draw_curve(line: Line, frame: _Frame) -> str:
-    pixels = [frame.to_pixels(point) for point in line.points]
-    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in pixels)
-    style = f"{line.color}{' dashed' if line.dashed else ''}{' faint' if line.faint else ''}"
-    found = f'<path class="curve {style}" d="{path}"/>'
-    if line.faint or len(pixels) > MAX_DOTS:
-        return found
-    dots = "".join(
-        f'<circle class="{line.color}" cx="{x:.1f}" cy="{y:.1f}" r="2.4">'
-        f"<title>{escape(line.name)}: {value[1]:.5g} at {value[0]:g}</title></circle>"
-        for (x, y), value in zip(pixels, line.points, strict=True)
-    )
-    return found + dots
-
-
-def _draw_level(baseline: tuple[float, str], frame: _Frame) -> str:
-    left, y = frame.to_pixels((frame.x[0], baseline[0]))
-    title = f"<title>{escape(baseline[1])}: {baseline[0]:.5g}</title>"
-    return (
-        f'<path class="curve c-base dashed" d="M{left:.1f} {y:.1f}H{frame.size[0] - MARGIN_RIGHT:.1f}">{title}</path>'
-    )
-
-
-def _to_percent(value: float, largest: float) -> float:
-    return 100 * min(1.0, max(0.0, value / largest)) if math.isfinite(value) else 100.0
 
 
 def _mean(points: Sequence[Point]) -> Point:

@@ -25,14 +25,7 @@ def render_learning(run: RunFiles) -> str:
         HTML; empty without any of them.
     """
     return _render_charts(
-        render_line_chart(
-            _get_change_lines(run),
-            title="Validation loss vs. base model",
-            unit=" %",
-            baseline=BASELINE,
-            min_range=2.0,
-            note="mean over all clips and noise levels",
-        ),
+        _render_change(run, None, title="Validation loss vs. base model", note="mean over all clips and noise levels"),
         _render_gap(run),
         _render_training_loss(run),
         _render_metric(run, "train/gradient_norm", "Gradient norm", "c-fourth", note="before clipping"),
@@ -53,15 +46,7 @@ def render_noise_levels(run: RunFiles) -> str:
     if not history:
         return ""
     small = "".join(
-        render_line_chart(
-            _get_change_lines(run, number),
-            title=f"t = {level:.2f}",
-            unit=" %",
-            baseline=BASELINE,
-            size=SMALL,
-            min_range=2.0,
-        )
-        for number, level in enumerate(levels)
+        _render_change(run, number, title=f"t = {level:.2f}", size=SMALL) for number, level in enumerate(levels)
     )
     profile = [
         Line(f"{name}, {model}", list(zip(levels, losses[part]["by_level"], strict=True)), color, dashed=is_base)
@@ -152,8 +137,8 @@ def _render_metric(run: RunFiles, metric: str, title: str, color: str, note: str
     return render_line_chart([Line(title, run.get_curve(metric), color)], title=title, note=note)
 
 
-def _get_change_lines(run: RunFiles, level: int | None = None) -> list[Line]:
-    """Return the losses of both parts as changes from the base's, in percent; of one noise level or of all."""
+def _render_change(run: RunFiles, level: int | None, **options: Any) -> str:
+    """Chart the losses of both parts as changes from the base's, in percent; of one noise level or of all."""
     lines = []
     for part, (name, color) in PARTS.items():
         base = run.validation.get("base", {}).get(part)
@@ -163,7 +148,7 @@ def _get_change_lines(run: RunFiles, level: int | None = None) -> list[Line]:
                 change = _pick_loss(row[part], level) / _pick_loss(base, level) - 1
                 points.append((float(row["step"]), 100 * change))
         lines.append(Line(name, points, color))
-    return lines
+    return render_line_chart(lines, unit=" %", baseline=BASELINE, min_range=2.0, **options)
 
 
 def _pick_loss(losses: Mapping[str, Any], level: int | None) -> float:

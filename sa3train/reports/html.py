@@ -65,7 +65,7 @@ def format_measures(demo: DemoFile) -> str:
 _templates = Environment(
     loader=FileSystemLoader(Path(__file__).parent / "assets"), autoescape=True, trim_blocks=True, lstrip_blocks=True
 )
-_templates.filters |= {"duration": format_duration, "measures": format_measures}
+_templates.filters |= {"duration": format_duration, "measures": format_measures, "px": "{:.1f}".format}
 
 
 def render_template(template: str, **values: Any) -> str:
@@ -119,12 +119,7 @@ def render_table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Se
     Returns:
         HTML.
     """
-    marks = ['class="n"' if column in numbers else "" for column in range(len(head))]
-    top = "".join(f"<th {mark}>{escape(name)}" for mark, name in zip(marks, head, strict=True))
-    lines = "".join(
-        "<tr>" + "".join(f"<td {mark}>{cell}" for mark, cell in zip(marks, row, strict=True)) for row in rows
-    )
-    return f'<div class="scroll"><table><tr>{top}{lines}</table></div>'
+    return render_template("table.html", head=head, rows=rows, numbers=numbers)
 
 
 def render_facts(rows: Sequence[tuple[str, str]]) -> str:

@@ -34,6 +34,11 @@ DEMOS_DIR, DEMOS_FILE = "demos", "demos.json"
 REPORT_FILE = "report.html"
 ADAPTER_FILE, BEST_ADAPTER_FILE, CHECKPOINTS_DIR = "adapter.safetensors", "adapter-best.safetensors", "checkpoints"
 STEP = "step"
+_JSON_FILES = {
+    "record": RECORD_FILE, "validation": VALIDATION_FILE, "memorization": MEMORIZATION_FILE, "data": DATA_FILE,
+    "adapter_stats": ADAPTER_STATS_FILE, "system": SYSTEM_FILE,
+}  # fmt: skip
+"""Files that hold the fields of `RunFiles`."""
 
 COPY_THRESHOLD = 0.5
 """Memorization score below which generations count as copies of training clips."""
@@ -213,22 +218,17 @@ def read_run(run_dir: Path) -> RunFiles:
     """
     metrics, config = run_dir / METRICS_FILE, run_dir / CONFIG_FILE
     rows = read_metrics(metrics)[1] if metrics.is_file() else []
+    contents = {}
+    for name, file in _JSON_FILES.items():
+        path = run_dir / file
+        contents[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return RunFiles(
         run_dir,
         config.read_text(encoding="utf-8") if config.is_file() else "",
-        _read_json(run_dir / RECORD_FILE),
-        [{name: float(value) for name, value in row.items()} for row in rows],
-        _read_json(run_dir / VALIDATION_FILE),
-        _read_json(run_dir / MEMORIZATION_FILE),
-        _read_json(run_dir / DATA_FILE),
-        _read_json(run_dir / ADAPTER_STATS_FILE),
-        _read_json(run_dir / SYSTEM_FILE),
-        list_demos(run_dir),
+        rows=[{name: float(value) for name, value in row.items()} for row in rows],
+        demos=list_demos(run_dir),
+        **contents,
     )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def compute_loss_change(run: RunFiles, part: str) -> float | None:

@@ -16,12 +16,7 @@ from sa3train.reports.curves import (
     render_noise_levels,
     render_system,
 )
-from sa3train.reports.html import (
-    format_duration,
-    render_change_tile,
-    render_template,
-    render_tile,
-)
+from sa3train.reports.html import format_duration, render_change_tile, render_template, render_tile
 from sa3train.reports.run_files import REPORT_FILE, RunFiles, compute_loss_change, read_run, summarize_run
 
 POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
@@ -84,7 +79,7 @@ def _render_tiles(run: RunFiles) -> str:
         found.append(render_tile(f"{run.validation['best_step']:,}", "step of the best validation loss"))
     if run.adapter_stats:
         effect = run.adapter_stats["effect"].get("all", 0.0)
-        found.append(render_tile(f"{100 * effect:.3g} %", "change of the adapted weights"))
+        found.append(render_tile(f"{100 * effect:.3g}%", "change of the adapted weights"))
     if run.seconds:
         found.append(render_tile(format_duration(run.seconds), "in the training loop"))
     if run.peak_memory_gib is not None:
@@ -93,4 +88,4 @@ def _render_tiles(run: RunFiles) -> str:
 
 
 def _render_changes(changes: Mapping[str, float], color: str = "c-heldout") -> str:
-    return render_bars([(name, value, f"{100 * value:.3g} %") for name, value in changes.items()], color)
+    return render_bars([(name, value, f"{100 * value:.3g}%") for name, value in changes.items()], color)

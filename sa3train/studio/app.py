@@ -40,8 +40,10 @@ def build_app(workspace: Workspace) -> gr.Blocks:
         The page, to pass to `serve`.
     """
     os.environ["GRADIO_TEMP_DIR"] = str(workspace.uploads)  # components read it when they are built
+    folders, results = ", ".join(map(str, workspace.roots)), workspace.shorten(workspace.home)
+    head = f"<h1>sa3train studio</h1><p>Folders: {escape(folders)}. Results: {escape(results)}.</p>"
     with gr.Blocks(title="sa3train studio", analytics_enabled=False, fill_width=True) as page:
-        gr.HTML(_head(workspace), elem_id="studio-head", apply_default_css=False)
+        gr.HTML(head, elem_id="studio-head", apply_default_css=False)
         with gr.Tabs(elem_id="studio-tabs"):
             for name, build in PAGES.items():
                 with gr.Tab(name, id=name.lower(), elem_id=f"tab-{name.lower()}"):
@@ -120,11 +122,6 @@ def _build_page_head() -> str:
     paths = sorted(ASSETS.glob("*.js"), key=lambda path: (path.name != "studio.js", path.name))
     scripts = "".join(path.read_text(encoding="utf-8") for path in paths)
     return f"<style>{styles}</style><script>{scripts}</script>"
-
-
-def _head(workspace: Workspace) -> str:
-    folders = ", ".join(escape(str(root)) for root in workspace.roots)
-    return f"<h1>sa3train studio</h1><p>Folders: {folders}. Results: {escape(workspace.shorten(workspace.home))}.</p>"
 
 
 def _theme() -> gr.themes.Base:

@@ -1,12 +1,12 @@
-"""Checks of settings against each other, the model and the data, before a run; and suggestions that save memory."""
+"""Checks of settings against each other, the model and the data, before a run."""
 
 import dataclasses
 
 from sa3train.core.errors import ConfigError
 from sa3train.core.log import get_logger
-from sa3train.data.loading.datamodule import SAMPLE_RATE, SAMPLES_PER_FRAME, LatentDataModule
+from sa3train.data.loading.datamodule import LatentDataModule
 from sa3train.models.checkpoint import StableAudio3
-from sa3train.training.settings import TrainerSettings, TrainingSettings
+from sa3train.training.settings import TrainingSettings
 
 _logger = get_logger(__name__)
 
@@ -23,7 +23,7 @@ def check_compatibility(model: StableAudio3, data: LatentDataModule, settings: T
         ConfigError: A setting has no effect beside another.
     """
     loss, ema_decay = settings.loss, settings.trainer.ema_decay
-    if data.pack_frames is not None and loss.silence_seconds > 0:
+    if data.settings.pack_frames is not None and loss.silence_seconds > 0:
         raise ConfigError(
             f"loss.silence_seconds={loss.silence_seconds} has no effect with data.pack_frames: a packed row "
             f"has no room behind a clip. Set it to 0."
@@ -43,31 +43,6 @@ def check_compatibility(model: StableAudio3, data: LatentDataModule, settings: T
         )
     if model.objective == "rectified_flow" and few_steps:
         _logger.warning("%s is a base model, and loss.timesteps=levels trains a few noise levels only.", model.name)
-
-
-def suggest_memory_savings(data: LatentDataModule, settings: TrainerSettings, is_recomputing: bool) -> list[str]:
-    """Suggest settings that save memory.
-
-    Args:
-        data: The data module.
-        settings: The trainer's settings.
-        is_recomputing: Whether blocks are recomputed already.
-
-    Returns:
-        Settings as on the command line, the least costly first.
-    """
-    rows, longest = data.batch_size, data.longest_crop
-    fewer = max((part for part in range(1, rows) if rows % part == 0), default=rows)
-    seconds = longest * SAMPLES_PER_FRAME / SAMPLE_RATE / 2
-    half = longest // 2 if data.crop_setting == "crop_frames" else f"{seconds:.1f}"
-    suggestions = [
-        ("trainer.activation_checkpointing=blocks", not is_recomputing),
-        (f"data.batch_size={fewer} trainer.accumulate={settings.accumulate * rows // fewer}", fewer < rows),
-        (f"data.pack_frames={longest}", data.pack_frames is not None and data.pack_frames > longest),
-        (f"data.{data.crop_setting}={half}", longest > 1),
-        ("trainer.quantize=int8 or nf4", settings.quantize == "none"),
-    ]
-    return [suggestion for suggestion, would_help in suggestions if would_help]
 
 
 def match_demo_steps(settings: TrainingSettings) -> TrainingSettings:

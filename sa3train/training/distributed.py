@@ -8,7 +8,7 @@ Shape legend: B clips of this rank, C latent channels, T frames.
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -94,17 +94,16 @@ def run_on_rank_zero(function: Callable[[], Result]) -> Result:
     """
     if not _is_distributed():
         return function()
-    answer: list[Any] = [None, None]
+    answer: list[Any] = [None]
     if dist.get_rank() == 0:
         try:
-            answer[0] = function()
+            answer = [function()]
         except SA3Error as error:
-            answer[1] = error
+            answer = [error]
     dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
-    if answer[1] is not None:
-        raise answer[1]
-    result: Result = answer[0]
-    return result
+    if isinstance(answer[0], SA3Error):
+        raise answer[0]
+    return cast(Result, answer[0])
 
 
 def run_on_rank_zero_first(function: Callable[[], Result]) -> Result:
@@ -140,25 +139,20 @@ def couple_across_ranks(data_BCT: Tensor, noise_BCT: Tensor, match: Callable[[Te
     Returns:
         The noise for each clip of this rank, (B, C, T).
     """
-    if not _is_distributed():
-        return noise_BCT[match(data_BCT, noise_BCT)] if len(data_BCT) > 1 else noise_BCT
-    shapes = torch.tensor(data_BCT.shape, device=data_BCT.device)
-    gathered = [torch.empty_like(shapes) for _ in range(dist.get_world_size())]
-    dist.all_gather(gathered, shapes)
-    if any(not torch.equal(shapes, other) for other in gathered):
-        return noise_BCT[match(data_BCT, noise_BCT)] if len(data_BCT) > 1 else noise_BCT
-    data, noise = _gather_rows(data_BCT), _gather_rows(noise_BCT)
-    chosen = noise[match(data, noise)]
-    return chosen[dist.get_rank() :: dist.get_world_size()]
+    if _is_distributed():
+        shape = torch.tensor(data_BCT.shape, device=data_BCT.device)
+        if all(torch.equal(shape, other) for other in _gather(shape)):
+            # In the order one rank would have the rows: the loader deals them to ranks in turn.
+            data, noise = (torch.stack(_gather(local), dim=1).flatten(0, 1) for local in (data_BCT, noise_BCT))
+            return noise[match(data, noise)][dist.get_rank() :: dist.get_world_size()]
+    return noise_BCT[match(data_BCT, noise_BCT)] if len(data_BCT) > 1 else noise_BCT
 
 
-def _gather_rows(local: Tensor) -> Tensor:
-    """Rows of all ranks in the order one rank would have them: the loader deals rows to ranks in turn."""
-    if not _is_distributed():
-        return local
+def _gather(local: Tensor) -> list[Tensor]:
+    """The tensors of all ranks, which have the same shape."""
     parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, local.contiguous())
-    return torch.stack(parts, dim=1).flatten(0, 1)
+    return parts
 
 
 def get_rank_and_world_size() -> tuple[int, int]:

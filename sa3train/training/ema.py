@@ -5,6 +5,7 @@ Training always continues from the live weights, restored bit for bit.
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ class EMA:
         live = [parameter.detach().float() for parameter in self._live.values()]
         torch._foreach_lerp_(list(self.tensors.values()), live, 1 - decay)
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """Collect the state.
 
         Returns:
@@ -46,7 +47,7 @@ class EMA:
         """
         return {"updates": self.updates, "tensors": dict(self.tensors)}
 
-    def load_state_dict(self, state: Mapping[str, object]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restore the state.
 
         Args:
@@ -55,12 +56,10 @@ class EMA:
         Raises:
             KeyError: The state belongs to other parameters.
         """
-        tensors = state["tensors"]
-        assert isinstance(tensors, dict)
-        if set(tensors) != set(self.tensors):
+        if set(state["tensors"]) != set(self.tensors):
             raise KeyError("the saved EMA belongs to an adapter with other layers")
-        self.updates = int(state["updates"])  # type: ignore[call-overload]
-        for name, tensor in tensors.items():
+        self.updates = int(state["updates"])
+        for name, tensor in state["tensors"].items():
             self.tensors[name].copy_(tensor)
 
 

@@ -209,7 +209,7 @@ class LoraModule(lightning.LightningModule):
         trainer = self._find_trainer()
         if trainer is None or not trainer.optimizers:
             return {}
-        averaged = compute_schedule_free_average(trainer.optimizers[0], self.trainable.values())
+        averaged = compute_schedule_free_average(trainer.optimizers[0])
         return {name: averaged[id(p)] for name, p in self.trainable.items() if id(p) in averaged}
 
     @override

@@ -6,14 +6,14 @@ The optimizers are torch's, bitsandbytes' and pytorch-optimizer's; ours are only
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from sa3train.core.config import find_closest
+from sa3train.core.config import check_choice, find_closest
 from sa3train.core.errors import ConfigError
 from sa3train.training.settings import OptimizerSettings, SchedulerSettings
 
@@ -27,6 +27,8 @@ OPTIMIZERS = {
 }
 """Module and class of each optimizer, and the extra of sa3train that installs it."""
 
+_NO_OPTIONS = ("params", "kwargs", "progress", "total", "lr", "betas", "weight_decay")
+"""Parameters of optimizers and schedules that are not options: those that are given or are settings of their own."""
 _Group = dict[str, Any]
 
 
@@ -43,21 +45,18 @@ def make_optimizer(settings: OptimizerSettings, parameters: Iterable[tuple[str, 
     Raises:
         ConfigError: The name or an option is unknown, a setting has no effect, or the library is not installed.
     """
-    if settings.name not in OPTIMIZERS:
-        raise ConfigError(f"unknown optimizer {settings.name!r}. Choose one of: {', '.join(OPTIMIZERS)}.")
+    check_choice("optimizer.name", settings.name, OPTIMIZERS)
     named = list(parameters)
     if not named:
         raise ConfigError("there is nothing to train: the adapter has no parameters. Check adapter.include/exclude.")
     groups = _make_groups(settings, named)
     optimizer_class = _load_class(settings.name)
-    options = _check_options(settings.name, optimizer_class, settings.options)
-    betas = (settings.betas[0], settings.betas[1])
-    optimizer: Optimizer
+    options = _check_options("optimizer", settings, optimizer_class)
     if settings.name == "muon":
-        groups = _split_for_muon(groups, settings, betas, options.pop("adamw_lr", 1e-4))
-        optimizer = optimizer_class(groups, **options)
+        groups = _split_for_muon(groups, settings, options.pop("adamw_lr", 1e-4))
     else:
-        optimizer = optimizer_class(groups, lr=settings.lr, betas=betas, weight_decay=settings.weight_decay, **options)
+        options |= {"lr": settings.lr, "betas": tuple(settings.betas), "weight_decay": settings.weight_decay}
+    optimizer: Optimizer = optimizer_class(groups, **options)
     return optimizer
 
 
@@ -83,9 +82,7 @@ def _load_class(name: str) -> Any:
         ) from error
 
 
-def _split_for_muon(
-    groups: list[_Group], settings: OptimizerSettings, betas: tuple[float, float], adamw_lr: float
-) -> list[_Group]:
+def _split_for_muon(groups: list[_Group], settings: OptimizerSettings, adamw_lr: float) -> list[_Group]:
     """Muon for matrices, AdamW at `adamw_lr` for magnitudes, which are vectors."""
     split: list[_Group] = []
     for group in groups:
@@ -96,19 +93,22 @@ def _split_for_muon(
         if matrices:
             split.append({"params": matrices, "lr": group.get("lr", settings.lr), "use_muon": True, **common})
         if vectors:
-            split.append({"params": vectors, "lr": adamw_lr, "betas": betas, "use_muon": False, **common})
+            vector_settings = {"lr": adamw_lr, "betas": tuple(settings.betas), "use_muon": False}
+            split.append({"params": vectors, **vector_settings, **common})
     return split
 
 
-def _check_options(name: str, optimizer_class: type, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `options` if the class accepts them all; a `**kwargs` in its signature would hide a misspelled one."""
-    known = [key for key in inspect.signature(optimizer_class).parameters if key not in ("self", "params", "kwargs")]
-    for key in options:
+def _check_options(
+    section: str, settings: OptimizerSettings | SchedulerSettings, function: Callable[..., Any]
+) -> dict[str, Any]:
+    """Return the options if the function accepts them all; its `**kwargs` would hide a misspelled one."""
+    known = [key for key in inspect.signature(function).parameters if key not in _NO_OPTIONS]
+    for key in settings.options:
         if key not in known:
             close = find_closest(key, known)
-            hint = f"Did you mean '{close}'?" if close else f"Its options: {', '.join(known)}."
-            raise ConfigError(f"optimizer {name} has no option 'optimizer.options.{key}'. {hint}")
-    return dict(options)
+            hint = f"Did you mean '{close}'?" if close else f"Its options: {', '.join(known) or 'none'}."
+            raise ConfigError(f"{section} {settings.name} has no option '{section}.options.{key}'. {hint}")
+    return dict(settings.options)
 
 
 def _constant(progress: int, total: int) -> float:
@@ -146,18 +146,11 @@ def make_lr_lambda(settings: SchedulerSettings, total_steps: int) -> Callable[[i
     Raises:
         ConfigError: The name or an option is unknown, or cosine has no steps left after the warm-up.
     """
-    name, warmup_steps, options = settings.name, settings.warmup_steps, settings.options
-    if name not in SCHEDULES:
-        raise ConfigError(f"unknown scheduler {name!r}. Choose one of: {', '.join(SCHEDULES)}.")
-    known = list(inspect.signature(SCHEDULES[name]).parameters)[2:]
-    for key in options:
-        if key not in known:
-            raise ConfigError(
-                f"scheduler {name} has no option 'scheduler.options.{key}'. Its options: {', '.join(known) or 'none'}."
-            )
-    if name == "cosine" and total_steps <= warmup_steps:
+    check_choice("scheduler.name", settings.name, SCHEDULES)
+    decay, warmup_steps = SCHEDULES[settings.name], settings.warmup_steps
+    options = _check_options("scheduler", settings, decay)
+    if settings.name == "cosine" and total_steps <= warmup_steps:
         raise ConfigError(f"scheduler.warmup_steps={warmup_steps} must be below trainer.max_steps={total_steps}.")
-    decay = SCHEDULES[name]
 
     def compute_factor(step: int) -> float:
         if step < warmup_steps:
@@ -167,7 +160,7 @@ def make_lr_lambda(settings: SchedulerSettings, total_steps: int) -> Callable[[i
     return compute_factor
 
 
-def compute_schedule_free_average(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> dict[int, torch.Tensor]:
+def compute_schedule_free_average(optimizer: Optimizer) -> dict[int, torch.Tensor]:
     """Compute schedule-free's averaged weights without touching the live ones.
 
     A schedule-free optimizer trains at y and is evaluated at x = y + (1 - 1/beta1) * (z - y) (Defazio et al. 2024).
@@ -175,18 +168,13 @@ def compute_schedule_free_average(optimizer: Optimizer, parameters: Iterable[nn.
 
     Args:
         optimizer: Any optimizer.
-        parameters: The trained parameters.
 
     Returns:
         The averages by `id(parameter)`; empty for every other optimizer.
     """
-    wanted = {id(parameter) for parameter in parameters}
-    averaged: dict[int, torch.Tensor] = {}
-    for group in optimizer.param_groups:
-        if "train_mode" not in group:
-            continue
-        for parameter in group["params"]:
-            z = optimizer.state.get(parameter, {}).get("z")
-            if z is not None and id(parameter) in wanted:
-                averaged[id(parameter)] = parameter.detach().lerp(z, 1 - 1 / group["betas"][0])
-    return averaged
+    return {
+        id(parameter): parameter.detach().lerp(optimizer.state[parameter]["z"], 1 - 1 / group["betas"][0])
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+        if "train_mode" in group and "z" in optimizer.state.get(parameter, {})
+    }

@@ -10,6 +10,7 @@ layers, their cached norms, autograd) works unchanged. One layer is dequantized 
 Shapes: O rows, I columns, N all values, K blocks.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -62,9 +63,8 @@ def quantize_int8(W: Tensor) -> QuantizedWeight:
     Returns:
         Its codes.
     """
-    W_OI = W.detach().reshape(W.shape[0], -1).float()
-    scale_O1 = W_OI.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / 127
-    return QuantizedWeight((W_OI / scale_O1).round().to(torch.int8), scale_O1, W.shape, W.dtype)
+    scaled_OI, scale_O1 = _scale_rows(W, 127)
+    return QuantizedWeight(scaled_OI.round().to(torch.int8), scale_O1, W.shape, W.dtype)
 
 
 def dequantize_rows(q: QuantizedWeight) -> Tensor:
@@ -88,9 +88,15 @@ def quantize_fp8(W: Tensor) -> QuantizedWeight:
     Returns:
         Its codes.
     """
+    scaled_OI, scale_O1 = _scale_rows(W, torch.finfo(_FP8).max)
+    return QuantizedWeight(scaled_OI.to(_FP8), scale_O1, W.shape, W.dtype)
+
+
+def _scale_rows(W: Tensor, largest: float) -> tuple[Tensor, Tensor]:
+    """Rows of a weight, each divided so that its largest |W| becomes `largest`, and the divisors."""
     W_OI = W.detach().reshape(W.shape[0], -1).float()
-    scale_O1 = W_OI.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / torch.finfo(_FP8).max
-    return QuantizedWeight((W_OI / scale_O1).to(_FP8), scale_O1, W.shape, W.dtype)
+    scale_O1 = W_OI.abs().amax(dim=1, keepdim=True).clamp(min=1e-12) / largest
+    return W_OI / scale_O1, scale_O1
 
 
 def quantize_nf4(W: Tensor) -> QuantizedWeight:
@@ -142,11 +148,11 @@ def list_quantizable_weights(root: nn.Module) -> dict[str, nn.Parameter]:
     Returns:
         Weights by module path.
     """
-    found = {}
-    for path, module in root.named_modules():
-        if isinstance(module, nn.Linear | nn.Conv1d) and module.weight.numel() >= MIN_SIZE:
-            found[path] = _get_weight(module)
-    return found
+    return {
+        path: _get_weight(module)
+        for path, module in root.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv1d) and module.weight.numel() >= MIN_SIZE
+    }
 
 
 def _get_weight(layer: nn.Linear | nn.Conv1d) -> nn.Parameter:
@@ -189,8 +195,8 @@ class QuantizedBase:
                 self._quantized[id(weight)] = encode(weight)
                 weight.data = weight.data.clone()  # memory mapped to a file cannot be released
                 weight.untyped_storage().resize_(0)
-                layer.register_forward_pre_hook(self._before(weight))
-                layer.register_forward_hook(self._after(weight))
+                layer.register_forward_pre_hook(functools.partial(self._before, weight))
+                layer.register_forward_hook(functools.partial(self._after, weight))
 
     @property
     def nbytes(self) -> int:
@@ -214,18 +220,12 @@ class QuantizedBase:
             weight.copy_(METHODS[self.method][1](codes))
         self._dequantized = weight
 
-    def _before(self, weight: nn.Parameter) -> Callable[..., None]:
-        def hook(layer: nn.Module, inputs: tuple[Any, ...]) -> None:
-            self.dequantize(weight)
+    def _before(self, weight: nn.Parameter, layer: nn.Module, inputs: tuple[Any, ...]) -> None:
+        self.dequantize(weight)
 
-        return hook
-
-    def _after(self, weight: nn.Parameter) -> Callable[..., None]:
-        def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
-            if output.requires_grad:  # runs right before the layer's own backward
-                output.register_hook(lambda gradient: self.dequantize(weight))
-
-        return hook
+    def _after(self, weight: nn.Parameter, layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+        if output.requires_grad:  # runs right before the layer's own backward
+            output.register_hook(lambda gradient: self.dequantize(weight))
 
 
 def list_weight_users(root: nn.Module) -> list[tuple[nn.Module, nn.Parameter]]:

@@ -26,7 +26,7 @@ from sa3train.reports.run_files import ADAPTER_FILE, BEST_ADAPTER_FILE
 from sa3train.reports.run_report import write_report
 from sa3train.training.callbacks.checkpoint import CheckpointCallback
 from sa3train.training.callbacks.demos import DemoCallback, list_demo_models
-from sa3train.training.callbacks.memory_plan import MemoryPlanCallback
+from sa3train.training.callbacks.memory_plan import MemoryPlanCallback, suggest_memory_fixes
 from sa3train.training.callbacks.metrics import MetricsCallback, measure_peak_memory
 from sa3train.training.callbacks.report import ReportCallback
 from sa3train.training.callbacks.validation import (
@@ -35,7 +35,7 @@ from sa3train.training.callbacks.validation import (
     list_training_clips,
     summarize_validation,
 )
-from sa3train.training.checks import check_compatibility, match_demo_steps, suggest_memory_savings
+from sa3train.training.checks import check_compatibility, match_demo_steps
 from sa3train.training.loggers import LoggerCollection
 from sa3train.training.memorization import evaluate_memorization
 from sa3train.training.module import LoraModule, TextSource
@@ -114,8 +114,7 @@ class _EndlessBatches(IterableDataset[Any]):
             yield from self.loader
 
     def state_dict(self) -> dict[str, Any]:
-        state: dict[str, Any] = self.loader.state_dict()
-        return state
+        return dict(self.loader.state_dict())
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loader.load_state_dict(state)
@@ -231,9 +230,9 @@ def build_callbacks(
     trainer, wanted = settings.trainer, settings.callbacks
     saving = wanted.checkpoint
     checkpoint = CheckpointCallback(run_dir, every=saving.every, keep_last=saving.keep_last, metadata=provenance)
-    frames = data.longest_crop + data.tail if data.pack_frames is None else data.pack_frames
+    frames = data.longest_crop + data.tail if data.settings.pack_frames is None else data.settings.pack_frames
     prompt = list_training_clips(data, 1)[0].prompts[0]
-    suggest = functools.partial(suggest_memory_savings, data, trainer)
+    suggest = functools.partial(suggest_memory_fixes, data, trainer)
     heldout = list_heldout_clips(data, wanted.validation.clips)
     validation = demos = None
     if wanted.validation.enabled:
@@ -246,7 +245,7 @@ def build_callbacks(
         device = "cuda" if uses_gpu(trainer) else "cpu"
         demos = DemoCallback(run_dir, loggers, wanted.demos, heldout, models, device)
     return TrainingCallbacks(
-        MemoryPlanCallback(trainer, settings.optimizer.name, frames, data.batch_size, prompt, suggest),
+        MemoryPlanCallback(trainer, settings.optimizer.name, frames, data.settings.batch_size, prompt, suggest),
         MetricsCallback(loggers, trainer.log_every, trainer.max_steps, model.downsampling_ratio / model.sample_rate),
         validation,
         demos,

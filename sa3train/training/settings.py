@@ -36,7 +36,9 @@ class LossSettings:
         help="Share of each inpainting mask: segments, full (generate everything), continuation, spans.",
         min=0,
     )
-    cfg_dropout: float = setting(0.1, help="Probability of an empty prompt, for guidance.", min=0, max=1)
+    cfg_dropout: float = setting(
+        0.1, help="Probability of training a clip with a zero cross-attention condition, for guidance.", min=0, max=1
+    )
     function: Literal["mse", "huber"] = setting("mse", help="Loss function on the velocity error.")
     huber_delta: float = setting(1.0, help="Error at which the Huber loss turns linear.", above=0)
     weighting: str | list[float] = setting(

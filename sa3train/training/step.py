@@ -53,6 +53,22 @@ class StepDraw:
         return StepDraw(*(move_to_device(getattr(self, name), device) for name in self.__dataclass_fields__))
 
 
+def make_plain_draw(noise_BCT: Tensor, t_B: Tensor, attention_mask_BT: Tensor) -> StepDraw:
+    """Make a draw of given noise and noise levels, without inpainting and with every prompt.
+
+    Args:
+        noise_BCT: The noise.
+        t_B: The noise levels.
+        attention_mask_BT: True on real frames.
+
+    Returns:
+        The draw.
+    """
+    batch, _, frames = noise_BCT.shape
+    nothing_kept_B1T, nothing_dropped_B = torch.zeros(batch, 1, frames), torch.zeros(batch, dtype=torch.bool)
+    return StepDraw(noise_BCT, t_B, attention_mask_BT, nothing_kept_B1T, nothing_dropped_B)
+
+
 @dataclass(frozen=True)
 class Losses:
     """Losses of a micro-batch.

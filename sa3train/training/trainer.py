@@ -9,10 +9,11 @@ import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
+from sa3train.core.dtypes import get_dtype
 from sa3train.core.errors import ConfigError
 from sa3train.training.callbacks.checkpoint import SafetensorsCheckpointIO
 from sa3train.training.distributed import ShardedBaseStrategy, check_world_size, count_started_ranks
-from sa3train.training.settings import TrainerSettings
+from sa3train.training.settings import Precision, TrainerSettings
 
 
 def make_trainer(
@@ -31,6 +32,7 @@ def make_trainer(
     plugins: list[Any] = [SafetensorsCheckpointIO()]
     if SLURMEnvironment.detect():
         plugins.append(SLURMEnvironment(auto_requeue=False))  # CheckpointCallback handles the signals
+    _, precision = resolve_precisions("auto", settings.precision, uses_gpu(settings))
     trainer = lightning.Trainer(
         max_steps=settings.max_steps,
         accumulate_grad_batches=settings.accumulate,
@@ -39,7 +41,7 @@ def make_trainer(
         devices=count_devices(settings),
         num_nodes=settings.num_nodes,
         strategy=_make_strategy(settings),
-        precision="bf16-mixed" if resolve_precision(settings) == "bf16-mixed" else "32-true",
+        precision="bf16-mixed" if precision == "bf16-mixed" else "32-true",
         callbacks=list(callbacks),
         plugins=plugins,
         logger=False,
@@ -55,18 +57,34 @@ def make_trainer(
     return trainer
 
 
-def resolve_precision(settings: TrainerSettings) -> str:
-    """Resolve `trainer.precision=auto`.
+def resolve_precisions(dtype: str, precision: Precision, gpu: bool) -> tuple[torch.dtype, Precision]:
+    """Resolve the dtype of the frozen weights and the precision of the computation.
+
+    "auto" is bf16 for both on a GPU that supports it, else fp32: on a CPU, bit-exact resuming and equal ranks are worth
+    more than bf16's speed. A bf16 base computes in bf16.
 
     Args:
-        settings: The trainer's settings.
+        dtype: `model.dtype`.
+        precision: `trainer.precision`.
+        gpu: Whether training runs on a GPU.
 
     Returns:
-        "fp32" or "bf16-mixed".
+        Dtype and precision.
+
+    Raises:
+        ConfigError: fp32 computation on a bf16 base.
     """
-    if settings.precision != "auto":
-        return settings.precision
-    return "bf16-mixed" if uses_gpu(settings) and torch.cuda.is_bf16_supported() else "fp32"
+    fast = gpu and torch.cuda.is_bf16_supported()
+    if dtype == "auto":
+        dtype = "bf16" if fast and precision != "fp32" else "fp32"
+    if precision == "auto":
+        precision = "bf16-mixed" if fast or dtype == "bf16" else "fp32"
+    if dtype == "bf16" and precision == "fp32":
+        raise ConfigError(
+            "trainer.precision=fp32 has no effect on a base in bf16, which computes in bf16. "
+            "Set model.dtype=fp32, or trainer.precision=bf16-mixed."
+        )
+    return get_dtype(dtype), precision
 
 
 def uses_gpu(settings: TrainerSettings) -> bool:

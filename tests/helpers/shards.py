@@ -2,12 +2,15 @@
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from helpers.audio import noise, write_clip
+from sa3train.data.loading.datamodule import LatentDataModule
+from sa3train.data.loading.settings import DataSettings, DataSource
 from sa3train.data.shards.index import SILENCE_FILE, build_index
 from sa3train.data.shards.writer import ShardWriter
 
@@ -86,3 +89,14 @@ def mutate(content: bytes, rng: random.Random) -> bytes:
         start, size = rng.randrange(len(out)), rng.randrange(1, 600)
         out[at : at + size] = out[start : start + size]
     return bytes(out)
+
+
+def make_data_module(
+    sources: str | Path | Sequence[DataSource], batch_size: int = 4, *, seed: int = 0, **settings: Any
+) -> LatentDataModule:
+    """A data module without workers and silent tails unless `settings` say so; they include `rank` and `world_size`."""
+    rank, world_size = settings.pop("rank", None), settings.pop("world_size", None)
+    first, *more = [DataSource(str(sources))] if isinstance(sources, str | Path) else sources
+    chosen = {"silence_tail_seconds": 0.0, "num_workers": 0, "more": list(map(asdict, more)), **settings}
+    data = DataSettings(first.path, first.repeats, first.weight, batch_size=batch_size, **chosen)
+    return LatentDataModule(data, seed=seed, rank=rank, world_size=world_size)

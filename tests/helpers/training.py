@@ -23,11 +23,10 @@ import torch
 from safetensors.torch import load_file
 
 from helpers.golden import GOLDEN
-from helpers.shards import make_store
+from helpers.shards import make_data_module, make_store
 from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.spec import AdapterSpec
 from sa3train.core.log import get_rank
-from sa3train.data.loading.datamodule import LatentDataModule
 from sa3train.models.checkpoint import load_checkpoint
 from sa3train.reports.run_files import read_metrics
 from sa3train.training.distributed import join_ranks, run_on_rank_zero
@@ -116,7 +115,7 @@ class Trial:
         """Train; `recorded` is laid over the recorded configuration."""
         torch.set_num_threads(1)
         model = load_checkpoint(self.checkpoint, parts=("dit", "conditioner"))
-        data = LatentDataModule(
+        data = make_data_module(
             str(self.shards),
             self.batch_size,
             silence_tail_seconds=self.tail,

@@ -29,14 +29,6 @@ def flatten_weight(W: Tensor) -> Tensor:
     return W.reshape(W.shape[0], -1)
 
 
-def _row_norms(V_OI: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(V_OI, dim=1) + EPSILON
-
-
-def _column_norms(V_OI: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(V_OI, dim=0) + EPSILON
-
-
 def compute_effective_weight(
     adapter_type: str, W: Tensor, params: Mapping[str, Tensor], strength_scale: float
 ) -> Tensor:
@@ -83,20 +75,23 @@ def _get_factors(kind: Kind, params: Mapping[str, Tensor]) -> tuple[Tensor, Tens
 
 def _renormalize(kind: Kind, V_OI: Tensor, params: Mapping[str, Tensor]) -> Tensor:
     if kind.rows:
-        magnitude_O = params["magnitude_r" if kind.cols else "magnitude"].reshape(-1)
-        V_OI = V_OI * (magnitude_O / _row_norms(V_OI))[:, None]
+        V_OI = _scale_by_norms(V_OI, V_OI, params["magnitude_r" if kind.cols else "magnitude"], dim=1)
     if kind.cols:
-        magnitude_I = params["magnitude_c" if kind.rows else "magnitude"].reshape(-1)
-        V_OI = V_OI * (magnitude_I / _column_norms(V_OI))[None, :]
+        V_OI = _scale_by_norms(V_OI, V_OI, params["magnitude_c" if kind.rows else "magnitude"], dim=0)
     return V_OI
+
+
+def _scale_by_norms(V_OI: Tensor, reference_OI: Tensor, magnitude: Tensor, dim: int) -> Tensor:
+    """V · magnitude / ‖reference‖, with the norms taken along `dim`: 1 for rows, 0 for columns."""
+    norms = torch.linalg.vector_norm(reference_OI, dim=dim) + EPSILON
+    return V_OI * (magnitude.reshape(-1) / norms).unsqueeze(dim)
 
 
 def _compute_comfy_dora(W_OI: Tensor, params: Mapping[str, Tensor], scale: float) -> Tensor:
     V_OI = torch.addmm(W_OI, params["lora_B"], params["lora_A"], alpha=scale)
-    magnitude = params["magnitude"].reshape(-1)
-    if params["magnitude"].shape[0] == W_OI.shape[0]:  # as ComfyUI distinguishes them: (out, 1), else (1, in)
-        return V_OI * (magnitude / _row_norms(W_OI))[:, None]
-    return V_OI * (magnitude / _column_norms(W_OI))[None, :]
+    magnitude = params["magnitude"]
+    by_row = magnitude.shape[0] == W_OI.shape[0]  # as ComfyUI distinguishes them: (out, 1), else (1, in)
+    return _scale_by_norms(V_OI, W_OI, magnitude, dim=1 if by_row else 0)
 
 
 def detect_dora_type(magnitude: Tensor) -> str:

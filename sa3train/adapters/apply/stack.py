@@ -25,6 +25,8 @@ from sa3train.core.log import get_logger
 logger = get_logger(__name__)
 
 CONDITIONERS = "conditioners."
+SETTINGS = ("strength", "conditioner_strength", "interval", "exclude_layers", "allow_partial")
+"""What can be set for each adapter of a stack."""
 
 
 @dataclass(eq=False)
@@ -100,6 +102,12 @@ class AdapterStack:
         """The load report of each adapter, in order."""
         return [loaded.report for loaded in self._loaded]
 
+    @property
+    def settings(self) -> list[dict[str, Any]]:
+        """The settings of each adapter by name, in order, with lists for tuples."""
+        found = [{name: getattr(loaded, name) for name in SETTINGS} for loaded in self._loaded]
+        return [each | {name: list(each[name]) for name in ("interval", "exclude_layers")} for each in found]
+
     def add(
         self,
         adapter: Adapter,
@@ -127,9 +135,7 @@ class AdapterStack:
         loaded = self._load(
             adapter,
             strength=_check_strength("strength", strength),
-            conditioner_strength=None
-            if conditioner_strength is None
-            else _check_strength("conditioner_strength", conditioner_strength),
+            conditioner_strength=_check_conditioner_strength(conditioner_strength),
             interval=_check_interval(interval),
             exclude_layers=split_patterns(exclude_layers),
             allow_partial=allow_partial,
@@ -149,8 +155,7 @@ class AdapterStack:
             conditioner_strength: The strength in the conditioner; None means `strength`.
         """
         strength = _check_strength("strength", strength)
-        if conditioner_strength is not None:
-            conditioner_strength = _check_strength("conditioner_strength", conditioner_strength)
+        conditioner_strength = _check_conditioner_strength(conditioner_strength)
         for loaded in self._loaded if index is None else [self._get(index)]:
             loaded.strength, loaded.conditioner_strength = strength, conditioner_strength
 
@@ -173,8 +178,7 @@ class AdapterStack:
             How the new one fits.
         """
         old = self._get(index)
-        names = ("strength", "conditioner_strength", "interval", "exclude_layers", "allow_partial", "base")
-        self._loaded[index] = self._load(adapter, **{name: getattr(old, name) for name in names})
+        self._loaded[index] = self._load(adapter, **{name: getattr(old, name) for name in (*SETTINGS, "base")})
         return self._loaded[index].report
 
     def clear(self) -> None:
@@ -282,6 +286,10 @@ def _check_strength(name: str, value: float) -> float:
     if not is_finite_number(value):
         raise AdapterError(f"{name} must be a finite number, not {value!r}.")
     return float(value)
+
+
+def _check_conditioner_strength(value: float | None) -> float | None:
+    return None if value is None else _check_strength("conditioner_strength", value)
 
 
 def _check_interval(interval: Sequence[float]) -> tuple[float, float]:

@@ -5,7 +5,6 @@ float64 SVD where the weight's rank is too low for that. Each column of U has it
 flips along.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -45,8 +44,16 @@ def get_singular_basis(W: Tensor, rank: int, dtype: torch.dtype | None = None) -
             f"Rank {rank} is above the {min(W_OI.shape)} singular vectors of a {tuple(W_OI.shape)} weight."
         )
     W_OI = W_OI if dtype is None else W_OI.to(dtype)
-    U_OR, V_IR = _load_or_compute(hash_weight(W_OI), rank, lambda: compute_singular_basis(W_OI, rank))
-    return U_OR.to(W.device), V_IR.to(W.device)
+    key = hash_weight(W_OI)
+    path = get_cache_dir() / "svd" / key[:2] / f"{key}.safetensors"
+    basis = _load(path, rank)
+    if basis is None:
+        basis = compute_singular_basis(W_OI, rank)
+        try:
+            write_tensors(path, dict(zip("UV", basis, strict=True)))
+        except SA3Error as error:
+            logger.warning("Could not cache the singular vectors for the next run: %s", error)
+    return basis[0].to(W.device), basis[1].to(W.device)
 
 
 def hash_weight(W: Tensor) -> str:
@@ -91,19 +98,6 @@ def _fix_signs(U_OR: Tensor, V_IR: Tensor) -> tuple[Tensor, Tensor]:
     largest = U_OR.abs().argmax(dim=0, keepdim=True)
     sign = torch.where(U_OR.gather(0, largest) < 0, -1.0, 1.0).to(U_OR.dtype)
     return (U_OR * sign).float().cpu().contiguous(), (V_IR * sign).float().cpu().contiguous()
-
-
-def _load_or_compute(key: str, rank: int, compute: Callable[[], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    path = get_cache_dir() / "svd" / key[:2] / f"{key}.safetensors"
-    found = _load(path, rank)
-    if found is not None:
-        return found
-    U_OR, V_IR = compute()
-    try:
-        write_tensors(path, {"U": U_OR, "V": V_IR})
-    except SA3Error as error:
-        logger.warning("Could not cache the singular vectors for the next run: %s", error)
-    return U_OR, V_IR
 
 
 def _load(path: Path, rank: int) -> tuple[Tensor, Tensor] | None:

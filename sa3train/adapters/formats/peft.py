@@ -104,11 +104,10 @@ def parse_peft_tensors(
     for table in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(table) or {}, dict):
             raise AdapterError(f"{source}: {table} must be a mapping.")
-    method = str(config.get("peft_type", "")).lower()
     base = config.get("base_model_name_or_path")
     metadata = dict(metadata) | ({"base_model": base} if isinstance(base, str) and "base_model" not in metadata else {})
-    if method != "lora":
-        return _parse_method(source, method, tensors, config, metadata)
+    if str(config.get("peft_type", "")).lower() != "lora":
+        return _parse_method(source, tensors, config, metadata)
     names = {stored: name for name, stored in NAMES.items()} | {"lora_magnitude_vector": "magnitude"}
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
@@ -269,7 +268,7 @@ def _parse_patterns(
 
 
 def _parse_method(
-    source: str, method: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], metadata: Mapping[str, str]
+    source: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], metadata: Mapping[str, str]
 ) -> Adapter:
     from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
     from peft.utils import PeftType
@@ -277,11 +276,11 @@ def _parse_method(
     from sa3train.adapters.peft_methods import parse_peft_config
 
     spec = parse_peft_config(config)
-    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(method.upper())]
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(spec.adapter_type.upper())]
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         path, marker, rest = key.rpartition(f".{prefix}")
         if not marker:
-            raise AdapterError(f"{source}: {key} is not a tensor of {method}.")
+            raise AdapterError(f"{source}: {key} is not a tensor of {spec.adapter_type}.")
         layers.setdefault(_get_path(path), {})[prefix + rest] = tensor
     return check_tensors(Adapter(spec, layers, metadata, source))

@@ -39,6 +39,13 @@ class Recomputation:
     sources: tuple[Tensor, ...]
 
 
+RECOMPUTABLE: dict[str, tuple[Callable[..., Tensor], tuple[str, ...]]] = {
+    "MulBackward0": (torch.mul, ("_saved_self", "_saved_other")),
+    "SiluBackward0": (F.silu, ("_saved_self",)),
+}
+"""Operations by the names of their autograd nodes, with what these save of their inputs."""
+
+
 def find_recomputation(x: Tensor, norms: bool = True) -> Recomputation | None:
     """Find how to recompute a tensor from what its own autograd node saves.
 
@@ -55,26 +62,13 @@ def find_recomputation(x: Tensor, norms: bool = True) -> Recomputation | None:
         return None
     if norms and hasattr(node, "recompute"):
         return Recomputation(node.recompute, tuple(source.detach() for source in node.saved_tensors))
-    if node.name() == "MulBackward0":
-        return _recompute_from(_multiply, node, "_saved_self", "_saved_other")
-    if node.name() == "SiluBackward0":
-        return _recompute_from(_silu, node, "_saved_self")
-    return None
-
-
-def _recompute_from(run: Callable[[Sequence[Tensor]], Tensor], node: object, *names: str) -> Recomputation | None:
-    sources = tuple(getattr(node, name) for name in names)
+    if node.name() not in RECOMPUTABLE:
+        return None
+    function, names = RECOMPUTABLE[node.name()]
+    sources = [getattr(node, name) for name in names]
     if not all(isinstance(source, Tensor) for source in sources):
         return None
-    return Recomputation(run, tuple(source.detach() for source in sources))
-
-
-def _multiply(sources: Sequence[Tensor]) -> Tensor:
-    return sources[0] * sources[1]
-
-
-def _silu(sources: Sequence[Tensor]) -> Tensor:
-    return F.silu(sources[0])
+    return Recomputation(lambda tensors: function(*tensors), tuple(source.detach() for source in sources))
 
 
 SMALL_GAIN = 1e-2

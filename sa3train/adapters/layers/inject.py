@@ -94,7 +94,7 @@ class InjectedAdapter:
         for path, layer in self.layers.items():
             for name, parameter in layer.named_parameters():  # type: ignore[attr-defined]
                 if not name.startswith("base_layer."):
-                    found[f"{path}.{_remove_adapter_name(name)}"] = parameter
+                    found[f"{path}.{'.'.join(part for part in name.split('.') if part != ADAPTER_NAME)}"] = parameter
         return found
 
     def parameters(self) -> list[nn.Parameter]:
@@ -205,10 +205,6 @@ class InjectedAdapter:
         self.layers = {}
 
 
-def _remove_adapter_name(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part != ADAPTER_NAME)
-
-
 def _check_ranks(spec: AdapterSpec, layers: Mapping[str, nn.Module]) -> None:
     """Check that ranks of -xs types do not exceed the number of singular vectors."""
     if spec.adapter_type not in KINDS or not KINDS[spec.adapter_type].xs:
@@ -223,10 +219,8 @@ def _check_ranks(spec: AdapterSpec, layers: Mapping[str, nn.Module]) -> None:
 
 
 def _check_layer(adapter: Adapter, spec: AdapterSpec, path: str, params: Mapping[str, Tensor]) -> None:
-    theirs = adapter.tensors[path]
-    shapes = {name: tuple(tensor.shape) for name, tensor in params.items()}
-    if {name: tuple(tensor.shape) for name, tensor in theirs.items()} != shapes:
-        found = {name: tuple(tensor.shape) for name, tensor in theirs.items()}
+    found, shapes = ({name: tuple(x.shape) for name, x in each.items()} for each in (adapter.tensors[path], params))
+    if found != shapes:
         raise AdapterError(f"{adapter.source} does not fit at {path}: it has {found}, but training needs {shapes}.")
     if spec.adapter_type in KINDS and abs(adapter.spec.get_scale(path) - spec.get_scale(path)) > 1e-9:
         raise AdapterError(

@@ -4,7 +4,7 @@
 wherever the change itself is needed. Results are fp32 on the CPU; errors are relative to the weights' change.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -98,8 +98,6 @@ def merge(
 ) -> tuple[Adapter, ErrorByLayer]:
     """Merge adapters into one lora adapter: the change Σ sᵢ (Wᵢ' − W), truncated by SVD.
 
-    Raises `AdapterError` when `weights` are needed and missing.
-
     Args:
         adapters: The adapters.
         strengths: The strength of each.
@@ -109,15 +107,22 @@ def merge(
 
     Returns:
         The lora adapter and its truncation error. Changes of biases are listed as not carried.
+
+    Raises:
+        AdapterError: When `weights` are needed and missing, or only biases change.
     """
     error, parts = ErrorByLayer(), {}
     paths = list(dict.fromkeys(path for adapter in adapters for path in adapter.tensors))
     for path in track_progress(paths, tool, unit="layer"):
         active = [(a, s) for a, s in zip(adapters, strengths, strict=True) if path in a.tensors]
-        parts[path] = _truncate_sum(path, active, truncation, weights)
-        error.layers[path] = (parts[path].error, parts[path].total)
         if any("diff_b" in a.tensors[path] for a, _ in active):
             error.not_carried.append(f"{path}: the change of its bias")
+        active = [(a, s) for a, s in active if a.tensors[path].keys() != {"diff_b"}]
+        if active:
+            parts[path] = _truncate_sum(path, active, truncation, weights)
+            error.layers[path] = (parts[path].error, parts[path].total)
+    if not parts:
+        raise AdapterError("The adapters change only biases, which a lora adapter cannot hold.")
     first, alone = adapters[0], len(adapters) == 1
     include, exclude = (first.spec.include, first.spec.exclude) if alone else (sorted(parts), None)
     shared = {
@@ -262,23 +267,19 @@ def _truncate_sum(
         B = [a.tensors[path]["lora_B"].double() * (s * a.spec.get_scale(path)) for a, s in active]
         A = [a.tensors[path]["lora_A"].double() for a, _ in active]
         return truncate_product(torch.cat(B, 1), torch.cat(A), truncation)
-    total = sum(strength * change for strength, change in _iterate_changes(path, active, weights))
+    total = sum(strength * _compute_change(adapter, path, weights) for adapter, strength in active)
     return truncate_matrix(total, truncation)  # type: ignore[arg-type]
 
 
-def _iterate_changes(
-    path: str, active: list[tuple[Adapter, float]], weights: Weights | None
-) -> Iterator[tuple[float, Tensor]]:
-    for adapter, strength in active:
-        params, factor = adapter.tensors[path], adapter.spec.get_scale(path)
-        if adapter.spec.adapter_type == "lora":
-            yield strength, factor * (params["lora_B"].float() @ params["lora_A"].float())
-        elif adapter.spec.adapter_type == "diff":
-            if "diff" in params:
-                yield strength, flatten_weight(params["diff"].float())
-        else:
-            W = get_weight(adapter, require_weights(adapter, weights, "Merging or approximating"), path)
-            yield strength, flatten_weight(get_layer_adapter(adapter, path, W).weight(W) - W.float()).cpu()
+def _compute_change(adapter: Adapter, path: str, weights: Weights | None) -> Tensor:
+    """W' − W at strength 1, flattened."""
+    params = adapter.tensors[path]
+    if adapter.spec.adapter_type == "lora":
+        return adapter.spec.get_scale(path) * (params["lora_B"].float() @ params["lora_A"].float())
+    if adapter.spec.adapter_type == "diff":
+        return flatten_weight(params["diff"].float())
+    W = get_weight(adapter, require_weights(adapter, weights, "Merging or approximating"), path)
+    return flatten_weight(get_layer_adapter(adapter, path, W).weight(W) - W.float()).cpu()
 
 
 def _build_lora(

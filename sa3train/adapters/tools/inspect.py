@@ -18,7 +18,7 @@ from sa3train.adapters.formats.io import load_adapter
 from sa3train.adapters.layer_filter import find_adaptable_layers
 from sa3train.adapters.tools.base_weights import LoadedModel, Weights, get_base_weights
 from sa3train.adapters.tools.history import HISTORY, read_history
-from sa3train.adapters.tools.low_rank import Product, compute_inner_product, get_product_shape
+from sa3train.adapters.tools.low_rank import Product, compute_inner_product
 from sa3train.core.errors import AdapterError
 from sa3train.core.files import replace_file
 from sa3train.core.text import format_number, list_few
@@ -354,7 +354,8 @@ def _compare_layer(first: Adapter, second: Adapter, path: str, weights: Weights 
     frozen = ["M_xs" in adapter.tensors[path] for adapter in (first, second)]
     if one is None or other is None or (weights is None and frozen[0] != frozen[1]):
         return LayerDifference()
-    if get_product_shape(one) != get_product_shape(other):
+    shape, other_shape = ((B.shape[0], (B if A is None else A).shape[1]) for B, A in (one, other))
+    if shape != other_shape:
         return LayerDifference()
     cross, norm, other_norm = (compute_inner_product(*pair) for pair in ((one, other), (one, one), (other, other)))
     apart = max(norm + other_norm - 2 * cross, 0.0)

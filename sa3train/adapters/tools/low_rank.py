@@ -3,7 +3,6 @@
 Shape suffixes: O rows (out), I columns (in, or in·taps), R rank, K the smaller of O and I.
 """
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sa3train.core.errors import AdapterError
+from sa3train.core.text import compute_relative_norm
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,13 @@ class ErrorByLayer:
     @property
     def relative(self) -> float:
         """‖error‖ / ‖change‖ over all layers."""
-        return _divide_norms(*(sum(parts) for parts in zip(*self.layers.values(), strict=True)))
+        error, total = (sum(pair[part] for pair in self.layers.values()) for part in (0, 1))
+        return compute_relative_norm(error, total) if total > 0 else 0.0
 
     @property
     def worst(self) -> tuple[str, float]:
         """The layer with the largest relative error, and that error."""
-        found = {path: _divide_norms(*pair) for path, pair in self.layers.items()}
+        found = {path: compute_relative_norm(*pair) for path, pair in self.layers.items() if pair[1] > 0}
         return max(found.items(), key=lambda item: item[1], default=("none", 0.0))
 
     @property
@@ -167,27 +168,9 @@ def compute_inner_product(first: Product, second: Product) -> float:
     return float(((B if A is None else B @ A) * (D if C is None else D @ C)).sum())
 
 
-def get_product_shape(product: Product) -> tuple[int, int]:
-    """Get the shape of a change.
-
-    Args:
-        product: The change.
-
-    Returns:
-        (out, in).
-    """
-    B, A = product
-    return B.shape[0], (B if A is None else A).shape[1]
-
-
 def _pad(B_OR: Tensor, A_RI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     missing = rank - B_OR.shape[1]
     if missing <= 0:
         return B_OR, A_RI
     B_padded = torch.cat((B_OR, B_OR.new_zeros(B_OR.shape[0], missing)), 1)
     return B_padded, torch.cat((A_RI, A_RI.new_zeros(missing, A_RI.shape[1])))
-
-
-def _divide_norms(error: float = 0.0, total: float = 0.0) -> float:
-    """‖error‖ / ‖total‖ from squared norms."""
-    return math.sqrt(error / total) if total > 0 else 0.0

@@ -7,7 +7,7 @@ adapter that does not fit the model, and a setting that is missing.
 from collections.abc import Sequence
 from pathlib import Path
 
-from sa3train.adapters.adapter import hash_architecture
+from sa3train.adapters.adapter import Adapter, hash_architecture
 from sa3train.adapters.formats.io import load_adapter, save_adapter
 from sa3train.adapters.tools.base_weights import LoadedModel, get_base_weights, get_weights
 from sa3train.adapters.tools.edit import extract, list_not_extracted, merge, resize, scale
@@ -53,10 +53,7 @@ def merge_adapters(
                 "Set --model NAME to merge into a checkpoint, or --rank R (or --explained-variance SHARE) to merge "
                 "into one adapter."
             )
-        weighted = [
-            WeightedAdapter(adapter, strength, conditioner_strength)
-            for adapter, strength in zip(adapters, strengths, strict=True)
-        ]
+        weighted = [WeightedAdapter(*pair, conditioner_strength) for pair in zip(adapters, strengths, strict=True)]
         return merge_into_checkpoint(model, target, weighted, allow_partial)
     if conditioner_strength is not None or allow_partial:
         raise AdapterError(
@@ -64,8 +61,7 @@ def merge_adapters(
         )
     weights, warnings = get_base_weights(adapters, model)
     adapter, error = merge(adapters, strengths, truncation, weights)
-    save_adapter(target, adapter, get_dtype(dtype))
-    return EditResult(target, adapter, (), [*warnings, *_list_losses(error)], error)
+    return _save(target, adapter, dtype, error, warnings)
 
 
 def extract_adapter(
@@ -92,8 +88,7 @@ def extract_adapter(
     source = f"{tuned.name} − {base.name}"
     adapter, error = extract(get_weights(tuned), get_weights(base), require_rank(truncation), provenance, source)
     error.not_carried += list_not_extracted(tuned.get_adapter_root(), base.get_adapter_root())
-    save_adapter(target, adapter, get_dtype(dtype))
-    return EditResult(target, adapter, (), _list_losses(error), error)
+    return _save(target, adapter, dtype, error)
 
 
 def resize_adapter(
@@ -118,10 +113,8 @@ def resize_adapter(
     truncation, original = require_rank(truncation), load_adapter(source)
     weights, warnings = get_base_weights([original], model)
     adapter, error = resize(original, truncation, weights)
-    save_adapter(target, adapter, get_dtype(dtype))
     before, after = original.spec.adapter_type, adapter.spec.adapter_type
-    notes = [] if before == after else [f"{before} became {after}"]
-    return EditResult(target, adapter, notes, [*warnings, *_list_losses(error)], error)
+    return _save(target, adapter, dtype, error, warnings, [] if before == after else [f"{before} became {after}"])
 
 
 def scale_adapter(
@@ -152,8 +145,7 @@ def scale_adapter(
         adapter = scale(original, factor)
     else:
         adapter, error = merge([original], [factor], truncation, weights, tool="scale")
-    save_adapter(target, adapter, get_dtype(dtype))
-    return EditResult(target, adapter, (), [*warnings, *(_list_losses(error) if error else ())], error)
+    return _save(target, adapter, dtype, error, warnings)
 
 
 def require_rank(truncation: Truncation | None) -> Truncation:
@@ -169,9 +161,18 @@ def require_rank(truncation: Truncation | None) -> Truncation:
         AdapterError: If none was given.
     """
     if truncation is None:
-        raise AdapterError("Set --rank R, or --explained-variance SHARE (0.95 keeps 95 % of Σσ²).")
+        raise AdapterError("Set --rank R, or --explained-variance SHARE (0.95 keeps 95% of Σσ²).")
     return truncation
 
 
-def _list_losses(error: ErrorByLayer) -> list[str]:
-    return [f"not carried over: {what}" for what in error.not_carried]
+def _save(
+    target: AnyPath,
+    adapter: Adapter,
+    dtype: str,
+    error: ErrorByLayer | None,
+    warnings: Sequence[str] = (),
+    notes: Sequence[str] = (),
+) -> EditResult:
+    save_adapter(target, adapter, get_dtype(dtype))
+    lost = [] if error is None else error.not_carried
+    return EditResult(target, adapter, notes, [*warnings, *(f"not carried over: {what}" for what in lost)], error)

@@ -181,9 +181,6 @@ def run_audit(clips: Iterable[Clip], rules: AuditRules, journal: Path, known: di
 
 def _audit_in_order(clips: Iterable[Clip], rules: AuditRules, threads: int) -> Iterator[dict[str, Any]]:
     """Yield rows in the order of the clips. Decoding and filters release the GIL, so threads help."""
-    if threads <= 1:
-        yield from (audit_clip(clip, rules) for clip in clips)
-        return
     pending: deque[Future[dict[str, Any]]] = deque()
     with ThreadPoolExecutor(threads) as pool:
         for clip in clips:

@@ -106,20 +106,17 @@ class Encoder:
             "another device",
         ]
         with explain_oom(self.device, f"encoding a clip of {longest:.0f} s", remedies):
-            return self._compute_latents(clips, seeds)
-
-    def _compute_latents(self, clips: Sequence[torch.Tensor], seeds: Sequence[int]) -> list[torch.Tensor]:
-        single: dict[int, torch.Tensor] = {}
-        for index, (clip, seed) in enumerate(zip(clips, seeds, strict=True)):
-            chunked = self.chunked and self.count_frames(clip.shape[1]) > CHUNK_SIZE
-            if chunked or self._adds_noise:
-                single[index] = self._encode_single(clip, seed, chunked)
-        batched = iter(self._encode_batch([clip for index, clip in enumerate(clips) if index not in single]))
-        latents = [single[index] if index in single else next(batched) for index in range(len(clips))]
-        cut = [
-            latents_CF[:, : self.count_frames(clip.shape[1])] for latents_CF, clip in zip(latents, clips, strict=True)
-        ]
-        return [latents_CF.float().cpu() for latents_CF in cut]
+            single: dict[int, torch.Tensor] = {}
+            for index, (clip, seed) in enumerate(zip(clips, seeds, strict=True)):
+                chunked = self.chunked and self.count_frames(clip.shape[1]) > CHUNK_SIZE
+                if chunked or self._adds_noise:
+                    single[index] = self._encode_single(clip, seed, chunked)
+            batched = iter(self._encode_batch([clip for index, clip in enumerate(clips) if index not in single]))
+            latents = [single[index] if index in single else next(batched) for index in range(len(clips))]
+            return [
+                latents_CF[:, : self.count_frames(clip.shape[1])].float().cpu()
+                for latents_CF, clip in zip(latents, clips, strict=True)
+            ]
 
     def encode_silence(self) -> np.ndarray:
         """Encode silence, away from its ends.

@@ -1,4 +1,3 @@
-from .datamodule import DataSource as DataSource
 from .datamodule import LatentDataModule as LatentDataModule
 from .embedding_cache import EmbeddingCache as EmbeddingCache
 from .loader import Batch as Batch
@@ -7,3 +6,5 @@ from .prompts import PromptBuilder as PromptBuilder
 from .prompts import PromptSettings as PromptSettings
 from .prompts import Template as Template
 from .sampler import BatchSampler as BatchSampler
+from .settings import DataSettings as DataSettings
+from .settings import DataSource as DataSource

@@ -16,8 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sa3train.core.config import check_choice
-from sa3train.core.errors import ConfigError, SA3Error
+from sa3train.core.errors import SA3Error
 from sa3train.data.loading.prompts import PromptBuilder
 from sa3train.data.loading.sampler import BatchIndices, BatchSampler, SampleIndex
 from sa3train.data.shards.reader import LatentStore
@@ -75,12 +74,6 @@ class CropSettings:
     frames: int | None = None
     start: str = "random"
     seconds: str = "crop"
-
-    def __post_init__(self) -> None:
-        if self.frames is not None and self.frames < 1:
-            raise ConfigError(f"a crop of {self.frames} frames is empty: use at least one latent frame (93 ms).")
-        check_choice("crop", self.start, ("random", "start", "beat"))
-        check_choice("seconds", self.seconds, ("crop", "file"))
 
 
 class SplitClips:

@@ -69,7 +69,10 @@ class PromptSettings:
     tag_dropout: float = setting(0.0, help="Probability of leaving out each tag.", min=0, max=1)
     keep_tags: int = setting(0, help="First tags that are neither shuffled nor left out.", min=0)
     caption_dropout: float = setting(
-        0.0, help="Probability of an empty prompt; loss.cfg_dropout does this inside the model already.", min=0, max=1
+        0.0,
+        help="Probability of an empty prompt. For guidance, loss.cfg_dropout zeroes the whole condition already.",
+        min=0,
+        max=1,
     )
 
     def __post_init__(self) -> None:

@@ -221,12 +221,6 @@ class BatchShape:
     pool: int = 32
     pack_frames: int | None = None
 
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.pool < 1:
-            raise ConfigError(f"batch_size is {self.batch_size} and pool {self.pool}; both must be 1 or more.")
-        if self.pack_frames is not None and self.pack_frames < 1:
-            raise ConfigError(f"pack_frames is {self.pack_frames}; it is the length of a row in latent frames.")
-
     @property
     def rows(self) -> int:
         """Rows of one batch on all ranks together."""

@@ -15,12 +15,12 @@ from typing import Any
 
 import fsspec
 import numpy as np
+from fsspec.implementations.local import LocalFileSystem
 
 from sa3train.core.errors import DataError
-from sa3train.core.files import hash_file
 from sa3train.core.log import get_logger
 from sa3train.data.shards.index import INDEX_FILE, SILENCE_FILE, parse_index
-from sa3train.data.sources.storage import is_url, translate_errors
+from sa3train.data.sources.storage import translate_errors
 
 _logger = get_logger(__name__)
 
@@ -75,7 +75,9 @@ class LatentStore:
         self.path = os.fspath(path)
         if verify not in ("size", "hash", "none"):
             raise DataError(f"verify is {verify!r}; choose size, hash or none.")
-        self._remote, self._root = _open_root(self.path)
+        with translate_errors(f"cannot open {self.path}"):
+            self._file_system, root = fsspec.core.url_to_fs(self.path)
+        self._root, self._is_local = root.rstrip("/"), isinstance(self._file_system, LocalFileSystem)
         self.index = parse_index(self._fetch(INDEX_FILE), self._join(INDEX_FILE))
         self.damaged: dict[str, str] = {}
         self.shards: list[str] = []
@@ -257,16 +259,18 @@ class LatentStore:
         return None
 
     def _find_fault(self, entry: dict[str, Any], verify: str) -> str | None:
-        name = entry["file"]
         if verify == "none":
             return None
+        path = f"{self._root}/{entry['file']}"
         try:
             with translate_errors("cannot be read"):
-                size = self._measure_size(name)
+                size = int(self._file_system.info(path)["size"])
                 if size != entry["bytes"]:
                     return f"has {size} bytes, index.json says {entry['bytes']}"
-                if verify == "hash" and self._hash(name) != entry["sha256"]:
-                    return _WRONG_HASH
+                if verify == "hash":
+                    with self._file_system.open(path, "rb") as file:
+                        digest = hashlib.file_digest(file, "sha256").hexdigest()
+                    return None if digest == entry["sha256"] else _WRONG_HASH
         except DataError as error:
             return str(error)
         return None
@@ -307,11 +311,11 @@ class LatentStore:
         number = int(self.shard[row])
         try:
             with translate_errors("cannot be read"):
-                if self._remote is None:
+                if self._is_local:
                     content = os.pread(self._get_descriptor(number), size, start)
                 else:
                     path = f"{self._root}/{self.shards[number]}"
-                    content = self._remote.cat_file(path, start=start, end=start + size)
+                    content = self._file_system.cat_file(path, start=start, end=start + size)
         except DataError as error:
             raise self._make_error(row, str(error)) from error
         if len(content) > size:
@@ -330,35 +334,11 @@ class LatentStore:
     def _fetch(self, name: str) -> bytes:
         try:
             with translate_errors(f"cannot read {self._join(name)}"):
-                if self._remote is None:
-                    return (Path(self._root) / name).read_bytes()
-                return bytes(self._remote.cat_file(f"{self._root}/{name}"))
+                return bytes(self._file_system.cat_file(f"{self._root}/{name}"))
         except DataError as error:
             raise DataError(
                 f"{error}. Give a folder of latent shards made by sa3-encode; if that was interrupted, run it again."
             ) from error
 
-    def _measure_size(self, name: str) -> int:
-        if self._remote is None:
-            return (Path(self._root) / name).stat().st_size
-        return int(self._remote.info(f"{self._root}/{name}")["size"])
-
-    def _hash(self, name: str) -> str:
-        if self._remote is None:
-            return hash_file(Path(self._root) / name)
-        with self._remote.open(f"{self._root}/{name}", "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
     def _join(self, name: str) -> str:
         return f"{self.path.rstrip('/')}/{name}"
-
-
-def _open_root(path: str) -> tuple[Any | None, str]:
-    """(file system, root) for a URL, (None, folder) for a local path."""
-    if not is_url(path):
-        return None, path
-    if path.startswith("file://"):
-        return None, path.removeprefix("file://")
-    with translate_errors(f"cannot open {path}"):
-        remote, root = fsspec.core.url_to_fs(path)
-    return remote, root.rstrip("/")

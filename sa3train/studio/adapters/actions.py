@@ -9,6 +9,7 @@ from sa3train.adapters.lora_argument import LoraArgument, format_lora
 from sa3train.adapters.tools import CheckpointResult, EditResult, Truncation
 from sa3train.adapters.tools.inspect import Comparison, Inspection
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
+from sa3train.studio.server.widgets import parse_numbers
 from sa3train.studio.server.workspace import StudioError, Workspace, resolve_model_name
 
 FORMATS = {"native (.safetensors)": "native", "ComfyUI (.safetensors)": "comfy", "PEFT (a folder)": "peft"}
@@ -147,17 +148,14 @@ def resolve_adapter(workspace: Workspace, path: str | None) -> Path:
         path: File or PEFT folder.
 
     Returns:
-        Its path.
+        Its path. One that is missing or outside is refused as by `Workspace.resolve_existing`.
 
     Raises:
-        StudioError: If it is missing or outside.
+        StudioError: If none is chosen.
     """
     if not (path or "").strip():
         raise StudioError("Choose an adapter: a file from the list, or its path.")
-    found = workspace.resolve(path or "")
-    if not found.exists():
-        raise StudioError(f"No adapter exists at {found}.")
-    return found
+    return workspace.resolve_existing(path or "", "adapter")
 
 
 def resolve_output(workspace: Workspace, output: Output, *sources: str) -> Path:
@@ -197,12 +195,9 @@ def parse_strengths(text: str, count: int) -> list[float]:
         One strength per adapter.
 
     Raises:
-        StudioError: If a part is not a number, or their number differs.
+        StudioError: If their number differs.
     """
-    try:
-        strengths = [float(part) for part in (text or "").split(",") if part.strip()]
-    except ValueError as error:
-        raise StudioError(f"{text!r} is not a list of strengths. Write numbers with commas, such as 1, 0.5.") from error
+    strengths = parse_numbers(text)
     if strengths and len(strengths) != count:
         raise StudioError(f"Got {len(strengths)} strengths for {count} adapters. Give one each, in the chosen order.")
     return strengths or [1.0] * count

@@ -28,8 +28,8 @@ from sa3train.studio.server.workspace import Workspace, list_adapters, list_mode
 SHOWN_LAYERS = 15
 NO_MODEL = "no model"
 NOTHING_YET = "Choose an adapter on the left. What it holds, how it fits, or what was written appears here."
-Tool = tuple[gr.Button, Callable[..., str], list[Any], list[gr.Dropdown]]
-"""A tool's button, handler, inputs, and the inputs that choose adapters."""
+Tool = tuple[Callable[..., str], list[Any], list[gr.Dropdown]]
+"""A tool's handler, inputs, and the inputs that choose adapters."""
 
 
 def render_inspection(workspace: Workspace, inspection: Inspection, plot: Path | None, command: list[str]) -> str:
@@ -117,7 +117,13 @@ def build_adapters_page(workspace: Workspace) -> None:
     """
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=380), gr.Tabs(elem_id="adapter-tools"):
-            tools = [build(workspace) for build in (_inspect, _compare, _convert, _merge, _resize)]
+            tools = []
+            for build in (_inspect, _compare, _convert, _merge, _resize):
+                name = build.__name__.strip("_")
+                with gr.Tab(name.capitalize()):
+                    tool = build(workspace)
+                    button = gr.Button(name.capitalize(), variant="primary", elem_id=f"{name}-run")
+                tools.append((button, *tool))
         with gr.Column(scale=7, min_width=420):
             gr.HTML("<h2>Result</h2>", elem_classes="studio-title", apply_default_css=False)
             result = gr.HTML(render_placeholder(NOTHING_YET), elem_id="adapters-result", apply_default_css=False)
@@ -136,81 +142,75 @@ def build_adapters_page(workspace: Workspace) -> None:
 
 
 def _inspect(workspace: Workspace) -> Tool:
-    with gr.Tab("Inspect"):
-        path, model = _choose_adapter(), _choose_model(workspace, "Check against a model")
-        button = gr.Button("Inspect", variant="primary", elem_id="inspect-run")
+    inputs = [_choose_adapter("inspect"), _choose_model(workspace, "Check against a model")]
 
     def run(path: str | None, model: str) -> str:
         return render_inspection(workspace, *actions.inspect(workspace, path or "", _get_model(model)))
 
-    return button, run, [path, model], [path]
+    return run, inputs, inputs[:1]
 
 
 def _compare(workspace: Workspace) -> Tool:
-    with gr.Tab("Compare"):
-        first, second = _choose_adapter("First adapter", "first"), _choose_adapter("Second adapter", "second")
-        model = _choose_model(workspace, "Compare changes of a model's weights")
-        button = gr.Button("Compare", variant="primary", elem_id="diff-run")
+    choosers = [_choose_adapter("first", "First adapter"), _choose_adapter("second", "Second adapter")]
+    model = _choose_model(workspace, "Compare changes of a model's weights")
 
     def run(first: str | None, second: str | None, model: str) -> str:
         compared = actions.compare(workspace, first or "", second or "", _get_model(model))
         return render_comparison(*compared, (str(first), str(second)))
 
-    return button, run, [first, second, model], [first, second]
+    return run, [*choosers, model], choosers
 
 
 def _convert(workspace: Workspace) -> Tool:
-    with gr.Tab("Convert"):
-        path = _choose_adapter("Adapter, or a pickle (.ckpt, .pt)", "convert")
-        to = gr.Radio(list(actions.FORMATS), value=next(iter(actions.FORMATS)), label="To", elem_id="convert-to")
-        target, overwrite = _choose_target("convert", "such as adapters/style_comfy.safetensors; a folder for PEFT")
-        model = _choose_model(workspace, "Base model: measures the error, and is needed for some types")
-        size = _choose_rank("convert", "If the format cannot carry the type: approximate by a lora of")
-        button = gr.Button("Convert", variant="primary", elem_id="convert-run")
+    path = _choose_adapter("convert", "Adapter, or a pickle (.ckpt, .pt)")
+    to = gr.Radio(list(actions.FORMATS), value=next(iter(actions.FORMATS)), label="To", elem_id="convert-to")
+    output = [
+        *_choose_target("convert", "such as adapters/style_comfy.safetensors; a folder for PEFT"),
+        _choose_model(workspace, "Base model: measures the error, and is needed for some types"),
+        *_choose_rank("convert", "If the format cannot carry the type: approximate by a lora of"),
+    ]
 
-    def run(path: Any, to: str, target: str, tick: bool, model: str, *size: Any) -> str:
-        output = _build_output(target, tick, model, *size)
-        return render_result(workspace, *actions.convert(workspace, path or "", actions.FORMATS[to], output))
+    def run(path: Any, to: str, *output: Any) -> str:
+        form = actions.FORMATS[to]
+        return render_result(workspace, *actions.convert(workspace, path or "", form, _build_output(*output)))
 
-    return button, run, [path, to, target, overwrite, model, *size], [path]
+    return run, [path, to, *output], [path]
 
 
 def _merge(workspace: Workspace) -> Tool:
-    with gr.Tab("Merge"):
-        paths = gr.Dropdown([], multiselect=True, label="Adapters", allow_custom_value=True, elem_id="merge-paths")
-        strengths = gr.Textbox(
-            "", label="Strengths in the same order, with commas (empty: 1 each)", elem_id="merge-strengths"
-        )
-        target, overwrite = _choose_target("merge", "a .safetensors file for one adapter; a folder for a checkpoint")
-        size = _choose_rank("merge", "Merge into one adapter of this rank; leave empty to merge into a checkpoint")
-        model = _choose_model(workspace, "The checkpoint, or the adapters' base model")
-        button = gr.Button("Merge", variant="primary", elem_id="merge-run")
+    paths = gr.Dropdown([], multiselect=True, label="Adapters", allow_custom_value=True, elem_id="merge-paths")
+    strengths = gr.Textbox(
+        "", label="Strengths in the same order, with commas (empty: 1 each)", elem_id="merge-strengths"
+    )
+    output = [
+        *_choose_target("merge", "a .safetensors file for one adapter; a folder for a checkpoint"),
+        _choose_model(workspace, "The checkpoint, or the adapters' base model"),
+        *_choose_rank("merge", "Merge into one adapter of this rank; leave empty to merge into a checkpoint"),
+    ]
 
-    def run(paths: Any, strengths: str, target: str, tick: bool, model: str, *size: Any) -> str:
-        chosen = list(paths or [])
+    def run(paths: list[str] | None, strengths: str, *output: Any) -> str:
+        chosen = paths or []
         adapters = list(zip(chosen, actions.parse_strengths(strengths, len(chosen)), strict=True))
-        output = _build_output(target, tick, model, *size)
-        return render_result(workspace, *actions.merge(workspace, adapters, output))
+        return render_result(workspace, *actions.merge(workspace, adapters, _build_output(*output)))
 
-    return button, run, [paths, strengths, target, overwrite, model, *size], [paths]
+    return run, [paths, strengths, *output], [paths]
 
 
 def _resize(workspace: Workspace) -> Tool:
-    with gr.Tab("Resize"):
-        path = _choose_adapter("Adapter", "resize")
-        target, overwrite = _choose_target("resize", "such as adapters/style_r4.safetensors")
-        size = _choose_rank("resize", "New rank")
-        model = _choose_model(workspace, "Base model (needed for types other than lora, dora and bora)")
-        button = gr.Button("Resize", variant="primary", elem_id="resize-run")
+    path = _choose_adapter("resize")
+    output = [
+        *_choose_target("resize", "such as adapters/style_r4.safetensors"),
+        _choose_model(workspace, "Base model (needed for types other than lora, dora and bora)"),
+        *_choose_rank("resize", "New rank"),
+    ]
 
-    def run(path: Any, target: str, tick: bool, model: str, *size: Any) -> str:
-        output = _build_output(target, tick, model, *size)
-        return render_result(workspace, *actions.resize(workspace, path or "", output))
+    def run(path: Any, *output: Any) -> str:
+        return render_result(workspace, *actions.resize(workspace, path or "", _build_output(*output)))
 
-    return button, run, [path, target, overwrite, model, *size], [path]
+    return run, [path, *output], [path]
 
 
-def _choose_adapter(label: str = "Adapter", name: str = "inspect") -> gr.Dropdown:
+def _choose_adapter(name: str, label: str = "Adapter") -> gr.Dropdown:
     """Its choices come when the page is loaded."""
     return gr.Dropdown([], value=None, label=label, allow_custom_value=True, elem_id=f"{name}-adapter")
 

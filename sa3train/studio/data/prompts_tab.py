@@ -131,12 +131,12 @@ def build_preview_command(folder: Path, settings: PromptSettings, count: int) ->
         The arguments.
     """
     argv = ["sa3-data", "preview", str(folder), "-n", str(count)]
-    if settings.templates != PromptSettings().templates:
-        argv += [part for item in settings.templates for part in ("--template", f"{item.text}={item.weight:g}")]
-    for name in ("trigger", "trigger_probability", "trigger_position", "tag_dropout", "keep_tags", "caption_dropout"):
-        if getattr(settings, name) != getattr(PromptSettings(), name):
-            argv += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
-    return [*argv, *(["--shuffle-tags"] if settings.shuffle_tags else [])]
+    for name, value in _list_changes(settings).items():
+        if name == "templates":
+            argv += [part for item in value for part in ("--template", f"{item.text}={item.weight:g}")]
+        else:
+            argv += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return argv
 
 
 def list_training_settings(settings: PromptSettings) -> list[str]:
@@ -148,18 +148,16 @@ def list_training_settings(settings: PromptSettings) -> list[str]:
     Returns:
         `key=value` arguments.
     """
-    found = []
+    changes = {name: json.dumps(value) for name, value in _list_changes(settings).items() if name != "templates"}
     if settings.templates != PromptSettings().templates:
         items = ", ".join(f"{{text: {json.dumps(t.text)}, weight: {t.weight:g}}}" for t in settings.templates)
-        found.append(f"data.prompts.templates=[{items}]")
-    names = ("trigger_probability", "trigger_position", "shuffle_tags", "tag_dropout", "keep_tags", "caption_dropout")
-    if settings.trigger:
-        found.append(f"data.prompts.trigger={json.dumps(settings.trigger)}")
-    for name in names:
-        value = getattr(settings, name)
-        if value != getattr(PromptSettings(), name):
-            found.append(f"data.prompts.{name}={str(value).lower() if isinstance(value, bool) else value}")
-    return found
+        changes["templates"] = f"[{items}]"
+    return [f"data.prompts.{name}={value}" for name, value in changes.items()]
+
+
+def _list_changes(settings: PromptSettings) -> dict[str, Any]:
+    """The settings that differ from their defaults."""
+    return {name: value for name, value in vars(settings).items() if value != getattr(PromptSettings(), name)}
 
 
 def build_prompts_tab(workspace: Workspace, folder: gr.Dropdown, tick: gr.Timer) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from sa3train.adapters.apply.load_report import LoadReport
 from sa3train.inference.replay import build_command
 from sa3train.studio.play.history import Result
-from sa3train.studio.play.request import shorten_name
+from sa3train.studio.play.settings import shorten_name
 from sa3train.studio.server.jobs import Job
 from sa3train.studio.server.widgets import render_command, render_notice, render_placeholder
 from sa3train.studio.server.workspace import Workspace

@@ -9,12 +9,11 @@ import gradio as gr
 
 from sa3train.audio.io import read_audio_info
 from sa3train.core.config import list_settings
-from sa3train.inference.request import VALUE_TYPES, GenerationSettings, get_default
+from sa3train.inference.settings import VALUE_TYPES, GenerationSettings, get_default
 from sa3train.studio.play.history import compute_waveform
-from sa3train.studio.play.request import MODES, AdapterSettings, PlaySettings, parse_regions, select_source
+from sa3train.studio.play.settings import MODES, AdapterSettings, PlaySettings, parse_regions, select_source
 from sa3train.studio.server.widgets import (
     build_optional_number,
-    format_optional_number,
     parse_optional_int,
     parse_optional_number,
 )
@@ -107,17 +106,10 @@ def _build_more(fields: dict[str, Any]) -> None:
             fields["steps"] = _build_field("steps")
             fields["cfg_scale"] = _build_field("cfg_scale")
         with gr.Row():
-            interval = list_settings(GenerationSettings)["cfg_interval"]
+            label = list_settings(GenerationSettings)["cfg_interval"].label
             for end, value in zip(("min", "max"), GenerationSettings.cfg_interval, strict=True):
-                fields[f"cfg_interval_{end}"] = gr.Number(
-                    value,
-                    label=f"{interval.label}, {end}",
-                    info=interval.help,
-                    minimum=interval.min,
-                    maximum=interval.max,
-                    step=0.05,
-                    min_width=90,
-                )
+                options = {"label": f"{label}, {end}", "elem_id": f"play-cfg-interval-{end}", "step": 0.05}
+                fields[f"cfg_interval_{end}"] = _build_field("cfg_interval", value=value, **options)
         with gr.Row():
             fields["cfg_norm_threshold"] = _build_field("cfg_norm_threshold", step=0.5)
             fields["scale_phi"] = _build_field("scale_phi", step=0.05)
@@ -243,7 +235,7 @@ def _format_value(name: str, value: Any) -> Any:
     if VALUE_TYPES[name] is str:
         return value or (MODEL_DEFAULT if name == "sampler_type" else "")
     if get_default(name) is None:
-        return format_optional_number(value)
+        return "" if value is None else f"{value:.10g}"
     return value
 
 

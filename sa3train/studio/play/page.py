@@ -9,17 +9,17 @@ from typing import Any
 
 import gradio as gr
 
+from sa3train.inference.settings import MODEL_DEFAULTS
 from sa3train.studio.play import cards, history
 from sa3train.studio.play.form import Form, build_form, describe_waveform, fill_form, read_form
 from sa3train.studio.play.player import Player, find_missing_contrast
-from sa3train.studio.play.request import MODES, Mode, PlaySettings, parse_strengths
+from sa3train.studio.play.settings import MODES, PlaySettings, parse_strengths
 from sa3train.studio.server.jobs import Job, Worker
 from sa3train.studio.server.widgets import render_notice, render_placeholder, show_errors
 from sa3train.studio.server.workspace import (
     StudioError,
     Workspace,
     describe_model,
-    get_generation_defaults,
     list_audio,
     list_models,
     load_model_config,
@@ -160,8 +160,18 @@ def build_play_page(workspace: Workspace) -> None:
         with gr.Column(scale=5, min_width=380):
             form = build_form(workspace)
             generate = gr.Button("Generate", variant="primary", elem_id="play-generate")
-            strengths, sibling, compare = _build_comparison()
-            check, report = _build_load_report()
+            with gr.Accordion("Compare, same seed", open=False, elem_id="play-compare-box"):
+                strengths = gr.Textbox(
+                    "0, 0.5, 1",
+                    label="Strength multipliers",
+                    info="Multiply each adapter's strength; 0 is without adapters.",
+                    elem_id="play-strengths",
+                )
+                sibling = gr.Checkbox(label="Base and post-trained model side by side", elem_id="play-sibling")
+                compare = gr.Button("Generate grid", elem_id="play-compare")
+            with gr.Accordion("Load report", open=False, elem_id="play-report-box"):
+                check = gr.Button("Check adapters on this model", size="sm", elem_id="play-check")
+                report = gr.HTML(render_placeholder(NO_REPORT), elem_id="play-report", apply_default_css=False)
         with gr.Column(scale=7, min_width=420):
             results = _build_results(page)
     _connect_form(workspace, form)
@@ -192,26 +202,6 @@ def build_play_page(workspace: Workspace) -> None:
     check.click(show_errors(on_check), inputs, report, concurrency_limit=None, api_visibility="private")
 
 
-def _build_load_report() -> tuple[gr.Button, gr.HTML]:
-    with gr.Accordion("Load report", open=False, elem_id="play-report-box"):
-        check = gr.Button("Check adapters on this model", size="sm", elem_id="play-check")
-        report = gr.HTML(render_placeholder(NO_REPORT), elem_id="play-report", apply_default_css=False)
-    return check, report
-
-
-def _build_comparison() -> tuple[gr.Textbox, gr.Checkbox, gr.Button]:
-    with gr.Accordion("Compare, same seed", open=False, elem_id="play-compare-box"):
-        strengths = gr.Textbox(
-            "0, 0.5, 1",
-            label="Strength multipliers",
-            info="Multiply each adapter's strength; 0 is without adapters.",
-            elem_id="play-strengths",
-        )
-        sibling = gr.Checkbox(label="Base and post-trained model side by side", elem_id="play-sibling")
-        compare = gr.Button("Generate grid", elem_id="play-compare")
-    return strengths, sibling, compare
-
-
 def _build_results(page: PlayPage) -> Results:
     gr.HTML("<h2>Results</h2>", elem_classes="studio-title", apply_default_css=False)
     status = gr.HTML(
@@ -234,8 +224,8 @@ def _connect_form(workspace: Workspace, form: Form) -> None:
 
     def on_model(model: str) -> tuple[Any, ...]:
         config = load_model_config(workspace, model)
-        defaults = ("", "") if config is None else get_generation_defaults(config)[:2]
-        placeholders = [str(value) and f"{value:g}" for value in defaults]
+        defaults = {} if config is None else MODEL_DEFAULTS[config.objective]
+        placeholders = [f"{defaults[name]:g}" if defaults else "" for name in ("steps", "cfg_scale")]
         return describe_model(workspace, model), *(gr.update(placeholder=text) for text in placeholders)
 
     def on_mode(mode: str) -> tuple[Any, ...]:
@@ -288,8 +278,10 @@ def _connect_results(page: PlayPage, form: Form, results: Results) -> None:
         result = history.find_result(workspace, str(event.name))
         if event.action == "again":
             request = PlaySettings.from_record(result.record)
+        elif event.action in MODES.values():
+            request = PlaySettings.from_result(result.record, result.audio, event.action)
         else:
-            request = PlaySettings.from_result(result.record, result.audio, _parse_mode(str(event.action)))
+            raise StudioError(f"There is no action {event.action!r} for a result.")
         values = fill_form(workspace, request)
         return [values[name] for name in form.inputs]
 
@@ -297,14 +289,6 @@ def _connect_results(page: PlayPage, form: Form, results: Results) -> None:
     results.status.cancel(show_errors(on_cancel), results.shown, results.outputs, **QUIET)
     results.more.click(show_errors(on_more), results.shown, [results.shown, results.items], **QUIET)
     results.items.act(show_errors(on_act), None, list(form.inputs.values()), **QUIET)
-
-
-def _parse_mode(action: str) -> Mode:
-    """The mode that a result's button selects."""
-    mode = next((mode for mode in MODES.values() if mode == action), None)
-    if mode is None:
-        raise StudioError(f"There is no action {action!r} for a result.")
-    return mode
 
 
 def _notify_queued(page: PlayPage, job: Job) -> None:

@@ -12,7 +12,7 @@ from sa3train.inference.generator import Generator
 from sa3train.inference.outputs import GenerationOutput
 from sa3train.models.hub import REGISTRY
 from sa3train.studio.play.history import Result, make_name, save_results
-from sa3train.studio.play.request import MODEL_SPECIFIC, AdapterSettings, PlaySettings
+from sa3train.studio.play.settings import MODEL_SPECIFIC, AdapterSettings, PlaySettings
 from sa3train.studio.server.jobs import Job
 from sa3train.studio.server.workspace import Workspace
 
@@ -99,14 +99,11 @@ class Player:
         Returns:
             The load report of each adapter.
         """
-        adapters = [adapter.resolve(self.workspace) for adapter in request.adapters]
-        generator, key = self._load_model(request, job.report_progress)
-        self._load_adapters(generator, key, adapters, job.report_progress)
-        return generator.stack.reports
+        adapters = tuple(adapter.resolve(self.workspace) for adapter in request.adapters)
+        return self._load(replace(request, adapters=adapters), job.report_progress).stack.reports
 
     def _generate(self, request: PlaySettings, report: Report) -> tuple[GenerationOutput, list[dict[str, Any]]]:
-        generator, key = self._load_model(request, report)
-        self._load_adapters(generator, key, request.adapters, report)
+        generator = self._load(request, report)
         report("encoding" if request.source else "starting", 0.0)
 
         def report_step(step: int, total: int, sigma: float, denoised_BCT: Tensor) -> None:
@@ -115,7 +112,7 @@ class Player:
         output = generator.generate_from(request.settings, callback=report_step)
         return output, [{"summary": one.summary, "warnings": one.warnings} for one in generator.stack.reports]
 
-    def _load_model(self, request: PlaySettings, report: Report) -> tuple[Generator, tuple[str, str]]:
+    def _load(self, request: PlaySettings, report: Report) -> Generator:
         key = (request.model, request.precision)
         if key not in self._loaded:
             report(f"loading {request.model}", 0.0)
@@ -124,19 +121,13 @@ class Player:
                 del self._loaded[oldest], self._adapters[oldest]
             self._loaded[key] = Generator.from_pretrained(request.model, self.workspace.device, request.precision)
             self._adapters[key] = []
-        self._loaded[key] = self._loaded.pop(key)  # the last one used comes last
-        return self._loaded[key], key
-
-    def _load_adapters(
-        self, generator: Generator, key: tuple[str, str], adapters: Sequence[AdapterSettings], report: Report
-    ) -> None:
-        """Load adapters; where the same unchanged files are loaded already, only set their strengths."""
-        identities = [_identify(adapter) for adapter in adapters]
-        if identities != self._adapters[key]:
+        generator = self._loaded[key] = self._loaded.pop(key)  # the last one used comes last
+        identities = [_identify(adapter) for adapter in request.adapters]
+        if identities != self._adapters[key]:  # where the same unchanged files are loaded, only strengths are set
             self._adapters[key] = []
             _remove_adapters(generator)
             try:
-                for adapter in adapters:
+                for adapter in request.adapters:
                     report(f"loading {Path(adapter.path).name}", 0.0)
                     settings = asdict(adapter)
                     generator.load_adapter(settings.pop("path"), **settings)
@@ -144,8 +135,9 @@ class Player:
                 _remove_adapters(generator)  # a refused adapter leaves none of the others behind
                 raise
             self._adapters[key] = identities
-        for index, adapter in enumerate(adapters):
+        for index, adapter in enumerate(request.adapters):
             generator.set_strength(adapter.strength, index, adapter.conditioner_strength)
+        return generator
 
 
 def plan_comparison(request: PlaySettings, factors: Sequence[float], with_sibling: bool) -> list[ComparisonCell]:

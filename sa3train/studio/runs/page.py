@@ -1,13 +1,12 @@
 """The Runs page: every run in the studio's folders as it goes, and a form that starts another."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from sa3train.core.errors import SA3Error
 from sa3train.reports import run_files
 from sa3train.reports.run_files import RunFiles
 from sa3train.studio.runs import runs, view
@@ -34,24 +33,13 @@ PARTS = {
 }
 """Files that each part of the page is made from: it is rendered again when one of them has changed."""
 
-Values = dict[Any, Any]
-
-
-@dataclass(frozen=True)
-class _Widgets:
-    """Widgets of the page; `panels` are the parts that are rendered by name."""
-
-    chosen: gr.Radio
-    none: gr.HTML
-    actions: gr.Row
-    stop: gr.Button
-    kill: gr.Button
-    resume: gr.Button
-    other: gr.Dropdown
-    differences: gr.HTML
-    open_report: gr.Button
-    report: gr.HTML
-    panels: dict[str, gr.HTML]
+ACTIONS: dict[str, tuple[Any, Callable[[Path], Any]]] = {
+    "stop": ("secondary", runs.stop_run),
+    "kill": ("stop", partial(runs.stop_run, at_once=True)),
+    "resume": ("primary", runs.resume_run),
+}
+"""Variant of each button, and what it does to the folder of the chosen run."""
+TABS = {"curves": "Curves", "demos": "Listen", "data": "Data", "config": "Settings", "log": "Log"}
 
 
 def build_runs_page(workspace: Workspace) -> None:
@@ -65,38 +53,29 @@ def build_runs_page(workspace: Workspace) -> None:
     widgets = _build_widgets(workspace, tick)
 
     @show_errors
-    def on_refresh(path: str | None, before: dict[str, Any]) -> Values:
-        values, after = _refresh(workspace, widgets, path, before)
-        return values | {seen: after}
+    def on_refresh(path: str | None, before: dict[str, Any]) -> dict[Any, Any]:
+        values, after = _refresh(workspace, path, before)
+        return {widgets[name]: value for name, value in values.items()} | {seen: after}
 
-    def make_handler(act: Callable[[Path], Any]) -> Callable[..., Values]:
+    def make_handler(act: Callable[[Path], Any]) -> Callable[..., dict[Any, Any]]:
         @show_errors
-        def on_click(path: str | None, before: dict[str, Any]) -> Values:
+        def on_click(path: str | None, before: dict[str, Any]) -> Any:
             act(resolve_run_dir(workspace, path))
-            values: Values = on_refresh(path, before)
-            return values
+            return on_refresh(path, before)
 
         return on_click
 
-    chosen, other = widgets.chosen, widgets.other
-    outputs = [chosen, other, widgets.none, widgets.actions, widgets.stop, widgets.kill, widgets.resume]
-    wiring: dict[str, Any] = {
-        "inputs": [chosen, seen],
-        "outputs": [*outputs, *widgets.panels.values(), seen],
-        "show_progress": "hidden",
-    }
+    chosen = widgets["chosen"]
+    wiring: dict[str, Any] = {"inputs": [chosen, seen], "outputs": [*widgets.values(), seen], "show_progress": "hidden"}
     tick.tick(on_refresh, **wiring)
     chosen.input(on_refresh, **wiring)
-    widgets.stop.click(make_handler(runs.stop_run), **wiring)
-    widgets.kill.click(make_handler(lambda folder: runs.stop_run(folder, at_once=True)), **wiring)
-    widgets.resume.click(make_handler(runs.resume_run), **wiring)
-    compare = show_errors(lambda path, second: render_comparison(workspace, path, second))
-    other.input(compare, [chosen, other], widgets.differences)
-    widgets.open_report.click(show_errors(lambda path: render_report(workspace, path)), chosen, widgets.report)
+    for name, (_, act) in ACTIONS.items():
+        widgets[name].click(make_handler(act), **wiring)
 
 
-def _build_widgets(workspace: Workspace, tick: gr.Timer) -> _Widgets:
-    panels = {}
+def _build_widgets(workspace: Workspace, tick: gr.Timer) -> dict[str, Any]:
+    """Build the widgets that `_refresh` updates, by name, and those that compare runs and show the report."""
+    widgets: dict[str, Any] = {}
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=330):
             gr.HTML(f'<style>{VIEWS.read_text(encoding="utf-8")}</style><h2 class="studio">Runs</h2>')
@@ -105,35 +84,33 @@ def _build_widgets(workspace: Workspace, tick: gr.Timer) -> _Widgets:
                 [], label="Run", elem_classes="run-list", elem_id="run-list", show_label=False, visible=False
             )
             hint = render_placeholder("No runs in the studio's folders yet. Start one below.")
-            none = gr.HTML(hint, elem_id="run-none", visible=False)
+            widgets |= {"chosen": chosen, "none": gr.HTML(hint, elem_id="run-none", visible=False)}
             with gr.Accordion("Start a run", open=True, elem_id="run-form"):
                 build_start_form(workspace, chosen, tick)
         with gr.Column(scale=5, min_width=480):
-            panels["head"] = gr.HTML(view.render_head(workspace, None, RunFiles(Path())), elem_id="run-head")
-            with gr.Row(visible=False, elem_id="run-actions") as actions:
-                stop = gr.Button("Stop", elem_id="run-stop", min_width=90, scale=0)
-                kill = gr.Button("Kill", variant="stop", elem_id="run-kill", min_width=90, scale=0)
-                resume = gr.Button("Resume", variant="primary", elem_id="run-resume", min_width=90, scale=0)
-            panels["commands"] = gr.HTML("", elem_id="run-command")
+            widgets["head"] = gr.HTML(view.render_head(workspace, None, RunFiles(Path())), elem_id="run-head")
+            with gr.Row(visible=False, elem_id="run-actions") as widgets["actions"]:
+                for name, (variant, _) in ACTIONS.items():
+                    title = name.capitalize()
+                    widgets[name] = gr.Button(title, variant=variant, elem_id=f"run-{name}", min_width=90, scale=0)
+            widgets["commands"] = gr.HTML("", elem_id="run-command")
             with gr.Tabs():
-                for name, title in (("curves", "Curves"), ("demos", "Listen"), ("data", "Data")):
+                for name, title in TABS.items():
                     with gr.Tab(title):
-                        panels[name] = gr.HTML(elem_id=f"run-{name}")
-                with gr.Tab("Settings"):
-                    other = gr.Dropdown([], label="Compare with run", elem_id="run-other")
-                    differences = gr.HTML(elem_id="run-differences")
-                    panels["config"] = gr.HTML(elem_id="run-config")
-                with gr.Tab("Log"):
-                    panels["log"] = gr.HTML(elem_id="run-log")
+                        if name == "config":
+                            other = gr.Dropdown([], label="Compare with run", elem_id="run-other")
+                            differences = gr.HTML(elem_id="run-differences")
+                        widgets[name] = gr.HTML(elem_id=f"run-{name}")
                 with gr.Tab("Report"):
                     open_report = gr.Button("Show report", elem_id="run-report-open", scale=0)
                     report = gr.HTML(elem_id="run-report")
-    return _Widgets(chosen, none, actions, stop, kill, resume, other, differences, open_report, report, panels)
+    compare = show_errors(lambda path, second: render_comparison(workspace, path, second))
+    other.input(compare, [chosen, other], differences)
+    open_report.click(show_errors(lambda path: render_report(workspace, path)), chosen, report)
+    return widgets | {"other": other}
 
 
-def _refresh(
-    workspace: Workspace, widgets: _Widgets, path: str | None, before: dict[str, Any]
-) -> tuple[Values, dict[str, Any]]:
+def _refresh(workspace: Workspace, path: str | None, before: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return updates of the widgets whose content has changed since `before`, and what the page has seen now."""
     found = runs.find_runs(workspace, Path(path) if path else None)
     labels, selected = [(view.format_label(workspace, run), str(run.path)) for run in found], path
@@ -142,22 +119,22 @@ def _refresh(
     after, changed = render_parts(workspace, run, before)
     after |= {"list": labels, "path": path, "state": run.state if run else None}
     differing = {name for name in ("list", "path", "state") if after[name] != before.get(name, ...)}
-    values: Values = {widgets.panels[name]: html for name, html in changed.items()}
+    values: dict[str, Any] = dict(changed)
     if differing & {"list", "path"}:
         # The choice is only set when it must change: the user may have made another meanwhile.
         choice: dict[str, Any] = {} if path == selected else {"value": path}
-        values[widgets.chosen] = gr.update(choices=labels, visible=bool(labels), **choice)
-        values[widgets.none] = gr.update(visible=not labels)
-        values[widgets.other] = gr.update(choices=[(workspace.shorten(run.path), str(run.path)) for run in found])
+        values["chosen"] = gr.update(choices=labels, visible=bool(labels), **choice)
+        values["none"] = gr.update(visible=not labels)
+        values["other"] = gr.update(choices=[(workspace.shorten(run.path), str(run.path)) for run in found])
     if differing & {"state", "path"}:
         is_own = run is not None and run.state in ("starting", "running", "stopping")
         is_stopping = run is not None and run.state == "stopping"
         is_resumable = run is not None and run.is_resumable
         values |= {
-            widgets.actions: gr.update(visible=is_own or is_resumable),
-            widgets.stop: gr.update(visible=is_own, interactive=not is_stopping),
-            widgets.kill: gr.update(visible=is_stopping),
-            widgets.resume: gr.update(visible=is_resumable),
+            "actions": gr.update(visible=is_own or is_resumable),
+            "stop": gr.update(visible=is_own, interactive=not is_stopping),
+            "kill": gr.update(visible=is_stopping),
+            "resume": gr.update(visible=is_resumable),
         }
     return values, after
 
@@ -205,29 +182,23 @@ def render_parts(
     html: dict[str, str] = {}
     if changed & {"curves", "demos", "data", "run"}:
         try:
-            files, problem = _read_files(run.path), ""
-        except SA3Error as error:  # shown on the page: raised, it would come back with every tick
-            files, problem = RunFiles(run.path), render_notice(str(error), "error")
+            files, problem = run_files.read_run(run.path), ""
+        except (OSError, ValueError, KeyError, TypeError) as error:  # raised, it would come back with every tick
+            text = f"A file in {run.path} is damaged ({error}). Restore or delete it."
+            files, problem = RunFiles(run.path), render_notice(text, "error")
         html["head"] = view.render_head(workspace, run, files) + problem
         html["commands"] = _render_commands(run)
-        if "curves" in changed:
-            html["curves"] = view.render_curves(files)
-        if "demos" in changed:
-            html["demos"] = view.render_demos(workspace, files)
-        if "data" in changed:
-            html["data"] = view.render_data(files)
+        views: dict[str, Callable[[RunFiles], str]] = {
+            "curves": view.render_curves,
+            "demos": partial(view.render_demos, workspace),
+            "data": view.render_data,
+        }
+        html |= {part: render(files) for part, render in views.items() if part in changed}
     if "config" in changed:
         html["config"] = view.render_config(run.path)
     if "log" in changed:
         html["log"] = view.render_log(processes.read_log_tail(run.path, LOG_LINES))
     return after, html
-
-
-def _read_files(folder: Path) -> RunFiles:
-    try:
-        return run_files.read_run(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StudioError(f"A file in {folder} is damaged ({error}). Restore or delete it.") from error
 
 
 def _render_commands(run: runs.Run) -> str:

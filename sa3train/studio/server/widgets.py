@@ -14,7 +14,8 @@ from gradio.context import Context
 
 from sa3train.core.errors import GenerationError, SA3Error
 from sa3train.core.log import get_logger
-from sa3train.inference.request import check_number
+from sa3train.inference.settings import check_number
+from sa3train.studio.server.workspace import StudioError
 
 logger = get_logger(__name__)
 Handler = TypeVar("Handler", bound=Callable[..., Any])
@@ -40,12 +41,7 @@ def show_errors(handler: Handler) -> Handler:
 
         return cast(Handler, run_generator)
 
-    @functools.wraps(handler)
-    def run_function(*arguments: Any, **named: Any) -> Any:
-        with _convert_errors():
-            return handler(*arguments, **named)
-
-    return cast(Handler, run_function)
+    return _convert_errors()(handler)
 
 
 @contextmanager
@@ -163,10 +159,28 @@ def parse_optional_number(name: str, text: str | float | None) -> float | None:
     if text is None or str(text).strip() == "":
         return None
     try:
-        value = float(text)
+        return check_number(name, float(text) if isinstance(text, str) else text)
     except ValueError as error:
         raise GenerationError(f"{name} must be a number, not {text!r}. Correct it or leave it empty.") from error
-    return check_number(name, value)
+
+
+def parse_numbers(text: str) -> list[float]:
+    """Parse a list of numbers.
+
+    Args:
+        text: Numbers with commas or semicolons between them.
+
+    Returns:
+        The numbers in order.
+
+    Raises:
+        StudioError: A part is not a number.
+    """
+    try:
+        parts = text.replace(";", ",").split(",")
+        return [check_number("each part", float(part)) for part in parts if part.strip()]
+    except ValueError as error:
+        raise StudioError(f"{text!r} is not a list of numbers. Write them with commas, such as 0, 0.5, 1.") from error
 
 
 def parse_optional_int(name: str, text: str | float | None) -> int | None:
@@ -188,18 +202,6 @@ def parse_optional_int(name: str, text: str | float | None) -> int | None:
     if value != int(value):
         raise GenerationError(f"{name} must be an integer, not {value:g}.")
     return int(value)
-
-
-def format_optional_number(value: float | None) -> str:
-    """Format a number as the value of an optional number field.
-
-    Args:
-        value: The number, or None for an empty field.
-
-    Returns:
-        The text.
-    """
-    return "" if value is None else f"{value:.10g}"
 
 
 def build_timer(seconds: float) -> gr.Timer:

@@ -6,7 +6,7 @@ Listings are bounded, since a root may be a whole home folder.
 import functools
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from urllib.parse import quote
@@ -14,7 +14,7 @@ from urllib.parse import quote
 from sa3train.audio.io import AUDIO_SUFFIXES
 from sa3train.core.errors import SA3Error
 from sa3train.data.shards.index import INDEX_FILE
-from sa3train.inference.request import MODEL_DEFAULTS
+from sa3train.inference.settings import MODEL_DEFAULTS
 from sa3train.models import hub
 from sa3train.models.config import ModelConfig
 from sa3train.models.parse import parse_model, read_config_file
@@ -120,6 +120,27 @@ class Workspace:
             )
         return found
 
+    def resolve_existing(
+        self, path: str | Path, what: str = "file or folder", check: Callable[[Path], bool] = Path.exists
+    ) -> Path:
+        """Resolve a path that must exist.
+
+        Args:
+            path: As for `resolve`.
+            what: What it is, for the error message.
+            check: What it must be, besides inside the roots.
+
+        Returns:
+            The absolute path.
+
+        Raises:
+            StudioError: There is no such file or folder inside the roots.
+        """
+        found = self.resolve(path)
+        if not check(found):
+            raise StudioError(f"There is no {what} {found}. Check the path.")
+        return found
+
     def resolve_file(self, path: str | Path, what: str = "file") -> Path:
         """Resolve the path of a file that must exist.
 
@@ -129,14 +150,8 @@ class Workspace:
 
         Returns:
             The absolute path.
-
-        Raises:
-            StudioError: There is no such file inside the roots.
         """
-        found = self.resolve(path)
-        if not found.is_file():
-            raise StudioError(f"There is no {what} {found}. Check the path.")
-        return found
+        return self.resolve_existing(path, what, Path.is_file)
 
     def resolve_folder(self, path: str | Path, what: str = "folder") -> Path:
         """Resolve the path of a folder that must exist.
@@ -147,14 +162,8 @@ class Workspace:
 
         Returns:
             The absolute path.
-
-        Raises:
-            StudioError: There is no such folder inside the roots.
         """
-        found = self.resolve(path)
-        if not found.is_dir():
-            raise StudioError(f"There is no {what} {found}. Check the path.")
-        return found
+        return self.resolve_existing(path, what, Path.is_dir)
 
     def shorten(self, path: str | Path) -> str:
         """Shorten a path for display.
@@ -310,19 +319,6 @@ def load_model_config(workspace: Workspace, name: str) -> ModelConfig | None:
     return parse_model(read_config_file(files.config), str(files.config))
 
 
-def get_generation_defaults(config: ModelConfig) -> tuple[int, float, str]:
-    """Return what a model uses where a request leaves the sampling open.
-
-    Args:
-        config: The model's configuration.
-
-    Returns:
-        (steps, CFG scale, name of the sampler).
-    """
-    defaults = MODEL_DEFAULTS[config.objective]
-    return defaults["steps"], defaults["cfg_scale"], defaults["sampler_type"]
-
-
 def describe_model(workspace: Workspace, name: str) -> str:
     """Describe a model in one line.
 
@@ -342,8 +338,9 @@ def describe_model(workspace: Workspace, name: str) -> str:
         return f"{name} is downloaded on first use. License: {entry.license}, {entry.page}."
     kind = "base model" if config.objective == "rectified_flow" else "post-trained model"
     longest = config.sample_size / config.sample_rate
-    steps, cfg, sampler = get_generation_defaults(config)
-    return f"{kind}, up to {longest:.0f} s; defaults: {steps} steps, CFG scale {cfg:g}, sampler {sampler}"
+    defaults = MODEL_DEFAULTS[config.objective]
+    sampling = "{steps} steps, CFG scale {cfg_scale:g}, sampler {sampler_type}".format(**defaults)
+    return f"{kind}, up to {longest:.0f} s; defaults: {sampling}"
 
 
 def get_sibling(name: str) -> str:
@@ -390,18 +387,12 @@ def find_folders(workspace: Workspace) -> FoundFolders:
     Returns:
         The folders.
     """
-    return _find_cached(workspace, int(time.monotonic() / CACHE_SECONDS))
+    return _find_folders(workspace, int(time.monotonic() / CACHE_SECONDS))
 
 
-def refresh_folders(workspace: Workspace) -> FoundFolders:
-    """Find folders as `find_folders` does, but without its cache.
-
-    Args:
-        workspace: The workspace.
-
-    Returns:
-        The folders.
-    """
+@functools.lru_cache(maxsize=8)
+def _find_folders(workspace: Workspace, period: int) -> FoundFolders:
+    """Find folders; another `period` makes them be looked for again."""
     found = FoundFolders()
     closed: set[Path] = set()
     for folder, files in iterate_folders(workspace):
@@ -416,11 +407,6 @@ def refresh_folders(workspace: Workspace) -> FoundFolders:
         elif any(map(_is_audio, files)):
             found.audio.append(folder)
     return FoundFolders(*(sorted(set(paths)) for paths in (found.runs, found.latents, found.audio)))
-
-
-@functools.lru_cache(maxsize=8)
-def _find_cached(workspace: Workspace, period: int) -> FoundFolders:
-    return refresh_folders(workspace)
 
 
 def _is_audio(name: str) -> bool:

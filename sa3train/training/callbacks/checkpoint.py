@@ -147,8 +147,7 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, list):
         return [_pack(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
     if isinstance(value, tuple):
-        packed = [_pack(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
-        return {MARK: "tuple", "value": packed}
+        return {MARK: "tuple", "value": _pack(list(value), path, tensors)}
     if isinstance(value, Mapping):
         pairs = [(key, _pack(item, f"{path}/{key}", tensors)) for key, item in value.items()]
         if all(isinstance(key, str) for key in value) and MARK not in value:
@@ -175,8 +174,7 @@ class SafetensorsCheckpointIO(CheckpointIO):
     @override
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         """Read a training state on the CPU."""
-        state: dict[str, Any] = load_state(path)
-        return state
+        return dict(load_state(path))
 
     @override
     def remove_checkpoint(self, path: Any) -> None:
@@ -206,12 +204,8 @@ def list_checkpoints(run_dir: Path) -> dict[int, Path]:
     Returns:
         Files by step, oldest first.
     """
-    found = {}
-    for path in (run_dir / CHECKPOINTS_DIR).glob("step-*.safetensors"):
-        match = _STATE_NAME.fullmatch(path.name)
-        if match:
-            found[int(match.group(1))] = path
-    return dict(sorted(found.items()))
+    paths = sorted((run_dir / CHECKPOINTS_DIR).glob("step-*.safetensors"))
+    return {int(match.group(1)): path for path in paths if (match := _STATE_NAME.fullmatch(path.name))}
 
 
 def find_latest_checkpoint(run_dir: Path) -> tuple[int, Path] | None:
@@ -226,10 +220,9 @@ def find_latest_checkpoint(run_dir: Path) -> tuple[int, Path] | None:
     for step, path in reversed(list_checkpoints(run_dir).items()):
         try:
             load_state(path)
+            return step, path
         except StateError as error:
             _logger.warning("%s Using the checkpoint before it.", error)
-            continue
-        return step, path
     return None
 
 

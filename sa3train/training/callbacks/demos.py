@@ -164,7 +164,7 @@ class DemoCallback(StepCallback):
                 # Fixed precision: demos are compared over steps and machines.
                 precision = "bf16" if torch.device(self.device).type == "cuda" else "fp32"
                 generator = Generator.from_pretrained(source, device=self.device, precision=precision)
-                with _silence_loggers("sa3train.adapters", "sa3train.inference"):
+                with _silence_logger("sa3train.adapters"), _silence_logger("sa3train.inference"):
                     files += self._play_on(generator, adapter, step, folder, is_trained=number == 0)
                 del generator
         if torch.cuda.is_available():
@@ -232,14 +232,12 @@ class DemoCallback(StepCallback):
 
 
 @contextlib.contextmanager
-def _silence_loggers(*names: str) -> Iterator[None]:
-    """Let these loggers report errors only."""
-    loggers = [logging.getLogger(name) for name in names]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+def _silence_logger(name: str) -> Iterator[None]:
+    """Let this logger report errors only."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logger.setLevel(level)

@@ -5,8 +5,8 @@ counted as it saves them, so the figure holds on any device. They grow linearly 
 measured tell what a long one takes.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -19,13 +19,14 @@ from torch.distributed.tensor import DTensor
 
 from sa3train.core.device import GIB
 from sa3train.core.log import get_logger
+from sa3train.data.loading.datamodule import SAMPLE_RATE, SAMPLES_PER_FRAME, LatentDataModule
 from sa3train.models import norms
 from sa3train.models.dit import compile_blocks
 from sa3train.training.batch import ClipBatch
 from sa3train.training.module import LoraModule
 from sa3train.training.quantization import QuantizedBase
 from sa3train.training.settings import TrainerSettings
-from sa3train.training.step import StepDraw
+from sa3train.training.step import StepDraw, make_plain_draw
 
 _logger = get_logger(__name__)
 
@@ -155,9 +156,7 @@ def _make_trial_batch(module: LoraModule, frames: int, prompt: str) -> tuple[Cli
     seconds = torch.tensor([frames * module.model.downsampling_ratio / module.model.sample_rate])
     data_1CF = torch.zeros(1, channels, frames, device=module.device)
     clips = ClipBatch(data_1CF, real_1F, seconds, torch.zeros(1, dtype=torch.bool), [prompt], ["trial"])
-    half = torch.full((1,), 0.5)
-    draw = StepDraw(data_1CF, half, real_1F, torch.zeros(1, 1, frames), torch.zeros(1, dtype=torch.bool))
-    return clips, draw.to(module.device)
+    return clips, make_plain_draw(data_1CF, torch.full((1,), 0.5), real_1F).to(module.device)
 
 
 def make_memory_plan(
@@ -249,9 +248,10 @@ def compare_memory(plan: MemoryPlan, device: torch.device) -> str | None:
         return None
     measured = torch.cuda.max_memory_allocated(device)
     error = 100 * (plan.total - measured) / measured
-    return f"memory: planned {plan.total / GIB:.2f} GiB, used {measured / GIB:.2f} GiB (plan off by {error:+.0f} %)"
+    return f"memory: planned {plan.total / GIB:.2f} GiB, used {measured / GIB:.2f} GiB (plan off by {error:+.0f}%)"
 
 
+@dataclass(eq=False)
 class MemoryPlanCallback(lightning.Callback):
     """Quantizes the base if asked, logs the memory plan, decides on recomputing blocks, compiles.
 
@@ -268,19 +268,14 @@ class MemoryPlanCallback(lightning.Callback):
         accuracy: After the run, a line that compares the plan with what was used; None if not known.
     """
 
-    def __init__(
-        self,
-        settings: TrainerSettings,
-        optimizer: str,
-        frames: int,
-        rows: int,
-        prompt: str,
-        suggest: Callable[[bool], Sequence[str]],
-    ) -> None:
-        self.settings, self.optimizer = settings, optimizer
-        self.frames, self.rows, self.prompt, self._suggest = frames, rows, prompt, suggest
-        self.plan: MemoryPlan | None = None
-        self.accuracy: str | None = None
+    settings: TrainerSettings
+    optimizer: str
+    frames: int
+    rows: int
+    prompt: str
+    suggest: Callable[[bool], list[str]]
+    plan: MemoryPlan | None = field(default=None, init=False)
+    accuracy: str | None = field(default=None, init=False)
 
     def suggest_savings(self) -> list[str]:
         """Suggest settings that save memory.
@@ -289,7 +284,7 @@ class MemoryPlanCallback(lightning.Callback):
             Settings, the least costly first.
         """
         mode = self.settings.activation_checkpointing
-        return list(self._suggest(mode == "blocks" or (self.plan is not None and self.plan.checkpointing)))
+        return self.suggest(mode == "blocks" or (self.plan is not None and self.plan.checkpointing))
 
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Quantize, plan, compile, in this order: the plan is of the model as it will train."""
@@ -342,3 +337,28 @@ def compile_for_training(module: LoraModule, backend: str = "inductor") -> None:
         if isinstance(value, type) and issubclass(value, Function) and value is not Function:
             torch.compiler.allow_in_graph(value)
     compile_blocks(module.model.dit, backend)
+
+
+def suggest_memory_fixes(data: LatentDataModule, settings: TrainerSettings, is_recomputing: bool) -> list[str]:
+    """Suggest settings that save memory.
+
+    Args:
+        data: The data module.
+        settings: The trainer's settings.
+        is_recomputing: Whether blocks are recomputed already.
+
+    Returns:
+        Settings as on the command line, the least costly first.
+    """
+    rows, pack_frames, longest = data.settings.batch_size, data.settings.pack_frames, data.longest_crop
+    fewer = max((part for part in range(1, rows) if rows % part == 0), default=rows)
+    seconds = longest * SAMPLES_PER_FRAME / SAMPLE_RATE / 2
+    crop = f"crop_seconds={seconds:.1f}" if data.settings.crop_frames is None else f"crop_frames={longest // 2}"
+    suggestions = [
+        ("trainer.activation_checkpointing=blocks", not is_recomputing),
+        (f"data.batch_size={fewer} trainer.accumulate={settings.accumulate * rows // fewer}", fewer < rows),
+        (f"data.pack_frames={longest}", pack_frames is not None and pack_frames > longest),
+        (f"data.{crop}", longest > 1),
+        ("trainer.quantize=int8 or nf4", settings.quantize == "none"),
+    ]
+    return [suggestion for suggestion, would_help in suggestions if would_help]

@@ -2,13 +2,11 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as lightning
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 
 from sa3train.adapters.adapter import Adapter
@@ -85,7 +83,7 @@ def measure_adapter(injected: InjectedAdapter, adapter: Adapter) -> dict[str, An
         Type, size, and effect ‖W' − W‖ / ‖W‖ by layer, by group of layers and over all; empty when the base weights are
         quantized or sharded.
     """
-    weights = {path: _get_base_weight(layer) for path, layer in injected.layers.items()}
+    weights = {path: cast(Tensor, layer.get_base_layer().weight) for path, layer in injected.layers.items()}
     if not all(_is_plain(weight) for weight in weights.values()):
         return {}
     with torch.random.fork_rng(devices=[]):
@@ -127,7 +125,9 @@ def describe_data(data: LatentDataModule) -> dict[str, Any]:
                 "card": card.read_text(encoding="utf-8")[:CARD_CHARACTERS] if card.is_file() else "",
             }
         )
-    return {"manifest": data.manifest, "sources": sources, "prompts": _pick_evenly(data.list_prompts() or [])}
+    prompts = list(data.list_prompts() or [])
+    shown = prompts[:: max(1, -(-len(prompts) // SHOWN_PROMPTS))]
+    return {"manifest": data.manifest, "sources": sources, "prompts": shown}
 
 
 def describe_system(trainer: lightning.Trainer, device: torch.device) -> dict[str, Any]:
@@ -148,16 +148,6 @@ def describe_system(trainer: lightning.Trainer, device: torch.device) -> dict[st
             found["plan"] = {part: size for part, size in sizes.items() if not isinstance(size, bool)}
             found["plan_accuracy"] = callback.accuracy
     return found
-
-
-def _pick_evenly(values: Sequence[str], limit: int = SHOWN_PROMPTS) -> list[str]:
-    return list(values[:: max(1, -(-len(values) // limit))])
-
-
-def _get_base_weight(layer: BaseTunerLayer) -> Tensor:
-    weight = layer.get_base_layer().weight
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 def _is_plain(weight: Tensor) -> bool:

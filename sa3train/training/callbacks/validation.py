@@ -31,11 +31,13 @@ from sa3train.training.ema import swap_parameters
 from sa3train.training.loggers import LoggerCollection
 from sa3train.training.module import LoraModule, StepCallback
 from sa3train.training.settings import ValidationSettings
-from sa3train.training.step import StepDraw, derive_seed
+from sa3train.training.step import derive_seed, make_plain_draw
 
 VAL, TRAIN_EVAL = "val", "train_eval"
 """The parts: held-out clips and training clips, by their prefix in metrics."""
 _TITLES = {TRAIN_EVAL: "training clips", VAL: "held-out clips"}
+_STATE = ("history", "best_loss", "best_step", "without_best")
+"""Attributes of the callback that are saved as they are."""
 _logger = get_logger(__name__)
 
 
@@ -147,13 +149,8 @@ def _compute_losses(module: LoraModule, clips: Sequence[ClipBatch], seed: int, l
         [clip.prompts[0] for clip in clips for _ in levels],
         [clip.keys[0] for clip in clips for _ in levels],
     )
-    draw = StepDraw(
-        torch.cat(noise).repeat_interleave(times, dim=0),
-        t_S,
-        batch.attention_mask_SF,
-        torch.zeros(len(t_S), 1, longest),
-        torch.zeros(len(t_S), dtype=torch.bool),
-    ).to(module.device)
+    noise_SCF = torch.cat(noise).repeat_interleave(times, dim=0)
+    draw = make_plain_draw(noise_SCF, t_S, batch.attention_mask_SF).to(module.device)
     target_SCF = objective.compute_velocity_target(batch.data_SCF, draw.noise_BCT)
     error_SCF = objective.compute_squared_error(module(batch, draw), target_SCF)
     return objective.compute_masked_means(error_SCF, draw.attention_mask_BT).view(len(clips), times)
@@ -200,7 +197,7 @@ class ValidationCallback(StepCallback):
         self.last: dict[str, Tensor] = {}
         self.history: list[dict[str, Any]] = []
         self.best_loss, self.best_step = float("inf"), -1
-        self._without_best = 0
+        self.without_best = 0
 
     @property
     def state_key(self) -> str:
@@ -213,14 +210,7 @@ class ValidationCallback(StepCallback):
         Returns:
             The state of this callback.
         """
-        return {
-            "history": self.history,
-            "best_loss": self.best_loss,
-            "best_step": self.best_step,
-            "without_best": self._without_best,
-            "base": dict(self.base),
-            "last": dict(self.last),
-        }
+        return {name: getattr(self, name) for name in _STATE} | {"base": dict(self.base), "last": dict(self.last)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore what was measured before the interruption.
@@ -228,9 +218,8 @@ class ValidationCallback(StepCallback):
         Args:
             state_dict: What `state_dict` returned.
         """
-        self.history = list(state_dict["history"])
-        self.best_loss, self.best_step = state_dict["best_loss"], state_dict["best_step"]
-        self._without_best = state_dict["without_best"]
+        for name in _STATE:
+            setattr(self, name, state_dict[name])
         for name, tables in (("base", self.base), ("last", self.last)):
             for part, loss_IN in state_dict[name].items():
                 if len(self.clips[part]) == len(loss_IN):
@@ -285,7 +274,7 @@ class ValidationCallback(StepCallback):
         }
 
     def _is_out_of_patience(self) -> bool:
-        return bool(self.settings.patience) and self._without_best >= (self.settings.patience or 0)
+        return bool(self.settings.patience) and self.without_best >= (self.settings.patience or 0)
 
     def _validate(self, trainer: lightning.Trainer, module: LoraModule) -> None:
         step = trainer.global_step
@@ -309,9 +298,9 @@ class ValidationCallback(StepCallback):
 
     def _keep_best(self, trainer: lightning.Trainer, module: LoraModule, loss: float) -> None:
         if loss >= self.best_loss:
-            self._without_best += 1
+            self.without_best += 1
             return
-        self.best_loss, self.best_step, self._without_best = loss, trainer.global_step, 0
+        self.best_loss, self.best_step, self.without_best = loss, trainer.global_step, 0
         if self.settings.select_best and trainer.is_global_zero:
             self.checkpoint.write_adapter(BEST_ADAPTER_FILE, module, self.best_step)
 
@@ -337,7 +326,7 @@ def summarize_validation(summary: Mapping[str, Any]) -> list[str]:
         change = 100 * (after - base["loss"]) / base["loss"]
         lines.append(
             f"loss on fixed noise and timesteps, {_TITLES[part]}: base {base['loss']:.4f} -> adapter {after:.4f} "
-            f"({change:+.1f} %) at step {history[-1]['step']}"
+            f"({change:+.1f}%) at step {history[-1]['step']}"
         )
     if summary["best_step"] >= 0 and history and summary["best_step"] != history[-1]["step"]:
         lines.append(f"best validation loss {summary['best_loss']:.4f} was at step {summary['best_step']}")

@@ -95,6 +95,15 @@ def test_inner_products_need_no_products() -> None:
         assert compute_inner_product(*pair) == pytest.approx(expected, rel=1e-4)
 
 
+def test_merging_leaves_out_layers_of_which_only_the_bias_changes() -> None:
+    layers = {"model.one": {"diff": torch.randn(4, 4)}, "model.two": {"diff_b": torch.randn(4)}}
+    merged, loss = merge([Adapter(AdapterSpec("diff"), layers)], [1.0], Truncation(4))
+    assert list(merged.tensors) == ["model.one"]
+    assert loss.not_carried == ["model.two: the change of its bias"]
+    with pytest.raises(AdapterError, match="biases"):
+        merge([Adapter(AdapterSpec("diff"), {"model.two": layers["model.two"]})], [1.0], Truncation(4))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_resizing_to_no_less_than_the_rank_changes_nothing(kind: str, base: Any) -> None:
     adapter, weights = (

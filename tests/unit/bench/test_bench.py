@@ -153,10 +153,11 @@ def test_tasks_run_in_turn_and_warm_up_is_not_measured() -> None:
 def test_a_ratio_is_the_median_of_the_rounds_own_ratios() -> None:
     rounds = {"a": [1.0, 2.0, 30.0], "b": [2.0, 2.0, 10.0]}
     timings = measure.Timings(rounds, rounds)
-    assert timings.ratio("a", "b") == 1.0
     assert timings.median("a") == 2.0
     assert timings.best("b") == 2.0
-    assert timings.describe_spread("a", "b") == "rounds 0.5 to 3, in processor time 1"
+    figure = timings.compare("name", "a", "b", 1.5)
+    assert (figure.name, figure.value, figure.target) == ("name", 1.0, 1.5)
+    assert figure.note == "2.00 s against 2.00 s; rounds 0.5 to 3, in processor time 1"
 
 
 def test_peak_of_allocated_bytes_counts_what_is_alive_together() -> None:

@@ -12,6 +12,7 @@ import soundfile
 
 from helpers.audio import noise, tone, write_clip
 from helpers.golden import PLAIN
+from helpers.shards import make_data_module
 from sa3train.cli.data import main
 from sa3train.cli.encode import main as encode
 from sa3train.cli.train import main as train
@@ -76,14 +77,13 @@ def test_audit_has_a_folder_of_its_own(
 
 
 def test_preview_tells_what_training_will(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    from sa3train.data.loading.datamodule import LatentDataModule
     from sa3train.data.loading.prompts import PromptSettings, Template
 
     flags = ["--template", "{genre} at {bpm}", "--trigger", "sks", "--trigger-probability", "0.5", "--seed", "3"]
     assert main(["preview", str(shards), "-n", "5", "--crop-seconds", "0.3", *flags]) == 0
     printed = capsys.readouterr().out.splitlines()
     settings = PromptSettings((Template("{genre} at {bpm}"),), "sks", 0.5)
-    data = LatentDataModule(str(shards), 4, crop_seconds=0.3, prompts=settings, seed=3)
+    data = make_data_module(shards, 4, crop_seconds=0.3, prompts=settings, seed=3)
     loader = data.train_dataloader()
     first = [*iter(loader), *iter(loader)]
     told = [

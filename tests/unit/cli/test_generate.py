@@ -23,7 +23,7 @@ from sa3train.cli.generate_args import build_parser, parse_adapters, parse_outpu
 from sa3train.core.errors import GenerationError, SA3Error
 from sa3train.core.files import hash_file
 from sa3train.inference import Generator, outputs
-from sa3train.inference.request import GenerationSettings
+from sa3train.inference.settings import GenerationSettings
 
 MODEL = str(GOLDEN / "plain")
 ADAPTERS = GOLDEN / "plain" / "adapters"

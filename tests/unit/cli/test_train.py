@@ -24,6 +24,7 @@ from sa3train.models.checkpoint import load_checkpoint
 from sa3train.models.conditioners import TextEncoder
 from sa3train.reports.run_files import read_metrics
 from sa3train.training.module import LoraModule
+from sa3train.training.trainer import resolve_precisions
 
 GOLDEN = PLAIN
 QUICK = (
@@ -186,7 +187,7 @@ def test_precision_is_decided_by_the_machine_where_it_is_left_open(
     monkeypatch: pytest.MonkeyPatch, gpu: bool, given: tuple[str, str], found: tuple[torch.dtype, str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
-    assert train_setup.resolve_precisions(*given, gpu) == found
+    assert resolve_precisions(*given, gpu) == found
 
 
 def test_prior_preservation_mixes_in_another_set_and_validates_only_ones_own(

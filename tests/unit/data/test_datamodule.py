@@ -10,10 +10,11 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from helpers.shards import make_store
+from helpers.shards import make_data_module, make_store
 from sa3train.core.errors import ConfigError, DataError
-from sa3train.data.loading.datamodule import DataSource, LatentDataModule
 from sa3train.data.loading.prompts import PromptSettings
+from sa3train.data.loading.sampler import SourceSize, count_clips_per_cycle
+from sa3train.data.loading.settings import DataSource
 
 
 def endless(loader: Any) -> Iterator[dict[str, Any]]:
@@ -26,7 +27,7 @@ def keys_of(loader: Any, batches: int) -> list[list[str]]:
 
 
 def test_a_batch_has_the_contract(tmp_path: Path) -> None:
-    data = LatentDataModule(
+    data = make_data_module(
         str(make_store(tmp_path / "a", [5, 9, 7, 6], heldout=1)), batch_size=3, silence_tail_seconds=0.2
     )
     batch = next(iter(data.train_dataloader()))
@@ -53,7 +54,7 @@ def test_each_clip_is_on_exactly_one_rank_in_a_pass(
     path = str(make_store(tmp_path / "a", lengths))
     seen: Counter[str] = Counter()
     for rank in range(world):
-        data = LatentDataModule(path, batch_size, pack_frames=pack, seed=3, pool=1000, rank=rank, world_size=world)
+        data = make_data_module(path, batch_size, pack_frames=pack, seed=3, pool=1000, rank=rank, world_size=world)
         loader = data.train_dataloader()
         window = loader.sampler.window
         assert window == 36, "the window is the pass here"
@@ -69,8 +70,8 @@ def test_the_batches_of_all_ranks_are_that_of_one(tmp_path: Path) -> None:
         str(make_store(tmp_path / "a", [4 + n % 5 for n in range(7)])),
         {"seed": 2, "silence_tail_seconds": 0.3},
     )
-    one = LatentDataModule(path, 4, **settings).train_dataloader()
-    two = [LatentDataModule(path, 2, rank=rank, world_size=2, **settings).train_dataloader() for rank in range(2)]
+    one = make_data_module(path, 4, **settings).train_dataloader()
+    two = [make_data_module(path, 2, rank=rank, world_size=2, **settings).train_dataloader() for rank in range(2)]
     twice, seeds = 0, []
     for whole, *parts in zip(*(islice(endless(loader), 12) for loader in (one, *two)), strict=True):
         dealt = [row for pair in zip(*(part["latents_BCT"] for part in parts), strict=True) for row in pair]
@@ -85,14 +86,14 @@ def test_the_batches_of_all_ranks_are_that_of_one(tmp_path: Path) -> None:
 
 def test_passes_stay_whole_when_the_set_does_not_divide(tmp_path: Path) -> None:
     path = str(make_store(tmp_path / "a", [4] * 7))
-    loaders = [LatentDataModule(path, 2, rank=rank, world_size=2).train_dataloader() for rank in range(2)]
+    loaders = [make_data_module(path, 2, rank=rank, world_size=2).train_dataloader() for rank in range(2)]
     keys = [keys_of(loader, 14) for loader in loaders]
     counts = Counter(key for rank in keys for batch in rank for key in batch)
     assert set(counts.values()) == {8}, "56 places are 8 passes of 7 clips"
 
 
 def test_a_set_smaller_than_the_batch_loops(tmp_path: Path) -> None:
-    loader = LatentDataModule(str(make_store(tmp_path / "a", [4, 5, 6])), 8).train_dataloader()
+    loader = make_data_module(make_store(tmp_path / "a", [4, 5, 6]), 8).train_dataloader()
     assert len(loader) == 1
     counts = Counter(key for batch in keys_of(loader, 3) for key in batch)
     assert set(counts.values()) == {8}
@@ -100,8 +101,8 @@ def test_a_set_smaller_than_the_batch_loops(tmp_path: Path) -> None:
 
 def test_workers_do_not_change_the_order(tmp_path: Path) -> None:
     path = str(make_store(tmp_path / "a", [4 + n % 5 for n in range(11)]))
-    alone = LatentDataModule(path, 2, crop_frames=4, seed=1).train_dataloader()
-    helped = LatentDataModule(path, 2, crop_frames=4, seed=1, num_workers=2).train_dataloader()
+    alone = make_data_module(path, 2, crop_frames=4, seed=1).train_dataloader()
+    helped = make_data_module(path, 2, crop_frames=4, seed=1, num_workers=2).train_dataloader()
     for one, two in zip(islice(endless(alone), 13), islice(endless(helped), 13), strict=True):
         assert one["keys"] == two["keys"]
         assert torch.equal(one["latents_BCT"], two["latents_BCT"])
@@ -112,11 +113,11 @@ def test_workers_do_not_change_the_order(tmp_path: Path) -> None:
 def test_state_restores_the_exact_position(tmp_path: Path, stop: int, pack: int | None) -> None:
     settings = {"crop_frames": 6, "seed": 5, "pack_frames": pack, "prompts": PromptSettings(caption_dropout=0.5)}
     path = str(make_store(tmp_path / "a", [4 + n % 7 for n in range(10)]))
-    whole = LatentDataModule(path, 2, **settings).train_dataloader()
+    whole = make_data_module(path, 2, **settings).train_dataloader()
     expected = list(islice(endless(whole), 20))
-    first = LatentDataModule(path, 2, **settings).train_dataloader()
+    first = make_data_module(path, 2, **settings).train_dataloader()
     list(islice(endless(first), stop))
-    second = LatentDataModule(path, 2, **settings).train_dataloader()
+    second = make_data_module(path, 2, **settings).train_dataloader()
     second.load_state_dict(first.state_dict())
     for one, two in zip(expected[stop:], endless(second), strict=False):
         assert one["keys"] == two["keys"]
@@ -126,19 +127,19 @@ def test_state_restores_the_exact_position(tmp_path: Path, stop: int, pack: int 
 
 def test_an_epoch_resumed_ends_where_it_would_have(tmp_path: Path) -> None:
     path = str(make_store(tmp_path / "a", [4] * 10))
-    first = LatentDataModule(path, 2).train_dataloader()
+    first = make_data_module(path, 2).train_dataloader()
     assert len(first) == 5
     list(islice(iter(first), 3))
-    second = LatentDataModule(path, 2).train_dataloader()
+    second = make_data_module(path, 2).train_dataloader()
     second.load_state_dict(first.state_dict())
     assert len(list(second)) == 2
     assert len(list(second)) == 5
 
 
 def test_a_changed_set_resumes_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    first = LatentDataModule(str(make_store(tmp_path / "a", [4] * 10)), 2).train_dataloader()
+    first = make_data_module(make_store(tmp_path / "a", [4] * 10), 2).train_dataloader()
     keys_of(first, 7)
-    second = LatentDataModule(str(make_store(tmp_path / "b", [4] * 12)), 4).train_dataloader()
+    second = make_data_module(make_store(tmp_path / "b", [4] * 12), 4).train_dataloader()
     second.load_state_dict(first.state_dict())
     assert "data (" in caplog.text
     assert "rows (2 → 4)" in caplog.text
@@ -150,13 +151,13 @@ def test_workers_end_with_their_loader(tmp_path: Path) -> None:
     import multiprocessing
 
     before = set(multiprocessing.active_children())
-    data = LatentDataModule(str(make_store(tmp_path / "a", [4] * 6)), 2, num_workers=1)
+    data = make_data_module(make_store(tmp_path / "a", [4] * 6), 2, num_workers=1)
     loader = data.train_dataloader()
     first = keys_of(loader, 2)
     (worker,) = set(multiprocessing.active_children()) - before
     data.teardown("fit")
     assert not worker.is_alive()
-    assert first + keys_of(loader, 4) == keys_of(LatentDataModule(data.sources, 2).train_dataloader(), 6)
+    assert first + keys_of(loader, 4) == keys_of(make_data_module(data.sources, 2).train_dataloader(), 6)
     assert set(multiprocessing.active_children()) - before
     del loader
     assert set(multiprocessing.active_children()) <= before, "without the garbage collector's help"
@@ -167,7 +168,7 @@ def test_the_global_random_stream_is_left_alone(tmp_path: Path) -> None:
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
-    keys_of(LatentDataModule(path, 2, num_workers=1).train_dataloader(), 4)
+    keys_of(make_data_module(path, 2, num_workers=1).train_dataloader(), 4)
     assert torch.equal(torch.rand(3), expected)
 
 
@@ -197,13 +198,13 @@ def quiet_trainer(folder: Path, **settings: Any) -> Trainer:
 def test_lightning_resumes_mid_epoch(tmp_path: Path, stop: int) -> None:
     path = str(make_store(tmp_path / "a", [4 + n % 3 for n in range(12)], heldout=2))
     whole = Recorder()
-    quiet_trainer(tmp_path, max_steps=12).fit(whole, datamodule=LatentDataModule(path, 2))
+    quiet_trainer(tmp_path, max_steps=12).fit(whole, datamodule=make_data_module(path, 2))
     first, second = Recorder(), Recorder()
     trainer = quiet_trainer(tmp_path, max_steps=stop)
-    trainer.fit(first, datamodule=LatentDataModule(path, 2))
+    trainer.fit(first, datamodule=make_data_module(path, 2))
     trainer.save_checkpoint(tmp_path / "stop.ckpt")
     quiet_trainer(tmp_path, max_steps=12).fit(
-        second, datamodule=LatentDataModule(path, 2), ckpt_path=tmp_path / "stop.ckpt", weights_only=False
+        second, datamodule=make_data_module(path, 2), ckpt_path=tmp_path / "stop.ckpt", weights_only=False
     )
     assert first.seen + second.seen == whole.seen
     assert len(whole.seen) == 12
@@ -212,7 +213,7 @@ def test_lightning_resumes_mid_epoch(tmp_path: Path, stop: int) -> None:
 def test_crops_are_told_their_own_length(tmp_path: Path) -> None:
     path = str(make_store(tmp_path / "a", [100, 100]))
     for how, expected in (("crop", 3.0), ("file", 10.0)):
-        data = LatentDataModule(path, 2, crop_seconds=2.1, seconds=how, seed=2)
+        data = make_data_module(path, 2, crop_seconds=2.1, seconds=how, seed=2)
         batch = next(iter(data.train_dataloader()))
         assert batch["latents_BCT"].shape[2] == 23, "2.1 s are 22.6 frames"
         assert batch["seconds_total_S"].tolist() == [expected] * 2
@@ -223,18 +224,18 @@ def test_crops_are_told_their_own_length(tmp_path: Path) -> None:
 
 def test_clips_are_cropped_to_the_models_longest(tmp_path: Path) -> None:
     for crop, longest, expected in ((None, 6, 6), (4, 6, 4), (7, 6, 6)):
-        data = LatentDataModule(str(make_store(tmp_path / f"limit{crop}", [8, 8])), 2, crop_frames=crop)
+        data = make_data_module(make_store(tmp_path / f"limit{crop}", [8, 8]), 2, crop_frames=crop)
         data.setup()
         data.limit_frames(longest)
         assert next(iter(data.train_dataloader()))["latents_BCT"].shape[-1] == expected
 
 
 def test_crops_begin_everywhere(tmp_path: Path) -> None:
-    loader = LatentDataModule(str(make_store(tmp_path / "a", [8, 8])), 2, crop_frames=5).train_dataloader()
+    loader = make_data_module(make_store(tmp_path / "a", [8, 8]), 2, crop_frames=5).train_dataloader()
     starts = Counter(int(s) for batch in islice(endless(loader), 100) for s in batch["latents_BCT"][:, 1, 0])
     assert sorted(starts) == [0, 1, 2, 3]
     assert min(starts.values()) > 25
-    loader = LatentDataModule(
+    loader = make_data_module(
         str(make_store(tmp_path / "a", [8, 8])), 2, crop_frames=5, crop="start"
     ).train_dataloader()
     assert {int(s) for batch in islice(endless(loader), 9) for s in batch["latents_BCT"][:, 1, 0]} == {0}
@@ -242,11 +243,11 @@ def test_crops_begin_everywhere(tmp_path: Path) -> None:
 
 def test_crops_on_beats(tmp_path: Path) -> None:
     path = str(make_store(tmp_path / "a", [40, 40], beats=lambda _: [0.0, 1.0, 2.0, 30.0]))
-    loader = LatentDataModule(path, 2, crop_frames=10, crop="beat").train_dataloader()
+    loader = make_data_module(path, 2, crop_frames=10, crop="beat").train_dataloader()
     starts = {int(s) for batch in islice(endless(loader), 30) for s in batch["latents_BCT"][:, 1, 0]}
     assert starts == {0, 11, 22}, "the frames nearest to beats from which ten frames are left"
     with pytest.raises(ConfigError, match="no clip has a `beats` field"):
-        LatentDataModule(str(make_store(tmp_path / "b", [40])), crop_frames=10, crop="beat").setup()
+        make_data_module(make_store(tmp_path / "b", [40]), crop_frames=10, crop="beat").setup()
 
 
 def test_beats_are_where_they_were_before_silence_was_trimmed(tmp_path: Path) -> None:
@@ -256,7 +257,7 @@ def test_beats_are_where_they_were_before_silence_was_trimmed(tmp_path: Path) ->
         beats=lambda _: [0.2, 1.0, 2.0],
         applied=lambda _: {"trim_silence": [0.5, 0.1], "dc": 0.01},
     )
-    loader = LatentDataModule(str(path), 2, crop_frames=10, crop="beat").train_dataloader()
+    loader = make_data_module(path, 2, crop_frames=10, crop="beat").train_dataloader()
     starts = {int(s) for batch in islice(endless(loader), 30) for s in batch["latents_BCT"][:, 1, 0]}
     assert starts == {5, 16}, "0.5 s and 1.5 s after the new start; the first beat was cut off"
 
@@ -264,12 +265,12 @@ def test_beats_are_where_they_were_before_silence_was_trimmed(tmp_path: Path) ->
 def test_clips_without_beats_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = str(make_store(tmp_path / "a", [40, 40, 40], beats=lambda number: [1.0] if number == 1 else []))
     with caplog.at_level("WARNING", "sa3train"):
-        LatentDataModule(path, 2, crop_frames=10, crop="beat").setup()
+        make_data_module(path, 2, crop_frames=10, crop="beat").setup()
     assert "2 clips have no `beats`, such as folder/clip0.wav" in caplog.text
 
 
 def test_held_out_clips_are_apart_and_fixed(tmp_path: Path) -> None:
-    data = LatentDataModule(str(make_store(tmp_path / "a", [9, 8, 7, 6, 5], heldout=2)), 2, crop_frames=4)
+    data = make_data_module(make_store(tmp_path / "a", [9, 8, 7, 6, 5], heldout=2), 2, crop_frames=4)
     assert {key for batch in keys_of(data.train_dataloader(), 20) for key in batch} == {
         "clip-000",
         "clip-001",
@@ -279,7 +280,7 @@ def test_held_out_clips_are_apart_and_fixed(tmp_path: Path) -> None:
     one, two = list(loader), list(loader)
     assert [batch["keys"] for batch in one] == [["clip-003", "clip-004"]]
     assert torch.equal(one[0]["latents_BCT"], two[0]["latents_BCT"])
-    assert LatentDataModule(str(make_store(tmp_path / "b", [4, 4])), 2).val_dataloader() == []
+    assert make_data_module(make_store(tmp_path / "b", [4, 4]), 2).val_dataloader() == []
 
 
 def test_repeats_weights_and_priors(tmp_path: Path) -> None:
@@ -289,7 +290,7 @@ def test_repeats_weights_and_priors(tmp_path: Path) -> None:
     )
 
     def shares(sources: list[DataSource], batches: int, **settings: Any) -> Counter[str]:
-        loader = LatentDataModule(sources, 2, **settings).train_dataloader()
+        loader = make_data_module(sources, 2, **settings).train_dataloader()
         return Counter(key.split("-")[0] for batch in keys_of(loader, batches) for key in batch)
 
     assert shares([DataSource(big), DataSource(small, repeats=3)], 9) == {"big": 9, "small": 9}
@@ -301,15 +302,16 @@ def test_repeats_weights_and_priors(tmp_path: Path) -> None:
         ([DataSource(big, weight=1), DataSource(small)], {}),
         ([DataSource(big), DataSource(prior, role="prior")], {}),
         ([DataSource(big)], {"prior_share": 0.2}),
-        ([DataSource(prior, role="prior")], {"prior_share": 0.2}),
     ):
         with pytest.raises(ConfigError):
             shares(wrong, 1, **settings)
+    with pytest.raises(ConfigError, match="every source has role prior"):
+        count_clips_per_cycle([SourceSize(50, prior=True)], 0.2)
 
 
 def test_packed_rows_hold_whole_clips(tmp_path: Path) -> None:
     lengths = [3 + (7 * n) % 11 for n in range(40)]
-    data = LatentDataModule(str(make_store(tmp_path / "a", lengths)), 2, pack_frames=32, seed=4)
+    data = make_data_module(make_store(tmp_path / "a", lengths), 2, pack_frames=32, seed=4)
     loader = data.train_dataloader()
     real = total = 0
     for batch in islice(endless(loader), 2 * len(loader)):
@@ -326,12 +328,12 @@ def test_packed_rows_hold_whole_clips(tmp_path: Path) -> None:
         real, total = real + int((ids_BT >= 0).sum()), total + ids_BT.numel()
     assert real / total > 0.8
     with pytest.raises(ConfigError, match="does not fit a packed row"):
-        LatentDataModule(str(make_store(tmp_path / "b", [50])), 1, pack_frames=32).train_dataloader()
+        make_data_module(make_store(tmp_path / "b", [50]), 1, pack_frames=32).train_dataloader()
 
 
 def test_buckets_keep_lengths_together(tmp_path: Path) -> None:
     lengths = [10 + (37 * n) % 90 for n in range(128)]
-    loader = LatentDataModule(str(make_store(tmp_path / "a", lengths)), 4).train_dataloader()
+    loader = make_data_module(make_store(tmp_path / "a", lengths), 4).train_dataloader()
     real = total = 0
     for batch in islice(endless(loader), 32):
         real, total = real + int(batch["attention_mask_BT"].sum()), total + batch["attention_mask_BT"].numel()
@@ -339,7 +341,7 @@ def test_buckets_keep_lengths_together(tmp_path: Path) -> None:
 
 
 def test_shards_of_another_autoencoder_are_refused(tmp_path: Path) -> None:
-    data = LatentDataModule(str(make_store(tmp_path / "a", [4])))
+    data = make_data_module(make_store(tmp_path / "a", [4]))
     data.setup()
     data.check_autoencoder("tiny", "f" * 64)
     with pytest.raises(DataError, match=r"of 'tiny' .*'other' has another"):
@@ -354,11 +356,11 @@ def test_shards_of_another_autoencoder_are_refused(tmp_path: Path) -> None:
         ({"crop": "middle", "crop_frames": 3}, "crop=middle"),
         ({"crop": "beat"}, "no effect on whole clips"),
         ({"seconds": "clip"}, "seconds=clip"),
-        ({"batch_size": 0}, "must be 1 or more"),
+        ({"batch_size": 0}, "must be at least 1"),
         ({"silence_tail_seconds": 1.0, "pack_frames": 99}, "no effect with pack_frames"),
     ],
 )
 def test_settings_without_sense_are_errors(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     path = str(make_store(tmp_path / "a", [4]))
     with pytest.raises(ConfigError, match=message):
-        LatentDataModule(path, **settings).train_dataloader()
+        make_data_module(path, **settings).train_dataloader()

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from helpers.golden import GOLDEN
-from helpers.shards import make_store
-from sa3train.data.loading.datamodule import LatentDataModule
+from helpers.shards import make_data_module, make_store
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
 
 LENGTHS = [5, 9, 12, 3, 7, 20, 4, 11, 6, 8]
@@ -25,7 +24,7 @@ def batch(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("packed")
     rng = np.random.default_rng(0)
     make_store(folder, LENGTHS, make=lambda frames, _: rng.standard_normal((64, frames)), channels=64)
-    loader = LatentDataModule(str(folder), 2, pack_frames=48, seed=1).train_dataloader()
+    loader = make_data_module(folder, 2, pack_frames=48, seed=1).train_dataloader()
     found: dict[str, Any] = next(iter(loader))
     return found
 

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-from helpers.shards import make_store
-from sa3train.data.loading.datamodule import LatentDataModule
+from helpers.shards import make_data_module, make_store
 from sa3train.data.loading.prompts import PromptSettings
 from sa3train.data.loading.sampler import DRAWS_VERSION
 
@@ -12,7 +11,7 @@ def test_the_draws_are_those_of_their_version(tmp_path: Path) -> None:
     """Order, crops and prompts of a seed; a resumed run continues with these very draws."""
     store = make_store(tmp_path / "a", [12, 9, 14, 11, 10, 13], caption="a{}, b, c".format)
     prompts = PromptSettings(shuffle_tags=True, tag_dropout=0.3)
-    loader = LatentDataModule(str(store), 2, seed=5, crop_frames=6, pool=2, prompts=prompts).train_dataloader()
+    loader = make_data_module(store, 2, seed=5, crop_frames=6, pool=2, prompts=prompts).train_dataloader()
     batches = [batch for batch, _ in zip(loader, range(2), strict=False)]
     found = [
         (*entry, int(start))

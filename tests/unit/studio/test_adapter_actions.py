@@ -79,7 +79,7 @@ def test_an_adapter_is_resized_with_its_error(workspace: Workspace) -> None:
     [
         ("/etc/passwd", "a.safetensors", "outside"),
         ("", "a.safetensors", "Choose an adapter"),
-        ("adapters/none.safetensors", "a.safetensors", "No adapter exists"),
+        ("adapters/none.safetensors", "a.safetensors", "no adapter"),
         (ONE, "../a.safetensors", "outside"),
         (ONE, "", "where to write"),
         (ONE, ONE, "the adapter itself"),

@@ -12,7 +12,7 @@ from sa3train.core.errors import DataError
 from sa3train.reports.run_files import format_settings
 from sa3train.studio.runs import runs
 from sa3train.studio.server import processes
-from sa3train.studio.server.workspace import FoundFolders, Workspace, refresh_folders
+from sa3train.studio.server.workspace import FoundFolders, Workspace, find_folders
 
 OLD = time.time() - 7200
 
@@ -140,7 +140,7 @@ def test_runs_latents_and_audio_are_found_under_the_roots_alone(tmp_path: Path) 
     (root / ".hidden").mkdir()
     (root / ".hidden" / "a.wav").touch()
     workspace = Workspace.create([root])
-    found = refresh_folders(workspace)
+    found = find_folders(workspace)
     assert found.runs == [root / "runs" / "one", root / "runs" / "two"]
     assert found.latents == [root / "latents"]
     assert found.audio == [root / "audio" / "deep"]

@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.shards import make_data_module
 from helpers.training import Trial, make_module
 from sa3train.adapters.spec import AdapterSpec
-from sa3train.data.loading.datamodule import LatentDataModule
 from sa3train.training.batch import ClipBatch, make_clip_batch, pack_rows, unpack_rows
 from sa3train.training.module import LoraModule
 from sa3train.training.settings import LossSettings, TrainingSettings
@@ -26,7 +26,7 @@ def module() -> LoraModule:
 
 
 def packed_batch(shards: Path) -> dict[str, Any]:
-    return next(iter(LatentDataModule(str(shards), 2, pack_frames=40, seed=2).train_dataloader()))
+    return next(iter(make_data_module(shards, 2, pack_frames=40, seed=2).train_dataloader()))
 
 
 def test_rows_become_clips_and_clips_rows(shards: Path) -> None:

@@ -10,10 +10,10 @@ import soundfile
 import torch
 
 from helpers.golden import GOLDEN
+from helpers.shards import make_data_module
 from helpers.training import Trial, read_adapter, read_losses
 from sa3train.adapters.formats.io import load_adapter
 from sa3train.core.errors import ConfigError
-from sa3train.data.loading.datamodule import LatentDataModule
 from sa3train.inference import Generator
 from sa3train.models.checkpoint import load_checkpoint
 from sa3train.reports.run_files import list_demos, read_metrics
@@ -94,7 +94,7 @@ def test_the_twin_is_played_when_it_is_on_this_machine(monkeypatch: pytest.Monke
 
 
 def test_demos_come_from_the_recipe_and_from_held_out_captions(shards: Path) -> None:
-    items = list_heldout_clips(LatentDataModule(str(shards), 2), 10)
+    items = list_heldout_clips(make_data_module(shards, 2), 10)
     found = plan_demos(DemoSettings(prompts=["x", "y"], heldout_prompts=3, duration=5.0), items)
     assert [demo.name for demo in found] == ["prompt0", "prompt1", "heldout0", "heldout1", "heldout2", "inpaint"]
     assert len({demo.seed for demo in found}) == 6 and found[-1].duration == 2.0, "no longer than the clip"

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from helpers.shards import make_data_module
 from helpers.training import make_shards
 from sa3train.adapters.layers.inject import inject
 from sa3train.adapters.spec import AdapterSpec
-from sa3train.data.loading.datamodule import LatentDataModule
 from sa3train.models.checkpoint import load_checkpoint
 from sa3train.training.callbacks.validation import list_heldout_clips, list_training_clips
 from sa3train.training.memorization import (
@@ -106,7 +106,7 @@ def test_the_end_of_a_run_writes_it_and_leaves_randomness_alone(
 ) -> None:
     model, adapter = nano_adapter
     folder = make_shards(tmp_path / "data", [18, 20, 22], heldout=heldout, channels=model.latent_channels)
-    data = LatentDataModule(str(folder), 1)
+    data = make_data_module(folder, 1)
     data.setup()
     before = torch.random.get_rng_state()
     settings = DemoSettings(memorization_clips=2, duration=1.0)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from helpers.training import make_module
 from sa3train.adapters.layers import peft_layers
 from sa3train.adapters.spec import AdapterSpec
+from sa3train.data.loading.settings import DataSettings
 from sa3train.training.callbacks import memory_plan
 from sa3train.training.callbacks.memory_plan import (
     MemoryPlanCallback,
@@ -18,8 +19,8 @@ from sa3train.training.callbacks.memory_plan import (
     count_frozen_bytes,
     make_memory_plan,
     measure_saved_activations,
+    suggest_memory_fixes,
 )
-from sa3train.training.checks import suggest_memory_savings
 from sa3train.training.module import LoraModule
 from sa3train.training.settings import TrainerSettings, TrainingSettings
 
@@ -175,18 +176,18 @@ def test_a_plan_that_does_not_fit_is_said_before_the_first_step(
 )
 def test_what_helps_is_what_is_not_done_yet(rows: int, fewer: str) -> None:
     def data(**values: Any) -> Any:
-        return SimpleNamespace(**{"batch_size": rows, "longest_crop": 216, "pack_frames": None, **values})
+        return SimpleNamespace(settings=DataSettings("latents", **{"batch_size": rows, **values}), longest_crop=216)
 
-    seconds, frames = data(crop_setting="crop_seconds"), data(crop_setting="crop_frames")
-    assert suggest_memory_savings(seconds, TrainerSettings(accumulate=3), is_recomputing=False) == [
+    seconds, frames = data(), data(crop_frames=9999)
+    assert suggest_memory_fixes(seconds, TrainerSettings(accumulate=3), is_recomputing=False) == [
         "trainer.activation_checkpointing=blocks", fewer, "data.crop_seconds=10.0", "trainer.quantize=int8 or nf4",
     ]  # fmt: skip
-    assert "data.crop_frames=108" in suggest_memory_savings(frames, TrainerSettings(), is_recomputing=True)
+    assert "data.crop_frames=108" in suggest_memory_fixes(frames, TrainerSettings(), is_recomputing=True)
     frames.longest_crop = 2582
-    assert "data.crop_frames=1291" in suggest_memory_savings(frames, TrainerSettings(), is_recomputing=True)
-    packed = data(crop_setting="crop_seconds", pack_frames=400, batch_size=1)
+    assert "data.crop_frames=1291" in suggest_memory_fixes(frames, TrainerSettings(), is_recomputing=True)
+    packed = data(pack_frames=400, batch_size=1, silence_tail_seconds=0)
     done = TrainerSettings(quantize="nf4")
-    assert suggest_memory_savings(packed, done, is_recomputing=True) == [
+    assert suggest_memory_fixes(packed, done, is_recomputing=True) == [
         "data.pack_frames=216",
         "data.crop_seconds=10.0",
     ]

@@ -75,7 +75,7 @@ def test_muon_orthogonalises_matrices_and_leaves_vectors_to_adamw() -> None:
 @pytest.mark.parametrize(
     ("name", "values", "message"),
     [
-        ("adam", {}, "unknown optimizer 'adam'"),
+        ("adam", {}, "optimizer.name=adam is unknown"),
         ("adamw", {"options": {"amsgard": True}}, "Did you mean 'amsgrad'"),
         ("lion", {"options": {"nesterov": True}}, "has no option 'optimizer.options.nesterov'"),
     ],
@@ -128,7 +128,7 @@ def test_the_rate_rises_straight_and_then_follows_its_schedule(
 @pytest.mark.parametrize(
     ("name", "warmup", "options", "message"),
     [
-        ("cosin", 0, {}, "cosin.*constant"),
+        ("cosin", 0, {}, "Did you mean cosine"),
         ("constant", 0, {"floor": 0.1}, "scheduler.options.floor"),
         ("cosine", 100, {}, "below trainer.max_steps=100"),
         ("constant", -1, {}, "at least 0"),
@@ -169,15 +169,13 @@ def test_weights_swapped_in_for_judging_come_back_to_the_bit() -> None:
 def test_schedule_free_weights_are_judged_without_moving_the_live_ones() -> None:
     named = parameters()
     optimizer = build("schedule-free", named)
-    assert compute_schedule_free_average(optimizer, [p for _, p in named]) == {}, (
-        "before the first step there is no average"
-    )
+    assert compute_schedule_free_average(optimizer) == {}, "before the first step there is no average"
     for _ in range(3):
         optimizer.zero_grad()
         sum((p**2).sum() for _, p in named).backward()  # type: ignore[union-attr]
         optimizer.step()
     live = [p.detach().clone() for _, p in named]
-    found = compute_schedule_free_average(optimizer, [p for _, p in named])
+    found = compute_schedule_free_average(optimizer)
     assert all(torch.equal(p, kept) for (_, p), kept in zip(named, live, strict=True))
     optimizer.eval()  # type: ignore[attr-defined]
     for _, p in named:

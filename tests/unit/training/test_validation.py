@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from helpers.shards import make_data_module
 from helpers.training import Trial, make_module, make_shards
 from sa3train.adapters.formats.io import load_adapter
 from sa3train.adapters.spec import AdapterSpec
@@ -22,7 +23,7 @@ from sa3train.training.callbacks.validation import (
 )
 from sa3train.training.module import LoraModule
 from sa3train.training.settings import LossSettings, OptimizerSettings, TrainingSettings, ValidationSettings
-from sa3train.training.step import StepDraw, derive_seed
+from sa3train.training.step import derive_seed, make_plain_draw
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def module() -> LoraModule:
 
 @pytest.fixture(scope="module")
 def data(shards: Path) -> LatentDataModule:
-    return LatentDataModule(str(shards), 3, seed=5, crop_frames=10)
+    return make_data_module(shards, 3, seed=5, crop_frames=10)
 
 
 def test_the_items_are_fixed_and_held_out_ones_are_not_trained_on(data: LatentDataModule) -> None:
@@ -42,7 +43,7 @@ def test_the_items_are_fixed_and_held_out_ones_are_not_trained_on(data: LatentDa
     assert len(list_heldout_clips(data, 2)) == 2 and not {clip.keys[0] for clip in held} & {
         clip.keys[0] for clip in trained
     }
-    again = list_training_clips(LatentDataModule(data.sources, 7, seed=5, crop_frames=10), 5)
+    again = list_training_clips(make_data_module(data.sources, 7, seed=5, crop_frames=10), 5)
     for one, two in zip(trained, again, strict=True):
         assert one.keys == two.keys and torch.equal(one.data_SCF, two.data_SCF)
 
@@ -60,9 +61,7 @@ def test_each_entry_is_the_plain_squared_error_at_its_level_on_the_clips_own_noi
         noise = torch.randn(frames, channels, generator=generator).T[None]
         for level in (0, 6):
             t = torch.tensor([LEVELS[level]])
-            draw = StepDraw(
-                noise, t, clip.attention_mask_SF, torch.zeros(1, 1, frames), torch.zeros(1, dtype=torch.bool)
-            )
+            draw = make_plain_draw(noise, t, clip.attention_mask_SF)
             with torch.no_grad():
                 error = compute_squared_error(module(clip, draw), noise - clip.data_SCF)
             assert float(loss_IN[number, level]) == pytest.approx(float(error.mean()), rel=1e-4)
@@ -154,5 +153,5 @@ def test_the_verdict_is_in_words() -> None:
         "best_loss": 1.0,
     }
     lines = summarize_validation(summary)
-    assert "held-out clips: base 2.0000 -> adapter 1.5000 (-25.0 %) at step 8" in lines[0]
+    assert "held-out clips: base 2.0000 -> adapter 1.5000 (-25.0%) at step 8" in lines[0]
     assert lines[1] == "best validation loss 1.0000 was at step 4"

@@ -12,10 +12,10 @@ from sa3train.cli import generate
 from sa3train.core.errors import AdapterError, GenerationError
 from sa3train.inference.outputs import GenerationOutput
 from sa3train.inference.replay import build_command
-from sa3train.inference.request import GenerationSettings
+from sa3train.inference.settings import GenerationSettings
 from sa3train.studio.play import cards, history
 from sa3train.studio.play.player import Player, find_missing_contrast, plan_comparison
-from sa3train.studio.play.request import AdapterSettings, PlaySettings
+from sa3train.studio.play.settings import AdapterSettings, PlaySettings
 from sa3train.studio.server.jobs import Cancelled, Job
 from sa3train.studio.server.workspace import StudioError, Workspace
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sa3train.audio.io import read_audio_info
-from sa3train.core.errors import GenerationError
-from sa3train.inference.request import GUIDANCE_SETTINGS, GenerationSettings, check_number
+from sa3train.inference.settings import GUIDANCE_SETTINGS, GenerationSettings, check_number
+from sa3train.studio.server.widgets import parse_numbers, parse_optional_number
 from sa3train.studio.server.workspace import StudioError, Workspace, get_sibling, resolve_model_name
 
 Mode = Literal["text", "restyle", "inpaint", "continue"]
@@ -59,11 +59,10 @@ class AdapterSettings:
         path = str(row.get("path") or "")
         if not path.strip():
             raise StudioError("An adapter has no file. Choose one, or remove the adapter.")
-        conditioner = row.get("conditioner")
         return cls(
             path,
             parse_number(f"the strength of {path}", row.get("strength"), 1.0),
-            None if conditioner in (None, "") else parse_number(f"the conditioner strength of {path}", conditioner),
+            parse_optional_number(f"the conditioner strength of {path}", row.get("conditioner")),
             (
                 parse_number(f"the interval of {path}", row.get("low"), 0.0),
                 parse_number(f"the interval of {path}", row.get("high"), 1.0),
@@ -115,15 +114,9 @@ class AdapterSettings:
             workspace: The studio's folders.
 
         Returns:
-            The adapter.
-
-        Raises:
-            StudioError: When there is no such file inside the folders.
+            The adapter. A path that does not exist is refused as by `Workspace.resolve_existing`.
         """
-        path = workspace.resolve(self.path)
-        if not path.exists():
-            raise StudioError(f"There is no adapter {path}.")
-        return replace(self, path=str(path))
+        return replace(self, path=str(workspace.resolve_existing(self.path, "adapter")))
 
     def scale(self, factor: float) -> "AdapterSettings":
         """Return a copy with its strengths multiplied.
@@ -295,19 +288,10 @@ def parse_number(name: str, value: Any, default: float | None = None) -> float:
         default: The number that an empty value means; None for none.
 
     Returns:
-        The number.
-
-    Raises:
-        GenerationError: When the value is not a number.
+        The number. What is not a number is refused with a `GenerationError`.
     """
-    if value in (None, "") and default is not None:
-        return default
-    if isinstance(value, str):
-        try:
-            value = float(value)
-        except ValueError as error:
-            raise GenerationError(f"{name} must be a number, not {value!r}.") from error
-    return check_number(name, value)
+    number = parse_optional_number(name, value)
+    return check_number(name, default if number is None else number)
 
 
 def parse_strengths(text: str) -> list[float]:
@@ -320,12 +304,9 @@ def parse_strengths(text: str) -> list[float]:
         The numbers, each once, in rising order.
 
     Raises:
-        StudioError: When they are no numbers, too many or too large.
+        StudioError: When they are none, too many or too large.
     """
-    try:
-        found = sorted({float(part) for part in text.replace(";", ",").split(",") if part.strip()})
-    except ValueError as error:
-        raise StudioError(f"{text!r} is not a list of numbers. Write them with commas, such as 0, 0.5, 1.") from error
+    found = sorted(set(parse_numbers(text)))
     if not 1 <= len(found) <= MOST_STRENGTHS or any(abs(value) > 100 for value in found):
         raise StudioError(f"Compare between 1 and {MOST_STRENGTHS} strength multipliers, each within ±100.")
     return found

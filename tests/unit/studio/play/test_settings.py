@@ -6,9 +6,9 @@ from typing import Any
 import pytest
 
 from sa3train.core.errors import GenerationError
-from sa3train.inference.request import SETTING_NAMES, GenerationSettings
+from sa3train.inference.settings import SETTING_NAMES, GenerationSettings
 from sa3train.studio.play.form import FORM_SETTINGS, fill_form, read_form
-from sa3train.studio.play.request import AdapterSettings, PlaySettings, parse_regions, parse_strengths
+from sa3train.studio.play.settings import AdapterSettings, PlaySettings, parse_regions, parse_strengths
 from sa3train.studio.server.workspace import StudioError, Workspace
 
 PLAIN = PlaySettings("nano", GenerationSettings("a tone", duration=1.0))

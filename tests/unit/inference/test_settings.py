@@ -12,7 +12,6 @@ from sa3train.core.errors import GenerationError
 from sa3train.diffusion.masks import build_region_mask
 from sa3train.diffusion.samplers import SAMPLERS
 from sa3train.inference.generator import Generator
-from sa3train.inference.request import PER_ITEM_SETTINGS, SAMPLER_NAMES, SETTING_NAMES, GenerationSettings
 from sa3train.inference.resolve import (
     ModelFacts,
     ResolvedSettings,
@@ -20,6 +19,7 @@ from sa3train.inference.resolve import (
     count_real_frames,
     resolve_settings,
 )
+from sa3train.inference.settings import PER_ITEM_SETTINGS, SAMPLER_NAMES, SETTING_NAMES, GenerationSettings
 
 README = Path(__file__).parents[3] / "inference" / "README.md"
 BASE = ModelFacts("nano-base", "rectified_flow", 44100, 4096, 1292)
