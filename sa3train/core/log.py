@@ -126,7 +126,7 @@ def track_progress(
 
 @functools.cache
 def _load_tqdm() -> Any:
-    """Load tqdm with a lock of this process. Its own is shared with forks, and a fork killed with it blocks them all."""
+    """Load tqdm with a lock of this process. Its own is shared with forks, and a fork killed with it blocks all."""
     from tqdm import tqdm
 
     tqdm.set_lock(threading.RLock())
