@@ -6,10 +6,12 @@ out below `GOLDEN` as they were recorded. `python tests/helpers/golden.py FOLDER
 
 import hashlib
 import json
+import lzma
 import os
 import shutil
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 PACKED = Path(__file__).parents[1] / "golden"
-INDEX = "tensors.json"
+INDEX = "tensors.json.xz"
 ARRAYS = "tensors.npz"
 DEVICE = os.environ.get("SA3TRAIN_TEST_DEVICE", "cpu")
 """Where recorded cases are computed; `launch/bench_gpu.sh` asks for CUDA."""
@@ -70,8 +72,11 @@ def pack(recorded: Path, packed: Path) -> None:
                 "tensors": entries,
                 "drawn": sorted(drawn.keys() & set(file.keys())),
             }
-    np.savez_compressed(packed / ARRAYS, **arrays)
-    (packed / INDEX).write_text(json.dumps(index, separators=(",", ":")), encoding="utf-8")
+    with zipfile.ZipFile(packed / ARRAYS, "w", zipfile.ZIP_LZMA) as archive:
+        for digest, planes in arrays.items():
+            with archive.open(f"{digest}.npy", "w") as entry:
+                np.save(entry, planes)
+    (packed / INDEX).write_bytes(lzma.compress(json.dumps(index, separators=(",", ":")).encode(), preset=9))
 
 
 def unpack(packed: Path, folder: Path) -> None:
@@ -79,7 +84,7 @@ def unpack(packed: Path, folder: Path) -> None:
     drawn = draw_inputs()
     shutil.copytree(packed, folder, ignore=shutil.ignore_patterns(INDEX, ARRAYS), dirs_exist_ok=True)
     with np.load(packed / ARRAYS) as arrays:
-        for name, file in json.loads((packed / INDEX).read_text(encoding="utf-8")).items():
+        for name, file in json.loads(lzma.decompress((packed / INDEX).read_bytes())).items():
             tensors = {key: drawn[key] for key in file["drawn"]}
             for key, (digest, dtype, shape) in file["tensors"].items():
                 data = torch.from_numpy(np.ascontiguousarray(arrays[digest].T).reshape(-1))
