@@ -20,5 +20,5 @@ else
     meet=(--nnodes "$nodes" --node-rank "${NODE:?number of this machine, from 0}"
           --master-addr "${HEAD:?host name of machine 0}" --master-port "${PORT:-29400}")
 fi
-exec "$python" -m torch.distributed.run "${meet[@]}" --nproc-per-node "$ranks" \
+exec "$python" -m sa3train.cli.ranks "${meet[@]}" --nproc-per-node "$ranks" \
     -m sa3train.cli.train trainer.devices="$ranks" trainer.num_nodes="$nodes" "$@"

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from torch import nn
 
 MAX_PATTERN = 300
+MAX_RANGES = 4
+MAX_PATTERNS = 1000
+"""Largest number of patterns in one setting: more than any model has layers, and few enough to match in no time."""
+
 _RANGE = re.compile(r"\[([^\[\]]*)\]")
 _NUMBERS = re.compile(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?")
 _Spans = tuple[tuple[int, int], ...]
@@ -47,9 +51,14 @@ def check_patterns(patterns: Iterable[str]) -> None:
         patterns: Patterns of `include`, `exclude`, `rank_pattern` or `alpha_pattern`.
 
     Raises:
-        AdapterError: If a pattern is empty, too long or has a malformed range.
+        AdapterError: If a pattern is empty, too long or has a malformed range, or if there are more than 1000.
     """
-    for pattern in patterns:
+    given = list(patterns)
+    if len(given) > MAX_PATTERNS:
+        raise AdapterError(
+            f"{len(given)} layer patterns are given; {MAX_PATTERNS} are allowed. Use ranges such as layers.[0-11]."
+        )
+    for pattern in given:
         _compile(pattern)
 
 
@@ -63,7 +72,9 @@ def matches_pattern(pattern: str, path: str) -> bool:
     Returns:
         Whether it matches.
     """
-    expression, ranges = _compile(pattern)
+    text, expression, ranges = _compile(pattern)
+    if expression is None:
+        return text in path
     return any(
         all(
             any(low <= int(number) <= high for low, high in spans)
@@ -151,17 +162,24 @@ def find_adaptable_layers(root: "nn.Module") -> "dict[str, nn.Module]":
     return {path: layer for path, layer in layers.items() if isinstance(layer, nn.Linear | nn.Conv1d)}
 
 
-@functools.lru_cache(maxsize=1024)
-def _compile(pattern: str) -> tuple[re.Pattern[str], tuple[_Spans, ...]]:
-    """Compile a pattern to an expression with one group per range, and the numbers that each range allows."""
+@functools.lru_cache(maxsize=16 * MAX_PATTERNS)
+def _compile(pattern: str) -> tuple[str, re.Pattern[str] | None, tuple[_Spans, ...]]:
+    """Compile a pattern to an expression with one group per range, and the numbers that each range allows.
+
+    The expression is None where the pattern, returned first without spaces around it, is a mere substring.
+    """
     text = pattern.strip()
     if not text or len(pattern) > MAX_PATTERN:
         raise AdapterError(f"A layer pattern must have 1 to {MAX_PATTERN} characters; got {pattern[:40]!r}.")
+    if not (text[0].isdigit() or text[-1].isdigit() or "[" in text or "]" in text):
+        return text, None, ()
+    if text.count("[") > MAX_RANGES:
+        raise AdapterError(f"The layer pattern {text[:40]!r} has more than {MAX_RANGES} ranges.")
     start = r"(?<!\d)" if text[0].isdigit() else ""
     end = r"(?!\d)" if text[-1].isdigit() else ""
     expression = "".join(_translate(text))
     ranges = tuple(_parse_range(text, found.group(1)) for found in _RANGE.finditer(text))
-    return re.compile(f"(?={start}{expression}{end})"), ranges
+    return text, re.compile(f"(?={start}{expression}{end})"), ranges
 
 
 def _translate(text: str) -> Iterator[str]:

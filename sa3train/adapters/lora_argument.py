@@ -1,19 +1,17 @@
-"""The grammar of `--lora`: `PATH[@STEP][=STRENGTH | =START..END][@MIN-MAX]`, parsed and formatted here only.
+"""The grammar of `--lora`: `PATH[=STRENGTH | =START..END][@MIN-MAX]`, parsed and formatted here only.
 
-PATH is a file, a PEFT or run folder, or a hub name; text that names an existing path is taken whole. STEP selects a
-checkpoint of a run folder, START..END is a strength that changes during sampling, MIN-MAX are the noise levels at which
-the adapter is on. Numbers may have any form that Python reads.
+PATH is what `load_adapter` takes; text that names an existing path is taken whole. START..END is a strength that
+changes during sampling, MIN-MAX are the noise levels at which the adapter is on. Numbers may have any form that Python
+reads.
 """
 
 import math
 import re
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from sa3train.core.errors import AdapterError
-
-_STEP = re.compile(r"(.+)@([0-9]{1,15})", re.DOTALL)
+from sa3train.core.files import path_exists
 
 
 @dataclass(frozen=True)
@@ -21,32 +19,14 @@ class LoraArgument:
     """An adapter and its settings, as `--lora` gives them.
 
     Attributes:
-        path: File, folder or hub name.
-        step: Training step of the checkpoint to load; None loads the adapter itself.
+        path: File or folder, or RUN_FOLDER@STEP.
         strength: The strength, or (start, end) of one that changes during sampling.
         interval: Noise levels at which the adapter is on; None means all.
     """
 
     path: str
-    step: int | None = None
     strength: float | tuple[float, float] = 1.0
     interval: tuple[float, float] | None = None
-
-    def require_path(self) -> str:
-        """Return the path where only whole adapters can be loaded.
-
-        Returns:
-            The path.
-
-        Raises:
-            AdapterError: If a step is given.
-        """
-        if self.step is not None:
-            raise AdapterError(
-                f"@{self.step} is not available for {self.path}: only whole adapters can be loaded, not the checkpoint "
-                f"of a step. Give the adapter file of that step."
-            )
-        return self.path
 
     def require_strength(self) -> float:
         """Return the strength where it must be constant.
@@ -72,14 +52,14 @@ class LoraArgument:
             `adapter`, `strength` and, where given, `interval`.
         """
         interval = {} if self.interval is None else {"interval": self.interval}
-        return {"adapter": self.require_path(), "strength": self.require_strength(), **interval}
+        return {"adapter": self.path, "strength": self.require_strength(), **interval}
 
 
 def parse_lora(text: str) -> LoraArgument:
     """Parse the value of `--lora`.
 
     Args:
-        text: `PATH[@STEP][=STRENGTH | =START..END][@MIN-MAX]`.
+        text: `PATH[=STRENGTH | =START..END][@MIN-MAX]`.
 
     Returns:
         The adapter and its settings.
@@ -88,14 +68,12 @@ def parse_lora(text: str) -> LoraArgument:
         AdapterError: If a number cannot be read.
     """
     rest, settings = text, dict[str, Any]()
-    if not _exists(rest):
+    if not path_exists(rest):
         rest, interval = _split_interval(rest, text)
         settings["interval"] = interval
-    if not _exists(rest) and "=" in rest:
+    if not path_exists(rest) and "=" in rest:
         rest, _, strength = rest.rpartition("=")
         settings["strength"] = _parse_strength(strength, text)
-    if not _exists(rest) and (found := _STEP.fullmatch(rest)):
-        rest, settings["step"] = found[1], int(found[2])
     if not rest:
         raise AdapterError(f"{text!r} names no adapter. Write PATH=0.8.")
     return LoraArgument(rest, **settings)
@@ -111,11 +89,10 @@ def format_lora(argument: LoraArgument) -> str:
         Text that `parse_lora` reads back to the same. The strength is always written, so that `=` or `@` in a path are
         not taken for a setting.
     """
-    step = "" if argument.step is None else f"@{argument.step}"
     ends = argument.strength if isinstance(argument.strength, tuple) else (argument.strength,)
     strength = "..".join(map(_format_number, ends))
     interval = "" if argument.interval is None else "@" + "-".join(map(_format_number, argument.interval))
-    return f"{argument.path}{step}={strength}{interval}"
+    return f"{argument.path}={strength}{interval}"
 
 
 def _split_interval(text: str, whole: str) -> tuple[str, tuple[float, float] | None]:
@@ -156,10 +133,3 @@ def _read_number(text: str) -> float | None:
 
 def _format_number(value: float) -> str:
     return repr(float(value)).removesuffix(".0")
-
-
-def _exists(text: str) -> bool:
-    try:
-        return Path(text).exists()
-    except (OSError, ValueError):  # too long for a path, or a NUL in it
-        return False

@@ -13,6 +13,12 @@ MAX_RANK = 16384
 MAX_VALUE = 1e9
 """Largest alpha or strength: far beyond any use, and far below what overflows."""
 
+BIAS_CHANGE = "diff_b"
+"""Name of the tensor that is added to a layer's bias."""
+
+BASES = ("U", "V")
+"""Names of the bases that some files of -xs types bring along."""
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -43,13 +49,19 @@ class Kind:
             return (*low_rank, "magnitude_r", "magnitude_c")
         return (*low_rank, "magnitude") if self.rows or self.cols else low_rank
 
-    def shapes(self, rows: int, cols: int, rank: int) -> dict[str, tuple[int, ...]]:
-        """Return the shape of every stored tensor for one weight.
+    @property
+    def optional(self) -> tuple[str, ...]:
+        """Names of tensors that files of other tools may hold besides: a change of the bias, and bases of their own."""
+        return (BIAS_CHANGE, *BASES) if self.xs else (BIAS_CHANGE,)
+
+    def shapes(self, rows: int, cols: int, rank: int, names: Iterable[str] | None = None) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the tensors for one weight.
 
         Args:
             rows: Rows of the weight (out).
             cols: Columns of the weight (in); a convolution's taps count as columns.
             rank: Rank of the adapter.
+            names: Names of the tensors; None means `parameters`.
 
         Returns:
             Shapes by tensor name.
@@ -61,8 +73,11 @@ class Kind:
             "magnitude": (rows,) if self.rows else (cols,),
             "magnitude_r": (rows,),
             "magnitude_c": (cols,),
+            "U": (rows, rank),
+            "V": (cols, rank),
+            BIAS_CHANGE: (rows,),
         }
-        return {name: every[name] for name in self.parameters}
+        return {name: every[name] for name in (self.parameters if names is None else names)}
 
 
 KINDS: dict[str, Kind] = {
@@ -81,7 +96,7 @@ KINDS: dict[str, Kind] = {
 
 INFERENCE_ONLY = ("diff", "comfy-dora")
 """Types that files of other tools hold and that can be played but not trained: full weight deltas, and ComfyUI's own
-reading of DoRA, which divides by the norm of the untouched weight."""
+reading of DoRA, which divides rows by the norms of the untouched weight."""
 
 PEFT_METHODS = (
     "lokr", "loha", "hira", "oft", "boft", "hra", "miss", "fourierft", "waveft", "c3a", "delora", "gralora",
@@ -91,6 +106,24 @@ PEFT_METHODS = (
 that share state between layers or need hooks in the training loop (VeRA, RandLoRA, AdaLoRA, …) are not supported."""
 
 ADAPTER_TYPES = (*KINDS, *INFERENCE_ONLY, *PEFT_METHODS)
+
+
+def get_layer_type(adapter_type: str, names: Iterable[str]) -> str:
+    """Get the type of one layer: a lora or comfy-dora file may hold layers that are simpler.
+
+    Args:
+        adapter_type: The adapter's type.
+        names: Names of the layer's tensors.
+
+    Returns:
+        "diff" where a lora or comfy-dora layer has a full delta or only a change of its bias, "lora" where a
+        comfy-dora layer has no magnitude, else the adapter's type.
+    """
+    if adapter_type in ("lora", "comfy-dora"):
+        if set(names) <= {"diff", BIAS_CHANGE}:
+            return "diff"
+        return adapter_type if "magnitude" in names else "lora"
+    return adapter_type
 
 
 @dataclass(frozen=True)
@@ -148,7 +181,8 @@ class AdapterSpec:
             object.__setattr__(self, name, split or None)
         for name in ("rank_pattern", "alpha_pattern", "options"):
             object.__setattr__(self, name, dict(getattr(self, name)))
-        check_patterns((*self.rank_pattern, *self.alpha_pattern))
+        for patterns in (self.rank_pattern, self.alpha_pattern):
+            check_patterns(patterns)
 
     def includes(self, path: str) -> bool:
         """Check whether the adapter goes to a layer.

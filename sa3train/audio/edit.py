@@ -1,55 +1,41 @@
 """Channels, lengths and levels of audio (C, N)."""
 
-import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from sa3train.audio.layouts import DEFAULT_LAYOUTS, compute_downmix
 from sa3train.core.errors import AudioError
 
-HALF_POWER = math.sqrt(0.5)
 
-# Left and right gains of each channel in WAV order by ITU-R BS.775: center and surrounds at -3 dB, no LFE.
-DOWNMIX: dict[int, tuple[tuple[float, float], ...]] = {
-    3: ((1, 0), (0, 1), (HALF_POWER, HALF_POWER)),
-    4: ((1, 0), (0, 1), (HALF_POWER, 0), (0, HALF_POWER)),
-    5: ((1, 0), (0, 1), (HALF_POWER, HALF_POWER), (HALF_POWER, 0), (0, HALF_POWER)),
-    6: ((1, 0), (0, 1), (HALF_POWER, HALF_POWER), (0, 0), (HALF_POWER, 0), (0, HALF_POWER)),
-    7: ((1, 0), (0, 1), (HALF_POWER, HALF_POWER), (0, 0), (0.5, 0.5), (HALF_POWER, 0), (0, HALF_POWER)),
-    8: (
-        *((1, 0), (0, 1), (HALF_POWER, HALF_POWER), (0, 0)),
-        *((HALF_POWER, 0), (0, HALF_POWER), (HALF_POWER, 0), (0, HALF_POWER)),
-    ),
-}
-
-
-def mix_channels(audio_CN: Tensor, channels: int = 2) -> Tensor:
+def mix_channels(audio_CN: Tensor, channels: int = 2, speakers: Sequence[str] | None = None) -> Tensor:
     """Mix audio to mono or stereo.
 
-    Mono is duplicated to stereo, stereo averaged to mono. More channels are mixed to stereo first, by ITU-R BS.775
-    without scaling the result, so that a loud mix may exceed ±1.
+    Mono is duplicated to stereo, stereo averaged to mono. More channels are mixed to stereo first, by the places of
+    their speakers (`sa3train.audio.layouts.compute_downmix`); a loud mix may exceed ±1.
 
     Args:
-        audio_CN: Audio in WAV channel order.
+        audio_CN: Audio.
         channels: 1 or 2.
+        speakers: Speaker of each channel, as `sa3train.audio.layouts.read_speakers` returns; None for WAV's usual
+            order.
 
     Returns:
-        Audio (channels, N); the input where it has that many channels.
+        Audio (channels, N); the input where it has that many channels and they are left and right.
 
     Raises:
-        AudioError: `channels` is neither 1 nor 2, or there is no rule for the input's layout.
+        AudioError: `channels` is neither 1 nor 2, or there is no rule for the input's channels.
     """
     if channels not in (1, 2):
         raise AudioError(f"audio can be mixed to 1 or 2 channels, not {channels}.")
     count = len(audio_CN)
-    if count == channels:
-        return audio_CN
+    speakers = speakers or DEFAULT_LAYOUTS.get(count) or [str(channel + 1) for channel in range(count)]
+    gains = compute_downmix(speakers)
     if count == 1:
-        return audio_CN.expand(2, -1).clone()
-    if count in DOWNMIX:
-        audio_CN = torch.tensor(DOWNMIX[count], dtype=audio_CN.dtype, device=audio_CN.device).T @ audio_CN
-    elif count != 2:
-        raise AudioError(f"no rule to mix {count} channels down to {channels}; mix it to stereo first.")
+        return audio_CN.expand(2, -1).clone() if channels == 2 else audio_CN
+    if gains != [(1, 0), (0, 1)]:
+        audio_CN = torch.tensor(gains, dtype=audio_CN.dtype, device=audio_CN.device).T @ audio_CN
     return audio_CN if channels == 2 else audio_CN.mean(dim=0, keepdim=True)
 
 

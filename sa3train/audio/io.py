@@ -1,64 +1,55 @@
 """Audio files in and out, through libsndfile, and through the ffmpeg program for what libsndfile cannot read.
 
-Arrays are float32 tensors (C, N), full scale ±1, channels in WAV order (FL FR FC LFE BL BR SL SR).
+Arrays are float32 tensors (C, N), full scale ±1, channels in the order of the file.
 """
 
+import contextlib
 import io
-import shutil
-import subprocess
-import tempfile
 from dataclasses import dataclass
-from os import PathLike, fspath
+from os import PathLike, fsencode
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from sa3train.audio.decode import NEEDS_FFMPEG, DecodedAudio, Source, decode_audio, describe_source, scan_audio
 from sa3train.audio.edit import mix_channels
 from sa3train.audio.resample import resample
+from sa3train.audio.scan import OPEN_LENGTH
 from sa3train.core.errors import AudioError
 from sa3train.core.files import write_bytes
 from sa3train.core.imports import explain_imports
+from sa3train.core.log import get_logger
 
 with explain_imports():
     import soundfile
 
-Source = str | PathLike[str] | bytes
+_logger = get_logger(__name__)
 
 AUDIO_SUFFIXES = (
     *(".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aiff", ".aif", ".aifc", ".caf", ".w64", ".rf64", ".au"),
-    *(".m4a", ".aac", ".mp4", ".wma", ".alac"),
+    *NEEDS_FFMPEG,
 )
 """Files that a folder scan takes for audio."""
 
-NEEDS_FFMPEG = (".m4a", ".aac", ".mp4", ".wma", ".alac")
+PLAUSIBLE_RATES = (2000, 768_000)
+"""Lowest and highest sample rate in Hz; where a file states another, its header is damaged."""
 
-# libsndfile returns the channels of Ogg files in the order of the Vorbis I specification (4.3.9).
-VORBIS_TO_WAV_ORDER = {
-    3: (0, 2, 1),
-    5: (0, 2, 1, 3, 4),
-    6: (0, 2, 1, 5, 3, 4),
-    7: (0, 2, 1, 6, 5, 3, 4),
-    8: (0, 2, 1, 7, 5, 6, 3, 4),
-}
+INTEGER_SCALE = 32.0
+"""Peaks above this (+30 dBFS) are integers stored as floats, not loud audio."""
 
-WRITERS = {
-    ".wav": ("WAV", None),
-    ".flac": ("FLAC", None),
-    ".aiff": ("AIFF", None),
-    ".aif": ("AIFF", None),
-    ".ogg": ("OGG", "VORBIS"),
-    ".opus": ("OGG", "OPUS"),
-    ".mp3": ("MP3", "MPEG_LAYER_III"),
+WRITERS = {f".{name.lower()}": name for name in ("WAV", "FLAC", "AIFF", "OGG", "MP3")} | {
+    ".aif": "AIFF",
+    ".opus": "OGG",
 }
-"""Container, and the encoding where the suffix leaves no choice, by file suffix."""
+"""Container by file suffix."""
+
+_ENCODINGS = {".ogg": "VORBIS", ".opus": "OPUS", ".mp3": "MPEG_LAYER_III"}  # where the suffix leaves no choice
 
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What the header of an audio file says.
+    """Facts about an audio file.
 
     Attributes:
         sample_rate: Sample rate in Hz.
@@ -95,19 +86,33 @@ def read_audio(source: Source) -> tuple[Tensor, int]:
     Raises:
         AudioError: The file is missing, not audio, empty, or contains NaN or infinity.
     """
-    name = _describe_source(source)
-    _check_exists(source)
-    try:
-        samples, rate, container = _decode(source if isinstance(source, bytes) else fspath(source))
-    except soundfile.LibsndfileError as error:
-        samples, rate, container = _decode_with_ffmpeg(source, name, error)
-    except OSError as error:
-        raise AudioError(f"cannot read {name}: {error.strerror or error}.") from error
-    audio_CN = torch.from_numpy(np.ascontiguousarray(samples.T))
-    if container == "OGG" and len(audio_CN) in VORBIS_TO_WAV_ORDER:
-        audio_CN = audio_CN[list(VORBIS_TO_WAV_ORDER[len(audio_CN)])]
-    check_audio(audio_CN, rate, name)
-    return audio_CN, rate
+    decoded = _read_with_warnings(source)
+    return decoded.audio_CN, decoded.sample_rate
+
+
+def _read_with_warnings(source: Source) -> DecodedAudio:
+    decoded = read_whole(source)
+    for problem in decoded.problems:
+        if problem != OPEN_LENGTH:
+            _logger.warning("%s: %s.", describe_source(source), problem.detail)
+    return decoded
+
+
+def read_whole(source: Source) -> DecodedAudio:
+    """Read an audio file with all that is known about its completeness. Nothing is logged.
+
+    Args:
+        source: Path, or the bytes of a file.
+
+    Returns:
+        The audio with its own channels and sample rate, and its problems.
+
+    Raises:
+        AudioError: As `read_audio`.
+    """
+    decoded = decode_audio(source)
+    check_audio(decoded.audio_CN, decoded.sample_rate, describe_source(source))
+    return decoded
 
 
 def load_audio(source: Source, sample_rate: int = 44100, channels: int = 2) -> Tensor:
@@ -122,37 +127,38 @@ def load_audio(source: Source, sample_rate: int = 44100, channels: int = 2) -> T
         Audio (channels, N) in float32.
 
     Raises:
-        AudioError: As `read_audio`, or there is no rule to mix its channels.
+        AudioError: As `read_audio`, its samples are not within ±1, its sample rate is implausible, or there is no rule
+            to mix its channels.
     """
-    audio_CN, rate = read_audio(source)
+    decoded = _read_with_warnings(source)
+    name = describe_source(source)
+    check_plausible(decoded.audio_CN, decoded.sample_rate, name)
     try:
-        mixed_CN = mix_channels(audio_CN, channels)
+        mixed_CN = mix_channels(decoded.audio_CN, channels, decoded.speakers)
     except AudioError as error:
-        raise AudioError(f"{_describe_source(source)}: {error}") from error
-    return resample(mixed_CN, rate, sample_rate)
+        raise AudioError(f"{name}: {error}") from error
+    return resample(mixed_CN, decoded.sample_rate, sample_rate)
 
 
 def read_audio_info(path: str | PathLike[str]) -> AudioInfo:
-    """Read the header of an audio file. What only ffmpeg can read is decoded.
+    """Measure an audio file: by its header where that agrees with the file's size, by decoding otherwise.
 
     Args:
         path: File.
 
     Returns:
-        Facts from the header.
+        Facts about the audio that `read_audio` returns.
 
     Raises:
         AudioError: The file is missing or not audio.
     """
-    _check_exists(path)
-    try:
-        info = soundfile.info(fspath(path))
-    except soundfile.LibsndfileError:
-        audio_CN, rate = read_audio(path)
-        return AudioInfo(rate, audio_CN.shape[0], audio_CN.shape[1], Path(path).suffix.lstrip(".").upper(), "ffmpeg")
-    except OSError as error:
-        raise AudioError(f"cannot read {path}: {error.strerror or error}.") from error
-    return AudioInfo(info.samplerate, info.channels, info.frames, info.format, info.subtype)
+    if scan_audio(path).is_trusted:
+        with contextlib.suppress(Exception):  # decoding tells what is wrong
+            info = soundfile.info(fsencode(path))
+            return AudioInfo(info.samplerate, info.channels, info.frames, info.format, info.subtype)
+    decoded = read_whole(path)
+    channels, samples = decoded.audio_CN.shape
+    return AudioInfo(decoded.sample_rate, channels, samples, decoded.container, decoded.encoding)
 
 
 def write_audio(path: str | PathLike[str], audio_CN: Tensor, sample_rate: int, subtype: str = "PCM_16") -> None:
@@ -192,8 +198,7 @@ def encode_audio(
     if suffix.lower() not in WRITERS:
         known = ", ".join(WRITERS)
         raise AudioError(f"cannot write {name}: unknown suffix {suffix!r}. Use one of {known}.")
-    container, own_subtype = WRITERS[suffix.lower()]
-    chosen = own_subtype or subtype
+    container, chosen = WRITERS[suffix.lower()], _ENCODINGS.get(suffix.lower(), subtype)
     if not soundfile.check_format(container, chosen):
         raise AudioError(
             f"cannot write {name}: {container} does not support {subtype}. Use PCM_16 or PCM_24, or a .wav file."
@@ -229,48 +234,29 @@ def check_audio(audio_CN: Tensor, sample_rate: int, name: str = "the audio") -> 
         raise AudioError(f"{name}: {bad} samples are NaN or infinite. Export the audio again and check the source.")
 
 
-def _describe_source(source: Source) -> str:
-    return f"{len(source)} bytes of audio" if isinstance(source, bytes) else fspath(source)
+def check_plausible(audio_CN: Tensor, sample_rate: int, name: str = "the audio") -> None:
+    """Check that audio has a sample rate that audio can have, and is not at the scale of integers, such as ±32768.
 
+    Args:
+        audio_CN: Audio.
+        sample_rate: Sample rate in Hz.
+        name: Name of the audio for messages.
 
-def _check_exists(source: Source) -> None:
-    if isinstance(source, bytes):
-        return
-    if not Path(source).exists():
-        raise AudioError(f"no such audio file: {fspath(source)}.")
-    if Path(source).is_dir():
-        raise AudioError(f"{fspath(source)} is a folder, not an audio file.")
-
-
-def _decode(source: str | bytes) -> tuple[np.ndarray[Any, Any], int, str]:
-    with soundfile.SoundFile(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
-        return file.read(dtype="float32", always_2d=True), file.samplerate, file.format
-
-
-def _decode_with_ffmpeg(source: Source, name: str, cause: Exception) -> tuple[np.ndarray[Any, Any], int, str]:
-    program = shutil.which("ffmpeg")
-    if program is None:
-        suffix = "" if isinstance(source, bytes) else Path(source).suffix.lower()
-        if suffix in NEEDS_FFMPEG:
-            raise AudioError(
-                f"cannot read {name}: {suffix} files need the ffmpeg program. "
-                f"Install it (Debian, Ubuntu: apt install ffmpeg) or convert the file to WAV or FLAC."
-            ) from cause
+    Raises:
+        AudioError: The sample rate is not one of audio, the peak is far above full scale (+30 dB), or all samples are
+            whole numbers and some above 1.
+    """
+    lowest, highest = PLAUSIBLE_RATES
+    if not lowest <= sample_rate <= highest:
         raise AudioError(
-            f"cannot read {name}: it is not WAV, FLAC, MP3, Ogg, Opus or AIFF, or it is damaged. "
-            f"Convert it to WAV or FLAC, or install the ffmpeg program, which reads more formats."
-        ) from cause
-    with tempfile.TemporaryDirectory() as folder:
-        given, wav = Path(folder) / "given", Path(folder) / "decoded.wav"
-        if isinstance(source, bytes):
-            given.write_bytes(source)
-        path = str(given if isinstance(source, bytes) else Path(source).absolute())
-        command = [program, "-nostdin", "-v", "error", "-i", path, "-map", "0:a:0", "-c:a", "pcm_f32le", str(wav)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode != 0 or not wav.exists():
-            reason = done.stderr.strip().splitlines()[-1:] or ["no audio in it"]
-            raise AudioError(f"cannot read {name}: neither libsndfile nor ffmpeg can ({reason[0]}).") from cause
-        return _decode(str(wav))
+            f"{name}: a sample rate of {sample_rate} Hz is outside {lowest} to {highest} Hz. Export the audio again."
+        )
+    peak = float(audio_CN.abs().max())
+    if peak > INTEGER_SCALE or (peak >= 2 and bool((audio_CN == audio_CN.round()).all())):
+        raise AudioError(
+            f"{name}: a peak of {peak:.6g}, where full scale is 1: integers stored as floats. Export it again as "
+            f"integers, or as floats within ±1."
+        )
 
 
 def _clear_timestamp(content: bytes) -> bytes:

@@ -15,6 +15,7 @@ with explain_imports():
     import torchaudio.functional
 
 LOUDNESS_BLOCK = 0.4
+LOWEST_LOUDNESS_RATE = 11025
 OVERSAMPLING = 4
 FFT_SIZE = 2048
 HOP = 512
@@ -25,23 +26,46 @@ PLOT_RANGE_DB = 80.0
 def measure_loudness_lufs(audio_CN: Tensor, sample_rate: int) -> float:
     """Measure integrated loudness of mono or stereo (ITU-R BS.1770-4).
 
-    Audio shorter than one gating block (0.4 s) is measured as one block of its own length.
+    Audio shorter than one gating block (0.4 s), or with sound only after the last whole block, is measured as one
+    block of its own length. Low sample rates are resampled: the weighting filters need frequencies up to 4 kHz.
 
     Args:
         audio_CN: Audio.
         sample_rate: Sample rate in Hz.
 
     Returns:
-        Loudness in LUFS; -inf for silence.
+        Loudness in LUFS; -inf below the absolute threshold of -70 LUFS.
     """
+    if sample_rate < LOWEST_LOUDNESS_RATE:
+        audio_CN, sample_rate = resample(audio_CN, sample_rate, 48000), 48000
+    stereo_CN = mix_channels(audio_CN, 2).double().cpu()
+    # One sample of silence more, and a block a trifle longer: pyloudnorm's rounding refuses one length in thirteen.
+    stereo_NC = torch.nn.functional.pad(stereo_CN, (0, 1)).T.numpy()
+    whole = (stereo_CN.shape[1] + 1e-6) / sample_rate
+    loudness = _integrate_loudness(stereo_NC, sample_rate, min(LOUDNESS_BLOCK, whole))
+    return loudness if math.isfinite(loudness) else _integrate_loudness(stereo_NC, sample_rate, whole)
+
+
+def _integrate_loudness(audio_NC: np.ndarray, sample_rate: int, block: float) -> float:
     import pyloudnorm
 
-    seconds = audio_CN.shape[1] / sample_rate
-    # Slightly shorter than the clip: pyloudnorm's rounding refuses one length in thirteen.
-    meter = pyloudnorm.Meter(sample_rate, block_size=min(LOUDNESS_BLOCK, seconds * (1 - 1e-9)))
     with np.errstate(divide="ignore", invalid="ignore"):
-        loudness = float(meter.integrated_loudness(mix_channels(audio_CN, 2).double().cpu().T.numpy()))
+        loudness = float(pyloudnorm.Meter(sample_rate, block_size=block).integrated_loudness(audio_NC))
     return loudness if math.isfinite(loudness) else -math.inf
+
+
+def measure_offset(audio_CN: Tensor) -> Tensor:
+    """Measure the DC offset: of mean and median the one nearer to 0, since the mean of a hit is seldom 0.
+
+    Args:
+        audio_CN: Audio.
+
+    Returns:
+        Offset of each channel (C, 1), in float64.
+    """
+    some_CN = audio_CN[:, :: 1 + audio_CN.shape[1] // 100_000]
+    both_C2 = torch.stack((audio_CN.double().mean(dim=1), some_CN.double().median(dim=1).values), dim=1)
+    return both_C2.gather(1, both_C2.abs().argmin(dim=1, keepdim=True))
 
 
 def measure_peak_db(audio_CN: Tensor) -> float:

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from sa3train.adapters.spec import KINDS, PEFT_METHODS
+from sa3train.core.config import check_settings, setting
 from sa3train.core.errors import SA3Error
 from sa3train.core.files import write_text
 
@@ -19,27 +21,23 @@ ARCHES = ("nano", "small", "medium")
 
 @dataclass(frozen=True)
 class Options:
-    """Settings of a benchmark.
+    """Settings of a benchmark."""
 
-    Attributes:
-        arch: Architecture, one of `ARCHES`; None for the benchmark's own.
-        device: Device to measure.
-        dtype: "bf16", "fp16" or "fp32".
-        threads: CPU threads.
-        repeats: Measured rounds, after the warm-up.
-        seconds: Duration of the audio; None for the benchmark's own.
-        steps: Sampling steps.
-        adapter_types: Adapter types to measure; empty for all.
-    """
+    arch: str | None = setting(None, help="Architecture, one of `ARCHES`; None for the benchmark's own.")
+    device: str = setting("cpu", help="Device to measure.", text="filled")
+    dtype: str = setting("bf16", help="bf16, fp16 or fp32.", choices=("bf16", "fp16", "fp32"))
+    threads: int = setting(2, help="CPU threads.", min=1, max=1024)
+    repeats: int = setting(5, help="Measured rounds, after the warm-up.", min=1, max=10_000)
+    seconds: float | None = setting(
+        None, help="Duration of the audio; None for the benchmark's own.", unit="seconds", min=0.1, max=600
+    )
+    steps: int = setting(8, help="Sampling steps.", min=1, max=1000)
+    adapter_types: tuple[str, ...] = setting(
+        (), help="Adapter types to measure; empty for all.", choices=(*KINDS, *PEFT_METHODS)
+    )
 
-    arch: str | None = None
-    device: str = "cpu"
-    dtype: str = "bf16"
-    threads: int = 2
-    repeats: int = 5
-    seconds: float | None = None
-    steps: int = 8
-    adapter_types: tuple[str, ...] = ()
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     @property
     def is_cuda(self) -> bool:
@@ -191,6 +189,32 @@ def _describe_processor() -> str:
     return f"{name} ({', '.join(present)})" if present else name
 
 
+def split_page(path: Path, device: str) -> tuple[str, str, str]:
+    """Split a Markdown page at the section of one kind of device.
+
+    Args:
+        path: The page.
+        device: Such as "cpu" or "cuda:0".
+
+    Returns:
+        What is before the section's tables, with its first mark; the tables; the last mark with what is after.
+
+    Raises:
+        SA3Error: The page is no text, or has no section for the device.
+    """
+    kind = device.partition(":")[0]
+    begin, end = f"<!-- {kind}: begin -->", f"<!-- {kind}: end -->"
+    try:
+        page = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SA3Error(f"{path} is not UTF-8 text. Name a Markdown page.") from error
+    before, has_begin, rest = page.partition(begin)
+    section, has_end, after = rest.partition(end)
+    if not has_begin or not has_end:
+        raise SA3Error(f"{path} has no section for {kind}. Add the lines {begin} and {end} where the table belongs.")
+    return before + begin, section, end + after
+
+
 def update_page(path: Path, records: Sequence[Record]) -> None:
     """Update the tables of one kind of device in a Markdown page.
 
@@ -200,24 +224,15 @@ def update_page(path: Path, records: Sequence[Record]) -> None:
     Args:
         path: The page.
         records: Benchmark runs, all on the same kind of device.
-
-    Raises:
-        SA3Error: The page has no section for the device.
     """
-    device = records[0].options.device.partition(":")[0]
-    begin, end = f"<!-- {device}: begin -->", f"<!-- {device}: end -->"
-    page = path.read_text(encoding="utf-8") if path.is_file() else ""
-    before, has_begin, rest = page.partition(begin)
-    section, has_end, after = rest.partition(end)
-    if not has_begin or not has_end:
-        raise SA3Error(f"{path} has no section for {device}. Add the lines {begin} and {end} where the table belongs.")
+    before, section, after = split_page(path, records[0].options.device)
     tables = {}
     for part in section.split("### ")[1:]:
         name, _, text = part.partition("\n")
         tables[name.strip()] = text
     tables |= {_make_heading(record): _render_record(record) for record in records}
     body = "\n".join(f"### {name}\n\n{text.strip()}\n" for name, text in tables.items())
-    write_text(path, f"{before}{begin}\n\n{body}\n{end}{after}")
+    write_text(path, f"{before}\n\n{body}\n{after}")
 
 
 def _make_heading(record: Record) -> str:

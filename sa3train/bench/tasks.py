@@ -7,6 +7,7 @@ import importlib
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -24,15 +25,13 @@ def run_benchmark(name: str, options: "Options") -> "Record":
         Its figures, with what is needed to measure them again.
 
     Raises:
-        ConfigError: The device is CUDA, and there is none.
+        ConfigError: There is no such device.
     """
-    import torch
-
     from sa3train.bench.figures import Record, describe_machine
-    from sa3train.core.errors import ConfigError
+    from sa3train.core.device import choose_device, limit_to_cores
 
-    if options.is_cuda and not torch.cuda.is_available():
-        raise ConfigError(f"--device {options.device}: torch finds no CUDA device. Remove --device to use the CPU.")
+    threads = limit_to_cores("--threads", options.threads)
+    options = replace(options, device=str(choose_device(options.device)), threads=threads)
     bench = importlib.import_module(f"sa3train.bench.{name}")
     return Record(name, options, bench.run(options), describe_machine(options.device))
 

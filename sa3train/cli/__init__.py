@@ -1,1 +1,17 @@
 """Command-line entry points; the only readers of Hydra configs and command-line flags."""
+
+import os
+import sys
+from types import TracebackType
+
+
+def _end_at_ctrl_c(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """End as `run_job` ends a command, also while Python still imports what comes before it."""
+    if not issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    os.write(2, b"stopped by Ctrl-C\n")
+    os._exit(130)
+
+
+sys.excepthook = _end_at_ctrl_c

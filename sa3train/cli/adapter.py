@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from sa3train.cli.hydra_app import run_job
 from sa3train.core.dtypes import DTYPES
 from sa3train.core.errors import AdapterError
+from sa3train.core.files import check_target
 from sa3train.core.text import format_number, list_few
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
     flags.add_argument("file", help="a .safetensors file (native or ComfyUI) or a PEFT folder")
     flags.add_argument("--model", help="model to check against: registry name or folder")
     flags.add_argument("--layers", action="store_true", help="list every layer")
-    flags.add_argument("--plot", metavar="PNG", help="plot the change of every layer")
+    flags.add_argument("--plot", metavar="PNG", help="plot the change of every layer; replaces an existing PNG")
     flags = _add_command(commands, "diff", "show where two adapters differ", _diff)
     flags.add_argument("first", help="an adapter file or PEFT folder")
     flags.add_argument("second", help="another one")
@@ -109,7 +110,8 @@ def _add_tool(commands: Any, name: str, text: str, rank: str) -> argparse.Argume
     either.add_argument("--rank", type=int, help=rank)
     variance = "the smallest rank per layer that keeps this share"
     either.add_argument("--explained-variance", type=float, metavar="SHARE", help=variance)
-    flags.add_argument("--dtype", choices=tuple(DTYPES), default="fp16", help="of the written file (default fp16)")
+    flags.add_argument("--dtype", choices=tuple(DTYPES), help="of the written adapter (default fp16)")
+    flags.add_argument("--overwrite", action="store_true", help="replace what exists there, but never an input")
     return flags
 
 
@@ -118,6 +120,7 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
     inspection = inspect_adapter(arguments.file, _load_model(arguments.model))
     if arguments.plot:
+        check_target(arguments.plot, [arguments.file], overwrite=True)
         plot_layers(inspection, arguments.plot)
     if arguments.json:
         _print_json(inspection.to_dict())
@@ -150,6 +153,8 @@ def _write(arguments: argparse.Namespace) -> int:
 
     flags = vars(arguments)
     settings = {name: value for name, value in flags.items() if name not in ("run", "tool", "json", *RANK_FLAGS)}
+    if arguments.dtype is None:
+        del settings["dtype"]
     given = [flags[name] for name in RANK_FLAGS]
     settings["truncation"] = None if given == [None, None] else tools.Truncation(*given)
     if arguments.tool in ("extract_adapter", "resize_adapter"):
@@ -177,7 +182,7 @@ def _parse_source(text: str) -> tuple[str, float]:
     lora = parse_lora(text)
     if lora.interval is not None:
         raise AdapterError(f"{text}: a merged adapter has no noise levels. Remove the part after @.")
-    return lora.require_path(), lora.require_strength()
+    return lora.path, lora.require_strength()
 
 
 def _load_model(name: str | None) -> "StableAudio3 | Any":

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sa3train.core.errors import SA3Error
+from sa3train.core.errors import ConfigError, SA3Error
 
 if TYPE_CHECKING:
     from sa3train.bench.figures import Options, Record
@@ -34,6 +34,21 @@ BENCHMARKS = {
     "nano": "how well nano follows its prompts and reconstructs audio",
     "studio": "first paint of the studio's page (needs the extra dev)",
 }
+UNUSED: dict[str, set[str]] = {
+    "generate": {"adapter_types"},
+    "decode": {"adapter_types", "steps"},
+    "encode": {"adapter_types", "steps"},
+    "precision": {"adapter_types", "repeats"},
+    "load": {"adapter_types", "seconds", "steps"},
+    "startup": {"adapter_types", "arch", "device", "dtype", "steps"},
+    "adapters": {"steps"},
+    "train": {"adapter_types", "steps"},
+    "quantized": {"adapter_types", "steps"},
+    "tracking": {"adapter_types", "seconds", "steps"},
+    "nano": {"adapter_types", "arch", "dtype", "repeats", "seconds", "steps"},
+    "studio": {"adapter_types", "arch", "device", "dtype", "seconds", "steps", "threads"},
+}
+"""Options that a benchmark does not use, and refuses."""
 TIME_LIMIT = 600
 """Seconds for each benchmark of `all`."""
 
@@ -50,20 +65,21 @@ def build_parser() -> argparse.ArgumentParser:
         description="Measure speed and memory on this machine against baselines and targets.",
         epilog=f"benchmarks:\n{listing}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,  # so that what is given can be told from a default
     )
     add = parser.add_argument
     add("name", metavar="NAME", choices=[*BENCHMARKS, "all"], help="what to measure (listed below)")
-    add("--check", action="store_true", help="exit with code 1 when a target is missed")
-    add("--json", type=Path, metavar="FILE", help="also write the figures to a JSON file")
-    add("--update", type=Path, metavar="FILE", help="update this device's tables in a Markdown file")
+    add("--check", action="store_true", default=False, help="exit with code 1 when a target is missed")
+    add("--json", type=Path, default=None, metavar="FILE", help="also write the figures to a JSON file, replacing it")
+    add("--update", type=Path, default=None, metavar="FILE", help="update this device's tables in a Markdown file")
     add("--arch", choices=("nano", "small", "medium"), help="default: the one that has targets")
-    add("--device", default="cpu", help="cpu (default), cuda, cuda:0, ...")
-    add("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="default: bf16")
-    add("--threads", type=_parse_positive, default=2, metavar="N", help="CPU threads (default: 2)")
-    add("--repeats", type=_parse_positive, metavar="N", help="measured rounds (default: 5; for all: 3)")
+    add("--device", help="cpu (default), cuda, cuda:0, ...")
+    add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: 2)")
+    add("--repeats", type=int, metavar="N", help="measured rounds (default: 5; for all: 3)")
     add("--seconds", type=float, help="duration of the audio (default: the one that has targets)")
-    add("--adapter-types", type=_parse_names, default=(), metavar="A,B", help="adapter types (default: all)")
-    add("--steps", type=_parse_positive, default=8, help="sampling steps (default: 8)")
+    add("--adapter-types", type=_parse_names, metavar="A,B", help="adapter types (default: all)")
+    add("--steps", type=int, help="sampling steps (default: 8)")
     return parser
 
 
@@ -86,10 +102,10 @@ def _run(arguments: argparse.Namespace) -> int:
     from sa3train.bench.figures import render_table, update_page
     from sa3train.core.files import write_json
 
-    os.environ.setdefault("OMP_NUM_THREADS", str(arguments.threads))  # before torch is loaded
+    options = _make_options(arguments)
+    os.environ.setdefault("OMP_NUM_THREADS", str(options.threads))  # before torch is loaded
     from sa3train.bench.tasks import run_benchmark
 
-    options = _make_options(arguments)
     if arguments.name == "all":
         records = [_run_in_subprocess(name, options) for name in BENCHMARKS]
     else:
@@ -127,34 +143,39 @@ def _run_in_subprocess(name: str, options: "Options") -> "Record":
         content = {"figures": [failed], "machine": describe_machine(options.device)}
     print(f"{name}: {outcome} ({time.monotonic() - start:.0f} s)", flush=True)
     figures = [Figure(**{key: value for key, value in one.items() if key != "reached"}) for one in content["figures"]]
-    command = " ".join(["sa3-bench", name, *_make_flags(options)])
+    command = " ".join(["sa3-bench", name, *_make_flags(name, options)])
     return Record(name, options, figures, {**content["machine"], "command": command})
 
 
 def _make_options(arguments: argparse.Namespace) -> "Options":
-    from sa3train.bench.figures import Options
+    from sa3train.bench.figures import Options, split_page
 
     values = {key: value for key, value in vars(arguments).items() if key in Options.__dataclass_fields__}
-    repeats = arguments.repeats or (3 if arguments.name == "all" else 5)
-    return Options(**{**values, "repeats": repeats})
+    if unused := values.keys() & UNUSED.get(arguments.name, set()):
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(unused))
+        raise ConfigError(f"{flags} has no effect on {arguments.name}. Remove it.")
+    values.setdefault("repeats", 3 if arguments.name == "all" else 5)
+    if arguments.json and arguments.json.suffix.lower() != ".json":
+        raise ConfigError(f"--json {arguments.json} must end in .json: it would replace a file of another kind.")
+    for file in filter(None, (arguments.json, arguments.update)):  # before minutes of measuring
+        if file.is_dir() or not file.parent.is_dir() or (file == arguments.update and not file.is_file()):
+            raise ConfigError(f"{file} cannot be written: there is no such folder, or no file to update.")
+    options = Options(**values)
+    if arguments.update is not None and options.device != "auto":
+        split_page(arguments.update, options.device)
+    return options
 
 
-def _make_flags(options: "Options") -> list[str]:
-    """Make the command line that gives these options."""
-    settings = {key.replace("_", "-"): value for key, value in asdict(options).items() if value not in (None, ())}
+def _make_flags(name: str, options: "Options") -> list[str]:
+    """Make the flags that give a benchmark these options."""
+    used = {key: value for key, value in asdict(options).items() if key not in UNUSED.get(name, ())}
+    settings = {key.replace("_", "-"): value for key, value in used.items() if value not in (None, ())}
     texts = {key: ",".join(value) if isinstance(value, tuple) else str(value) for key, value in settings.items()}
     return [part for key, text in texts.items() for part in (f"--{key}", text)]
 
 
 def _parse_names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def _parse_positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -1,11 +1,15 @@
-"""Runs of a sweep side by side, best first: `python -m sa3train.cli.compare runs/sweep-NAME`."""
+"""Runs of a sweep side by side, best first; a sweep ends with it. `python -m sa3train.cli.compare runs/sweep-NAME`."""
 
 import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.experimental.callback import Callback
+from omegaconf import DictConfig, OmegaConf
 
 from sa3train.core.errors import ConfigError
 from sa3train.reports.run_files import CONFIG_FILE, VALIDATION_FILE, load_settings
@@ -26,6 +30,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="folder that holds run folders, such as runs/sweep-20260101-120000")
     arguments = parser.parse_args(argv)
     return run_job(lambda: print("\n".join(format_table(compare_runs(arguments.folder)))))
+
+
+class SweepCallback(Callback):
+    """Says which settings each job of a sweep has, and compares the runs at its end (`hydra.callbacks`)."""
+
+    def __init__(self) -> None:
+        self.varied: list[str] = []
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Find which settings vary."""
+        overrides = OverridesParser.create().parse_overrides(_list_overrides(config))
+        self.varied = [*(config.hydra.sweeper.get("params") or {})]
+        self.varied += [override.get_key_element() for override in overrides if override.is_sweep_override()]
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        """Print the job's own settings."""
+        own = [text for text in _list_overrides(config) if text.lstrip("+").partition("=")[0] in self.varied]
+        if own:
+            print(f"job {config.hydra.job.num:03d}: {' '.join(own)}", flush=True)
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Print the table."""
+        try:
+            print(f"{config.run_dir}, best first:", *format_table(compare_runs(Path(config.run_dir))), sep="\n")
+        except ConfigError as error:
+            print(f"nothing to compare: {error}")
+
+
+def _list_overrides(config: DictConfig) -> list[str]:
+    return cast("list[str]", OmegaConf.to_container(config.hydra.overrides.task))  # `${…}` in them stays as it is
 
 
 def compare_runs(folder: Path) -> list[dict[str, Any]]:

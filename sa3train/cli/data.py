@@ -8,7 +8,9 @@ sa3-data inspect SHARDS --verify       what is in the shards, and whether they a
 
 import argparse
 import dataclasses
+import itertools
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,9 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_audit_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("source", help="folder, audio file, metadata.jsonl or .csv, .tar, or a URL of one of these")
-    flags.add_argument("--out", help="folder for audit.json and audit.html (default: ./audit-NAME)")
+    flags.add_argument(
+        "--out", help="folder for audit.json and audit.html, which replace earlier ones (default: ./audit-NAME)"
+    )
     flags.add_argument("--model", help="model whose longest audio and longest caption are the limits")
     flags.add_argument("--captions", choices=("required", "optional"), default="required")
+    flags.add_argument("--allow-promotional", action="store_true", help="use tags that read like an advertisement")
     flags.add_argument("--threads", type=int, help="default: the number of cores, up to 8")
     flags.add_argument("-n", type=int, default=20, help="number of clips to list, worst first (default: 20)")
     flags.add_argument("--progress-json", action="store_true", help="JSON lines on stdout; the last has the result")
@@ -88,7 +93,7 @@ def _add_inspect_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--verify", action="store_true", help="check every byte against index.json, and the listings")
     flags.add_argument("--allow-damaged", action="store_true", help="leave damaged shards out instead of failing")
     flags.add_argument("--play", action="append", default=[], metavar="KEY", help="decode a clip to a wav; repeatable")
-    flags.add_argument("--out", default=".", help="folder for the wavs (default: .)")
+    flags.add_argument("--out", default=".", help="folder for the wavs (default: .); existing ones stay, KEY-2.wav")
     flags.add_argument("--model", help="model to decode with (default: the one named in the shards)")
     flags.set_defaults(run=run_inspect_command)
 
@@ -109,7 +114,8 @@ def run_audit_command(arguments: argparse.Namespace) -> int:
     from sa3train.data.encode.encode import audit_clips, list_clips
     from sa3train.data.encode.workers import Workers, get_work_dir, lock_output_dir
 
-    rules = load_rules(arguments.model, arguments.captions) if arguments.model else AuditRules(arguments.captions)
+    chosen = arguments.captions, arguments.allow_promotional
+    rules = load_rules(arguments.model, *chosen) if arguments.model else AuditRules(*chosen)
     folder = Path(arguments.out or f"audit-{Path(arguments.source.rstrip('/')).stem or 'source'}")
     threads = EncodeSettings(threads=arguments.threads).count_threads()
     with write_json_progress(arguments.progress_json), lock_output_dir(folder, Workers()):
@@ -159,11 +165,15 @@ def run_preview_command(arguments: argparse.Namespace) -> int:
             prompts=build_prompt_settings(arguments),
         )
         data = LatentDataModule(settings, seed=arguments.seed)
-    loader = data.train_dataloader()
-    samples = (sample for batch in loader.sampler for row in batch for sample in row)
-    for _, sample in zip(range(arguments.n), samples, strict=False):
-        crop = loader.dataset.load_crop(sample)
-        print(f"{crop.key}  [{crop.seconds_total:.0f} s]  {crop.prompt or '(empty prompt)'}")
+    with closing(data.train_dataloader()) as loader:
+        batches = itertools.chain.from_iterable(itertools.repeat(loader))
+        clips = (
+            clip
+            for batch in batches
+            for clip in zip(batch["keys"], batch["seconds_total_S"].tolist(), batch["prompts"], strict=True)
+        )
+        for key, seconds, prompt in itertools.islice(clips, arguments.n):
+            print(f"{key}  [{seconds:.0f} s]  {prompt or '(empty prompt)'}")
     prompts = data.list_prompts()
     count = "too many to list" if prompts is None else str(len(prompts))
     print(f"\n{sum(map(len, data.train_clips))} training clips, distinct prompts: {count}")
@@ -196,7 +206,7 @@ def load_run_data(arguments: argparse.Namespace) -> "LatentDataModule":
     if not path.is_file():
         raise ConfigError(f"{arguments.run_dir} is not a training run: {path} does not exist.")
     config = build(TrainConfig, load_settings(path))
-    return make_data_module(config.data, config.seed)
+    return make_data_module(dataclasses.replace(config.data, num_workers=0), config.seed)
 
 
 def build_prompt_settings(arguments: argparse.Namespace) -> PromptSettings:
@@ -236,7 +246,7 @@ def run_inspect_command(arguments: argparse.Namespace) -> int:
         size = f"{shard['seconds']:.1f} s  {shard['bytes'] / 1e6:.1f} MB"
         print(f"  {shard['file']}  {shard['clips']} latents  {size}{left_out}")
     for _, (_, record) in zip(range(arguments.n), store.iterate_records(), strict=False):
-        print(f"  {record['key']}  {record['split']}  {record['seconds']:.2f} s  {record['caption']}")
+        print(f"  {record['key']}  {record.get('split', '-')}  {record['seconds']:.2f} s  {record.get('caption', '')}")
     damaged = dict(store.damaged)
     if arguments.verify:
         damaged |= store.verify_shards()
@@ -251,7 +261,8 @@ def run_inspect_command(arguments: argparse.Namespace) -> int:
 def _play(store: "LatentStore", keys: list[str], folder: Path, model: str | None) -> None:
     import torch
 
-    from sa3train.audio.io import write_audio
+    from sa3train.audio.io import encode_audio
+    from sa3train.core.files import write_new
     from sa3train.data.shards.index import check_autoencoder
     from sa3train.models.checkpoint import load_autoencoder
 
@@ -268,8 +279,8 @@ def _play(store: "LatentStore", keys: list[str], folder: Path, model: str | None
         with torch.inference_mode():
             audio_BCN = autoencoder.decode(torch.from_numpy(latents_CF).float()[None], generator=generator)
         samples = round(float(record["seconds"]) * autoencoder.sample_rate)
-        write_audio(folder / f"{key}.wav", audio_BCN[0, :, :samples], autoencoder.sample_rate)
-        print(folder / f"{key}.wav")
+        content = encode_audio(audio_BCN[0, :, :samples], autoencoder.sample_rate)
+        print(write_new(folder / f"{key}.wav", content))
 
 
 if __name__ == "__main__":

@@ -9,11 +9,13 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sa3train.cli.hydra_app import run_hydra_job
 from sa3train.core.config import setting
-from sa3train.core.log import get_rank, write_json_line, write_json_progress
+from sa3train.core.log import get_logger, get_rank, write_json_line, write_json_progress
+from sa3train.core.signals import Interrupted
 from sa3train.data.encode.settings import EncodeSettings
 
 if TYPE_CHECKING:
@@ -24,21 +26,17 @@ if TYPE_CHECKING:
     from sa3train.data.encode.encoder import Encoder
     from sa3train.data.encode.workers import Workers
 
+_logger = get_logger(__name__)
 _LISTS = ("fixes", "augmentations")
 _PATHS = ("source", "out", "reuse")
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodeModel:
-    """Whose autoencoder to use.
+    """Whose autoencoder to use."""
 
-    Attributes:
-        name: Name or folder of a model, or of an autoencoder.
-        dtype: Precision it runs in; auto is fp32.
-    """
-
-    name: str
-    dtype: Literal["auto", "fp32", "bf16", "fp16"]
+    name: str = setting(help="Name or folder of a model, or of an autoencoder.", text="path")
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(help="Precision it runs in; auto is fp32.")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,14 +44,16 @@ class EncodeConfig(EncodeSettings):
     """Every setting of `sa3-encode`."""
 
     source: str = setting(
-        help="Folder of any depth, audio file, metadata.jsonl or .csv, WebDataset .tar, or a URL of one of these."
+        help="Folder of any depth, audio file, metadata.jsonl or .csv, WebDataset .tar, or a URL of one of these.",
+        text="path",
     )
     out: str = setting(
         help="Folder for the shards, outside of the source. Running again with the same folder resumes, and updates "
-        "what has changed."
+        "what has changed.",
+        text="path",
     )
     model: EncodeModel
-    device: str = setting("auto", help="auto, cpu, cuda or cuda:N.")
+    device: str = setting("auto", help="auto, cpu, cuda or cuda:N.", text="filled")
     chunked: bool = setting(
         True,
         help="Encode clips over 11.9 s in chunks, as released models do when they generate; false: whole, however "
@@ -73,30 +73,9 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    if not {"-m", "--multirun"}.intersection(arguments):
-        arguments = [quote_for_hydra(argument) for argument in arguments]
     return run_hydra_job(
-        "encode", EncodeConfig, encode, shorthand={"model": "model.name"}, paths=_PATHS, argv=arguments
+        "encode", EncodeConfig, encode, shorthand={"model": "model.name"}, paths=_PATHS, lists=_LISTS, argv=argv
     )
-
-
-def quote_for_hydra(argument: str) -> str:
-    """Quote what Hydra would read as a sweep: `fixes=a,b` is a list, and a path may contain commas.
-
-    Args:
-        argument: A command-line argument.
-
-    Returns:
-        The argument as Hydra reads it.
-    """
-    key, _, value = argument.partition("=")
-    if key in _LISTS and value and not value.startswith("["):
-        return f"{key}=[{value}]"
-    if key in _PATHS and "," in value and value[0] not in "\"'":
-        escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-        return f'{key}="{escaped}"'
-    return argument
 
 
 def encode(config: EncodeConfig) -> int:
@@ -109,12 +88,18 @@ def encode(config: EncodeConfig) -> int:
         The exit code.
     """
     from sa3train.data.encode.encode import encode_dataset
+    from sa3train.data.encode.plan import list_encoded_keys
 
     with write_json_progress(config.progress == "json"):
         workers = join_workers()
         encoder = load_encoder(config.model.name, config.model.dtype, config.device, config.chunked)
-        rules = load_rules(config.model.name, config.captions)
-        result = encode_dataset(config.source, config.out, encoder, config, rules, workers)
+        rules = load_rules(config.model.name, config.captions, config.allow_promotional)
+        try:
+            result = encode_dataset(config.source, config.out, encoder, config, rules, workers)
+        except Interrupted:
+            done = len(list_encoded_keys(Path(config.out)))
+            _logger.warning("%s: %d latents are encoded. Run the same command to continue.", config.out, done)
+            raise
     if config.progress == "json":
         write_json_line(result=summarize_result(result))
     elif get_rank() == 0:
@@ -170,12 +155,13 @@ def load_encoder(name: str, dtype: str, device: str, chunked: bool = True) -> "E
     return Encoder(autoencoder, name, chunked)
 
 
-def load_rules(name: str, captions: str) -> "AuditRules":
+def load_rules(name: str, captions: str, allow_promotional: bool = False) -> "AuditRules":
     """Load what the audit needs to know of a model.
 
     Args:
         name: Name or folder of a model; an autoencoder alone limits neither captions nor length.
         captions: "required" or "optional".
+        allow_promotional: Use tags inside audio files that read like an advertisement or a web address.
 
     Returns:
         Rules for the audit.
@@ -186,10 +172,11 @@ def load_rules(name: str, captions: str) -> "AuditRules":
     from sa3train.models.parse import is_autoencoder, read_config_file
 
     if is_autoencoder(read_config_file(locate_checkpoint(name).config)):
-        return AuditRules(captions)
+        return AuditRules(captions, allow_promotional)
     model = load_checkpoint(name, parts=("conditioner",))
     return AuditRules(
         captions,
+        allow_promotional,
         longest_seconds=model.max_frames * model.downsampling_ratio / model.sample_rate,
         count_tokens=lock_calls(model.conditioner.count_tokens),
         max_tokens=model.conditioner.max_length,

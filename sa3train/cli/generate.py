@@ -11,15 +11,26 @@ With --at-a-time, the files of one batch are written while the next is generated
 import argparse
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from sa3train.cli.generate_args import DEFAULT_MODEL, build_parser, parse_adapters, parse_output, parse_settings
+from sa3train.cli.generate_args import (
+    DEFAULT_MODEL,
+    build_parser,
+    check_paths,
+    parse_adapters,
+    parse_output,
+    parse_settings,
+)
 from sa3train.cli.hydra_app import run_job
-from sa3train.core.errors import GenerationError, SA3Error
+from sa3train.core.errors import DataError, GenerationError, SA3Error
+from sa3train.core.files import hash_file, write_bytes
 from sa3train.core.log import get_logger
+from sa3train.core.text import list_few
+from sa3train.core.user_files import read_file
+from sa3train.data.sources.text import decode_text
 from sa3train.inference.resolve import resolve_settings
 from sa3train.inference.settings import PER_ITEM_SETTINGS, GenerationSettings, count_items, is_list
 
@@ -28,7 +39,9 @@ if TYPE_CHECKING:
 
 _logger = get_logger(__name__)
 
-ALLOWED_WITH_FROM = {"sidecar", "output", "model", "device"}
+MAX_PROMPT_FILE = 1 << 24
+"""Bytes."""
+ALLOWED_WITH_FROM = {"sidecar", "output", "overwrite", "model", "device"}
 
 
 def split_batches(settings: GenerationSettings, at_a_time: int | None) -> list[GenerationSettings]:
@@ -63,17 +76,21 @@ def split_batches(settings: GenerationSettings, at_a_time: int | None) -> list[G
 
 
 @contextlib.contextmanager
-def write_in_background(subtype: str) -> Iterator[Callable[["GenerationOutput", Sequence[Path]], None]]:
+def write_in_background(
+    subtype: str, overwrite: bool = False
+) -> Iterator[Callable[["GenerationOutput", Sequence[Path]], None]]:
     """Write files in a thread; the block ends once all are written.
 
     Args:
         subtype: Encoding of the samples.
+        overwrite: Whether to replace existing files.
 
     Yields:
         A function that waits for the previous files, then starts to write each item of a result to its path, with its
         sidecar. An error in writing is raised by the next call, or at the end of the block.
     """
     pending: list[Future[None]] = []
+    saved: list[Path] = []
 
     def finish() -> None:
         while pending:
@@ -81,7 +98,7 @@ def write_in_background(subtype: str) -> Iterator[Callable[["GenerationOutput", 
 
     def write(result: "GenerationOutput", paths: Sequence[Path]) -> None:
         finish()
-        pending.append(thread.submit(_write, result, paths, subtype))
+        pending.append(thread.submit(_write, result, paths, subtype, overwrite, saved))
 
     with ThreadPoolExecutor(max_workers=1) as thread:
         try:
@@ -91,14 +108,18 @@ def write_in_background(subtype: str) -> Iterator[Callable[["GenerationOutput", 
                 finish()
             except SA3Error as unwritten:
                 _logger.error("%s", unwritten)  # next to the error that ended the block
+            if saved:
+                _logger.warning("complete so far: %s", list_few(list(map(str, saved)), 10))
             raise
         finish()
 
 
-def _write(result: "GenerationOutput", paths: Sequence[Path], subtype: str) -> None:
-    for item, path in enumerate(result.save_at(paths, subtype)):
+def _write(result: "GenerationOutput", paths: Sequence[Path], subtype: str, overwrite: bool, saved: list[Path]) -> None:
+    for item, asked in enumerate(paths):
+        path = result.save_at([asked], subtype, [item], overwrite)[0]
+        saved.append(path)
         seconds = result.audio[item].shape[1] / result.sample_rate
-        print(f"{path}: {seconds:.2f} s, seed {result.seeds[item]}, sidecar {path.stem}.json", flush=True)
+        print(f"{path}: {seconds:.2f} s, seed {result.seeds[item]}, sidecar {path.name}.json", flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -112,7 +133,12 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    return run_job(lambda: _replay(parser, arguments) if arguments.sidecar else _generate(arguments))
+
+    def run() -> int:
+        check_paths(arguments)
+        return _generate(arguments) if arguments.sidecar is None else _replay(parser, arguments)
+
+    return run_job(run)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -123,11 +149,13 @@ def _generate(arguments: argparse.Namespace) -> int:
         raise GenerationError(f"--no-half means --precision fp32, but --precision {arguments.precision} was given.")
     batches = split_batches(parse_settings(arguments, prompts), arguments.at_a_time)
     from sa3train.inference.generator import Generator
-    from sa3train.inference.outputs import check_output, list_output_paths
+    from sa3train.inference.outputs import check_output, choose_output_paths, list_output_paths
 
-    paths = list_output_paths(output, sum(map(count_items, batches)))
-    for path in paths:
-        check_output(path, subtype)
+    count = sum(map(count_items, batches))
+    inputs = _list_inputs(arguments, adapters)
+    for path in list_output_paths(output, count):
+        check_output(path, subtype, inputs, arguments.overwrite)
+    paths = choose_output_paths(output, count, arguments.overwrite)
     generator = Generator.from_pretrained(
         arguments.model or DEFAULT_MODEL,
         arguments.device,
@@ -139,12 +167,18 @@ def _generate(arguments: argparse.Namespace) -> int:
         generator.load_adapter(**adapter)
     for batch in batches:
         resolve_settings(batch, generator.facts)  # refuse a bad batch before the first is generated
-    with write_in_background(subtype) as write:
+    with write_in_background(subtype, arguments.overwrite) as write:
         for batch in batches:
             result = generator.generate_from(batch)
             write(result, paths[: len(result.audio)])
             paths = paths[len(result.audio) :]
     return 0
+
+
+def _list_inputs(arguments: argparse.Namespace, adapters: Sequence[Mapping[str, Any]]) -> list[str]:
+    """List the files that the command reads."""
+    given = [arguments.init_audio, arguments.inpaint_audio, arguments.prompt_file, arguments.model]
+    return [path for path in (*given, *(adapter["adapter"] for adapter in adapters)) if path]
 
 
 def _replay(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
@@ -158,25 +192,37 @@ def _replay(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> i
     from sa3train.inference.generator import EXECUTION_OPTIONS, Generator
     from sa3train.inference.outputs import check_output
     from sa3train.inference.replay import compare_with_record, replay
-    from sa3train.inference.sidecar import read_sidecar
+    from sa3train.inference.sidecar import list_inputs, read_sidecar
 
     sidecar = Path(arguments.sidecar)
     record = read_sidecar(sidecar)
-    recorded = Path(record["file"])
-    output = Path(arguments.output) if arguments.output else sidecar.with_name(recorded.name)
+    recorded = sidecar.with_name(record["file"])
+    output = Path(arguments.output) if arguments.output else recorded
     if output.suffix != recorded.suffix:
         raise GenerationError(f"the sidecar records a {recorded.suffix} file. Give -o that suffix, or remove -o.")
-    check_output(output, record["subtype"])
-    torch.set_num_threads(int(record["environment"]["threads"]))
-    source = arguments.model or record["model"]["source"]
-    options = {name: bool(record["environment"].get(name)) for name in EXECUTION_OPTIONS}
-    generator = Generator.from_pretrained(source, arguments.device, record["precision"], **options)
-    result = replay(generator, record, sidecar.parent)
+    try:
+        check_output(output, record["subtype"], list_inputs(record), arguments.overwrite)
+        torch.set_num_threads(record["environment"]["threads"])
+        source = arguments.model or record["model"]["source"]
+        options = {name: bool(record["environment"].get(name)) for name in EXECUTION_OPTIONS}
+        generator = Generator.from_pretrained(source, arguments.device, record["precision"], **options)
+        result = replay(generator, record, sidecar.parent)
+    except SA3Error as error:
+        raise type(error)(f"{sidecar}: {error}") from error
     changed = compare_with_record(record, result, generator.device)
-    if changed and arguments.output is None and output.exists():
+    in_place = arguments.output is None
+    if (
+        in_place
+        and not changed
+        and (arguments.overwrite or not output.exists() or hash_file(output) == record["sha256"])
+    ):
+        write_bytes(output, result.encode_item(record["item"], output.suffix, record["subtype"]))
+        saved = output  # its sidecar stays
+    elif in_place and changed and output.exists() and not arguments.overwrite:
         raise GenerationError(f"{changed} {output} was not overwritten. Give -o to write the new audio.")
-    result.save(output, record["subtype"], item=record["item"])
-    print(f"{output}: {changed or 'identical to the recorded file.'}")
+    else:
+        saved = result.save(output, record["subtype"], record["item"], arguments.overwrite)[0]
+    print(f"{saved}: {changed or 'identical to the recorded file.'}")
     return 0
 
 
@@ -186,10 +232,14 @@ def _read_prompts(arguments: argparse.Namespace) -> list[str]:
     if arguments.prompt is not None:
         return list(arguments.prompt)
     try:
-        lines = Path(arguments.prompt_file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise GenerationError(f"cannot read prompts from {arguments.prompt_file}: {error}.") from error
-    prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+        text, encoding = decode_text(read_file(arguments.prompt_file, limit=MAX_PROMPT_FILE))
+    except OSError as error:
+        raise GenerationError(f"cannot read prompts from {arguments.prompt_file}: {error.strerror}.") from error
+    except DataError as error:
+        raise GenerationError(f"cannot read prompts from {arguments.prompt_file}: it {error}") from error
+    if encoding:
+        _logger.warning("%s is read as %s", arguments.prompt_file, encoding)
+    prompts = [line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#")]
     if not prompts:
         raise GenerationError(f"{arguments.prompt_file} contains no prompt. Write one per line.")
     return prompts

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from sa3train.adapters.lora_argument import parse_lora
-from sa3train.core.config import list_settings
+from sa3train.core.config import Setting, list_settings
 from sa3train.core.errors import GenerationError
 from sa3train.inference.settings import (
     PER_ITEM_SETTINGS,
@@ -29,9 +29,10 @@ FORMATS = {
 FROM_AUDIO = SETTING_NAMES[SETTING_NAMES.index("init_audio") : SETTING_NAMES.index("chunked_decode")]
 TEXT_TO_AUDIO = SETTING_NAMES[: SETTING_NAMES.index("init_audio")]
 METAVARS: dict[type | None, str | None] = {None: "FILE", bool: None, int: "N", float: "X", str: "TEXT"}
+_PATH = Setting("A path.", text="path")
 EPILOG = """\
-Each audio file gets a sidecar .json with everything that reproduces it; `sa3-generate --from FILE.json` writes the same
-bytes again, or says which input, adapter or model has changed.
+Each audio file gets a sidecar, FILE.wav.json, with everything that reproduces it; `sa3-generate --from FILE.wav.json`
+writes the same bytes again, or says which input, adapter or model has changed.
 """
 
 
@@ -59,7 +60,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sa3-generate", description="Generate audio with Stable Audio 3 and adapters.", epilog=EPILOG
     )
-    parser.add_argument("--from", dest="sidecar", metavar="FILE.json", help="generate again what this sidecar records")
+    parser.add_argument(
+        "--from", dest="sidecar", metavar="FILE.wav.json", help="generate again what this sidecar records"
+    )
     _add_model(parser.add_argument_group("model"))
     group = parser.add_argument_group("settings")
     _add_settings(group, TEXT_TO_AUDIO)
@@ -91,7 +94,7 @@ def _add_settings(group: Any, names: Iterable[str]) -> None:
         if kind is bool:
             options = {"action": "store_const", "const": True}
         elif name in PER_ITEM_SETTINGS:
-            options["nargs"] = "+"
+            options |= {"nargs": "+", "action": "store" if name == "duration" else "extend"}
             text += " Several make a batch." if name == "prompt" else " One for all prompts or one each."
         elif name == "cfg_interval":
             options |= {"nargs": 2, "metavar": ("MIN", "MAX")}
@@ -99,6 +102,21 @@ def _add_settings(group: Any, names: Iterable[str]) -> None:
             options["action"] = "append"
             text += " Repeatable."
         group.add_argument(*flags, dest=name, help=text, **options)
+
+
+def check_paths(arguments: argparse.Namespace) -> None:
+    """Check that every path given can be one.
+
+    Args:
+        arguments: The parsed command line.
+
+    Raises:
+        GenerationError: When one is empty or too long.
+    """
+    given = {"--from": arguments.sidecar, "-o": arguments.output, "--prompt-file": arguments.prompt_file}
+    for flag, path in (given | {"--model": arguments.model, "--device": arguments.device}).items():
+        if path is not None and (problem := _PATH.find_problem(path)):
+            raise GenerationError(f"{flag} {path[:80]!r} must {problem}.")
 
 
 def parse_settings(arguments: argparse.Namespace, prompts: list[str]) -> GenerationSettings:
@@ -159,9 +177,10 @@ def parse_output(arguments: argparse.Namespace) -> tuple[Path, str]:
     Raises:
         GenerationError: When -o is a folder or contradicts --format.
     """
-    path = Path(arguments.output or DEFAULT_OUTPUT)
-    if path.is_dir() or (arguments.output or "").endswith("/"):
-        raise GenerationError(f"-o {arguments.output} is a folder. Give a file name, such as {path}/out.wav.")
+    output = DEFAULT_OUTPUT if arguments.output is None else arguments.output
+    path = Path(output)
+    if output.endswith("/"):
+        raise GenerationError(f"cannot write {output}: it is a folder. Give a file name, such as {path}/out.wav.")
     if arguments.format is None:
         return path, FORMATS["flac" if path.suffix.lower() == ".flac" else "wav"][1]
     suffix, subtype = FORMATS[arguments.format]
@@ -229,6 +248,10 @@ def _add_adapters(group: Any) -> None:
 
 
 def _add_output(group: Any) -> None:
-    group.add_argument("-o", "--output", metavar="FILE", help=f"default {DEFAULT_OUTPUT}; a batch adds _0, _1 …")
+    text = (
+        f"default {DEFAULT_OUTPUT}; a batch adds _0, _1 …; a name that is taken gets the next free number, FILE-2.wav"
+    )
+    group.add_argument("-o", "--output", metavar="FILE", help=text)
+    group.add_argument("--overwrite", action="store_true", help="replace existing output files, but never an input")
     group.add_argument("--format", choices=FORMATS, help="wav (16-bit), wav24, wav32f, flac (default: by the suffix)")
     _add_settings(group, ["chunked_decode"])

@@ -23,6 +23,9 @@ with the defaults of `conf/encode.yaml` and `conf/train.yaml`: `_self_` first, H
 Set `SA3TRAIN_DEBUG=1` to see the traceback of a user error.
 """
 
+import dataclasses
+import errno
+import json
 import os
 import re
 import sys
@@ -33,10 +36,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from sa3train.core.config import MISSING, build, describe_unknown_keys, is_known, list_keys
+from sa3train.cli.config_files import adapt_options, check_config_dir, find_config_dir, read_config
+from sa3train.cli.precedence import build_composed
+from sa3train.core.config import MISSING, describe_unknown_keys, is_known, list_keys
 from sa3train.core.errors import ConfigError, SA3Error
 from sa3train.core.files import get_config_dir
 from sa3train.core.imports import explain_imports
+from sa3train.core.overrides import format_override, format_value, is_quoted, quote_text, unescape_interpolations
+from sa3train.core.signals import Interrupted, handle_signals
 
 _HELP_FLAGS = ("--help", "-h")
 
@@ -89,26 +96,32 @@ def run_job(job: Callable[[], int | None]) -> int:
         job: The command; what it returns is the exit code, None for 0.
 
     Returns:
-        Exit code: that of the job, 1 for an `SA3Error` (printed as `error: …` on stderr), 130 when interrupted.
+        Exit code: that of the job, 1 for an `SA3Error` or a path that is too long (printed as `error: …` on stderr),
+        128 + the number of the signal that stopped it: 130 for Ctrl-C, 143 for SIGTERM.
     """
     from sa3train.core.log import set_up_logging
 
     limit_thread_spinning()
     set_up_logging()
     try:
-        with explain_imports():
+        with handle_signals(), explain_imports():
             return job() or 0
     except SA3Error as error:
         if os.environ.get("SA3TRAIN_DEBUG"):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.number
     except BrokenPipeError:  # the reader of the pipe, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"error: {str(error.filename)[:80]}… is too long for a file name. Choose a shorter one.", file=sys.stderr)
+        return 1
 
 
 def limit_thread_spinning() -> None:
@@ -129,6 +142,7 @@ def run_hydra_job(
     *,
     shorthand: Mapping[str, str] | None = None,
     paths: Sequence[str] = (),
+    lists: Sequence[str] = (),
     resume: str | None = None,
     argv: Sequence[str] | None = None,
 ) -> int:
@@ -142,7 +156,8 @@ def run_hydra_job(
         job: The command; what it returns is the exit code, None for 0.
         shorthand: `model=VALUE` means `model.name=VALUE` for {"model": "model.name"}, unless `conf/model/VALUE.yaml`
             exists: then it selects that group option.
-        paths: Keys whose value is taken as written, so that spaces, brackets and equals signs need no quoting.
+        paths: Keys whose value is a path, taken as written (`expand_argument`).
+        lists: Keys whose value may be written `a,b` for `[a,b]`, except in a sweep.
         resume: Key that takes the folder of an earlier run, whose `config.yaml` is then the configuration; further
             overrides act on it.
         argv: Command-line arguments; None for `sys.argv`.
@@ -153,19 +168,42 @@ def run_hydra_job(
 
     def run() -> int:
         given = list(sys.argv[1:] if argv is None else argv)
-        folder = find_config_dir(given)
-        expanded = [expand_argument(argument, shorthand or {}, paths, folder) for argument in given]
-        arguments = [_open_mapping_key(schema, argument) for argument in expanded]
+        _check_digits(given)
+        given.sort(key=_is_override)  # Hydra takes no flags after the first
+        folder, is_sweep = find_config_dir(given), not {"-m", "--multirun"}.isdisjoint(given)
+        if not is_sweep:
+            given = [_bracket_list(argument, lists) for argument in given]
+        expanded = [expand_argument(argument, shorthand or {}, paths, folder, is_sweep) for argument in given]
+        arguments = [_open_mapping(schema, argument) for argument in expanded]
         check_overrides(schema, arguments)
-        return _run_hydra(schema, job, arguments, _find_primary_config(config_name, resume, arguments))
+        if folder is not None:
+            check_config_dir(folder, arguments)
+        action = job
+        if {"--cfg", "job", "--resolve"} <= set(arguments):  # Hydra would show what the command refuses or changes
+            rest = [argument for argument in arguments if argument not in ("--cfg", "job", "--resolve")]
+            arguments, action = [*rest, "hydra.mode=RUN"], _print_settings
+        primary = _find_primary_config(config_name, resume, arguments)
+        arguments = adapt_options(arguments, shorthand or {}, is_resumed=primary[0] != CONF)
+        return _run_hydra(schema, action, arguments, primary)
 
     return run_job(run)
+
+
+def _is_override(argument: str) -> bool:
+    return argument[:1] != "-" and ("=" in argument or argument[:1] == "~")
+
+
+def _print_settings(settings: Any) -> None:
+    from sa3train.reports.run_files import format_settings
+
+    print(format_settings(dataclasses.asdict(settings)), end="")
 
 
 def _run_hydra(
     schema: type[Schema], job: Callable[[Schema], int | None], arguments: list[str], primary: tuple[str, str, list[str]]
 ) -> int:
     import hydra
+    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -177,27 +215,35 @@ def _run_hydra(
     config_path, config_name, extra = primary
     codes: list[int] = [0]
     failures: list[SA3Error] = []
-    pid = os.getpid()
+    pid, in_sweep = os.getpid(), False
 
     def task(config: DictConfig) -> None:
+        nonlocal in_sweep
+        in_sweep = is_sweep_job()
         register_resolvers()  # a launcher may run this in a process of its own
         try:
             values = cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
-            codes.append(job(build(schema, values)) or 0)
+            codes.append(job(build_composed(schema, values, config_name)) or 0)
+            if codes[-1] > 128 and os.getpid() == pid and in_sweep:  # stopped: the rest is not to be started
+                raise Interrupted(codes[-1] - 128)
         except SA3Error as error:
             if os.getpid() != pid:  # in a launcher's own process, which carries the error back
                 raise
             _clear_frames(error)
             failures.append(error)  # hidden from Hydra, which would print around it; a sweep continues
+            if in_sweep:
+                print(f"error: job {HydraConfig.get().job.num:03d}: {error}", file=sys.stderr)
 
     saved, sys.argv = sys.argv, [sys.argv[0], *arguments, *extra]
     try:
         with _share_help_queries(arguments):
             hydra.main(version_base="1.3", config_path=config_path, config_name=config_name)(task)()
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error)) from error
+        raise ConfigError(_explain(error, arguments)) from error
     finally:
         sys.argv = saved
+    if failures and in_sweep:
+        raise SA3Error(f"{len(failures)} of {len(failures) + len(codes) - 1} jobs of the sweep failed: see above.")
     if failures:
         raise failures[0]
     return max(codes)
@@ -212,18 +258,22 @@ def _clear_frames(error: BaseException) -> None:
 
 
 def expand_argument(
-    argument: str, shorthand: Mapping[str, str], paths: Sequence[str], extra: Path | None = None
+    argument: str, shorthand: Mapping[str, str], paths: Sequence[str], extra: Path | None = None, is_sweep: bool = False
 ) -> str:
-    """Expand the shorthand of one argument, and quote its value where Hydra's grammar could not read it.
+    """Expand the shorthand of one argument, and quote a path so that Hydra gives it back as written.
+
+    Three things in a path setting are Hydra's nevertheless: a value wholly in quotes; `${…}`; and, in a sweep, what
+    lists several values, such as `a,b`. A path that exists is a path, whatever it looks like.
 
     Args:
         argument: Of the command line.
         shorthand: Full key by shorthand.
-        paths: Keys whose value is taken as written.
+        paths: Keys whose value is a path.
         extra: Folder given with `--config-dir`, whose group options count too.
+        is_sweep: Whether `--multirun` is given.
 
     Returns:
-        The argument for Hydra.
+        The argument for Hydra; expanding it again changes nothing.
     """
     key, equals, value = argument.partition("=")
     if not equals or key.startswith(("-", "~")):
@@ -233,47 +283,82 @@ def expand_argument(
         if any((folder / key / f"{option}.yaml").is_file() for folder in folders for option in options):
             return argument
         key = shorthand[key]
-    if key in paths or key in shorthand.values():
-        return f"{key}={_quote(value)}"
-    return argument
+    if key not in paths and key not in shorthand.values():
+        return argument
+    if value in ("", "null", MISSING) or is_quoted(value):
+        return f"{key}={value}"
+    if not _exists(value):
+        if is_sweep and _is_sweep(value):
+            return f"{key}={value}"
+        if "${" in value:
+            return f"{key}={quote_text(value)}"
+    return format_override(key, value)
 
 
-def _open_mapping_key(schema: type, argument: str) -> str:
-    """`key=value` for a new key inside a free-form dictionary as `++key=value`, which Hydra requires for it."""
-    key, equals, _ = argument.partition("=")
-    free = equals and "." in key and key[0].isalpha() and is_known(schema, key) and key not in list_keys(schema)
-    return f"++{argument}" if free else argument
+def _exists(path: str) -> bool:
+    try:
+        return os.path.lexists(path)
+    except ValueError:  # a NUL in it
+        return False
 
 
-def find_config_dir(arguments: Sequence[str]) -> Path | None:
-    """Find the folder given with `--config-dir` or `-cd`.
-
-    Args:
-        arguments: Of the command line.
-
-    Returns:
-        The folder, or None.
-    """
-    for index, argument in enumerate(arguments):
-        flag, equals, value = argument.partition("=")
-        if flag in ("--config-dir", "-cd"):
-            following = arguments[index + 1] if index + 1 < len(arguments) else ""
-            return Path(value if equals else following)
-    return None
+def _is_sweep(value: str) -> bool:
+    parsed = _parse(f"key={value}")
+    return parsed is not None and parsed.is_sweep_override()
 
 
-def _quote(value: str) -> str:
-    """`value` as Hydra reads it back unchanged: bare if possible, so that sweeps like `a,b` work, else quoted."""
+def _parse(argument: str) -> Any:
+    """Parse an override; None for one that Hydra cannot read."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    if value in ("", "null", MISSING):
-        return value
     try:
-        parsed = OverridesParser.create().parse_override(f"key={value}")
+        return OverridesParser.create().parse_override(argument)
     except HydraException:
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
-    return value if parsed.is_sweep_override() or isinstance(parsed.value(), str) else f'"{value}"'
+        return None
+
+
+def _bracket_list(argument: str, lists: Sequence[str]) -> str:
+    key, _, value = argument.partition("=")
+    return f"{key}=[{value}]" if key in lists and value and not value.startswith("[") else argument
+
+
+def _check_digits(arguments: Sequence[str]) -> None:
+    for argument in arguments:
+        if re.search(r"\d{1000}", argument):  # Python reads no more than 4300, and Hydra does not catch that
+            raise ConfigError(f"{argument.partition('=')[0]} must not have a number of 1000 digits.")
+
+
+def _open_mapping(schema: type, argument: str) -> str:
+    """Make a free-form mapping settable as a whole, and a new key in one: Hydra takes neither by itself.
+
+    A mapping replaces the default one. It becomes JSON text, which `build` reads, because the keys that people write
+    (`layers[0-11]`) are no names in Hydra's grammar.
+    """
+    key, equals, value = argument.partition("=")
+    if not equals or not key[:1].isalpha() or not is_known(schema, f"{key}.*"):
+        return argument
+    if key not in list_keys(schema):
+        return f"++{argument}"
+    return f"{key}={','.join(_list_mappings(value))}" if value.startswith("{") else argument
+
+
+def _list_mappings(text: str) -> list[str]:
+    """List the mappings of a value or a sweep, each as JSON text; what is none is left to Hydra's message."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    override = _parse(f"key={text}")
+    if override is not None and override.is_sweep_override():
+        return [found for item in override.sweep_string_iterator() for found in _list_mappings(item)]
+    try:
+        mapping = OmegaConf.create(text if override is None else override.value())  # text: with quoted keys
+        return [format_value(json.dumps(OmegaConf.to_container(mapping, resolve=True)))]
+    except YAMLError:
+        return [text]
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"cannot use {text}: {str(error).splitlines()[0]}. Write the value itself.") from error
 
 
 def check_overrides(schema: type, arguments: Sequence[str]) -> None:
@@ -284,7 +369,7 @@ def check_overrides(schema: type, arguments: Sequence[str]) -> None:
         arguments: Of the command line.
 
     Raises:
-        ConfigError: A key is unknown.
+        ConfigError: A key is unknown, or a mapping is set twice over.
     """
     unknown = []
     for argument in arguments:
@@ -294,38 +379,52 @@ def check_overrides(schema: type, arguments: Sequence[str]) -> None:
             continue
         if not is_known(schema, name) and not (get_config_dir() / name).is_dir():
             unknown.append(name)
+        if is_known(schema, f"{name}.*") and any(other.lstrip("+").startswith(f"{name}.") for other in arguments):
+            raise ConfigError(f"{name} is set as a whole and by key. Set all of it at once: {name}={{KEY: VALUE, …}}.")
     if unknown:
         raise ConfigError(describe_unknown_keys(schema, unknown))
 
 
 def _find_primary_config(config_name: str, resume: str | None, arguments: list[str]) -> tuple[str, str, list[str]]:
     """Folder and name of the primary configuration, and what is appended to the command line."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
     given = [argument for argument in arguments if resume and argument.startswith(f"{resume}=")]
-    folder = given[-1].partition("=")[2].strip('"') if given else ""
-    if not folder or folder == "null":
+    if not given:
         return CONF, config_name, []
+    override = OverridesParser.create().parse_override(given[-1])
+    if override.is_sweep_override():
+        raise ConfigError(f"{given[-1]} names several folders. Resume one run at a time.")
+    if override.value() is None:
+        return CONF, config_name, []
+    folder = unescape_interpolations(str(override.value()))
     saved = Path(folder).absolute()
-    if not (saved / "config.yaml").is_file():
+    if not folder or not (saved / "config.yaml").is_file():
         raise ConfigError(
-            f"cannot resume {folder}: there is no config.yaml in it. "
+            f"cannot resume {folder or 'an empty path'}: there is no config.yaml in it. "
             f"Give the folder of an earlier run, such as {resume}=runs/NAME."
         )
+    read_config(saved / "config.yaml")
     return str(saved), "config", list(QUIET_OVERRIDES)
 
 
 def register_resolvers() -> None:
-    """Register `${stamp:}`: the name from `get_run_stamp`, with the number of the job in a sweep."""
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
+    """Register `${stamp:}`: the name from `get_run_stamp`."""
     from omegaconf import OmegaConf
 
-    def stamp() -> str:
-        if HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN:
-            job = HydraConfig.get().job
-            return get_run_stamp() if OmegaConf.is_missing(job, "num") else f"{get_run_stamp()}/{job.num:03d}"
-        return get_run_stamp()
+    OmegaConf.register_new_resolver("stamp", get_run_stamp, replace=True)
 
-    OmegaConf.register_new_resolver("stamp", stamp, replace=True)
+
+def is_sweep_job() -> bool:
+    """Check whether this is a job of a sweep.
+
+    Returns:
+        Whether it is.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 def get_run_stamp() -> str:
@@ -358,7 +457,7 @@ def get_run_stamp() -> str:
     return stamp
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, arguments: Sequence[str]) -> str:
     """A Hydra or OmegaConf error without advice to append unknown keys; plug-ins with the command to install them."""
     text = str(error).strip()
     group = re.match(r"Could not override '([^']+)'", text)
@@ -367,6 +466,9 @@ def _explain(error: Exception) -> str:
             f"'{group[1]}' cannot be chosen here: this command, or the run that is resumed, has no such group. "
             f"See --help for its settings; a single one is written a.b=value."
         )
+    if "override_grammar" in text:
+        wrong = next((each for each in arguments if "=" in each and _parse(each) is None), "an argument")
+        return f"""cannot read {wrong}: {text.splitlines()[0]}. Quote text with other characters: key='"a, b"'."""
     if "submitit" in text:
         return 'launcher=slurm needs the submitit launcher: pip install "sa3train[slurm]".'
     text = text.partition("Config search path:")[0]  # where it looked says nothing about what to do

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sa3train.cli.hydra_app import run_job
+from sa3train.core.config import MAX_COUNT
 from sa3train.core.errors import SA3Error
+from sa3train.core.overrides import format_override
 
 STRENGTHS = (0.0, 0.5, 1.0)
 MODES = ("text", "restyled", "inpainted")
@@ -40,11 +42,19 @@ def build_parser() -> argparse.ArgumentParser:
         prog="sa3-quickstart",
         description="Audit and encode the sample set, train an adapter on nano, play it in all three modes.",
     )
-    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder to write to (default: %(default)s)")
-    parser.add_argument("--source", type=Path, help="folder of audio and captions (default: the sample set)")
+    parser.add_argument(
+        "--out", type=_parse_folder, default=Path("demo_out"), help="folder to write to (default: %(default)s)"
+    )
+    parser.add_argument("--source", type=_parse_folder, help="folder of audio and captions (default: the sample set)")
     parser.add_argument("--steps", type=int, default=80, help="training steps (default: %(default)s)")
     parser.add_argument("--prompt", default=PROMPT, help="prompt to generate (default: %(default)s)")
     return parser
+
+
+def _parse_folder(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("a folder must have a name")
+    return Path(text)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,10 +83,10 @@ def run_quickstart(source: Path | None, out: Path, steps: int, prompt: str) -> i
         Exit code 0.
 
     Raises:
-        SA3Error: `steps` is below 1, or a step failed.
+        SA3Error: `steps` is out of range, or a step failed.
     """
-    if steps < 1:
-        raise SA3Error(f"--steps is {steps}, but must be at least 1.")
+    if not 1 <= steps <= MAX_COUNT:
+        raise SA3Error(f"--steps is {steps}, but must be from 1 to {MAX_COUNT}.")
     source = source or _find_sample_set()
     run_dir = _choose_run_dir(out)
     started = time.monotonic()
@@ -117,7 +127,13 @@ def _plan_training(source: Path, out: Path, run_dir: Path, steps: int) -> list[D
             "Encode the audio",
             "Each clip is encoded once, at its own length, to latents of 10.8 frames a second. A second run skips "
             "clips that are encoded already.",
-            ("sa3-encode", f"source={source}", f"out={latents}", "model=nano", "split=0.1"),
+            (
+                "sa3-encode",
+                format_override("source", source),
+                format_override("out", latents),
+                "model=nano",
+                "split=0.1",
+            ),
         ),
         DemoStep(
             "Train an adapter",
@@ -125,9 +141,9 @@ def _plan_training(source: Path, out: Path, run_dir: Path, steps: int) -> list[D
             "level of each step, so watch val/loss: the loss on fixed clips, noise and noise levels.",
             (
                 "sa3-train",
-                f"data={latents}",
+                format_override("data", latents),
                 "model=nano-base",
-                f"run_dir={run_dir}",
+                format_override("run_dir", run_dir),
                 f"trainer.max_steps={steps}",
                 f"scheduler.warmup_steps={min(10, steps - 1)}",
                 "optimizer.lr=1e-3",
@@ -144,10 +160,12 @@ def _plan_training(source: Path, out: Path, run_dir: Path, steps: int) -> list[D
 
 def _plan_playback(source: Path, run_dir: Path, prompt: str) -> list[DemoStep]:
     """Plan generations in all three modes at each strength, with one seed so that only the adapter differs."""
-    clips = [path for path in sorted(source.rglob("*")) if path.suffix.lower() in {".wav", ".flac", ".ogg", ".mp3"}]
+    from sa3train.data.sources.listing import list_source
+
+    clips = [clip.audio.path for clip in list_source(str(source)).clips if clip.audio.local_path()]
     if not clips:
-        raise SA3Error(f"{source} has no wav, flac, ogg or mp3 file. Give a folder of audio with --source.")
-    clip = str(clips[0])
+        raise SA3Error(f"{source} has no audio file. Give a folder of audio with --source.")
+    clip = clips[0]
     modes: dict[str, tuple[str, tuple[str, ...]]] = {
         "text": ("Text to audio", ()),
         "restyled": ("Audio to audio", ("--init-audio", clip, "--init-noise-level", "0.7")),
@@ -162,7 +180,7 @@ def _plan_playback(source: Path, run_dir: Path, prompt: str) -> list[DemoStep]:
             adapter = f"{run_dir / 'adapter.safetensors'}={strength:g}"
             output = str(_get_wav_path(run_dir, mode, strength))
             basic = ("sa3-generate", "--model", "nano-base", "-p", prompt, "--duration", f"{DURATION:g}", "--seed", "1")
-            command = (*basic, "--steps", "25", *flags, "--lora", adapter, "-o", output)
+            command = (*basic, "--steps", "25", *flags, "--lora", adapter, "-o", output, "--overwrite")
             found.append(DemoStep(f"{title}, adapter at strength {strength:g}", "", command))
     return found
 

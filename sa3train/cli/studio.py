@@ -11,9 +11,14 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from sa3train.cli.hydra_app import run_job
 from sa3train.core.errors import ConfigError
+from sa3train.core.signals import Interrupted
+
+if TYPE_CHECKING:
+    from sa3train.studio.server.jobs import Job
 
 PASSWORD = "SA3_STUDIO_PASSWORD"
 
@@ -47,13 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments without the command's name. None: those of the process.
 
     Returns:
-        Exit code: 0 after an interrupt, 1 for an error, 2 for invalid arguments.
+        Exit code: 130 after Ctrl-C, 143 after SIGTERM, 1 for an error, 2 for invalid arguments.
     """
     arguments = build_parser().parse_args(argv)
     return run_job(lambda: _serve(arguments))
 
 
-def _serve(arguments: argparse.Namespace) -> int:
+def _serve(arguments: argparse.Namespace) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError('The studio needs Gradio. Run: pip install "sa3train[ui]"')
     from sa3train.studio.server.access import AccessSettings
@@ -63,16 +68,26 @@ def _serve(arguments: argparse.Namespace) -> int:
     access = AccessSettings(arguments.host, arguments.port, arguments.share, password)
     access.check()
     workspace = Workspace.create(arguments.folders, arguments.model, arguments.device)
-    from sa3train.studio.app import run_studio  # takes seconds: after the checks
+    from sa3train.studio.app import describe_work, run_studio  # takes seconds: after the checks
+    from sa3train.studio.server.jobs import finish_jobs
 
     with run_studio(workspace, access) as address:
         folders = ", ".join(map(str, workspace.roots))
-        print(f"Studio running at {address} (folders: {folders}). Press Ctrl-C to stop.", flush=True)
         try:
+            print(f"Studio running at {address} (folders: {folders}). Press Ctrl-C to stop.", flush=True)
             threading.Event().wait()
-        except KeyboardInterrupt:
-            print("Stopped. Training runs and other jobs that were started continue.")
-    return 0
+        except Interrupted:
+            _end_work(describe_work(workspace), finish_jobs())
+            raise
+
+
+def _end_work(going_on: list[str], unfinished: "list[Job]") -> None:
+    """Say what goes on without the studio, and wait for what is computed inside it to be saved."""
+    if going_on:
+        print("These continue; sa3-studio finds them again at its next start:", *going_on, sep="\n  ", flush=True)
+    for job in unfinished:
+        print(f"Finishing {job.title!r}. Press Ctrl-C again to end at once.", flush=True)
+        job.finished.wait()
 
 
 if __name__ == "__main__":

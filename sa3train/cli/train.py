@@ -2,12 +2,10 @@
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sa3train.cli.hydra_app import run_hydra_job
 from sa3train.cli.train_config import TrainConfig
-from sa3train.core.errors import SA3Error
 from sa3train.core.log import get_rank
 
 if TYPE_CHECKING:
@@ -72,25 +70,24 @@ def run_training(config: TrainConfig) -> "TrainingResult":
     from sa3train.training.distributed import run_on_rank_zero, run_on_rank_zero_first
     from sa3train.training.trainer import resolve_precisions, uses_gpu
 
+    run_dir = train_setup.get_run_dir(config)
+    train_setup.check_run_dir(run_dir, config.data)
     train_setup.start_ranks(config)
     dtype, precision = resolve_precisions(config.model.dtype, config.trainer.precision, uses_gpu(config.trainer))
     data = train_setup.make_data_module(config.data, config.seed)  # first: its errors come before gigabytes load
-    model = run_on_rank_zero_first(
-        lambda: load_checkpoint(config.model.name, dtype=dtype, parts=("dit", "conditioner"))
-    )
-    data.limit_frames(model.max_frames)
-    data.check_autoencoder(model.name, model.autoencoder_fingerprint())
-    identity = {
-        "data": data.manifest,
-        "base": model.fingerprint(),
-        "draws": f"{sampler.DRAWS_VERSION}.{step.DRAWS_VERSION}",
-    }
-    run_dir, resume = Path(config.resume or config.run_dir), config.resume is not None
+    identity = {"data": data.manifest, "draws": f"{sampler.DRAWS_VERSION}.{step.DRAWS_VERSION}"}
     table = dataclasses.asdict(config) | {"run_dir": str(run_dir), "resume": None, "allow_resume_changes": []}
-    run = run_on_rank_zero(
-        lambda: training.open_run(run_dir, table, identity, resume=resume, allowed=config.allow_resume_changes)
-    )
-    try:
+    resume, allowed = config.resume is not None, config.allow_resume_changes
+    run = run_on_rank_zero(lambda: training.open_run(run_dir, table, identity, resume=resume, allowed=allowed))
+    with run:
+        model = run_on_rank_zero_first(
+            lambda: load_checkpoint(config.model.name, dtype=dtype, parts=("dit", "conditioner"))
+        )
+        data.limit_frames(model.max_frames)
+        data.check_autoencoder(model.name, model.autoencoder_fingerprint())
+        base = model.fingerprint()
+        run = run_on_rank_zero(lambda: run.begin(base=base))
+        identity = run.identity
         text = training.PromptEmbedder(model.conditioner)
         text.prepare(data.list_prompts() or [])
         loggers = train_setup.make_loggers(config.logger, run, config.name, table, identity)
@@ -99,15 +96,12 @@ def run_training(config: TrainConfig) -> "TrainingResult":
             model=model,
             data=data,
             text=text,
-            spec=train_setup.make_adapter_spec(config.adapter),
+            spec=config.adapter.make_spec(),
             settings=dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, precision=precision)),
             loggers=loggers,
             provenance=train_setup.make_provenance(config, table, identity, run.run_id),
             start_from=load_adapter(config.adapter.start_from) if config.adapter.start_from else None,
         )
-    except SA3Error:
-        run.abandon()
-        raise
     loggers.close(failed=result.interrupted is not None)
     return result
 

@@ -1,6 +1,5 @@
 """From the sections of a training configuration to the library's objects."""
 
-import dataclasses
 import fnmatch
 import json
 import os
@@ -12,11 +11,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from sa3train.core.errors import ConfigError
 from sa3train.core.log import get_logger, get_rank
+from sa3train.core.signals import describe_signal
 from sa3train.reports.run_files import METRICS_FILE
 
 if TYPE_CHECKING:
-    from sa3train.adapters.spec import AdapterSpec
-    from sa3train.cli.train_config import AdapterSettings, TrainConfig
+    from sa3train.cli.train_config import TrainConfig
     from sa3train.data.loading.datamodule import LatentDataModule
     from sa3train.data.loading.settings import DataSettings
     from sa3train.training.loggers import LoggerCollection
@@ -35,12 +34,13 @@ def start_ranks(config: "TrainConfig") -> None:
     """
     import torch
 
+    from sa3train.core.device import limit_to_cores
     from sa3train.training.distributed import check_world_size, count_started_ranks, join_ranks
     from sa3train.training.trainer import count_devices, uses_gpu
 
     trainer = config.trainer
     if trainer.threads is not None:
-        torch.set_num_threads(trainer.threads)
+        torch.set_num_threads(limit_to_cores("trainer.threads", trainer.threads))
     gpu, devices = uses_gpu(trainer), count_devices(trainer)
     if count_started_ranks() == 1 and trainer.num_nodes == 1 and devices > 1:
         relaunch_with_torchrun(devices)
@@ -65,9 +65,18 @@ def check_overrides_have_effect(config: "TrainConfig", given: Sequence[str], ran
     """
     keys = {key for key, equals, _ in (argument.lstrip("+").partition("=") for argument in given) if equals}
     alone = config.data.batch_size * ranks == 1 and config.data.pack_frames is None
+    steps, callbacks = config.trainer.max_steps, config.callbacks
+    validations, kept_context = steps // callbacks.validation.every, dict(config.loss.inpainting, full=0)
     idle = [
-        ("callbacks.validation.*", not config.callbacks.validation.enabled, "callbacks.validation.enabled=false"),
-        ("callbacks.demos.*", not config.callbacks.demos.enabled, "callbacks.demos.enabled=false"),
+        ("callbacks.validation.*", not callbacks.validation.enabled, "callbacks.validation.enabled=false"),
+        ("callbacks.validation.patience", validations <= (callbacks.validation.patience or 0),
+         f"{validations} validations in trainer.max_steps={steps}"),
+        ("callbacks.checkpoint.keep_last", callbacks.checkpoint.every >= steps,
+         f"callbacks.checkpoint.every={callbacks.checkpoint.every}: only the last step is saved"),
+        ("callbacks.demos.*", not callbacks.demos.enabled, "callbacks.demos.enabled=false"),
+        ("data.heldout_clips", not (callbacks.validation.enabled or callbacks.demos.enabled),
+         "neither validation nor demos"),
+        ("loss.context_weight", not any(kept_context.values()), "loss.inpainting: full masks keep no context"),
         ("loss.coupling", config.loss.coupling and alone, "one clip per micro-batch: raise data.batch_size"),
         ("data.silence_tail_seconds", config.data.silence_tail_seconds > 0 and not config.loss.silence_seconds,
          "loss.silence_seconds=0"),
@@ -77,11 +86,20 @@ def check_overrides_have_effect(config: "TrainConfig", given: Sequence[str], ran
         ("trainer.strategy", config.trainer.strategy == "fsdp" and ranks == 1, "one rank: there is nothing to shard"),
         ("trainer", config.trainer.strategy == "fsdp" and ranks == 1, "one rank: fsdp shards the base over several"),
         ("allow_resume_changes", config.resume is None, "a run that is not resumed"),
+        *((key, config.resume is not None, f"resume={config.resume}") for key in ("run_dir", "paths.runs", "name")),
     ]  # fmt: skip
     for pattern, without, because in idle:
         for key in sorted(fnmatch.filter(keys, pattern)):
             if without and not key.endswith(".enabled"):
                 raise ConfigError(f"{key} has no effect with {because}. Remove it, or change that.")
+    for name in ("validation", "demos"):
+        if f"callbacks.{name}.every" in keys and (every := getattr(callbacks, name).every) > steps:
+            _logger.warning(
+                "callbacks.%s.every=%d is above trainer.max_steps=%d: only at the start and the end.",
+                name,
+                every,
+                steps,
+            )
 
 
 def get_overrides() -> list[str]:
@@ -93,6 +111,39 @@ def get_overrides() -> list[str]:
     from hydra.core.hydra_config import HydraConfig
 
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
+
+
+def get_run_dir(config: "TrainConfig") -> Path:
+    """Get the run folder of this job: that of a sweep has one below it for each job, by its number.
+
+    Args:
+        config: The configuration.
+
+    Returns:
+        The folder.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    from sa3train.cli.hydra_app import is_sweep_job
+
+    if config.resume is not None:
+        return Path(config.resume)
+    return Path(config.run_dir, f"{HydraConfig.get().job.num:03d}" if is_sweep_job() else "")
+
+
+def check_run_dir(run_dir: Path, data: "DataSettings") -> None:
+    """Check that a run folder is not part of the data.
+
+    Args:
+        run_dir: The run folder.
+        data: Settings of the data.
+
+    Raises:
+        ConfigError: It is inside of a source.
+    """
+    for source in data.list_sources():
+        if "://" not in source.path and run_dir.resolve().is_relative_to(Path(source.path).resolve()):
+            raise ConfigError(f"the run folder {run_dir} is inside the latents {source.path}. Choose run_dir=FOLDER.")
 
 
 def make_data_module(settings: "DataSettings", seed: int) -> "LatentDataModule":
@@ -110,22 +161,6 @@ def make_data_module(settings: "DataSettings", seed: int) -> "LatentDataModule":
     data = LatentDataModule(settings, seed=seed)
     data.setup()
     return data
-
-
-def make_adapter_spec(settings: "AdapterSettings") -> "AdapterSpec":
-    """Make the specification of the adapter to train.
-
-    Args:
-        settings: Its settings.
-
-    Returns:
-        The specification.
-    """
-    from sa3train.adapters.spec import AdapterSpec
-
-    values = {field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)}
-    del values["start_from"]
-    return AdapterSpec(**values)
 
 
 def make_loggers(
@@ -196,19 +231,16 @@ def relaunch_with_torchrun(ranks: int) -> NoReturn:
     Raises:
         ConfigError: In a sweep, which cannot be relaunched.
     """
-    from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
+    from sa3train.cli.hydra_app import QUIET_OVERRIDES, get_run_stamp, is_sweep_job
 
-    from sa3train.cli.hydra_app import QUIET_OVERRIDES, get_run_stamp
-
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
+    if is_sweep_job():
         raise ConfigError(
             f"a sweep runs its trainings one after another in this process, but each needs {ranks} ranks. "
             f"Set trainer.devices=1, or use launcher=slurm."
         )
     get_run_stamp()
     arguments = [argument for argument in sys.argv[1:] if argument not in QUIET_OVERRIDES]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    torchrun = ["-m", "sa3train.cli.ranks", "--standalone", f"--nproc-per-node={ranks}"]
     os.execv(sys.executable, [sys.executable, *torchrun, "-m", "sa3train.cli.train", *arguments])
 
 
@@ -234,9 +266,11 @@ def print_result(result: "TrainingResult") -> None:
     Args:
         result: The result.
     """
+    from sa3train.training.run_dir import format_resume_command
+
     if result.interrupted is not None:
-        print(f"stopped by signal {result.interrupted} after step {result.steps}. Resume with:")
-        print(f"  sa3-train resume={result.run_dir}")
+        print(f"stopped by {describe_signal(result.interrupted)} after step {result.steps}; the state is saved.")
+        print(f"Resume: {format_resume_command(result.run_dir)}")
         return
     for line in result.summary:
         print(line)

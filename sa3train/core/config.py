@@ -3,12 +3,17 @@
 `build(Schema, values)` turns plain nested dictionaries into dataclasses and refuses what is unknown, missing or of the
 wrong type. The fields of a schema may be other dataclasses, `Literal`, unions, `list[X]`, `tuple[X, ...]`,
 `dict[str, X]`, numbers, booleans, text or `Any`. `setting` declares a field with its default, unit, range and help;
-`check_settings`, called in `__post_init__`, checks the ranges.
+`check_settings`, called in `__post_init__`, checks the ranges. Numbers are finite in every setting.
 """
 
+import contextlib
 import copy
 import dataclasses
 import difflib
+import json
+import math
+import numbers
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -21,10 +26,35 @@ Schema = TypeVar("Schema")
 MISSING = "???"
 """Value of a required setting in YAML; the user must override it."""
 
+MAX_COUNT = 10**9
+"""Largest number of steps, clips and the like: beyond any use, and far below what overflows."""
+
+MAX_SEED = 2**63 - 1
+
+MAX_TEXT = 10_000
+"""Most characters of a text."""
+
+TextForm = typing.Literal["any", "filled", "path"]
+
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What a settings dataclass declares about one field; see `setting`."""
+    """What a settings dataclass declares about one field.
+
+    Attributes:
+        help: What the setting does, as one or two plain sentences.
+        unit: Unit of a number, such as "seconds"; empty for none.
+        min: Smallest allowed number; limits hold for each number in a list or mapping too.
+        max: Largest allowed number.
+        above: Numbers must be greater than this.
+        below: Numbers must be less than this.
+        choices: Allowed values; those of a `Literal` annotation need not be repeated.
+        items: Fewest and most items of a list or mapping.
+        text: Form of a text: any, one that is filled (not empty), or a path.
+        characters: Most characters of a text.
+        label: Name in a form; empty for the setting's own name.
+        flags: Command-line flags; none for the setting's own name with dashes.
+    """
 
     help: str
     unit: str = ""
@@ -33,6 +63,9 @@ class Setting:
     above: float | None = None
     below: float | None = None
     choices: tuple[Any, ...] = ()
+    items: tuple[int, int] = (0, MAX_TEXT)
+    text: TextForm = "any"
+    characters: int = MAX_TEXT
     label: str = ""
     flags: tuple[str, ...] = ()
 
@@ -40,14 +73,16 @@ class Setting:
         """Describe the allowed numbers.
 
         Returns:
-            Text such as "at least 1" or "above 0 and at most 1", with the unit; empty without limits.
+            Text such as "from 1 to 8" or "above 0 and at most 1", with the unit; empty without limits.
         """
         limits = {"at least": self.min, "above": self.above, "at most": self.max, "below": self.below}
-        words = " and ".join(f"{word} {limit:g}" for word, limit in limits.items() if limit is not None)
+        words = " and ".join(f"{word} {_format_limit(limit)}" for word, limit in limits.items() if limit is not None)
+        if self.min is not None and self.max is not None:
+            words = f"from {_format_limit(self.min)} to {_format_limit(self.max)}"
         return f"{words} {self.unit}" if words and self.unit else words
 
     def allows(self, number: float) -> bool:
-        """Check a number against the limits; NaN is never allowed where there are any.
+        """Check a number against the limits; NaN and infinity are never allowed.
 
         Args:
             number: The value to check.
@@ -56,26 +91,56 @@ class Setting:
             Whether it lies within the limits.
         """
         return (
-            (self.min is None or number >= self.min)
+            -math.inf < number < math.inf
+            and (self.min is None or number >= self.min)
             and (self.max is None or number <= self.max)
             and (self.above is None or number > self.above)
             and (self.below is None or number < self.below)
         )
 
+    def find_problem(self, value: Any) -> str:
+        """Find what is wrong with a value, or with one in a list or mapping.
 
-def setting(
-    default: Any = dataclasses.MISSING,
-    *,
-    help: str,
-    unit: str = "",
-    min: float | None = None,
-    max: float | None = None,
-    above: float | None = None,
-    below: float | None = None,
-    choices: Iterable[Any] = (),
-    label: str = "",
-    flags: Iterable[str] = (),
-) -> Any:
+        Args:
+            value: The value; its type is not checked.
+
+        Returns:
+            Words to follow "must", such as "be at least 1"; empty for an allowed value.
+        """
+        if isinstance(value, list | tuple | Mapping):
+            low, high = self.items
+            if not low <= len(value) <= high:
+                return f"have {low if low == high else f'{low} to {high}'} items"
+            items = value.values() if isinstance(value, Mapping) else value
+            return next(filter(None, map(self.find_problem, items)), "")
+        if isinstance(value, int | float) and not isinstance(value, bool) and not self.allows(value):
+            return f"be {self.describe_range() or 'a finite number'}"
+        return self._find_text_problem(value) if isinstance(value, str) else ""
+
+    def _find_text_problem(self, text: str) -> str:
+        if self.text != "any" and not text.strip():
+            return "not be empty"
+        if len(text) > self.characters:
+            return f"have at most {self.characters} characters"
+        encoded = text.encode("utf-8", "replace")
+        if "\0" in text or encoded.decode("utf-8") != text:
+            return "be valid text, without NUL characters"
+        longest = max(map(len, encoded.split(b"/"))) if "://" not in text else 0
+        if self.text == "path" and (len(encoded) > _MAX_PATH_BYTES or longest > _MAX_NAME_BYTES):
+            return f"be a path: its names may have {_MAX_NAME_BYTES} bytes, the whole {_MAX_PATH_BYTES}"
+        return ""
+
+
+_MAX_FLOAT = 10**300
+_MAX_NAME_BYTES, _MAX_PATH_BYTES = 255, 4095
+"""Limits of the usual file systems."""
+
+
+def _format_limit(limit: float) -> str:
+    return str(limit) if isinstance(limit, int) else f"{limit:g}"
+
+
+def setting(default: Any = dataclasses.MISSING, *, help: str, **declared: Any) -> Any:
     """Declare one field of a settings dataclass: value, meaning, unit and range in one place.
 
     Command lines, forms, range checks and the YAML files in `conf/` are made from or checked against this declaration.
@@ -84,20 +149,12 @@ def setting(
         default: Value when none is given; a list or dictionary is copied for each instance. Without it, the field must
             be given.
         help: What the setting does, as one or two plain sentences.
-        unit: Unit of a number, such as "seconds"; empty for none.
-        min: Smallest allowed number.
-        max: Largest allowed number.
-        above: Numbers must be greater than this.
-        below: Numbers must be less than this.
-        choices: Allowed values; those of a `Literal` annotation need not be repeated.
-        label: Name in a form; empty for the setting's own name.
-        flags: Command-line flags; none for the setting's own name with dashes.
+        **declared: Further fields of `Setting`, such as `min=1`.
 
     Returns:
-        A dataclass field with a `Setting` as its metadata "setting". The limits hold for each number in a list or
-        mapping too.
+        A dataclass field with a `Setting` as its metadata "setting".
     """
-    metadata = {"setting": Setting(help, unit, min, max, above, below, tuple(choices), label, tuple(flags))}
+    metadata = {"setting": Setting(help, **declared)}
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -112,13 +169,12 @@ def list_settings(schema: Any) -> dict[str, Setting]:
     Returns:
         Each field declared by `setting`, by its name; the choices of a `Literal` annotation are filled in.
     """
-    declared = {
-        field.name: field.metadata["setting"] for field in dataclasses.fields(schema) if "setting" in field.metadata
-    }
-    hints = typing.get_type_hints(schema if isinstance(schema, type) else type(schema))
+    kinds = _get_field_types(schema if isinstance(schema, type) else type(schema))
+    declared = {field.name: field.metadata.get("setting") for field in dataclasses.fields(schema)}
     return {
-        name: found if found.choices else dataclasses.replace(found, choices=_list_choices(hints[name]))
+        name: found if found.choices else dataclasses.replace(found, choices=_list_choices(kinds[name]))
         for name, found in declared.items()
+        if found
     }
 
 
@@ -134,17 +190,32 @@ def check_settings(settings: Any, section: str = "", error: type[SA3Error] = Con
     Raises:
         SA3Error: (as `error`) naming the setting, its value and what is allowed.
     """
+    kinds = _get_field_types(type(settings))
     for name, declared in list_settings(settings).items():
         full, value = f"{section}.{name}" if section else name, getattr(settings, name)
-        if declared.choices:
-            for item in _list_items(value):
+        if not declared.choices and not _has_type(kinds[name], value):
+            raise error(f"{full}={_shorten(repr(value))} must be {_describe(kinds[name])}.")
+        items = list(value) if isinstance(value, list | tuple) else [value]
+        for item in items if declared.choices else ():
+            if items.count(item) > 1:
+                raise error(f"{full} names {item} twice. Remove one.")
+            if item is not None:
                 check_choice(full, item, declared.choices, error)
-        elif allowed := declared.describe_range():
-            numbers = [
-                item for item in _list_items(value) if isinstance(item, int | float) and not isinstance(item, bool)
-            ]
-            if not all(map(declared.allows, numbers)):
-                raise error(f"{full}={value} must be {allowed}.")
+        if problem := declared.find_problem(value):
+            raise error(f"{full}={_shorten(value)} must {problem}.")
+
+
+def _has_type(kind: Any, value: Any) -> bool:
+    """Tell whether a value that Python code gives is of a plain type; other types are left to who uses them."""
+    if len(options := _list_options(kind)) > 1:
+        return any(_has_type(option, value) for option in options)
+    if kind in (int, float):
+        return isinstance(value, numbers.Integral if kind is int else numbers.Real) and not isinstance(value, bool)
+    if kind is str:
+        return isinstance(value, str | os.PathLike)
+    if typing.get_origin(kind) is typing.Literal:
+        return value in typing.get_args(kind)
+    return isinstance(value, kind) if kind in (bool, type(None)) else True
 
 
 def check_choice(name: str, value: Any, choices: Iterable[Any], error: type[SA3Error] = ConfigError) -> None:
@@ -163,61 +234,44 @@ def check_choice(name: str, value: Any, choices: Iterable[Any], error: type[SA3E
     if value not in known:
         close = find_closest(str(value), [str(choice) for choice in known])
         hint = f"Did you mean {close}?" if close else f"Choose from: {', '.join(map(str, known))}."
-        raise error(f"{name}={value} is unknown. {hint}")
+        raise error(f"{name}={_shorten(value)} is unknown. {hint}")
 
 
 def _list_choices(kind: Any) -> tuple[Any, ...]:
     """List the values of `Literal[…]` or `Literal[…] | None`; none for types that admit others too."""
-    options = typing.get_args(kind) if _is_union(kind) else (kind,)
     choices: list[Any] = []
-    for option in options:
+    for option in _list_options(kind):
         if typing.get_origin(option) is not typing.Literal and option is not type(None):
             return ()
         choices += typing.get_args(option)
     return tuple(choices)
 
 
-def _list_items(value: Any) -> list[Any]:
-    """List the values of a mapping or sequence, or the value alone; none for None."""
-    if isinstance(value, Mapping):
-        return list(value.values())
-    if isinstance(value, list | tuple):
-        return list(value)
-    return [] if value is None else [value]
+def _shorten(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
-def build(schema: type[Schema], values: Mapping[str, Any]) -> Schema:
-    """Build a settings dataclass from plain values.
+def build(schema: type[Schema], values: Mapping[str, Any], *, ignore_unknown: bool = False) -> Schema:
+    """Build a settings dataclass from plain values, and check them against its declarations.
 
     Args:
         schema: The dataclass.
         values: Its values; sections are nested mappings.
+        ignore_unknown: Leave out keys that the dataclass does not have, instead of refusing them.
 
     Returns:
         An instance.
 
     Raises:
-        ConfigError: A key is unknown, a value is missing or of the wrong type. The message has the full key
-            (`adapter.rank`), and for an unknown one the closest known key.
+        ConfigError: A key is unknown, or a value is missing, of the wrong type or out of range. The message has the
+            full key (`adapter.rank`), and for an unknown one the closest known key.
     """
-    check_keys(schema, values)
-    built: Schema = _convert(schema, values, "")
-    return built
-
-
-def check_keys(schema: type, values: Mapping[str, Any]) -> None:
-    """Check that a schema knows all keys, at any depth.
-
-    Args:
-        schema: The dataclass.
-        values: Nested mappings.
-
-    Raises:
-        ConfigError: A key is unknown.
-    """
-    unknown = list(_find_unknown(schema, values, ""))
+    unknown = [] if ignore_unknown else list(_find_unknown(schema, values, ""))
     if unknown:
         raise ConfigError(describe_unknown_keys(schema, unknown))
+    built: Schema = _convert(schema, values, "")
+    return built
 
 
 def list_keys(schema: Any, prefix: str = "") -> list[str]:
@@ -233,9 +287,11 @@ def list_keys(schema: Any, prefix: str = "") -> list[str]:
     keys: list[str] = []
     for name, kind in _get_field_types(schema).items():
         keys.append(prefix + name)
-        section = _find_dataclass(kind)
+        section, item = _find_dataclass(kind), (typing.get_args(kind) or (None,))[0]
         if section is not None:
             keys += list_keys(section, f"{prefix}{name}.")
+        elif dataclasses.is_dataclass(item):
+            keys += list_keys(item, f"{prefix}{name}[0].")
     return keys
 
 
@@ -332,17 +388,16 @@ def _get_field_types(schema: Any) -> dict[str, Any]:
 
 def _find_dataclass(kind: Any) -> Any | None:
     """Find the dataclass inside `kind`, also inside `X | None`."""
-    options = typing.get_args(kind) if _is_union(kind) else (kind,)
-    return next((option for option in options if dataclasses.is_dataclass(option)), None)
+    return next(filter(dataclasses.is_dataclass, _list_options(kind)), None)
 
 
-def _is_union(kind: Any) -> bool:
-    return typing.get_origin(kind) in (typing.Union, types.UnionType)
+def _list_options(kind: Any) -> tuple[Any, ...]:
+    """List the types of a union; another type is its own option."""
+    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
 
 
 def _is_mapping(kind: Any) -> bool:
-    options = typing.get_args(kind) if _is_union(kind) else (kind,)
-    return any(option is Any or typing.get_origin(option) is dict for option in options)
+    return any(option is Any or typing.get_origin(option) is dict for option in _list_options(kind))
 
 
 def _find_unknown(schema: Any, values: Mapping[str, Any], prefix: str) -> Iterable[str]:
@@ -352,6 +407,10 @@ def _find_unknown(schema: Any, values: Mapping[str, Any], prefix: str) -> Iterab
             yield f"{prefix}{key}"
         elif isinstance(value, Mapping) and (section := _find_dataclass(fields[key])) is not None:
             yield from _find_unknown(section, value, f"{prefix}{key}.")
+        elif isinstance(value, list | tuple) and (items := typing.get_args(fields[key])):
+            for index, item in enumerate(value):
+                if dataclasses.is_dataclass(items[0]) and isinstance(item, Mapping):
+                    yield from _find_unknown(items[0], item, f"{prefix}{key}[{index}].")
 
 
 def _list_siblings(known: list[str], key: str) -> str:
@@ -360,66 +419,76 @@ def _list_siblings(known: list[str], key: str) -> str:
     return ", ".join(same_level or [name for name in known if "." not in name])
 
 
-def _convert(kind: Any, value: Any, key: str) -> Any:
-    """Convert `value` to `kind`; `key` is its full name."""
+def _convert(kind: Any, value: Any, key: str, allowed: str = "") -> Any:
+    """Convert `value` to `kind`; `key` is its full name and `allowed` its range, for messages."""
     if kind is Any:
         return value
-    if _is_union(kind):
-        return _convert_union(kind, value, key)
+    if len(options := _list_options(kind)) > 1:
+        return _convert_union(options, value, key, allowed)
     if value == MISSING and isinstance(value, str):
         raise ConfigError(f"'{key}' must be given, for example {key}=VALUE.")
     if dataclasses.is_dataclass(kind):
         return _convert_section(kind, value, key)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
-        if value not in arguments:
-            raise ConfigError(f"'{key}' is {value!r}; choose one of: {', '.join(map(str, arguments))}.")
+        if not any(value == choice and type(value) is type(choice) for choice in arguments):
+            raise ConfigError(f"'{key}' is {_shorten(repr(value))}; choose one of: {', '.join(map(str, arguments))}.")
         return value
     if origin in (list, tuple) and isinstance(value, list | tuple):
-        return origin(_convert(arguments[0], item, f"{key}[{index}]") for index, item in enumerate(value))
+        return origin(_convert(arguments[0], item, f"{key}[{index}]", allowed) for index, item in enumerate(value))
+    if origin is dict and isinstance(value, str):  # of the command line
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
     if origin is dict and isinstance(value, Mapping):
-        return {name: _convert(arguments[1], item, f"{key}.{name}") for name, item in value.items()}
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return {name: _convert(arguments[1], item, f"{key}.{name}", allowed) for name, item in value.items()}
+    if kind is float and type(value) is int and abs(value) < _MAX_FLOAT:
         return float(value)
+    if kind is int and type(value) is float and value.is_integer():  # 1e6
+        return int(value)
     if origin is None and type(value) is kind:
         return value
-    raise ConfigError(f"'{key}' must be {_describe(kind)}, but is {value!r}.")
+    limits = f" ({allowed})" if allowed and not isinstance(value, Mapping | list | tuple) else ""
+    advice = f""" Quote it: {key}="'{value}'".""" if kind is str and type(value) in (bool, int) else ""
+    raise ConfigError(f"'{key}' must be {_describe(kind)}{limits}, but is {_shorten(repr(value))}.{_shorten(advice)}")
 
 
 def _convert_section(kind: Any, value: Any, key: str) -> Any:
     if not isinstance(value, Mapping):
-        raise ConfigError(f"'{key}' must be a section with keys, but is {value!r}.")
-    arguments = {}
-    for name, field_kind in _get_field_types(kind).items():
-        full = f"{key}.{name}" if key else name
-        if name not in value:
-            raise ConfigError(f"'{full}' is missing from the configuration.")
-        arguments[name] = _convert(field_kind, value[name], full)
-    return kind(**arguments)
+        raise ConfigError(f"'{key}' must be a section with keys, but is {_shorten(repr(value))}.")
+    arguments, types_by_name = {}, _get_field_types(kind)
+    for field in dataclasses.fields(kind):
+        full = f"{key}.{field.name}" if key else field.name
+        if field.name in value:
+            declared = field.metadata.get("setting")
+            allowed = declared.describe_range() if declared else ""
+            arguments[field.name] = _convert(types_by_name[field.name], value[field.name], full, allowed)
+        elif not key.endswith("]") or field.default is field.default_factory:  # both missing; items are written by hand
+            raise ConfigError(f"'{full}' is missing.")
+    made = kind(**arguments)
+    check_settings(made, key)
+    return made
 
 
-def _convert_union(kind: Any, value: Any, key: str) -> Any:
-    options = typing.get_args(kind)
+def _convert_union(options: tuple[Any, ...], value: Any, key: str, allowed: str) -> Any:
     if value is None and type(None) in options:
         return None
     real = [option for option in options if option is not type(None)]
     if len(real) == 1:
-        return _convert(real[0], value, key)
-    exact = [option for option in real if type(value) is option]
-    for option in [*exact, *(option for option in real if option not in exact)]:
-        try:
-            return _convert(option, value, key)
-        except ConfigError:
-            continue
-    raise ConfigError(f"'{key}' must be {' or '.join(_describe(option) for option in options)}, but is {value!r}.")
+        return _convert(real[0], value, key, allowed)
+    for option in sorted(real, key=lambda option: type(value) is not option):  # the exact type first
+        with contextlib.suppress(ConfigError):
+            return _convert(option, value, key, allowed)
+    raise ConfigError(f"'{key}' must be {' or '.join(map(_describe, options))}, but is {_shorten(repr(value))}.")
 
 
 def _describe(kind: Any) -> str:
     names = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    if len(options := _list_options(kind)) > 1:
+        return " or ".join(map(_describe, options))
     origin = typing.get_origin(kind)
     if origin in (list, tuple):
         return f"a list, each item {_describe(typing.get_args(kind)[0])}"
-    if origin is dict:
+    if origin is dict or dataclasses.is_dataclass(kind):
         return "a mapping"
     if origin is typing.Literal:
         return " | ".join(map(str, typing.get_args(kind)))

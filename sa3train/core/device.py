@@ -1,6 +1,7 @@
 """Devices: choosing one, transfers that do not block the host, random numbers, and out-of-memory messages."""
 
 import contextlib
+import os
 import queue
 import threading
 import traceback
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 from sa3train.core.errors import ConfigError, MemoryShortageError
+from sa3train.core.log import get_logger
+
+_logger = get_logger(__name__)
 
 GIB = 2**30
 _HOST_MESSAGE = "can't allocate memory"
@@ -41,12 +45,31 @@ def choose_device(device: str | torch.device | None = None, auto: Sequence[str] 
         return torch.device(next((name for name in auto if available.get(name)), "cpu"))
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
+        if chosen.type not in ("cpu", *available):
+            torch.zeros(1, device=chosen).item()  # a type that torch knows by name only holds no numbers
+    except (RuntimeError, NotImplementedError, AssertionError, ImportError) as error:
         raise ConfigError(f"unknown device {device!r}. Use auto, cpu, cuda, cuda:0 or mps.") from error
     count = available.get(chosen.type)
     if count is not None and (chosen.index or 0) >= count:
         raise ConfigError(f"device {device} is not available: torch sees {count} {chosen.type} devices. Use cpu.")
     return chosen
+
+
+def limit_to_cores(name: str, wanted: int, per_core: int = 1) -> int:
+    """Limit threads or processes to what this machine can run, and say so where that is less than was asked for.
+
+    Args:
+        name: Full name of the setting, for the message.
+        wanted: Its value.
+        per_core: How many a core can serve.
+
+    Returns:
+        The number to use.
+    """
+    most = max(2, per_core * (os.cpu_count() or 1))
+    if wanted > most:
+        _logger.warning("%s=%d is more than this machine's %d cores can use: %d.", name, wanted, os.cpu_count(), most)
+    return min(wanted, most)
 
 
 def get_widest_float(device: torch.device) -> torch.dtype:

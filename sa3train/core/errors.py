@@ -1,5 +1,8 @@
 """Errors that a user may meet. Every message says what was wrong, where, and what to do."""
 
+from collections.abc import Mapping
+from typing import Any
+
 
 class SA3Error(ValueError):
     """Base class of all errors that a user can cause and fix.
@@ -23,6 +26,23 @@ class CheckpointError(SA3Error):
 
 class ConfigError(SA3Error):
     """Raised when a setting is unknown, of the wrong type, out of range, or would have no effect."""
+
+
+class ConflictError(ConfigError):
+    """Raised when settings exclude each other.
+
+    Args:
+        message: What is wrong, and what to do.
+        off: The settings by full key, each with the value in which it leaves the others alone, or `...` for one that
+            has no such value.
+    """
+
+    def __init__(self, message: str, off: Mapping[str, Any]) -> None:
+        super().__init__(message)
+        self.off = dict(off)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.off)
 
 
 class DataError(SA3Error):

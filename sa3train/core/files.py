@@ -4,18 +4,24 @@ import contextlib
 import fcntl
 import glob
 import hashlib
+import itertools
 import json
 import os
 import platform
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from sa3train.core.errors import SA3Error
 
+MADE_BY = "sa3train"
+"""Value of `made_by` in a sidecar."""
+FOLDER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "model_config.json",
+                "model.safetensors")  # fmt: skip
+"""What is read from the folder of an adapter or model."""
 _PART = ".part"
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
 _ABANDONED = re.compile(rf"\..*\.{_HOST}-[a-z0-9_]{{8}}{re.escape(_PART)}")
@@ -138,7 +144,145 @@ def write_json(path: str | os.PathLike[str], content: Any) -> None:
         path: File to create or replace.
         content: Value that JSON can hold. NaN and infinity raise `ValueError`.
     """
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_bytes(path, format_json(content))
+
+
+def write_new(path: Path, content: bytes) -> Path:
+    """Write bytes to a file, or to the next free number of its name.
+
+    Args:
+        path: The file.
+        content: Its content.
+
+    Returns:
+        The file that was written.
+    """
+    return write_files(lambda number: [number_path(path, number)], lambda _: [content], overwrite=False)[0]
+
+
+def format_json(content: Any) -> bytes:
+    """Format a value as indented UTF-8 JSON.
+
+    Args:
+        content: Value that JSON can hold. NaN and infinity raise `ValueError`.
+
+    Returns:
+        The JSON, with a line feed at its end.
+    """
+    return (json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def path_exists(path: str | os.PathLike[str]) -> bool:
+    """Check whether a path leads to something; one that is too long, or may not be looked at, leads nowhere.
+
+    Args:
+        path: The path.
+
+    Returns:
+        Whether there is a file or folder.
+    """
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False
+
+
+def check_target(target: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]], overwrite: bool) -> None:
+    """Check that a file or folder may be written, before the work that makes it.
+
+    Args:
+        target: File or folder to write.
+        inputs: Files, and folders of adapters or models, that are read; none of them may be replaced, whatever name or
+            link leads to it.
+        overwrite: Whether it may replace something else.
+
+    Raises:
+        SA3Error: It is an input, lies in the way of one, or exists already.
+    """
+    for source in map(Path, inputs):
+        holds = os.path.realpath(source).startswith(os.path.realpath(target) + os.sep)
+        if holds or any(_is_same(Path(target), each) for each in (source, *map(source.joinpath, FOLDER_FILES))):
+            raise SA3Error(f"cannot write {target}: that would replace the input {source}. Choose another name.")
+    if not overwrite and os.path.lexists(target):
+        raise SA3Error(f"{target} exists already. Choose another name, or replace it with --overwrite.")
+
+
+def _is_same(first: Path, second: Path) -> bool:
+    try:
+        return first.samefile(second)
+    except (OSError, ValueError):  # one of them does not exist
+        return False
+
+
+def is_sidecar(content: Any) -> bool:
+    """Check whether a JSON value is the sidecar of generated audio.
+
+    Args:
+        content: The value.
+
+    Returns:
+        Whether it says that sa3train made it.
+    """
+    return isinstance(content, dict) and content.get("made_by") == MADE_BY
+
+
+def number_path(path: Path, number: int) -> Path:
+    """Add a number to a path that is to be written beside others of its name.
+
+    Args:
+        path: The path asked for.
+        number: 1 for the path itself.
+
+    Returns:
+        Such as `NAME-2.wav` for 2.
+    """
+    return path if number == 1 else path.with_name(f"{path.stem}-{number}{path.suffix}")
+
+
+def write_files(
+    list_paths: Callable[[int], Sequence[Path]],
+    make_contents: Callable[[Sequence[Path]], Sequence[bytes]],
+    overwrite: bool,
+) -> Sequence[Path]:
+    """Write files that belong together: all of them or none, and under the first number at which none of them exists.
+
+    Two processes that write at the same time get different numbers.
+
+    Args:
+        list_paths: Lists their paths by number, from 1.
+        make_contents: Makes their contents for these paths.
+        overwrite: Whether to replace those of number 1 instead.
+
+    Returns:
+        The paths.
+
+    Raises:
+        SA3Error: The folder cannot be written or the disk is full.
+    """
+    for number in itertools.count(1):
+        paths = list_paths(number)
+        if not overwrite and any(map(os.path.lexists, paths)):
+            continue
+        try:
+            with create_staging_dir(paths[0]) as folder, contextlib.ExitStack() as undo:
+                parts = [folder / path.name for path in paths]
+                for part, content in zip(parts, make_contents(paths), strict=True):
+                    part.write_bytes(content)
+                    _fsync(part)
+                try:
+                    for path in () if overwrite else paths:
+                        path.touch(exist_ok=False)
+                        undo.callback(path.unlink, missing_ok=True)
+                except FileExistsError:  # another process has just taken the number
+                    continue
+                for part, path in zip(parts, paths, strict=True):
+                    part.replace(path)
+                undo.pop_all()
+                _fsync(paths[0].parent)
+                return paths
+        except OSError as error:
+            raise _explain_unwritable(paths[0], error) from error
+    raise AssertionError("numbers do not end")
 
 
 def hash_file(path: str | os.PathLike[str]) -> str:

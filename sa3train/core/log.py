@@ -48,7 +48,8 @@ class _Stderr(logging.Handler):
     """Writes to `sys.stderr` as it is at the time, which tests and notebooks replace."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        sys.stderr.write(self.format(record) + "\n")
+        with contextlib.suppress(OSError):  # its terminal may be gone; that is no reason to stop
+            sys.stderr.write(self.format(record) + "\n")
 
 
 def set_up_logging(level: int = logging.INFO) -> None:

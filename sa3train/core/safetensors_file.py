@@ -3,6 +3,7 @@
 Layout: 8 bytes little-endian header length, JSON header, data. Format: https://github.com/huggingface/safetensors.
 """
 
+import codecs
 import hashlib
 import json
 import math
@@ -22,6 +23,7 @@ from torch import Tensor
 from sa3train.core.errors import AdapterError
 from sa3train.core.files import replace_file
 from sa3train.core.log import get_logger
+from sa3train.core.user_files import read_file, stat_file
 
 logger = get_logger(__name__)
 
@@ -34,7 +36,7 @@ DTYPE_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
     "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
 }  # fmt: skip
-FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
+FLOAT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _KEY = re.compile(r"[A-Za-z0-9_\-]+(?:\.[A-Za-z0-9_\-]+)*")
 _BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
 
@@ -85,7 +87,7 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
     """
     file = Path(path)
     try:
-        size = file.stat().st_size
+        size = stat_file(file).st_size
         with file.open("rb") as stream:
             start = stream.read(8)
             _refuse_other_formats(file, start)
@@ -131,6 +133,28 @@ def parse_json(text: bytes | str, what: str, max_bytes: int = 2**20) -> Any:
         raise AdapterError(f"{what} is not valid JSON: {error}.") from error
 
 
+def read_json_object(file: Path, max_bytes: int, advice: str) -> dict[str, Any]:
+    """Read a JSON file beside an adapter.
+
+    Args:
+        file: The file, in UTF-8 with or without a byte order mark.
+        max_bytes: Largest size accepted.
+        advice: What it may hold and what to do, for messages.
+
+    Returns:
+        The object; empty if it holds something else.
+
+    Raises:
+        AdapterError: It cannot be read or is not valid.
+    """
+    try:
+        content = parse_json(read_file(file, limit=max_bytes).removeprefix(codecs.BOM_UTF8), "it", max_bytes)
+    except (OSError, AdapterError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error).removesuffix(".")
+        raise AdapterError(f"{file} cannot be read ({reason}). {advice}") from error
+    return content if isinstance(content, dict) else {}
+
+
 def _reject_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) != len(pairs):
@@ -147,12 +171,26 @@ def _refuse_other_formats(file: Path, start: bytes) -> None:
 
     A header of, say, 640 bytes also starts with 0x80 0x02, but one below 4 GiB has zeros in its upper length bytes.
     """
-    zipped = start.startswith(b"PK\x03\x04")
-    pickled = len(start) == 8 and start[0] == 0x80 and 2 <= start[1] <= 5 and any(start[4:])
-    if zipped or pickled:
+    if start.startswith(b"GGUF"):
         raise AdapterError(
-            f"{file} is a pickle (.ckpt, .pt, .bin), which can carry code and is never loaded as an adapter. Convert "
-            f"it with torch's weights-only reader: sa3-adapter convert {file.name} {file.stem}.safetensors"
+            f"{file} is a GGUF file, as llama.cpp and sa3.cpp use, which is not supported. Use the .safetensors file "
+            f"that it was made from."
+        )
+    if file.suffix.lower() == ".npz":
+        raise AdapterError(f"{file} is a NumPy archive. Save it as .safetensors; MLX does: mx.save_safetensors.")
+    if start == b"version " or (start[:1] in (b"<", b"{") and any(start[4:])):
+        raise AdapterError(
+            f"{file} is a text, such as a web page, an error message or the pointer of Git LFS, instead of the file "
+            f"itself. Download it again: with your token where one is needed, or by git lfs pull."
+        )
+    zipped = start.startswith(b"PK\x03\x04")
+    pickled = start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5" and (len(start) < 8 or any(start[4:]))
+    if zipped or pickled:
+        misnamed = file.suffix.lower() == ".safetensors"
+        raise AdapterError(
+            f"{file} is a pickle (.ckpt, .pt, .bin), which can carry code and is never loaded as an adapter. "
+            f"{f'Rename it to {file.stem}.ckpt and convert' if misnamed else 'Convert'} it with torch's weights-only "
+            f"reader: sa3-adapter convert {f'{file.stem}.ckpt' if misnamed else file.name} {file.stem}.safetensors"
         )
 
 
@@ -215,19 +253,20 @@ def read_tensors(path: Path, header: SafetensorsHeader) -> dict[str, Tensor]:
         header: Its checked header.
 
     Returns:
-        Tensors by key.
+        Tensors by key; those in 8 bits as F16, which holds all their values.
 
     Raises:
-        AdapterError: A tensor is not of floating point, or the file cannot be read.
+        AdapterError: A tensor other than an alpha is not of floating point, or the file cannot be read.
     """
     for key, entry in header.entries.items():
-        if entry.dtype not in FLOAT_DTYPES:
+        if entry.dtype not in FLOAT_DTYPES and not key.endswith(".alpha"):
             raise AdapterError(f"{path}: {key} is {entry.dtype}; an adapter must be F16, BF16, F32 or F64.")
     try:
         with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in header.entries}
+            tensors = {key: file.get_tensor(key) for key in header.entries}
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"cannot read {path}: {error}. The file is damaged; download or save it again.") from error
+    return {key: x.half() if x.is_floating_point() and x.itemsize == 1 else x for key, x in tensors.items()}
 
 
 def convert_for_saving(tensors: Mapping[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:

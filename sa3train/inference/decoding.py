@@ -3,6 +3,8 @@
 Shapes: B items, C latent channels (or audio channels), T latent frames, N samples.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -62,6 +64,8 @@ def collect_warnings(generation: Generation, clipped_shares: list[float]) -> lis
     warnings = _warn_of_long_prompts(generation)
     if generation.settings.init_noise_level == 1.0:
         warnings.append("init_audio had no effect: init_noise_level=1 replaces it by noise. Try 0.9.")
+    if generation.settings.init_noise_level == 0.0:
+        warnings.append("prompt and sampling settings had no effect: init_noise_level=0 keeps init_audio. Try 0.5.")
     for role in generation.inputs:
         warnings += _warn_of_length(generation, role)
     for index, share in enumerate(clipped_shares):
@@ -86,15 +90,22 @@ def _warn_of_length(generation: Generation, role: str) -> list[str]:
     facts, settings = generation.facts, generation.settings
     frame = facts.downsampling_ratio / facts.sample_rate
     length, longest = generation.inputs[role].audio_CN.shape[1] / facts.sample_rate, max(settings.duration)
+    if role == "inpaint_audio" and _cover(settings.regions, 0.0, 0.0) >= longest:
+        return ["inpaint_audio had no effect: the regions to regenerate leave nothing of it."]
     if length > longest + 1 / facts.sample_rate:
         return [f"{role} is {length:.2f} s long and was truncated to the duration of {longest:g} s."]
-    covered = length
-    for start, end in sorted(settings.regions):
-        if start <= covered + frame:
-            covered = max(covered, end)
+    covered = _cover(settings.regions, length, frame)
     if role == "inpaint_audio" and covered + frame < longest:
         return [
             f"inpaint_audio is {length:.2f} s long: from {covered:.2f} to {longest:g} s the result is silence. To "
             f"continue the audio, let a region start at its end and reach {longest:g} s."
         ]
     return []
+
+
+def _cover(regions: Iterable[tuple[float, float]], covered: float, gap: float) -> float:
+    """The end of what is covered up to a time, once regions are added to it that begin at most `gap` after its end."""
+    for start, end in sorted(regions):
+        if start <= covered + gap:
+            covered = max(covered, end)
+    return covered

@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import psutil
 import torch
 
 from sa3train.adapters.adapter import Adapter
@@ -15,11 +16,11 @@ from sa3train.core.errors import ConfigError, GenerationError
 from sa3train.core.log import get_logger
 from sa3train.diffusion.samplers import Callback
 from sa3train.inference.decoding import collect_warnings, decode_audio
-from sa3train.inference.input_audio import load_input_audio
+from sa3train.inference.input_audio import CHANNELS, load_input_audio
 from sa3train.inference.outputs import GenerationOutput
 from sa3train.inference.resolve import ModelFacts, ResolvedSettings, resolve_settings
 from sa3train.inference.runtime import choose_dtype, suggest_memory_fixes
-from sa3train.inference.sampling import Generation, list_noise_shapes, prepare_start, sample_latents
+from sa3train.inference.sampling import Generation, check_intervals, list_noise_shapes, prepare_start, sample_latents
 from sa3train.inference.settings import AUDIO_SETTINGS, SETTING_NAMES, GenerationSettings
 from sa3train.inference.sidecar import describe_adapter, describe_environment
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
@@ -146,6 +147,12 @@ class Generator:
                 allow_partial=allow_partial,
                 base=self.model,
             )
+        if conditioner_strength is not None and not any(path.startswith("conditioners.") for path in report.matched):
+            logger.warning(
+                "conditioner_strength=%g has no effect: %s changes no layer of the conditioner.",
+                conditioner_strength,
+                loaded.source or "the adapter",
+            )
         self._files.append(describe_adapter(adapter, loaded))
         return report
 
@@ -261,6 +268,7 @@ class Generator:
         if generator is not None and generator.device.type != "cpu":
             raise GenerationError("generator must be a CPU generator: all draws are made on the CPU, for every device.")
         resolved = resolve_settings(settings, self.facts, has_generator=generator is not None)
+        check_intervals(resolved, self.stack)
         inputs = {
             role: load_input_audio(getattr(resolved, role), self.facts.sample_rate, role)
             for role in AUDIO_SETTINGS
@@ -270,6 +278,7 @@ class Generator:
         generation = Generation(self.model, self.facts, resolved, inputs, rng)
         fixes = suggest_memory_fixes(self.device, self.precision, resolved, self.cuda_graphs)
         with torch.no_grad(), explain_oom(self.device, f"generating {_describe(resolved)}", fixes):
+            _check_memory(resolved, self.facts)
             start = prepare_start(generation)
             with prefetch_noise(rng, list_noise_shapes(generation, start), self.device):
                 latents_BCT = sample_latents(generation, self.stack, start, callback, self.cuda_graphs)
@@ -306,6 +315,13 @@ class Generator:
             "environment": describe_environment(self.device)
             | {option: True for option in EXECUTION_OPTIONS if getattr(self, option)},
         }
+
+
+def _check_memory(settings: ResolvedSettings, facts: ModelFacts) -> None:
+    """Refuse what can never fit: the system would kill the process, without a word."""
+    samples = settings.batch_size * max(settings.duration) * facts.sample_rate
+    if 4 * samples * CHANNELS * torch.float32.itemsize > psutil.virtual_memory().total:  # decoded, cut, clamped, copied
+        raise MemoryError
 
 
 def _describe(settings: ResolvedSettings) -> str:

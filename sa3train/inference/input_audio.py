@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sa3train.audio.edit import mix_channels
-from sa3train.audio.io import check_audio, load_audio
+from sa3train.audio.io import check_audio, check_plausible, load_audio
 from sa3train.audio.resample import resample
 from sa3train.core.errors import AudioError, GenerationError
 from sa3train.core.files import hash_file
@@ -65,6 +65,7 @@ def load_input_audio(value: Any, sample_rate: int, role: str) -> InputAudio:
         return InputAudio(audio_CN, str(value), hash_file(path))
     array, rate = _array_and_rate(value, role)
     check_audio(array, rate, role)
+    check_plausible(array, rate, role)
     digest = hash_tensors((f"{rate} {tuple(array.shape)} ", array))
     return InputAudio(resample(mix_channels(array, CHANNELS), rate, sample_rate), None, digest)
 

@@ -1,9 +1,10 @@
 """The output of a generation, saved as an audio file with a sidecar for each item."""
 
 import hashlib
+import itertools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,13 @@ import torch
 from torch import Tensor
 
 from sa3train.audio.io import encode_audio
-from sa3train.core.errors import GenerationError, SA3Error
-from sa3train.core.files import write_bytes, write_json
+from sa3train.core.errors import GenerationError
+from sa3train.core.files import MADE_BY, check_target, format_json, is_sidecar, number_path, path_exists, write_files
+from sa3train.core.log import get_logger
 from sa3train.core.safetensors_file import hash_tensors
-from sa3train.inference.sidecar import FORMAT, MADE_BY, is_sidecar
+from sa3train.inference.sidecar import FORMAT, list_inputs
+
+logger = get_logger(__name__)
 
 DEFAULT_SUFFIX = ".wav"
 SAMPLE_RATE = 44100
@@ -43,29 +47,43 @@ class GenerationOutput:
     warnings: list[str] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
 
-    def save(self, path: str | os.PathLike[str], subtype: str = "PCM_16", item: int | None = None) -> list[Path]:
-        """Write the audio with a sidecar `.json` beside each file; a failed write leaves no partial file.
+    def save(
+        self,
+        path: str | os.PathLike[str],
+        subtype: str = "PCM_16",
+        item: int | None = None,
+        overwrite: bool = False,
+    ) -> list[Path]:
+        """Write the audio, each file with its sidecar `NAME.wav.json`; a failed write leaves no partial file.
 
         Args:
             path: The file, `NAME_0.wav`, `NAME_1.wav` … for a batch. The suffix chooses the container (see
-                `sa3train.audio.io.write_audio`), WAV without one.
+                `sa3train.audio.io.write_audio`), WAV without one. Where a file of that name exists, the new one becomes
+                `NAME-2.wav`, or the next free number.
             subtype: Encoding of the samples.
             item: Index of the only item to write, to `path` itself; None for all.
+            overwrite: Whether to replace existing audio and its sidecar instead.
 
         Returns:
             The audio files.
         """
-        if item is None:
-            return self.save_at(list_output_paths(path, len(self.audio)), subtype)
-        return self.save_at(list_output_paths(path, 1), subtype, [item])
+        items = range(len(self.audio)) if item is None else [item]
+        return self.save_at(choose_output_paths(path, len(items), overwrite), subtype, items, overwrite)
 
-    def save_at(self, paths: Sequence[Path], subtype: str = "PCM_16", items: Sequence[int] | None = None) -> list[Path]:
-        """Write items to a path each.
+    def save_at(
+        self,
+        paths: Sequence[Path],
+        subtype: str = "PCM_16",
+        items: Sequence[int] | None = None,
+        overwrite: bool = False,
+    ) -> list[Path]:
+        """Write items to a path each, or to the next free number of it.
 
         Args:
             paths: The audio files.
             subtype: Encoding of the samples.
             items: Indices of the items to write; None for all.
+            overwrite: Whether to replace existing audio and its sidecar instead.
 
         Returns:
             The audio files.
@@ -73,15 +91,20 @@ class GenerationOutput:
         chosen = range(len(self.audio)) if items is None else items
         contents = [self.encode_item(index, path.suffix, subtype) for index, path in zip(chosen, paths, strict=True)]
         for path in paths:
-            check_output(path, subtype)
+            check_output(path, subtype, list_inputs(self.record), overwrite)
+        saved = []
         for index, path, content in zip(chosen, paths, contents, strict=True):
-            write_bytes(path, content)
-            try:
-                write_json(get_sidecar_path(path), self.build_sidecar(index, path.name, content, subtype))
-            except SA3Error:
-                path.unlink(missing_ok=True)
-                raise
-        return list(paths)
+
+            def list_pair(number: int, path: Path = path) -> Sequence[Path]:
+                numbered = number_path(path, number)
+                return numbered, get_sidecar_path(numbered)
+
+            def make_pair(pair: Sequence[Path], index: int = index, content: bytes = content) -> Sequence[bytes]:
+                return content, format_json(self.build_sidecar(index, pair[0].name, content, subtype))
+
+            saved.append(write_files(list_pair, make_pair, overwrite)[0])
+            _say_number([path], saved[-1:])
+        return saved
 
     def encode_item(self, item: int, suffix: str = DEFAULT_SUFFIX, subtype: str = "PCM_16") -> bytes:
         """Encode one item as an audio file.
@@ -134,11 +157,44 @@ def list_output_paths(path: str | os.PathLike[str], count: int) -> list[Path]:
 
     Returns:
         `path` for one item, `NAME_0.wav`, `NAME_1.wav` … for several.
+
+    Raises:
+        GenerationError: When it is a folder.
     """
     base = Path(path)
+    if str(path).endswith("/") or not base.name or (path_exists(base) and base.is_dir()):
+        raise GenerationError(f"cannot write {path}: it is a folder. Give a file name, such as {base}/out.wav.")
     if not base.suffix:
         base = base.with_name(base.name + DEFAULT_SUFFIX)
     return [base] if count == 1 else [base.with_name(f"{base.stem}_{index}{base.suffix}") for index in range(count)]
+
+
+def choose_output_paths(path: str | os.PathLike[str], count: int, overwrite: bool = False) -> list[Path]:
+    """Choose the audio files of several items: `list_output_paths` under the first number at which none exists.
+
+    A single file is left as asked for: it gets its number when it is written.
+
+    Args:
+        path: The file asked for.
+        count: Number of items.
+        overwrite: Whether existing files are to be replaced.
+
+    Returns:
+        The files.
+    """
+    asked = list_output_paths(path, count)
+    for number in itertools.count(1):
+        paths = asked if number == 1 else list_output_paths(number_path(Path(path), number), count)
+        if overwrite or count == 1 or not any(map(os.path.lexists, [*paths, *map(get_sidecar_path, paths)])):
+            _say_number(asked, paths)
+            return paths
+    raise AssertionError("numbers do not end")
+
+
+def _say_number(asked: Sequence[Path], chosen: Sequence[Path]) -> None:
+    if asked[0] != chosen[0]:
+        existing = next((path for path in [*asked, *map(get_sidecar_path, asked)] if os.path.lexists(path)), asked[0])
+        logger.warning("%s exists: saved as %s. --overwrite (overwrite=True) replaces it.", existing, chosen[0])
 
 
 def get_sidecar_path(path: Path) -> Path:
@@ -148,34 +204,44 @@ def get_sidecar_path(path: Path) -> Path:
         path: The audio file.
 
     Returns:
-        The same path with the suffix `.json`.
+        The same path with `.json` after its suffix.
     """
-    return path.with_suffix(".json")
+    return path.with_name(f"{path.name}.json")
 
 
-def check_output(path: Path, subtype: str = "PCM_16") -> None:
+def check_output(
+    path: Path, subtype: str = "PCM_16", inputs: Iterable[str | os.PathLike[str]] = (), overwrite: bool = False
+) -> None:
     """Check that an audio file and its sidecar can be written, before the work that makes them.
 
     Args:
         path: The audio file.
         subtype: Encoding of the samples.
+        inputs: Files that are read, none of which may be replaced.
+        overwrite: Whether existing files are to be replaced.
 
     Raises:
         AudioError: When the suffix and subtype do not go together.
-        GenerationError: When the path is a folder, not writable, or its sidecar would overwrite another file.
+        GenerationError: When the path is a folder, not writable, an input, or its sidecar would replace another file.
     """
     encode_audio(torch.zeros(2, 1), SAMPLE_RATE, path.suffix, subtype, str(path))
-    if path.is_dir():
-        raise GenerationError(f"cannot write {path}: it is a folder. Give the name of a file.")
-    folder = path.parent
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise GenerationError(f"cannot write {path}: {folder} is not a writable folder. Choose another with -o.")
-    sidecar = get_sidecar_path(path)
-    if sidecar.exists() and not _is_ours(sidecar):
+    sidecar, read = get_sidecar_path(path), list(inputs)
+    for written in (path, sidecar):
+        check_target(written, read, overwrite=True)
+    try:
+        if path.is_dir():
+            raise GenerationError(f"cannot write {path}: it is a folder. Give the name of a file.")
+        is_foreign = sidecar.exists() and overwrite and not _is_ours(sidecar)
+        folder = path.parent
+        while not folder.exists() and folder != folder.parent:
+            folder = folder.parent
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise GenerationError(f"cannot write {path}: {folder} is not a writable folder. Choose another with -o.")
+    except OSError as error:  # such as a name that is too long
+        raise GenerationError(f"cannot write {path}: {error.strerror}. Choose another name.") from error
+    if is_foreign:
         raise GenerationError(
-            f"cannot write {path}: its sidecar would overwrite {sidecar}, which is no sidecar. Choose another name."
+            f"cannot write {path}: its sidecar would replace {sidecar}, which is no sidecar. Choose another name."
         )
 
 

@@ -115,6 +115,8 @@ def _format_setting(name: str, value: Any, batch: int) -> list[str]:
     texts = [_format_value(each) for each in (value if is_list(value) else [value])]
     if name.startswith("inpaint_mask"):
         return [word for text in texts for word in (flag, text)]
+    if len(texts) == 1 and texts[0].startswith("-"):  # or it reads as another flag
+        return [f"{flag}={texts[0]}"]
     return [flag, *texts]
 
 

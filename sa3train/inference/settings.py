@@ -5,15 +5,15 @@ inference/README.md are made from the fields of `GenerationSettings` or held equ
 not import torch, so that `sa3-generate --help` is fast.
 """
 
+import contextlib
 import dataclasses
-import math
 import numbers
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sa3train.core.config import check_settings, list_settings, setting
+from sa3train.core.config import MAX_SEED, check_settings, list_settings, setting
 from sa3train.core.errors import GenerationError
 
 SAMPLER_NAMES = ("euler", "dpmpp", "rk4", "pingpong")
@@ -29,7 +29,10 @@ PER_ITEM_SETTINGS = ("prompt", "negative_prompt", "duration")
 """Settings with one value for all items of a batch, or one for each."""
 GUIDANCE_SETTINGS = ("negative_prompt", "cfg_interval", "cfg_norm_threshold", "apg_scale", "scale_phi")
 """Settings without effect where `cfg_scale` is 1."""
-LARGEST_SEED = 2**63 - 1
+MAX_SECONDS = 3600.0
+"""Longer than any model generates; the model's own limit is checked by `resolve_settings`."""
+MAX_ITEMS = 10_000
+MAX_SCALE = 1000.0
 
 
 @dataclass(frozen=True)
@@ -46,18 +49,18 @@ class GenerationSettings:
     prompt: str | Sequence[str] = setting(help="Text prompt.", flags=("-p", "--prompt"))
     negative_prompt: str | Sequence[str | None] | None = setting(None, help="What to avoid; needs guidance.")
     duration: float | Sequence[float] = setting(
-        30.0, help="Length of the audio.", unit="seconds", above=0, label="Duration (seconds)"
+        30.0, help="Length of the audio.", unit="seconds", above=0, max=MAX_SECONDS, label="Duration (seconds)"
     )
-    batch_size: int = setting(1, help="Number of variations of one prompt.", min=1, label="Variations")
+    batch_size: int = setting(1, help="Number of variations of one prompt.", min=1, max=MAX_ITEMS, label="Variations")
     seed: int = setting(
         -1,
         help="Seed of all random draws; -1 chooses one, which is recorded.",
         min=-1,
-        max=LARGEST_SEED,
+        max=MAX_SEED,
         label="Seed (-1: random)",
     )
     steps: int | None = setting(
-        None, help="Sampling steps; by default 50 on base models, 8 on post-trained ones.", min=1
+        None, help="Sampling steps; by default 50 on base models, 8 on post-trained ones.", min=1, max=1000
     )
     sampler_type: str | None = setting(
         None,
@@ -68,6 +71,8 @@ class GenerationSettings:
     cfg_scale: float | None = setting(
         None,
         help="Strength of guidance, 1 is off; by default 7 on base models, 1 on post-trained ones.",
+        min=-MAX_SCALE,
+        max=MAX_SCALE,
         label="CFG scale",
     )
     cfg_interval: tuple[float, float] = setting(
@@ -75,18 +80,23 @@ class GenerationSettings:
         help="Lowest and highest noise level with guidance, ends included.",
         min=0,
         max=1,
+        items=(2, 2),
         label="CFG interval",
     )
     cfg_norm_threshold: float = setting(
-        0.0, help="Largest norm of the guidance; 0 sets no limit.", min=0, label="CFG norm threshold"
+        0.0, help="Largest norm of the guidance; 0 sets no limit.", min=0, max=1e6, label="CFG norm threshold"
     )
     scale_phi: float = setting(
         0.0, help="How far the spread that guidance changes is restored.", min=0, max=1, label="CFG rescale"
     )
     apg_scale: float = setting(
-        1.0, help="Adaptive projected guidance: 1 is fully projected, 0 is plain guidance.", label="APG scale"
+        1.0,
+        help="Adaptive projected guidance: 1 is fully projected, 0 is plain guidance.",
+        min=-MAX_SCALE,
+        max=MAX_SCALE,
+        label="APG scale",
     )
-    init_audio: Any = setting(None, help="Audio to start from.", label="Source audio")
+    init_audio: Any = setting(None, help="Audio to start from.", text="path", label="Source audio")
     init_noise_level: float = setting(
         0.9,
         help="How much noise is added to init_audio: 0 keeps it, 1 replaces it.",
@@ -94,16 +104,17 @@ class GenerationSettings:
         max=1,
         label="Noise level",
     )
-    inpaint_audio: Any = setting(None, help="Audio to inpaint or to continue.")
+    inpaint_audio: Any = setting(None, help="Audio to inpaint or to continue.", text="path")
     inpaint_mask_start_seconds: float | Sequence[float] | None = setting(
         None,
         help="Start of a region to regenerate; the length of the audio to continue it.",
         unit="seconds",
         min=0,
+        max=MAX_SECONDS,
         flags=("--inpaint-start",),
     )
     inpaint_mask_end_seconds: float | Sequence[float] | None = setting(
-        None, help="End of that region.", unit="seconds", min=0, flags=("--inpaint-end",)
+        None, help="End of that region.", unit="seconds", min=0, max=MAX_SECONDS, flags=("--inpaint-end",)
     )
     keep_exact: bool = setting(
         False,
@@ -235,9 +246,10 @@ def check_number(name: str, value: Any) -> float:
     Raises:
         GenerationError: When it is not.
     """
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise GenerationError(f"{name} must be a number, not {value!r}.")
-    return float(value)
+    with contextlib.suppress(OverflowError):  # an integer beyond every float
+        if isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(float(value)) < 1e300:
+            return float(value)
+    raise GenerationError(f"{name} must be a number, not {value!r:.80}.")
 
 
 def _check_type(name: str, value: Any, kind: type) -> Any:
@@ -245,10 +257,10 @@ def _check_type(name: str, value: Any, kind: type) -> Any:
         return check_number(name, value)
     if kind is int:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise GenerationError(f"{name} must be a whole number, not {value!r}.")
+            raise GenerationError(f"{name} must be a whole number, not {value!r:.80}.")
         return int(value)
     if not isinstance(value, kind):
-        raise GenerationError(f"{name} must be {'true or false' if kind is bool else 'text'}, not {value!r}.")
+        raise GenerationError(f"{name} must be {'true or false' if kind is bool else 'text'}, not {value!r:.80}.")
     if isinstance(value, str):
         try:
             value.encode("utf-8")

@@ -4,27 +4,29 @@ import hashlib
 import json
 import os
 import platform
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import soundfile
 import torch
 
 from sa3train import __version__
 from sa3train.adapters.adapter import Adapter
-from sa3train.core.errors import GenerationError
-from sa3train.core.files import hash_file
+from sa3train.core.config import Setting, build, check_settings, setting
+from sa3train.core.errors import GenerationError, SA3Error
+from sa3train.core.files import FOLDER_FILES, MADE_BY, hash_file, is_sidecar, path_exists
+from sa3train.core.user_files import read_file
+from sa3train.inference.resolve import ResolvedSettings
+from sa3train.inference.settings import AUDIO_SETTINGS, PER_ITEM_SETTINGS, GenerationSettings
 
-MADE_BY = "sa3train"
 FORMAT = 1
-KEYS = (
-    *("file", "item", "sha256", "audio_sha256", "subtype", "settings", "model", "precision", "adapters", "inputs"),
-    "environment",
-)
+MAX_BYTES = 1 << 24
+MAX_THREADS = 1024
+_ANY = Setting("Any value.")
 PACKAGES = ("torchaudio", "transformers", "soundfile")
-# The files of a PEFT folder that make up the adapter.
-FOLDER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
@@ -59,12 +61,93 @@ def describe_adapter(given: str | os.PathLike[str] | Adapter, adapter: Adapter) 
         Path and SHA-256 (None for an adapter that is no file) and the fingerprint of its content.
     """
     path = adapter.source if isinstance(given, Adapter) else os.fspath(given)
-    is_file = bool(path) and Path(path).exists()
+    is_file = bool(path) and path_exists(path)
     return {
         "path": path if is_file else None,
         "sha256": hash_path(Path(path)) if is_file else None,
         "fingerprint": adapter.fingerprint,
     }
+
+
+@dataclass(frozen=True)
+class _Model:
+    name: str
+    source: str
+    fingerprint: str
+    autoencoder: str
+
+
+@dataclass(frozen=True)
+class _Input:
+    path: str | None
+    sha256: str
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    init_audio: _Input | None
+    inpaint_audio: _Input | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Adapter:
+    path: str | None
+    sha256: str | None
+    fingerprint: str
+    strength: float
+    conditioner_strength: float | None
+    interval: list[float] = setting(help="Noise levels at which it acts.", min=0, max=1, items=(2, 2))
+    exclude_layers: list[str]
+    allow_partial: bool
+
+    def __post_init__(self) -> None:
+        check_settings(self, "adapters", GenerationError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Sidecar:
+    """What a sidecar must hold; `made_by` and `format` are read before."""
+
+    made_by: str
+    format: int
+    file: str
+    item: int = setting(help="Index of the item in its batch.", min=0)
+    sha256: str
+    audio_sha256: str
+    subtype: str
+    seed: int | None
+    seconds: float = setting(help="Length of the audio.", unit="seconds", min=0, max=3600)
+    sample_rate: int = setting(help="Samples per second.", min=1)
+    clipped_share: float = setting(help="Share of clipped samples.", min=0, max=1)
+    warnings: list[str]
+    model: _Model
+    precision: Literal["fp32", "bf16", "fp16"]
+    settings: ResolvedSettings
+    inputs: _Inputs
+    adapters: list[_Adapter]
+    environment: dict[str, str | int | bool]
+    studio: dict[str, Any] | None
+
+    def __post_init__(self) -> None:
+        check_settings(self, error=GenerationError)
+        if Path(self.file).name != self.file or not Path(self.file).suffix:
+            raise GenerationError(f"file={self.file} must be the name of an audio file.")
+        if self.item >= self.settings.batch_size:
+            raise GenerationError(f"item={self.item} must be less than batch_size={self.settings.batch_size}.")
+        for name in PER_ITEM_SETTINGS:
+            values = getattr(self.settings, name)
+            if values is not None and len(values) != self.settings.batch_size:
+                raise GenerationError(f"{name} must have batch_size={self.settings.batch_size} values.")
+        duration = self.settings.duration[self.item]
+        if self.seed != self.settings.seed or abs(self.seconds - duration) > 1e-3:
+            raise GenerationError(
+                f"seed={self.seed} and seconds={self.seconds:g} differ from those of its settings, which are used: "
+                f"seed={self.settings.seed} and duration={duration:g}."
+            )
+        threads = self.environment.get("threads")
+        if type(threads) is not int or not 1 <= threads <= MAX_THREADS:
+            raise GenerationError(f"environment.threads={threads} must be from 1 to {MAX_THREADS}.")
+        GenerationSettings.from_dict(self.settings.to_dict())  # checks the range of each
 
 
 def read_sidecar(path: Path) -> dict[str, Any]:
@@ -74,41 +157,68 @@ def read_sidecar(path: Path) -> dict[str, Any]:
         path: The `.json`.
 
     Returns:
-        Its content.
+        Its content, with every field present and of its type.
 
     Raises:
-        GenerationError: When it is missing, unreadable, incomplete, no sidecar, or of a later format.
+        GenerationError: When it is missing, unreadable, no sidecar, of another format, or a field is missing, of
+            another type or out of range.
     """
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        content = read_file(path, limit=MAX_BYTES).decode("utf-8-sig")  # Windows editors add a byte order mark
+        record = json.loads(content, object_pairs_hook=_collect)
     except FileNotFoundError as error:
         raise GenerationError(
             f"no such sidecar: {path}. Give the .json that sa3-generate wrote next to the audio."
         ) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise GenerationError(f"{path} cannot be read as a sidecar: {error}.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise GenerationError(
+            f"{path} cannot be read as a sidecar: {reason}. Give the .json that sa3-generate wrote next to the audio."
+        ) from error
     if not is_sidecar(record):
         raise GenerationError(f"{path} is not a sidecar of sa3-generate: it lacks made_by={MADE_BY}.")
     if record.get("format") != FORMAT:
         raise GenerationError(
-            f"{path} has format {record.get('format')}, but this version reads {FORMAT}. Update sa3train."
+            f"{path} has format {record.get('format')!r:.80}, but this version reads {FORMAT}. Update sa3train."
         )
-    missing = [key for key in KEYS if key not in record]
-    if missing:
-        raise GenerationError(f"{path} is incomplete: {', '.join(missing)} missing.")
+    settings = record.get("settings")
+    if isinstance(settings, dict):
+        settings = dict.fromkeys(AUDIO_SETTINGS) | settings  # recorded as inputs
+    try:
+        _check_values(record)
+        build(_Sidecar, {"studio": None} | record | {"settings": settings})
+    except SA3Error as error:
+        raise GenerationError(f"{path}: {error} It was edited or damaged: restore it.") from error
     return dict(record)
 
 
-def is_sidecar(content: Any) -> bool:
-    """Check whether a JSON value is a sidecar.
+def _collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if repeated := next((name for name in names if names.count(name) > 1), None):
+        raise ValueError(f"it has {repeated!r:.80} twice")
+    return dict(pairs)
+
+
+def _check_values(value: Any, name: str = "") -> None:
+    """Refuse numbers that are not finite and texts that are none, at any depth."""
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            _check_values(item, f"{name}[{key}]" if isinstance(value, list) else f"{name}.{key}".lstrip("."))
+    elif problem := _ANY.find_problem(value):
+        raise GenerationError(f"{name}={value!r:.80} must {problem}.")
+
+
+def list_inputs(record: Mapping[str, Any]) -> list[str]:
+    """List the files that a generation read.
 
     Args:
-        content: The value.
+        record: Content of its sidecar.
 
     Returns:
-        Whether it says that sa3train made it.
+        Paths of its audio and adapters, as they were given.
     """
-    return isinstance(content, dict) and content.get("made_by") == MADE_BY
+    entries = [*record.get("inputs", {}).values(), *record.get("adapters", [])]
+    return [entry["path"] for entry in entries if entry and entry["path"]]
 
 
 def locate_input(recorded: dict[str, Any], folder: Path, role: str) -> Path:
@@ -130,7 +240,7 @@ def locate_input(recorded: dict[str, Any], folder: Path, role: str) -> Path:
             f"{role} was given as an array, not as a file: this result cannot be generated again from its sidecar."
         )
     given = Path(recorded["path"])
-    candidates = [path for path in (given, folder / given, folder / given.name) if path.exists()]
+    candidates = [path for path in (given, folder / given, folder / given.name) if path_exists(path)]
     if not candidates:
         raise GenerationError(f"{role} {given} is missing. Restore it there or next to the sidecar.")
     for path in candidates:
@@ -138,12 +248,12 @@ def locate_input(recorded: dict[str, Any], folder: Path, role: str) -> Path:
             return path
     raise GenerationError(
         f"{role} {candidates[0]} has changed: its SHA-256 is {hash_path(candidates[0])[:12]}…, but "
-        f"{recorded['sha256'][:12]}… was used. Restore the original file."
+        f"{str(recorded['sha256'])[:12]}… was used. Restore the original file."
     )
 
 
 def hash_path(path: Path) -> str:
-    """Hash a file, or the two files of a PEFT adapter folder together.
+    """Hash a file, or the files of an adapter folder together.
 
     Args:
         path: The file or folder.

@@ -1,13 +1,16 @@
 """Where a checkpoint's files come from: the registry of names, folders, and huggingface_hub's cache and download."""
 
+import contextlib
 import difflib
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from sa3train.core.errors import CheckpointError
+from sa3train.core.files import hash_file, path_exists
 from sa3train.models.config import TextConfig
 
 HUB = "https://huggingface.co"
@@ -91,7 +94,7 @@ def explain_unknown_name(name: str) -> CheckpointError:
     close = difflib.get_close_matches(name.lower(), REGISTRY, n=1, cutoff=0.6)
     guess = f" Did you mean {close[0]}?" if close else ""
     return CheckpointError(
-        f"no model called {name!r} and no folder of that name.{guess} "
+        f"no model called '{name}' and no folder of that name.{guess} "
         f"Known names: {', '.join(REGISTRY)}; or give a folder with model_config.json and model.safetensors."
     )
 
@@ -146,14 +149,16 @@ def locate_checkpoint(name_or_path: str | os.PathLike[str]) -> CheckpointFiles:
 
 
 def _locate_folder(name: str) -> CheckpointFiles:
-    folder = Path(name).expanduser()
-    if folder.is_file():
+    folder = Path(name)
+    with contextlib.suppress(RuntimeError):  # the home of nobody
+        folder = folder.expanduser()
+    if not name or not path_exists(folder):
+        raise explain_unknown_name(name)
+    if not folder.is_dir():
         raise CheckpointError(
             f"{folder} is a file. Give the folder that contains {CONFIG_FILE} and {WEIGHTS_FILE}; "
             f"adapters are given with --lora, and pickles (.ckpt, .pt) are not read."
         )
-    if not folder.is_dir():
-        raise explain_unknown_name(name)
     files = CheckpointFiles(folder.resolve().name, folder)
     missing = [path.name for path in (files.config, files.weights) if not path.is_file()]
     if missing:
@@ -193,10 +198,12 @@ class TextEncoderSource:
                 f"the text encoder is not in {self.folders[0]}: config.json, model.safetensors and tokenizer.json "
                 f"belong there. Copy that folder together with the checkpoint."
             )
+        import huggingface_hub
+
         for repo_id, subfolder in self.repositories:
-            cached = _find_snapshot(repo_id)
-            if cached is not None and _is_complete(cached / subfolder):
-                return cached / subfolder
+            config = huggingface_hub.try_to_load_from_cache(repo_id, CONFIG_FILE)
+            if isinstance(config, str) and _is_complete(folder := Path(config).parent / subfolder):
+                return folder
         problem: CheckpointError | None = None
         for repo_id, subfolder in self.repositories:
             try:
@@ -242,67 +249,89 @@ def fetch_file(repo_id: str, filename: str) -> Path:
 
     Returns:
         Path of the file.
+
+    Raises:
+        CheckpointError: The download failed, or delivered something else than the hub announced.
     """
     import huggingface_hub
 
     cached = huggingface_hub.try_to_load_from_cache(repo_id, filename)
     if isinstance(cached, str):
         return Path(cached)
-    return Path(_download(repo_id, filename, lambda: huggingface_hub.hf_hub_download(repo_id, filename)))
-
-
-def _find_snapshot(repo_id: str) -> Path | None:
-    import huggingface_hub
-
-    config = huggingface_hub.try_to_load_from_cache(repo_id, CONFIG_FILE)
-    return Path(config).parent if isinstance(config, str) else None
+    path = Path(_download(repo_id, filename, filename, lambda: huggingface_hub.hf_hub_download(repo_id, filename)))
+    stored = path.resolve()  # named by its SHA-256, where the hub keeps a large file
+    if re.fullmatch("[0-9a-f]{64}", stored.name) and hash_file(stored) != stored.name:
+        stored.unlink()
+        raise CheckpointError(
+            f"{filename} of {repo_id} arrived damaged: its SHA-256 is not the one that the hub announced. It was "
+            f"removed; run the same command again to download it once more."
+        )
+    return path
 
 
 def _download_folder(repo_id: str, subfolder: str) -> Path:
     import huggingface_hub
 
-    pattern = f"{subfolder}/*" if subfolder else "*"
-    download = lambda: huggingface_hub.snapshot_download(repo_id, allow_patterns=[pattern])  # noqa: E731
-    return Path(_download(repo_id, pattern, download)) / subfolder
+    prefix = f"{subfolder}/" if subfolder else ""
+    download = lambda: huggingface_hub.snapshot_download(repo_id, allow_patterns=[f"{prefix}*"])  # noqa: E731
+    return Path(_download(repo_id, f"{prefix}*", f"{prefix}config.json", download)) / subfolder
 
 
-def _download(repo_id: str, what: str, download: Callable[[], str]) -> str:
-    """Run one download; errors of the hub become a `CheckpointError` that says what to do."""
-    import httpx
-    from huggingface_hub import errors
+def _download(repo_id: str, what: str, probe: str, download: Callable[[], str]) -> str:
+    """Run one download; every failure becomes a `CheckpointError` that says what to do.
 
-    page = f"{HUB}/{repo_id}"
-    log_in = "log in with `hf auth login` (or set HF_TOKEN to a token of that account)"
-    try:
-        return download()
-    except errors.GatedRepoError as error:
-        raise CheckpointError(
-            f"{repo_id} is gated: accept its license at {page}, then {log_in} and run again. "
-            f"If you have the files already, give their folder instead of the name."
-        ) from error
-    except (errors.RepositoryNotFoundError, errors.DisabledRepoError) as error:
-        raise CheckpointError(
-            f"the hub does not show {repo_id}: it may be private or gated, or the token may be wrong. "
-            f"See {page}, then {log_in}, or give a local folder."
-        ) from error
-    except errors.RemoteEntryNotFoundError as error:
-        raise CheckpointError(f"{repo_id} has no {what}. See {page}, or give a local folder.") from error
-    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx.TransportError) as error:
-        raise CheckpointError(
-            f"{what} of {repo_id} is not in the cache and the hub cannot be reached{_describe_offline()}. "
-            f"Connect and run again, or give a local folder. Available offline: {', '.join(list_cached_names())}."
-        ) from error
-    except (errors.HfHubHTTPError, OSError) as error:
-        raise CheckpointError(
-            f"downloading {what} of {repo_id} failed: {error}. Try again later, free some disk space if it is full, "
-            f"or give a local folder."
-        ) from error
-
-
-def _describe_offline() -> str:
+    The hub repeats a request without an answer six times, for up to 100 s, and waits as long as a busy server tells it
+    to. So the file `probe` is asked for once first, and whoever started the command hears of a failure at once.
+    """
+    import huggingface_hub
     from huggingface_hub import constants
 
-    return " (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+    try:
+        url = huggingface_hub.hf_hub_url(repo_id, probe)
+        huggingface_hub.get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        return download()
+    except Exception as error:  # the HTTP library and hf_xet raise classes that the hub neither documents nor keeps
+        raise _explain_failure(repo_id, what, error) from error
+
+
+def _explain_failure(repo_id: str, what: str, error: Exception) -> CheckpointError:
+    from huggingface_hub import constants, errors
+    from huggingface_hub.utils import httpx  # the HTTP library that this version of the hub uses
+
+    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
+    page, status = f"{HUB}/{repo_id}", getattr(getattr(cause, "response", None), "status_code", None)
+    log_in = "log in with `hf auth login` (or set HF_TOKEN to a token of that account)"
+    at_hand = f"Models at hand without the hub: {', '.join(list_cached_names())}."
+    if isinstance(cause, errors.GatedRepoError):
+        return CheckpointError(
+            f"{repo_id} is gated: accept its license at {page}, then {log_in} and run again. "
+            f"If you have the files already, give their folder instead of the name."
+        )
+    no_access = errors.RepositoryNotFoundError | errors.DisabledRepoError | UnicodeEncodeError  # the last: of the token
+    if isinstance(cause, no_access) or status in (401, 403):
+        return CheckpointError(
+            f"the hub does not show {repo_id}: it may be private or gated, or the token may be wrong. "
+            f"See {page}, then {log_in}, or give a local folder."
+        )
+    if status == 404:
+        return CheckpointError(f"{repo_id} has no {what}. See {page}, or give a local folder.")
+    if status == 429:
+        return CheckpointError(
+            f"the hub has received too many requests from here. Wait some minutes, or {log_in}, then run the same "
+            f"command again; complete files are kept. {at_hand}"
+        )
+    no_answer = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx.ConnectError, httpx.ProxyError)
+    if isinstance(cause, (*no_answer, httpx.ConnectTimeout, httpx.UnsupportedProtocol)):
+        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{cause}".partition("\n")[0]
+        return CheckpointError(
+            f"{what} of {repo_id} is not in the cache and the hub cannot be reached ({reason}). "
+            f"Connect and run again, or give a local folder. {at_hand}"
+        )
+    reason = f"{cause}".strip().partition("\n")[0].rstrip(".") or type(cause).__name__
+    return CheckpointError(
+        f"downloading {what} of {repo_id} failed: {reason}. Check the connection and the free disk space, then run "
+        f"the same command again; complete files are kept. Or give a local folder. {at_hand}"
+    )
 
 
 def list_cached_names() -> list[str]:

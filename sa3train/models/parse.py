@@ -111,7 +111,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
             f"{path} is missing. A model folder contains model_config.json and model.safetensors."
         ) from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}). Download it again.") from error
+        raise CheckpointError(
+            f"{path} cannot be read as JSON ({error}). Delete {path.resolve()} and download it again."
+        ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} should be a JSON object, not {type(content).__name__}.")
     return content

@@ -10,6 +10,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader
 
+from sa3train.reports.loss_change import LossChange
 from sa3train.reports.run_files import DemoFile
 
 GIB, MIB = 2**30, 2**20
@@ -95,17 +96,20 @@ def render_tile(value: str, label: str, mood: str = "") -> str:
     return f'<div class="tile"><b class="{mood}">{escape(value)}</b><span>{escape(label)}</span></div>'
 
 
-def render_change_tile(change: float | None, label: str) -> str:
+def render_change_tile(change: LossChange | None, label: str) -> str:
     """Render a relative change of a loss as a key figure.
 
     Args:
-        change: The change, such as -0.1 for 10 % lower, or None.
+        change: The change, or None.
         label: What it is.
 
     Returns:
         HTML; empty for None.
     """
-    return "" if change is None else render_tile(f"{change:+.1%}", label, "good" if change < 0 else "bad")
+    if change is None:
+        return ""
+    label = f"{label} ({change.describe_sample()})"
+    return render_tile(f"{change.change:+.1%}", label, "good" if change.change < 0 else "bad")
 
 
 def render_table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:

@@ -3,7 +3,7 @@
 | file | holds |
 |---|---|
 | `config.yaml` | all settings, as Hydra reads them back |
-| `run.json` | id, version, started, identity, steps; status: running, finished, interrupted; resumed (a list) |
+| `run.json` | id, version, started, status, identity, steps, process (pid, host), resumed (a list) |
 | `metrics.csv` | a column `step` and one for each metric; a cell is empty where a metric was not logged |
 | `validation.json` | levels; base, history and items by part (`val`, `train_eval`); best_step, best_loss |
 | `memorization.json` | clips, seconds and spread of generations; memorization: score and closest training clips |
@@ -15,6 +15,7 @@
 | `adapter.safetensors` | the trained adapter |
 | `adapter-best.safetensors` | the adapter of the lowest validation loss, with `callbacks.validation.select_best` |
 | `report.html` | the report, made from the files above |
+| `run.lock` | locked by the process that trains |
 """
 
 import csv
@@ -27,12 +28,22 @@ from typing import Any
 
 import yaml
 
-CONFIG_FILE, RECORD_FILE, METRICS_FILE = "config.yaml", "run.json", "metrics.csv"
+from sa3train.adapters.formats.run_dir import ADAPTER_FILE, CHECKPOINTS_DIR, RECORD_FILE
+from sa3train.core.overrides import escape_interpolations, unescape_interpolations
+from sa3train.reports.loss_change import compute_loss_change
+
+CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.csv"
 VALIDATION_FILE, MEMORIZATION_FILE = "validation.json", "memorization.json"
 DATA_FILE, ADAPTER_STATS_FILE, SYSTEM_FILE = "data.json", "adapter_stats.json", "system.json"
 DEMOS_DIR, DEMOS_FILE = "demos", "demos.json"
 REPORT_FILE = "report.html"
-ADAPTER_FILE, BEST_ADAPTER_FILE, CHECKPOINTS_DIR = "adapter.safetensors", "adapter-best.safetensors", "checkpoints"
+BEST_ADAPTER_FILE = "adapter-best.safetensors"
+LOCK_FILE = "run.lock"
+RUN_FILES = (
+    CONFIG_FILE, RECORD_FILE, METRICS_FILE, VALIDATION_FILE, MEMORIZATION_FILE, DATA_FILE, ADAPTER_STATS_FILE,
+    SYSTEM_FILE, DEMOS_DIR, REPORT_FILE, ADAPTER_FILE, BEST_ADAPTER_FILE, CHECKPOINTS_DIR, LOCK_FILE,
+)  # fmt: skip
+"""Everything that a run writes into its folder."""
 STEP = "step"
 _JSON_FILES = {
     "record": RECORD_FILE, "validation": VALIDATION_FILE, "memorization": MEMORIZATION_FILE, "data": DATA_FILE,
@@ -47,6 +58,18 @@ OVERFIT_THRESHOLD = 0.01
 """Relative rise of the validation loss above its minimum that counts as overfitting."""
 
 
+def holds_run(run_dir: Path) -> bool:
+    """Check whether a folder holds a run.
+
+    Args:
+        run_dir: The folder.
+
+    Returns:
+        Whether it does.
+    """
+    return (run_dir / CONFIG_FILE).is_file() and (run_dir / RECORD_FILE).is_file()
+
+
 def format_settings(settings: Mapping[str, Any]) -> str:
     """Format settings as YAML that Hydra reads back unchanged: `${` in text is escaped.
 
@@ -57,8 +80,8 @@ def format_settings(settings: Mapping[str, Any]) -> str:
         The YAML document.
     """
     plain = json.loads(json.dumps(dict(settings)))
-    escaped = _map_text(plain, lambda text: text.replace("${", "\\${"))
-    return yaml.safe_dump(escaped, sort_keys=False, allow_unicode=True)
+    escaped = _map_text(plain, escape_interpolations)
+    return yaml.dump(escaped, Dumper=_SettingsDumper, sort_keys=False, allow_unicode=True)
 
 
 def load_settings(path: Path) -> dict[str, Any]:
@@ -70,9 +93,32 @@ def load_settings(path: Path) -> dict[str, Any]:
     Returns:
         The settings.
     """
-    escaped = yaml.safe_load(path.read_text(encoding="utf-8"))
-    settings: dict[str, Any] = _map_text(escaped, lambda text: text.replace("\\${", "${"))
+    return parse_settings(path.read_text(encoding="utf-8"))
+
+
+def parse_settings(text: str) -> dict[str, Any]:
+    """Parse settings that `format_settings` wrote.
+
+    Args:
+        text: The YAML document.
+
+    Returns:
+        The settings.
+    """
+    settings: dict[str, Any] = _map_text(yaml.safe_load(text), unescape_interpolations)
     return settings
+
+
+class _SettingsDumper(yaml.SafeDumper):
+    """Quotes text that Hydra would read as a number, although YAML 1.1 does not: 1e-3."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    style = "'" if text[:1] in "+-.0123456789" else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_SettingsDumper.add_representer(str, _represent_text)
 
 
 def _map_text(value: Any, change: Callable[[str], str]) -> Any:
@@ -231,22 +277,6 @@ def read_run(run_dir: Path) -> RunFiles:
     )
 
 
-def compute_loss_change(run: RunFiles, part: str) -> float | None:
-    """Compute the relative change of the last validation loss against the base model's.
-
-    Args:
-        run: The run.
-        part: `val` (held-out clips) or `train_eval` (training clips).
-
-    Returns:
-        The change, such as -0.1 for 10 % below the base, or None where there is none.
-    """
-    history, base = run.validation.get("history", []), run.validation.get("base", {}).get(part)
-    if not history or part not in history[-1] or not base or not base["loss"]:
-        return None
-    return float(history[-1][part]["loss"] / base["loss"] - 1)
-
-
 def summarize_run(run: RunFiles) -> list[str]:
     """Summarize what the metrics of a run say.
 
@@ -256,14 +286,14 @@ def summarize_run(run: RunFiles) -> list[str]:
     Returns:
         Sentences.
     """
-    val, train = compute_loss_change(run, "val"), compute_loss_change(run, "train_eval")
+    val, train = (compute_loss_change(run.validation, part) for part in ("val", "train_eval"))
     found = []
     if val is not None:
-        beside = f", and {_describe_change(train)} on training clips" if train is not None else ""
-        found.append(f"Compared with the base model, loss is {_describe_change(val)} on held-out clips{beside}.")
+        beside = f", and {train.describe()} on training clips" if train is not None else ""
+        found.append(f"Compared with the base model, loss is {val.describe()} on held-out clips{beside}.")
     elif train is not None:
         found.append(
-            f"Compared with the base model, loss is {_describe_change(train)} on training clips. No clips are held "
+            f"Compared with the base model, loss is {train.describe()} on training clips. No clips are held "
             "out to check whether this generalizes."
         )
     best, history = run.validation.get("best_loss"), run.validation.get("history", [])
@@ -275,7 +305,7 @@ def summarize_run(run: RunFiles) -> list[str]:
                 f"{last / best - 1:.1%} since: the adapter has started to overfit. Export the best adapter with "
                 "callbacks.validation.select_best=true."
             )
-    if val is not None and train is not None and val > 0 > train:
+    if val is not None and train is not None and val.change > 0 > train.change:
         found.append(
             "Loss improved on training clips and got worse on held-out clips: use fewer steps, a lower rank, or more "
             "data."
@@ -283,7 +313,3 @@ def summarize_run(run: RunFiles) -> list[str]:
     if run.memorization.get("memorization", {}).get("score", 1.0) < COPY_THRESHOLD:
         found.append("Generations are closer to training clips than held-out clips are: they may be copies.")
     return found
-
-
-def _describe_change(value: float) -> str:
-    return f"{abs(value):.1%} {'lower' if value < 0 else 'higher'}"

@@ -17,7 +17,8 @@ from sa3train.reports.curves import (
     render_system,
 )
 from sa3train.reports.html import format_duration, render_change_tile, render_template, render_tile
-from sa3train.reports.run_files import REPORT_FILE, RunFiles, compute_loss_change, read_run, summarize_run
+from sa3train.reports.loss_change import compute_loss_change
+from sa3train.reports.run_files import REPORT_FILE, RunFiles, read_run, summarize_run
 
 POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 """The page may load nothing: all it shows is inside it."""
@@ -72,8 +73,8 @@ def render_report(run: RunFiles) -> str:
 def _render_tiles(run: RunFiles) -> str:
     found = [
         render_tile(f"{run.step:,}", "steps"),
-        render_change_tile(compute_loss_change(run, "val"), "validation loss vs. base"),
-        render_change_tile(compute_loss_change(run, "train_eval"), "loss on training clips vs. base"),
+        render_change_tile(compute_loss_change(run.validation, "val"), "validation loss vs. base"),
+        render_change_tile(compute_loss_change(run.validation, "train_eval"), "loss on training clips vs. base"),
     ]
     if run.validation.get("best_step", -1) >= 0:
         found.append(render_tile(f"{run.validation['best_step']:,}", "step of the best validation loss"))

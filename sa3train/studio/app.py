@@ -14,10 +14,13 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from sa3train.studio.adapters.page import build_adapters_page
+from sa3train.studio.data.jobs import list_jobs
 from sa3train.studio.data.page import build_data_page
 from sa3train.studio.play.page import build_play_page
 from sa3train.studio.runs.page import build_runs_page
+from sa3train.studio.runs.runs import find_runs
 from sa3train.studio.server.access import LOCAL_NAMES, AccessMiddleware, AccessSettings
+from sa3train.studio.server.processes import get_running_pid
 from sa3train.studio.server.workspace import StudioError, Workspace
 
 MAX_UPLOAD = "512mb"
@@ -49,6 +52,21 @@ def build_app(workspace: Workspace) -> gr.Blocks:
                 with gr.Tab(name, id=name.lower(), elem_id=f"tab-{name.lower()}"):
                     build(workspace)
     return page
+
+
+def describe_work(workspace: Workspace) -> list[str]:
+    """Describe what goes on when the studio ends: runs, audits and encodes that it started.
+
+    Args:
+        workspace: The studio's folders.
+
+    Returns:
+        One line each, with the process ID.
+    """
+    going = [(f"training run {run.path}", run.path) for run in find_runs(workspace)]
+    going += [(f"{job.kind} of {job.source}", job.folder) for job in list_jobs(workspace)]
+    pids = [(name, get_running_pid(folder)) for name, folder in going]
+    return [f"{name} (PID {pid})" for name, pid in pids if pid is not None]
 
 
 def serve(page: gr.Blocks, workspace: Workspace, access: AccessSettings, max_upload: str = MAX_UPLOAD) -> str:

@@ -5,8 +5,11 @@ import dataclasses
 from sa3train.core.errors import ConfigError
 from sa3train.core.log import get_logger
 from sa3train.data.loading.datamodule import LatentDataModule
+from sa3train.diffusion.objective import interpolate_weights
 from sa3train.models.checkpoint import StableAudio3
+from sa3train.training.ema import get_warmed_up_decay
 from sa3train.training.settings import TrainingSettings
+from sa3train.training.step import list_sampled_noise_levels
 
 _logger = get_logger(__name__)
 
@@ -22,18 +25,22 @@ def check_compatibility(model: StableAudio3, data: LatentDataModule, settings: T
     Raises:
         ConfigError: A setting has no effect beside another.
     """
-    loss, ema_decay = settings.loss, settings.trainer.ema_decay
-    if data.settings.pack_frames is not None and loss.silence_seconds > 0:
-        raise ConfigError(
-            f"loss.silence_seconds={loss.silence_seconds} has no effect with data.pack_frames: a packed row "
-            f"has no room behind a clip. Set it to 0."
-        )
-    if ema_decay is not None and settings.optimizer.name == "schedule-free":
-        raise ConfigError(
-            f"trainer.ema_decay={ema_decay} replaces schedule-free's own average, which then has no effect. "
-            f"Set trainer.ema_decay=null, or use another optimizer."
-        )
+    loss, ema_decay, steps = settings.loss, settings.trainer.ema_decay, settings.trainer.max_steps
+    loss.check_packing(data.settings.pack_frames)
+    if ema_decay is not None and ema_decay > get_warmed_up_decay(steps):
+        _logger.warning(
+            "trainer.ema_decay=%g is not reached in trainer.max_steps=%d, and counts as %.3g.",
+            ema_decay, steps, get_warmed_up_decay(steps),
+        )  # fmt: skip
+    if max(loss.cfg_dropout, data.settings.prompts.caption_dropout) == 1:
+        _logger.warning("loss.cfg_dropout or data.prompts.caption_dropout is 1: every prompt is empty in training.")
     few_steps = loss.timesteps == "levels"
+    idle = few_steps and not isinstance(loss.weighting, str)
+    if idle and not interpolate_weights(list_sampled_noise_levels(loss), loss.weighting).any():  # type: ignore[arg-type]
+        raise ConfigError(
+            f"loss.weighting={loss.weighting} is 0 at every noise level that loss.timesteps=levels visits. "
+            "Set weights above 0 there."
+        )
     if model.objective == "rf_denoiser" and not few_steps:
         _logger.warning(
             "%s is post-trained: its sampler calls it at a few noise levels only, and loss=base trains all of them. "

@@ -11,6 +11,18 @@ import torch
 from torch import Tensor, nn
 
 
+def get_warmed_up_decay(updates: int) -> float:
+    """Get the decay that an average may have at most.
+
+    Args:
+        updates: How often it has been updated.
+
+    Returns:
+        (1 + n) / (10 + n).
+    """
+    return (1 + updates) / (10 + updates)
+
+
 class EMA:
     """Exponential moving average of named parameters, in float32: ema ← decay·ema + (1 − decay)·live.
 
@@ -31,7 +43,7 @@ class EMA:
     @torch.no_grad()
     def update(self) -> None:
         """Update the average with the live weights; call once per optimizer step."""
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        decay = min(self.decay, get_warmed_up_decay(self.updates))
         self.updates += 1
         for name, parameter in self._live.items():  # the live weights may have moved to a GPU
             if self.tensors[name].device != parameter.device:

@@ -33,7 +33,7 @@ from typing import Any
 from torch import Tensor
 from typing_extensions import override
 
-from sa3train.core.errors import ConfigError
+from sa3train.core.errors import ConfigError, SA3Error
 from sa3train.core.files import write_text
 from sa3train.core.log import get_logger
 from sa3train.reports.run_files import STEP, read_metrics
@@ -113,6 +113,8 @@ class CSVLogger(RunLogger):
     def log_metrics(self, values: Mapping[str, float], step: int) -> None:
         """Append a row, or extend the last one if it has the same step; new columns rewrite the file."""
         row = {STEP: str(step), **{name: repr(float(value)) for name, value in values.items()}}
+        if self.rows and not self.path.parent.is_dir():
+            raise SA3Error(f"{self.path.parent} was removed or moved during the run. Leave it in place; start again.")
         new = [name for name in row if name not in self.columns]
         is_same_step = bool(self.rows) and self.rows[-1][STEP] == row[STEP]
         if is_same_step:
@@ -123,8 +125,11 @@ class CSVLogger(RunLogger):
         if new or is_same_step or not self.path.is_file():
             self._rewrite()
         else:
-            with self.path.open("a", encoding="utf-8", newline="") as file:
-                csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+            try:
+                with self.path.open("a", encoding="utf-8", newline="") as file:
+                    csv.DictWriter(file, self.columns, lineterminator="\n").writerow(row)
+            except OSError as error:
+                raise SA3Error(f"cannot write {self.path}: {error.strerror or error}. Free disk space.") from error
 
     def _rewrite(self) -> None:
         text = io.StringIO()
@@ -211,28 +216,25 @@ class WandbLogger(RunLogger):
             **_make_retry_settings(timeout),
         )  # fmt: skip
         arguments: dict[str, Any] = {
-            "dir": str(folder),
-            "project": settings.project,
-            "entity": settings.entity,
-            "name": name,
-            "id": run_id,
-            "resume": "allow",
-            "config": dict(config),
-            "tags": settings.tags,
-            "group": settings.group,
+            "dir": str(folder), "project": settings.project, "entity": settings.entity, "group": settings.group,
+            "tags": settings.tags, "name": name, "id": run_id, "resume": "allow", "config": dict(config),
             "settings": options,
-        }
+        }  # fmt: skip
         try:
             if mode == "online":  # the end of an offline run waits for the disk only, which needs no limit
                 online = options.model_copy(update={"finish_timeout": timeout})
                 self.run = wandb.init(mode="online", **(arguments | {"settings": online}))
             else:
                 self.run = wandb.init(mode=mode, **arguments)
-        except (wandb.errors.Error, OSError, RuntimeError) as error:
+        except (wandb.errors.Error, OSError, RuntimeError, ValueError) as error:
             _logger.warning("W&B did not accept the run (%s).", str(error).splitlines()[0])
             _warn_unreachable(server, folder)
             wandb.teardown(exit_code=1)  # releases the run's id
-            self.run = wandb.init(mode="offline", **arguments)
+            try:
+                self.run = wandb.init(mode="offline", **arguments)
+            except (wandb.errors.Error, ValueError) as refusal:  # not even offline: the names are to blame
+                reason = " ".join(str(refusal).split())
+                raise ConfigError(f"W&B refuses logger.project, entity, group or tags: {reason}") from refusal
         self.run.define_metric(STEP, hidden=True)
         self.run.define_metric("*", step_metric=STEP)
 

@@ -143,10 +143,10 @@ class LoraModule(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Compute the loss to minimize, and what `MetricsCallback` logs."""
         self.has_stepped = False
-        micro_step, seed = self.trainer.fit_loop.epoch_loop.total_batch_idx, self.settings.seed
-        torch.manual_seed(seed * 1_000_003 + micro_step * 101 + self.global_rank)  # dropout inside the adapter
+        seed = self.settings.seed
+        torch.manual_seed((seed * 1_000_003 + batch_idx * 101 + self.global_rank) % 2**64)  # dropout inside the adapter
         clips = make_clip_batch(batch)
-        draw = self.draw(clips, micro_step)
+        draw = self.draw(clips, batch_idx)
         losses = self.compute_losses(clips, draw)
         return {
             "loss": losses.total,
@@ -185,9 +185,9 @@ class LoraModule(lightning.LightningModule):
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Take one step, then update the running average."""
         super().optimizer_step(*args, **kwargs)  # runs `training_step` first
-        self.has_stepped = True
         if self.ema is not None:
             self.ema.update()
+        self.has_stepped = True
 
     def forward_context(self) -> contextlib.AbstractContextManager[Any]:
         """Enter the precision that training runs in, for forward passes outside a step.

@@ -15,7 +15,10 @@ from torch.optim import Optimizer
 
 from sa3train.core.config import check_choice, find_closest
 from sa3train.core.errors import ConfigError
+from sa3train.core.log import get_logger
 from sa3train.training.settings import OptimizerSettings, SchedulerSettings
+
+_logger = get_logger(__name__)
 
 OPTIMIZERS = {
     "adamw": ("torch.optim", "AdamW", ""),
@@ -56,8 +59,24 @@ def make_optimizer(settings: OptimizerSettings, parameters: Iterable[tuple[str, 
         groups = _split_for_muon(groups, settings, options.pop("adamw_lr", 1e-4))
     else:
         options |= {"lr": settings.lr, "betas": tuple(settings.betas), "weight_decay": settings.weight_decay}
-    optimizer: Optimizer = optimizer_class(groups, **options)
+    try:
+        if settings.options:
+            _try_step(optimizer_class, groups[0], options)
+        optimizer: Optimizer = optimizer_class(groups, **options)
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise ConfigError(
+            f"optimizer {settings.name} refuses optimizer.options={settings.options}: {error}."
+        ) from error
     return optimizer
+
+
+def _try_step(optimizer_class: Any, group: _Group, options: _Group) -> None:
+    """Take a step with a stand-in parameter: some libraries read their options only then."""
+    stand_in = nn.Parameter(torch.ones(2, 2, device=group["params"][0].device))
+    stand_in.grad = torch.ones_like(stand_in)
+    optimizer_class([{**group, "params": [stand_in]}], **options).step()
+    if not stand_in.isfinite().all():
+        raise ValueError("a step gives no finite number")
 
 
 def _make_groups(settings: OptimizerSettings, named: list[tuple[str, nn.Parameter]]) -> list[_Group]:
@@ -102,12 +121,16 @@ def _check_options(
     section: str, settings: OptimizerSettings | SchedulerSettings, function: Callable[..., Any]
 ) -> dict[str, Any]:
     """Return the options if the function accepts them all; its `**kwargs` would hide a misspelled one."""
-    known = [key for key in inspect.signature(function).parameters if key not in _NO_OPTIONS]
-    for key in settings.options:
+    parameters = inspect.signature(function).parameters
+    known = [key for key in parameters if key not in _NO_OPTIONS]
+    for key, value in settings.options.items():
         if key not in known:
             close = find_closest(key, known)
             hint = f"Did you mean '{close}'?" if close else f"Its options: {', '.join(known) or 'none'}."
             raise ConfigError(f"{section} {settings.name} has no option '{section}.options.{key}'. {hint}")
+        default = parameters[key].default
+        if isinstance(value, str) != isinstance(default, str) or isinstance(default, bool) > isinstance(value, bool):
+            raise ConfigError(f"{section}.options.{key}={value} is of another kind than its default, {default}.")
     return dict(settings.options)
 
 
@@ -144,13 +167,27 @@ def make_lr_lambda(settings: SchedulerSettings, total_steps: int) -> Callable[[i
         A function of the step for `torch.optim.lr_scheduler.LambdaLR`.
 
     Raises:
-        ConfigError: The name or an option is unknown, or cosine has no steps left after the warm-up.
+        ConfigError: The name or an option is unknown or out of range, or cosine has no steps left after the warm-up.
     """
     check_choice("scheduler.name", settings.name, SCHEDULES)
     decay, warmup_steps = SCHEDULES[settings.name], settings.warmup_steps
     options = _check_options("scheduler", settings, decay)
     if settings.name == "cosine" and total_steps <= warmup_steps:
         raise ConfigError(f"scheduler.warmup_steps={warmup_steps} must be below trainer.max_steps={total_steps}.")
+    if warmup_steps >= total_steps:
+        _logger.warning(
+            "scheduler.warmup_steps=%d is not below trainer.max_steps=%d: the learning rate stays below optimizer.lr.",
+            warmup_steps, total_steps,
+        )  # fmt: skip
+    try:
+        factors = [decay(step, total_steps - warmup_steps, **options) for step in (0, 1, total_steps)]
+    except ArithmeticError:
+        factors = [math.nan]
+    if not all(0 <= factor <= 1 for factor in factors):
+        raise ConfigError(
+            f"scheduler.options={options} must keep the learning rate from 0 to optimizer.lr: floor from 0 to 1, gamma "
+            "above 0, power of at least 0."
+        )
 
     def compute_factor(step: int) -> float:
         if step < warmup_steps:

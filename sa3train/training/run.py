@@ -100,11 +100,12 @@ class _EndlessBatches(IterableDataset[Any]):
     """The loader as one epoch of `total` micro-batches.
 
     Lightning steps the optimizer on the last batch of an epoch whatever the accumulation, and stalls between epochs;
-    with one epoch neither happens. The position is the loader's own.
+    with one epoch neither happens. The position that is saved is the loader's own at the last mark, as a step that
+    fails has taken batches already.
     """
 
     def __init__(self, loader: Any, total: int) -> None:
-        self.loader, self.total = loader, total
+        self.loader, self.total, self.position = loader, total, dict(loader.state_dict())
 
     def __len__(self) -> int:
         return self.total
@@ -113,8 +114,11 @@ class _EndlessBatches(IterableDataset[Any]):
         while True:
             yield from self.loader
 
+    def mark_position(self) -> None:
+        self.position = dict(self.loader.state_dict())
+
     def state_dict(self) -> dict[str, Any]:
-        return dict(self.loader.state_dict())
+        return self.position
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.loader.load_state_dict(state)
@@ -241,9 +245,11 @@ def build_callbacks(
         training = list_training_clips(data, wanted.validation.clips)
         validation = ValidationCallback(run_dir, loggers, checkpoint, heldout, training, wanted.validation)
     if wanted.demos.enabled:
+        if not heldout and (wanted.demos.heldout_prompts or wanted.demos.inpaint):
+            _logger.warning("no clips are held out: demos play callbacks.demos.prompts only. Encode with split=0.1.")
         models = list_demo_models(model, str(model.path), wanted.demos.also_post_trained)
         device = "cuda" if uses_gpu(trainer) else "cpu"
-        demos = DemoCallback(run_dir, loggers, wanted.demos, heldout, models, device)
+        demos = DemoCallback(run_dir, loggers, wanted.demos, heldout, models, device, checkpoint.is_stopping)
     return TrainingCallbacks(
         MemoryPlanCallback(trainer, settings.optimizer.name, frames, data.settings.batch_size, prompt, suggest),
         MetricsCallback(loggers, trainer.log_every, trainer.max_steps, model.downsampling_ratio / model.sample_rate),

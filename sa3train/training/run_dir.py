@@ -1,26 +1,45 @@
 """A run folder: started, resumed, or refused. `run.json` says what the run is, `config.yaml` how it was configured.
 
 A resumed run must be the run that was started: what differs in settings, data, base model or random draws is listed and
-refused unless allowed by name.
+refused unless allowed by name. One process at a time trains in a folder: it holds the lock of `run.lock`, which the
+system releases however the process ends. On a network file system, whether processes of other hosts see it depends on
+how it is mounted: NFS passes such locks on, Lustre only with `-o flock`.
 """
 
+import contextlib
 import datetime
 import fnmatch
 import json
 import os
+import platform
+import shlex
+import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
 
 from sa3train import __version__
 from sa3train.core.config import find_differences
-from sa3train.core.errors import ConfigError
+from sa3train.core.errors import ConfigError, SA3Error
 from sa3train.core.files import write_json, write_text
 from sa3train.core.log import get_logger, get_rank
-from sa3train.reports.run_files import CONFIG_FILE, RECORD_FILE, format_settings, load_settings
-from sa3train.training.callbacks.checkpoint import find_latest_checkpoint
+from sa3train.core.signals import Interrupted
+from sa3train.reports.run_files import (
+    ADAPTER_FILE,
+    BEST_ADAPTER_FILE,
+    CONFIG_FILE,
+    LOCK_FILE,
+    RECORD_FILE,
+    RUN_FILES,
+    format_settings,
+    holds_run,
+    load_settings,
+)
+from sa3train.training.callbacks.checkpoint import find_latest_checkpoint, list_checkpoints
 
 _logger = get_logger(__name__)
 
@@ -38,27 +57,70 @@ REASONS = {
 }
 """Why a difference matters, where its name does not say it."""
 
+LOCK_SECONDS = 10.0
+"""How long to wait for a lock: a killed process' loader workers hold on to it until they notice."""
+
 
 @dataclass
 class RunDir:
-    """A run's folder and record.
+    """A run's folder and record; as a context manager it releases its lock, and says after an error how to resume.
 
     Attributes:
         path: The folder.
-        record: Content of `run.json`.
+        settings: The whole configuration.
+        identity: What the run depends on besides.
+        allowed: Settings or identities that may differ on resume.
+        is_resumed: Whether the folder's own run continues.
+        record: Content of `run.json`; empty until `begin`.
         state: Step and file of the training state to resume from, or None.
         changes: What differs from the run as it was started and was allowed: old and new value by name.
+        lock: Held by rank 0; the other ranks have none.
     """
 
     path: Path
-    record: dict[str, Any]
+    settings: Mapping[str, Any]
+    identity: dict[str, str]
+    allowed: Sequence[str] = ()
+    is_resumed: bool = False
+    record: dict[str, Any] = field(default_factory=dict)
     state: tuple[int, Path] | None = None
     changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
+    lock: FileLock | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"lock": None}  # rank 0 sends the others a copy
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, *_: object) -> None:
+        try:
+            if error is not None and self.record and get_rank() == 0 and self.path.is_dir():
+                self._leave(error)
+        finally:
+            if self.lock is not None:
+                _unlock(self.path, self.lock)
 
     @property
     def run_id(self) -> str:
         """Id of this run, the same after every resume."""
         return str(self.record["id"])
+
+    def begin(self, **identity: str) -> Self:
+        """Start the run or continue it, with everything known that it depends on. Call it on rank 0.
+
+        Args:
+            **identity: What was not known yet when the folder was opened: the hash of the base model.
+
+        Returns:
+            This run.
+
+        Raises:
+            ConfigError: The run to be resumed differs in it.
+        """
+        self.identity.update(identity)
+        self._resume() if self.is_resumed else self._start()
+        return self
 
     def save(self, **values: Any) -> None:
         """Save values in `run.json`, on rank 0.
@@ -70,17 +132,80 @@ class RunDir:
         if get_rank() == 0:
             write_json(self.path / RECORD_FILE, self.record)
 
-    def abandon(self) -> None:
-        """Remove the folder of a run that failed before it made anything; else log how to resume. On rank 0."""
-        if get_rank() != 0:
+    def check_changes(self) -> dict[str, tuple[Any, Any]]:
+        """Check that what differs from the run as it was started is allowed; `changes` has it then.
+
+        Returns:
+            Also what differs and needs no leave.
+
+        Raises:
+            ConfigError: Something else differs.
+        """
+        saved, started = load_settings(self.path / CONFIG_FILE), _read_record(self.path)["identity"]
+        differences = find_differences(saved, json.loads(json.dumps(dict(self.settings))))
+        changes = {key: change for key, change in differences.items() if not _matches(key, FREE_SETTINGS)}
+        known = {name: started.get(name) for name in self.identity}
+        self.changes = changes | find_differences(known, self.identity, "identity.")
+        refused = [key for key in self.changes if "all" not in self.allowed and not _matches(key, self.allowed)]
+        if refused:
+            lines = [
+                f"         {key}: {old} -> {new}{f' ({REASONS[key]})' if key in REASONS else ''}\n"
+                for key, (old, new) in self.changes.items() if key in refused
+            ]  # fmt: skip
+            raise ConfigError(
+                f"cannot resume {self.path}: this differs from the run as it was started:\n{''.join(lines)}"
+                f"       Leave it as it was, or allow it: allow_resume_changes=[{','.join(refused)}]"
+            )
+        return differences
+
+    def _start(self) -> None:
+        if holds_run(self.path):
+            _logger.info("%s: the run in it was killed before it saved anything, and is started again", self.path)
+            _clear(self.path)
+        write_text(self.path / CONFIG_FILE, format_settings(self.settings))
+        self.save(
+            id=uuid.uuid4().hex[:8], version=__version__, started=_now(), status="running", identity=self.identity,
+            resumed=[], process=_describe_process(),
+        )  # fmt: skip
+
+    def _resume(self) -> None:
+        differences = self.check_changes()
+        self.state = find_latest_checkpoint(self.path)
+        if self.state is None:
+            _logger.warning("%s has no training state: it starts again from its first step.", self.path)
+        resumed: dict[str, Any] = {"at": _now(), "step": self.state[0] if self.state else 0, "version": __version__}
+        if self.changes:
+            resumed["changes"] = {key: list(change) for key, change in self.changes.items()}
+        if self.changes or any(_matches(key, STORED_SETTINGS) for key in differences):
+            write_text(self.path / CONFIG_FILE, format_settings(self.settings))
+        self.record = _read_record(self.path)
+        self.save(status="running", identity=self.identity, resumed=[*self.record["resumed"], resumed])
+
+    def _leave(self, error: BaseException) -> None:
+        """Remove what a run left that failed before it made anything; else log how to resume."""
+        is_stop = isinstance(error, Interrupted)
+        if not self.record["resumed"] and not _has_results(self.path):
+            _clear(self.path)
+            if is_stop:
+                _logger.warning("stopped before the first step: nothing is saved. The same command starts again.")
             return
-        is_new = not self.record["resumed"]
-        if is_new and {entry.name for entry in self.path.iterdir()} <= {CONFIG_FILE, RECORD_FILE}:
-            for name in (CONFIG_FILE, RECORD_FILE):
-                (self.path / name).unlink(missing_ok=True)
-            self.path.rmdir()
-        elif state := find_latest_checkpoint(self.path):
-            _logger.info("step %d is saved. After fixing the error, run: sa3-train resume=%s", state[0], self.path)
+        if is_stop:
+            self.save(status="interrupted")
+        if state := find_latest_checkpoint(self.path):
+            when = "" if is_stop else "After fixing the error, "
+            _logger.warning("step %d is saved. %sresume: %s", state[0], when, format_resume_command(self.path))
+
+
+def format_resume_command(run_dir: Path) -> str:
+    """Format the command that resumes a run.
+
+    Args:
+        run_dir: The run folder.
+
+    Returns:
+        The command, quoted for a shell.
+    """
+    return shlex.join(["sa3-train", f"resume={run_dir}"])
 
 
 def is_requeued() -> bool:
@@ -100,12 +225,14 @@ def open_run(
     resume: bool,
     allowed: Sequence[str] = (),
 ) -> RunDir:
-    """Open a run folder: start a run in it, or resume the one that is there. Call it on rank 0.
+    """Lock a run folder for a run to be started, or for the one in it to be resumed. Call it on rank 0.
+
+    Nothing is loaded for it, so that what is refused is refused at once. The run begins with `RunDir.begin`.
 
     Args:
         run_dir: The folder.
         settings: The whole configuration.
-        identity: What the run depends on besides: hashes of data and base model, version of the random draws.
+        identity: What the run depends on besides, as far as it is known: hash of the data, version of the random draws.
         resume: Whether the folder is expected to hold a run.
         allowed: Settings or identities that may differ on resume, as names or patterns; "all" allows any.
 
@@ -113,64 +240,93 @@ def open_run(
         The run folder.
 
     Raises:
-        ConfigError: The folder holds another run and `resume` is off, holds none and `resume` is on, or differs.
+        ConfigError: The folder holds another run and `resume` is off, holds none and `resume` is on, or differs; or
+            another process trains in it.
     """
-    exists = (run_dir / CONFIG_FILE).is_file() and (run_dir / RECORD_FILE).is_file()
-    if exists and not resume and not is_requeued():
+    if resume and not holds_run(run_dir):
+        raise ConfigError(f"cannot resume {run_dir}: it holds no run ({CONFIG_FILE} and {RECORD_FILE}).")
+    run = RunDir(run_dir, settings, dict(identity), allowed, lock=_lock(run_dir))
+    try:
+        run.is_resumed = holds_run(run_dir) and (resume or is_requeued())
+        if run.is_resumed:
+            run.check_changes()
+            write_json(run_dir / RECORD_FILE, _read_record(run_dir) | {"process": _describe_process()})
+        else:
+            _check_free(run_dir)
+    except BaseException:
+        run.__exit__(None, None)
+        raise
+    return run
+
+
+def _lock(run_dir: Path) -> FileLock:
+    lock = FileLock(run_dir / LOCK_FILE, timeout=LOCK_SECONDS)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        process = _read_record(run_dir).get("process") if holds_run(run_dir) else None
+        holder = f"process {process['pid']} on {process['host']}" if process else "another process"
+        raise ConfigError(f"{run_dir} is in use: {holder} trains in it. Wait until it ends, or stop it.") from error
+    except NotImplementedError:
+        _logger.warning("%s is on a file system without locks: make sure that no other process trains in it.", run_dir)
+    except OSError as error:
+        raise SA3Error(f"cannot write {run_dir}: {error.strerror or error}. Choose another run_dir=FOLDER.") from error
+    return lock
+
+
+def _unlock(run_dir: Path, lock: FileLock) -> None:
+    """Release the lock; where there is no run, its file goes, and the folder if it is empty then."""
+    if not holds_run(run_dir):
+        with contextlib.suppress(OSError):
+            (run_dir / LOCK_FILE).unlink()
+            run_dir.rmdir()
+    lock.release()
+
+
+def _has_results(run_dir: Path) -> bool:
+    return bool(list_checkpoints(run_dir)) or any(
+        (run_dir / name).exists() for name in (ADAPTER_FILE, BEST_ADAPTER_FILE)
+    )
+
+
+def _clear(run_dir: Path) -> None:
+    """Remove everything that a run wrote but its lock."""
+    for path in (run_dir / name for name in RUN_FILES if name != LOCK_FILE):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _check_free(run_dir: Path) -> None:
+    if holds_run(run_dir) and _has_results(run_dir):
         raise ConfigError(
-            f"{run_dir} already holds a run. Resume it: sa3-train resume={run_dir}; "
+            f"{run_dir} already holds a run. Resume it: {format_resume_command(run_dir)}; "
             f"or start another one elsewhere: run_dir=FOLDER."
         )
-    if resume and not exists:
-        raise ConfigError(f"cannot resume {run_dir}: it holds no run ({CONFIG_FILE} and {RECORD_FILE}).")
-    return _resume(run_dir, settings, identity, allowed) if exists else _start(run_dir, settings, identity)
-
-
-def _start(run_dir: Path, settings: Mapping[str, Any], identity: Mapping[str, str]) -> RunDir:
-    record = {
-        "id": uuid.uuid4().hex[:8],
-        "version": __version__,
-        "started": _now(),
-        "status": "running",
-        "identity": dict(identity),
-        "resumed": [],
-    }
-    run = RunDir(run_dir, record)
-    write_text(run_dir / CONFIG_FILE, format_settings(settings))
-    run.save()
-    return run
-
-
-def _resume(run_dir: Path, settings: Mapping[str, Any], identity: Mapping[str, str], allowed: Sequence[str]) -> RunDir:
-    record = json.loads((run_dir / RECORD_FILE).read_text(encoding="utf-8"))
-    saved = load_settings(run_dir / CONFIG_FILE)
-    differences = find_differences(saved, json.loads(json.dumps(dict(settings))))
-    changes = {key: change for key, change in differences.items() if not _matches(key, FREE_SETTINGS)}
-    changes |= find_differences(record["identity"], dict(identity), "identity.")
-    refused = {key: change for key, change in changes.items() if "all" not in allowed and not _matches(key, allowed)}
-    if refused:
-        lines = [
-            f"         {key}: {old} -> {new}{f' ({REASONS[key]})' if key in REASONS else ''}"
-            for key, (old, new) in refused.items()
-        ]
+    taken = [name for name in RUN_FILES if name != LOCK_FILE and (run_dir / name).exists()]
+    if taken and not holds_run(run_dir):
         raise ConfigError(
-            f"cannot resume {run_dir}: this differs from the run as it was started:\n"
-            + "\n".join(lines)
-            + f"\n       Leave it as it was, or allow it: allow_resume_changes=[{','.join(refused)}]"
+            f"{run_dir} holds no run, but {', '.join(taken)}, which training would replace. "
+            f"Choose another run_dir=FOLDER."
         )
-    state = find_latest_checkpoint(run_dir)
-    run = RunDir(run_dir, record, state, changes)
-    resumed = {"at": _now(), "step": state[0] if state else 0, "version": __version__}
-    if changes:
-        resumed["changes"] = {key: [old, new] for key, (old, new) in changes.items()}
-    if changes or any(_matches(key, STORED_SETTINGS) for key in differences):
-        write_text(run_dir / CONFIG_FILE, format_settings(settings))
-    run.save(status="running", identity=dict(identity), resumed=[*record["resumed"], resumed])
-    return run
 
 
 def _matches(key: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(key, pattern) or key.startswith(f"{pattern}.") for pattern in patterns)
+
+
+def _read_record(run_dir: Path) -> dict[str, Any]:
+    path = run_dir / RECORD_FILE
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        if missing := {"id", "identity", "resumed"}.difference(record):
+            raise ValueError(f"it has no {', '.join(sorted(missing))}")
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}. Start another run: run_dir=FOLDER.") from error
+    return record
+
+
+def _describe_process() -> dict[str, Any]:
+    return {"pid": os.getpid(), "host": platform.node()}
 
 
 def _now() -> str:

@@ -1,5 +1,6 @@
 """Devices, precision and strategy of a run, and Lightning's trainer with them."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -112,8 +113,15 @@ def count_devices(settings: TrainerSettings) -> int:
 
     Returns:
         `trainer.devices`; for "auto" what a launcher started, else all GPUs or one CPU rank.
+
+    Raises:
+        ConfigError: More devices than this machine has.
     """
     if settings.devices != "auto":
+        present = torch.cuda.device_count() if uses_gpu(settings) else os.cpu_count() or 1
+        if settings.devices > max(2, present):
+            kind = "GPUs" if uses_gpu(settings) else "cores"
+            raise ConfigError(f"trainer.devices={settings.devices}, but this machine has {present} {kind}.")
         return settings.devices
     started = count_started_ranks()
     if started > 1:

@@ -2,6 +2,7 @@
 
 import math
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -43,3 +44,10 @@ def write_clip(
     if caption is not None:
         target.with_suffix(".txt").write_text(caption, encoding="utf-8")
     return target
+
+
+def write_fake_ffmpeg(folder: Path, script: str) -> None:
+    """Write an `ffmpeg` into `folder` that runs `script` as Python; the output file is `sys.argv[-1]`."""
+    program = folder / "ffmpeg"
+    program.write_text(f"#!{sys.executable}\nimport sys\n{script}\n")
+    program.chmod(0o755)

@@ -1,4 +1,4 @@
-"""The complete `base.yaml` of each group in `conf/`, rendered from its dataclass: `python tests/helpers/base_yaml.py`.
+"""Write the `base.yaml` of each group and the settings of `encode.yaml`: `python tests/helpers/base_yaml.py`.
 
 Hydra needs every key in YAML. The dataclasses hold each setting once; this writes them out, and a test compares.
 """
@@ -13,7 +13,7 @@ import yaml
 
 from sa3train.cli.encode import EncodeConfig
 from sa3train.cli.train_config import TrainConfig
-from sa3train.core.config import MISSING, Setting, list_settings
+from sa3train.core.config import MAX_COUNT, MISSING, Setting, list_settings
 from sa3train.data.encode.settings import EncodeSettings
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -73,7 +73,9 @@ def _render(schema: Any, values: dict[str, Any]) -> list[str]:
 
 def _describe(declared: Setting) -> str:
     notes = " | ".join("null" if choice is None else str(choice) for choice in declared.choices)
-    notes = notes or ", ".join(filter(None, [declared.describe_range() or declared.unit]))
+    limits = {"min": declared.min, "max": declared.max}
+    beyond_use = {name: None for name, limit in limits.items() if limit is not None and abs(limit) >= MAX_COUNT / 2}
+    notes = notes or dataclasses.replace(declared, **beyond_use).describe_range() or declared.unit
     return f"{declared.help} ({notes})" if notes else declared.help
 
 
@@ -86,3 +88,6 @@ def _make_plain(value: Any) -> Any:
 if __name__ == "__main__":
     for group, schema in list_groups().items():
         (CONF / group / "base.yaml").write_text(render_group(group, schema), encoding="utf-8")
+    encode = (CONF / "encode.yaml").read_text(encoding="utf-8")
+    start, end = encode.index("\n# Folder of any depth") + 1, encode.index("\nhydra:\n")
+    (CONF / "encode.yaml").write_text(encode[:start] + render_encode() + encode[end:], encoding="utf-8")

@@ -39,6 +39,14 @@ def write_demo(run: Path, step: int, strength: float, seconds: float = 1.0) -> d
     }  # fmt: skip
 
 
+def make_items(loss: float, count: int) -> list[dict[str, Any]]:
+    """Losses of single clips: 1.0 for the base, around `loss` for the adapter."""
+    return [
+        {"key": f"clip-{n}", "prompt": HOSTILE, "base": 1.0, "adapter": loss + (n - (count - 1) / 2) / 10}
+        for n in range(count)
+    ]
+
+
 def write_run(folder: Path) -> Path:
     """Write a run of 20 steps with demos at steps 0, 10 and 20."""
     write_json(folder / "run.json", {"id": "ab12cd34", "version": "0.1.0", "started": "2026-01-02T03:04:05+00:00",
@@ -48,11 +56,11 @@ def write_run(folder: Path) -> Path:
     (folder / "metrics.csv").write_text(
         "\n".join(["step,train/loss,train/level/0.05,time/steps_per_second,time/peak_memory_gib", *rows]) + "\n"
     )
-    items = [{"key": f"clip-{n}", "prompt": HOSTILE, "base": 1.0, "adapter": 0.8 + n / 10} for n in range(12)]
+    items = {part: make_items(loss, count) for part, loss, count in (("val", 0.9, 12), ("train_eval", 0.5, 3))}
     losses = {0: (1.0, 1.0), 10: (0.8, 0.7), 20: (0.9, 0.5)}
     history = [{"step": step, **make_losses(*pair)} for step, pair in losses.items()]
     write_json(folder / "validation.json", {"levels": LEVELS, "base": make_losses(1.0, 1.0), "history": history,
-               "best_step": 10, "best_loss": 0.8, "items": {"val": items, "train_eval": items[:3]}})  # fmt: skip
+               "best_step": 10, "best_loss": 0.8, "items": items})  # fmt: skip
     score = {"score": 0.3, "generated_to_training": 0.3, "generated_to_heldout": 1.1, "heldout_to_training": 1.0,
              "nearest": [{"clip": 0, "training_clip": "clip-7", "distance": 0.2}]}  # fmt: skip
     write_json(folder / "memorization.json", {"clips": 4, "seconds": 2.0, "memorization": score,

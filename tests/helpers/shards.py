@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -97,6 +96,6 @@ def make_data_module(
     """A data module without workers and silent tails unless `settings` say so; they include `rank` and `world_size`."""
     rank, world_size = settings.pop("rank", None), settings.pop("world_size", None)
     first, *more = [DataSource(str(sources))] if isinstance(sources, str | Path) else sources
-    chosen = {"silence_tail_seconds": 0.0, "num_workers": 0, "more": list(map(asdict, more)), **settings}
+    chosen = {"silence_tail_seconds": 0.0, "num_workers": 0, "more": more, **settings}
     data = DataSettings(first.path, first.repeats, first.weight, batch_size=batch_size, **chosen)
     return LatentDataModule(data, seed=seed, rank=rank, world_size=world_size)

@@ -16,6 +16,8 @@ LAYERS = (0, 1, 10, 11)
 class Small(nn.ModuleDict):
     """Blocks 0, 1, 10 and 11 of a "DiT" and a "conditioner", all of Linear or all of Conv1d layers."""
 
+    sibling = None
+
     def __init__(self, layer: str = "linear", dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
         super().__init__()
         torch.manual_seed(seed)

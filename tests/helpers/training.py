@@ -29,7 +29,7 @@ from sa3train.adapters.spec import AdapterSpec
 from sa3train.core.log import get_rank
 from sa3train.models.checkpoint import load_checkpoint
 from sa3train.reports.run_files import read_metrics
-from sa3train.training.distributed import join_ranks, run_on_rank_zero
+from sa3train.training.distributed import count_started_ranks, join_ranks, run_on_rank_zero
 from sa3train.training.loggers import CSVLogger, LoggerCollection
 from sa3train.training.module import LoraModule
 from sa3train.training.prompt_embeddings import PromptEmbedder
@@ -97,7 +97,7 @@ class Trial:
     seed: int = 3
     tail: float = 0.3
     stop_after: int | None = None
-    stop_by: int = signal.SIGTERM
+    stop_by: int | type[Exception] = signal.SIGTERM
     start_from: Adapter | None = None
     demos: DemoSettings = NO_DEMOS
     report: bool = False
@@ -128,12 +128,12 @@ class Trial:
         join_ranks(gpu=False)
         settings = self.make_settings()
         table, identity = {"loop": self.max_steps, **recorded}, {"data": data.manifest}
-        run = run_on_rank_zero(lambda: open_run(self.run_dir, table, identity, resume=resume))
+        run = run_on_rank_zero(lambda: open_run(self.run_dir, table, identity, resume=resume).begin())
         keep_through = (run.state[0] if run.state else 0) if resume else None
         loggers = [CSVLogger(self.run_dir / "metrics.csv", keep_through)] if get_rank() == 0 else []
         text = PromptEmbedder(model.conditioner)
         text.prepare(data.list_prompts() or [])
-        with stop_by_signal(self.stop_after, self.stop_by):
+        with run, stop_in_step(self.stop_after, self.stop_by):
             return train(
                 run=run, model=model, data=data, text=text, spec=self.spec, settings=settings,
                 loggers=LoggerCollection(loggers), provenance={"base_model": "golden"}, start_from=self.start_from,
@@ -141,13 +141,15 @@ class Trial:
 
 
 @contextlib.contextmanager
-def stop_by_signal(after: int | None, number: int) -> Iterator[None]:
-    """Within the context a run is sent the signal `number` in its micro-batch number `after` (counted from 1)."""
+def stop_in_step(after: int | None, by: int | type[Exception]) -> Iterator[None]:
+    """Within the context the last rank is sent a signal, or fails, in its micro-batch number `after`, from 1."""
     whole = LoraModule.training_step
 
     def step(self: LoraModule, batch: Any, batch_idx: int) -> Any:
-        if batch_idx + 1 == after:
-            os.kill(os.getpid(), number)
+        if batch_idx + 1 == after and get_rank() == count_started_ranks() - 1:
+            if not isinstance(by, int):
+                raise by
+            os.kill(os.getpid(), by)
         return whole(self, batch, batch_idx)
 
     LoraModule.training_step = step  # type: ignore[method-assign]

@@ -132,5 +132,5 @@ def test_the_adapter_plays_in_every_mode_and_its_sidecar_makes_the_same_file(
     assert (folder / f"{mode}_off.wav").read_bytes() == out.read_bytes()
     assert (folder / f"{mode}_on.wav").read_bytes() != out.read_bytes()
     again = folder / f"{mode}_again.wav"
-    run("sa3-generate", "--from", folder / f"{mode}_on.json", "-o", again)
+    run("sa3-generate", "--from", folder / f"{mode}_on.wav.json", "-o", again)
     assert again.read_bytes() == (folder / f"{mode}_on.wav").read_bytes()

@@ -131,7 +131,9 @@ def test_a_late_answer_leaves_drawn_regions_alone(page: Page, monkeypatch: pytes
     page.get_by_label("Inpaint", exact=True).check()
     choose_source(page, "audio/tone.wav")
     add, canvas = page.get_by_role("button", name="Add region"), page.locator("#play-regions canvas")
-    expect(add).to_be_visible()
+    expect(page.locator("#play-duration input")).to_have_value("2")
+    expect(page.get_by_label("region 1, end in seconds")).to_have_value("1.33")
+    settle(page)
     asked, answer, drawing = threading.Event(), threading.Event(), play_page.describe_waveform
 
     def slow(*arguments: Any) -> Any:
@@ -143,14 +145,14 @@ def test_a_late_answer_leaves_drawn_regions_alone(page: Page, monkeypatch: pytes
     page.fill("#play-duration input", "30")
     assert asked.wait(600)
     add.click()
-    field, before = page.get_by_label("region 1, end in seconds"), canvas.evaluate("one => one.toDataURL()")
+    field, before = page.get_by_label("region 2, end in seconds"), canvas.evaluate("one => one.toDataURL()")
     drawn = field.input_value()
     answer.set()
     page.wait_for_function(
         "before => document.querySelector('#play-regions canvas').toDataURL() !== before", arg=before
     )
     expect(field).to_have_value(drawn)
-    expect(canvas).to_have_attribute("aria-label", "waveform, 2 seconds, 1 regions")
+    expect(canvas).to_have_attribute("aria-label", "waveform, 2 seconds, 2 regions")
 
 
 def test_a_grid_and_what_one_does_with_a_result(page: Page, workspace: Workspace, artefacts: Path) -> None:

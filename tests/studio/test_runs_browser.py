@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -199,6 +200,7 @@ def test_planned_watched_stopped_and_resumed(page: Page, root: Path, artefacts: 
         ("/etc/run", FAST, "outside the folders of this studio"),
         ("runs/x", "run_dir=/etc", "cannot be set here"),
         ("runs/x", "optimizer.lrr=1", "optimizer.lr"),
+        ("runs/x", "data.prompts.trigger=$\\{oc.env:HOME\\}", "refers to other settings"),
         ("link/x", FAST, "outside the folders of this studio"),
     ],
 )
@@ -214,6 +216,19 @@ def test_bad_requests_are_refused_with_a_message(
     assert not (root / "runs" / "x").exists()
     assert not list(tmp_path.iterdir())
     (root / "link").unlink(missing_ok=True)
+
+
+def test_a_wrong_number_is_explained_where_it_is_typed(page: Page, root: Path) -> None:
+    fill(page, "runs/${oc.env:HOME}", -1)
+    page.get_by_label("Steps (0: recipe)").blur()
+    expect(page.locator("#run-form")).to_contain_text("max_steps must be from 1")
+    page.get_by_label("Steps (0: recipe)").fill("3")
+    page.get_by_label("Further settings").focus()
+    expect(page.locator("#run-form")).not_to_contain_text("max_steps must be from 1")
+    page.locator("#run-plan").click()
+    expect(page.locator("#run-plan-shown")).to_contain_text("3 with a batch of 2 clips")
+    command = page.locator("#run-plan-shown code").text_content() or ""
+    assert shlex.split(command)[4] == f'run_dir="{root}/runs/\\${{oc.env:HOME}}"'
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -35,8 +35,9 @@ def compute_effective_weight(
     """Compute the effective weight W' of an adapter; differentiable in every tensor.
 
     lora: W + sΔ. dora: magnitude · V/‖V‖ with V = W + sΔ, per row or per column. bora: H = magnitude_r · V/‖V‖row, then
-    magnitude_c · H/‖H‖col. Δ = B·A, and for -xs types U·M·Vᵀ. diff: W + s × the stored delta. comfy-dora divides by
-    the norm of W itself. Source: the released implementation; docs/model.md, section 7.
+    magnitude_c · H/‖H‖col. Δ = B·A, and for -xs types U·M·Vᵀ. diff: W + s × the stored delta. comfy-dora divides
+    columns by the norms of V, but rows by those of W. Sources: the released implementation; ComfyUI 0.19.3;
+    docs/model.md, section 7.
 
     Args:
         adapter_type: One of `KINDS`, "diff", "comfy-dora", or "dora" of old files, where the magnitude's shape tells
@@ -90,8 +91,9 @@ def _scale_by_norms(V_OI: Tensor, reference_OI: Tensor, magnitude: Tensor, dim: 
 def _compute_comfy_dora(W_OI: Tensor, params: Mapping[str, Tensor], scale: float) -> Tensor:
     V_OI = torch.addmm(W_OI, params["lora_B"], params["lora_A"], alpha=scale)
     magnitude = params["magnitude"]
-    by_row = magnitude.shape[0] == W_OI.shape[0]  # as ComfyUI distinguishes them: (out, 1), else (1, in)
-    return _scale_by_norms(V_OI, W_OI, magnitude, dim=1 if by_row else 0)
+    if magnitude.shape[0] == W_OI.shape[0]:  # as ComfyUI distinguishes them: (out, 1), else (1, in)
+        return _scale_by_norms(V_OI, W_OI, magnitude, dim=1)
+    return _scale_by_norms(V_OI, V_OI, magnitude, dim=0)
 
 
 def detect_dora_type(magnitude: Tensor) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.apply.effective_weight import compute_effective_weight
 from sa3train.adapters.apply.svd_basis import get_singular_basis
-from sa3train.adapters.spec import KINDS, PEFT_METHODS
+from sa3train.adapters.spec import BASES, BIAS_CHANGE, KINDS, PEFT_METHODS, get_layer_type
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,10 @@ class LayerAdapter:
             W = W.float()
             merged = merge_weight(spec, self.path, W, self.params)
             return merged if strength == 1.0 else torch.lerp(W, merged, strength)
-        params = {name: tensor for name, tensor in self.params.items() if name != "diff_b"}
-        scale = 1.0 if spec.adapter_type == "diff" else spec.get_scale(self.path)
-        return compute_effective_weight(spec.adapter_type, W, params, scale * strength)
+        params = {name: tensor for name, tensor in self.params.items() if name != BIAS_CHANGE}
+        layer_type = get_layer_type(spec.adapter_type, self.params)
+        scale = 1.0 if layer_type == "diff" else spec.get_scale(self.path)
+        return compute_effective_weight(layer_type, W, params, scale * strength)
 
     def bias_change(self) -> Tensor | None:
         """Return the change of the layer's bias at strength 1.
@@ -53,7 +54,7 @@ class LayerAdapter:
         Returns:
             The change, fp32 (out,), or None when the bias stays.
         """
-        change = self.params.get("diff_b")
+        change = self.params.get(BIAS_CHANGE)
         return None if change is None else change.float()
 
 
@@ -70,7 +71,7 @@ def get_layer_adapter(adapter: Adapter, path: str, W: Tensor) -> LayerAdapter:
     """
     params = {name: tensor.to(W.device) for name, tensor in adapter.tensors[path].items()}
     kind = KINDS.get(adapter.spec.adapter_type)
-    if kind is not None and kind.xs:
+    if kind is not None and kind.xs and not params.keys() >= set(BASES):
         trained_on = getattr(torch, adapter.metadata.get("base_dtype", ""), None)
         dtype = trained_on if isinstance(trained_on, torch.dtype) and trained_on.is_floating_point else None
         params["U"], params["V"] = get_singular_basis(W, adapter.spec.get_rank(path), dtype)

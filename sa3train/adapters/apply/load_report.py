@@ -10,12 +10,15 @@ from torch import Tensor, nn
 
 from sa3train.adapters.adapter import Adapter, hash_architecture
 from sa3train.adapters.apply.layer_weight import LayerAdapter, get_layer_adapter
-from sa3train.adapters.spec import KINDS
+from sa3train.adapters.spec import BIAS_CHANGE, KINDS, PEFT_METHODS, get_layer_type
 from sa3train.core.errors import AdapterError
 from sa3train.core.text import compute_relative_norm
 
 NO_EFFECT = 1e-3
 """‖W' − W‖ / ‖W‖ below which an adapter without low-rank products counts as untrained: F16 magnitudes round by less."""
+
+DECISIVE = ("lora_B", "M_xs", "diff", BIAS_CHANGE)
+"""Tensors that are zero before training; an adapter with another value in one of them changes something."""
 
 GROUPS = (
     ("self_attn", "self-attention"),
@@ -34,6 +37,10 @@ class BaseModel(Protocol):
     @property
     def name(self) -> str:
         """Registry name or folder."""
+
+    @property
+    def sibling(self) -> str | None:
+        """Registry name of the base of a post-trained model, or the other way round: adapters are for both."""
 
     def fingerprint(self) -> str:
         """Compute the hash of its weights.
@@ -228,10 +235,11 @@ def _match(
         for name, key in (("name", "base_model"), ("architecture", "base_architecture"), ("hash", "base_hash"))
         if adapter.metadata.get(key)
     }
-    loaded = {"architecture": hash_architecture(layers)}
+    loaded, is_sibling = {"architecture": hash_architecture(layers)}, False
     if isinstance(base, str):
         loaded["hash"] = base
     elif base is not None:
+        is_sibling = base.sibling is not None and recorded.get("name") == base.sibling
         loaded |= {"name": str(base.name), "hash": base.fingerprint()}
     dtype = next(iter(weights.values())).dtype
     return LoadReport(
@@ -248,7 +256,7 @@ def _match(
         not_finite=list_non_finite(adapter),
         base=recorded,
         base_loaded=loaded,
-        warnings=_list_warnings(adapter, recorded, loaded, dtype),
+        warnings=_list_warnings(adapter, recorded, {} if is_sibling else loaded, dtype),
     )
 
 
@@ -257,18 +265,22 @@ def _find_mismatch(adapter: Adapter, path: str, layer: nn.Module, W: Tensor) -> 
     spec, params = adapter.spec, adapter.tensors[path]
     rows, cols = W.flatten(1).shape
     found = {name: tuple(tensor.shape) for name, tensor in params.items()}
-    if spec.adapter_type == "diff":
-        if "diff_b" in params and layer.bias is None:
-            return "it changes a bias that this layer does not have"
-        shapes = {"diff": tuple(W.shape), "diff_b": (rows,)}
-        expected: Mapping[str, tuple[int, ...]] = {name: shapes[name] for name in shapes if name in found}
-    elif spec.adapter_type in KINDS:
-        if KINDS[spec.adapter_type].xs and spec.get_rank(path) > min(rows, cols):
+    layer_type = get_layer_type(spec.adapter_type, params)
+    if BIAS_CHANGE in found and layer.bias is None:
+        return "it changes a bias that this layer does not have"
+    if layer_type == "diff":
+        shapes = {"diff": tuple(W.shape), BIAS_CHANGE: (rows,)}
+        expected: Mapping[str, tuple[int, ...]] = {name: shapes[name] for name in found}
+    elif layer_type in KINDS:
+        if KINDS[layer_type].xs and spec.get_rank(path) > min(rows, cols) and "U" not in found:
             return f"rank {spec.get_rank(path)} is above the {min(rows, cols)} singular vectors of the weight"
-        expected = KINDS[spec.adapter_type].shapes(rows, cols, spec.get_rank(path))
-    elif spec.adapter_type == "comfy-dora":
-        product = (found["lora_B"][0], found["lora_A"][1])
-        return None if product == (rows, cols) else f"its product is {list(product)}, needs {[rows, cols]}"
+        expected = KINDS[layer_type].shapes(rows, cols, spec.get_rank(path), found)
+    elif layer_type == "comfy-dora":
+        rank, scale = spec.get_rank(path), found["magnitude"]
+        by_row = scale[0] == rows
+        expected = {"lora_A": (rank, cols), "lora_B": (rows, rank), BIAS_CHANGE: (rows,)}
+        expected |= {"magnitude": (rows if by_row else 1, 1 if by_row else cols, *scale[2:])}
+        expected = {name: expected[name] for name in found}
     else:
         try:
             get_layer_adapter(adapter, path, W).weight(W)
@@ -322,15 +334,17 @@ def _find_lack_of_effect(report: LoadReport, adapter: Adapter) -> str | None:
             f"The adapter {report.source} is refused: its weights overflow. Its training diverged. Use an earlier "
             f"checkpoint."
         )
-    tensors = [adapter.tensors[path] for path in report.matched]
-    all_zero = not any(tensor.any() for params in tensors for tensor in params.values())
-    kind = KINDS.get(adapter.spec.adapter_type)
-    if kind is None:
-        untrained = report.effect["all"] == 0.0
-    else:
-        decisive = "M_xs" if kind.xs else "lora_B"
-        untrained = report.effect["all"] < NO_EFFECT and not any(params[decisive].any() for params in tensors)
-    if not (all_zero or untrained):
+    tensors = [tensor for path in report.matched for tensor in adapter.tensors[path].items()]
+    erased = [tensor for name, tensor in tensors if name.startswith("magnitude") and not tensor.any()]
+    if erased and any(tensor.any() for _, tensor in tensors):
+        return (
+            f"The adapter {report.source} is refused: {len(erased)} of its magnitudes are 0 throughout, which would "
+            f"erase the weights there. It is damaged, as after a download that broke off. Download or save it again."
+        )
+    if any(tensor.any() for name, tensor in tensors if name in DECISIVE):
+        return None
+    is_peft = adapter.spec.adapter_type in PEFT_METHODS
+    if report.effect["all"] > (0.0 if is_peft else NO_EFFECT) and any(tensor.any() for _, tensor in tensors):
         return None
     return (
         f"The adapter {report.source} is refused: it changes nothing. Its low-rank products are zero in all "
@@ -340,12 +354,19 @@ def _find_lack_of_effect(report: LoadReport, adapter: Adapter) -> str | None:
 
 def _list_warnings(adapter: Adapter, recorded: dict[str, str], loaded: dict[str, str], dtype: torch.dtype) -> list[str]:
     warnings = []
+    empty = [path for path, params in adapter.tensors.items() if not any(tensor.any() for tensor in params.values())]
+    if empty:
+        warnings.append(
+            f"{len(empty)} of its {len(adapter.tensors)} layers hold only zeros, such as {empty[0]}: they change "
+            f"nothing, or the file is damaged, as after a download that broke off"
+        )
     if recorded.get("hash") and loaded.get("hash") and recorded["hash"] != loaded["hash"]:
         warnings.append(
             f"it was trained on {recorded.get('name', 'a model')} (hash {recorded['hash'][:12]}), not on the loaded "
             f"weights ({loaded.get('name', 'hash')} {loaded['hash'][:12]}); it may not sound as intended"
         )
     kind = KINDS.get(adapter.spec.adapter_type)
-    if kind and kind.xs and adapter.metadata.get("base_dtype") == "float32" and dtype != torch.float32:
+    from_base = kind is not None and kind.xs and not any("U" in params for params in adapter.tensors.values())
+    if from_base and adapter.metadata.get("base_dtype") == "float32" and dtype != torch.float32:
         warnings.append(f"its frozen bases are those of float32 weights, but the model is loaded in {dtype}")
     return warnings

@@ -108,6 +108,18 @@ class AdapterStack:
         found = [{name: getattr(loaded, name) for name in SETTINGS} for loaded in self._loaded]
         return [each | {name: list(each[name]) for name in ("interval", "exclude_layers")} for each in found]
 
+    def list_idle(self, sigmas: Sequence[float]) -> list[LoadedAdapter]:
+        """List the adapters that an interval keeps off at all of some noise levels.
+
+        Args:
+            sigmas: Noise levels.
+
+        Returns:
+            The adapters; none whose strength is 0.
+        """
+        limited = [loaded for loaded in self._loaded if loaded.interval != (0.0, 1.0) and loaded.strength != 0]
+        return [loaded for loaded in limited if not any(loaded.strengths(sigma)[0] for sigma in sigmas)]
+
     def add(
         self,
         adapter: Adapter,

@@ -1,11 +1,13 @@
-"""ComfyUI's LoRA files: `diffusion_model.<path>` with lora_up, lora_down and alpha, or full weight deltas.
+"""Files that keep each layer's tensors below its path, as ComfyUI, kohya, LyCORIS and OneTrainer write them.
 
-ComfyUI multiplies by alpha / rank, and by 1 where alpha is absent. It can patch only the DiT, no duration embedder.
-LoHa and LoKr layers are read as the weight deltas that they are. LoHa: (w1_a·w1_b) ⊙ (w2_a·w2_b). LoKr: w1 ⊗ w2, each
-either whole or a product of its own. Both times alpha / rank, where rank is that of the last product, and the factor is
-1 without alpha or without a product, as in ComfyUI and LyCORIS. Shape suffixes: O rows (out), I columns (in).
+A layer has lora_up, lora_down and alpha, a full weight delta, or a LoHa or LoKr, which is read as the delta that it is;
+diff_b changes its bias. ComfyUI multiplies by alpha / rank, and by 1 where alpha is absent. LoHa: (w1_a·w1_b) ⊙
+(w2_a·w2_b). LoKr: w1 ⊗ w2, each either whole or a product of its own. Both times alpha / rank, where rank is that of
+the last product, and the factor is 1 without alpha or without a product, as in ComfyUI and LyCORIS. ComfyUI can patch
+only the DiT, though its own trainer also writes the duration embedder. Shape suffixes: O rows (out), I columns (in).
 """
 
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
@@ -14,35 +16,33 @@ import torch
 from torch import Tensor
 
 from sa3train.adapters.adapter import Adapter
+from sa3train.adapters.formats.naming import DIT, collect_layers, is_flat_name, strip_adapter_name
 from sa3train.adapters.formats.native import build_native_metadata, build_spec, check_tensors
 from sa3train.adapters.formats.peft import CONVOLUTIONS
-from sa3train.adapters.spec import AdapterSpec
+from sa3train.adapters.spec import BIAS_CHANGE, AdapterSpec
 from sa3train.core.errors import AdapterError
 from sa3train.core.safetensors_file import convert_for_saving, write_tensors
 
 LOHA = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
 LOKR = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 PREFIX = "diffusion_model."
-FLAT_PREFIX = "lora_unet_"
-DIT = "model."
 ENDINGS = {
     "lora_up.weight": "lora_B",
     "lora_down.weight": "lora_A",
     "lora_B.weight": "lora_B",
     "lora_A.weight": "lora_A",
+    "lora.up.weight": "lora_B",
+    "lora.down.weight": "lora_A",
+    "lora_linear_layer.up.weight": "lora_B",
+    "lora_linear_layer.down.weight": "lora_A",
+    "lora_B": "lora_B",
+    "lora_A": "lora_A",
     "alpha": "alpha",
     "dora_scale": "magnitude",
-    "diff_b": "diff_b",
+    BIAS_CHANGE: BIAS_CHANGE,
     "diff": "diff",
     **{name: name for name in (*LOHA, *LOKR)},
 }
-MODULES = (
-    "transformer", "layers", "self_attn", "cross_attn", "to_qkv", "to_kv", "to_q", "to_out", "ff", "proj",
-    "to_local_embed", "to_cond_embed", "to_global_embed", "to_timestep_embed", "global_cond_embedder",
-    "preprocess_conv", "postprocess_conv", "project_in", "project_out",
-)  # fmt: skip
-"""Names of modules above the DiT's layers, to read paths whose dots were replaced by underscores."""
-
 MAX_DELTA = 2**27
 """Largest number of values in a delta made from factors: a small file must not need all memory."""
 
@@ -51,10 +51,12 @@ MAX_DELTAS = 2**31
 
 
 def read_comfy(source: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Adapter:
-    """Read an adapter from a ComfyUI file: lora, `comfy-dora` with dora_scale, or `diff` with full weight deltas.
+    """Read an adapter from a ComfyUI file.
 
-    A file with LoHa or LoKr layers, or one that mixes low-rank layers with deltas, becomes a `diff` as a whole, which
-    is the same change.
+    Its type is `comfy-dora` where a layer has dora_scale, `lora` where a layer has factors, else `diff`; single layers
+    may be simpler (see `get_layer_type`). Where every layer has a dora_scale by column it is `dora-cols`, which is the
+    same. By row, ComfyUI divides by the norms of W, but LyCORIS and OneTrainer, which write underscores for dots, by
+    those of W + sBA: `dora-rows`.
 
     Args:
         source: The file's name, for messages.
@@ -67,26 +69,24 @@ def read_comfy(source: str, tensors: Mapping[str, Tensor], metadata: Mapping[str
     Raises:
         AdapterError: If a tensor is none of these.
     """
-    layers: dict[str, dict[str, Tensor]] = {}
+    named = []
     for key, tensor in tensors.items():
-        ending = next((ending for ending in ENDINGS if key.endswith("." + ending)), None)
+        bare = strip_adapter_name(key)
+        ending = next((ending for ending in ENDINGS if bare.endswith("." + ending)), None)
         if ending is None:
             raise AdapterError(
-                f"{source}: {key} is not supported. Of ComfyUI's files lora_up, lora_down, alpha, dora_scale, diff, "
-                f"diff_b, hada_w… and lokr_w… are."
+                f"{source}: {key} is not supported. Of the files of ComfyUI, kohya, LyCORIS and OneTrainer lora_up, "
+                f"lora_down, alpha, dora_scale, diff, diff_b, hada_w… and lokr_w… are."
             )
-        layers.setdefault(_get_path(source, key.removesuffix("." + ending)), {})[ENDINGS[ending]] = tensor
-    alphas = {path: _pop_alpha(source, path, params) for path, params in layers.items()}
-    types = {_check_layer(source, path, params) for path, params in layers.items()}
-    if "diff" in types and types <= {"lora", "diff"}:
-        _refuse_huge(source, layers)
-        layers = {path: _convert_to_delta(path, params, alphas[path]) for path, params in layers.items()}
-        types = {"diff"}
-    if len(types) != 1:
-        raise AdapterError(
-            f"{source} mixes layers of {' and '.join(sorted(types))}, so it cannot be read as one adapter."
-        )
-    adapter_type = types.pop()
+        named.append((bare.removesuffix("." + ending), ENDINGS[ending], tensor))
+    layers = collect_layers(source, named)
+    alphas = {path: _pop_alpha(path, params) for path, params in layers.items()}
+    by_row = "dora-rows" if any(is_flat_name(key) for key in tensors) else "comfy-dora"
+    types = {path: _check_layer(path, params, by_row) for path, params in layers.items()}
+    layers = _convert_products(layers, alphas)
+    adapter_type = _choose_type(source, set(types.values()))
+    if adapter_type in ("dora-cols", "dora-rows"):
+        layers = {path: params | {"magnitude": params["magnitude"].reshape(-1)} for path, params in layers.items()}
     return check_tensors(Adapter(_build_file_spec(adapter_type, layers, alphas), layers, dict(metadata), source))
 
 
@@ -100,11 +100,10 @@ def _build_tensors(adapter: Adapter) -> dict[str, Tensor]:
         if not path.startswith(DIT):
             continue
         key = PREFIX + path.removeprefix(DIT)
-        if spec.adapter_type == "diff":
-            stored |= {f"{key}.{name}": tensor for name, tensor in params.items()}
-        else:
+        names = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}
+        stored |= {f"{key}.{names.get(name, name)}": tensor for name, tensor in params.items()}
+        if "lora_A" in params:
             alpha = torch.tensor(spec.get_scale(path) * spec.get_rank(path), dtype=torch.float32)
-            stored |= {f"{key}.lora_up.weight": params["lora_B"], f"{key}.lora_down.weight": params["lora_A"]}
             stored[f"{key}.alpha"] = alpha
     if not stored:
         raise AdapterError(f"{adapter.source} changes only the duration embedder, which ComfyUI cannot patch.")
@@ -139,98 +138,72 @@ def write_comfy(path: str | os.PathLike[str], adapter: Adapter, dtype: torch.dty
     write_tensors(path, convert_for_saving(others, dtype) | alphas, build_native_metadata(adapter))
 
 
-def _get_path(source: str, name: str) -> str:
-    if name.startswith(PREFIX):
-        return DIT + name.removeprefix(PREFIX)
-    if not name.startswith(FLAT_PREFIX):
-        raise AdapterError(f"{source}: {name} is not a layer of the DiT; ComfyUI's keys start with {PREFIX}.")
-    return DIT + ".".join(_split_name(source, name, name.removeprefix(FLAT_PREFIX)))
-
-
-def _split_name(source: str, name: str, rest: str) -> list[str]:
-    """Split `transformer_layers_0_self_attn_to_qkv` into its modules, longest known name first."""
-    found = []
-    while rest:
-        number, _, behind = rest.partition("_")
-        module = next(
-            (module for module in sorted(MODULES, key=len, reverse=True) if f"{rest}_".startswith(f"{module}_")), None
+def _choose_type(source: str, types: set[str]) -> str:
+    """Choose the type of a file from those of its layers."""
+    if "dora-rows" in types and len(types) > 1:
+        raise AdapterError(
+            f"{source} has layers with a dora_scale by row beside {', '.join(sorted(types - {'dora-rows'}))}, which "
+            f"cannot be read as one adapter. Merge it with the tool that made it, or save them as files of their own."
         )
-        if module is None and not number.isdigit():
-            raise AdapterError(f"{source}: {name} is not a layer of Stable Audio 3.")
-        found.append(number if module is None else module)
-        rest = behind if module is None else rest[len(module) + 1 :]
-    return found
+    if "comfy-dora" in types or ("dora-cols" in types and len(types) > 1):
+        return "comfy-dora"
+    return next((name for name in ("dora-cols", "dora-rows", "lora") if name in types), "diff")
 
 
-def _check_layer(source: str, path: str, params: dict[str, Tensor]) -> str:
+def _check_layer(path: str, params: dict[str, Tensor], by_row: str) -> str:
     """Detect the type of one layer after checking its tensors; flattens its factors in place."""
     names = set(params)
-    if names and names <= {"diff", "diff_b"}:
+    if names and names <= {"diff", BIAS_CHANGE}:
         return "diff"
     if _is_product(params):
-        _check_product(source, path, params)
         return "diff"
     if not {"lora_A", "lora_B"} <= names or "diff" in names:
-        raise AdapterError(
-            f"{source}: {path} is incomplete or damaged: it has only {', '.join(sorted(names)) or 'alpha'}."
-        )
+        raise AdapterError(f"{path} is incomplete or damaged: it has only {', '.join(sorted(names)) or 'alpha'}.")
     for name in ("lora_A", "lora_B"):
         params[name] = params[name].flatten(1) if params[name].ndim > 2 else params[name]
     up, down = params["lora_B"].shape, params["lora_A"].shape
     if len(up) != 2 or len(down) != 2 or up[1] != down[0] or 0 in (*up, *down):
-        raise AdapterError(f"{source}: the factors of {path} do not fit together: {tuple(up)} and {tuple(down)}.")
-    if "magnitude" in names:
-        if "diff_b" in names:
-            raise AdapterError(f"{source}: {path} has dora_scale and diff_b, so it cannot be read as one adapter.")
-        scale = params["magnitude"]
-        if scale.ndim < 2 or scale.numel() != (up[0] if scale.shape[0] == up[0] else down[1]):
-            raise AdapterError(
-                f"{source}: the dora_scale of {path} has shape {tuple(scale.shape)}, which does not fit."
-            )
-        return "comfy-dora"
-    return "diff" if "diff_b" in names else "lora"
+        raise AdapterError(f"The factors of {path} do not fit together: {tuple(up)} and {tuple(down)}.")
+    if "magnitude" not in names:
+        return "lora"
+    scale = params["magnitude"]
+    is_by_row = scale.ndim > 0 and scale.shape[0] == up[0]
+    if scale.ndim < 2 or scale.numel() != (up[0] if is_by_row else down[1]):
+        raise AdapterError(f"The dora_scale of {path} has shape {tuple(scale.shape)}, which does not fit.")
+    return by_row if is_by_row else "dora-cols"
 
 
-def _pop_alpha(source: str, path: str, params: dict[str, Tensor]) -> float:
+def _pop_alpha(path: str, params: dict[str, Tensor]) -> float:
+    """Take alpha out of a layer's tensors; without one the factor is 1."""
     alpha = params.pop("alpha", None)
     if alpha is None:
-        rank = params["lora_A"].shape[0] if "lora_A" in params and params["lora_A"].ndim else _get_product_rank(params)
-        return float(rank or 1)
+        return float(_get_rank(params) or 1)
     if alpha.numel() != 1:
-        raise AdapterError(f"{source}: the alpha of {path} must be one number, not {tuple(alpha.shape)}.")
+        raise AdapterError(f"The alpha of {path} must be one number, not {tuple(alpha.shape)}.")
     return float(alpha)
 
 
-def _refuse_huge(source: str, layers: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Refuse deltas that would be larger than any model's weights, before they are computed."""
-    total = 0
-    for path, params in layers.items():
-        if _is_product(params):
-            rows, columns = _check_product(source, path, params)
-        elif "lora_A" in params:
-            rows, columns = params["lora_B"].shape[0], params["lora_A"].shape[1]
-        else:
-            continue
-        total += rows * columns
-        if rows * columns > MAX_DELTA:
-            raise AdapterError(
-                f"{source}: {path} would change {rows} × {columns} weights; no layer is as large as that."
-            )
-        if total > MAX_DELTAS:
-            raise AdapterError(f"{source} would change more than {total} weights; no model is as large as that.")
-
-
-def _convert_to_delta(path: str, params: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    if _is_product(params):
-        rank = _get_product_rank(params)
-        diff_OI = _compute_product(params, 1.0 if rank is None else alpha / rank)
-    elif "lora_A" in params:
-        A_RI, B_OR = params["lora_A"].float(), params["lora_B"].float()
-        diff_OI = B_OR @ A_RI * (alpha / A_RI.shape[0])
-    else:
-        return dict(params)
-    bias = {name: tensor for name, tensor in params.items() if name == "diff_b"}
-    return {"diff": diff_OI[:, :, None] if path.endswith(CONVOLUTIONS) else diff_OI, **bias}
+def _convert_products(
+    layers: Mapping[str, dict[str, Tensor]], alphas: Mapping[str, float]
+) -> dict[str, dict[str, Tensor]]:
+    """Compute the deltas of LoHa and LoKr layers, unless they would be larger than any model's weights."""
+    products = {path: _find_product(path, params) for path, params in layers.items() if _is_product(params)}
+    sizes = {path: math.prod(shape) for path, (_, _, shape) in products.items()}
+    if max(sizes.values(), default=0) > MAX_DELTA or sum(sizes.values()) > MAX_DELTAS:
+        path = max(sizes, key=lambda path: sizes[path])
+        raise AdapterError(
+            f"It would change {sum(sizes.values())} weights, {sizes[path]} of them at {path}; no model is as "
+            f"large as that."
+        )
+    converted = dict(layers)
+    for path, (first, second, (rows, columns)) in products.items():
+        left, right = (factors[0] @ factors[1] if len(factors) == 2 else factors[0] for factors in (first, second))
+        delta_OI = left.mul_(right) if left.shape == (rows, columns) == right.shape else torch.kron(left, right)
+        rank = _get_rank(layers[path])
+        delta_OI.mul_(1.0 if rank is None else alphas[path] / rank)
+        bias = {name: tensor for name, tensor in layers[path].items() if name == BIAS_CHANGE}
+        converted[path] = {"diff": delta_OI[:, :, None] if path.endswith(CONVOLUTIONS) else delta_OI, **bias}
+    return converted
 
 
 def _build_file_spec(
@@ -239,9 +212,9 @@ def _build_file_spec(
     include = sorted(layers)
     if adapter_type == "diff":
         return AdapterSpec("diff", include=include)
-    ranks = {path: int(params["lora_A"].shape[0]) for path, params in layers.items()}
-    alpha = Counter(alphas.values()).most_common(1)[0][0]
-    pattern = {path: value for path, value in alphas.items() if value != alpha}
+    ranks = {path: int(params["lora_A"].shape[0]) for path, params in layers.items() if "lora_A" in params}
+    alpha = Counter(alphas[path] for path in ranks).most_common(1)[0][0]
+    pattern = {path: alphas[path] for path in ranks if alphas[path] != alpha}
     return build_spec(adapter_type, ranks, alpha=alpha, alpha_pattern=pattern, include=include)
 
 
@@ -249,71 +222,34 @@ def _is_product(params: Mapping[str, Tensor]) -> bool:
     return any(name in LOHA or name in LOKR for name in params)
 
 
-def _get_product_rank(params: Mapping[str, Tensor]) -> int | None:
-    """Get the rank that alpha is divided by; None where both factors of a LoKr are whole."""
-    for name in ("hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
-        if name in params and params[name].ndim:
-            return int(params[name].shape[0])
-    return None
+def _get_rank(params: Mapping[str, Tensor]) -> int | None:
+    """Get the rank that alpha is divided by; None where there is no product."""
+    inner = (params[name] for name in ("lora_A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b") if name in params)
+    return next((tensor.shape[0] for tensor in inner if tensor.ndim), None)
 
 
-def _check_product(source: str, path: str, params: Mapping[str, Tensor]) -> tuple[int, int]:
-    """Check that a layer's tensors fit together, and return the shape (O, I) of its delta."""
-    names = {name for name in params if name != "diff_b"}
-    if names == set(LOHA):
-        first, second = (_check_pair(source, path, params, f"hada_w{which}") for which in "12")
-        if first != second:
-            raise AdapterError(f"{source}: the two products of {path} have the shapes {first} and {second}.")
-        return first
-    if not names <= set(LOKR):
+def _find_product(path: str, params: Mapping[str, Tensor]) -> tuple[list[Tensor], list[Tensor], tuple[int, int]]:
+    """Find the two parts of a LoHa or LoKr layer, each a matrix or two factors, and the shape (O, I) of its delta."""
+    names = params.keys() - {BIAS_CHANGE}
+    is_loha = names <= set(LOHA)
+    if not (is_loha or names <= set(LOKR)):
         raise AdapterError(
-            f"{source}: {path} has {', '.join(sorted(names))}, which is not supported. A LoHa has {', '.join(LOHA)}, "
+            f"{path} has {', '.join(sorted(names))}, which is not supported. A LoHa has {', '.join(LOHA)}, "
             f"a LoKr lokr_w1 and lokr_w2 or their factors."
         )
-    (rows_1, columns_1), (rows_2, columns_2) = (_check_kronecker_factor(source, path, params, which) for which in "12")
-    return rows_1 * rows_2, columns_1 * columns_2
+    first, second = (_find_factors(path, params, f"{'hada' if is_loha else 'lokr'}_w{i}") for i in "12")
+    one, other = ((factors[0].shape[0], factors[-1].shape[1]) for factors in (first, second))
+    if is_loha and one != other:
+        raise AdapterError(f"The two products of {path} have the shapes {one} and {other}.")
+    return first, second, one if is_loha else (one[0] * other[0], one[1] * other[1])
 
 
-def _compute_product(params: Mapping[str, Tensor], scale: float) -> Tensor:
-    """Compute a layer's delta (O, I), fp32, after `_check_product`."""
-    if "hada_w1_a" in params:
-        w = {name: _flatten(params[name]) for name in LOHA}
-        return (w["hada_w1_a"] @ w["hada_w1_b"]).mul_(w["hada_w2_a"] @ w["hada_w2_b"]).mul_(scale)
-    return torch.kron(_get_kronecker_factor(params, "1"), _get_kronecker_factor(params, "2")).mul_(scale)
-
-
-def _get_kronecker_factor(params: Mapping[str, Tensor], which: str) -> Tensor:
-    whole = params.get(f"lokr_w{which}")
-    if whole is not None:
-        return _flatten(whole)
-    return _flatten(params[f"lokr_w{which}_a"]) @ _flatten(params[f"lokr_w{which}_b"])
-
-
-def _check_kronecker_factor(source: str, path: str, params: Mapping[str, Tensor], which: str) -> tuple[int, int]:
-    name = f"lokr_w{which}"
-    if name not in params:
-        return _check_pair(source, path, params, name)
-    if f"{name}_a" in params or f"{name}_b" in params:
-        raise AdapterError(f"{source}: {path} has {name} both whole and in factors.")
-    return _check_matrix(source, path, name, params[name])
-
-
-def _check_pair(source: str, path: str, params: Mapping[str, Tensor], name: str) -> tuple[int, int]:
-    """Check two factors, and return the shape (O, I) of their product."""
-    if f"{name}_a" not in params or f"{name}_b" not in params:
-        raise AdapterError(f"{source}: {path} is incomplete: {name} is missing or has only one of its factors.")
-    left, right = (_check_matrix(source, path, key, params[key]) for key in (f"{name}_a", f"{name}_b"))
-    if left[1] != right[0]:
-        raise AdapterError(f"{source}: the factors {name} of {path} do not fit together: {left} and {right}.")
-    return left[0], right[1]
-
-
-def _check_matrix(source: str, path: str, name: str, tensor: Tensor) -> tuple[int, int]:
-    if tensor.ndim < 2 or 0 in tensor.shape or not tensor.is_floating_point():
-        raise AdapterError(f"{source}: {name} of {path} must be a matrix of numbers, not {tuple(tensor.shape)}.")
-    rows, columns = tensor.flatten(1).shape
-    return rows, columns
-
-
-def _flatten(tensor: Tensor) -> Tensor:
-    return tensor.flatten(1).float()
+def _find_factors(path: str, params: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    """Find a part of a LoHa or LoKr: the whole matrix, or the two factors of it, in fp32."""
+    names = [name] if name in params else [f"{name}_a", f"{name}_b"]
+    shapes = {key: tuple(tensor.shape) for key, tensor in params.items() if key.startswith(name)}
+    if shapes.keys() == set(names) and all(len(shape) > 1 and 0 not in shape for shape in shapes.values()):
+        factors = [params[key].flatten(1).float() for key in names]
+        if len(factors) == 1 or factors[0].shape[1] == factors[1].shape[0]:
+            return factors
+    raise AdapterError(f"{name} of {path} must be a matrix, or two factors _a and _b that fit together, not {shapes}.")

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.apply.effective_weight import detect_dora_type
-from sa3train.adapters.spec import ADAPTER_TYPES, KINDS, AdapterSpec
+from sa3train.adapters.formats.naming import NATIVE_KEY, collect_layers
+from sa3train.adapters.spec import ADAPTER_TYPES, BASES, BIAS_CHANGE, KINDS, PEFT_METHODS, AdapterSpec, get_layer_type
 from sa3train.core.errors import AdapterError
 from sa3train.core.safetensors_file import parse_json
 
@@ -18,22 +19,11 @@ IGNORED = ("baked_vnorm_row", "baked_vnorm_col")
 """Norms of the base weights that some tools store; they follow from the weights and are not used."""
 
 
-def is_native(keys: list[str]) -> bool:
-    """Check whether a file has the released layout.
-
-    Args:
-        keys: Its keys.
-
-    Returns:
-        Whether it does.
-    """
-    return any(MARKER in key for key in keys)
-
-
 def read_native(source: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Adapter:
     """Read an adapter from the tensors and metadata of a file of the released layout.
 
-    Without metadata, the type follows from the names, the rank from the shapes, and alpha equals the rank.
+    What `lora_config` does not say follows from the tensors: the type from the names, the rank from the shapes, and
+    alpha equals the rank.
 
     Args:
         source: The file's name, for messages.
@@ -46,18 +36,15 @@ def read_native(source: str, tensors: Mapping[str, Tensor], metadata: Mapping[st
     Raises:
         AdapterError: If names, shapes and metadata do not make an adapter.
     """
-    layers: dict[str, dict[str, Tensor]] = {}
-    others = []
-    for key, tensor in tensors.items():
-        path, marker, name = key.partition(MARKER)
-        if not marker:
-            others.append(key)
-        elif name not in IGNORED:
-            layers.setdefault(path, {})[name] = tensor
+    found = {key: match for key in tensors if (match := NATIVE_KEY.match(key))}
+    others = [key for key in tensors if key not in found]
     if others:
         raise AdapterError(
             f"{source} mixes adapter tensors with {len(others)} others, such as {others[0]}: it is no adapter."
         )
+    layers = collect_layers(
+        source, ((match[1], match[3], tensors[key]) for key, match in found.items() if match[3] not in IGNORED)
+    )
     spec = _parse_spec(source, layers, metadata)
     return check_tensors(Adapter(spec, layers, dict(metadata), source))
 
@@ -154,32 +141,45 @@ def check_tensors(adapter: Adapter) -> Adapter:
     """
     if not adapter.tensors:
         raise AdapterError(f"{adapter.source} holds no adapter tensors.")
-    kind = KINDS.get(adapter.spec.adapter_type)
     for path, params in adapter.tensors.items():
         for name, tensor in params.items():
-            if not tensor.is_floating_point():
+            if not tensor.is_floating_point() or tensor.itemsize < 2 or 0 in tensor.shape:
                 raise AdapterError(
-                    f"{adapter.source}: {path} {name} is {tensor.dtype}, but adapters hold real numbers."
+                    f"{adapter.source}: {path} {name} is {tensor.dtype} of shape {tuple(tensor.shape)}, but adapters "
+                    f"hold real numbers. The file is damaged."
                 )
-        if kind is None:
-            continue
-        absent = [name for name in kind.parameters if name not in params]
-        unknown = [name for name in params if name not in kind.parameters]
-        if absent or unknown:
-            raise AdapterError(
-                f"{adapter.source} is an incomplete or damaged {kind.name} adapter: {path} has {sorted(params)}, and "
-                f"needs {sorted(kind.parameters)}."
-            )
-        _check_shapes(adapter, path, params)
+        layer_type = get_layer_type(adapter.spec.adapter_type, params)
+        if layer_type not in PEFT_METHODS:
+            _check_names(adapter, path, layer_type)
+            _check_shapes(adapter, path, params)
     return adapter
+
+
+def _check_names(adapter: Adapter, path: str, layer_type: str) -> None:
+    names = set(adapter.tensors[path])
+    if layer_type == "diff":
+        needed: tuple[str, ...] = ("diff",)
+        fits = bool(names) and names <= {"diff", BIAS_CHANGE}
+    else:
+        kind = KINDS["dora-rows" if layer_type == "comfy-dora" else layer_type]
+        needed = kind.parameters
+        fits = set(needed) <= names <= {*needed, *kind.optional} and len(names & set(BASES)) in (0, len(BASES))
+    if not fits:
+        raise AdapterError(
+            f"{adapter.source} is an incomplete or damaged {layer_type} adapter: {path} has {sorted(names)}, and "
+            f"needs {sorted(needed)}."
+        )
 
 
 def _check_shapes(adapter: Adapter, path: str, params: Mapping[str, Tensor]) -> None:
     rank = adapter.spec.get_rank(path)
     for name, tensor in params.items():
-        dimensions = 1 if name.startswith("magnitude") else 2
-        ranks = {"lora_A": (0,), "lora_B": (1,), "M_xs": (0, 1)}.get(name, ())
-        if tensor.ndim != dimensions or any(tensor.shape[axis] != rank for axis in ranks) or 0 in tensor.shape:
+        if name == "diff":
+            continue
+        is_vector = name == BIAS_CHANGE or (name.startswith("magnitude") and adapter.spec.adapter_type != "comfy-dora")
+        dimensions = 1 if is_vector else tensor.ndim if name == "magnitude" and tensor.ndim > 2 else 2
+        ranks = {"lora_A": (0,), "lora_B": (1,), "M_xs": (0, 1), "U": (1,), "V": (1,)}.get(name, ())
+        if tensor.ndim != dimensions or any(tensor.shape[axis] != rank for axis in ranks):
             raise AdapterError(
                 f"{adapter.source}: {path} {name} has shape {tuple(tensor.shape)}, which does not fit rank {rank}. "
                 f"The file is damaged, or its metadata belongs to another adapter."
@@ -198,22 +198,25 @@ def _earlier_config(adapter: Adapter) -> dict[str, Any]:
 def _parse_spec(source: str, layers: dict[str, dict[str, Tensor]], metadata: Mapping[str, str]) -> AdapterSpec:
     text = metadata.get("lora_config")
     if text is None:
-        return _infer_spec(source, layers)
+        return _infer_spec(source, layers, None)
     config = parse_json(text, f"the lora_config of {source}")
     if not isinstance(config, dict):
         raise AdapterError(f"The lora_config of {source} is not a JSON object.")
-    adapter_type = config.get("adapter_type", "lora")
-    if adapter_type == "dora":
-        adapter_type = _resolve_dora(source, layers)
-    if adapter_type not in ADAPTER_TYPES:
+    adapter_type = config.get("adapter_type")
+    if adapter_type is not None and adapter_type not in (*ADAPTER_TYPES, "dora"):
         raise AdapterError(
             f"{source} has the unknown adapter_type {str(adapter_type)[:60]!r}. Known: {', '.join(KINDS)}."
         )
+    if adapter_type in (None, "dora") or config.get("rank") is None:
+        inferred = _infer_spec(source, layers, adapter_type)
+        adapter_type = inferred.adapter_type
+        if config.get("rank") is None:
+            config = {"rank_pattern": inferred.rank_pattern} | config | {"rank": inferred.rank}
     rslora = config.get("rslora") is True
     try:
         return AdapterSpec(
             adapter_type,
-            rank=config.get("rank", 16),
+            rank=config["rank"],
             alpha=config.get("alpha_of_rslora" if rslora else "alpha"),
             dropout=config.get("dropout") or 0.0,
             include=config.get("include") or None,
@@ -234,19 +237,24 @@ def _get_mapping(config: dict[str, Any], name: str) -> dict[str, Any]:
     return value
 
 
-def _infer_spec(source: str, layers: dict[str, dict[str, Tensor]]) -> AdapterSpec:
-    names = set().union(*layers.values()) if layers else set()
-    if {"lora_A", "lora_B", "magnitude"} == names:
+def _infer_spec(source: str, layers: dict[str, dict[str, Tensor]], adapter_type: Any) -> AdapterSpec:
+    """Infer the type, if it is None or "dora", and the ranks from the tensors."""
+    names = set().union(*layers.values()) - {BIAS_CHANGE, *BASES} if layers else set()
+    if adapter_type == "dora" or (adapter_type is None and {"lora_A", "lora_B", "magnitude"} == names):
         adapter_type = _resolve_dora(source, layers)
-    elif {"M_xs", "magnitude"} == names:
+    elif adapter_type is None and {"M_xs", "magnitude"} == names:
         raise AdapterError(f"{source} has no metadata to tell dora-rows-xs from dora-cols-xs. Add its lora_config.")
-    else:
+    elif adapter_type is None:
         adapter_type = next((kind.name for kind in KINDS.values() if set(kind.parameters) == names), "lora")
-    low_rank = "M_xs" if KINDS[adapter_type].xs else "lora_A"
-    ranks = {path: int(params[low_rank].shape[0]) for path, params in layers.items() if low_rank in params}
-    if not ranks or 0 in ranks.values():
+    ranks = {
+        path: params[name].shape[0]
+        for path, params in layers.items()
+        for name in ("M_xs", "lora_A")
+        if name in params and params[name].ndim
+    }
+    if adapter_type in KINDS and (not ranks or 0 in ranks.values()):
         raise AdapterError(f"{source} holds no adapter tensors; found {sorted(names)[:8]}.")
-    return build_spec(adapter_type, ranks)
+    return build_spec(adapter_type, ranks or {"": 16})
 
 
 def _resolve_dora(source: str, layers: dict[str, dict[str, Tensor]]) -> str:

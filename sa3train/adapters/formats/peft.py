@@ -16,27 +16,48 @@ import torch
 from torch import Tensor
 
 from sa3train.adapters.adapter import Adapter
+from sa3train.adapters.formats.naming import (
+    PEFT_PREFIX,
+    collect_layers,
+    get_module_path,
+    identify_format,
+    strip_adapter_name,
+)
 from sa3train.adapters.formats.native import build_native_metadata, build_spec, check_tensors
-from sa3train.adapters.spec import PEFT_METHODS, AdapterSpec
+from sa3train.adapters.formats.peft_initial import get_initialization, subtract_initial
+from sa3train.adapters.spec import BIAS_CHANGE, PEFT_METHODS, AdapterSpec
 from sa3train.core.errors import AdapterError
 from sa3train.core.files import replace_folder, write_text
-from sa3train.core.safetensors_file import convert_for_saving, parse_json, read_header, read_tensors, write_tensors
+from sa3train.core.safetensors_file import (
+    convert_for_saving,
+    parse_json,
+    read_header,
+    read_json_object,
+    read_tensors,
+    write_tensors,
+)
 
 CONFIG = "adapter_config.json"
+DIFFUSERS_SETTINGS = "lora_adapter_metadata"
 WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 NAMES = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight", "magnitude": "lora_magnitude_vector.weight"}
 CONVOLUTIONS = ("preprocess_conv", "postprocess_conv")
 """The DiT's two Conv1d layers, of one tap each in every released model; all other adapted layers are Linear."""
 MAX_CONFIG = 2**22
+UNSUPPORTED = (
+    "kasa_config", "arrow_config", "use_bdlora", "use_qalora", "monteclora_config", "alora_invocation_tokens",
+    "layer_replication", "target_parameters", "modules_to_save", "trainable_token_indices",
+)  # fmt: skip
+"""Settings of PEFT's LoraConfig with which the weight is not the base and a product of two factors."""
 
 
-def read_peft_folder(folder: Path, weights: str = WEIGHTS) -> Adapter:
+def read_peft_folder(folder: Path, weights: str = WEIGHTS, base: Mapping[str, Tensor] | None = None) -> Adapter:
     """Read a PEFT folder.
 
     Args:
         folder: The folder.
         weights: Name of the file with the tensors.
+        base: The base model's weights by module path, see `load_adapter`.
 
     Returns:
         The adapter.
@@ -56,7 +77,8 @@ def read_peft_folder(folder: Path, weights: str = WEIGHTS) -> Adapter:
     header = read_header(file)
     metadata = {key: value for key, value in header.metadata.items() if key != "format"}
     source = folder if weights == WEIGHTS else file
-    return parse_peft_tensors(str(source), read_tensors(file, header), read_peft_config(folder), metadata)
+    identify_format(str(source), header.entries)
+    return parse_peft_tensors(str(source), read_tensors(file, header), read_peft_config(folder), metadata, base)
 
 
 def read_peft_config(folder: Path) -> dict[str, Any]:
@@ -71,21 +93,38 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     Raises:
         AdapterError: If it is missing or invalid.
     """
-    file = folder / CONFIG
-    try:
-        text = file.read_bytes() if file.stat().st_size <= MAX_CONFIG else b" " * (MAX_CONFIG + 1)
-    except OSError as error:
-        raise AdapterError(
-            f"{file} cannot be read ({error.strerror}). It holds the scale of PEFT's tensors; put it beside them."
-        ) from error
-    config = parse_json(text, str(file), MAX_CONFIG)
-    if not isinstance(config, dict):
-        raise AdapterError(f"{file} is not a JSON object.")
-    return config
+    advice = "It holds the scale of PEFT's tensors; put it beside them."
+    return read_json_object(folder / CONFIG, MAX_CONFIG, advice)
+
+
+def parse_diffusers_config(source: str, metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Parse the PEFT settings that diffusers keeps in the metadata of a file, whose tensors have PEFT's endings.
+
+    Args:
+        source: The file's name, for messages.
+        metadata: Its metadata.
+
+    Returns:
+        The content of an adapter_config.json; empty where the file has none.
+
+    Raises:
+        AdapterError: If it is not valid.
+    """
+    text = metadata.get(DIFFUSERS_SETTINGS)
+    content = parse_json(text, f"{DIFFUSERS_SETTINGS} of {source}") if text else {}
+    if not isinstance(content, dict):
+        raise AdapterError(f"{DIFFUSERS_SETTINGS} of {source} is not a JSON object.")
+    return {name.rpartition(".")[2]: value for name, value in content.items()} | (
+        {"peft_type": "LORA"} if content else {}
+    )
 
 
 def parse_peft_tensors(
-    source: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any], metadata: Mapping[str, str]
+    source: str,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    metadata: Mapping[str, str],
+    base: Mapping[str, Tensor] | None = None,
 ) -> Adapter:
     """Parse PEFT's tensors and config.
 
@@ -94,6 +133,7 @@ def parse_peft_tensors(
         tensors: Tensors by their keys in PEFT's files.
         config: The parsed adapter_config.json.
         metadata: Metadata of the tensors' file.
+        base: The base model's weights by module path, see `load_adapter`.
 
     Returns:
         The adapter.
@@ -104,21 +144,28 @@ def parse_peft_tensors(
     for table in ("rank_pattern", "alpha_pattern"):
         if not isinstance(config.get(table) or {}, dict):
             raise AdapterError(f"{source}: {table} must be a mapping.")
-    base = config.get("base_model_name_or_path")
-    metadata = dict(metadata) | ({"base_model": base} if isinstance(base, str) and "base_model" not in metadata else {})
+    name = config.get("base_model_name_or_path")
+    metadata = {"base_model": name, **metadata} if isinstance(name, str) else dict(metadata)
     if str(config.get("peft_type", "")).lower() != "lora":
         return _parse_method(source, tensors, config, metadata)
-    names = {stored: name for name, stored in NAMES.items()} | {"lora_magnitude_vector": "magnitude"}
-    layers: dict[str, dict[str, Tensor]] = {}
+    names = {stored: name for name, stored in NAMES.items()}
+    names |= {"lora_magnitude_vector": "magnitude", "lora_B.bias": BIAS_CHANGE}
+    named = []
     for key, tensor in tensors.items():
-        ending = next((ending for ending in names if key.endswith("." + ending)), None)
+        bare = strip_adapter_name(key)
+        ending = next((ending for ending in names if bare.endswith("." + ending)), None)
         if ending is None:
             raise AdapterError(f"{source}: {key} is not supported, only weights of lora_A, lora_B and DoRA.")
-        name = names[ending]
-        value = tensor.reshape(-1) if name == "magnitude" else _flatten(tensor)
-        layers.setdefault(_get_path(key.removesuffix("." + ending)), {})[name] = value
-    spec = _build_lora_spec(source, layers, config, metadata)
-    return check_tensors(Adapter(spec, layers, metadata, source))
+        value = tensor.reshape(-1) if names[ending] == "magnitude" else tensor.flatten(1) if tensor.ndim > 2 else tensor
+        named.append((bare.removesuffix("." + ending), names[ending], value))
+    layers = collect_layers(source, named)
+    names_in_peft = {get_module_path(source, name): name.removeprefix(PEFT_PREFIX) for name, _, _ in named}
+    spec = _build_lora_spec(source, layers, names_in_peft, config, metadata)
+    for path, params in layers.items():
+        if BIAS_CHANGE in params:  # PEFT scales the bias of lora_B as it scales its weight
+            params[BIAS_CHANGE] = params[BIAS_CHANGE].float() * spec.get_scale(path)
+    adapter = check_tensors(Adapter(spec, layers, metadata, source))
+    return subtract_initial(adapter, get_initialization(config), base)
 
 
 def write_peft_folder(path: str | os.PathLike[str], adapter: Adapter, dtype: torch.dtype | None = None) -> None:
@@ -139,13 +186,16 @@ def write_peft_folder(path: str | os.PathLike[str], adapter: Adapter, dtype: tor
         from sa3train.adapters.peft_methods import format_peft_config
 
         config = format_peft_config(spec, paths)
-        named = {f"{PREFIX}{path}.{name}": tensor for path in paths for name, tensor in adapter.tensors[path].items()}
+        named = {
+            f"{PEFT_PREFIX}{path}.{name}": tensor for path in paths for name, tensor in adapter.tensors[path].items()
+        }
     elif spec.adapter_type in ("lora", "dora-rows"):
         config = json.dumps(_build_config(adapter, paths), indent=2) + "\n"
         named = {
-            f"{PREFIX}{path}.{NAMES[name]}": _reshape(path, name, tensor)
+            f"{PEFT_PREFIX}{path}.{NAMES[name]}": _reshape(path, name, tensor)
             for path in paths
             for name, tensor in adapter.tensors[path].items()
+            if name in NAMES or _refuse_tensor(adapter, path, name)
         }
     else:
         raise AdapterError(
@@ -185,20 +235,25 @@ def _reshape(path: str, name: str, tensor: Tensor) -> Tensor:
     return tensor.reshape(1, -1, 1) if name == "magnitude" else tensor[:, :, None]
 
 
-def _flatten(tensor: Tensor) -> Tensor:
-    return tensor.flatten(1) if tensor.ndim > 2 else tensor
-
-
-def _get_path(key: str) -> str:
-    """Get the module path; a tool that gave PEFT the DiT alone leaves out the leading `model.`."""
-    path = key.removeprefix(PREFIX)
-    return path if path.startswith(("model.", "conditioners.")) else f"model.{path}"
+def _refuse_tensor(adapter: Adapter, path: str, name: str) -> bool:
+    what = "a change of its bias" if name == BIAS_CHANGE else f"a tensor named {name}"
+    raise AdapterError(
+        f"PEFT's format cannot hold {what} ({path} of {adapter.source}). Write a .safetensors file (--to native), or "
+        f"approximate the weights alone with --rank R."
+    )
 
 
 def _build_lora_spec(
-    source: str, layers: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any], metadata: Mapping[str, str]
+    source: str,
+    layers: Mapping[str, Mapping[str, Tensor]],
+    names_in_peft: Mapping[str, str],
+    config: Mapping[str, Any],
+    metadata: Mapping[str, str],
 ) -> AdapterSpec:
     """Ranks come from the tensors, scales from the config, patterns from the native metadata or `target_modules`."""
+    for name in UNSUPPORTED:
+        if config.get(name):
+            raise AdapterError(f"{source} is trained with PEFT's {name}, which is not supported. Merge it there.")
     bias, moved = config.get("bias", "none"), config.get("fan_in_fan_out")
     if bias not in ("none", None) or moved:
         raise AdapterError(
@@ -214,10 +269,12 @@ def _build_lora_spec(
     dora = any("magnitude" in params for params in layers.values())
     if bool(config.get("use_dora")) != dora:
         raise AdapterError(
-            f"{source}: use_dora is {str(config.get('use_dora'))[:40]!r} in {CONFIG}, which its tensors contradict."
+            f"{source}: use_dora is {str(config.get('use_dora'))[:40]!r} in {CONFIG}, which its tensors "
+            f"contradict. PEFT 0.21.2 drops the magnitudes where it converts a PiSSA or OLoRA: convert the folder from "
+            f"before that: sa3-adapter convert FOLDER NEW.safetensors --model NAME"
         )
     ranks = {path: int(params["lora_A"].shape[0]) for path, params in layers.items()}
-    alphas = _parse_alphas(source, list(layers), config)
+    alphas = _parse_alphas(source, names_in_peft, config)
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     include, exclude = _parse_patterns(list(layers), config, metadata)
     return build_spec(
@@ -232,11 +289,11 @@ def _build_lora_spec(
     )
 
 
-def _parse_alphas(source: str, paths: list[str], config: Mapping[str, Any]) -> dict[str, float]:
-    """Parse the alpha of each layer. PEFT's patterns are expressions; only plain module names are accepted."""
+def _parse_alphas(source: str, names_in_peft: Mapping[str, str], config: Mapping[str, Any]) -> dict[str, float]:
+    """Parse the alpha of each layer by module path. PEFT's patterns are expressions; only plain names are accepted."""
     plain = {}
     for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        name = re.sub(r"\\([.\-])", r"\1", str(pattern)).removeprefix("^").removesuffix("$").removeprefix(PREFIX)
+        name = re.sub(r"\\([.\-])", r"\1", str(pattern)).removeprefix("^").removesuffix("$").removeprefix(PEFT_PREFIX)
         if not re.fullmatch(r"[\w.\-]+", name):
             raise AdapterError(
                 f"{source}: alpha_pattern {str(pattern)[:60]!r} is an expression. Name the modules instead."
@@ -244,14 +301,14 @@ def _parse_alphas(source: str, paths: list[str], config: Mapping[str, Any]) -> d
         plain[name] = alpha
     default = config.get("lora_alpha", 8)
 
-    def alpha_of(path: str) -> float:
-        found = (alpha for name, alpha in plain.items() if f".{path}".endswith(f".{name}"))
+    def alpha_of(layer: str) -> float:
+        found = (alpha for name, alpha in plain.items() if f".{layer}".endswith(f".{name}"))
         alpha = next(found, default)
         if not isinstance(alpha, int | float) or isinstance(alpha, bool):
             raise AdapterError(f"{source}: alpha must be a number, not {str(alpha)[:40]!r}.")
         return alpha
 
-    return {path: alpha_of(path) for path in paths}
+    return {path: alpha_of(layer) for path, layer in names_in_peft.items()}
 
 
 def _parse_patterns(
@@ -263,7 +320,7 @@ def _parse_patterns(
         return native.get("include") or None, native.get("exclude") or None
     targets = config.get("target_modules")
     if isinstance(targets, list) and targets and all(isinstance(target, str) for target in targets):
-        return [target.removeprefix(PREFIX) for target in targets], None
+        return [target.removeprefix(PEFT_PREFIX) for target in targets], None
     return paths, None
 
 
@@ -277,10 +334,10 @@ def _parse_method(
 
     spec = parse_peft_config(config)
     prefix = PEFT_TYPE_TO_PREFIX_MAPPING[PeftType(spec.adapter_type.upper())]
-    layers: dict[str, dict[str, Tensor]] = {}
+    named = []
     for key, tensor in tensors.items():
         path, marker, rest = key.rpartition(f".{prefix}")
         if not marker:
             raise AdapterError(f"{source}: {key} is not a tensor of {spec.adapter_type}.")
-        layers.setdefault(_get_path(path), {})[prefix + rest] = tensor
-    return check_tensors(Adapter(spec, layers, metadata, source))
+        named.append((path, prefix + rest, tensor))
+    return check_tensors(Adapter(spec, collect_layers(source, named), metadata, source))

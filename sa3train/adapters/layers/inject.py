@@ -14,7 +14,7 @@ from sa3train.adapters.apply.load_report import check_fit
 from sa3train.adapters.layer_filter import find_adaptable_layers, select_layers
 from sa3train.adapters.layers.peft_layers import SA3LoraConfig, SA3LoraTuner, batch_layers
 from sa3train.adapters.peft_methods import ADAPTER_NAME, inject_peft_method
-from sa3train.adapters.spec import INFERENCE_ONLY, KINDS, AdapterSpec
+from sa3train.adapters.spec import BASES, BIAS_CHANGE, INFERENCE_ONLY, KINDS, AdapterSpec
 from sa3train.core.errors import AdapterError
 from sa3train.core.log import get_logger
 from sa3train.core.text import list_few
@@ -155,7 +155,7 @@ class InjectedAdapter:
         if adapter.spec.adapter_type != self.spec.adapter_type:
             raise AdapterError(
                 f"{adapter.source} is {adapter.spec.adapter_type}, but adapter_type is {self.spec.adapter_type}. "
-                f"Set it to match."
+                f"{_advise_on_type(adapter)}"
             )
         check_fit(adapter, find_adaptable_layers(self.root), allow_partial=True, measure=False)
         mine = self.tensors()
@@ -205,6 +205,14 @@ class InjectedAdapter:
         self.layers = {}
 
 
+_MAKE_LORA = "Make it a plain lora first: sa3-adapter merge FILE -o NEW.safetensors --model NAME --rank R"
+
+
+def _advise_on_type(adapter: Adapter) -> str:
+    is_trainable = adapter.spec.adapter_type not in INFERENCE_ONLY
+    return "Set it to match." if is_trainable else f"This type is not trained. {_MAKE_LORA}"
+
+
 def _check_ranks(spec: AdapterSpec, layers: Mapping[str, nn.Module]) -> None:
     """Check that ranks of -xs types do not exceed the number of singular vectors."""
     if spec.adapter_type not in KINDS or not KINDS[spec.adapter_type].xs:
@@ -220,6 +228,11 @@ def _check_ranks(spec: AdapterSpec, layers: Mapping[str, nn.Module]) -> None:
 
 def _check_layer(adapter: Adapter, spec: AdapterSpec, path: str, params: Mapping[str, Tensor]) -> None:
     found, shapes = ({name: tuple(x.shape) for name, x in each.items()} for each in (adapter.tensors[path], params))
+    if foreign := [name for name in (*BASES, BIAS_CHANGE, "diff") if name in found]:
+        raise AdapterError(
+            f"{adapter.source} has {', '.join(foreign)} at {path}, which training does not continue: bases of its own, "
+            f"changes of biases or full weight deltas. {_MAKE_LORA}"
+        )
     if found != shapes:
         raise AdapterError(f"{adapter.source} does not fit at {path}: it has {found}, but training needs {shapes}.")
     if spec.adapter_type in KINDS and abs(adapter.spec.get_scale(path) - spec.get_scale(path)) > 1e-9:

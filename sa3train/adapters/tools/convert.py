@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -14,19 +13,27 @@ from torch import Tensor
 
 from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.formats.comfy import list_comfy_unsupported, read_comfy, write_comfy
-from sa3train.adapters.formats.io import load_adapter, save_adapter
-from sa3train.adapters.formats.native import MARKER, is_native, read_native
+from sa3train.adapters.formats.io import (
+    PICKLES,
+    is_file_name,
+    load_adapter,
+    name_source,
+    read_settings_beside,
+    save_adapter,
+)
+from sa3train.adapters.formats.naming import NATIVE, NATIVE_KEY, PEFT, identify_format
+from sa3train.adapters.formats.native import read_native
 from sa3train.adapters.formats.peft import parse_peft_tensors, read_peft_config
-from sa3train.adapters.spec import INFERENCE_ONLY, PEFT_METHODS
-from sa3train.adapters.tools.base_weights import LoadedModel, Weights, get_base_weights
-from sa3train.adapters.tools.edit import convert_to_diff, expand_bases, measure_difference, merge
+from sa3train.adapters.spec import BIAS_CHANGE, KINDS, PEFT_METHODS, get_layer_type
+from sa3train.adapters.tools.base_weights import LoadedModel, Weights, get_base_weights, get_weights
+from sa3train.adapters.tools.edit import convert_to_diff, expand_bases, has_own_bases, measure_difference, merge
 from sa3train.adapters.tools.history import append_history
 from sa3train.adapters.tools.low_rank import Truncation
 from sa3train.adapters.tools.results import EditResult
 from sa3train.core.dtypes import get_dtype
 from sa3train.core.errors import AdapterError
+from sa3train.core.files import check_target
 
-PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 FORMATS = ("native", "peft", "comfy")
 EXACT = {"native": (), "peft": ("lora", "dora-rows", *PEFT_METHODS), "comfy": ("lora", "diff")}
 """Types that a format carries as they are; native carries all."""
@@ -34,19 +41,21 @@ WITH_EXPANDED_BASES = {"native": (), "peft": ("lora-xs", "dora-rows-xs"), "comfy
 """-xs types that a format carries exactly once their bases are multiplied in, which takes the base model."""
 
 
-def read_any(path: str | os.PathLike[str]) -> tuple[Adapter, list[str]]:
+def read_any(path: str | os.PathLike[str], weights: Weights | None = None) -> tuple[Adapter, list[str]]:
     """Read an adapter from any file, pickles included.
 
     Args:
         path: A file or PEFT folder.
+        weights: The base model's weights, see `load_adapter`.
 
     Returns:
         The adapter, and notes on what the file held besides it.
     """
     source = Path(path)
     if source.suffix.lower() in PICKLES and source.is_file():
-        return _read_pickle(source)
-    return load_adapter(source), []
+        with name_source(source):
+            return _read_pickle(source, weights)
+    return load_adapter(source, weights), []
 
 
 def convert_adapter(
@@ -56,6 +65,7 @@ def convert_adapter(
     model: LoadedModel | None = None,
     truncation: Truncation | None = None,
     dtype: str = "fp16",
+    overwrite: bool = False,
 ) -> EditResult:
     """Convert an adapter to another format. Raises `AdapterError` if the format cannot carry it.
 
@@ -69,13 +79,15 @@ def convert_adapter(
         model: The base model. With it, the written file is read again and its error measured.
         truncation: The rank of a lora approximation; None converts exactly.
         dtype: Dtype of the written file.
+        overwrite: Replace what exists at the target, but never a source.
 
     Returns:
         What was written.
     """
-    to = to or ("native" if os.fspath(target).endswith(".safetensors") else "peft")
+    to = to or ("native" if is_file_name(target) else "peft")
     _check_target(Path(target), to)
-    original, notes = read_any(source)
+    check_target(target, [source], overwrite)
+    original, notes = read_any(source, None if model is None else get_weights(model))
     weights, warnings = get_base_weights([original], model)
     adapter = _make_portable(original, to, weights, truncation, notes, warnings)
     adapter = replace(adapter, metadata=append_history(adapter, "convert", to=to, of=Path(source).name))
@@ -100,7 +112,7 @@ def convert_adapter(
 def _check_target(target: Path, to: str) -> None:
     if to not in FORMATS:
         raise AdapterError(f"Unknown format {to!r}. Choose one of {', '.join(FORMATS)}.")
-    if (to == "peft") == (target.suffix == ".safetensors") or target.suffix.lower() in PICKLES:
+    if (to == "peft") == is_file_name(target):
         wanted = "a folder" if to == "peft" else "a file that ends in .safetensors"
         raise AdapterError(f"{target} does not suit --to {to}. Give {wanted}.")
 
@@ -115,9 +127,13 @@ def _make_portable(
 ) -> Adapter:
     """Make the adapter that the format can carry; adds to `notes` and `warnings`."""
     name = adapter.spec.adapter_type
-    exact = name in EXACT[to] or to == "native"
+    types = {get_layer_type(name, params) for params in adapter.tensors.values()}
+    has_bias = any(BIAS_CHANGE in params for params in adapter.tensors.values())
+    if has_bias or types != {name}:
+        name += " with changes of biases" if has_bias else " with full weight deltas"
+    exact = to == "native" or (types <= set(EXACT[to]) and not (has_bias and to == "peft"))
     if truncation is not None:
-        if exact and name not in INFERENCE_ONLY:
+        if exact and name in (*KINDS, *PEFT_METHODS):
             raise AdapterError(f"{to} carries {name} exactly. Remove the rank; to truncate it use: sa3-adapter resize.")
         approximate, error = merge([adapter], [1.0], truncation, weights, tool="approximate")
         rank = approximate.spec.format_rank(approximate.tensors)
@@ -125,21 +141,21 @@ def _make_portable(
         warnings.extend(f"not carried over: {what}" for what in error.not_carried)
         return approximate
     if exact:
-        if name in INFERENCE_ONLY:
+        if to == "native" and name not in (*KINDS, *PEFT_METHODS):
             notes.append(
                 f"among tools that read native files only sa3train supports {name}; for others set --model and --rank"
             )
         return adapter
     as_lora = "approximated by a lora of --rank R (or --explained-variance SHARE), with its error reported."
     ways = f"exported as full weight deltas, or {as_lora}" if to == "comfy" else as_lora
-    if weights is None:
+    if weights is None and not (name in WITH_EXPANDED_BASES[to] and has_own_bases(adapter)):
         how = "exactly, by multiplying its bases in." if name in WITH_EXPANDED_BASES[to] else ways
         raise AdapterError(f"{to} has no {name}. With its base model (--model NAME) it can be converted: {how}")
     if name in WITH_EXPANDED_BASES[to]:
         free = name.removesuffix("-xs")
         notes.append(f"{name} is exported as {free}: its frozen bases are multiplied in, exact up to rounding")
         return expand_bases(adapter, weights)
-    if to == "comfy":
+    if to == "comfy" and weights is not None:
         deltas = convert_to_diff(adapter, weights)
         size = sum(tensor.numel() for params in deltas.tensors.values() for tensor in params.values())
         notes.append(f"{name} is exported as full weight deltas: exact up to rounding, {size / 1e6:.1f} M values")
@@ -151,7 +167,7 @@ def _remove_layers(adapter: Adapter, paths: list[str]) -> Adapter:
     return replace(adapter, tensors={path: params for path, params in adapter.tensors.items() if path not in paths})
 
 
-def _read_pickle(source: Path) -> tuple[Adapter, list[str]]:
+def _read_pickle(source: Path, weights: Weights | None) -> tuple[Adapter, list[str]]:
     """Read an adapter from a pickle. Only tensors and plain containers are ever built; anything else is refused."""
     try:
         content = torch.load(source, map_location="cpu", weights_only=True)
@@ -162,17 +178,13 @@ def _read_pickle(source: Path) -> tuple[Adapter, list[str]]:
             f"holds more than tensors, which may be code. Ask its author for a .safetensors file."
         ) from error
     tensors, settings = _find_state(source, content)
-    keys = list(tensors)
-    if is_native(keys):
+    form = identify_format(str(source), tensors)
+    if form == NATIVE:
         return _parse_native_state(source, tensors, settings)
     notes = ["read from a pickle with the weights-only reader"]
-    if any(key.startswith("base_model.model.") for key in keys):
-        return parse_peft_tensors(str(source), tensors, read_peft_config(source.parent), {}), notes
-    if any(key.startswith(("diffusion_model.", "lora_unet_")) for key in keys):
-        return read_comfy(str(source), tensors, {}), notes
-    raise AdapterError(
-        f"{source} holds no adapter: none of its {len(keys)} tensors has an adapter's name ({keys[:2]})."
-    )
+    if form == PEFT:
+        return parse_peft_tensors(str(source), tensors, read_peft_config(source.parent), {}, weights), notes
+    return read_comfy(str(source), tensors, {}), notes
 
 
 def _find_state(source: Path, content: Any) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
@@ -201,23 +213,12 @@ def _parse_native_state(
     source: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]
 ) -> tuple[Adapter, list[str]]:
     """Parse native keys below whatever wrapper the trainer saved them with; other tensors are dropped."""
-    found, dropped = {}, 0
-    for key, tensor in tensors.items():
-        path, marker, name = key.partition(MARKER)
-        if marker and name not in ("U", "V"):
-            found[f"{_unwrap_path(path)}{MARKER}{name}"] = tensor.contiguous()
-        else:
-            dropped += 1
+    found = {key: tensor.contiguous() for key, tensor in tensors.items() if NATIVE_KEY.match(key)}
+    dropped = len(tensors) - len(found)
+    metadata = {**metadata, **read_settings_beside(source, metadata)}
     notes = ["read from a pickle with the weights-only reader"]
     if dropped:
         notes.append(f"{dropped} tensors of the file do not belong to the adapter and were dropped")
     if not metadata:
         notes.append("it has no lora_config: alpha is assumed to equal the rank, and include and exclude are unknown")
     return read_native(str(source), found, metadata), notes
-
-
-def _unwrap_path(path: str) -> str:
-    found = re.search(r"(?:^|\.)(conditioners\..*)$", path)
-    if found:
-        return found.group(1)
-    return "model." + re.sub(r"^(?:.*?\.)?(?:model\.)+|^", "", path, count=1)

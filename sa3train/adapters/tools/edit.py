@@ -15,7 +15,15 @@ from sa3train.adapters.apply.effective_weight import flatten_weight
 from sa3train.adapters.apply.layer_weight import get_layer_adapter
 from sa3train.adapters.formats.native import build_spec
 from sa3train.adapters.layer_filter import find_adaptable_layers
-from sa3train.adapters.spec import KINDS, AdapterSpec
+from sa3train.adapters.spec import (
+    BASES,
+    BIAS_CHANGE,
+    KINDS,
+    MAX_VALUE,
+    AdapterSpec,
+    get_layer_type,
+    is_finite_number,
+)
 from sa3train.adapters.tools.base_weights import Weights, get_weight, require_weights
 from sa3train.adapters.tools.history import HISTORY, append_history, describe_source, read_history, write_history
 from sa3train.adapters.tools.low_rank import ErrorByLayer, LowRankFactors, Truncation, truncate_matrix, truncate_product
@@ -40,14 +48,19 @@ def resize(adapter: Adapter, truncation: Truncation, weights: Weights | None = N
     """
     kind = KINDS.get(adapter.spec.adapter_type)
     if kind is not None and kind.xs:
-        adapter = expand_bases(adapter, require_weights(adapter, weights, "Resizing"))
+        adapter = expand_bases(adapter, weights)
     elif kind is None and adapter.spec.adapter_type != "comfy-dora":
         return merge([adapter], [1.0], truncation, weights, tool="resize")
     spec, error, layers, ranks = adapter.spec, ErrorByLayer(), {}, {}
     for path, params in adapter.tensors.items():
-        part = truncate_product(params["lora_B"] * spec.get_scale(path), params["lora_A"], truncation)
-        others = {name: tensor for name, tensor in params.items() if name not in ("lora_A", "lora_B")}
-        layers[path] = {**_store_factors(part), **others}
+        layers[path] = {name: tensor for name, tensor in params.items() if name not in ("lora_A", "lora_B", "diff")}
+        if "lora_A" in params:
+            part = truncate_product(params["lora_B"] * spec.get_scale(path), params["lora_A"], truncation)
+        elif "diff" in params:
+            part = truncate_matrix(flatten_weight(params["diff"]), truncation)
+        else:
+            continue  # only its bias changes
+        layers[path] |= _store_factors(part)
         ranks[path] = part.A_RI.shape[0]
         error.layers[path] = (part.error, part.total)
     spec = build_spec(spec.adapter_type, ranks, dropout=spec.dropout, include=spec.include, exclude=spec.exclude)
@@ -68,23 +81,23 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
     Raises:
         AdapterError: If the factor is 0 or not finite, or the change is not proportional to the scale (see `merge`).
     """
-    if factor == 0 or not torch.isfinite(torch.tensor(factor)):
-        raise AdapterError(f"factor must be a finite number other than 0, not {factor}.")
+    if factor == 0 or not is_finite_number(factor):
+        raise AdapterError(f"factor must be a finite number other than 0, up to {MAX_VALUE:g}, not {factor}.")
     spec, tensors = adapter.spec, adapter.tensors
-    if spec.adapter_type in ("lora", "lora-xs"):
-        alphas = {path: spec.get_alpha(path) * factor for path in tensors}
-        common = (spec.rank if spec.alpha is None else spec.alpha) * factor
-        pattern = {path: alpha for path, alpha in alphas.items() if alpha != common}
-        spec = replace(spec, alpha=common, alpha_pattern=pattern)
-    elif spec.adapter_type == "diff":
-        tensors = {
-            path: {name: tensor.float() * factor for name, tensor in params.items()} for path, params in tensors.items()
-        }
-    else:
+    if spec.adapter_type not in ("lora", "lora-xs", "diff"):
         raise AdapterError(
             f"The change of a {spec.adapter_type} adapter is not proportional to its scale. Set --model NAME and "
             f"--rank R to scale a lora approximation of it; the error is reported."
         )
+    if spec.adapter_type != "diff":
+        alphas = {path: spec.get_alpha(path) * factor for path in tensors}
+        common = (spec.rank if spec.alpha is None else spec.alpha) * factor
+        pattern = {path: alpha for path, alpha in alphas.items() if alpha != common}
+        spec = replace(spec, alpha=common, alpha_pattern=pattern)
+    tensors = {
+        path: {name: x.float() * factor if name in ("diff", BIAS_CHANGE) else x for name, x in params.items()}
+        for path, params in tensors.items()
+    }
     return Adapter(spec, tensors, append_history(adapter, "scale", factor=factor), adapter.source)
 
 
@@ -115,9 +128,9 @@ def merge(
     paths = list(dict.fromkeys(path for adapter in adapters for path in adapter.tensors))
     for path in track_progress(paths, tool, unit="layer"):
         active = [(a, s) for a, s in zip(adapters, strengths, strict=True) if path in a.tensors]
-        if any("diff_b" in a.tensors[path] for a, _ in active):
+        if any(BIAS_CHANGE in a.tensors[path] for a, _ in active):
             error.not_carried.append(f"{path}: the change of its bias")
-        active = [(a, s) for a, s in active if a.tensors[path].keys() != {"diff_b"}]
+        active = [(a, s) for a, s in active if a.tensors[path].keys() != {BIAS_CHANGE}]
         if active:
             parts[path] = _truncate_sum(path, active, truncation, weights)
             error.layers[path] = (parts[path].error, parts[path].total)
@@ -136,24 +149,40 @@ def merge(
 
 
 @torch.no_grad()
-def expand_bases(adapter: Adapter, weights: Weights) -> Adapter:
+def expand_bases(adapter: Adapter, weights: Weights | None) -> Adapter:
     """Expand the frozen bases of an -xs adapter into free factors U·M and Vᵀ, which make the same change.
 
     Args:
         adapter: An adapter of an -xs type.
-        weights: The base model's weights.
+        weights: The base model's weights; not needed where the adapter brings its own bases.
 
     Returns:
         The adapter as other tools can read it.
     """
     layers = {}
     for path, params in adapter.tensors.items():
-        basis = get_layer_adapter(adapter, path, get_weight(adapter, weights, path)).params
-        free = {"lora_B": (basis["U"] @ params["M_xs"].float()).cpu(), "lora_A": basis["V"].T.contiguous().cpu()}
-        layers[path] = {**free, **{name: tensor for name, tensor in params.items() if name != "M_xs"}}
+        basis: Mapping[str, Tensor] = params
+        if not has_own_bases(adapter):
+            W = get_weight(adapter, require_weights(adapter, weights, "Expanding the bases of"), path)
+            basis = get_layer_adapter(adapter, path, W).params
+        U, V = basis["U"].float(), basis["V"].float()
+        free = {"lora_B": (U @ params["M_xs"].to(U)).cpu(), "lora_A": V.T.contiguous().cpu()}
+        layers[path] = {**free, **{name: tensor for name, tensor in params.items() if name not in ("M_xs", *BASES)}}
     xs_type = adapter.spec.adapter_type
     metadata = append_history(adapter, "expand_bases", adapter_type=xs_type)
     return Adapter(replace(adapter.spec, adapter_type=xs_type.removesuffix("-xs")), layers, metadata, adapter.source)
+
+
+def has_own_bases(adapter: Adapter) -> bool:
+    """Check whether an adapter of an -xs type brings the bases of every layer along.
+
+    Args:
+        adapter: The adapter.
+
+    Returns:
+        Whether it does.
+    """
+    return all(params.keys() >= set(BASES) for params in adapter.tensors.values())
 
 
 @torch.no_grad()
@@ -173,7 +202,7 @@ def convert_to_diff(adapter: Adapter, weights: Weights) -> Adapter:
         part = get_layer_adapter(adapter, path, W)
         layers[path] = {"diff": (part.weight(W) - W.float()).cpu()}
         if (bias := part.bias_change()) is not None:
-            layers[path]["diff_b"] = bias.cpu()
+            layers[path][BIAS_CHANGE] = bias.cpu()
     spec = AdapterSpec("diff", include=adapter.spec.include, exclude=adapter.spec.exclude)
     metadata = append_history(adapter, "convert_to_diff", adapter_type=adapter.spec.adapter_type)
     return Adapter(spec, layers, metadata, adapter.source)
@@ -263,7 +292,11 @@ def _truncate_sum(
     path: str, active: list[tuple[Adapter, float]], truncation: Truncation, weights: Weights | None
 ) -> LowRankFactors:
     """Σ sᵢ (Wᵢ' − W) at `path`, truncated; by its factors when all have them, else as a full matrix."""
-    if all(adapter.spec.adapter_type == "lora" for adapter, _ in active):
+    shapes = {_get_shape(adapter.tensors[path]) for adapter, _ in active} - {None}
+    if len(shapes) > 1:
+        names = " and ".join(adapter.source for adapter, _ in active)
+        raise AdapterError(f"{names} change a weight of another shape at {path}: they are made for different models.")
+    if all(get_layer_type(a.spec.adapter_type, a.tensors[path]) == "lora" for a, _ in active):
         B = [a.tensors[path]["lora_B"].double() * (s * a.spec.get_scale(path)) for a, s in active]
         A = [a.tensors[path]["lora_A"].double() for a, _ in active]
         return truncate_product(torch.cat(B, 1), torch.cat(A), truncation)
@@ -271,12 +304,20 @@ def _truncate_sum(
     return truncate_matrix(total, truncation)  # type: ignore[arg-type]
 
 
+def _get_shape(params: Mapping[str, Tensor]) -> tuple[int, ...] | None:
+    """Get the shape of the weight that a layer's tensors are for; None where they do not say."""
+    if "lora_A" in params and "lora_B" in params:
+        return params["lora_B"].shape[0], params["lora_A"].shape[1]
+    return tuple(flatten_weight(params["diff"]).shape) if "diff" in params else None
+
+
 def _compute_change(adapter: Adapter, path: str, weights: Weights | None) -> Tensor:
     """W' − W at strength 1, flattened."""
     params = adapter.tensors[path]
-    if adapter.spec.adapter_type == "lora":
+    layer_type = get_layer_type(adapter.spec.adapter_type, params)
+    if layer_type == "lora":
         return adapter.spec.get_scale(path) * (params["lora_B"].float() @ params["lora_A"].float())
-    if adapter.spec.adapter_type == "diff":
+    if layer_type == "diff":
         return flatten_weight(params["diff"].float())
     W = get_weight(adapter, require_weights(adapter, weights, "Merging or approximating"), path)
     return flatten_weight(get_layer_adapter(adapter, path, W).weight(W) - W.float()).cpu()

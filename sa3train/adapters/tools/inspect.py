@@ -16,6 +16,7 @@ from sa3train.adapters.apply.layer_weight import get_layer_adapter
 from sa3train.adapters.apply.load_report import LoadReport, check_fit, get_layer_group, list_non_finite
 from sa3train.adapters.formats.io import load_adapter
 from sa3train.adapters.layer_filter import find_adaptable_layers
+from sa3train.adapters.spec import PEFT_METHODS
 from sa3train.adapters.tools.base_weights import LoadedModel, Weights, get_base_weights
 from sa3train.adapters.tools.history import HISTORY, read_history
 from sa3train.adapters.tools.low_rank import Product, compute_inner_product
@@ -282,10 +283,13 @@ def plot_layers(inspection: Inspection, path: str | os.PathLike[str]) -> None:
         path: The PNG file to write.
 
     Raises:
-        AdapterError: If the change depends on the base model and there is none.
+        AdapterError: If the file's name does not end in .png, or the change depends on the base model and there is
+            none.
     """
     from matplotlib.figure import Figure
 
+    if Path(path).suffix.lower() != ".png":
+        raise AdapterError(f"{path} is no name for a plot, which is a PNG image. End it in .png.")
     values: Mapping[str, float] = inspection.load_report.layer_effect if inspection.load_report else {}
     label = RELATIVE_CHANGE if values else PRODUCT_NORM
     values = values or {path: layer.norm for path, layer in inspection.layers.items() if layer.norm is not None}
@@ -336,8 +340,12 @@ def _get_product(adapter: Adapter, path: str, weights: Weights | None) -> Produc
             return None
         W = weights[path].detach()
         return _flatten(get_layer_adapter(adapter, path, W).weight(W) - W.float())
-    if spec.adapter_type == "diff":
-        return _flatten(params["diff"]) if "diff" in params else None
+    if spec.adapter_type in PEFT_METHODS:
+        return None
+    if "diff" in params:
+        return _flatten(params["diff"])
+    if "U" in params and "M_xs" in params:
+        return params["U"].double() @ params["M_xs"].double() * spec.get_scale(path), params["V"].double().T
     if "M_xs" in params:  # bases are orthonormal, so norms and angles are those of M
         return _flatten(params["M_xs"].double() * spec.get_scale(path))
     if "lora_A" in params and "lora_B" in params:
@@ -351,7 +359,7 @@ def _flatten(change: Tensor) -> Product:
 
 def _compare_layer(first: Adapter, second: Adapter, path: str, weights: Weights | None) -> LayerDifference:
     one, other = (_get_product(adapter, path, weights) for adapter in (first, second))
-    frozen = ["M_xs" in adapter.tensors[path] for adapter in (first, second)]
+    frozen = ["M_xs" in params and "U" not in params for params in (first.tensors[path], second.tensors[path])]
     if one is None or other is None or (weights is None and frozen[0] != frozen[1]):
         return LayerDifference()
     shape, other_shape = ((B.shape[0], (B if A is None else A).shape[1]) for B, A in (one, other))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sa3train.adapters.spec import MAX_RANK
 from sa3train.core.errors import AdapterError
 from sa3train.core.text import compute_relative_norm
 
@@ -18,7 +19,7 @@ class Truncation:
     """The rank to truncate to. Construction raises `AdapterError` unless exactly one setting is given and in range.
 
     Attributes:
-        rank: The rank, at least 1.
+        rank: The rank, from 1 to 16384.
         explained_variance: The share of Σσ² to keep, in (0, 1]: each layer gets the smallest rank that reaches it.
     """
 
@@ -28,8 +29,8 @@ class Truncation:
     def __post_init__(self) -> None:
         if (self.rank is None) == (self.explained_variance is None):
             raise AdapterError("Give either a rank or an explained variance.")
-        if self.rank is not None and self.rank < 1:
-            raise AdapterError(f"rank must be at least 1, not {self.rank}.")
+        if self.rank is not None and not 1 <= self.rank <= MAX_RANK:
+            raise AdapterError(f"rank must be from 1 to {MAX_RANK}, not {self.rank}.")
         if self.explained_variance is not None and not 0 < self.explained_variance <= 1:
             raise AdapterError(f"explained_variance must be above 0 and at most 1, not {self.explained_variance}.")
 
@@ -120,7 +121,11 @@ def truncate_product(B_OR: Tensor, A_RI: Tensor, truncation: Truncation) -> LowR
 
     Returns:
         The best factors of that rank.
+
+    Raises:
+        AdapterError: If a factor holds NaN or infinity.
     """
+    _check_finite(B_OR, A_RI)
     Q_OK, left = torch.linalg.qr(B_OR.double())
     Q_IK, right = torch.linalg.qr(A_RI.double().T)
     U, S, Vh = torch.linalg.svd(left @ right.T, full_matrices=False)
@@ -138,7 +143,11 @@ def truncate_matrix(D_OI: Tensor, truncation: Truncation) -> LowRankFactors:
 
     Returns:
         The best factors of that rank.
+
+    Raises:
+        AdapterError: If the change holds NaN or infinity.
     """
+    _check_finite(D_OI)
     D = D_OI.double()
     tall = D.shape[0] >= D.shape[1]
     values, vectors = torch.linalg.eigh(D.T @ D if tall else D @ D.T)
@@ -166,6 +175,14 @@ def compute_inner_product(first: Product, second: Product) -> float:
     if A is not None and C is not None:
         return float(((B.T @ D) * (A @ C.T)).sum())
     return float(((B if A is None else B @ A) * (D if C is None else D @ C)).sum())
+
+
+def _check_finite(*tensors: Tensor) -> None:
+    if not all(torch.isfinite(tensor).all() for tensor in tensors):
+        raise AdapterError(
+            "The change holds NaN or infinity, so it cannot be truncated. The adapter's training diverged. Use an "
+            "earlier checkpoint, or see which file it is with sa3-adapter inspect."
+        )
 
 
 def _pad(B_OR: Tensor, A_RI: Tensor, rank: int) -> tuple[Tensor, Tensor]:

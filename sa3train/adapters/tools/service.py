@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sa3train.adapters.adapter import Adapter, hash_architecture
-from sa3train.adapters.formats.io import load_adapter, save_adapter
+from sa3train.adapters.formats.io import is_file_name, load_adapter, save_adapter
 from sa3train.adapters.tools.base_weights import LoadedModel, get_base_weights, get_weights
 from sa3train.adapters.tools.edit import extract, list_not_extracted, merge, resize, scale
 from sa3train.adapters.tools.low_rank import ErrorByLayer, Truncation
@@ -16,6 +16,7 @@ from sa3train.adapters.tools.merge_checkpoint import WeightedAdapter, merge_into
 from sa3train.adapters.tools.results import CheckpointResult, EditResult
 from sa3train.core.dtypes import get_dtype
 from sa3train.core.errors import AdapterError
+from sa3train.core.files import check_target
 
 AnyPath = str | Path
 
@@ -25,9 +26,10 @@ def merge_adapters(
     target: AnyPath,
     model: LoadedModel | None = None,
     truncation: Truncation | None = None,
-    dtype: str = "fp16",
+    dtype: str | None = None,
     conditioner_strength: float | None = None,
     allow_partial: bool = False,
+    overwrite: bool = False,
 ) -> EditResult | CheckpointResult:
     """Merge adapters into one lora adapter, or into a checkpoint.
 
@@ -36,9 +38,10 @@ def merge_adapters(
         target: A file or folder for one adapter, a folder for a checkpoint.
         model: The model to merge into, or the base model of adapters whose change depends on it.
         truncation: The rank of the one adapter; None merges into a checkpoint.
-        dtype: Dtype of the adapter file.
+        dtype: Dtype of the adapter file; None means fp16. A checkpoint keeps its own.
         conditioner_strength: Strength in the conditioner, for a checkpoint; None means each adapter's strength.
         allow_partial: Accept adapters of which only some layers fit, for a checkpoint.
+        overwrite: Replace what exists at the target, but never a source.
 
     Returns:
         What was written.
@@ -46,7 +49,17 @@ def merge_adapters(
     Raises:
         AdapterError: If a setting is missing or has no effect.
     """
-    adapters, strengths = [load_adapter(path) for path, _ in sources], [strength for _, strength in sources]
+    read, strengths = [path for path, _ in sources], [strength for _, strength in sources]
+    check_target(target, read if model is None else [*read, model.path], overwrite)
+    if 0 in strengths and not conditioner_strength:
+        raise AdapterError(f"{read[strengths.index(0)]} has no effect at strength 0. Leave it out of the merge.")
+    if truncation is None and dtype is not None:
+        raise AdapterError("A checkpoint keeps the dtypes of its model. Remove --dtype, or set --rank for an adapter.")
+    if is_file_name(target) and truncation is None:
+        raise AdapterError(
+            f"{target} would be the folder of a checkpoint. Name a folder, or set --rank for an adapter."
+        )
+    adapters = [load_adapter(path) for path in read]
     if truncation is None:
         if model is None:
             raise AdapterError(
@@ -61,11 +74,16 @@ def merge_adapters(
         )
     weights, warnings = get_base_weights(adapters, model)
     adapter, error = merge(adapters, strengths, truncation, weights)
-    return _save(target, adapter, dtype, error, warnings)
+    return _save(target, adapter, dtype or "fp16", error, warnings)
 
 
 def extract_adapter(
-    tuned: LoadedModel, base: LoadedModel, target: AnyPath, truncation: Truncation | None, dtype: str = "fp16"
+    tuned: LoadedModel,
+    base: LoadedModel,
+    target: AnyPath,
+    truncation: Truncation | None,
+    dtype: str = "fp16",
+    overwrite: bool = False,
 ) -> EditResult:
     """Extract the difference of two checkpoints as a lora adapter.
 
@@ -75,10 +93,13 @@ def extract_adapter(
         target: The file or folder to write.
         truncation: The rank of the adapter.
         dtype: Dtype of the adapter file.
+        overwrite: Replace what exists at the target.
 
     Returns:
         What was written.
     """
+    is_file_name(target)
+    check_target(target, [tuned.path, base.path], overwrite)
     provenance = {
         "base_model": base.name,
         "base_hash": base.fingerprint(),
@@ -97,6 +118,7 @@ def resize_adapter(
     truncation: Truncation | None,
     model: LoadedModel | None = None,
     dtype: str = "fp16",
+    overwrite: bool = False,
 ) -> EditResult:
     """Resize an adapter to another rank.
 
@@ -106,10 +128,13 @@ def resize_adapter(
         truncation: The new rank.
         model: The base model, for types whose change depends on it.
         dtype: Dtype of the adapter file.
+        overwrite: Replace what exists at the target, but never a source.
 
     Returns:
         What was written.
     """
+    is_file_name(target)
+    check_target(target, [source], overwrite)
     truncation, original = require_rank(truncation), load_adapter(source)
     weights, warnings = get_base_weights([original], model)
     adapter, error = resize(original, truncation, weights)
@@ -124,6 +149,7 @@ def scale_adapter(
     truncation: Truncation | None = None,
     model: LoadedModel | None = None,
     dtype: str = "fp16",
+    overwrite: bool = False,
 ) -> EditResult:
     """Scale an adapter: exactly where its change is proportional to its scale, else as a lora approximation.
 
@@ -134,10 +160,13 @@ def scale_adapter(
         truncation: The rank of the lora approximation; None scales exactly.
         model: The base model, for types whose change depends on it.
         dtype: Dtype of the adapter file.
+        overwrite: Replace what exists at the target, but never a source.
 
     Returns:
         What was written.
     """
+    is_file_name(target)
+    check_target(target, [source], overwrite)
     original = load_adapter(source)
     weights, warnings = get_base_weights([original], model)
     error = None

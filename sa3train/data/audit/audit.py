@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
-from sa3train.audio.io import read_audio
+from sa3train.audio.io import read_whole
 from sa3train.core.config import check_choice
 from sa3train.core.errors import AudioError, DataError
 from sa3train.core.log import track_progress
@@ -24,15 +24,17 @@ from sa3train.data.audit.checks import (
     FINGERPRINT_BITS,
     LIMITS,
     check_measurements,
-    explain_implausible,
+    check_usable,
     find_duplicates,
     find_near_duplicates,
     is_rejected,
     make_finding,
     measure,
 )
-from sa3train.data.sources.captions import CAPTION_FIELDS, EMBEDDED_TAGS, MAX_TAG_LENGTH, read_clip_text
-from sa3train.data.sources.listing import PATH_FIELDS, Clip, Listing
+from sa3train.data.sources.captions import read_clip_text
+from sa3train.data.sources.listing import Clip, Listing
+from sa3train.data.sources.lists import CAPTION_FIELDS, PATH_FIELDS
+from sa3train.data.sources.tags import EMBEDDED_TAGS, MAX_TAG_LENGTH, TAG_PATTERNS
 
 CAPTION_RULES = ("required", "optional")
 
@@ -49,7 +51,7 @@ def compute_audit_version() -> str:
         Hex digest, equal for equal checks.
     """
     severities = {code: kind.severity for code, kind in FINDING_TYPES.items()}
-    text_fields = [CAPTION_FIELDS, PATH_FIELDS, EMBEDDED_TAGS, MAX_TAG_LENGTH]
+    text_fields = [CAPTION_FIELDS, PATH_FIELDS, EMBEDDED_TAGS, MAX_TAG_LENGTH, TAG_PATTERNS]
     measurements = sorted(measure(np.zeros((1, 4096), np.float32), 44100))
     guarded = [text_fields, severities, LIMITS, FINGERPRINT_BITS, measurements]
     return hashlib.sha256(repr(guarded).encode()).hexdigest()[:16]
@@ -61,12 +63,14 @@ class AuditRules:
 
     Attributes:
         captions: "required" rejects clips without a caption, "optional" accepts them.
+        allow_promotional: Use tags inside audio files that read like an advertisement or a web address.
         longest_seconds: Longest audio the model generates, in seconds; None for no limit.
         count_tokens: Counts the tokens of each caption; None to skip the check.
         max_tokens: Number of tokens the model reads.
     """
 
     captions: str = "required"
+    allow_promotional: bool = False
     longest_seconds: float | None = None
     count_tokens: Callable[[Sequence[str]], list[int]] | None = None
     max_tokens: int | None = None
@@ -91,48 +95,26 @@ def audit_clip(clip: Clip, rules: AuditRules) -> dict[str, Any]:
     content: bytes | None = None
     try:
         content = None if path else clip.audio.read()
-        audio_CN, rate = read_audio(path if content is None and path else content or b"")
+        decoded = read_whole(path if content is None and path else content or b"")
     except READ_ERRORS as error:
         text = str(error) or type(error).__name__
         findings.append(make_finding("not_finite" if "NaN or infinite" in text else "unreadable", text))
     else:
-        missing = count_missing_bytes(Path(path) if path else content)
-        if missing:
-            findings.append(make_finding("cut_short", f"{missing} bytes are missing"))
-        implausible = explain_implausible(audio_CN.numpy(), rate)
-        if implausible:
-            findings.append(make_finding("implausible", implausible))
+        audio_CN, rate = decoded.audio_CN, decoded.sample_rate
+        findings += [make_finding(problem.code, problem.detail) for problem in decoded.problems]
+        unusable = check_usable(audio_CN.numpy(), rate, decoded.speakers)
+        if unusable:
+            findings.append(unusable)
         else:
-            row |= measure(audio_CN.numpy(), rate)
+            row |= measure(audio_CN.numpy(), rate, decoded.speakers)
             findings += check_measurements(row, rules.longest_seconds)
     row |= _audit_text(clip, content, rules, findings)
     return row
 
 
-def count_missing_bytes(file: Path | bytes | None) -> int:
-    """Count the bytes by which a WAV or AIFF file is shorter than its header says.
-
-    Args:
-        file: Path or content of an audio file.
-
-    Returns:
-        Number of missing bytes; 0 for other formats.
-    """
-    if isinstance(file, Path):
-        with file.open("rb") as opened:
-            head, size = opened.read(8), file.stat().st_size
-    else:
-        head, size = (file or b"")[:8], len(file or b"")
-    orders: dict[bytes, Literal["little", "big"]] = {b"RIFF": "little", b"FORM": "big"}
-    order = orders.get(head[:4])
-    stated = int.from_bytes(head[4:], order) if order else 0
-    # Streamed files state 0 or the largest number; a padding byte is often left out.
-    return max(0, stated + 8 - size - 1) if order and stated < 0xFFFFFF00 else 0
-
-
 def _audit_text(clip: Clip, content: bytes | None, rules: AuditRules, findings: list[dict[str, Any]]) -> dict[str, Any]:
-    text = read_clip_text(clip, content)
-    findings += [make_finding(code, detail) for code, detail in text.problems]
+    text = read_clip_text(clip, content, rules.allow_promotional)
+    findings += [make_finding(code, detail) for code, detail in (*clip.notes, *text.problems)]
     columns: dict[str, Any] = {"caption": text.caption, "tags": text.tags}
     if text.beats:
         columns["beats"] = text.beats
@@ -155,8 +137,8 @@ def list_problem_rows(listing: Listing) -> list[dict[str, Any]]:
         One row with an error for each problem.
     """
     return [
-        {"source": source, "stamp": "", "findings": [make_finding("damaged_source", text)], "caption": "", "tags": {}}
-        for source, text in listing.problems
+        {"source": source, "stamp": "", "findings": [make_finding(code, detail)], "caption": "", "tags": {}}
+        for source, detail, code in listing.problems
     ]
 
 
@@ -193,20 +175,9 @@ def _audit_in_order(clips: Iterable[Clip], rules: AuditRules, threads: int) -> I
 
 def _drop_incomplete_line(journal: Path) -> None:
     """Cut off a last line that a killed process left half written."""
-    if not journal.is_file():
-        return
-    with journal.open("r+b") as file:
-        size = end = file.seek(0, 2)
-        while end > 0:
-            start = max(0, end - 65536)
-            file.seek(start)
-            newline = file.read(end - start).rfind(b"\n")
-            if newline >= 0:
-                end = start + newline + 1
-                break
-            end = start
-        if end < size:
-            file.truncate(end)
+    if journal.is_file():
+        with journal.open("r+b") as file:
+            file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
 
 
 def read_stamps(journals: Iterable[Path]) -> dict[str, str]:

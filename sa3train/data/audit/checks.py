@@ -6,14 +6,18 @@ Shapes: C audio channels, N samples, F frequency bands, S time segments.
 import functools
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from sa3train.audio.metrics import measure_loudness_lufs
+from sa3train.audio.edit import mix_channels
+from sa3train.audio.io import PLAUSIBLE_RATES, check_plausible
+from sa3train.audio.layouts import DEFAULT_LAYOUTS
+from sa3train.audio.metrics import measure_loudness_lufs, measure_offset
+from sa3train.core.errors import AudioError
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 SEVERITIES = (ERROR, WARNING, NOTE)
@@ -24,16 +28,14 @@ SILENCE_AMPLITUDE = 10 ** (-60 / 20)
 
 LIMITS = {
     "too_short": 4096 / 44100,  # seconds: one latent frame
-    "clipped": 1e-3,  # share of the samples
+    "clipped": 1e-4,  # share of the samples
     "over_full_scale": 1e-4,  # share of the samples
     "leading_silence": 0.5,  # seconds
     "trailing_silence": 1.0,  # seconds
     "dc_offset": 0.005,  # of full scale
     "quiet": -40.0,  # LUFS
     "low_rate": 32000,  # Hz
-    "lowest_rate": 2000,  # Hz; beyond this and the next two, the file's header is wrong
-    "highest_rate": 768_000,  # Hz
-    "loudest": 1000.0,  # times full scale (+60 dB)
+    "loudest": 2.0**32,  # times full scale; beyond this the file's header is wrong
 }
 """Limits of the checks, in the unit of the measurement."""
 
@@ -42,6 +44,13 @@ _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 FINGERPRINT_BITS = 240
 _BANDS, _SEGMENTS, _LOWEST_HZ = 72, 16, 110.0
+
+_NEAR_FULL_SCALE = 0.98
+_TOP, _BELOW = 0.9999, 0.01
+_FEWEST_CLIPPED = 8
+"""Clipping is looked for at peaks above the first: samples at `_TOP` of the peak are counted, and those down to
+`_BELOW` of the peak below it.
+"""
 
 _NEAR_BITS = 18
 """Most fingerprint bits in which near duplicates differ: other encodings of one sound differ in up to 10, two
@@ -72,6 +81,22 @@ class FindingType:
     title: str
     remedy: str
 
+    @property
+    def fix(self) -> str:
+        """Name of the fix that the remedy advises; empty for none."""
+        return self.remedy.rpartition("fixes=")[2] if "fixes=" in self.remedy else ""
+
+    def after(self, fixes: Collection[str]) -> "FindingType":
+        """Describe the finding for an encode that applies fixes.
+
+        Args:
+            fixes: Fixes that are applied.
+
+        Returns:
+            A note that the fix was applied where the remedy advises one of them; otherwise the type itself.
+        """
+        return FindingType(NOTE, self.title, f"fixes={self.fix} was applied") if self.fix in fixes else self
+
 
 FINDING_TYPES: dict[str, FindingType] = {
     code: FindingType(severity, title, remedy)
@@ -79,21 +104,30 @@ FINDING_TYPES: dict[str, FindingType] = {
         ("unreadable", ERROR, "cannot be read", "export it again, as WAV or FLAC"),
         ("not_finite", ERROR, "contains NaN or infinity", "export it again; check the effect or format that made it"),
         ("implausible", ERROR, "implausible sample rate or level", "export it again; its header may be damaged"),
-        ("too_short", ERROR, "shorter than one latent frame (93 ms)", "remove it, or join it with others"),
+        ("integer_scale", ERROR, "float samples at the scale of integers", "export it within ±1, or as integers"),
+        ("unplaced", ERROR, "channels that no rule mixes to stereo", "mix it to stereo yourself"),
+        ("too_short", NOTE, "shorter than one latent frame (93 ms): padded", "nothing, if it is meant to be so short"),
         ("silent", ERROR, "silent throughout", "remove it, or export it again"),
         ("no_caption", ERROR, "no caption", "write one to a .txt of the same name, or encode with captions=optional"),
         ("empty_caption", ERROR, "empty caption", "write one, or encode with captions=optional"),
         ("bad_text", ERROR, "caption file cannot be read", "save the caption as UTF-8 text"),
         ("bad_fields", WARNING, "unusable fields", "fix the .json: one object with text and numbers"),
-        ("damaged_source", ERROR, "damaged archive or invalid manifest entry", "fix the manifest or the tar"),
+        ("damaged_source", ERROR, "damaged archive, or unusable row of a caption list", "fix the list or the tar"),
+        ("special_file", ERROR, "not a regular file or folder: not opened", "remove it, or replace it by the file"),
         ("changed", ERROR, "changed while it was being encoded", "run the same command again"),
         ("bad_latent", ERROR, "the autoencoder returned non-finite latents", "encode with model.dtype=fp32"),
         ("dropped_duplicate", ERROR, "same audio as another clip, dropped", "encode with duplicates=keep"),
         ("duplicate", WARNING, "same audio as another clip", "remove one, or encode with duplicates=drop"),
         ("near_duplicate", WARNING, "sounds the same as another clip", "keep the better one"),
         ("caption_conflict", WARNING, "conflicting captions", "keep one"),
+        ("promotional", NOTE, "advertisement or web address in a tag: not used", "encode with allow_promotional=true"),
+        ("list_row", NOTE, "unclear row of a caption list", "check the caption; put captions in quotes"),
+        ("text_encoding", NOTE, "text that is not UTF-8", "save it as UTF-8"),
+        ("misread_text", WARNING, "letters that a tool converted wrongly", "write the caption again, in UTF-8"),
         ("caption_long", WARNING, "caption longer than the model reads: truncated", "shorten it"),
-        ("cut_short", WARNING, "file shorter than its header says: truncated", "copy or download it again"),
+        ("cut_short", WARNING, "audio is missing: cut or damaged file", "copy, download or export it again"),
+        ("unread_data", WARNING, "data in the file that was not read as audio", "export it again, as WAV or FLAC"),
+        ("open_length", NOTE, "unknown whether the audio is complete", "nothing, if it plays to its end"),
         ("clipped", WARNING, "clipped samples", "use the unclipped original, or restore it"),
         ("over_full_scale", NOTE, "peaks above full scale", "lower the level, or encode with fixes=loudness"),
         ("leading_silence", WARNING, "leading silence", "encode with fixes=trim_silence"),
@@ -121,7 +155,8 @@ def make_finding(code: str, detail: str = "") -> dict[str, Any]:
     Returns:
         The finding as it is stored in JSON.
     """
-    return {"code": code, "severity": FINDING_TYPES[code].severity, "detail": detail}
+    shown = detail.encode("utf-8", "backslashreplace").decode()  # file names need not be valid text
+    return {"code": code, "severity": FINDING_TYPES[code].severity, "detail": shown}
 
 
 def is_rejected(row: dict[str, Any]) -> bool:
@@ -163,67 +198,88 @@ def find_worst_severity(row: dict[str, Any]) -> int:
     return min((SEVERITIES.index(finding["severity"]) for finding in row["findings"]), default=len(SEVERITIES))
 
 
-def explain_implausible(audio_CN: np.ndarray, rate: int) -> str | None:
-    """Explain why samples cannot be what was recorded.
+def check_usable(audio_CN: np.ndarray, rate: int, speakers: Sequence[str] | None = None) -> dict[str, Any] | None:
+    """Check that samples can be what was recorded, and can be mixed to stereo.
 
     Args:
         audio_CN: (C, N) samples.
         rate: Sample rate in Hz.
+        speakers: Speaker of each channel, as `sa3train.audio.layouts.read_speakers` returns.
 
     Returns:
-        What is implausible, or None.
+        The finding that rejects the clip, or None.
     """
-    if not LIMITS["lowest_rate"] <= rate <= LIMITS["highest_rate"]:
-        return f"a sample rate of {rate} Hz"
+    if not PLAUSIBLE_RATES[0] <= rate <= PLAUSIBLE_RATES[1]:
+        return make_finding("implausible", f"a sample rate of {rate} Hz")
     peak = float(np.abs(audio_CN).max())
-    return f"a peak of {peak:.3g} times full scale" if peak > LIMITS["loudest"] else None
+    if peak > LIMITS["loudest"]:
+        return make_finding("implausible", f"a peak of {peak:.3g} times full scale")
+    try:
+        check_plausible(torch.from_numpy(audio_CN), rate)
+    except AudioError:
+        return make_finding("integer_scale", f"a peak of {peak:.6g}")
+    try:
+        mix_channels(torch.from_numpy(audio_CN[:, :1]), 2, speakers)
+    except AudioError as error:
+        return make_finding("unplaced", str(error).rstrip("."))
+    return None
 
 
-def hash_audio(audio_CN: np.ndarray, rate: int) -> str:
-    """Hash decoded samples and their rate, independent of container and tags.
+def hash_audio(audio_CN: np.ndarray, rate: int, speakers: Sequence[str] | None = None) -> str:
+    """Hash decoded samples, their rate and their mix to stereo, independent of container and tags.
 
     Args:
         audio_CN: (C, N) float32 samples.
         rate: Sample rate in Hz.
+        speakers: Speaker of each channel; None where the file names none.
 
     Returns:
         Hex SHA-256.
     """
-    digest = hashlib.sha256(f"{rate} {audio_CN.shape[0]}".encode())
+    channels = len(audio_CN)
+    mix = f" {' '.join(speakers or DEFAULT_LAYOUTS.get(channels, ()))}" if channels > 2 else ""
+    digest = hashlib.sha256(f"{rate} {channels}{mix}".encode())
     digest.update(np.ascontiguousarray(audio_CN.T, dtype="<f4").data)
     return digest.hexdigest()
 
 
-def measure(audio_CN: np.ndarray, rate: int) -> dict[str, Any]:
+def measure(audio_CN: np.ndarray, rate: int, speakers: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure everything that an audit row says about the audio itself.
 
     Args:
         audio_CN: (C, N) float32 samples, finite, N > 0.
         rate: Sample rate in Hz.
+        speakers: Speaker of each channel; None where the file names none.
 
     Returns:
-        Measurements in dB, LUFS, seconds, Hz and shares of the samples.
+        Measurements in dB, LUFS, seconds, Hz and shares of the samples. Level and loudness are those of the mix to
+        stereo.
     """
     channels, samples = audio_CN.shape
-    centered_CN = audio_CN - audio_CN.mean(axis=1, keepdims=True)
-    loud_N = np.abs(centered_CN).max(axis=0) > SILENCE_AMPLITUDE
+    mix_CN = mix_channels(torch.from_numpy(audio_CN), min(channels, 2), speakers)
+    loudness = measure_loudness_lufs(mix_CN, rate)
+    offset_C1 = measure_offset(torch.from_numpy(audio_CN)).numpy()
+    centered_CN = np.abs(audio_CN - offset_C1)
+    loud_N = centered_CN.max(axis=0) > SILENCE_AMPLITUDE
     first, last = (int(loud_N.argmax()), int(samples - loud_N[::-1].argmax())) if loud_N.any() else (samples, samples)
-    peak = float(np.abs(audio_CN).max())
+    peak = float(mix_CN.abs().max())
     return {
         "seconds": round(samples / rate, 6),
         "samples": samples,
         "sample_rate": rate,
         "channels": channels,
+        "speakers": " ".join(speakers or ()),
         "peak_db": round(20 * math.log10(peak), 2) if peak > 0 else None,
-        "lufs": _measure_loudness(audio_CN, rate),
+        "lufs": round(loudness, 2) if math.isfinite(loudness) else None,
         "clipped": round(measure_clipping(audio_CN), 6),
-        "over": round(float((np.abs(audio_CN) > 1).mean()), 6),
+        "over": round(float((mix_CN.abs() > 1).float().mean()), 6),
         "leading_silence": round(first / rate, 4),
         "trailing_silence": round((samples - last) / rate, 4) if first < samples else 0.0,
-        "dc": round(float(np.abs(audio_CN.mean(axis=1, dtype=np.float64)).max()), 6),
+        "dc": round(float(np.abs(offset_C1).max()), 6),
         "same_channels": channels == 2 and bool(np.abs(audio_CN[0] - audio_CN[1]).max() <= 1e-4 * max(peak, 1e-9)),
-        "silent_channels": int((np.abs(centered_CN).max(axis=1) <= SILENCE_AMPLITUDE).sum()),
-        "content": hash_audio(audio_CN, rate),
+        "silent_channels": int((centered_CN.max(axis=1) <= SILENCE_AMPLITUDE).sum()),
+        "silent": bool((mix_CN - measure_offset(mix_CN)).abs().max() <= SILENCE_AMPLITUDE),
+        "content": hash_audio(audio_CN, rate, speakers),
         "fingerprint": compute_fingerprint(audio_CN, rate),
         "thumb": make_thumbnail(audio_CN),
     }
@@ -240,28 +296,32 @@ def check_measurements(row: dict[str, Any], longest_seconds: float | None = None
         The findings that follow.
     """
     seconds, channels, rate, lufs = (row[name] for name in ("seconds", "channels", "sample_rate", "lufs"))
-    if row["silent_channels"] == channels:
+    if row["silent"]:
         return [make_finding("silent", f"{seconds:.2f} s")]
+    layout = row["speakers"] or "the file names no speakers, the usual order is assumed"
     over = f"{row['over']:.2%} of the samples, up to {row['peak_db']:+.1f} dBFS"
     checks = (
         ("too_short", seconds < LIMITS["too_short"], f"{seconds * 1000:.0f} ms"),
-        ("clipped", row["clipped"] > LIMITS["clipped"], f"{row['clipped']:.1%} of the samples"),
+        ("clipped", row["clipped"] > LIMITS["clipped"], f"{row['clipped']:.2%} of the samples"),
         ("over_full_scale", row["over"] > LIMITS["over_full_scale"], over),
         *((n, row[n] > LIMITS[n], f"{row[n]:.2f} s") for n in ("leading_silence", "trailing_silence")),
         ("dc_offset", row["dc"] > LIMITS["dc_offset"], f"{row['dc']:.3f} of full scale"),
-        ("quiet", lufs is None or lufs < LIMITS["quiet"], f"{lufs} LUFS"),
+        ("quiet", lufs is None or lufs < LIMITS["quiet"], "below -70 LUFS" if lufs is None else f"{lufs} LUFS"),
         ("low_rate", rate < LIMITS["low_rate"], f"{rate} Hz: nothing above {rate // 2} Hz"),
         ("one_sided", row["silent_channels"] > 0 and channels == 2, ""),
         ("mono_as_stereo", row["same_channels"], ""),
         ("mono", channels == 1, ""),
-        ("multichannel", channels > 2, f"{channels} channels"),
+        ("multichannel", channels > 2, f"{channels} channels: {layout}"),
         ("long", longest_seconds is not None and seconds > longest_seconds, f"{seconds:.0f} s"),
     )
     return [make_finding(code, detail) for code, is_found, detail in checks if is_found]
 
 
 def measure_clipping(audio_CN: np.ndarray) -> float:
-    """Measure the share of clipped samples: four or more in a row at the peak, where the peak is near full scale.
+    """Measure the share of clipped samples: those at the peak, where it is full scale and they are far too many.
+
+    In unclipped audio fewer samples lie at the very peak than just below it, whether it is a single hit, a low tone
+    with long crests, or coarsely quantized.
 
     Args:
         audio_CN: (C, N) samples.
@@ -269,15 +329,15 @@ def measure_clipping(audio_CN: np.ndarray) -> float:
     Returns:
         Share from 0 to 1.
     """
-    peak = float(np.abs(audio_CN).max())
-    if peak < 0.98:
+    level_CN = np.abs(audio_CN)
+    peak = float(level_CN.max())
+    is_top_CN = level_CN >= _TOP * peak
+    top = int(is_top_CN.sum())
+    if peak < _NEAR_FULL_SCALE or top < _FEWEST_CLIPPED or top == level_CN.size:
         return 0.0
-    at_peak_CN = np.abs(audio_CN) >= 0.9999 * peak
-    run_CN = at_peak_CN[:, 3:] & at_peak_CN[:, 2:-1] & at_peak_CN[:, 1:-2] & at_peak_CN[:, :-3]
-    clipped_CN = np.zeros_like(at_peak_CN)
-    for shift in range(4):
-        clipped_CN[:, shift : shift + run_CN.shape[1]] |= run_CN
-    return float(clipped_CN.mean())
+    step = peak - float(level_CN[~is_top_CN].max())
+    below = int((level_CN >= peak - max(_BELOW * peak, 2.5 * step)).sum()) - top
+    return top / level_CN.size if top >= 2 * below else 0.0
 
 
 def make_thumbnail(audio_CN: np.ndarray) -> str:
@@ -333,15 +393,6 @@ def _measure_band_energies(mono_N: np.ndarray, rate: int) -> np.ndarray:
 @functools.cache
 def _get_planes() -> np.ndarray:
     return np.random.default_rng(0).standard_normal((_BANDS * _SEGMENTS, FINGERPRINT_BITS)).astype(np.float32)
-
-
-def _measure_loudness(audio_CN: np.ndarray, rate: int) -> float | None:
-    """Integrated LUFS; None where it is undefined (silence, or a channel layout without a rule)."""
-    try:
-        loudness = measure_loudness_lufs(torch.from_numpy(audio_CN), rate)
-    except ValueError:
-        return None
-    return round(loudness, 2) if math.isfinite(loudness) else None
 
 
 def find_duplicates(content: np.ndarray, comparable: np.ndarray) -> np.ndarray:

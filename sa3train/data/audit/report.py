@@ -2,14 +2,23 @@
 
 import html
 import json
+import os
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
-from sa3train.core.files import replace_file
-from sa3train.data.audit.checks import FINDING_TYPES, SEVERITIES, THUMBNAIL_COLUMNS, find_worst_severity, is_rejected
+from sa3train.core.files import path_exists, replace_file
+from sa3train.data.audit.checks import (
+    FINDING_TYPES,
+    SEVERITIES,
+    THUMBNAIL_COLUMNS,
+    FindingType,
+    find_worst_severity,
+    is_rejected,
+)
 
 _PAGE_ROWS = 2000
 """Number of clips on the page, worst first; audit.json has all."""
@@ -27,6 +36,7 @@ class AuditSummary:
         rejected: Number of clips with an error.
         seconds: Length of the accepted clips in seconds.
         findings: Number of clips with each finding.
+        fixes: Fixes that the encode applies; empty for an audit alone.
     """
 
     source: str
@@ -34,6 +44,7 @@ class AuditSummary:
     rejected: int = 0
     seconds: float = 0.0
     findings: Counter[str] = field(default_factory=Counter)
+    fixes: Sequence[str] = ()
 
     def add(self, row: dict[str, Any]) -> None:
         """Count one clip.
@@ -59,8 +70,8 @@ class AuditSummary:
             "rejected": self.rejected,
             "seconds": round(self.seconds, 3),
             "findings": {
-                code: {"clips": count, "severity": FINDING_TYPES[code].severity, "remedy": FINDING_TYPES[code].remedy}
-                for code, count in self.sort_findings()
+                code: {"clips": count, "severity": kind.severity, "remedy": kind.remedy}
+                for code, count, kind in self.sort_findings()
             },
         }
 
@@ -74,9 +85,7 @@ class AuditSummary:
         if not self.findings:
             return f"{head}\nno problems found"
         rows = [("", "clips", "finding", "remedy")]
-        for code, count in self.sort_findings():
-            kind = FINDING_TYPES[code]
-            rows.append((kind.severity, str(count), kind.title, kind.remedy))
+        rows += [(kind.severity, str(count), kind.title, kind.remedy) for _, count, kind in self.sort_findings()]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         lines = [
             f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:<{widths[2]}}  {row[3]}".rstrip() for row in rows
@@ -92,13 +101,11 @@ class AuditSummary:
         Returns:
             The page.
         """
-        findings = ""
-        for code, count in self.sort_findings():
-            kind = FINDING_TYPES[code]
-            findings += (
-                f'<tr><td class="{kind.severity}">{kind.severity}</td><td>{count}</td>'
-                f"<td>{html.escape(kind.title)}</td><td>{html.escape(kind.remedy)}</td></tr>"
-            )
+        findings = "".join(
+            f'<tr><td class="{kind.severity}">{kind.severity}</td><td>{count}</td>'
+            f"<td>{html.escape(kind.title)}</td><td>{html.escape(kind.remedy)}</td></tr>"
+            for _, count, kind in self.sort_findings()
+        )
         rest = f"<p>The {len(rows)} worst of {self.clips} clips; audit.json lists all.</p>"
         return _PAGE.format(
             source=html.escape(self.source),
@@ -106,38 +113,69 @@ class AuditSummary:
             counts=self._count_clips(),
             findings=findings,
             rest=rest if len(rows) < self.clips else "",
-            rows="".join(map(_format_page_row, rows)),
+            rows="".join(self._format_page_row(row) for row in rows),
         )
 
-    def sort_findings(self) -> list[tuple[str, int]]:
+    def sort_findings(self) -> list[tuple[str, int, FindingType]]:
         """Sort the findings by severity, then by frequency.
 
         Returns:
-            (code, number of clips) pairs.
+            (code, number of clips, what `describe_finding` returns) of each.
         """
-        severities = {code: SEVERITIES.index(FINDING_TYPES[code].severity) for code in self.findings}
-        return sorted(self.findings.items(), key=lambda pair: (severities[pair[0]], -pair[1]))
+        found = [(code, count, self.describe_finding(code)) for code, count in self.findings.items()]
+        return sorted(found, key=lambda entry: (SEVERITIES.index(entry[2].severity), -entry[1]))
+
+    def describe_finding(self, code: str) -> FindingType:
+        """Describe a finding, whose remedy may be among the fixes that are applied.
+
+        Args:
+            code: Key of `FINDING_TYPES`.
+
+        Returns:
+            Its severity, title and remedy.
+        """
+        return FINDING_TYPES[code].after(self.fixes)
+
+    def _format_page_row(self, row: dict[str, Any]) -> str:
+        findings = ""
+        for finding in row["findings"]:
+            kind = self.describe_finding(finding["code"])
+            findings += (
+                f'<div><span class="{finding["severity"]}">{html.escape(kind.title)}</span> '
+                f'{html.escape(finding["detail"])}<br><span class="small">{html.escape(kind.remedy)}</span></div>'
+            )
+        about = f"{format_measurements(row)}<br>{html.escape(row.get('caption', '')[:300])}"
+        player = _PLAYER.format(html.escape(row["audio"])) if row.get("audio") else ""
+        return (
+            f"<tr><td>{draw_waveform(row.get('thumb', ''))}{player}<td>{html.escape(row['source'])}"
+            f'<div class="small">{about}</div><td>{findings}</tr>\n'
+        )
 
     def _count_clips(self) -> str:
         return f"{self.clips} clips, {self.rejected} rejected, {_format_duration(self.seconds)} of usable audio"
 
 
-def write_audit_report(folder: Path, source: str, rows: Iterable[dict[str, Any]]) -> AuditSummary:
+def write_audit_report(
+    folder: Path, source: str, rows: Iterable[dict[str, Any]], fixes: Sequence[str] = ()
+) -> AuditSummary:
     """Write `audit.json` and `audit.html`.
 
     Args:
         folder: Folder for the two files.
         source: Name of the source.
         rows: Audit rows; they are streamed to the file, one per line.
+        fixes: Fixes that the encode applies. Findings that they remedy become notes.
 
     Returns:
         Counts over all rows.
     """
-    summary = AuditSummary(source)
+    summary = AuditSummary(source, fixes=fixes)
     groups: list[list[dict[str, Any]]] = [[] for _ in range(len(SEVERITIES) + 1)]
     with replace_file(folder / "audit.json") as path, path.open("w", encoding="utf-8") as file:
         file.write('{"clips": [\n')
         for number, row in enumerate(rows):
+            for finding in row["findings"]:
+                finding["severity"] = summary.describe_finding(finding["code"]).severity
             summary.add(row)
             group = groups[find_worst_severity(row)]
             if len(group) < _PAGE_ROWS:
@@ -146,9 +184,16 @@ def write_audit_report(folder: Path, source: str, rows: Iterable[dict[str, Any]]
             file.write((",\n" if number else "") + json.dumps(public))
         file.write('\n],\n"summary": ' + json.dumps(summary.as_json(), indent=1) + "}\n")
     worst_first = [row for group in groups for row in group][:_PAGE_ROWS]
+    worst_first = [row | {"audio": _make_audio_link(folder, source, row["source"])} for row in worst_first]
     with replace_file(folder / "audit.html") as path:
         path.write_text(summary.format_page(worst_first), encoding="utf-8", errors="replace")
     return summary
+
+
+def _make_audio_link(folder: Path, source: str, clip: str) -> str:
+    """Make the relative address of a clip's file for a page in `folder`; empty if it is none on this machine."""
+    root = Path(source) if Path(source).is_dir() else Path(source).parent
+    return quote(os.fsencode(os.path.relpath(root / clip, folder))) if path_exists(root / clip) else ""
 
 
 def format_clip(row: dict[str, Any]) -> str:
@@ -202,6 +247,9 @@ def draw_waveform(thumbnail: str) -> str:
     return f'<svg viewBox="0 0 {THUMBNAIL_COLUMNS} 72" preserveAspectRatio="none"><path d="{outline}"/></svg>'
 
 
+_PLAYER = """<audio controls preload="none" src="{}" onerror="this.replaceWith('cannot be played: the file was moved, \
+or this browser does not know its format')"></audio>"""
+
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <title>Audit of {source}</title>
@@ -210,6 +258,7 @@ body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 70r
 table {{ border-collapse: collapse; width: 100%; margin: 1rem 0 }}
 td, th {{ text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid #ddd }}
 svg {{ display: block; width: 12rem; height: 2.5rem; background: #f4f4f6 }} path {{ fill: #5b6b8c }}
+audio {{ display: block; width: 12rem; height: 2rem }}
 {colors}
 .small {{ color: #555; font-size: 13px }}
 </style>
@@ -219,21 +268,6 @@ svg {{ display: block; width: 12rem; height: 2.5rem; background: #f4f4f6 }} path
 <table><tr><th>waveform<th>clip<th>findings</tr>
 {rows}</table></html>
 """
-
-
-def _format_page_row(row: dict[str, Any]) -> str:
-    findings = ""
-    for finding in row["findings"]:
-        kind = FINDING_TYPES[finding["code"]]
-        findings += (
-            f'<div><span class="{finding["severity"]}">{html.escape(kind.title)}</span> '
-            f'{html.escape(finding["detail"])}<br><span class="small">{html.escape(kind.remedy)}</span></div>'
-        )
-    about = f"{format_measurements(row)}<br>{html.escape(row.get('caption', '')[:300])}"
-    return (
-        f"<tr><td>{draw_waveform(row.get('thumb', ''))}<td>{html.escape(row['source'])}"
-        f'<div class="small">{about}</div><td>{findings}</tr>\n'
-    )
 
 
 def _format_duration(seconds: float) -> str:

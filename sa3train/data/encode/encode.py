@@ -185,7 +185,8 @@ def audit_clips(listing: Listing, rules: AuditRules, work_dir: Path, workers: Wo
     Returns:
         The audit of all clips.
     """
-    signature = f"{compute_audit_version()}|{rules.captions}|{rules.longest_seconds}|{rules.max_tokens}"
+    chosen = (rules.captions, rules.allow_promotional, rules.longest_seconds, rules.max_tokens)
+    signature = "|".join(map(str, (compute_audit_version(), *chosen)))
     for clip in listing.clips:
         clip.stamp = hashlib.blake2b(f"{clip.stamp}|{signature}".encode("utf-8", "replace"), digest_size=12).hexdigest()
     work_dir.mkdir(parents=True, exist_ok=True)
@@ -206,7 +207,7 @@ def _check_rejected(source: str, folder: Path, plan: EncodePlan, workers: Worker
         return
     if workers.is_main:
         _write_rejected(folder, plan.iterate_rejected())
-        write_audit_report(folder, source, plan.index.iterate_rows())
+        write_audit_report(folder, source, plan.index.iterate_rows(), plan.settings.fixes)
     first = next(plan.iterate_rejected())
     raise DataError(
         f"{rejected} of {total} clips of {source} are rejected, more than max_rejected={plan.settings.max_rejected:g} "
@@ -262,7 +263,7 @@ def _write_descriptions(source: str, folder: Path, plan: EncodePlan, encoder: En
 
     failed_rows = (add_failures(plan.index.row(n)) for n, name in enumerate(plan.index.sources) if name in failed)
     count = _write_rejected(folder, itertools.chain(plan.iterate_rejected(), failed_rows))
-    result.audit = write_audit_report(folder, source, map(add_failures, plan.index.iterate_rows()))
+    result.audit = write_audit_report(folder, source, map(add_failures, plan.index.iterate_rows()), plan.settings.fixes)
     buffer = io.BytesIO()
     np.save(buffer, encoder.encode_silence(), allow_pickle=False)
     write_bytes(folder / SILENCE_FILE, buffer.getvalue())

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from sa3train.audio.edit import apply_gain
-from sa3train.audio.metrics import measure_loudness_lufs, measure_peak_db
+from sa3train.audio.metrics import measure_loudness_lufs, measure_offset, measure_peak_db
 from sa3train.data.audit.checks import SILENCE_AMPLITUDE
 from sa3train.data.encode.settings import FIX_NAMES
 
@@ -25,7 +25,7 @@ def remove_dc(audio_CN: torch.Tensor, rate: int) -> tuple[torch.Tensor, Any]:
     Returns:
         The audio, and the largest offset that was removed.
     """
-    offset_C1 = audio_CN.double().mean(dim=1, keepdim=True)
+    offset_C1 = measure_offset(audio_CN)
     return (audio_CN - offset_C1).float(), round(float(offset_C1.abs().max()), 6)
 
 
@@ -39,7 +39,7 @@ def trim_silence(audio_CN: torch.Tensor, rate: int) -> tuple[torch.Tensor, Any]:
     Returns:
         The audio, and the seconds removed at [start, end].
     """
-    loud = torch.nonzero((audio_CN - audio_CN.mean(dim=1, keepdim=True)).abs().amax(dim=0) > SILENCE_AMPLITUDE)
+    loud = torch.nonzero((audio_CN - measure_offset(audio_CN)).abs().amax(dim=0) > SILENCE_AMPLITUDE)
     if not len(loud):
         return audio_CN, [0.0, 0.0]
     margin = round(_MARGIN_SECONDS * rate)
@@ -58,10 +58,10 @@ def normalize_loudness(audio_CN: torch.Tensor, rate: int) -> tuple[torch.Tensor,
     Returns:
         The audio, and the gain in dB.
     """
-    loudness = measure_loudness_lufs(audio_CN, rate)
-    if loudness == -torch.inf:
+    peak = measure_peak_db(audio_CN)
+    if peak == -torch.inf:
         return audio_CN, 0.0
-    decibels = min(_TARGET_LUFS - loudness, _CEILING_DB - measure_peak_db(audio_CN))
+    decibels = min(_TARGET_LUFS - measure_loudness_lufs(audio_CN, rate), _CEILING_DB - peak)
     return apply_gain(audio_CN, decibels), round(decibels, 3)
 
 

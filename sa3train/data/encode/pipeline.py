@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from sa3train.audio.edit import apply_gain, mix_channels
-from sa3train.audio.io import read_audio
+from sa3train.audio.io import read_whole
 from sa3train.audio.resample import resample
 from sa3train.core.log import track_progress
 from sa3train.data.audit.audit import READ_ERRORS
@@ -164,16 +164,14 @@ class EncodePipeline:
         record = records[0]
         clip, rate = self.clips[record["source"]], self.encoder.autoencoder.sample_rate
         try:
-            audio_CN, own_rate = read_audio(clip.audio.local_path() or clip.audio.read())
-            if hash_audio(audio_CN.numpy(), own_rate) != record["content_hash"]:
+            decoded = read_whole(clip.audio.local_path() or clip.audio.read())
+            audio_CN, own_rate = decoded.audio_CN, decoded.sample_rate
+            if hash_audio(audio_CN.numpy(), own_rate, decoded.speakers) != record["content_hash"]:
                 return _LoadedClip(None, {}, make_finding("changed"))
-            stereo_CN = resample(mix_channels(audio_CN, 2), own_rate, rate)
+            stereo_CN = resample(mix_channels(audio_CN, 2, decoded.speakers), own_rate, rate)
             fixed_CN, applied = apply_fixes(stereo_CN, rate, self.plan.settings.fixes)
         except READ_ERRORS as error:
             return _LoadedClip(None, {}, make_finding("unreadable", str(error) or type(error).__name__))
-        if fixed_CN.shape[1] < self.encoder.autoencoder.downsampling_ratio:
-            milliseconds = fixed_CN.shape[1] / rate * 1000
-            return _LoadedClip(None, applied, make_finding("too_short", f"{milliseconds:.0f} ms after fixes"))
         return _LoadedClip(fixed_CN, applied)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from sa3train.core.errors import DataError
 from sa3train.core.log import get_logger
+from sa3train.core.user_files import read_file
 from sa3train.data.audit.audit import AuditIndex
 from sa3train.data.audit.checks import is_rejected, make_finding
 from sa3train.data.encode.settings import EncodeSettings
@@ -30,8 +31,13 @@ from sa3train.data.shards.writer import (
     read_listing,
     scan_shard,
 )
+from sa3train.data.sources.lists import LIST_LIMIT
+from sa3train.data.sources.text import compose, decode_text
 
 _logger = get_logger(__name__)
+
+MIN_HELDOUT = 4
+"""Clips held out at least, unless there are fewer than five times as many: one or two tell little about the others."""
 
 TRAIN, HELDOUT = SPLITS = ("train", "heldout")
 
@@ -47,7 +53,7 @@ def select_heldout(
         sources: Source of each clip.
         content: (n,) audio hashes.
         groups: (n,) index of the first clip that is or sounds the same; a group is never split. A share above 0 holds
-            out at least one group of five or more.
+            out at least `MIN_HELDOUT` groups, but no more than a fifth of them for that.
         accepted: (n,) bool, clips that are encoded.
 
     Returns:
@@ -75,10 +81,10 @@ def read_heldout_list(path: str) -> set[str]:
         DataError: When the file cannot be read, or is empty.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = decode_text(read_file(path, limit=LIST_LIMIT))[0].splitlines()
+    except (OSError, DataError) as error:
         raise DataError(f"cannot read the held-out list {path} ({error}): give a text file, or a share.") from error
-    sources = {line.strip().removeprefix("./") for line in lines if line.strip()}
+    sources = {compose(line.strip().removeprefix("./")) for line in lines if line.strip()}
     if not sources:
         raise DataError(f"the held-out list {path} is empty: write sources, one per line, or set split=0.")
     return sources
@@ -90,8 +96,9 @@ def _draw_groups(share: float, content: np.ndarray, groups: np.ndarray, accepted
     if share > 0 and len(firsts):
         draws = np.array([_hash_to_uniform(bytes(content[first])) for first in firsts])
         heldout[firsts[draws < share]] = True
-        if len(firsts) >= 5 and not heldout.any():
-            heldout[firsts[draws.argmin()]] = True
+        least = min(MIN_HELDOUT, len(firsts) // 5)
+        if heldout.sum() < least:
+            heldout[firsts[np.argsort(draws)[:least]]] = True
     # A group is accepted through any of its clips, while its first may itself be rejected.
     return np.asarray(heldout[groups])
 
@@ -102,13 +109,13 @@ def _hash_to_uniform(content: bytes) -> float:
 
 def _match_list(path: str, sources: Sequence[str]) -> np.ndarray:
     wanted = read_heldout_list(path)
-    unknown = sorted(wanted - set(sources))
+    unknown = sorted(wanted.difference(map(compose, sources)))
     if unknown:
         raise DataError(
             f"the held-out list {path} names {len(unknown)} clip(s) that are not in the source, such as {unknown[0]}. "
             f"Write paths as they are within the source, one per line."
         )
-    return np.array([source in wanted for source in sources], dtype=bool)
+    return np.array([compose(source) in wanted for source in sources], dtype=bool)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sa3train.core.config import check_settings, setting
-from sa3train.core.errors import ConfigError
 
 FIX_NAMES = ("dc", "trim_silence", "loudness")
 """In the order in which they are applied."""
@@ -31,6 +30,9 @@ class EncodeSettings:
     split: float | str = setting(
         0.05,
         help="Share to hold out (by content, so that similar clips stay together), or the path of a list of sources.",
+        min=0,
+        below=1,
+        text="path",
     )
     duplicates: Literal["keep", "drop"] = setting(
         "keep", help="Clips with the same audio: keep, or drop all but the first."
@@ -40,26 +42,31 @@ class EncodeSettings:
         help="Clips without a caption: reject them (required), or encode them with an empty one (optional; prompts "
         "then come from tags).",
     )
+    allow_promotional: bool = setting(
+        False, help="Use tags inside audio files that read like an advertisement or a web address."
+    )
     max_rejected: float = setting(
         0.1, help="Stop with exit code 1 when more than this share of the clips is rejected.", min=0, max=1
     )
     batch_seconds: float | None = setting(
-        None, help="Audio encoded at a time; null: as memory allows.", unit="seconds", above=0
+        None, help="Audio encoded at a time; null: as memory allows.", unit="seconds", min=0.1, max=36_000
     )
     shard_mb: int = setting(512, help="Largest shard.", unit="megabytes", min=1, max=512)
     threads: int | None = setting(
-        None, help="Threads per process that read and measure audio; null: as many as cores, up to 8.", min=1
+        None,
+        help="Threads per process that read and measure audio; null: as many as cores, up to 8.",
+        min=1,
+        max=1024,
     )
     reuse: str | None = setting(
         None,
         help="Another folder of shards whose latents are reused where audio, fixes, weights and precision are equal.",
+        text="path",
     )
     overwrite: bool = setting(False, help="Replace what the output folder contains if it was made with other settings.")
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if not isinstance(self.split, str) and not 0 <= self.split < 1:
-            raise ConfigError(f"split={self.split} must be a share from 0 to below 1, or the path of a list.")
 
     def count_threads(self) -> int:
         """Count the threads to use.

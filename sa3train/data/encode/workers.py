@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,15 @@ from filelock import FileLock, Timeout
 
 from sa3train.core.errors import DataError
 from sa3train.core.files import write_json
+from sa3train.core.user_files import read_file
+
+MARKS = {
+    "README.md": b"# Latents of ",
+    "audit.html": b"<title>Audit of ",
+    "audit.json": b'{"clips": [',
+    "index.json": b'"format": "sa3train-',
+}
+"""Files of an output folder that are replaced, and what their first 300 bytes contain."""
 
 
 @dataclass(frozen=True)
@@ -57,11 +66,16 @@ def lock_output_dir(folder: Path, workers: Workers) -> Iterator[None]:
         Nothing.
 
     Raises:
-        DataError: When another run holds the lock, or the folder cannot be written.
+        DataError: When another run holds the lock, or the folder cannot be written or holds files of those names that
+            sa3train did not write.
     """
     if not workers.is_main:
         yield
         return
+    for name, mark in MARKS.items():
+        with suppress(OSError):
+            if mark not in read_file(folder / name, size=300):
+                raise DataError(f"{folder / name} is not of sa3train and would be replaced. Choose another folder.")
     lock = FileLock(get_work_dir(folder) / "lock", timeout=0)
     try:
         get_work_dir(folder).mkdir(parents=True, exist_ok=True)

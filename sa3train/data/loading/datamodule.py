@@ -14,6 +14,7 @@ from sa3train.data.loading.loader import CropSettings, LatentDataset, LatentLoad
 from sa3train.data.loading.prompts import PromptBuilder, list_distinct_prompts
 from sa3train.data.loading.sampler import BatchSampler, BatchShape, ClipStream, SampleIndex, SourceSize
 from sa3train.data.loading.settings import DataSettings
+from sa3train.data.loading.stream import StreamDataset, StreamSampler
 from sa3train.data.shards.index import check_autoencoder
 from sa3train.data.shards.reader import LatentStore
 
@@ -153,8 +154,12 @@ class LatentDataModule(LightningDataModule):
         dataset = LatentDataset(
             self.train_clips, self.crop, self.builder, tail=self.tail, pack_frames=settings.pack_frames
         )
-        sampler = BatchSampler(stream, lengths, shape, self._identify(shape))
-        loader = LatentLoader(dataset, sampler, settings.num_workers)
+        if settings.stream:
+            position = StreamSampler(stream, lengths, shape, self._identify(shape))
+            loader = LatentLoader(StreamDataset(dataset, position, stream), position, settings.num_workers)
+        else:
+            sampler = BatchSampler(stream, lengths, shape, self._identify(shape))
+            loader = LatentLoader(dataset, sampler, settings.num_workers)
         self._loaders.add(loader)
         return loader
 

@@ -8,7 +8,8 @@ Shapes: B rows, S clips of a batch, C latent channels, T latent frames. Without 
 
 import math
 import random
-from collections.abc import Generator, Iterator, Mapping, Sequence
+import signal
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict
 
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sa3train.core.device import limit_to_cores
 from sa3train.core.errors import SA3Error
 from sa3train.data.loading.prompts import PromptBuilder
 from sa3train.data.loading.sampler import BatchIndices, BatchSampler, SampleIndex
@@ -23,9 +25,12 @@ from sa3train.data.shards.reader import LatentStore
 
 _SILENCE_FRAMES = 16
 
+_GRACE_SECONDS = 120
+"""How long a worker lives on after a signal to end."""
+
 
 class Batch(TypedDict):
-    """What the loader yields. T is the same on every rank.
+    """What the loader yields. T is the same on every rank, unless the data is streamed.
 
     Attributes:
         latents_BCT: float32: crops, followed by latents of silence.
@@ -139,6 +144,7 @@ class LatentDataset:
         tail: Frames of silence after the longest crop.
         pack_frames: Length of a packed row; None for one clip per row.
         fixed_prompts: Whether prompts are those of validation, without randomness.
+        silence_CT: Latents of silence, repeated behind crops.
     """
 
     def __init__(
@@ -165,7 +171,7 @@ class LatentDataset:
         self.tail, self.pack_frames, self.fixed_prompts = tail, pack_frames, fixed_prompts
         model = self.sources[0].store.index["model"]
         self._frame_seconds = model["downsampling_ratio"] / model["sample_rate"]
-        self._silence_CT = torch.from_numpy(self.sources[0].store.get_silence(_SILENCE_FRAMES).astype(np.float32))
+        self.silence_CT = torch.from_numpy(self.sources[0].store.get_silence(_SILENCE_FRAMES).astype(np.float32))
 
     def __getitem__(self, rows: BatchIndices) -> Batch | SA3Error:
         """Load a batch; a user error comes back as a value, for the loader to raise outside the worker."""
@@ -174,7 +180,7 @@ class LatentDataset:
         except SA3Error as error:
             return error
         longest = max(sample.longest for row in rows for sample in row)
-        return collate(crops, self._silence_CT, self.tail, self.pack_frames, longest)
+        return collate(crops, self.silence_CT, self.tail, self.pack_frames, longest)
 
     def load_crop(self, sample: SampleIndex) -> Crop:
         """Load one clip, cropped, with its prompt.
@@ -188,19 +194,36 @@ class LatentDataset:
         clips = self.sources[sample.source]
         rng = random.Random(sample.seed)
         latents_CT, record = clips.store.read(clips.choose_row(sample.clip, rng))
-        free = latents_CT.shape[1] - sample.frames
+        return self.make_crop(latents_CT, record, sample.frames, sample.seed, rng)
+
+    def make_crop(
+        self, latents_CT: np.ndarray, record: Mapping[str, Any], frames: int, seed: int, rng: random.Random
+    ) -> Crop:
+        """Crop a clip's latents and build its prompt.
+
+        Args:
+            latents_CT: (C, T) latents of the clip.
+            record: Its record.
+            frames: Length of the crop.
+            seed: Seed of whatever else is drawn for the crop.
+            rng: Source of randomness of crop and prompt.
+
+        Returns:
+            The crop.
+        """
+        free = latents_CT.shape[1] - frames
         start = choose_crop_start(free, self.crop.start, rng, _get_beats(record), self._frame_seconds)
         whole = float(record["seconds"])
         # The shortest duration that a generation of so many frames can have; less where the clip ends in the last.
-        seconds = min((sample.frames - 1 + 1e-3) * self._frame_seconds, whole - start * self._frame_seconds)
+        seconds = min((frames - 1 + 1e-3) * self._frame_seconds, whole - start * self._frame_seconds)
         prompt = self.prompts.build_fixed(record) if self.fixed_prompts else self.prompts.build(record, rng)
         return Crop(
-            torch.from_numpy(latents_CT[:, start : start + sample.frames].astype(np.float32)),
+            torch.from_numpy(latents_CT[:, start : start + frames].astype(np.float32)),
             prompt,
             record["key"],
-            sample.seed,
+            seed,
             round_up_seconds(whole if free == 0 or self.crop.seconds == "file" else seconds),
-            start + sample.frames == latents_CT.shape[1],
+            start + frames == latents_CT.shape[1],
         )
 
 
@@ -297,15 +320,18 @@ class LatentLoader:
         num_workers: Number of worker processes.
     """
 
-    def __init__(self, dataset: LatentDataset, sampler: BatchSampler, num_workers: int = 0) -> None:
+    def __init__(
+        self, dataset: LatentDataset | Iterable[Batch | SA3Error], sampler: BatchSampler, num_workers: int = 0
+    ) -> None:
         """Prepare to load; workers start with the first batch.
 
         Args:
-            dataset: Loads batches.
+            dataset: Loads the batches of the sampler, or streams batches itself.
             sampler: The order, and the position in it.
             num_workers: Number of worker processes; 0 loads in this process.
         """
-        self.dataset, self.sampler, self.num_workers = dataset, sampler, num_workers
+        self.dataset, self.sampler = dataset, sampler
+        self.num_workers = limit_to_cores("data.num_workers", num_workers, per_core=2)
         self._batches: Generator[Batch, None, None] | None = None
 
     def __len__(self) -> int:
@@ -343,20 +369,35 @@ class LatentLoader:
             self._batches = None
 
 
-def _iterate_batches(dataset: LatentDataset, sampler: BatchSampler, num_workers: int) -> Generator[Batch, None, None]:
-    """Load the batches of a sampler. Not a method, lest the loader be in a reference cycle with its own generator: then
-    its workers would end whenever the garbage collector runs, in any thread.
+def _iterate_batches(
+    dataset: LatentDataset | Iterable[Batch | SA3Error], sampler: BatchSampler, num_workers: int
+) -> Generator[Batch, None, None]:
+    """Load the batches of a sampler, or of a dataset that streams them itself.
+
+    Not a method, lest the loader be in a reference cycle with its own generator: then its workers would end whenever
+    the garbage collector runs, in any thread.
     """
     from torch.utils.data import DataLoader
 
     loader: DataLoader[Any] = DataLoader(
         dataset,  # type: ignore[arg-type]
         batch_size=None,
-        sampler=sampler,
+        sampler=sampler if isinstance(dataset, LatentDataset) else None,
         num_workers=num_workers,
         generator=torch.Generator().manual_seed(0),  # workers' base seed: none of ours, and not the global stream
+        worker_init_fn=_outlive_signals,
     )
     yield from map(_raise_error, loader)
+
+
+def _outlive_signals(worker: int) -> None:
+    """Terminals, service managers and `pkill` signal the workers too, but the main process still needs them to finish
+    its step and save. It ends them then; if it cannot, they end by themselves.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGALRM"):
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda *_: signal.alarm(_GRACE_SECONDS))
 
 
 def _raise_error(batch: Batch | SA3Error) -> Batch:

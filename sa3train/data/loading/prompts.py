@@ -1,8 +1,8 @@
 """Build the prompt that a clip is trained with, from its caption and tags.
 
 A template is text with fields in braces: `{caption}`, any tag (`{genre}`), parts of the source path (`{folder}`,
-`{stem}`, `{path[0]}`, `{path[-2]}`). A template with a field that a clip lacks is not used for that clip; a clip that
-no template fits is an error. `{{` and `}}` write braces.
+`{stem}`, `{path[0]}`, `{path[-2]}`). A template with a field that a clip lacks is not used for that clip. A clip that
+no template fits is an error, unless it has no caption: then its prompt is empty. `{{` and `}}` write braces.
 """
 
 import random
@@ -13,7 +13,11 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 
 from sa3train.core.config import check_settings, setting
-from sa3train.core.errors import ConfigError, DataError
+from sa3train.core.errors import ConfigError, ConflictError, DataError
+from sa3train.core.log import get_logger
+from sa3train.data.sources.text import compose
+
+_logger = get_logger(__name__)
 
 _MAX_LISTED = 200_000
 """More distinct prompts than this are not listed: they are embedded during training."""
@@ -30,8 +34,11 @@ class Template:
         weight: Relative frequency.
     """
 
-    text: str
-    weight: float = 1.0
+    text: str = setting(help="Text with fields.")
+    weight: float = setting(1.0, help="Relative frequency.", above=0, max=1e6)
+
+    def __post_init__(self) -> None:
+        check_settings(self, "data.prompts.templates")
 
     @classmethod
     def parse(cls, line: str) -> "Template":
@@ -56,6 +63,7 @@ class PromptSettings:
 
     templates: tuple[Template, ...] = setting(
         (Template("{caption}"),),
+        items=(1, 1000),
         help="Prompt texts with fields ({caption}, any tag, {folder}, {stem}, {path[0]}), chosen by weight among those "
         "a clip can fill.",
     )
@@ -67,7 +75,7 @@ class PromptSettings:
     separator: str = setting(",", help="Separator of the tags in a caption.")
     shuffle_tags: bool = setting(False, help="Shuffle the tags of a caption.")
     tag_dropout: float = setting(0.0, help="Probability of leaving out each tag.", min=0, max=1)
-    keep_tags: int = setting(0, help="First tags that are neither shuffled nor left out.", min=0)
+    keep_tags: int = setting(0, help="First tags that are neither shuffled nor left out.", min=0, max=1000)
     caption_dropout: float = setting(
         0.0,
         help="Probability of an empty prompt. For guidance, loss.cfg_dropout zeroes the whole condition already.",
@@ -77,24 +85,31 @@ class PromptSettings:
 
     def __post_init__(self) -> None:
         check_settings(self, "data.prompts")
-        if not self.templates:
-            raise ConfigError('prompts need at least one template, such as "{caption}".')
         for template in self.templates:
             list_template_fields(template.text)
-            if not template.weight > 0:
-                raise ConfigError(f"template {template.text!r} has weight {template.weight}; it must be above 0.")
         self._check_effects()
 
     def _check_effects(self) -> None:
         """Refuse a setting that has no effect whatever the data."""
         if not self.trigger and (self.trigger_probability != 1.0 or self.trigger_position != "front"):
-            raise ConfigError("trigger_probability and trigger_position have no effect without a trigger: set one.")
+            raise ConflictError(
+                "trigger_probability and trigger_position have no effect without a trigger: set one.",
+                {"data.prompts.trigger_probability": 1.0, "data.prompts.trigger_position": "front",
+                 "data.prompts.trigger": ...},
+            )  # fmt: skip
         if self.trigger and self.trigger_probability == 0:
             raise ConfigError("a trigger with trigger_probability=0 has no effect: raise it, or drop the trigger.")
         if self.keep_tags and not self.varies_tags:
-            raise ConfigError("keep_tags has no effect without shuffle_tags=true or tag_dropout above 0.")
-        if self.varies_tags and not self.separator:
-            raise ConfigError("shuffle_tags and tag_dropout need a separator between tags, such as ','.")
+            raise ConflictError(
+                "keep_tags has no effect without shuffle_tags=true or tag_dropout above 0.",
+                {"data.prompts.keep_tags": 0, "data.prompts.shuffle_tags": ..., "data.prompts.tag_dropout": ...},
+            )
+        if not self.separator:
+            raise ConfigError("data.prompts.separator must not be empty. Set the text between tags, such as ','.")
+        if self.separator != "," and not self.varies_tags:
+            raise ConfigError("separator has no effect without shuffle_tags=true or tag_dropout above 0.")
+        if self.tag_dropout == 1 and not self.keep_tags:
+            raise ConfigError("data.prompts.tag_dropout=1 leaves no tag. Lower it, or set keep_tags above 0.")
         if self.varies_tags and not any("caption" in list_template_fields(t.text) for t in self.templates):
             raise ConfigError("shuffle_tags and tag_dropout have no effect: no template contains {caption}.")
 
@@ -136,7 +151,7 @@ def collect_template_values(record: Mapping[str, Any]) -> dict[str, Any]:
     Returns:
         Value by name, without empty ones.
     """
-    path = PurePosixPath(str(record.get("source", "")).replace("\\", "/"))
+    path = PurePosixPath(compose(str(record.get("source", "")).replace("\\", "/")))
     values: dict[str, Any] = {"path": path.parts, "folder": path.parent.name, "stem": path.stem, "file": path.name}
     values |= record.get("tags") or {}
     values["caption"] = record.get("caption") or ""
@@ -205,9 +220,9 @@ class PromptBuilder:
         if values.get("caption") and settings.varies_tags:
             values["caption"] = self._vary_tags(values["caption"], order)
         texts = self._fill_templates(record, values)
-        text = rng.choices([t for t, _ in texts], [w for _, w in texts])[0]
-        if drop < settings.caption_dropout:
+        if drop < settings.caption_dropout or not texts:
             return ""
+        text = rng.choices([t for t, _ in texts], [w for _, w in texts])[0]
         return self._add_trigger(text) if settings.trigger and trigger < settings.trigger_probability else text
 
     def build_fixed(self, record: Mapping[str, Any]) -> str:
@@ -220,6 +235,8 @@ class PromptBuilder:
             The prompt.
         """
         texts = self._fill_templates(record, collect_template_values(record))
+        if not texts:
+            return ""
         text = max(texts, key=lambda pair: pair[1])[0]
         return self._add_trigger(text) if self.settings.trigger else text
 
@@ -238,10 +255,12 @@ class PromptBuilder:
         texts = [text for text, _ in self._fill_templates(record, collect_template_values(record))]
         plain = [] if settings.trigger and settings.trigger_probability == 1 else texts
         triggered = [self._add_trigger(text) for text in texts] if settings.trigger else []
-        return [*plain, *triggered, *([""] if settings.caption_dropout > 0 else [])]
+        return [*plain, *triggered, *([""] if settings.caption_dropout > 0 or not texts else [])]
 
     def check(self, records: Iterable[Mapping[str, Any]]) -> None:
-        """Check that every setting has an effect on some clip, and that every clip has a prompt.
+        """Check that every setting has an effect on some clip, and that every clip with a caption has a prompt.
+
+        Clips without a caption train on the empty prompt, which is logged.
 
         Args:
             records: Records of all clips.
@@ -252,7 +271,7 @@ class PromptBuilder:
         """
         settings = self.settings
         known: set[str] = set()
-        shufflable = droppable = unfit = count = 0
+        shufflable = droppable = uncaptioned = unfit = count = 0
         examples: list[str] = []
         used = [0] * len(settings.templates)
         for record in records:
@@ -263,17 +282,24 @@ class PromptBuilder:
             shufflable, droppable = shufflable + (free > 1), droppable + (free > 0)
             fits = [fill_template(template.text, values) is not None for template in settings.templates]
             used = [uses + fit for uses, fit in zip(used, fits, strict=True)]
-            if not any(fits):
+            if not any(fits) and "caption" not in values:
+                uncaptioned += 1
+            elif not any(fits):
                 unfit += 1
                 examples += [str(record.get("source"))] if len(examples) < 5 else []
         if not count:
             return
-        self._check_templates(used, known)
+        if uncaptioned < count:
+            self._check_templates(used, known)
+        elif settings.trigger:
+            raise ConfigError("the trigger has no effect: no clip has a caption. Add a template of fixed text or tags.")
         if unfit:
             raise DataError(
                 f"{unfit} of {count} clips fit no prompt template (such as {', '.join(examples)}): "
                 f"add the tags to them, or add a template such as {{caption}} or fixed text."
             )
+        if uncaptioned:
+            _logger.info("%d of %d clips have no caption: they train on the empty prompt", uncaptioned, count)
         if settings.shuffle_tags and not shufflable:
             raise ConfigError(
                 f"shuffle_tags has no effect: no caption has tags to shuffle, separated by {settings.separator!r}."
@@ -292,9 +318,10 @@ class PromptBuilder:
                 raise ConfigError(f"prompt template {template.text!r} has no effect: {reason}. Known fields: {fields}.")
 
     def _fill_templates(self, record: Mapping[str, Any], values: Mapping[str, Any]) -> list[tuple[str, float]]:
+        """The possible texts with their weights; none for a clip without a caption that fits no template."""
         filled = [(fill_template(template.text, values), template.weight) for template in self.settings.templates]
         texts = [(text.strip(), weight) for text, weight in filled if text is not None]
-        if not texts:
+        if not texts and "caption" in values:
             raise DataError(f"no prompt template fits {record.get('source')}: it lacks their fields.")
         return texts
 

@@ -4,11 +4,12 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from sa3train.core.errors import DataError
+from sa3train.core.config import build, setting
+from sa3train.core.errors import ConfigError, DataError
 from sa3train.core.files import hash_file, write_json
 from sa3train.data.shards.writer import ShardEntry, get_listing_path, read_listing
 
@@ -19,6 +20,46 @@ _FORMAT = "sa3train-latents"
 _VERSION = 2
 _OUTDATED = ".encode/outdated.json"
 _SHARD = re.compile(r"[a-z]+-\d{3,}-\d{5,}\.tar")
+_LARGEST = 10**15
+
+
+@dataclass(frozen=True)
+class _Model:
+    name: str = setting(help="Model whose autoencoder made the latents.", text="filled")
+    fingerprint: str = setting(help="Hash of its weights.", text="filled")
+    sample_rate: int = setting(help="Of its audio.", unit="Hz", min=1, max=10**6)
+    downsampling_ratio: int = setting(help="Samples per latent frame.", min=1, max=10**6)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    file: str = setting(help="File name.", text="filled")
+    listing: str = setting(help="File name of its listing.", text="filled")
+    split: Literal["train", "heldout"] = setting(help="Split of its clips.")
+    clips: int = setting(help="Clips in it.", min=0, max=_LARGEST)
+    frames: int = setting(help="Latent frames in it.", min=0, max=_LARGEST)
+    seconds: float = setting(help="Length of its clips.", unit="seconds", min=0, max=_LARGEST)
+    bytes: int = setting(help="Size of the file.", min=0, max=_LARGEST)
+    sha256: str = setting(help="Hash of the file.", text="filled")
+
+
+@dataclass(frozen=True)
+class _Silence:
+    file: Literal["silence.npy"] = setting(help="File name.")
+    sha256: str = setting(help="Hash of the file.", text="filled")
+
+
+@dataclass(frozen=True)
+class _Index:
+    clips: int = setting(help="All clips.", min=0, max=_LARGEST)
+    frames: int = setting(help="All latent frames.", min=0, max=_LARGEST)
+    seconds: float = setting(help="Length of all clips.", unit="seconds", min=0, max=_LARGEST)
+    manifest: str = setting(help="Hash of all clips.", text="filled")
+    splits: dict[str, dict[str, float]] = setting(help="The same counts by split.", min=0, max=_LARGEST)
+    model: _Model = setting(help="Whose autoencoder made the latents.")
+    shards: list[_Shard] = setting(help="The shards.", items=(0, 10**7))
+    rejected: int = setting(help="Rejected clips.", min=0, max=_LARGEST)
+    silence: _Silence | None = setting(help="Latents of silence.")
 
 
 def list_shards(folder: Path) -> list[Path]:
@@ -142,24 +183,32 @@ def parse_index(text: bytes, path: str) -> dict[str, Any]:
         The index.
 
     Raises:
-        DataError: When it is damaged or was written by another version.
+        DataError: When it is damaged, has a wrong value or was written by another version.
     """
     again = "run the same sa3-encode command again to rewrite it."
     try:
         index = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is damaged ({error}): {again}") from error
     if not isinstance(index, dict) or index.get("format") != _FORMAT:
         raise DataError(f"{path} is not an index of latent shards. Make one with: sa3-encode source=DIR out=DIR")
     if index.get("version") != _VERSION:
         raise DataError(
-            f"{path} has index version {index.get('version')}, this sa3train reads version {_VERSION}. "
+            f"{path} has index version {index.get('version')!r}, this sa3train reads version {_VERSION}. "
             f"Encode the source again, or use the sa3train that wrote it ({index.get('made_by', 'unknown')})."
         )
-    missing = [name for name in ("model", "shards", "splits", "manifest") if name not in index]
-    if missing:
-        raise DataError(f"{path} lacks {', '.join(missing)}: {again}")
-    return index
+    try:
+        content = build(_Index, {"rejected": 0, "silence": None, **index}, ignore_unknown=True)
+    except ConfigError as error:
+        raise DataError(f"{path} is damaged: {error} {again.capitalize()}") from error
+    if len({shard.file for shard in content.shards}) < len(content.shards):
+        raise DataError(f"{path} is damaged: it names a shard twice. {again.capitalize()}")
+    if content.clips != sum(shard.clips for shard in content.shards):
+        raise DataError(f"{path} is damaged: clips={content.clips} are not those of its shards. {again.capitalize()}")
+    for shard in content.shards:
+        if not _SHARD.fullmatch(shard.file) or shard.listing != get_listing_path(Path(shard.file)).name:
+            raise DataError(f"{path} is damaged: {shard.file} or {shard.listing} names no shard. {again.capitalize()}")
+    return {**index, "shards": [asdict(shard) for shard in content.shards]}
 
 
 def check_autoencoder(index: Mapping[str, Any], name: str, fingerprint: str, path: str) -> None:

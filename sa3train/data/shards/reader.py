@@ -5,6 +5,7 @@ Tensor names end in their axes: C latent channels, F latent frames.
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import sys
@@ -19,6 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from sa3train.core.errors import DataError
 from sa3train.core.log import get_logger
+from sa3train.core.user_files import read_file
 from sa3train.data.shards.index import INDEX_FILE, SILENCE_FILE, parse_index
 from sa3train.data.sources.storage import translate_errors
 
@@ -75,9 +77,9 @@ class LatentStore:
         self.path = os.fspath(path)
         if verify not in ("size", "hash", "none"):
             raise DataError(f"verify is {verify!r}; choose size, hash or none.")
-        with translate_errors(f"cannot open {self.path}"):
-            self._file_system, root = fsspec.core.url_to_fs(self.path)
-        self._root, self._is_local = root.rstrip("/"), isinstance(self._file_system, LocalFileSystem)
+        self._file_systems: dict[int, tuple[Any, str]] = {}
+        file_system, root = self._open_file_system()
+        self._root, self._is_local = root.rstrip("/"), isinstance(file_system, LocalFileSystem)
         self.index = parse_index(self._fetch(INDEX_FILE), self._join(INDEX_FILE))
         self.damaged: dict[str, str] = {}
         self.shards: list[str] = []
@@ -92,7 +94,7 @@ class LatentStore:
         return len(self.keys)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": {}}
+        return {**self.__dict__, "_files": {}, "_file_systems": {}}
 
     def list_rows(self, split: str) -> np.ndarray:
         """List the rows of one split.
@@ -153,6 +155,32 @@ class LatentStore:
                 yield row, json.loads(line)["record"]
                 row += 1
 
+    def iterate_shard(self, number: int) -> Iterator[tuple[int, np.ndarray, dict[str, Any]]]:
+        """Iterate over one shard, read from its first byte to its last. A `DataError` names what is damaged.
+
+        Args:
+            number: Index into `shards`.
+
+        Yields:
+            Row number, latents (C, F) float16, and the record of each clip.
+
+        Raises:
+            DataError: When the shard has other clips than its listing.
+        """
+        from webdataset.tariterators import group_by_keys, tar_file_expander
+
+        rows = np.flatnonzero(self.shard == number).tolist()
+        name = self._join(self.shards[number])
+        with (
+            translate_errors(f"cannot read {name}"),
+            self._open_file_system()[0].open(f"{self._root}/{self.shards[number]}", "rb") as stream,
+        ):
+            samples = group_by_keys(tar_file_expander([{"url": name, "stream": stream}]))
+            for row, sample in itertools.zip_longest(rows, samples):
+                if row is None or sample is None or not {"npy", "json"} <= set(sample):
+                    raise DataError(f"damaged shard {name}: it does not hold the {len(rows)} clips of its listing.")
+                yield row, self._parse_latents(row, sample["npy"]), self._parse_record(row, sample["json"])
+
     def get_silence(self, frames: int, start: int = 0) -> np.ndarray:
         """Get latents of silence.
 
@@ -202,7 +230,7 @@ class LatentStore:
         if (silence := self.index.get("silence")) is None:
             return None
         try:
-            is_intact = hashlib.sha256(self._fetch(SILENCE_FILE)).hexdigest() == silence["sha256"]
+            is_intact = hashlib.sha256(self._fetch(SILENCE_FILE)).hexdigest() == silence.get("sha256")
         except DataError as error:
             return str(error)
         return None if is_intact else _WRONG_HASH
@@ -264,11 +292,11 @@ class LatentStore:
         path = f"{self._root}/{entry['file']}"
         try:
             with translate_errors("cannot be read"):
-                size = int(self._file_system.info(path)["size"])
+                size = int(self._open_file_system()[0].info(path)["size"])
                 if size != entry["bytes"]:
                     return f"has {size} bytes, index.json says {entry['bytes']}"
                 if verify == "hash":
-                    with self._file_system.open(path, "rb") as file:
+                    with self._open_file_system()[0].open(path, "rb") as file:
                         digest = hashlib.file_digest(file, "sha256").hexdigest()
                     return None if digest == entry["sha256"] else _WRONG_HASH
         except DataError as error:
@@ -315,7 +343,7 @@ class LatentStore:
                     content = os.pread(self._get_descriptor(number), size, start)
                 else:
                     path = f"{self._root}/{self.shards[number]}"
-                    content = self._file_system.cat_file(path, start=start, end=start + size)
+                    content = self._open_file_system()[0].cat_file(path, start=start, end=start + size)
         except DataError as error:
             raise self._make_error(row, str(error)) from error
         if len(content) > size:
@@ -323,6 +351,14 @@ class LatentStore:
         if len(content) < size:
             raise self._make_error(row, f"received {len(content)} of {size} bytes")
         return bytes(content)
+
+    def _open_file_system(self) -> tuple[Any, str]:
+        """The file system and the folder's path in it, one for each process: fsspec's do not survive a fork."""
+        pid = os.getpid()
+        if pid not in self._file_systems:
+            with translate_errors(f"cannot open {self.path}"):
+                self._file_systems[pid] = fsspec.core.url_to_fs(self.path)
+        return self._file_systems[pid]
 
     def _get_descriptor(self, number: int) -> int:
         """An open file for a shard, one for each process (a forked worker must not share it)."""
@@ -334,7 +370,8 @@ class LatentStore:
     def _fetch(self, name: str) -> bytes:
         try:
             with translate_errors(f"cannot read {self._join(name)}"):
-                return bytes(self._file_system.cat_file(f"{self._root}/{name}"))
+                path = f"{self._root}/{name}"
+                return read_file(path) if self._is_local else bytes(self._open_file_system()[0].cat_file(path))
         except DataError as error:
             raise DataError(
                 f"{error}. Give a folder of latent shards made by sa3-encode; if that was interrupted, run it again."

@@ -1,35 +1,18 @@
-"""The text of a clip: caption, tags and beats, from sidecar files, manifests, and tags inside the audio file."""
+"""The text of a clip: caption, tags and beats, from sidecar files, caption lists, and tags inside the audio file."""
 
-import io
-import json
 import re
-import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from sa3train.core.errors import DataError
-from sa3train.data.sources.listing import PATH_FIELDS, Clip
+from sa3train.core.files import is_sidecar
+from sa3train.core.user_files import stat_file
+from sa3train.data.sources.listing import Clip
+from sa3train.data.sources.lists import CAPTION_FIELDS, PATH_FIELDS, parse_object
 from sa3train.data.sources.storage import Blob
-
-CAPTION_FIELDS = ("caption", "text", "prompt", "description")
-MAX_TAG_LENGTH = 500
-"""Characters. Longer embedded tags are lyrics and license texts."""
-
-_ID3 = {
-    "TIT2": "title", "TPE1": "artist", "TALB": "album", "TCON": "genre", "TBPM": "bpm", "TKEY": "key", "TMOO": "mood",
-    "TDRC": "date", "TIT1": "grouping", "COMM": "comment", "TIT3": "description",
-}  # fmt: skip
-_MP4 = {
-    "\xa9nam": "title", "\xa9ART": "artist", "\xa9alb": "album", "\xa9gen": "genre", "tmpo": "bpm", "\xa9day": "date",
-    "\xa9cmt": "comment", "\xa9grp": "grouping", "desc": "description",
-}  # fmt: skip
-EMBEDDED_TAGS = {**_ID3, **_MP4}
-"""Names of tags inside audio files, by their ID3 or MP4 code."""
-
-_TAG_ERRORS = (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, MemoryError, EOFError,
-               OSError, AssertionError, struct.error, RecursionError, ZeroDivisionError)  # fmt: skip
-"""What mutagen raises on damaged files besides its own errors."""
+from sa3train.data.sources.tags import drop_promotion, read_embedded_tags
+from sa3train.data.sources.text import TEXT_LIMIT, decode_text, find_misread, tidy
 
 
 @dataclass
@@ -49,32 +32,34 @@ class ClipText:
     problems: list[tuple[str, str]] = field(default_factory=list)
 
 
-def read_clip_text(clip: Clip, audio: bytes | None = None) -> ClipText:
+def read_clip_text(clip: Clip, audio: bytes | None = None, allow_promotional: bool = False) -> ClipText:
     """Read all text of a clip.
 
-    Captions and tags of the same name come from, in this order: `.txt`, `.json`, manifest, tags inside the file.
+    Captions and tags of the same name come from, in this order: `.txt`, `.json`, caption list, tags inside the file.
 
     Args:
         clip: The clip.
         audio: Content of the audio file, if already read.
+        allow_promotional: Use tags inside the file that read like an advertisement or a web address.
 
     Returns:
         The text, with problems where sources conflict or cannot be read.
     """
     text = ClipText()
     captions: list[tuple[str, str]] = []
+    sidecars = [*reversed(clip.others), *(blob for blob in (clip.fields, clip.text) if blob)]
     sources = (
-        ("embedded tags", _read_embedded_tags(clip, audio)),
-        ("manifest", _read_manifest_row(clip)),
-        (".json", _read_json(clip, text)),
+        ("embedded tags", _read_embedded_tags(clip, audio, text, allow_promotional)),
+        (clip.row_name, _read_list_row(clip)),
+        *((blob.name, _read_sidecar(blob, text)) for blob in sidecars),
     )
     for source, fields in sources:
         caption = _add_fields(fields, text)
         captions += [(source, caption)] if caption else []
-    caption = " ".join(_read_blob(clip.text, text).split())
-    captions += [(".txt", caption)] if caption else []
     if captions:
         text.caption = captions[-1][1]
+        if misread := find_misread(text.caption):
+            text.problems.append(("misread_text", f"{captions[-1][0]} has {misread}"))
         others = [source for source, caption in captions[:-1] if caption != text.caption]
         if others:
             text.problems.append(("caption_conflict", f"{captions[-1][0]} is used, {', '.join(others)} differs"))
@@ -83,13 +68,16 @@ def read_clip_text(clip: Clip, audio: bytes | None = None) -> ClipText:
 
 def _add_fields(fields: Mapping[str, Any], text: ClipText) -> str:
     """Add `fields` to tags and beats; returns the caption among them."""
-    used = next((name for name in CAPTION_FIELDS if isinstance(fields.get(name), str) and fields[name].strip()), None)
+    captions = {name: tidy(str(_parse_tag(fields[name]) or "")) for name in CAPTION_FIELDS if name in fields}
+    used = next((name for name, caption in captions.items() if caption), None)
     for name, value in fields.items():
         if name == "beats":
             text.beats = _parse_beats(value, text)
+        elif name == "bpm" and str(value).strip() in ("0", "0.0"):
+            continue  # written where the tempo is unknown
         elif name != used and (tag := _parse_tag(value)) is not None:
-            text.tags[str(name)] = tag
-    return " ".join(fields[used].split()) if used else ""
+            text.tags[name] = tag
+    return captions[used] if used else ""
 
 
 def _parse_tag(value: Any) -> str | int | float | None:
@@ -110,26 +98,30 @@ def _parse_beats(value: Any, text: ClipText) -> list[float]:
     return []
 
 
-def _read_json(clip: Clip, text: ClipText) -> dict[str, Any]:
-    content = _read_blob(clip.fields, text)
-    if not content:
-        return {}
+def _read_sidecar(blob: Blob, text: ClipText) -> dict[str, Any]:
+    """The fields of a `.json`, or the caption in a `.txt`."""
+    is_text = blob.name.lower().endswith(".txt")
     try:
-        fields = json.loads(content)
-    except (json.JSONDecodeError, RecursionError) as error:
-        text.problems.append(("bad_fields", f"its .json cannot be parsed ({error})"))
-        return {}
-    if not isinstance(fields, dict):
-        text.problems.append(("bad_fields", "its .json is not an object with fields"))
-        return {}
-    return fields
+        content, encoding = decode_text(blob.read(TEXT_LIMIT))
+        if encoding:
+            text.problems.append(("text_encoding", f"{blob.name} is read as {encoding}"))
+        if is_text or not content.strip():
+            return {CAPTION_FIELDS[0]: content}
+        fields = parse_object(content)
+        return {} if is_sidecar(fields) else fields  # of generated audio: no description of it
+    except DataError as error:
+        text.problems.append(("bad_text", f"{blob.name} {error}"))
+    except ValueError as error:
+        text.problems.append(("bad_fields", f"{blob.name} cannot be used: {error}"))
+    return {}
 
 
-def _read_manifest_row(clip: Clip) -> dict[str, Any]:
+def _read_list_row(clip: Clip) -> dict[str, Any]:
     if clip.row is None:
         return {}
-    row = {str(name): value for name, value in json.loads(clip.row).items() if name and name not in PATH_FIELDS}
-    return {name: _parse_number(value) if isinstance(value, str) else value for name, value in row.items()}
+    row = {name: value for name, value in parse_object(clip.row).items() if name and name not in PATH_FIELDS}
+    kept = {name for name, value in row.items() if not isinstance(value, str) or name in CAPTION_FIELDS}
+    return {name: value if name in kept else _parse_number(value) for name, value in row.items()}
 
 
 def _parse_number(text: str) -> str | int | float:
@@ -141,50 +133,17 @@ def _parse_number(text: str) -> str | int | float:
     return text
 
 
-def _read_blob(blob: Blob | None, text: ClipText) -> str:
-    if blob is None:
-        return ""
-    try:
-        return blob.read().decode("utf-8-sig")
-    except UnicodeDecodeError:
-        text.problems.append(("bad_text", f"{blob.name or 'its text'} is not UTF-8; save it as UTF-8"))
-    except DataError as error:
-        text.problems.append(("bad_text", f"{blob.name or 'its text'} {error}"))
-    return ""
-
-
-def _read_embedded_tags(clip: Clip, audio: bytes | None) -> dict[str, Any]:
-    """Tags inside the file, by their usual names. Unreadable ones are ignored: a set is not made for them."""
-    import mutagen
-
+def _read_embedded_tags(clip: Clip, audio: bytes | None, text: ClipText, allow_promotional: bool) -> dict[str, Any]:
+    """Tags inside the file, without those that nobody would say to a model."""
     path = clip.audio.local_path()
     try:
-        file = mutagen.File(
-            path if path and audio is None else io.BytesIO(audio if audio is not None else clip.audio.read())
-        )
-        items = list(file.tags.items()) if file is not None and file.tags else []
-        return dict(pair for pair in _name_tags(items) if pair[1] not in ("", None))
-    except (mutagen.MutagenError, DataError, *_TAG_ERRORS):
+        if path:
+            stat_file(path)
+        fields = read_embedded_tags(audio or path or clip.audio.read())
+    except (DataError, OSError):
         return {}
-
-
-def _name_tags(items: Iterable[tuple[str, Any]]) -> Iterable[tuple[str, Any]]:
-    for key, value in items:
-        name = _ID3.get(key[:4]) or _MP4.get(key) or (value.desc if key.startswith("TXXX") else key)
-        text = _get_first_text(value)
-        known = key[:4] in _ID3 or key in _MP4 or key.startswith("TXXX") or re.fullmatch(r"[A-Za-z][A-Za-z _-]*", key)
-        if known and text and len(text) <= MAX_TAG_LENGTH:
-            name = _normalize_name(str(name))
-            yield name, _parse_number(text) if name == "bpm" else text
-
-
-def _normalize_name(name: str) -> str:
-    lowered = name.strip().lower().replace(" ", "_").replace("-", "_")
-    return {"initialkey": "key", "tempo": "bpm", "comments": "comment"}.get(lowered, lowered)
-
-
-def _get_first_text(value: Any) -> str:
-    text = getattr(value, "text", value)
-    if isinstance(text, list | tuple):
-        text = text[0] if text else ""
-    return str(text).strip() if isinstance(text, str | int | float) or hasattr(text, "text") else ""
+    if allow_promotional:
+        return fields
+    kept, dropped = drop_promotion(fields)
+    text.problems += [("promotional", tag) for tag in dropped]
+    return kept

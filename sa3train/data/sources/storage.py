@@ -4,15 +4,20 @@ import contextlib
 import hashlib
 import os
 import tarfile
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import fsspec
 
+from sa3train.audio.decode import AUDIO_LIMIT
+from sa3train.audio.io import AUDIO_SUFFIXES
 from sa3train.core.errors import DataError
 from sa3train.core.files import get_cache_dir
+from sa3train.core.user_files import read_file, scan_folder, stat_file
 
 
 def is_url(path: str) -> bool:
@@ -25,6 +30,21 @@ def is_url(path: str) -> bool:
         False for a path on this machine.
     """
     return "://" in path or "::" in path
+
+
+def strip_file_scheme(path: str) -> str:
+    """Turn a `file://` URL into the path it names.
+
+    Args:
+        path: Path or URL.
+
+    Returns:
+        A path on this machine; anything else as it is.
+    """
+    scheme, mark, rest = path.partition("://")
+    if not mark or scheme.lower() not in ("file", "local"):
+        return path
+    return unquote(rest.removeprefix("localhost")) if scheme.lower() == "file" else rest
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,14 +63,17 @@ class Blob:
     size: int = -1
     name: str = ""
 
-    def read(self) -> bytes:
+    def read(self, limit: int = AUDIO_LIMIT) -> bytes:
         """Read the bytes.
+
+        Args:
+            limit: Most bytes to read of a file on this machine.
 
         Returns:
             All of them.
 
         Raises:
-            DataError: When they cannot be read in full.
+            DataError: When they cannot be read in full, or are more than `limit`.
         """
         with translate_errors("cannot be read"):
             if is_url(self.path):
@@ -58,9 +81,7 @@ class Blob:
                 end = None if self.size < 0 else self.offset + self.size
                 content = bytes(file_system.cat_file(path, start=self.offset or None, end=end))
             else:
-                with Path(self.path).open("rb") as file:
-                    file.seek(self.offset)
-                    content = file.read(self.size)
+                content = read_file(self.path, self.offset, self.size, limit)
         if 0 <= self.size != len(content):
             raise DataError(f"is truncated: {len(content)} of {self.size} bytes exist")
         return content
@@ -84,9 +105,24 @@ class Blob:
                 if is_url(self.path):
                     file_system, path = fsspec.core.url_to_fs(self.path)
                     return _make_remote_stamp(file_system.info(path))
-                return _make_local_stamp(Path(self.path).stat())
+                return _make_local_stamp(stat_file(self.path))
         except DataError:
             return ""
+
+
+@dataclass
+class Files:
+    """What a storage contains. Paths are within the storage, with `/`.
+
+    Attributes:
+        stamps: Stamp by path of every file, in order of path.
+        special: Reason by path of what cannot be opened as a file.
+        unlisted: Reason by path of the folders that cannot be listed, or are listed already.
+    """
+
+    stamps: dict[str, str] = field(default_factory=dict)
+    special: dict[str, str] = field(default_factory=dict)
+    unlisted: dict[str, str] = field(default_factory=dict)
 
 
 class LocalStorage:
@@ -104,30 +140,42 @@ class LocalStorage:
         """
         self.root = root
 
-    def iterate_files(self) -> Iterator[tuple[str, str]]:
-        """Iterate over all files below the folder, in order.
+    def list_files(self) -> Files:
+        """List all files below the folder but hidden ones, opening none.
 
-        Yields:
-            (path within the folder with `/`, stamp).
+        Folders that are linked from elsewhere are listed once, by their own path if that is below this folder too: so
+        links in a circle end, and links that fan out do not multiply.
+
+        Returns:
+            The files.
+
+        Raises:
+            DataError: The folder itself cannot be listed.
         """
-        yield from sorted(self._walk(self.root, "", frozenset()))
-
-    def _walk(self, folder: str, prefix: str, above: frozenset[str]) -> Iterator[tuple[str, str]]:
-        above = above | {os.path.realpath(folder)}
-        try:
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    if entry.is_dir():
-                        if os.path.realpath(entry.path) not in above:  # a link to a parent folder would never end
-                            yield from self._walk(entry.path, f"{prefix}{entry.name}/", above)
-                    else:
-                        try:
-                            stamp = _make_local_stamp(entry.stat())
-                        except FileNotFoundError:
-                            stamp = ""  # a broken link: listed, so that reading it can report that
-                        yield f"{prefix}{entry.name}", stamp
-        except PermissionError as error:
-            raise DataError(f"cannot read the folder {folder}. Change its permissions, or exclude it.") from error
+        files, seen = Files(), dict[str, str]()
+        folders = deque([""])
+        while folders:
+            prefix = folders.popleft()
+            try:
+                real_path, entries = scan_folder(f"{self.root}/{prefix}" if prefix else self.root or ".")
+            except OSError as error:
+                if not prefix:
+                    raise DataError(f"cannot list the folder {self.root} ({_describe_error(error)}).") from error
+                files.unlisted[prefix.rstrip("/")] = f"folder cannot be listed: {_describe_error(error)}"
+                continue
+            if real_path in seen:
+                reason = f"it is a link to {seen[real_path]}, which is listed already"
+                files.unlisted[prefix.rstrip("/")] = reason
+                continue
+            if f"{real_path}/".startswith(_SYSTEM_FOLDERS):
+                files.unlisted[prefix.rstrip("/")] = f"it is a folder of the system ({real_path})"
+                continue
+            seen[real_path] = prefix or "the whole folder"
+            for entry in entries:
+                if not is_hidden(entry.name):
+                    _add_entry(f"{prefix}{entry.name}", entry, files, folders)
+        files.stamps = dict(sorted(files.stamps.items()))
+        return files
 
     def get_blob(self, name: str) -> Blob:
         """Get a file of this folder.
@@ -165,22 +213,23 @@ class RemoteStorage(LocalStorage):
         with translate_errors(f"cannot open {url}"):
             self._file_system, self._path = fsspec.core.url_to_fs(url)
 
-    def iterate_files(self) -> Iterator[tuple[str, str]]:
-        """Iterate over all files below the URL, in order.
+    def list_files(self) -> Files:
+        """List all files below the URL but hidden ones.
 
-        Yields:
-            (path within the folder with `/`, stamp).
+        Returns:
+            The files.
         """
-        base = self._path.rstrip("/") + "/"
+        base, files = self._path.rstrip("/") + "/", Files()
         with translate_errors(f"cannot list {self.root}"):
             found: dict[str, Any] = self._file_system.find(self._path, detail=True)
             if not found:
                 self._file_system.ls(self._path)  # `find` reports an unreachable folder as an empty one
         for path in sorted(found):
             name = path.removeprefix(base)
-            if path.startswith(base) and name:
+            if path.startswith(base) and name and not is_hidden(name):
                 # The listing of a web server gives names only.
-                yield name, _make_remote_stamp(found[path]) or self.get_blob(name).compute_stamp()
+                files.stamps[name] = _make_remote_stamp(found[path]) or self.get_blob(name).compute_stamp()
+        return files
 
     def localize(self, name: str) -> str:
         """Download a file to the cache.
@@ -199,6 +248,67 @@ class RemoteStorage(LocalStorage):
             return str(fsspec.open_local(f"simplecache::{blob.path}", simplecache={"cache_storage": cache}))
 
 
+class TarStorage(LocalStorage):
+    """The members of a plain tar.
+
+    Attributes:
+        problems: What is wrong with the tar.
+    """
+
+    def __init__(self, path: str, stamp: str) -> None:
+        """Read the headers of a tar.
+
+        Args:
+            path: Path on this machine.
+            stamp: Stamp of the tar.
+        """
+        super().__init__(path)
+        self.problems: list[str] = []
+        self._members: dict[str, Blob] = {}
+        self._stamp = stamp
+        try:
+            self._read_members(path)
+        except (tarfile.TarError, OSError, *_TAR_ERRORS) as error:
+            remedy = " Compressed tars have no random access: unpack it, or make a plain .tar."
+            reason = str(error) or type(error).__name__
+            self.problems.append(f"is not a readable tar ({reason}).{remedy if _is_compressed(path) else ''}")
+
+    def _read_members(self, path: str) -> None:
+        stat_file(path)
+        with tarfile.open(path, "r:") as tar:
+            for member in _iterate_members(tar):
+                name = member.name.removeprefix("./")
+                if member.isdir() or is_hidden(name):
+                    continue
+                if not member.isreg() or member.issparse():
+                    kind = "sparse" if member.issparse() else "a link, pipe or device"
+                    self.problems.append(f"contains {name} as {kind}: it is not read. Store it as a plain file")
+                    continue
+                if name in self._members:
+                    self.problems.append(f"contains {name} more than once; the last is used")
+                self._members[name] = Blob(path, member.offset_data, member.size, name)
+            self.problems += _check_end(path, tar.offset)
+
+    def list_files(self) -> Files:
+        """List the members.
+
+        Returns:
+            The files.
+        """
+        return Files({name: f"{self._stamp}|{blob.offset}" for name, blob in self._members.items()})
+
+    def get_blob(self, name: str) -> Blob:
+        """Get a member.
+
+        Args:
+            name: Its path.
+
+        Returns:
+            Its bytes within the tar.
+        """
+        return self._members[name]
+
+
 def open_storage(source: str) -> tuple[LocalStorage, str | None]:
     """Open a folder or a file as storage.
 
@@ -211,6 +321,7 @@ def open_storage(source: str) -> tuple[LocalStorage, str | None]:
     Raises:
         DataError: When there is neither a folder nor a file.
     """
+    source = strip_file_scheme(source)
     if is_url(source):
         head, _, name = source.rstrip("/").rpartition("/")
         is_file = "." in name and not head.endswith("/") and _is_remote_file(source)
@@ -220,7 +331,29 @@ def open_storage(source: str) -> tuple[LocalStorage, str | None]:
         return LocalStorage(str(path)), None
     if path.is_file():
         return LocalStorage(str(path.absolute().parent)), path.name
-    raise DataError(f"{source} does not exist. Give a folder of audio, a manifest, a .tar, or a URL of one.")
+    reason = ""
+    try:
+        stat_file(path)
+    except OSError as error:
+        reason = f" ({_describe_error(error)})"
+    raise DataError(f"cannot open {source}{reason}. Give a folder of audio, a caption list, a .tar, or a URL of one.")
+
+
+def _add_entry(name: str, entry: os.DirEntry[str], files: Files, folders: deque[str]) -> None:
+    """Add an entry of a folder to `files`, or to the `folders` to list: linked ones last."""
+    try:
+        if entry.is_dir(follow_symlinks=False):
+            folders.appendleft(f"{name}/")
+            if name.lower().endswith(AUDIO_SUFFIXES):
+                files.special[name] = "it is a folder, not a file"
+        elif entry.is_symlink() or not entry.is_file():
+            files.stamps[name] = _make_local_stamp(stat_file(entry.path))
+        else:
+            files.stamps[name] = _make_local_stamp(entry.stat())
+    except IsADirectoryError:
+        folders.append(f"{name}/")
+    except OSError as error:
+        files.special[name] = _describe_error(error)
 
 
 def _is_remote_file(url: str) -> bool:
@@ -273,39 +406,16 @@ def _describe_error(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
+_SYSTEM_FOLDERS = ("/proc/", "/sys/")
+"""Their files are made up as they are read, without end; a link to the whole disk leads there."""
+
 _TAR_ERRORS = (ValueError, KeyError, IndexError, OverflowError, MemoryError, RecursionError, EOFError)
 """What damaged headers make tarfile raise besides its own errors."""
 
+_LONGEST_RECORD = 4 << 20
+"""Most bytes of zeros at the end of a tar; `tar -b` makes up to a megabyte."""
+
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
-
-
-def list_tar_members(path: str) -> tuple[dict[str, dict[str, Blob]], list[str]]:
-    """List the members of a plain tar, grouped by name.
-
-    Args:
-        path: Path of the tar on this machine.
-
-    Returns:
-        Members by name without suffix, then by suffix (`.wav`, `.txt`); and what is wrong with the tar.
-    """
-    groups: dict[str, dict[str, Blob]] = {}
-    problems: list[str] = []
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in _iterate_members(tar):
-                if not member.isfile() or is_hidden(member.name):
-                    continue
-                name = Path(member.name.removeprefix("./"))
-                group = groups.setdefault(str(name.with_suffix("")), {})
-                if name.suffix.lower() in group:
-                    problems.append(f"contains {member.name} more than once; the last is used")
-                group[name.suffix.lower()] = Blob(path, member.offset_data, member.size)
-            problems += _check_end(path, tar.offset)
-    except (tarfile.TarError, OSError, *_TAR_ERRORS) as error:
-        remedy = " Compressed tars have no random access: unpack it, or make a plain .tar."
-        reason = str(error) or type(error).__name__
-        problems.append(f"is not a readable tar ({reason}).{remedy if _is_compressed(path) else ''}")
-    return groups, problems
 
 
 def is_hidden(name: str) -> bool:
@@ -328,18 +438,19 @@ def _iterate_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def _check_end(path: str, offset: int) -> list[str]:
-    """tarfile takes a damaged header for the end; the true end is a block of zeros."""
+    """tarfile takes a damaged header, and the end of the first of joined tars, for the end: only zeros follow the true
+    one, up to a record's length.
+    """
     size = Path(path).stat().st_size
-    with Path(path).open("rb") as file:
-        file.seek(offset)
-        block = file.read(tarfile.BLOCKSIZE)
     if offset > size:
         return [f"is truncated: {offset - size} bytes of its last member are missing"]
-    if block.strip(b"\0"):
-        return [f"is damaged at byte {offset} of {size}: the rest is not read. Make it again, or unpack it"]
+    rest = read_file(path, offset, min(size - offset, _LONGEST_RECORD))
+    if rest.strip(b"\0") or size - offset > _LONGEST_RECORD:
+        return [f"is damaged at byte {offset} of {size}, or several in one: the rest is not read. Unpack it"]
     return []
 
 
 def _is_compressed(path: str) -> bool:
-    with Path(path).open("rb") as file:
-        return file.read(6).startswith(_COMPRESSED)
+    with contextlib.suppress(OSError):
+        return read_file(path, size=6).startswith(_COMPRESSED)
+    return False

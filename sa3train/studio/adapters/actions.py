@@ -37,7 +37,8 @@ class Output:
     def flags(self) -> dict[str, object]:
         """The flags of `sa3-adapter` for these settings."""
         rank = self.truncation.describe() if self.truncation else {}
-        return {"model": self.model, **rank, "dtype": None if self.dtype == "fp16" else self.dtype}
+        flags = {"model": self.model, **rank, "dtype": None if self.dtype == "fp16" else self.dtype}
+        return flags | ({"overwrite": True} if self.overwrite else {})
 
 
 def inspect(workspace: Workspace, path: str, model: str | None = None) -> tuple[Inspection, Path | None, list[str]]:
@@ -93,7 +94,7 @@ def convert(workspace: Workspace, path: str, to: str, output: Output) -> tuple[E
     """
     source, out = resolve_adapter(workspace, path), resolve_output(workspace, output, path)
     model = _load_model(workspace, output.model)
-    result = tools.convert_adapter(source, out, to, model, output.truncation, output.dtype)
+    result = tools.convert_adapter(source, out, to, model, output.truncation, output.dtype, output.overwrite)
     return result, _build_command("convert", source, out, to=to, **output.flags)
 
 
@@ -118,7 +119,8 @@ def merge(
     sources = [(resolve_adapter(workspace, path), strength) for path, strength in adapters]
     out = resolve_output(workspace, output, *(path for path, _ in adapters))
     model = _load_model(workspace, output.model)
-    result = tools.merge_adapters(sources, out, model, output.truncation, output.dtype)
+    dtype = None if output.dtype == "fp16" else output.dtype
+    result = tools.merge_adapters(sources, out, model, output.truncation, dtype, overwrite=output.overwrite)
     arguments = [format_lora(LoraArgument(str(path), strength=strength)) for path, strength in sources]
     return result, _build_command("merge", *arguments, output=out, **output.flags)
 
@@ -136,7 +138,7 @@ def resize(workspace: Workspace, path: str, output: Output) -> tuple[EditResult,
     """
     source, out = resolve_adapter(workspace, path), resolve_output(workspace, output, path)
     model = _load_model(workspace, output.model)
-    result = tools.resize_adapter(source, out, output.truncation, model, output.dtype)
+    result = tools.resize_adapter(source, out, output.truncation, model, output.dtype, output.overwrite)
     return result, _build_command("resize", source, out, **output.flags)
 
 
@@ -210,5 +212,7 @@ def _load_model(workspace: Workspace, name: str | None) -> StableAudio3 | None:
 def _build_command(tool: str, *arguments: str | Path, **flags: object) -> list[str]:
     """Build the `sa3-adapter` command; flags that are None are left out."""
     given = {name: value for name, value in flags.items() if value is not None}
-    options = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
+    options = []
+    for name, value in given.items():
+        options += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return ["sa3-adapter", tool, *map(str, arguments), *options]

@@ -16,6 +16,7 @@ from sa3train.studio.adapters.actions import Output
 from sa3train.studio.play.cards import render_load_report, render_table
 from sa3train.studio.server.widgets import (
     build_optional_number,
+    explain_value,
     parse_optional_int,
     parse_optional_number,
     render_command,
@@ -228,7 +229,9 @@ def _choose_rank(name: str, label: str) -> tuple[gr.Textbox, gr.Textbox, gr.Drop
     gr.Markdown(label, elem_classes="soft")
     with gr.Row():
         rank = build_optional_number("Rank", elem_id=f"{name}-rank")
+        explain_value(rank, lambda text: _parse_truncation(text, None))
         variance = build_optional_number("or explained variance", placeholder="such as 0.95")
+        explain_value(variance, lambda text: _parse_truncation(None, text))
         dtype = gr.Dropdown(list(DTYPES), value="fp16", label="Dtype", filterable=False, min_width=90)
     return rank, variance, dtype
 
@@ -238,9 +241,12 @@ def _get_model(model: str | None) -> str | None:
 
 
 def _build_output(target: str, tick: bool, model: str, rank: str | None, variance: str | None, dtype: str) -> Output:
+    return Output(target, _get_model(model), _parse_truncation(rank, variance), dtype, bool(tick))
+
+
+def _parse_truncation(rank: str | None, variance: str | None) -> Truncation | None:
     settings = parse_optional_int("rank", rank), parse_optional_number("explained variance", variance)
-    truncation = None if settings == (None, None) else Truncation(*settings)
-    return Output(target, _get_model(model), truncation, dtype, bool(tick))
+    return None if settings == (None, None) else Truncation(*settings)
 
 
 def _render_card(title: str, parts: list[str], command: list[str], attributes: str = "") -> str:

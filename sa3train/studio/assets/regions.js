@@ -1,5 +1,5 @@
 /* The waveform of the source and the regions to regenerate: drag on it, or use the table; both show the same.
-   props.value: {peaks, seconds, duration, regions: [[start, end]], url, fixed, edited}. `fixed`: not editable; `edited`
+   props.value: {peaks, seconds, duration, regions: [[start, end]], url, note, fixed, edited}. `fixed`: not editable; `edited`
    counts changes made here, and comes back in the answer to a request. */
 sa3.regions = (element, props, watch) => {
   const {make} = sa3;
@@ -78,7 +78,7 @@ sa3.regions = (element, props, watch) => {
     element.classList.toggle('nothing', !seconds);
     canvas.setAttribute('aria-label', seconds ? `waveform, ${round(seconds)} seconds, ${regions().length} regions` : 'no audio yet');
     if (audio.getAttribute('src') !== url) { if (url) audio.setAttribute('src', url); else audio.removeAttribute('src'); }
-    note.textContent = fixed ? 'The marked region is generated: from the end of the audio to the duration.' : '';
+    note.textContent = value().note || '';
     table.hidden = fixed || !regions().length;
     add.hidden = fixed;
     const held = document.activeElement, at = [...body.querySelectorAll('input')].indexOf(held);

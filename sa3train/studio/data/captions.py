@@ -17,10 +17,13 @@ from typing import Any
 
 from sa3train.core.errors import DataError
 from sa3train.core.files import write_bytes, write_json
-from sa3train.data.sources.captions import CAPTION_FIELDS, read_clip_text
+from sa3train.core.user_files import read_file
+from sa3train.data.sources.captions import read_clip_text
 from sa3train.data.sources.listing import Clip, list_source
+from sa3train.data.sources.lists import CAPTION_FIELDS
 from sa3train.data.sources.storage import Blob
-from sa3train.studio.server.workspace import StudioError, Workspace
+from sa3train.data.sources.text import TEXT_LIMIT, decode_text, normalize_field
+from sa3train.studio.server.workspace import StudioError, Workspace, is_text
 
 UNDO = "captions"
 _MAX_SAVES = 100
@@ -67,13 +70,14 @@ def list_clips(workspace: Workspace, folder: Path) -> list[Clip]:
         folder: The folder.
 
     Returns:
-        Its clips.
+        Its clips, without those whose name is not valid text, which an audit lists.
 
     Raises:
         StudioError: When a link leads out of the studio's folders.
     """
-    clips = list_source(str(workspace.resolve_folder(folder, "folder of audio"))).clips
-    blobs = [blob for clip in clips for blob in (clip.audio, clip.text, clip.fields) if blob is not None]
+    listed = list_source(str(workspace.resolve_folder(folder, "folder of audio"))).clips
+    clips = [clip for clip in listed if is_text(clip.source)]
+    blobs = [blob for clip in clips for blob in (clip.audio, clip.text, clip.fields, *clip.others) if blob is not None]
     for path in {Path(part) for blob in blobs for part in _list_links(blob)}:
         try:
             workspace.resolve(path)
@@ -217,15 +221,21 @@ def _read_caption_fields(clip: Clip) -> dict[str, Any] | None:
     if clip.fields is None or clip.fields.local_path() is None:
         return None
     try:
-        fields = json.loads(clip.fields.read().decode("utf-8-sig"))
+        fields = json.loads(decode_text(clip.fields.read(TEXT_LIMIT))[0])
     except (DataError, ValueError, RecursionError):
         return None
-    has_caption = isinstance(fields, dict) and any(str(fields.get(name) or "").strip() for name in CAPTION_FIELDS)
-    return fields if has_caption else None
+    return fields if isinstance(fields, dict) and _find_caption_field(fields) else None
+
+
+def _find_caption_field(fields: dict[str, Any]) -> str:
+    """The field that the caption is read from; empty for none."""
+    used = [name for name, value in fields.items() if str(value or "").strip()]
+    found = (name for wanted in CAPTION_FIELDS for name in used if normalize_field(name) == wanted)
+    return next(found, "")
 
 
 def _encode_fields(fields: dict[str, Any], caption: str) -> bytes:
-    name = next(name for name in CAPTION_FIELDS if str(fields.get(name) or "").strip())
+    name = _find_caption_field(fields)
     return (json.dumps(fields | {name: caption}, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -235,7 +245,7 @@ def _normalize(caption: str) -> str:
 
 def _read_content(path: Path) -> bytes | None:
     try:
-        return path.read_bytes()
+        return read_file(path)
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -12,7 +12,14 @@ from sa3train.data.sources.listing import Clip
 from sa3train.studio.data import captions
 from sa3train.studio.data.captions import Change, Edit, get_caption, list_clips
 from sa3train.studio.data.jobs_tabs import render_player
-from sa3train.studio.server.widgets import render_command, render_notice, render_panel, render_placeholder, show_errors
+from sa3train.studio.server.widgets import (
+    parse_optional_int,
+    render_command,
+    render_notice,
+    render_panel,
+    render_placeholder,
+    show_errors,
+)
 from sa3train.studio.server.workspace import StudioError, Workspace
 
 PAGE = 40
@@ -51,7 +58,7 @@ def _build_controls() -> _Controls:
         with gr.Column(scale=5, min_width=420):
             with gr.Row():
                 words = gr.Textbox("", label="Search clips and captions", scale=3, min_width=160)
-                page = gr.Number(1, label="Page", precision=0, minimum=1, scale=1, min_width=80)
+                page = gr.Number(1, label="Page", scale=1, min_width=80)
                 bare = gr.Checkbox(False, label="Without caption only", scale=1, min_width=150)
             count = gr.HTML(render_placeholder(CHOOSE), elem_id="captions-count")
             table = gr.Dataframe(
@@ -81,9 +88,9 @@ def build_captions_tab(workspace: Workspace, folder: gr.Dropdown) -> None:
     def show_rows(path: str | None, text: str, only: bool, number: float) -> tuple[Any, ...]:
         if not path:
             return NOTHING, [], render_placeholder(CHOOSE), 1, render_placeholder(LISTEN)
-        rows, total, number = list_rows(workspace, workspace.resolve_folder(path), text, only, int(number or 1))
-        pages = max(1, -(-total // PAGE))
-        undoable = captions.count_saves(workspace, workspace.resolve_folder(path))
+        source, wanted = workspace.resolve_folder(path), parse_optional_int("page", number) or 1
+        rows, total, number = list_rows(workspace, source, text, only, wanted)
+        pages, undoable = max(1, -(-total // PAGE)), captions.count_saves(workspace, source)
         line = f"{total:,} clips, page {number} of {pages}; {undoable} saves can be undone"
         return (path, dict(rows)), rows, render_panel(f'<p class="soft">{line}</p>'), number, render_placeholder(LISTEN)
 
@@ -232,13 +239,13 @@ def render_clip(workspace: Workspace, folder: Path, source: str) -> str:
     Returns:
         HTML.
     """
-    from sa3train.audio.io import read_audio
+    from sa3train.audio.io import read_whole
     from sa3train.data.audit.checks import measure
     from sa3train.data.audit.report import draw_waveform, format_measurements
 
     path = workspace.resolve_file(folder / source, "clip")
-    audio_CN, rate = read_audio(path)
-    row = measure(audio_CN.numpy(), rate)
+    decoded = read_whole(path)
+    row = measure(decoded.audio_CN.numpy(), decoded.sample_rate, decoded.speakers)
     return render_panel(
         f'<div class="tile"><b>{escape(Path(source).name)}</b>'
         f'<div class="wave wide">{draw_waveform(row["thumb"])}</div>{render_player(workspace, path)}'

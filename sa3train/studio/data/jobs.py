@@ -10,6 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from sa3train.core.overrides import format_override
 from sa3train.data.encode.settings import EncodeSettings
 from sa3train.data.shards.index import INDEX_FILE
 from sa3train.studio.server import processes
@@ -18,13 +19,15 @@ from sa3train.studio.server.workspace import StudioError, Workspace
 AUDIT_FILE = "audit.json"
 STATES = {
     "running": "running",
-    "stopping": "stopping",
+    "stopping": "stopping; press Stop again to kill it",
     "finished": "done",
     "failed": "failed",
     "stopped": "stopped; start it again to resume",
 }
 _PROGRESS_FLAGS = {"audit": "--progress-json", "encode": "progress=json"}
 _LOG_LINES = 1000
+_GRACE_SECONDS = 60.0
+"""Time to finish the clip at hand after Stop."""
 
 
 @dataclass(frozen=True)
@@ -105,14 +108,13 @@ def build_encode_command(source: Path, out: Path, model: str, settings: EncodeSe
     """
     if out.is_relative_to(source):
         raise StudioError(f"{out} is inside {source}: choose a folder for the latents outside of the audio.")
-    command = ["sa3-encode", f"source={source}", f"out={out}", f"model={model}", f"split={settings.split}"]
-    command += [f"{name}={getattr(settings, name)}" for name in ("captions", "duplicates", "max_rejected")]
-    lists = {"fixes": settings.fixes, "augmentations": settings.augmentations}
-    return command + [f"{name}=[{','.join(chosen)}]" for name, chosen in lists.items() if chosen]
+    names = ("split", "captions", "duplicates", "max_rejected", "fixes", "augmentations")
+    chosen = {"source": source, "out": out, "model": model} | {name: getattr(settings, name) for name in names}
+    return ["sa3-encode", *(format_override(key, value) for key, value in chosen.items() if value != [])]
 
 
 def start_job(workspace: Workspace, kind: str, source: Path, out: Path, command: Sequence[str]) -> Path:
-    """Start an audit or encode. A `SA3Error` is raised when it is already running.
+    """Start an audit or encode.
 
     Args:
         workspace: The studio's folders.
@@ -123,14 +125,20 @@ def start_job(workspace: Workspace, kind: str, source: Path, out: Path, command:
 
     Returns:
         Folder of its record.
+
+    Raises:
+        StudioError: When one with this output folder is running.
     """
     folder = workspace.home / "jobs" / f"{kind}-{_make_name(out)}"
+    job = read_job(folder)
+    if job is not None and job.is_running:
+        raise StudioError(f"The {kind} of {job.source} is already writing to {out}. Wait for it or stop it.")
     processes.start(folder, [*command, _PROGRESS_FLAGS[kind]], kind=kind, source=str(source), out=str(out))
     return folder
 
 
 def stop_job(job: DataJob) -> None:
-    """Stop a job; the same command resumes it.
+    """Stop a job, or kill one that was asked already; the same command resumes it.
 
     Args:
         job: The job.
@@ -138,7 +146,7 @@ def stop_job(job: DataJob) -> None:
     Raises:
         StudioError: When it is not running.
     """
-    if not processes.stop(job.folder):
+    if not processes.stop(job.folder, at_once=job.state == "stopping", grace_seconds=_GRACE_SECONDS):
         raise StudioError("it is not running: nothing to stop.")
 
 
@@ -167,7 +175,7 @@ def read_job(folder: Path) -> DataJob | None:
     """
     record = processes.read_record(folder)
     kind = record.get("kind")
-    if kind not in _PROGRESS_FLAGS:
+    if kind not in _PROGRESS_FLAGS or not {"out", "source", "command", "stop_asked"} <= record.keys():
         return None
     out, is_running = Path(record["out"]), processes.get_running_pid(folder) is not None
     error = None if is_running else processes.read_failure(folder)
@@ -177,7 +185,9 @@ def read_job(folder: Path) -> DataJob | None:
         state = "stopping" if record["stop_asked"] else "running"
     elif error is not None or (not record["stop_asked"] and not is_made):
         state = "failed"
-        error = error or "The process was killed, possibly out of memory. Start it again to resume."
+        last = read_log(folder, 1)
+        how = last if last.startswith("stopped by") else "killed, possibly out of memory"
+        error = error or f"The process was {how}. Start it again to resume."
     else:
         state = "finished" if is_made else "stopped"
     share, progress = read_progress(folder) if is_running else (1.0, "")

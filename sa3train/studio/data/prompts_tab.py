@@ -1,6 +1,5 @@
 """The Prompts tab: preview the prompts of some clips, built by the same code as in training."""
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -10,13 +9,21 @@ from typing import Any, Literal
 import gradio as gr
 
 from sa3train.core.errors import DataError
+from sa3train.core.overrides import format_override
 from sa3train.data.loading.prompts import PromptBuilder, PromptSettings, Template, list_distinct_prompts
 from sa3train.data.shards.index import INDEX_FILE
 from sa3train.data.shards.reader import LatentStore
 from sa3train.data.sources.captions import read_clip_text
 from sa3train.reports.html import render_table
 from sa3train.studio.data.captions import list_clips
-from sa3train.studio.server.widgets import render_command, render_panel, render_placeholder, show_errors
+from sa3train.studio.server.widgets import (
+    explain_value,
+    parse_setting,
+    render_command,
+    render_panel,
+    render_placeholder,
+    show_errors,
+)
 from sa3train.studio.server.workspace import StudioError, Workspace, find_folders
 
 CLIPS = 12
@@ -59,9 +66,13 @@ def build_settings(
         trigger_position=position if trigger.strip() else "front",
         shuffle_tags=shuffle,
         tag_dropout=float(dropout),
-        keep_tags=int(keep or 0) if shuffle or dropout else 0,
+        keep_tags=_parse_keep(keep) if shuffle or dropout else 0,
         caption_dropout=float(caption_dropout),
     )
+
+
+def _parse_keep(value: Any) -> int:
+    return parse_setting(PromptSettings, "keep_tags", value, is_integer=True) or 0
 
 
 def read_records(workspace: Workspace, folder: Path) -> list[dict[str, Any]]:
@@ -133,9 +144,9 @@ def build_preview_command(folder: Path, settings: PromptSettings, count: int) ->
     argv = ["sa3-data", "preview", str(folder), "-n", str(count)]
     for name, value in _list_changes(settings).items():
         if name == "templates":
-            argv += [part for item in value for part in ("--template", f"{item.text}={item.weight:g}")]
+            argv += [f"--template={item.text}={item.weight}" for item in value]
         else:
-            argv += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+            argv.append(f"--{name.replace('_', '-')}" + ("" if value is True else f"={value}"))
     return argv
 
 
@@ -148,11 +159,10 @@ def list_training_settings(settings: PromptSettings) -> list[str]:
     Returns:
         `key=value` arguments.
     """
-    changes = {name: json.dumps(value) for name, value in _list_changes(settings).items() if name != "templates"}
-    if settings.templates != PromptSettings().templates:
-        items = ", ".join(f"{{text: {json.dumps(t.text)}, weight: {t.weight:g}}}" for t in settings.templates)
-        changes["templates"] = f"[{items}]"
-    return [f"data.prompts.{name}={value}" for name, value in changes.items()]
+    changes = _list_changes(settings)
+    if "templates" in changes:
+        changes["templates"] = [{"text": item.text, "weight": item.weight} for item in settings.templates]
+    return [format_override(f"data.prompts.{name}", value) for name, value in changes.items()]
 
 
 def _list_changes(settings: PromptSettings) -> dict[str, Any]:
@@ -189,7 +199,7 @@ def build_prompts_tab(workspace: Workspace, folder: gr.Dropdown, tick: gr.Timer)
             shuffle = gr.Checkbox(False, label="Shuffle tags")
             with gr.Row():
                 dropout = gr.Slider(0, 1, value=0, step=0.05, label="Tag dropout", min_width=130)
-                keep = gr.Number(0, label="Keep first N tags", precision=0, minimum=0, min_width=130)
+                keep = explain_value(gr.Number(0, label="Keep first N tags", min_width=130), _parse_keep)
             caption_dropout = gr.Slider(0, 1, value=0, step=0.05, label="Caption dropout")
             show = gr.Button("Show prompts", variant="primary", elem_id="prompts-show")
         with gr.Column(scale=4, min_width=420):

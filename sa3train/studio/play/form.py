@@ -1,5 +1,6 @@
 """The left side of the Play page: a form made from `GenerationSettings`, and from a result back into the form."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -14,8 +15,10 @@ from sa3train.studio.play.history import compute_waveform
 from sa3train.studio.play.settings import MODES, AdapterSettings, PlaySettings, parse_regions, select_source
 from sa3train.studio.server.widgets import (
     build_optional_number,
+    explain_value,
     parse_optional_int,
     parse_optional_number,
+    parse_setting,
 )
 from sa3train.studio.server.workspace import Workspace, describe_model, list_adapters, list_models
 
@@ -133,8 +136,9 @@ def _build_field(name: str, number: Any = gr.Number, **options: Any) -> Any:
     declared, default, kind = list_settings(GenerationSettings)[name], get_default(name), VALUE_TYPES[name]
     label = declared.label or name.replace("_", " ").capitalize()
     elem_id = f"play-{name.replace('_', '-')}"
+    check = functools.partial(parse_setting, GenerationSettings, name, is_integer=kind is int)
     if kind in (int, float) and default is None:
-        return build_optional_number(label, elem_id, info=declared.help)
+        return explain_value(build_optional_number(label, elem_id, info=declared.help), check)
     common: dict[str, Any] = {"label": label, "elem_id": elem_id, "info": declared.help} | options
     if declared.choices or name == "chunked_decode":
         choices = list(DECODING) if name == "chunked_decode" else [MODEL_DEFAULT, *declared.choices]
@@ -143,8 +147,11 @@ def _build_field(name: str, number: Any = gr.Number, **options: Any) -> Any:
         return gr.Checkbox(default, **common)
     if kind is str:
         return gr.Textbox(**common)
-    limits = {"minimum": declared.min, "maximum": declared.max} | ({"precision": 0} if kind is int else {})
-    return number(**{"value": default, "min_width": 90} | limits | common)
+    if number is gr.Slider:
+        limits: dict[str, Any] = {"minimum": declared.min, "maximum": declared.max}
+        return number(value=default, **limits, **common)
+    # Without Gradio's own limits, whose message does not name the field.
+    return explain_value(number(**{"value": default, "min_width": 90} | common), check)
 
 
 def _build_scripted(elem_id: str, classes: str, script: str, value: dict[str, Any], visible: bool = True) -> gr.HTML:
@@ -199,9 +206,9 @@ def _parse_value(name: str, value: Any) -> Any:
         return value or ""
     if kind is str:
         return None if value == MODEL_DEFAULT else (value or "").strip() or None
-    if isinstance(value, str):
-        return parse_optional_int(name, value) if kind is int else parse_optional_number(name, value)
-    return int(value) if kind is int and value is not None else value
+    if kind is bool:
+        return value
+    return parse_optional_int(name, value) if kind is int else parse_optional_number(name, value)
 
 
 def fill_form(workspace: Workspace, request: PlaySettings) -> dict[str, Any]:
@@ -264,12 +271,15 @@ def describe_waveform(
     """
     if not source or mode == "text":
         return {}
-    path = workspace.resolve_file(source, "audio file")
+    path, note = workspace.resolve_file(source, "audio file"), ""
     if mode == "continue":
         seconds, end = read_audio_info(path).seconds, duration or 0.0
         regions = [(seconds, end)] if end > seconds else []
+        note = "The marked region is generated: from the end of the audio to the duration."
+        note = note if regions else f"Set a duration above {seconds:.2f} s, the length of the audio, to continue it."
     return {
         **compute_waveform(path),
+        "note": note,
         "duration": 0.0 if mode == "restyle" else duration or 0.0,
         "regions": [list(region) for region in regions] if mode in ("inpaint", "continue") else [],
         "url": workspace.get_url(path),

@@ -18,17 +18,41 @@ from torch import Tensor
 
 from sa3train.audio.io import load_audio
 from sa3train.audio.metrics import PLOT_RANGE_DB, compute_mel_spectrogram, measure_loudness_lufs, measure_true_peak_db
-from sa3train.core.errors import SA3Error
-from sa3train.core.files import write_bytes
+from sa3train.core.config import build
+from sa3train.core.errors import ConfigError, SA3Error
+from sa3train.core.files import path_exists, write_bytes
 from sa3train.core.log import get_logger
-from sa3train.inference.outputs import GenerationOutput, list_output_paths
+from sa3train.inference.outputs import GenerationOutput, get_sidecar_path, list_output_paths
 from sa3train.inference.sidecar import read_sidecar
+from sa3train.studio.play.settings import Mode
 from sa3train.studio.server.workspace import StudioError, Workspace
 
 logger = get_logger(__name__)
 
 PEAKS = 600
 SAMPLE_RATE = 44100
+
+
+@dataclass(frozen=True)
+class _Report:
+    summary: str
+    warnings: list[str]
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What the studio adds to a sidecar."""
+
+    mode: Mode
+    created: str
+    group: str
+    cell: str
+    note: str
+    measures: list[dict[str, float | None]]
+    reports: list[_Report]
+
+
+_NO_FACTS = {"mode": "text", "created": "", "group": "", "cell": "", "note": "", "measures": [], "reports": []}
 
 
 @dataclass(frozen=True)
@@ -58,7 +82,7 @@ class Result:
     @property
     def studio(self) -> dict[str, Any]:
         """What the studio added to the sidecar."""
-        return dict(self.record.get("studio", {}))
+        return dict(self.record.get("studio") or {})
 
     @property
     def group(self) -> str:
@@ -96,7 +120,7 @@ def save_results(
     for path, audio_CN in zip(paths, output.audio, strict=True):
         write_bytes(path.with_suffix(".png"), render_mel_png(audio_CN, output.sample_rate))
     output.save(workspace.history / f"{name}.wav")
-    return [read_result(path.with_suffix(".json")) for path in paths]
+    return [read_result(get_sidecar_path(path)) for path in paths]
 
 
 def list_results(workspace: Workspace, count: int | None = None) -> list[Result]:
@@ -110,7 +134,7 @@ def list_results(workspace: Workspace, count: int | None = None) -> list[Result]
         The results, newest first.
     """
     found: list[Result] = []
-    for sidecar in sorted(workspace.history.glob("*.json"), reverse=True):
+    for sidecar in sorted(workspace.history.glob("*.wav.json"), reverse=True):
         if count is not None and len(found) >= count:
             break
         try:
@@ -131,8 +155,16 @@ def read_result(sidecar: Path) -> Result:
 
     Returns:
         The result.
+
+    Raises:
+        StudioError: When what the studio added to the sidecar was damaged.
     """
-    return Result(sidecar.parent, sidecar.stem, read_sidecar(sidecar))
+    record = read_sidecar(sidecar)
+    try:
+        build(_Facts, _NO_FACTS | (record.get("studio") or {}))
+    except ConfigError as error:
+        raise StudioError(f"{sidecar}: studio: {error}") from error
+    return Result(sidecar.parent, Path(sidecar.stem).stem, record)
 
 
 def find_result(workspace: Workspace, name: str) -> Result:
@@ -148,8 +180,8 @@ def find_result(workspace: Workspace, name: str) -> Result:
     Raises:
         StudioError: When the history has no such result.
     """
-    sidecar = workspace.history / f"{name}.json"
-    if Path(name).name != name or not sidecar.is_file():
+    sidecar = workspace.history / f"{name}.wav.json"
+    if Path(name).name != name or not path_exists(sidecar):
         raise StudioError(f"The history has no result {name!r}.")
     return read_result(sidecar)
 
@@ -235,5 +267,5 @@ def compute_state(workspace: Workspace) -> str:
     Returns:
         The text.
     """
-    names = sorted(path.name for path in workspace.history.glob("*.json"))
+    names = sorted(path.name for path in workspace.history.glob("*.wav.json"))
     return json.dumps([len(names), names[-1:]])

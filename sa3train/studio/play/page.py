@@ -4,6 +4,7 @@ Generations run in a worker's thread and land in the history; the page only subm
 nothing, and two open pages queue behind each other.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -234,14 +235,20 @@ def _connect_form(workspace: Workspace, form: Form) -> None:
         return tuple(gr.update(visible=each) for each in (code != "text", code == "restyle", inpaints, code != "text"))
 
     def on_source(
-        source: str | None, mode: str, duration: float | None, drawn: dict[str, Any] | None
-    ) -> dict[str, Any]:
-        before = drawn or {}
+        source: str | None, mode: str, duration: float | None, drawn: dict[str, Any] | None, model: str
+    ) -> tuple[Any, dict[str, Any]]:
+        before, code = drawn or {}, MODES[mode]
         is_same = bool(source) and before.get("url") == workspace.get_url(source or "")
         regions = before.get("regions", []) if is_same and not before.get("fixed") else []
         # `edited` tells the script whether an answer belongs to what is drawn now or to what was drawn before.
-        edited = {"edited": before.get("edited", 0)}
-        return describe_waveform(workspace, source, MODES[mode], duration, regions) | edited
+        found = describe_waveform(workspace, source, code, duration, regions) | {"edited": before.get("edited", 0)}
+        if is_same or not source or code != "inpaint":
+            return gr.skip(), found
+        config = load_model_config(workspace, model)
+        longest = config.sample_size / config.sample_rate if config else found["seconds"]
+        seconds = math.floor(100 * min(found["seconds"], longest)) / 100
+        region = [round(seconds / 3, 2), round(2 * seconds / 3, 2)]
+        return seconds, found | {"duration": seconds, "regions": [region]}
 
     def on_load() -> tuple[Any, ...]:
         return gr.update(choices=list_models(workspace)), gr.update(choices=list_audio(workspace))
@@ -249,12 +256,12 @@ def _connect_form(workspace: Workspace, form: Form) -> None:
     # Without a trigger: when the page is loaded, and when an input changes.
     gr.on(None, show_errors(on_model), fields["model"], [form.facts, fields["steps"], fields["cfg_scale"]], **QUIET)
     gr.on(None, show_errors(on_load), None, [fields["model"], fields["source"]], **QUIET)
-    drawn = [fields[name] for name in ("source", "mode", "duration", "regions")]
+    drawn = [fields[name] for name in ("source", "mode", "duration", "regions", "model")]
     boxes = [form.source_box, *(fields[name] for name in ("init_noise_level", "keep_exact", "regions"))]
     in_order = QUIET | {"concurrency_limit": 1, "concurrency_id": "play-waveform"}
     mode_shown = fields["mode"].change(on_mode, fields["mode"], boxes, **QUIET)
     for event in (mode_shown.then, fields["source"].change, fields["duration"].change):
-        event(show_errors(on_source), drawn, fields["regions"], **in_order)
+        event(show_errors(on_source), drawn, [fields["duration"], fields["regions"]], **in_order)
     form.upload.upload(lambda path: path, form.upload, fields["source"], **QUIET)
 
 

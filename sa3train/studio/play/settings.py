@@ -231,7 +231,7 @@ class PlaySettings:
                 duration=record["settings"]["duration"][item],
                 negative_prompt=negative[item] if negative else None,
             ),
-            mode=record.get("studio", {}).get("mode", mode),
+            mode=(record.get("studio") or {}).get("mode", mode),
             precision=record["precision"],
             adapters=tuple(AdapterSettings.from_record(entry) for entry in record["adapters"]),
         )

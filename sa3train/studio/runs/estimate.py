@@ -3,23 +3,24 @@
 The estimates come from a trial: a few real steps in a temporary folder.
 """
 
+import atexit
 import dataclasses
 import functools
 import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from sa3train.core.files import get_cache_dir, get_config_dir
+from sa3train.core.overrides import format_override
 from sa3train.data.shards.index import DataSummary
+from sa3train.reports import run_files
 from sa3train.reports.html import format_bytes, format_duration
-from sa3train.reports.run_files import read_run
 from sa3train.studio.server.processes import find_program
 from sa3train.studio.server.workspace import StudioError
 
@@ -30,6 +31,8 @@ COMPOSE_SECONDS = 60
 SETTABLE_GROUPS = ("data", "adapter", "loss", "optimizer", "scheduler", "trainer", "callbacks", "logger", "seed")
 FIXED_SETTINGS = ("data.dir.", "data.more.", "adapter.start_from.")
 _SETTING = re.compile(r"\+{0,2}[a-z_]+(\.[A-Za-z0-9_]+)*=[^\n\0]*")
+_INTERPOLATION = re.compile(r"(?<!\\)\$\{|\\\\\$\{|\$\\+\{")
+"""`${` that reaches the trainer as such, also by Hydra's escapes; `\\${` with a single backslash is text."""
 
 TRIAL_SETTINGS = (
     f"trainer.max_steps={TRIAL_STEPS}", "trainer.log_every=1", "scheduler.warmup_steps=0", "callbacks=none",
@@ -73,12 +76,12 @@ class RunRequest:
         Returns:
             The arguments, the command first.
         """
-        steps = [f"trainer.max_steps={self.steps}"] if self.steps else []
-        start_from = [f"adapter.start_from={self.start_from}"] if self.start_from else []
-        return [
-            "sa3-train", f"recipe={self.recipe}", f"data={self.data}", f"model={self.model}",
-            f"run_dir={self.run_dir}", *steps, *start_from, *self.settings,
-        ]  # fmt: skip
+        chosen = {
+            "recipe": self.recipe, "data": self.data, "model": self.model, "run_dir": self.run_dir,
+            "trainer.max_steps": self.steps, "adapter.start_from": self.start_from,
+        }  # fmt: skip
+        given = [format_override(key, value) for key, value in chosen.items() if value is not None]
+        return ["sa3-train", *given, *self.settings]
 
 
 @dataclass(frozen=True)
@@ -137,12 +140,14 @@ def parse_settings(text: str) -> tuple[str, ...]:
     Raises:
         StudioError: A line is not a setting, or not one that may be set here.
     """
-    found = []
-    for line in filter(None, (line.strip() for line in text.splitlines())):
+    found: list[str] = []
+    for line in filter(None, (line.strip() for line in text.split("\n"))):
         key, _, value = line.partition("=")
         key = key.lstrip("+")
-        if not _SETTING.fullmatch(line) or "${" in line:
+        if not _SETTING.fullmatch(line):
             raise StudioError(f"{line!r} is not a setting. Write one key=value per line, such as optimizer.lr=1e-3.")
+        if _INTERPOLATION.search(line):
+            raise StudioError(f"{line} refers to other settings by ${{…}}. Write the value, or \\${{ for the text.")
         if key.partition(".")[0] not in SETTABLE_GROUPS or key == "data" or f"{key}.".startswith(FIXED_SETTINGS):
             raise StudioError(
                 f"{key} cannot be set here. Choose data, model and folder in the form. Settings start with "
@@ -150,6 +155,8 @@ def parse_settings(text: str) -> tuple[str, ...]:
             )
         if "." not in key and key != "seed" and value not in list_options(key):
             raise StudioError(f"{line!r} is not an option. Choose {key} from {', '.join(list_options(key))}.")
+        if key in (other.lstrip("+").partition("=")[0] for other in found):
+            raise StudioError(f"{key} is set twice. Remove one line.")
         found.append(line)
     return tuple(found)
 
@@ -167,7 +174,7 @@ def compose_config(request: RunRequest) -> dict[str, Any]:
         StudioError: The trainer refuses it, with its message.
     """
     text = _run([*request.build_command(), "--cfg", "job", "--resolve"], COMPOSE_SECONDS)
-    config = yaml.safe_load(text)
+    config = run_files.parse_settings(text)
     if not isinstance(config, dict) or "trainer" not in config:
         raise StudioError("Cannot compose the settings. Run the command in a terminal to see why.")
     return config
@@ -184,6 +191,9 @@ def run_trial(request: RunRequest) -> Trial:
     """
     trials = get_cache_dir() / "trials"
     trials.mkdir(parents=True, exist_ok=True)
+    for left in trials.glob("trial-*"):  # by a studio that was killed
+        if time.time() - left.stat().st_mtime > 2 * TRIAL_SECONDS:
+            shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix="trial-", dir=trials))
     settings = tuple(line for line in request.settings if not line.lstrip("+").startswith(OMITTED_IN_TRIAL))
     trial = dataclasses.replace(request, run_dir=folder / "run", steps=None, settings=(*settings, *TRIAL_SETTINGS))
@@ -195,7 +205,7 @@ def run_trial(request: RunRequest) -> Trial:
 
 
 def _read_trial(folder: Path) -> Trial:
-    files = read_run(folder)
+    files = run_files.read_run(folder)
     speeds = [speed for _, speed in files.get_curve("time/steps_per_second")]
     if not speeds:
         raise StudioError("The trial made no steps. Run the command in a terminal to see why.")
@@ -211,21 +221,28 @@ def _read_trial(folder: Path) -> Trial:
 def _run(command: Sequence[str], seconds: float) -> str:
     """Run a command of ours and return its standard output."""
     try:
-        done = subprocess.run(
+        child = subprocess.Popen(
             [find_program(command[0]), *command[1:]],
             stdin=subprocess.DEVNULL,
-            capture_output=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             text=True,
             errors="replace",
-            timeout=seconds,
         )
-    except subprocess.TimeoutExpired as error:
-        raise StudioError(f"{command[0]} did not finish within {seconds:.0f} s. Run it in a terminal.") from error
     except OSError as error:
         raise StudioError(f"Cannot start {command[0]}: {error.strerror or error}.") from error
-    if done.returncode != 0:
-        raise StudioError(_find_error(done.stderr) or f"{command[0]} ended with exit code {done.returncode}.")
-    return done.stdout
+    with child:
+        atexit.register(child.kill)  # unlike a run, it ends with the studio
+        try:
+            output, errors = child.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired as error:
+            raise StudioError(f"{command[0]} did not finish within {seconds:.0f} s. Run it in a terminal.") from error
+        finally:
+            atexit.unregister(child.kill)
+            child.kill()
+    if child.returncode != 0:
+        raise StudioError(_find_error(errors) or f"{command[0]} ended with exit code {child.returncode}.")
+    return output
 
 
 def _find_error(text: str) -> str:

@@ -155,6 +155,8 @@ def resolve_run_dir(workspace: Workspace, path: str | None) -> Path:
     if not path:
         raise StudioError("Choose a run first.")
     folder = workspace.resolve_folder(path, "run folder")
+    if runs.leads_out(workspace, folder):
+        raise StudioError(f"A file in {workspace.shorten(folder)} is a link out of the studio's folders. Remove it.")
     if not runs.is_run(folder):
         raise StudioError(f"{workspace.shorten(folder)} contains no run. Choose another.")
     return folder

@@ -17,9 +17,10 @@ import yaml
 
 from sa3train.core.config import find_differences
 from sa3train.core.errors import DataError
+from sa3train.core.overrides import format_override
 from sa3train.reports.run_files import CONFIG_FILE, METRICS_FILE, RECORD_FILE, STEP, load_settings
 from sa3train.studio.server import processes
-from sa3train.studio.server.workspace import Workspace, find_folders
+from sa3train.studio.server.workspace import StudioError, Workspace, find_folders
 
 TAIL_BYTES = 64_000
 ALIVE_SECONDS = 600.0
@@ -82,7 +83,7 @@ class Run:
 
 
 def find_runs(workspace: Workspace, known: Path | None = None) -> list[Run]:
-    """Find all runs below the roots.
+    """Find all runs below the roots, but for those whose files are links that lead out of them.
 
     Args:
         workspace: The workspace.
@@ -94,8 +95,26 @@ def find_runs(workspace: Workspace, known: Path | None = None) -> list[Run]:
     paths = find_folders(workspace).runs
     if known is not None and known not in paths:
         paths = [*paths, known]
-    runs = [run for run in map(load_run, paths) if run is not None]
+    inside = (path for path in paths if not leads_out(workspace, path))
+    runs = [run for run in map(load_run, inside) if run is not None]
     return sorted(runs, key=lambda run: (run.is_alive, run.started), reverse=True)
+
+
+def leads_out(workspace: Workspace, folder: Path) -> bool:
+    """Check whether files of a folder, such as one from somebody's archive, are links to what no page may show.
+
+    Args:
+        workspace: The workspace.
+        folder: The folder.
+
+    Returns:
+        Whether one leads out of the roots, or the folder cannot be listed.
+    """
+    try:
+        links = [path for path in folder.iterdir() if path.is_symlink()]
+        return any(workspace.resolve(link) is None for link in links)
+    except (OSError, StudioError):
+        return True
 
 
 def is_run(folder: Path) -> bool:
@@ -178,7 +197,7 @@ def build_resume_command(folder: Path) -> list[str]:
         DataError: The folder holds no run.
     """
     if _is_begun(folder):
-        return ["sa3-train", f"resume={folder}"]
+        return ["sa3-train", format_override("resume", folder)]
     command = processes.read_record(folder).get("command")
     if not command:
         raise DataError(f"{folder} contains no run ({RECORD_FILE} and {CONFIG_FILE}). Choose another folder.")

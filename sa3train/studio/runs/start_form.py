@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import gradio as gr
 
@@ -11,7 +11,15 @@ from sa3train.data.shards.index import summarize_data
 from sa3train.reports.html import render_facts
 from sa3train.studio.runs import estimate, runs, view
 from sa3train.studio.runs.estimate import RunRequest
-from sa3train.studio.server.widgets import render_command, render_notice, render_panel, render_placeholder, show_errors
+from sa3train.studio.server.widgets import (
+    explain_value,
+    parse_setting,
+    render_command,
+    render_notice,
+    render_panel,
+    render_placeholder,
+    show_errors,
+)
 from sa3train.studio.server.workspace import (
     StudioError,
     Workspace,
@@ -21,6 +29,7 @@ from sa3train.studio.server.workspace import (
     list_models,
     resolve_model_name,
 )
+from sa3train.training.settings import TrainerSettings
 
 RUNS = "runs"
 PLAN_HINT = "Plan shows what the run trains on, and estimates time and memory from a few real steps."
@@ -58,8 +67,8 @@ def parse_request(
         raise StudioError(f"There is no recipe {recipe!r}. Choose from: {', '.join(estimate.list_recipes())}.")
     if not data:
         raise StudioError("Choose the latents to train on. To create some, encode a folder of audio on the Data page.")
-    if steps and (steps < 1 or steps != int(steps)):
-        raise StudioError(f"Steps must be a positive integer, not {steps:g}. Use 0 for the recipe's number.")
+    if steps and "trainer.max_steps=" in (settings or ""):
+        raise StudioError("The steps are set twice: in the field Steps and among the further settings. Remove one.")
     if recipe == "continue" and not adapter:
         raise StudioError("The recipe continue needs an adapter to start from. Choose its file.")
     return RunRequest(
@@ -67,7 +76,7 @@ def parse_request(
         workspace.resolve_folder(data, "folder of latents"),
         resolve_model_name(workspace, model),
         workspace.resolve(folder or f"{RUNS}/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"),
-        int(steps) if steps else None,
+        _parse_steps(steps),
         estimate.parse_settings(settings or ""),
         workspace.resolve_file(adapter, "adapter") if recipe == "continue" else None,
     )
@@ -89,7 +98,7 @@ def build_start_form(workspace: Workspace, chosen: gr.Radio, tick: gr.Timer) -> 
         base = _get_trainable_model(workspace)
         model = gr.Dropdown(models, value=base, label="Base model", allow_custom_value=True, min_width=130)
     with gr.Row():
-        steps = gr.Number(0, label="Steps (0: recipe)", minimum=0, precision=0, min_width=130)
+        steps = explain_value(gr.Number(0, label="Steps (0: recipe)", min_width=130), _parse_steps)
         folder = gr.Textbox("", label="Run folder", placeholder="runs/RECIPE-TIME", min_width=130)
     adapter = gr.Dropdown([], label="Start from adapter", allow_custom_value=True, visible=False)
     settings = gr.Textbox(
@@ -171,6 +180,12 @@ def stream_start(workspace: Workspace, *values: Any) -> Iterator[tuple[Any, ...]
     choices = [(view.format_label(workspace, run), str(run.path)) for run in runs.find_runs(workspace, request.run_dir)]
     update = gr.update(value=str(request.run_dir), choices=choices, visible=True)
     yield folder, started + render_command(request.build_command()), update
+
+
+def _parse_steps(value: Any) -> int | None:
+    """Parse the number of steps; None for the recipe's."""
+    steps = parse_setting(TrainerSettings, "max_steps", value or None, is_integer=True)
+    return cast("int | None", steps)
 
 
 def _keep_error(updates: Iterator[tuple[Any, ...]], outputs: int) -> Iterator[tuple[Any, ...]]:

@@ -15,7 +15,8 @@ from sa3train.reports.html import (
     render_template,
     render_tile,
 )
-from sa3train.reports.run_files import CONFIG_FILE, DemoFile, RunFiles, compute_loss_change, summarize_run
+from sa3train.reports.loss_change import compute_loss_change
+from sa3train.reports.run_files import CONFIG_FILE, DemoFile, RunFiles, summarize_run
 from sa3train.studio.runs.runs import STATES, Run
 from sa3train.studio.server.widgets import render_notice, render_panel, render_placeholder
 from sa3train.studio.server.workspace import Workspace
@@ -71,8 +72,8 @@ def _render_tiles(run: Run, files: RunFiles) -> list[str]:
     found = [render_tile(f"{run.step:,}" + (f" / {run.total:,}" if run.total else ""), "steps")]
     if run.loss is not None:
         found.append(render_tile(f"{run.loss:.4f}", "training loss"))
-    found.append(render_change_tile(compute_loss_change(files, "val"), "validation loss vs. base"))
-    found.append(render_change_tile(compute_loss_change(files, "train_eval"), "loss on training clips vs. base"))
+    for part, label in (("val", "validation loss vs. base"), ("train_eval", "loss on training clips vs. base")):
+        found.append(render_change_tile(compute_loss_change(files.validation, part), label))
     if run.is_alive and run.speed:
         found.append(render_tile(f"{run.speed:.3g}", "steps per second"))
     if run.seconds_left is not None:

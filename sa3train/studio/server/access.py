@@ -4,12 +4,14 @@ It serves files of its own folders only, answers requests to its own name only, 
 elsewhere.
 """
 
+import socket
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sa3train.core.config import check_settings, setting
 from sa3train.studio.server.workspace import StudioError, Workspace
 
 FILE_MARKS = ("/file=", "/file/")
@@ -88,31 +90,26 @@ def _add_headers(send: Send, policy: str) -> Send:
 
 @dataclass(frozen=True)
 class AccessSettings:
-    """Where the server listens: on this machine only by default, to others with a password only.
+    """Where the server listens: on this machine only by default, to others with a password only."""
 
-    Args:
-        host: Address to listen on.
-        port: Port. None: the first free one.
-        share: Also open a public link through Gradio's servers.
-        password: Password to ask for. None: none.
-    """
-
-    host: str = LOCAL
-    port: int | None = None
-    share: bool = False
-    password: str | None = None
+    host: str = setting(LOCAL, help="Address to listen on.", text="filled", characters=255)
+    port: int | None = setting(None, help="Port; None: the first free one.", min=1, max=65535)
+    share: bool = setting(False, help="Also open a public link through Gradio's servers.")
+    password: str | None = setting(None, help="Password to ask for; None: none.")
 
     @property
     def is_open(self) -> bool:
         """Whether others than this machine's users can reach the server."""
-        return self.share or self.host not in (LOCAL, "localhost", "::1")
+        return self.share or self.host not in (LOCAL, "localhost")
 
     def check(self) -> None:
-        """Refuse an open server without a proper password.
+        """Refuse an address that no server can have, and an open server without a proper password.
 
         Raises:
-            StudioError: The server is open and has no password, or the password is too short.
+            StudioError: The port is out of range, the server is open without a password, the password is too short, or
+                this machine cannot listen there.
         """
+        check_settings(self, error=StudioError)
         if self.is_open and not self.password:
             raise StudioError(
                 "A studio that others can reach needs a password. Set --password or SA3_STUDIO_PASSWORD. "
@@ -120,3 +117,11 @@ class AccessSettings:
             )
         if self.password is not None and len(self.password) < MIN_PASSWORD_LENGTH:
             raise StudioError(f"The password is too short. Use at least {MIN_PASSWORD_LENGTH} characters.")
+        if ":" in self.host:  # of which Gradio makes an address that nothing can read
+            raise StudioError(f"host={self.host} must be a name or an IPv4 address, such as {LOCAL}.")
+        try:  # Gradio would try a hundred ports one after the other
+            family, *_, address = socket.getaddrinfo(self.host, self.port or 0, type=socket.SOCK_STREAM)[0]
+            socket.create_server(address[:2], family=family).close()
+        except (OSError, UnicodeError) as error:
+            where = self.host if self.port is None else f"{self.host}, port {self.port}"
+            raise StudioError(f"Cannot listen on {where}: {error}. Choose another --host or --port.") from error

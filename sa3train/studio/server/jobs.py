@@ -7,6 +7,7 @@ import itertools
 import queue
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -77,6 +78,7 @@ class Worker:
     """Runs jobs one by one, in order."""
 
     def __init__(self) -> None:
+        _workers.add(self)
         self._jobs: list[Job] = []
         self._queue: queue.Queue[Job] = queue.Queue()
         self._lock = threading.Lock()
@@ -170,3 +172,22 @@ class Worker:
             if job.is_pending:
                 job.state, job.message = state, message
                 job.finished.set()
+
+
+_workers: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+def finish_jobs() -> list[Job]:
+    """Cancel the jobs of all workers that wait, at the end of the studio.
+
+    Returns:
+        The running ones, whose results are saved when they are `finished`.
+    """
+    running = []
+    for worker in _workers:
+        for job in reversed(worker.pending):
+            if job.state == "waiting":
+                worker.cancel(job.number)
+            else:
+                running.append(job)
+    return running

@@ -9,6 +9,8 @@ import datetime
 import json
 import os
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -28,6 +30,9 @@ TAIL_BYTES = 64_000
 START_TOLERANCE = 0.005
 """Seconds; the kernel counts start times in ticks of 10 ms."""
 
+_POLITE_SIGNAL = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM)
+_NEW_GROUP: int = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # on Windows, which has no sessions
+
 _children: list[subprocess.Popen[bytes]] = []
 _lock = threading.Lock()
 
@@ -44,10 +49,11 @@ def find_program(name: str) -> str:
     Raises:
         SA3Error: The command is not installed.
     """
-    path = Path(sys.executable).parent / name
-    if not path.is_file():
-        raise SA3Error(f"The command {name} is not installed in {path.parent}. Run: pip install sa3train")
-    return str(path)
+    folder = Path(sys.executable).parent
+    path = shutil.which(name, path=str(folder))
+    if path is None:
+        raise SA3Error(f"The command {name} is not installed in {folder}. Run: pip install sa3train")
+    return path
 
 
 def start(folder: Path, argv: Sequence[str], **facts: Any) -> int:
@@ -75,7 +81,9 @@ def start(folder: Path, argv: Sequence[str], **facts: Any) -> int:
             write_json(folder / PROCESS_FILE, record)
             log.write(f"$ {shlex.join(argv)}\n".encode())
             log.flush()
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+            # A session of its own: Ctrl-C in the terminal is for the studio.
+            group: dict[str, Any] = {"start_new_session": True, "creationflags": _NEW_GROUP}
+            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **group)
             with _lock:
                 _children.append(child)
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -99,12 +107,14 @@ def get_running_pid(folder: Path) -> int | None:
     return process.pid if process else None
 
 
-def stop(folder: Path, *, at_once: bool = False) -> bool:
+def stop(folder: Path, *, at_once: bool = False, grace_seconds: float | None = None) -> bool:
     """Stop the folder's process, and record that it was asked to.
 
     Args:
         folder: Folder of the process.
-        at_once: Kill the process and its children. Otherwise ask it to save and exit (SIGTERM).
+        at_once: Kill the process and its children. Otherwise ask it to save and exit (SIGTERM); its children end with
+            it, as a loader's workers must not die before it.
+        grace_seconds: Time after which a process that was asked, or a child that it left, is killed. None: never.
 
     Returns:
         Whether a process was running.
@@ -114,11 +124,24 @@ def stop(folder: Path, *, at_once: bool = False) -> bool:
         return False
     write_json(folder / PROCESS_FILE, read_record(folder) | {"stop_asked": _get_utc_time()})
     with contextlib.suppress(psutil.NoSuchProcess):  # it has exited by itself meanwhile
-        processes = [*process.children(recursive=True), process] if at_once else [process]
-        for running in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                running.kill() if at_once else running.terminate()
+        tree = [*process.children(recursive=True), process]
+        if at_once:
+            _kill(tree)
+        else:
+            process.send_signal(_POLITE_SIGNAL)
+            if grace_seconds is not None:
+                threading.Thread(target=_kill_late, args=(tree, grace_seconds), daemon=True).start()
     return True
+
+
+def _kill_late(tree: Sequence[psutil.Process], grace_seconds: float) -> None:
+    _kill(psutil.wait_procs(tree, timeout=grace_seconds)[1])
+
+
+def _kill(tree: Sequence[psutil.Process]) -> None:
+    for process in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def read_record(folder: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import re
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from typing import Any, TypeVar, cast
 import gradio as gr
 from gradio.context import Context
 
+from sa3train.core.config import list_settings
 from sa3train.core.errors import GenerationError, SA3Error
 from sa3train.core.log import get_logger
 from sa3train.inference.settings import check_number
@@ -143,6 +145,50 @@ def build_optional_number(
     return gr.Textbox("", label=label, info=info, placeholder=placeholder, max_lines=1, min_width=90, elem_id=elem_id)
 
 
+def explain_value(field: Any, check: Callable[[Any], Any]) -> Any:
+    """Make a field say below its label what is wrong with its value, as soon as it is left.
+
+    Args:
+        field: The field.
+        check: Function of its value that raises an `SA3Error` for a wrong one.
+
+    Returns:
+        The field.
+    """
+
+    def explain(value: Any) -> Any:
+        try:
+            check(value)
+        except SA3Error as error:
+            return gr.update(info=str(error))
+        return gr.update(info=field.info or "")
+
+    field.blur(explain, field, field, show_progress="hidden", concurrency_limit=None, api_visibility="private")
+    return field
+
+
+def parse_setting(schema: type, name: str, value: str | float | None, *, is_integer: bool = False) -> Any:
+    """Parse the field of a number that a settings dataclass declares, and check it against the declared range.
+
+    Args:
+        schema: The dataclass.
+        name: Name of the setting.
+        value: Value of the field.
+        is_integer: Whether the setting is an integer.
+
+    Returns:
+        The number, or None for an empty field.
+
+    Raises:
+        StudioError: The number is not allowed.
+    """
+    number = parse_optional_int(name, value) if is_integer else parse_optional_number(name, value)
+    problem = None if number is None else list_settings(schema)[name].find_problem(number)
+    if problem:
+        raise StudioError(f"{name} must {problem}, not {number:g}.")
+    return number
+
+
 def parse_optional_number(name: str, text: str | float | None) -> float | None:
     """Parse the value of an optional number field.
 
@@ -161,7 +207,7 @@ def parse_optional_number(name: str, text: str | float | None) -> float | None:
     try:
         return check_number(name, float(text) if isinstance(text, str) else text)
     except ValueError as error:
-        raise GenerationError(f"{name} must be a number, not {text!r}. Correct it or leave it empty.") from error
+        raise GenerationError(f"{name} must be a number, not {text!r:.80}. Correct it or leave it empty.") from error
 
 
 def parse_numbers(text: str) -> list[float]:
@@ -176,11 +222,13 @@ def parse_numbers(text: str) -> list[float]:
     Raises:
         StudioError: A part is not a number.
     """
+    if ";" in text and re.search(r"\d,\d", text):  # 0,5; 1 may be two numbers or three
+        raise StudioError(f"{text!r:.80} has commas inside numbers. Write 0.5 with a point: 0, 0.5, 1.")
     try:
-        parts = text.replace(";", ",").split(",")
-        return [check_number("each part", float(part)) for part in parts if part.strip()]
+        return [check_number("each part", float(part)) for part in re.split("[,;]", text) if part.strip()]
     except ValueError as error:
-        raise StudioError(f"{text!r} is not a list of numbers. Write them with commas, such as 0, 0.5, 1.") from error
+        message = f"{text!r:.80} is not a list of numbers. Write them with commas, such as 0, 0.5, 1."
+        raise StudioError(message) from error
 
 
 def parse_optional_int(name: str, text: str | float | None) -> int | None:

@@ -3,6 +3,7 @@
 Listings are bounded, since a root may be a whole home folder.
 """
 
+import contextlib
 import functools
 import os
 import time
@@ -12,7 +13,9 @@ from pathlib import Path
 from urllib.parse import quote
 
 from sa3train.audio.io import AUDIO_SUFFIXES
+from sa3train.core.device import choose_device
 from sa3train.core.errors import SA3Error
+from sa3train.core.user_files import is_file, scan_folder
 from sa3train.data.shards.index import INDEX_FILE
 from sa3train.inference.settings import MODEL_DEFAULTS
 from sa3train.models import hub
@@ -65,7 +68,12 @@ class Workspace:
 
         Raises:
             StudioError: There is no folder, one does not exist, or the first cannot be written to.
+            SA3Error: There is no such model or device.
         """
+        check_model(model)
+        choose_device(device)
+        if "" in map(str, folders := list(folders)):
+            raise StudioError("A folder has no name. Name folders that exist, or . for the current one.")
         roots = tuple(dict.fromkeys(Path(folder).expanduser().resolve() for folder in folders))
         if not roots:
             raise StudioError("The studio needs a folder to work in. Name one or more.")
@@ -97,7 +105,8 @@ class Workspace:
         """Resolve a path, symbolic links included, and check that it is inside the roots.
 
         Args:
-            path: A path that need not exist; a relative one starts at the first root.
+            path: A path that need not exist; a relative one starts at the first root. One that exists is taken as it is
+                written; otherwise spaces around it are left out, and `~` is the home folder.
 
         Returns:
             The absolute path.
@@ -105,13 +114,18 @@ class Workspace:
         Raises:
             StudioError: The path, or a link on the way, leads outside the roots.
         """
-        text = str(path).strip()
-        if not text or "\0" in text:
+        text = str(path)
+        if not text.strip() or "\0" in text:
             raise StudioError("Enter the path of a file or folder.")
         try:
-            found = (self.roots[0] / Path(text).expanduser()).resolve()
-        except (OSError, RuntimeError) as error:  # a loop of links, or a user that does not exist
-            raise StudioError(f"Cannot resolve {text}: {error}. Correct the path.") from error
+            written = self.roots[0] / text
+            found = (written if os.path.lexists(written) else self.roots[0] / Path(text.strip()).expanduser()).resolve()
+            str(found).encode()
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                found.lstat()
+        except (OSError, RuntimeError, UnicodeError) as error:  # a loop of links, an unknown user, a name too long
+            shown = f"{text:.100}".encode(errors="replace").decode()
+            raise StudioError(f"Cannot resolve {shown}: {_get_cause(error)}. Correct the path.") from error
         if not any(found.is_relative_to(root) for root in self.roots):
             folders = ", ".join(str(root) for root in self.roots)
             raise StudioError(
@@ -203,6 +217,8 @@ class Workspace:
             found = self.resolve(path)
         except StudioError:
             return False
+        if found.exists() and not (found.is_file() or found.is_dir()):  # a pipe would never end
+            return False
         if found.is_relative_to(self.home):
             return True
         root = next(root for root in self.roots if found.is_relative_to(root))
@@ -212,22 +228,50 @@ class Workspace:
 def iterate_folders(workspace: Workspace) -> Iterator[tuple[Path, list[str]]]:
     """Yield the folders below the roots, without hidden ones, up to `MAX_FOLDERS` and `MAX_DEPTH`.
 
+    Names that are no valid text are left out: no page can show them.
+
     Args:
         workspace: The workspace.
 
     Yields:
-        (folder, names of its files that are not hidden), both in order.
+        (folder, names of its regular files that are not hidden), both in order.
     """
-    count = 0
-    for root in workspace.roots:
-        for parent, below, files in os.walk(root):
-            folder = Path(parent)
-            is_deepest = len(folder.relative_to(root).parts) >= MAX_DEPTH
-            below[:] = [] if is_deepest else sorted(name for name in below if not name.startswith((".", "__")))
-            count += 1
-            if count > MAX_FOLDERS:
-                return
-            yield folder, sorted(name for name in files if not name.startswith("."))
+    folders = [(root, 0) for root in reversed(workspace.roots)]
+    for _ in range(MAX_FOLDERS):
+        if not folders:
+            return
+        folder, depth = folders.pop()
+        try:
+            _, entries = scan_folder(str(folder))
+        except OSError:  # not ours to read, or gone
+            continue
+        below = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        if depth < MAX_DEPTH:
+            shown = [name for name in below if _is_shown(name) and not name.startswith("__")]
+            folders += [(folder / name, depth + 1) for name in reversed(shown)]
+        yield folder, [entry.name for entry in entries if _is_shown(entry.name) and is_file(entry)]
+
+
+def _is_shown(name: str) -> bool:
+    return not name.startswith(".") and is_text(name)
+
+
+def is_text(name: str) -> bool:
+    """Check that a name is valid Unicode, which file systems do not require.
+
+    Args:
+        name: Name of a file or folder, or a path.
+
+    Returns:
+        Whether a page can show it.
+    """
+    return name.encode("utf-8", "replace").decode("utf-8") == name
+
+
+def _get_cause(error: Exception) -> str:
+    if isinstance(error, UnicodeError):
+        return "the name is not valid UTF-8"
+    return error.strerror or str(error) if isinstance(error, OSError) else str(error)
 
 
 def list_adapters(workspace: Workspace) -> list[str]:
@@ -284,6 +328,23 @@ def list_models(workspace: Workspace) -> list[tuple[str, str]]:
     if workspace.model not in [value for _, value in choices]:
         choices.append((workspace.model, workspace.model))
     return choices
+
+
+def check_model(name: str) -> None:
+    """Check that a model exists, without downloading it.
+
+    Args:
+        name: Name of the registry, or a folder.
+
+    Raises:
+        StudioError: It is no generator.
+        SA3Error: There is no such model.
+    """
+    entry = hub.find_checkpoint(name)
+    if entry is None:
+        hub.locate_checkpoint(name)  # a folder, or a name that is explained
+    elif entry.kind != "model":
+        raise StudioError(f"{name} is no model that generates. Choose another --model, such as nano.")
 
 
 def resolve_model_name(workspace: Workspace, name: str) -> str:

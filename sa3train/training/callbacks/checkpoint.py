@@ -7,13 +7,12 @@ A training state is one safetensors file: tensors as tensors, everything else as
 written or read. The file appears whole or not at all, and carries a checksum of its tensors.
 """
 
+import contextlib
 import json
 import math
-import re
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -24,19 +23,19 @@ from safetensors.torch import save
 from torch import Tensor
 from typing_extensions import override
 
-from sa3train.adapters.formats.io import save_adapter
+from sa3train.adapters.formats.io import STATE_ENTRY, STATE_FORMAT, pack_adapter, save_adapter
+from sa3train.adapters.formats.run_dir import ADAPTER_FILE, RECORD_FILE, get_checkpoint_path, list_checkpoints
 from sa3train.core.errors import SA3Error
 from sa3train.core.files import write_bytes
-from sa3train.core.log import get_logger
+from sa3train.core.log import get_logger, get_rank
 from sa3train.core.safetensors_file import hash_tensors
-from sa3train.reports.run_files import ADAPTER_FILE, CHECKPOINTS_DIR
+from sa3train.core.signals import REQUEUE_SIGNALS, STOP_SIGNALS, describe_signal, handle_signals, write_note
 from sa3train.training.distributed import all_reduce_max
 from sa3train.training.module import LoraModule, StepCallback
 
-FORMAT = "sa3train-state-2"
+FORMAT = f"{STATE_FORMAT}2"
 """Raise it when the content of a training state changes, so that states of other versions are refused."""
 MARK = "__kind__"
-_STATE_NAME = re.compile(r"step-(\d{8})\.safetensors")
 _logger = get_logger(__name__)
 
 
@@ -124,7 +123,7 @@ def load_state(path: str | Path) -> Any:
     except (OSError, SafetensorError) as error:
         raise StateError(f"cannot read the training state {path}: {error}.") from error
     found = header.get("format", "")
-    if found != FORMAT and found.startswith(FORMAT.rstrip("0123456789")):
+    if found != FORMAT and found.startswith(STATE_FORMAT):
         raise StateVersionError(
             f"the training state {path} is of format {found}, and this version of sa3train reads {FORMAT}. Resume the "
             "run with the version that started it, or start a new run from its adapter: adapter.start_from=FILE."
@@ -182,32 +181,6 @@ class SafetensorsCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
 
-def get_checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Get the path of a training state.
-
-    Args:
-        run_dir: The run folder.
-        step: Optimizer steps taken.
-
-    Returns:
-        The file that holds the state after them.
-    """
-    return run_dir / CHECKPOINTS_DIR / f"step-{step:08d}.safetensors"
-
-
-def list_checkpoints(run_dir: Path) -> dict[int, Path]:
-    """List the training states of a run.
-
-    Args:
-        run_dir: The run folder.
-
-    Returns:
-        Files by step, oldest first.
-    """
-    paths = sorted((run_dir / CHECKPOINTS_DIR).glob("step-*.safetensors"))
-    return {int(match.group(1)): path for path in paths if (match := _STATE_NAME.fullmatch(path.name))}
-
-
 def find_latest_checkpoint(run_dir: Path) -> tuple[int, Path] | None:
     """Find the newest intact training state; damaged ones are skipped with a warning.
 
@@ -217,17 +190,23 @@ def find_latest_checkpoint(run_dir: Path) -> tuple[int, Path] | None:
     Returns:
         Its step and file, or None.
     """
-    for step, path in reversed(list_checkpoints(run_dir).items()):
+    checkpoints = list_checkpoints(run_dir)
+    for step, path in reversed(checkpoints.items()):
         try:
             load_state(path)
             return step, path
         except StateError as error:
-            _logger.warning("%s Using the checkpoint before it.", error)
+            is_oldest = path == next(iter(checkpoints.values()))
+            _logger.warning("%s %s", error, "None is left to resume from." if is_oldest else "Using the one before it.")
     return None
 
 
 class CheckpointCallback(StepCallback):
-    """Saves state and adapter every `every` optimizer steps, at the end, and on SIGTERM or SIGUSR1.
+    """Saves state and adapter every `every` optimizer steps, at the end, and when the run is stopped or fails.
+
+    A stop signal is answered after the step that is being computed, on all ranks after the same one. When something
+    else fails, the state after the last whole step is saved, unless several ranks train together: they may have failed
+    in different steps.
 
     Args:
         run_dir: The run folder.
@@ -245,37 +224,79 @@ class CheckpointCallback(StepCallback):
         self.interrupted: int | None = None
         self.after_save: list[Callable[[lightning.Trainer, LoraModule], None]] = []
         self._signal = 0
-        self._handlers: dict[int, Any] = {}
+        self._signals = contextlib.ExitStack()
         self._saved = -1
+        self._noted = -1  # the last whole step
+        self._is_whole = False  # whether nothing but the loader has moved since
+
+    def is_stopping(self) -> bool:
+        """Check whether this rank received a stop signal.
+
+        Returns:
+            Whether the run stops after this step.
+        """
+        return self._signal != 0
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Handle a scheduler's signals in place of Lightning, which would stop without saving the state."""
-        self._saved = trainer.global_step if find_latest_checkpoint(self.run_dir) else -1
-        for number in (signal.SIGTERM, signal.SIGUSR1):
-            self._handlers[number] = signal.signal(number, self._receive_signal)
+        """Handle stop signals in place of Lightning, which would stop without saving the state."""
+        step = trainer.global_step
+        self._saved = step if get_checkpoint_path(self.run_dir, step).is_file() else -1
+        self._signals.enter_context(handle_signals(self._receive_signal, (*STOP_SIGNALS, *REQUEUE_SIGNALS)))
+        self._note_step(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the adapter to the training state, so that it can be played without the run."""
+        assert isinstance(pl_module, LoraModule)
+        if trainer.is_global_zero:
+            adapter = pl_module.export({**self.metadata, "step": str(trainer.global_step)})
+            checkpoint[STATE_ENTRY] = pack_adapter(adapter, torch.float16)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save what the interval has not, and restore the signal handlers."""
         assert isinstance(pl_module, LoraModule)
         if self._saved != trainer.global_step:
             self.save(trainer, pl_module)
-        self._restore_handlers()
+        self._signals.close()
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        """Restore the signal handlers; the last saved state stands."""
-        self._restore_handlers()
+        """Save the state after the last whole step, if there is one, and restore the signal handlers."""
+        assert isinstance(pl_module, LoraModule)
+        if trainer.global_step > self._noted >= 0:  # another callback failed, after the step
+            self._note_step(trainer)
+        step = trainer.global_step
+        if self._is_whole and step > max(self._saved, 0) and trainer.world_size == 1:
+            try:
+                self.save(trainer, pl_module)
+            except (OSError, RuntimeError, SA3Error) as error:  # a broken GPU raises RuntimeError
+                _logger.warning("step %d cannot be saved either: %s", step, error)
+        self._signals.close()
+
+    def on_before_optimizer_step(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, optimizer: Any
+    ) -> None:
+        """Record that the weights are about to change."""
+        self._is_whole = False
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Record that a micro-batch has been counted, and act on a whole step."""
+        self._is_whole = False
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def on_step_end(self, trainer: lightning.Trainer, module: LoraModule) -> None:
         """Save at the interval, and when any rank received a signal."""
+        self._note_step(trainer)
         step = trainer.global_step
         stop = all_reduce_max(self._signal, module.device)
         if stop or trainer.should_stop or step % self.every == 0 or step == trainer.max_steps:
             self.save(trainer, module)
         if stop:
             self.interrupted = stop
-            _logger.warning("stopped by signal %d after step %d; the state is saved", self.interrupted, step)
             trainer.should_stop = True
 
     def save(self, trainer: lightning.Trainer, module: LoraModule) -> None:
@@ -284,12 +305,20 @@ class CheckpointCallback(StepCallback):
         Args:
             trainer: The trainer.
             module: The module.
+
+        Raises:
+            SA3Error: The run folder is gone, or cannot be written.
         """
-        step = trainer.global_step
+        step, self._is_whole = trainer.global_step, False
+        if trainer.is_global_zero and not (self.run_dir / RECORD_FILE).is_file():
+            raise SA3Error(
+                f"step {step} cannot be saved: {self.run_dir} was removed or moved during the run. Everything that was "
+                f"trained since step {max(self._saved, 0)} is lost. Leave the run folder in place."
+            )
         if trainer.is_global_zero:  # first, so that a state on disk means that its adapter is there too
             self.write_adapter(ADAPTER_FILE, module, step)
         trainer.save_checkpoint(get_checkpoint_path(self.run_dir, step))
-        self._saved = step
+        self._saved, self._is_whole = step, True
         if trainer.is_global_zero:
             for old in list(list_checkpoints(self.run_dir).values())[: -self.keep_last]:
                 old.unlink(missing_ok=True)
@@ -306,10 +335,12 @@ class CheckpointCallback(StepCallback):
         """
         save_adapter(self.run_dir / name, module.export({**self.metadata, "step": str(step)}))
 
-    def _receive_signal(self, number: int, frame: FrameType | None) -> None:
-        self._signal = number
+    def _note_step(self, trainer: lightning.Trainer) -> None:
+        trainer.train_dataloader.mark_position()  # type: ignore[union-attr]
+        self._noted, self._is_whole = trainer.global_step, True
 
-    def _restore_handlers(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers = {}
+    def _receive_signal(self, number: int) -> None:
+        self._signal = number
+        if get_rank() == 0:
+            way_out = " Press Ctrl-C again to end at once." if number == signal.SIGINT else ""
+            write_note(f"{describe_signal(number)}: saving after this step.{way_out}")

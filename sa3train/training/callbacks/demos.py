@@ -7,7 +7,7 @@ not touched: every generation draws from its own CPU generator.
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,10 @@ def list_demo_models(model: StableAudio3, source: str, also_sibling: bool) -> li
     return [source, model.sibling]
 
 
+class _Stopping(Exception):
+    """The run has been asked to stop."""
+
+
 class DemoCallback(StepCallback):
     """Plays the demos at step 0 (base) and at intervals (adapter at each strength), on rank 0.
 
@@ -108,6 +112,7 @@ class DemoCallback(StepCallback):
         heldout: Held-out clips, batches of one.
         models: What `list_demo_models` returns.
         device: Where to generate.
+        is_stopping: Tells whether the run has been asked to stop; the rest is then played when it is resumed.
     """
 
     def __init__(
@@ -118,25 +123,34 @@ class DemoCallback(StepCallback):
         heldout: Sequence[ClipBatch],
         models: Sequence[str],
         device: torch.device | str = "cpu",
+        is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
         self.run_dir, self.loggers, self.settings = run_dir, loggers, settings
         self.demos = plan_demos(settings, heldout)
-        self.models, self.device = list(models), device
+        self.models, self.device, self.is_stopping = list(models), device, is_stopping
+        self._may_wait = False
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Play the base once."""
-        if trainer.global_step == 0 and trainer.is_global_zero:
-            self._try_play(None, 0)
+        """Play the base once, and what was due when the run was stopped."""
+        assert isinstance(pl_module, LoraModule)
+        if not (self._get_folder(trainer.global_step) / DEMOS_FILE).is_file():
+            self.on_step_end(trainer, pl_module)
 
     def on_step_end(self, trainer: lightning.Trainer, module: LoraModule) -> None:
         """Play the adapter at the interval and at the end."""
         step = trainer.global_step
         if (step % self.settings.every == 0 or step == trainer.max_steps) and trainer.is_global_zero:
-            self._try_play(module.export({}), step)
+            self._may_wait = step != trainer.max_steps  # a run that is resumed after its last step trains no more
+            self._try_play(module.export({}) if step else None, step)
+
+    def _get_folder(self, step: int) -> Path:
+        return self.run_dir / DEMOS_DIR / f"step-{step:08d}"
 
     def _try_play(self, adapter: Adapter | None, step: int) -> None:
         try:
             self.play(adapter, step)
+        except _Stopping:
+            _logger.info("demos of step %d: left for the resumed run", step)
         except MemoryShortageError:
             _logger.warning(
                 "no demos at step %d: out of memory beside training. Set callbacks.demos.duration below %g, or "
@@ -157,7 +171,7 @@ class DemoCallback(StepCallback):
         """
         if not self.demos:
             return []
-        folder = self.run_dir / DEMOS_DIR / f"step-{step:08d}"
+        folder = self._get_folder(step)
         files: list[DemoFile] = []
         with torch.random.fork_rng():
             for number, source in enumerate(self.models):
@@ -180,6 +194,8 @@ class DemoCallback(StepCallback):
             generator.load_adapter(adapter, strength=self.settings.strengths[0])
         for demo in self.demos:
             for strength in self.settings.strengths if adapter is not None else [0.0]:
+                if self._may_wait and self.is_stopping():
+                    raise _Stopping
                 if adapter is not None:
                     generator.set_strength(strength)
                 audio_CN = self._generate(generator, demo, is_trained)
@@ -192,8 +208,9 @@ class DemoCallback(StepCallback):
             settings |= {"steps": self.settings.steps, "cfg_scale": self.settings.cfg_scale}
         if demo.clip is not None:
             z_1CT = demo.clip.data_SCF.to(generator.device, generator.model.dit.dtype)
+            rng = torch.Generator().manual_seed(demo.seed)
             with torch.no_grad():
-                source_CN = generator.model.autoencoder.decode(z_1CT)[0].float().cpu()
+                source_CN = generator.model.autoencoder.decode(z_1CT, generator=rng)[0].float().cpu()
             rate = generator.facts.sample_rate
             duration = min(duration, source_CN.shape[1] / rate)
             settings |= {

@@ -304,6 +304,10 @@ class MemoryPlanCallback(lightning.Callback):
         _logger.info("memory plan (%d clips of %d frames per micro-batch):", self.rows, self.frames)
         for line in self.plan.format_lines():
             _logger.info(line)
+        if pl_module.device.type == "cpu":
+            other = max(0, psutil.Process().memory_info().rss - self.plan.weights - self.plan.adapter)
+            _logger.info("  %-34s %7.3f GiB", "not in the plan: Python, libraries", other / GIB)
+        _logger.info("  Temporary buffers, validation and demos come on top.")
         free = measure_free_memory(pl_module.device)
         if self.plan.total - self.plan.weights > free:
             suggestions = "; ".join(self.suggest_savings()) or "a smaller model"

@@ -3,6 +3,7 @@
 Shape legend: S clips of a micro-batch, N bins of noise level.
 """
 
+import datetime
 import sys
 import time
 from pathlib import Path
@@ -13,10 +14,12 @@ import torch
 from torch import Tensor
 
 from sa3train.core.device import GIB
-from sa3train.core.log import get_rank
+from sa3train.core.log import get_logger, get_rank
 from sa3train.training.distributed import all_reduce_sum
 from sa3train.training.loggers import LoggerCollection
 from sa3train.training.module import LoraModule
+
+_logger = get_logger(__name__)
 
 BINS = 10
 LEVELS = tuple((index + 0.5) / BINS for index in range(BINS))
@@ -57,6 +60,8 @@ def measure_peak_memory() -> float:
 
 class MetricsCallback(lightning.Callback):
     """Logs means over the last `every` optimizer steps of all ranks: losses, gradient norm, speed, peak memory.
+
+    A terminal gets a progress bar, any other output a line for each of them.
 
     The sums are part of the training state, so that a resumed run logs exactly the numbers of an uninterrupted one.
 
@@ -106,7 +111,7 @@ class MetricsCallback(lightning.Callback):
         self._level_loss_N, self._level_count_N = state_dict["level_loss"], state_dict["level_count"]
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Open the progress bar at the current step."""
+        """Open the progress bar at the current step, and say from which step a run is resumed."""
         from tqdm import tqdm
 
         device = pl_module.device
@@ -117,6 +122,8 @@ class MetricsCallback(lightning.Callback):
             total=self.max_steps, initial=trainer.global_step, desc="training", unit="step", disable=hidden,
             dynamic_ncols=True,
         )  # fmt: skip
+        if trainer.global_step:
+            _logger.info("resumed after step %d of %d", trainer.global_step, self.max_steps)
         self._since, self._steps_since = time.perf_counter(), 0
 
     def on_train_batch_end(
@@ -175,5 +182,12 @@ class MetricsCallback(lightning.Callback):
         metrics |= {names[n]: float(loss_N[n] / count_N[n]) for n in range(BINS) if count_N[n] > 0}
         self.loggers.log_metrics(metrics, step)
         self._bar.set_postfix(loss=f"{self.loss:.4f}")
+        if self._bar.disable:  # on other ranks the logger is silent, too
+            left = datetime.timedelta(seconds=round((self.max_steps - step) / speed))
+            rate = metrics["train/learning_rate"]
+            _logger.info(
+                "step %d of %d: loss %.4f, learning rate %.3g, %.3g steps/s, %s left",
+                step, self.max_steps, self.loss, rate, speed, left,
+            )  # fmt: skip
         self._reset(device)
         self._since, self._steps_since = now, 0

@@ -22,6 +22,7 @@ from sa3train.data.loading.datamodule import LatentDataModule
 from sa3train.data.loading.loader import Batch, LatentDataset, ValidationLoader
 from sa3train.data.loading.sampler import SampleIndex
 from sa3train.diffusion import objective
+from sa3train.reports.loss_change import compute_loss_change
 from sa3train.reports.run_files import BEST_ADAPTER_FILE, VALIDATION_FILE
 from sa3train.training.batch import ClipBatch, make_clip_batch
 from sa3train.training.callbacks.checkpoint import CheckpointCallback
@@ -226,26 +227,25 @@ class ValidationCallback(StepCallback):
                     tables[part] = loss_IN
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Measure the base once, and the adapter before the first step."""
+        """Measure the base once, and the adapter before the first step and where it was due when the run stopped."""
         assert isinstance(pl_module, LoraModule)
         missing = [part for part, clips in self.clips.items() if clips and part not in self.base]
         if missing:
             with pl_module.injected.disable():
                 self.base |= {part: self._measure(pl_module, part) for part in missing}
-        if not self.history:
+        if not self.history or (self._is_due(trainer) and self.history[-1]["step"] != trainer.global_step):
             self._validate(trainer, pl_module)
         if self._is_out_of_patience():
             trainer.should_stop = True  # it had stopped early before it was interrupted
 
     def on_step_end(self, trainer: lightning.Trainer, module: LoraModule) -> None:
         """Validate at the interval; stop early if told to."""
-        step = trainer.global_step
-        if step % self.settings.every == 0 or step == trainer.max_steps:
+        if self._is_due(trainer):
             self._validate(trainer, module)
             if self._is_out_of_patience():
                 _logger.warning(
                     "stopped early after step %d: no validation loss below %.4f (step %d) in the last %d validations",
-                    step, self.best_loss, self.best_step, self.settings.patience,
+                    trainer.global_step, self.best_loss, self.best_step, self.settings.patience,
                 )  # fmt: skip
                 trainer.should_stop = True
 
@@ -272,6 +272,9 @@ class ValidationCallback(StepCallback):
             "best_loss": self.best_loss if self.best_step >= 0 else None,
             "items": items,
         }
+
+    def _is_due(self, trainer: lightning.Trainer) -> bool:
+        return trainer.global_step % self.settings.every == 0 or trainer.global_step == trainer.max_steps
 
     def _is_out_of_patience(self) -> bool:
         return bool(self.settings.patience) and self.without_best >= (self.settings.patience or 0)
@@ -322,11 +325,10 @@ def summarize_validation(summary: Mapping[str, Any]) -> list[str]:
     for part, base in summary["base"].items():
         if not history or part not in history[-1]:
             continue
-        after = history[-1][part]["loss"]
-        change = 100 * (after - base["loss"]) / base["loss"]
+        last, change = history[-1], compute_loss_change(summary, part)
         lines.append(
-            f"loss on fixed noise and timesteps, {_TITLES[part]}: base {base['loss']:.4f} -> adapter {after:.4f} "
-            f"({change:+.1f}%) at step {history[-1]['step']}"
+            f"loss on fixed noise and timesteps, {_TITLES[part]}: base {base['loss']:.4f} -> adapter "
+            f"{last[part]['loss']:.4f}{f', {change.describe()},' if change else ''} at step {last['step']}"
         )
     if summary["best_step"] >= 0 and history and summary["best_step"] != history[-1]["step"]:
         lines.append(f"best validation loss {summary['best_loss']:.4f} was at step {summary['best_step']}")

@@ -28,6 +28,7 @@ class Base:
 
     name: str
     hash: str
+    sibling: str | None = None
 
     def fingerprint(self) -> str:
         return self.hash
@@ -124,6 +125,8 @@ class TestReport:
         assert report.base_loaded == loaded
         assert len(report.warnings) == 1
         assert "trained on nano-base (hash abababababab)" in report.warnings[0]
+        sibling = AdapterStack(model).add(known, base=Base("nano", "cd" * 32, "nano-base"))
+        assert not sibling.warnings, "an adapter is for its base and the base's sibling"
         same = AdapterStack(model).add(known, base=Base("nano-base", "ab" * 32))
         assert same.warnings == []
 
@@ -188,6 +191,15 @@ class TestRefusals:
     def test_weights_that_overflow(self, model: Any, adapter: Adapter) -> None:
         large = edited(adapter, lambda tensors: [t.fill_(1e30) for params in tensors.values() for t in params.values()])
         assert "overflow" in refused(model, large)
+
+    @pytest.mark.parametrize("kind", ["lora", "dora-rows", "bora"])
+    def test_a_layer_of_zeros_as_after_a_download_that_broke_off(self, model: Any, kind: str) -> None:
+        adapter = replace(train_adapter(AdapterSpec(kind, rank=2), model), source="style.safetensors")
+        empty = edited(adapter, lambda tensors: [tensor.zero_() for tensor in tensors[CONDITIONER].values()])
+        if kind == "lora":
+            assert CONDITIONER in " ".join(AdapterStack(model).add(empty).warnings)
+        else:
+            assert "broke off" in refused(model, empty)
 
     @pytest.mark.parametrize("kind", KINDS)
     @pytest.mark.parametrize("what", ["all zero", "untrained"])

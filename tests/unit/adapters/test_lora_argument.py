@@ -21,15 +21,14 @@ def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @given(
-    PATHS.filter(lambda path: not path.rpartition("@")[2].isdigit() and not Path(path).exists()),
-    st.none() | st.integers(0, 10**9),
+    PATHS.filter(lambda path: not Path(path).exists()),
     NUMBERS | st.tuples(NUMBERS, NUMBERS),
     st.none() | st.tuples(NUMBERS, NUMBERS),
 )
 def test_what_is_written_is_read_back(
-    path: str, step: int | None, strength: float | tuple[float, float], interval: tuple[float, float] | None
+    path: str, strength: float | tuple[float, float], interval: tuple[float, float] | None
 ) -> None:
-    argument = LoraArgument(path, step, strength, interval)
+    argument = LoraArgument(path, strength, interval)
     assert parse_lora(format_lora(argument)) == argument
 
 
@@ -37,15 +36,15 @@ def test_what_is_written_is_read_back(
     ("text", "expected"),
     [
         ("a.safetensors", LoraArgument("a.safetensors")),
-        ("a.safetensors=0.8", LoraArgument("a.safetensors", None, 0.8)),
-        ("a=b/c.safetensors=-1", LoraArgument("a=b/c.safetensors", None, -1.0)),
+        ("a.safetensors=0.8", LoraArgument("a.safetensors", 0.8)),
+        ("a=b/c.safetensors=-1", LoraArgument("a=b/c.safetensors", -1.0)),
         ("a.safetensors@0.2-0.8", LoraArgument("a.safetensors", interval=(0.2, 0.8))),
-        ("a@b.safetensors=1.5@0-0.5", LoraArgument("a@b.safetensors", None, 1.5, (0.0, 0.5))),
+        ("a@b.safetensors=1.5@0-0.5", LoraArgument("a@b.safetensors", 1.5, (0.0, 0.5))),
         ("a@5e-05-1e-1", LoraArgument("a", interval=(5e-05, 0.1))),
-        ("a=1_0@.5-1.", LoraArgument("a", None, 10.0, (0.5, 1.0))),
-        ("C:\\a\\b.safetensors=5e-05@0.1-0.5", LoraArgument("C:\\a\\b.safetensors", None, 5e-05, (0.1, 0.5))),
-        ("runs/style@300", LoraArgument("runs/style", 300)),
-        ("runs/style@300=0.2..1@0-0.5", LoraArgument("runs/style", 300, (0.2, 1.0), (0.0, 0.5))),
+        ("a=1_0@.5-1.", LoraArgument("a", 10.0, (0.5, 1.0))),
+        ("C:\\a\\b.safetensors=5e-05@0.1-0.5", LoraArgument("C:\\a\\b.safetensors", 5e-05, (0.1, 0.5))),
+        ("runs/style@300", LoraArgument("runs/style@300")),
+        ("runs/style@300=0.2..1@0-0.5", LoraArgument("runs/style@300", (0.2, 1.0), (0.0, 0.5))),
         ("pack@v1-final.safetensors", LoraArgument("pack@v1-final.safetensors")),
     ],
 )
@@ -57,7 +56,7 @@ def test_examples(text: str, expected: LoraArgument) -> None:
 def test_an_existing_path_is_taken_whole(name: str) -> None:
     Path(name).write_text("")
     assert parse_lora(name) == LoraArgument(name)
-    assert parse_lora(f"{name}=0.5@0-0.5") == LoraArgument(name, None, 0.5, (0.0, 0.5))
+    assert parse_lora(f"{name}=0.5@0-0.5") == LoraArgument(name, 0.5, (0.0, 0.5))
 
 
 @pytest.mark.parametrize("text", ["a=loud", "a=nan", "a=0.1..x", "a@x-1", "a@0.1-y", "a=0.5@0.1-inf", "=1", "a=1@300"])
@@ -66,10 +65,9 @@ def test_what_cannot_be_read_is_refused(text: str) -> None:
         parse_lora(text)
 
 
-@pytest.mark.parametrize("text", ["runs/style@300", "a=0.2..1"])
-def test_what_is_not_supported_yet_is_refused_by_name(text: str) -> None:
+def test_what_is_not_supported_yet_is_refused_by_name() -> None:
     with pytest.raises(AdapterError, match="is not available for"):
-        parse_lora(text).to_settings()
+        parse_lora("a=0.2..1").to_settings()
 
 
 def test_settings_are_those_of_load_adapter() -> None:

@@ -21,6 +21,7 @@ from sa3train.adapters.apply.stack import AdapterStack
 from sa3train.adapters.formats.comfy import write_comfy
 from sa3train.adapters.formats.io import load_adapter, save_adapter
 from sa3train.adapters.spec import AdapterSpec
+from sa3train.adapters.tools.service import merge_adapters
 from sa3train.core.errors import AdapterError
 from sa3train.core.safetensors_file import MAX_HEADER
 
@@ -371,16 +372,19 @@ def test_pickles_are_never_run(form: str | int, suffix: str, tmp_path: Path) -> 
     assert not target.exists()
 
 
-def test_a_small_comfyui_file_cannot_ask_for_all_memory(tmp_path: Path) -> None:
-    """Factors of 2¹⁷ rows and columns are half a megabyte; their product, which a file with `.diff` needs, 64 GiB."""
+def test_a_small_comfyui_file_cannot_ask_for_all_memory(model: Any, tmp_path: Path) -> None:
+    """Factors of 2¹⁷ rows and columns are half a megabyte; their product is 64 GiB, and a LoKr's is computed."""
     wide = {"shape": [2**17, 1], "data_offsets": [0, 2**18]}, {"shape": [1, 2**17], "data_offsets": [2**18, 2**19]}
-    names = [f"diffusion_model.a.lora_{name}.weight" for name in ("up", "down")]
-    header = {name: {"dtype": "F16"} | tensor for name, tensor in zip(names, wide, strict=True)}
-    header["diffusion_model.b.diff"] = entry(offsets=(2**19, 2**19 + 8))
     path = tmp_path / "style.safetensors"
-    path.write_bytes(joined(header, b"0" * (2**19 + 8)))
-    with pytest.raises(AdapterError, match="no layer is as large"):
-        load_adapter(path)
+    for names, act in (
+        (("lokr_w1", "lokr_w2"), lambda: load_adapter(path)),
+        (("lora_up.weight", "lora_down.weight"), lambda: AdapterStack(model).add(load_adapter(path))),
+        (("lora_up.weight", "lora_down.weight"), lambda: merge_adapters([(path, 1.0)], tmp_path / "m", model)),
+    ):
+        header = {f"diffusion_model.a.{name}": {"dtype": "F16"} | each for name, each in zip(names, wide, strict=True)}
+        header["diffusion_model.b.diff"] = entry(offsets=(2**19, 2**19 + 8))
+        path.write_bytes(joined(header, b"0" * (2**19 + 8)))
+        assert refusal(act) is not None
 
 
 def test_a_folder_with_a_pickle_is_not_run(tmp_path: Path) -> None:

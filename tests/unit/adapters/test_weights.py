@@ -59,14 +59,14 @@ def test_legacy_dora_is_told_by_its_magnitude(shape: tuple[int, ...], kind: str)
     assert torch.equal(compute_effective_weight("dora", W, params, 0.7), compute_effective_weight(kind, W, flat, 0.7))
 
 
-def test_comfy_dora_divides_by_the_norm_of_the_untouched_weight() -> None:
+def test_comfy_dora_divides_rows_by_the_norms_of_the_untouched_weight_and_columns_by_those_of_the_changed_one() -> None:
     W, A, B = torch.randn(6, 9), torch.randn(2, 9), torch.randn(6, 2)
     by_row, by_column = torch.rand(6, 1), torch.rand(1, 9)
     V = W + 0.5 * B @ A
     rows = compute_effective_weight("comfy-dora", W, {"lora_A": A, "lora_B": B, "magnitude": by_row}, 0.5)
     torch.testing.assert_close(rows, V * by_row / W.norm(dim=1, keepdim=True))
     cols = compute_effective_weight("comfy-dora", W, {"lora_A": A, "lora_B": B, "magnitude": by_column}, 0.5)
-    torch.testing.assert_close(cols, V * by_column / W.norm(dim=0, keepdim=True))
+    torch.testing.assert_close(cols, V * by_column / V.norm(dim=0, keepdim=True))
 
 
 def test_a_difference_is_added_and_keeps_the_shape() -> None:

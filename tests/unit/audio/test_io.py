@@ -1,7 +1,6 @@
 """Reading and writing audio files of every kind a user may bring."""
 
 import errno
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 import soundfile
 import torch
 
-from helpers.audio import noise, tone
+from helpers.audio import noise, tone, write_fake_ffmpeg
 from sa3train.audio import io as audio_io
 from sa3train.audio.io import encode_audio, load_audio, read_audio, read_audio_info, write_audio
 from sa3train.core.errors import AudioError, SA3Error
@@ -113,6 +112,14 @@ def test_nan_and_infinity_are_refused(tmp_path: Path, bad: float) -> None:
         read_audio(path)
 
 
+@pytest.mark.parametrize("rate", [1, 8, 1_000_000, 2_000_000_000])
+def test_a_sample_rate_that_no_audio_has_is_refused(tmp_path: Path, rate: int) -> None:
+    path = tmp_path / "odd.wav"
+    soundfile.write(path, tone(0.1), rate)
+    with pytest.raises(AudioError, match=rf"odd\.wav: a sample rate of {rate} Hz"):
+        load_audio(path)
+
+
 def test_missing_folder_empty_and_text_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(AudioError, match="no such audio file"):
@@ -138,17 +145,11 @@ def test_without_ffmpeg_the_message_says_what_to_install(
         read_audio(path)
 
 
-def fake_ffmpeg(folder: Path, script: str) -> None:
-    program = folder / "ffmpeg"
-    program.write_text(f"#!{sys.executable}\nimport sys\n{script}\n")
-    program.chmod(0o755)
-
-
 @pytest.mark.parametrize("as_bytes", [False, True])
 def test_m4a_is_read_through_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, as_bytes: bool) -> None:
     soundfile.write(tmp_path / "answer.wav", tone(0.2), RATE, subtype="FLOAT")
     copy = "import shutil; given = sys.argv[sys.argv.index('-i') + 1]; assert open(given, 'rb').read(4) == b'M4A!'; "
-    fake_ffmpeg(tmp_path, copy + f"shutil.copy({str(tmp_path / 'answer.wav')!r}, sys.argv[-1])")
+    write_fake_ffmpeg(tmp_path, copy + f"shutil.copy({str(tmp_path / 'answer.wav')!r}, sys.argv[-1])")
     monkeypatch.setenv("PATH", str(tmp_path))
     song = tmp_path / "song.m4a"
     song.write_bytes(b"M4A!")
@@ -158,7 +159,7 @@ def test_m4a_is_read_through_ffmpeg(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_what_ffmpeg_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fake_ffmpeg(tmp_path, "sys.exit('moov atom not found')")
+    write_fake_ffmpeg(tmp_path, "sys.exit('moov atom not found')")
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "song.m4a").write_bytes(b"M4A!")
     with pytest.raises(AudioError, match="moov atom not found"):

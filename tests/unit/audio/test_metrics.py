@@ -4,6 +4,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from helpers.audio import noise, tone
 from sa3train.audio import metrics
@@ -11,8 +13,8 @@ from sa3train.audio import metrics
 RATE = 48000
 
 
-def sine(frequency: float = 997.0, peak: float = 1.0, seconds: float = 3.0) -> torch.Tensor:
-    return torch.from_numpy(tone(seconds, frequency, RATE, peak=peak).T.copy())
+def sine(frequency: float = 997.0, peak: float = 1.0, seconds: float = 3.0, rate: int = RATE) -> torch.Tensor:
+    return torch.from_numpy(tone(seconds, frequency, rate, peak=peak).T.copy())
 
 
 def test_a_full_scale_stereo_tone_at_1_khz_measures_0_lufs() -> None:
@@ -82,7 +84,23 @@ def test_measure_names_everything() -> None:
     assert metrics.compute_clipped_share(torch.ones(2, 4)) == 1.0
 
 
-@pytest.mark.parametrize("length", [2, 441, 5551, 5586, 5628, 17639, 17640, 17641])
-def test_every_length_has_a_loudness(length: int) -> None:
-    noise_CN = torch.from_numpy(noise(1.0)[:length].T.copy())
-    assert -40 < metrics.measure_loudness_lufs(noise_CN, 44100) < 3
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 30_000), st.sampled_from([2000, 8000, 44100, 192_000]))
+@example(1, 44100)
+@example(5551, 44100)
+@example(17640, 44100)
+def test_every_length_has_a_loudness(length: int, rate: int) -> None:
+    noise_CN = torch.from_numpy(noise(1.0, 30_000, channels=1, seed=1).T[:, :length].copy())
+    assert -60 < metrics.measure_loudness_lufs(noise_CN, rate) < 6
+
+
+@pytest.mark.parametrize("samples", [18_000, 20_000, 26_000])
+def test_sound_after_the_last_whole_block_has_a_loudness(samples: int) -> None:
+    late_CN = torch.zeros(2, samples)
+    late_CN[:, -300:] = 0.5
+    assert -40 < metrics.measure_loudness_lufs(late_CN, RATE) < -10
+
+
+@pytest.mark.parametrize("rate", [2000, 3000, 8000, 11025, 22050, 96000])
+def test_loudness_hardly_depends_on_the_rate(rate: int) -> None:
+    assert metrics.measure_loudness_lufs(sine(440.0, rate=rate), rate) == pytest.approx(-0.7, abs=0.1)

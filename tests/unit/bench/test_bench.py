@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import textwrap
 import time
 from collections.abc import Callable
@@ -283,6 +284,13 @@ def test_a_page_keeps_what_was_not_measured_now(tmp_path: Path) -> None:
         update_page(page, [Record("decode", Options(device="cuda"), [], where)])
 
 
+def test_figures_replace_no_file_of_another_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "take.wav").write_text("precious")
+    assert bench.main(["decode", "--json", str(tmp_path / "take.wav")]) == 1
+    assert "must end in .json" in capsys.readouterr().err
+    assert (tmp_path / "take.wav").read_text() == "precious"
+
+
 def test_every_listed_benchmark_can_be_run() -> None:
     help_text = bench.build_parser().format_help()
     for name in bench.BENCHMARKS:
@@ -290,7 +298,7 @@ def test_every_listed_benchmark_can_be_run() -> None:
         assert callable(importlib.import_module(f"sa3train.bench.{name}").run)
 
 
-@pytest.mark.parametrize("flags", ["nothing", "", "decode --threads 0", "decode --arch huge", "decode --dtype int4"])
+@pytest.mark.parametrize("flags", ["nothing", "", "decode --threads x", "decode --arch huge", "decode --dtype int4"])
 def test_misuse_of_the_command_line_exits_with_2(flags: str) -> None:
     with pytest.raises(SystemExit) as stopped:
         bench.main(flags.split())
@@ -301,7 +309,27 @@ def test_a_missing_device_is_an_error(capsys: pytest.CaptureFixture[str]) -> Non
     if torch.cuda.is_available():
         return
     assert bench.main(["decode", "--device", "cuda"]) == 1
-    assert "--device cuda" in capsys.readouterr().err
+    assert "device cuda" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", ["--threads 0", "--repeats 99999", "--seconds nan", "--adapter-types diff",
+                                   "--json /nowhere/x.json", "--json /", "--update /nowhere.md", "--update /bin/sh",
+                                   "--steps 4"])  # fmt: skip
+def test_options_are_checked_before_anything_is_measured(flags: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench.main(["decode", *flags.split()]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and flags.split()[0][2:] in error + "json update"
+
+
+def test_a_benchmark_refuses_exactly_the_options_that_it_does_not_use() -> None:
+    """What a benchmark reads of its options stands in its module, or in `train` and `adapters`, which others use."""
+    modules = {name: Path(str(importlib.import_module(f"sa3train.bench.{name}").__file__)) for name in bench.BENCHMARKS}
+    read = {name: set(re.findall(r"options\.(\w+)", path.read_text())) for name, path in modules.items()}
+    read = {name: names | ({"device"} if "is_cuda" in names else set()) for name, names in read.items()}
+    read["tracking"] |= {"device", "threads"}  # as `list_training_flags` does
+    read["quantized"] |= {"seconds"}  # as `make_random_batch` does
+    fields = set(Options.__dataclass_fields__)
+    assert {name: fields - names for name, names in read.items()} == bench.UNUSED
 
 
 def test_a_benchmark_runs_apart_with_its_options(measured: Callable[..., None]) -> None:
@@ -312,7 +340,7 @@ def test_a_benchmark_runs_apart_with_its_options(measured: Callable[..., None]) 
 
 def test_flags_give_the_same_options_again() -> None:
     options = Options(arch="nano", repeats=2, adapter_types=("lora", "bora"), seconds=1.5)
-    arguments = bench.build_parser().parse_args(["decode", *bench._make_flags(options)])
+    arguments = bench.build_parser().parse_args(["adapters", *bench._make_flags("adapters", options)])
     assert bench._make_options(arguments) == options
 
 

@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,54 @@ def test_inspect_shows_a_misfit_and_then_fails(capsys: pytest.CaptureFixture[str
     assert "is refused" in shown.err
 
 
+LINKS: dict[str, Callable[[Path], object]] = {
+    "mine.safetensors": lambda link: None,
+    "folder/../mine.safetensors": lambda link: None,
+    "symbolic.safetensors": lambda link: link.symlink_to("mine.safetensors"),
+    "hard.safetensors": lambda link: link.hardlink_to("mine.safetensors"),
+    "folder/mine.safetensors": lambda link: link.parent.rmdir() or link.parent.symlink_to("."),  # type: ignore[func-returns-value]
+}
+
+
+@pytest.mark.parametrize("target", LINKS)
+@pytest.mark.parametrize("tool", ["convert", "merge", "resize", "scale"])
+def test_no_tool_replaces_its_input_or_what_it_was_not_told_to(
+    tool: str, target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(LORA, "mine.safetensors")
+    Path("folder").mkdir()
+    LINKS[target](Path(target))
+    before = Path("mine.safetensors").read_bytes()
+    words = {
+        "convert": ["mine.safetensors", target],
+        "merge": ["mine.safetensors", LORA, "-o", target, "--rank", 2],
+        "resize": ["mine.safetensors", target, "--rank", 2],
+        "scale": ["mine.safetensors", target, 0.5],
+    }[tool]
+    for flags in ([], ["--overwrite"]):
+        assert run(tool, *words, *flags) == 1
+        assert "would replace the input mine.safetensors" in capsys.readouterr().err
+    Path("other.safetensors").write_text("theirs")
+    words = ["other.safetensors" if word == target and index else word for index, word in enumerate(words)]
+    assert run(tool, *words) == 1
+    assert "other.safetensors exists already" in capsys.readouterr().err
+    assert Path("other.safetensors").read_text() == "theirs"
+    assert run(tool, *words, "--overwrite") == 0
+    assert load_adapter("other.safetensors").tensors
+    assert Path("mine.safetensors").read_bytes() == before
+
+
+def test_a_peft_folder_is_an_input_with_its_files(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("convert", LORA, "peft") == 0
+    before = {path.name: path.read_bytes() for path in Path("peft").iterdir()}
+    for words in (("convert", "peft", "peft"), ("convert", "peft", "peft/adapter_model.safetensors")):
+        assert run(*words, "--overwrite") == 1
+        assert "would replace the input peft" in capsys.readouterr().err
+    assert run("convert", "peft/adapter_model.safetensors", "peft", "--overwrite") == 1
+    assert run("inspect", "peft", "--plot", "peft/adapter_model.safetensors") == 1
+    assert {path.name: path.read_bytes() for path in Path("peft").iterdir()} == before
+
+
 def test_diff_compares_tensors_or_whole_changes(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("diff", LORA, LORA) == 0
     assert "bit for bit" in capsys.readouterr().out
@@ -124,8 +173,12 @@ def test_merge_into_one_adapter(capsys: pytest.CaptureFixture[str]) -> None:
 def test_merge_into_a_checkpoint_and_extract_it_again(capsys: pytest.CaptureFixture[str]) -> None:
     found = run_json(capsys, "merge", f"{LORA}=0.8", "-o", "merged", "--model", PLAIN)
     assert found["reports"][0]["missing"] == []
-    assert run("merge", f"{LORA}=0.8", "-o", "merged", "--model", PLAIN) == 0
+    assert run("merge", f"{LORA}=0.8", "-o", "merged", "--model", PLAIN) == 1
+    assert "merged exists already" in capsys.readouterr().err
+    assert run("merge", f"{LORA}=0.8", "-o", "merged", "--model", PLAIN, "--overwrite") == 0
     assert "merged adapters: 1" in capsys.readouterr().out
+    assert run("merge", f"{LORA}=0.8", "-o", "merged", "--model", "merged", "--overwrite") == 1
+    assert "would replace the input" in capsys.readouterr().err
     found = run_json(capsys, "extract", "merged", "--base", PLAIN, "-o", "again.safetensors", "--rank", 4)
     assert found["error"] < 0.02  # what the checkpoint's bf16 weights rounded
     assert found["not_carried"] == []
@@ -200,7 +253,15 @@ def test_another_base_than_it_was_trained_on_is_warned_of(capsys: pytest.Capture
         ),
         (["extract", PLAIN, "--base", PLAIN, "-o", "out.safetensors"], "Set --rank R"),
         (["resize", LORA, "out.safetensors"], "Set --rank R"),
-        (["resize", LORA, "out.safetensors", "--rank", "0"], "at least 1"),
+        (["resize", LORA, "out.safetensors", "--rank", "0"], "from 1 to"),
+        (["resize", LORA, "out.safetensors", "--rank", "100000"], "from 1 to"),
+        (["resize", LORA, "out.ckpt", "--rank", "2"], "does not suit"),
+        (["convert", LORA, "out.gguf"], "does not suit"),
+        (["inspect", LORA, "--plot", "out.json"], r".png"),
+        (["merge", f"{LORA}=0", "-o", "out.safetensors", "--rank", "2"], "strength 0"),
+        (["merge", LORA, "-o", "out", "--model", PLAIN, "--dtype", "fp32"], "--dtype"),
+        (["merge", LORA, "-o", "out.safetensors", "--model", PLAIN], "folder"),
+        (["scale", LORA, "out.safetensors", "1e30"], "factor"),
         (["resize", LORA, "out.safetensors", "--explained-variance", "2"], "at most 1"),
         (["resize", XS, "out.safetensors", "--rank", "2"], "needs the weights"),
         (["scale", LORA, "out.safetensors", "0"], "other than 0"),

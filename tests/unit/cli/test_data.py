@@ -73,7 +73,7 @@ def test_audit_has_a_folder_of_its_own(
     assert main(["audit", "music/"]) == 0
     assert (tmp_path / "audit-music" / "audit.html").exists()
     assert main(["audit", "nothing-here"]) == 1
-    assert "error: nothing-here does not exist" in capsys.readouterr().err
+    assert "error: cannot open nothing-here (it does not exist)" in capsys.readouterr().err
 
 
 def test_preview_tells_what_training_will(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -152,6 +152,9 @@ def test_inspect_lists_verifies_and_plays(shards: Path, tmp_path: Path, capsys: 
     assert rate == 44100
     assert samples.shape == (round(record["seconds"] * 44100), 2)
     assert np.isfinite(samples).all()
+    before = (tmp_path / f"{keys[0]}.wav").read_bytes()
+    assert main(["inspect", str(shards), "-n", "0", "--play", keys[0], "--out", str(tmp_path)]) == 0
+    assert (tmp_path / f"{keys[0]}.wav").read_bytes() == before == (tmp_path / f"{keys[0]}-2.wav").read_bytes()
     assert main(["inspect", str(shards), "--play", "nobody"]) == 1
     assert "no clip nobody" in capsys.readouterr().err
 

@@ -1,9 +1,11 @@
 """`sa3-generate`: all modes, sidecars that make the same bytes again, and every kind of bad input."""
 
 import json
+import os
 import resource
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -40,7 +42,7 @@ def run(*flags: Any, model: str = MODEL) -> int:
     return main([*quick, *(str(flag) for flag in flags)])
 
 
-def replay_error(capsys: pytest.CaptureFixture[str], *flags: str, name: str = "a.json") -> str:
+def replay_error(capsys: pytest.CaptureFixture[str], *flags: str, name: str = "a.wav.json") -> str:
     """The message with which a sidecar is refused."""
     capsys.readouterr()
     assert main(["--from", name, *flags]) == 1
@@ -61,7 +63,7 @@ def fail_at(monkeypatch: pytest.MonkeyPatch, prompt: str | None) -> list[str]:
     return asked
 
 
-def sidecar(name: str = "a.json") -> dict[str, Any]:
+def sidecar(name: str = "a.wav.json") -> dict[str, Any]:
     return dict(json.loads(Path(name).read_text()))
 
 
@@ -69,7 +71,7 @@ def make_again(name: str = "a", suffix: str = ".wav") -> None:
     """Remove the audio, make it from its sidecar, and compare every byte."""
     before = Path(name + suffix).read_bytes()
     Path(name + suffix).unlink()
-    assert main(["--from", f"{name}.json"]) == 0
+    assert main(["--from", f"{name}{suffix}.json"]) == 0
     assert Path(name + suffix).read_bytes() == before
 
 
@@ -78,7 +80,7 @@ def make_again(name: str = "a", suffix: str = ".wav") -> None:
 
 def test_text_to_audio_and_again_from_its_sidecar(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("-p", "low hum", "-o", "a.wav") == 0
-    assert "a.wav: 0.30 s, seed 3, sidecar a.json" in capsys.readouterr().out
+    assert "a.wav: 0.30 s, seed 3, sidecar a.wav.json" in capsys.readouterr().out
     info = soundfile.info("a.wav")
     assert (info.samplerate, info.channels, info.frames, info.subtype) == (44100, 2, 13230, "PCM_16")
     record = sidecar()
@@ -114,7 +116,7 @@ def test_a_batch_with_a_prompt_negative_prompt_and_duration_each() -> None:
     flags = ("-p", "hum", "bells", "--negative-prompt", "harsh", "thin", "--duration", "0.2", "0.4")
     assert run(*flags, "-o", "a.wav") == 0
     assert [soundfile.info(f"a_{index}.wav").frames for index in range(2)] == [8820, 17640]
-    assert sidecar("a_1.json")["item"] == 1
+    assert sidecar("a_1.wav.json")["item"] == 1
     make_again("a_1")
 
 
@@ -123,14 +125,14 @@ def test_variations_of_one_prompt_and_prompts_from_a_file() -> None:
     assert Path("a_0.wav").read_bytes() != Path("a_1.wav").read_bytes()
     Path("prompts.txt").write_text("# two\nhum\n\nbells\n")
     assert run("--prompt-file", "prompts.txt", "-o", "b.wav") == 0
-    assert sidecar("b_1.json")["settings"]["prompt"] == ["hum", "bells"]
+    assert sidecar("b_1.wav.json")["settings"]["prompt"] == ["hum", "bells"]
 
 
 def test_items_at_a_time_are_batches_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
     given = ("-p", "hum", "bells", "rain", "--duration", "0.2", "0.3", "0.4")
     assert run(*given, "--at-a-time", 2, "-o", "a.wav") == 0
     assert [soundfile.info(f"a_{index}.wav").frames for index in range(3)] == [8820, 13230, 17640]
-    assert [sidecar(f"a_{index}.json")["settings"]["prompt"] for index in (0, 1, 2)] == [["hum", "bells"]] * 2 + [
+    assert [sidecar(f"a_{index}.wav.json")["settings"]["prompt"] for index in (0, 1, 2)] == [["hum", "bells"]] * 2 + [
         ["rain"]
     ]
     said = capsys.readouterr().out.splitlines()
@@ -143,7 +145,7 @@ def test_items_at_a_time_are_batches_of_their_own(capsys: pytest.CaptureFixture[
 
 def test_variations_at_a_time_and_a_limit_that_is_not_reached() -> None:
     assert run("-p", "hum", "--batch-size", 3, "--at-a-time", 2, "-o", "a.wav") == 0
-    assert [sidecar(f"a_{index}.json")["settings"]["batch_size"] for index in range(3)] == [2, 2, 1]
+    assert [sidecar(f"a_{index}.wav.json")["settings"]["batch_size"] for index in range(3)] == [2, 2, 1]
     assert run("-p", "hum", "--batch-size", 3, "--at-a-time", 9, "-o", "b.wav") == 0
     assert run("-p", "hum", "--batch-size", 3, "-o", "c.wav") == 0
     assert Path("b_2.wav").read_bytes() == Path("c_2.wav").read_bytes()
@@ -159,18 +161,98 @@ def test_what_was_made_before_an_error_stays(
     assert sorted(path.name for path in Path().glob("x_*.wav")) == ["x_0.wav", "x_1.wav"]
 
 
-def test_files_are_written_while_the_next_items_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, write = fail_at(monkeypatch, None), outputs.write_bytes
+def test_a_signal_leaves_whole_files_and_says_which(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    generate = Generator.generate_from
 
-    def wait(path: Path, content: bytes) -> None:
+    def stop(self: Generator, settings: GenerationSettings) -> Any:
+        if settings.prompt[0] == "c":
+            signal.raise_signal(signal.SIGINT)
+        return generate(self, settings)
+
+    monkeypatch.setattr(Generator, "generate_from", stop)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with it ignored
+    try:
+        assert run("-p", "a", "b", "c", "d", "--at-a-time", 1, "-o", "x.wav") == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert "complete so far: x_0.wav, x_1.wav" in capsys.readouterr().err
+    assert sorted(path.name for path in Path().iterdir()) == ["x_0.wav", "x_0.wav.json", "x_1.wav", "x_1.wav.json"]
+    make_again("x_1")
+
+
+def test_a_second_run_loses_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("-p", "hum", "-o", "a.wav") == 0
+    first = Path("a.wav").read_bytes(), Path("a.wav.json").read_bytes()
+    assert run("-p", "bells", "-o", "a.wav") == 0
+    said = capsys.readouterr()
+    assert "a-2.wav: 0.30 s, seed 3, sidecar a-2.wav.json" in said.out
+    assert "a.wav exists: saved as a-2.wav" in said.err
+    assert (Path("a.wav").read_bytes(), Path("a.wav.json").read_bytes()) == first
+    make_again("a-2")
+    assert run("-p", "bells", "-o", "a.wav", "--overwrite") == 0
+    assert Path("a.wav").read_bytes() == Path("a-2.wav").read_bytes()
+    for _ in range(2):
+        assert run("-p", "hum", "bells", "-o", "a.wav") == 0
+    assert {"a_0.wav", "a_1.wav", "a-2_0.wav", "a-2_1.wav"} <= {path.name for path in Path().glob("*.wav")}
+
+
+def test_a_repetition_restores_the_file_and_keeps_what_was_there() -> None:
+    assert run("-p", "hum", "-o", "a.wav") == 0
+    whole, recipe = Path("a.wav").read_bytes(), Path("a.wav.json").read_bytes()
+    Path("a.wav").write_bytes(b"edited by hand")
+    assert main(["--from", "a.wav.json"]) == 0
+    assert (Path("a.wav").read_bytes(), Path("a-2.wav").read_bytes()) == (b"edited by hand", whole)
+    assert main(["--from", "a.wav.json", "--overwrite"]) == 0
+    assert (Path("a.wav").read_bytes(), Path("a.wav.json").read_bytes()) == (whole, recipe)
+    assert main(["--from", "a.wav.json", "-o", "a.wav"]) == 0
+    assert Path("a-3.wav").read_bytes() == whole
+
+
+@pytest.mark.parametrize("name", ["take.wav", "./take.wav", "symbolic.wav", "hard.wav"])
+@pytest.mark.parametrize("flag", ["--init-audio", "--inpaint-audio", "--lora", "--prompt-file"])
+def test_no_output_replaces_an_input(flag: str, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    write_clip("take.wav", tone(0.3))
+    Path("symbolic.wav").symlink_to("take.wav")
+    Path("hard.wav").hardlink_to("take.wav")
+    before = Path("take.wav").read_bytes()
+    region = ("--inpaint-start", 0.1, "--inpaint-end", 0.2) if flag == "--inpaint-audio" else ()
+    if flag == "--prompt-file":
+        Path("take.wav").write_text("hum")
+        before = b"hum"
+    prompt = () if flag == "--prompt-file" else ("-p", "x")
+    for more in ((), ("--overwrite",)):
+        assert run(*prompt, flag, "take.wav", *region, "-o", name, *more) == 1
+        assert "would replace the input take.wav" in capsys.readouterr().err
+    assert Path("take.wav").read_bytes() == before
+
+
+def test_prompt_files_of_other_encodings_and_no_files(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("a.txt").write_text("café\n", encoding="utf-16")
+    assert run("--prompt-file", "a.txt", "-o", "a.wav") == 0
+    assert sidecar()["settings"]["prompt"] == ["café"]
+    Path("b.txt").write_text("  # no prompt\n koto\n")
+    assert run("--prompt-file", "b.txt", "-o", "b.wav") == 0
+    assert sidecar("b.wav.json")["settings"]["prompt"] == ["koto"]
+    os.mkfifo("pipe")
+    for path, reason in (("pipe", "named pipe"), ("/dev/zero", "device"), (".", "folder"), ("x" * 300, "be a path")):
+        assert run("--prompt-file", path, "-o", "a.wav") == 1
+        assert reason in capsys.readouterr().err
+
+
+def test_files_are_written_while_the_next_items_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, write = fail_at(monkeypatch, None), outputs.write_files
+
+    def wait(*arguments: Any) -> Any:
         """The first file waits for the second item."""
         deadline = time.monotonic() + 60
         while "b" not in asked and time.monotonic() < deadline:
             time.sleep(0.01)
         assert "b" in asked
-        write(path, content)
+        return write(*arguments)
 
-    monkeypatch.setattr(outputs, "write_bytes", wait)
+    monkeypatch.setattr(outputs, "write_files", wait)
     assert run("-p", "a", "b", "--at-a-time", 1, "-o", "x.wav") == 0
     assert Path("x_0.wav").exists() and Path("x_1.wav").exists()
 
@@ -183,7 +265,7 @@ def test_an_error_in_writing_is_said(
         raise SA3Error("cannot write x_0.wav: the disk is full")
 
     fail_at(monkeypatch, "b" if both else None)
-    monkeypatch.setattr(outputs, "write_bytes", fill)
+    monkeypatch.setattr(outputs, "write_files", fill)
     assert run("-p", "a", "b", "--at-a-time", 1, "-o", "x.wav") == 1
     said = capsys.readouterr().err
     assert "cannot write x_0.wav: the disk is full" in said and ("error: no more" in said) == both
@@ -199,7 +281,7 @@ def test_audio_to_audio_and_again_after_moving_the_folder(tmp_path: Path, monkey
     shutil.copytree(tmp_path, tmp_path.parent / "moved")
     monkeypatch.chdir(tmp_path.parent)
     (tmp_path.parent / "moved" / "a.wav").unlink()
-    assert main(["--from", "moved/a.json"]) == 0
+    assert main(["--from", "moved/a.wav.json"]) == 0
     assert hash_file("moved/a.wav") == record["sha256"]
 
 
@@ -219,7 +301,7 @@ def test_continuation_as_the_public_readme_writes_it() -> None:
     flags = ("--inpaint-audio", "input.wav", "--inpaint-start", 0.5, "--inpaint-end", 1.0, "--duration", 1.0)
     assert run("-p", "dreamy synth outro", *flags, "-o", "out.wav") == 0
     assert soundfile.info("out.wav").duration == 1.0
-    assert sidecar("out.json")["warnings"] == []
+    assert sidecar("out.wav.json")["warnings"] == []
 
 
 def test_guidance_sampler_and_decoding_flags_reach_the_sidecar() -> None:
@@ -252,8 +334,8 @@ def test_the_public_tool_s_adapter_flags() -> None:
     flags = ("--lora-ckpt-path", LORA, "--lora-ckpt-path", DORA, "--lora-strength", "0.3", "--lora-index", 1)
     assert run("-p", "hum", *flags, "-o", "a.wav") == 0
     assert [entry["strength"] for entry in sidecar()["adapters"]] == [1.0, 0.3]
-    assert run("-p", "hum", "--lora-ckpt-path", LORA, "--lora-strength", "0.3", "-o", "a.wav") == 0
-    assert [entry["strength"] for entry in sidecar()["adapters"]] == [0.3]
+    assert run("-p", "hum", "--lora-ckpt-path", LORA, "--lora-strength", "0.3", "-o", "b.wav") == 0
+    assert [entry["strength"] for entry in sidecar("b.wav.json")["adapters"]] == [0.3]
 
 
 def test_adapters_keep_the_order_of_the_command_line() -> None:
@@ -300,7 +382,7 @@ def test_a_changed_input_adapter_or_model_is_refused(capsys: pytest.CaptureFixtu
     save_file(weights, "model/model.safetensors")
     assert "model model has changed" in replay_error(capsys)
     assert not Path("a.wav").exists()
-    assert main(["--from", "a.json", "--model", MODEL]) == 0
+    assert main(["--from", "a.wav.json", "--model", MODEL]) == 0
 
 
 def test_another_result_does_not_overwrite_the_file(capsys: pytest.CaptureFixture[str]) -> None:
@@ -308,17 +390,17 @@ def test_another_result_does_not_overwrite_the_file(capsys: pytest.CaptureFixtur
     record = sidecar()
     record["sha256"] = record["audio_sha256"] = "0" * 64
     record["environment"]["torch"] = "1.0"
-    Path("a.json").write_text(json.dumps(record))
+    Path("a.wav.json").write_text(json.dumps(record))
     error = replay_error(capsys)
     assert "differs from the recorded one (torch 1.0 is now" in error
     assert "a.wav was not overwritten" in error
-    assert main(["--from", "a.json", "-o", "b.wav"]) == 0
+    assert main(["--from", "a.wav.json", "-o", "b.wav"]) == 0
     assert Path("a.wav").read_bytes() == Path("b.wav").read_bytes()
 
 
 def test_the_same_audio_in_other_bytes_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("-p", "hum", "-o", "a.ogg") == 0
-    assert main(["--from", "a.json", "-o", "b.ogg"]) == 0
+    assert main(["--from", "a.ogg.json", "-o", "b.ogg"]) == 0
     assert "same audio, different bytes" in capsys.readouterr().out
 
 
@@ -328,7 +410,7 @@ def test_what_was_never_a_file_or_a_seed_cannot_be_made_again(capsys: pytest.Cap
     gen.generate(**quick, init_audio=(44100, torch.zeros(2, 4410)), init_noise_level=0.5).save("a.wav")
     assert "init_audio was given as an array" in replay_error(capsys)
     gen.generate(**quick, generator=torch.Generator().manual_seed(1)).save("b.wav")
-    assert "caller's own generator" in replay_error(capsys, name="b.json")
+    assert "caller's own generator" in replay_error(capsys, name="b.wav.json")
 
 
 def test_settings_beside_a_sidecar_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -381,23 +463,36 @@ BAD: list[tuple[tuple[Any, ...], str]] = [
     (("--duration", 0), "must be above 0"),
     (("--duration", -1), "must be above 0"),
     (("--duration", 1000), "duration=1000"),
-    (("--duration", 1, 2, 3, "-p", "a", "b"), "prompt has 2 values for 3 items"),
+    (("--duration", 1, 2, 3, "-p", "a"), "prompt has 2 values for 3 items"),
     (("--cfg-scale", 1, "--negative-prompt", "x"), "negative_prompt has no effect with cfg_scale=1"),
     (("--init-noise-level", 0.5), "no effect without init_audio"),
-    (("--steps", 0), "steps=0 must be at least 1"),
+    (("--steps", 0), "steps=0 must be from 1 to 1000"),
     (("--sampler-type", "heun"), "sampler_type=heun"),
     (("--prompt-file", "text.wav"), "exactly one of"),
     (("--at-a-time", "0"), "--at-a-time 0"),
-    (("--duration", 1, 2, 3, "-p", "a", "b", "--at-a-time", 1), "prompt has 2 values for 3 items"),
-    (("--duration", 1, 1000, "-p", "a", "b", "--at-a-time", 1), "duration=1000"),
+    (("--duration", 1, 2, 3, "-p", "a", "--at-a-time", 1), "prompt has 2 values for 3 items"),
+    (("--duration", 1, 1000, "-p", "a", "--at-a-time", 1), "duration=1000"),
     (("-o", "text.wav/a.wav"), "is not a writable folder"),
-    (("-o", "same-only"), "-o same-only is a folder"),
-    (("-o", "later/"), "-o later/ is a folder"),
+    (("-o", "same-only"), "same-only: it is a folder"),
+    (("-o", "later/"), "later/: it is a folder"),
     (("--no-half", "--precision", "bf16"), "--no-half means --precision fp32"),
     (("-o", "a.xyz"), "unknown suffix '.xyz'"),
     (("-o", "a.flac", "--format", "wav"), "--format wav writes .wav files, but -o names a.flac"),
-    (("-o", "theirs.wav"), "would overwrite theirs.json"),
+    (("-o", "theirs.wav", "--overwrite"), "would replace theirs.wav.json"),
     (("--from", "none.json"), "no effect with --from"),
+    *(((flag, "x" * 300), f"{flag} 'xxx") for flag in ("-o", "--model", "--device")),
+    *(((flag, ""), "must not be empty") for flag in ("-o", "--model", "--device", "--init-audio")),
+    (("--lora", "x" * 300), "There is no adapter at xxx"),
+    (("--init-audio", "x" * 300), "init_audio=xxx"),
+    (("--device", "meta"), "unknown device 'meta'"),
+    (("--steps", 10**9), "steps=1000000000 must be from 1 to 1000"),
+    (("--seed", 2**64), "seed=18446744073709551616 must be from -1"),
+    (("--duration", "inf"), "duration must be a number"),
+    (("--batch-size", 10**9), "batch_size=1000000000 must be from 1 to"),
+    (("-p", "y", "--negative-prompt", "a", "--negative-prompt", "b", "c"), "prompt has 2 values for 3 items"),
+    (("--batch-size", 10**4, "--duration", 120), "Out of memory while generating 10000 items"),
+    (("--cfg-interval", 0.1, 0.11), "cfg_interval=(0.1, 0.11) would have no effect"),
+    (("--lora", f"{LORA}@0.1-0.11"), "interval=(0.1, 0.11) of"),
 ]
 
 
@@ -408,7 +503,7 @@ def test_bad_input_is_one_line_and_exit_code_one(
     clip("clip.wav")
     clip("nan.wav", float("nan"))
     Path("text.wav").write_text("this is text")
-    Path("theirs.json").write_text("{}")
+    Path("theirs.wav.json").write_text("{}")
     torch.save({"a": torch.zeros(1)}, "old.ckpt")
     shutil.copytree(MODEL, "same-only", ignore=shutil.ignore_patterns("cases*", "adapters", "t5gemma"))
     config = Path("same-only/model_config.json")

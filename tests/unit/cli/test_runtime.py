@@ -11,12 +11,16 @@ from typing import Any
 
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from sa3train.cli import hydra_app, train
+from sa3train.cli.config_files import find_config_dir
 from sa3train.cli.hydra_app import (
     check_overrides,
     expand_argument,
-    find_config_dir,
     get_run_stamp,
     run_hydra_job,
     run_job,
@@ -79,11 +83,51 @@ def test_values_reach_the_job_and_its_code_is_returned(conf: Path) -> None:
     assert seen[0].source == "a" and seen[0].rate == 3.0 and seen[0].title.startswith("x-20")
 
 
-@pytest.mark.parametrize("path", ["/a(b)c/x=y,z", "my dir/ü 'q' \"dq\" (1) [x]", "12", "C:\\x", "true"])
+PATHS = [
+    "/a(b)c/x=y,z", "my dir/ü 'q' \"dq\" (1) [x]", "12", "C:\\x", "C:\\my clips\\", "true", " a, b ", "a\\\"b", "a\n#b"
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_paths_are_taken_as_written(conf: Path, path: str) -> None:
     seen: list[Clip] = []
     assert run(f"src={path}", seen=seen) == 0
     assert seen[0].source == path
+
+
+@pytest.mark.parametrize("path", [path for path in PATHS if "," not in path])
+def test_a_sweep_over_something_else_keeps_paths_as_written(conf: Path, path: str) -> None:
+    seen: list[Clip] = []
+    assert run("-m", f"src={path}", "rate=1,2", seen=seen) == 0
+    assert [(clip.source, clip.rate) for clip in seen] == [(path, 1.0), (path, 2.0)]
+
+
+def test_a_path_that_exists_is_a_path_and_others_may_be_a_sweep(conf: Path, tmp_path: Path) -> None:
+    for name in ("a,b", "${oc.env:HOME}"):
+        (tmp_path / name).mkdir()
+    seen: list[Clip] = []
+    assert run("-m", "src=a,b", "rate=1,2", seen=seen) == 0
+    assert run("-m", "src=a,c", seen=seen) == 0
+    assert run("src=a,c", seen=seen) == 0
+    assert run("src=${oc.env:HOME}", seen=seen) == 0
+    assert run("src=${oc.env:HOME}/x y", seen=seen) == 0
+    assert run("src='${oc.env:HOME}'", seen=seen) == 0
+    assert run("src=${title}/y", "title=t", seen=seen) == 0
+    home = os.environ["HOME"]
+    paths = ["a,b", "a,b", "a", "c", "a,c", "${oc.env:HOME}", f"{home}/x y", home, "t/y"]
+    assert [clip.source for clip in seen] == paths
+
+
+@given(st.text(st.sampled_from("ab\\\"'[](){}=:,$ \n#.~?*|é1eE+-"), min_size=1, max_size=20))
+@settings(max_examples=300, deadline=None)
+def test_any_path_comes_back_as_written(path: str) -> None:
+    once = expand_argument(f"data={path}", {"data": "data.dir"}, ())
+    assert expand_argument(once, {"data": "data.dir"}, ()) == once
+    if path[0] + path[-1] in ("''", '""') or "${" in path:
+        return  # Hydra's, as `expand_argument` says
+    config = OmegaConf.create({"data": {"dir": "???"}})
+    OmegaConf.update(config, "data.dir", OverridesParser.create().parse_override(once).value())
+    assert OmegaConf.to_container(config, resolve=True) == {"data": {"dir": path}}
 
 
 @pytest.mark.parametrize(
@@ -111,11 +155,14 @@ def test_unknown_keys_in_a_yaml_are_refused(conf: Path, capsys: pytest.CaptureFi
     assert "unknown setting 'rrate'. Did you mean 'rate'?" in capsys.readouterr().err
 
 
-def test_a_sweep_numbers_its_runs_and_goes_on_after_a_failure(conf: Path) -> None:
+def test_a_sweep_goes_on_after_a_failure_and_names_each_job_that_failed(
+    conf: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     seen: list[Clip] = []
-    assert run("-m", "source=a", "rate=1,7,2", seen=seen) == 1
-    assert [clip.rate for clip in seen] == [1.0, 7.0, 2.0]
-    assert [clip.title[-4:] for clip in seen] == ["/000", "/001", "/002"]
+    assert run("source=a", "-m", "rate=1,7,2,7", seen=seen) == 1, "a flag may stand anywhere"
+    assert [clip.rate for clip in seen] == [1.0, 7.0, 2.0, 7.0]
+    said = capsys.readouterr().err
+    assert all(text in said for text in ("job 001: seven is not", "job 003: seven is not", "2 of 4 jobs"))
 
 
 def test_resuming_takes_the_saved_configuration_with_overrides_on_top(conf: Path, tmp_path: Path) -> None:
@@ -129,6 +176,9 @@ def test_resuming_takes_the_saved_configuration_with_overrides_on_top(conf: Path
     arguments = [f"source={tmp_path / 'run'}", "rate=2"]
     assert run_hydra_job("clip", Clip, job, paths=("source",), resume="source", argv=arguments) == 0
     assert seen == [Clip(str(tmp_path / "run"), 2.0, "t")]
+    odd = (tmp_path / "run").rename(tmp_path / 'my "run", ${x}\\')
+    assert run_hydra_job("clip", Clip, job, paths=("source",), resume="source", argv=[f"source={odd}"]) == 0
+    assert seen[1].source == str(odd)
     assert run_hydra_job("clip", Clip, job, resume="source", argv=[f"source={tmp_path}/none"]) == 1
 
 
@@ -137,6 +187,7 @@ def test_shorthand_selects_a_group_option_when_there_is_one(tmp_path: Path) -> N
     assert expand_argument("model=nano", shorthand, ()) == "model=nano"
     assert expand_argument("model=nano,medium", shorthand, ()) == "model=nano,medium"
     assert expand_argument("model=/my/model", shorthand, ()) == "model.name=/my/model"
+    assert expand_argument("model.name=a,b", shorthand, ()) == 'model.name="a,b"'
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "mine.yaml").write_text("name: x\n")
     assert (

@@ -1,7 +1,9 @@
 """`sa3-train` from the command line: what it leaves, what it refuses, how it ends."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -11,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from filelock import FileLock
 from safetensors import safe_open
 
 from helpers.golden import PLAIN
@@ -24,6 +27,7 @@ from sa3train.models.checkpoint import load_checkpoint
 from sa3train.models.conditioners import TextEncoder
 from sa3train.reports.run_files import read_metrics
 from sa3train.training.module import LoraModule
+from sa3train.training.prompt_embeddings import PromptEmbedder
 from sa3train.training.trainer import resolve_precisions
 
 GOLDEN = PLAIN
@@ -114,7 +118,7 @@ def test_a_run_goes_on_where_it_was_and_not_as_another(shards: Path, capsys: pyt
     record = json.loads(Path("out/run.json").read_text())
     assert record["steps"] == 3 and record["resumed"][-1]["step"] == 2
     assert main(["resume=out", "recipe=style"]) == 1
-    assert "'recipe' cannot be chosen here" in capsys.readouterr().err
+    assert "recipe=style cannot be chosen" in capsys.readouterr().err
     assert main(["resume=nowhere"]) == 1
     assert "there is no config.yaml in it" in capsys.readouterr().err
 
@@ -134,6 +138,52 @@ def test_a_signal_ends_the_run_with_its_exit_code_and_the_way_on(
     assert "sa3-train resume=out" in capsys.readouterr().out
     assert json.loads(Path("out/run.json").read_text())["status"] == "interrupted"
     assert main(["resume=out"]) == 0
+
+
+def test_a_signal_before_the_first_step_leaves_nothing_and_the_next_of_a_sweep_is_not_started(
+    shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[int] = []
+
+    def stopped(*_: Any) -> None:
+        started.append(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PromptEmbedder, "prepare", stopped)
+        assert run(shards, "run_dir=out") == 128 + signal.SIGTERM
+        assert run(shards, "hydra.mode=MULTIRUN", "seed=1,2") == 128 + signal.SIGTERM
+    assert len(started) == 2
+    assert "nothing is saved" in capsys.readouterr().err
+    assert not Path("out").exists() and not list(Path("runs").rglob("run.json"))
+
+
+def test_an_unexpected_error_leaves_no_folder_in_the_way_of_the_same_command(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(PromptEmbedder, "prepare", lambda *_: 1 / 0)
+        run(shards, "run_dir=out")
+    assert not Path("out").exists()
+    assert run(shards, "run_dir=out") == 0
+
+
+def test_a_run_folder_that_goes_away_is_an_error_and_is_not_made_again(
+    shards: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = LoraModule.training_step
+
+    def removed(self: LoraModule, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 3:
+            shutil.rmtree("out")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(LoraModule, "training_step", removed)
+    for every in (2, 1):  # steps between two lines of metrics: what notices it
+        arguments = ("trainer.max_steps=4", "callbacks.checkpoint.every=3", f"trainer.log_every={every}")
+        assert run(shards, "run_dir=out", *arguments) == 1
+        error = capsys.readouterr().err
+        assert "out was removed" in error and "since step 3 is lost" in error and not Path("out").exists()
 
 
 def test_a_warned_slurm_job_is_queued_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,19 +294,21 @@ def test_a_run_outlives_its_wandb_server(
         (["loss.function=l1"], "loss.function"),
         (["optimizer.lr=fast"], "'optimizer.lr' must be a number"),
         (["optimizer.options.amsgard=true"], "Did you mean 'amsgrad'"),
-        (["trainer.max_steps=0"], "must be at least 1"),
+        (["trainer.max_steps=0"], "trainer.max_steps=0"),
         (["logger.mode=offline"], "no effect with logger=csv"),
         (["adapter.include=[nothing.here]"], "nothing.here"),
-        (["data.pack_frames=64", "data.silence_tail_seconds=0"], "no effect with data.pack_frames"),
-        (["trainer.devices=2", "trainer.num_nodes=2"], "asks for 4 ranks, but 1"),
         (
-            ["callbacks.validation.every=2"],
-            "callbacks.validation.every has no effect",
+            ["data.pack_frames=64", "data.silence_tail_seconds=0", "loss.silence_seconds=1"],
+            "no effect with data.pack_frames",
         ),
+        (["trainer.devices=2", "trainer.num_nodes=2"], "asks for 4 ranks, but 1"),
+        (["callbacks.validation.every=2"], "callbacks.validation.every has no effect"),
         (["callbacks.demos.duration=2"], "no effect with callbacks.demos.enabled=false"),
         (["data.batch_size=1", "loss.coupling=true"], "loss.coupling has no effect"),
         (["loss.silence_seconds=0", "data.silence_tail_seconds=1"], "no effect with loss.silence_seconds=0"),
         (["data.repeats=2"], "data.repeats has no effect"),
+        (["name=../x"], "name=../x must not have slashes"),
+        (["resume="], "resume=runs/NAME"),
         (["trainer.strategy=fsdp"], "trainer.strategy has no effect with one rank"),
         (["logger.timeout=3"], "no effect with logger=csv"),
         (["allow_resume_changes=[all]"], "no effect with a run that is not resumed"),
@@ -276,18 +328,28 @@ def test_bad_settings_end_with_one_line(
     assert not Path("out").exists(), "a run that never began does not keep the folder"
 
 
-def test_wrong_data_is_named_before_the_base_is_loaded(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_wrong_data_and_a_taken_folder_are_named_before_the_base_is_loaded(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A medium base takes gigabytes and, the first time, a download."""
 
     def loaded(*arguments: Any, **settings: Any) -> None:
         raise AssertionError("the base was loaded")
 
+    assert run(shards, "run_dir=held", "trainer.max_steps=1") == 0
+    held = FileLock("held/run.lock")
     monkeypatch.setattr("sa3train.models.checkpoint.load_checkpoint", loaded)
-    assert main([*QUICK, "data=nowhere", "run_dir=out"]) == 1
-    assert "nowhere" in capsys.readouterr().err
-    assert not Path("out").exists()
+    monkeypatch.setattr("sa3train.training.run_dir.LOCK_SECONDS", 0)
+    for arguments, message in (
+        (["data=nowhere", "run_dir=out"], "nowhere"),
+        ([f"data={shards}", "run_dir=held"], "already holds a run"),
+        (["resume=held", "seed=7"], "seed: 0 -> 7"),
+        (["resume=held"], "is in use"),
+    ):
+        with held if "use" in message else contextlib.nullcontext():
+            assert main([*([] if "resume" in arguments[0] else QUICK), *arguments]) == 1
+        assert message in capsys.readouterr().err
+    assert not Path("out").exists() and json.loads(Path("held/run.json").read_text())["status"] == "finished"
 
 
 def test_data_of_another_autoencoder_or_none_is_refused(
@@ -309,8 +371,13 @@ def test_data_of_another_autoencoder_or_none_is_refused(
 
 def test_a_folder_that_cannot_be_written_is_an_error(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Path("file").write_text("in the way")
-    assert run(shards, "run_dir=file/run") == 1
-    assert "cannot write file/run" in capsys.readouterr().err
+    for folder, message in {
+        "file/run": "cannot write file/run", "file": "cannot write file", "": "run_dir",
+        str(shards): "is inside the latents", str(shards / "run"): "is inside the latents",
+    }.items():  # fmt: skip
+        assert run(shards, f"run_dir={folder}") == 1
+        assert message in capsys.readouterr().err
+    assert Path("file").read_text() == "in the way" and not Path("run.json").exists()
 
 
 def test_ranks_that_were_started_but_not_asked_for_are_an_error(
@@ -333,7 +400,7 @@ def test_several_devices_become_torchrun(shards: Path, monkeypatch: pytest.Monke
     with pytest.raises(SystemExit):
         run(shards, "run_dir=out", "trainer.devices=2")
     command = executed[0]
-    assert command[1:5] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    assert command[1:5] == ["-m", "sa3train.cli.ranks", "--standalone", "--nproc-per-node=2"]
     assert command[5:7] == ["-m", "sa3train.cli.train"] and f"data.dir={shards}" in command
     assert os.environ["SA3TRAIN_RUN_STAMP"]
 
@@ -345,9 +412,11 @@ def test_a_sweep_is_a_folder_of_runs_that_can_be_compared(shards: Path, capsys: 
         "callbacks.validation.every=1",
         "callbacks.validation.select_best=false",
     )
-    assert run(shards, "recipe=sweep", "adapter.rank=4", "optimizer.lr=1e-4,1e-2", "name=sw", *validated) == 0
-    folders = sorted(path.parent for path in Path("runs").glob("sw-*/*/run.json"))
+    assert run(shards, "recipe=sweep", "adapter.rank=4", "optimizer.lr=1e-4,1e-2", "run_dir=sw", *validated) == 0
+    folders = sorted(path.parent for path in Path("sw").glob("*/run.json"))
     assert [folder.name for folder in folders] == ["000", "001"]
+    printed = capsys.readouterr().out
+    assert "job 001: adapter.rank=4 optimizer.lr=0.01\n" in printed and "sw, best first:" in printed
     rows = compare_runs(folders[0].parent)
     assert {row["optimizer.lr"] for row in rows} == {1e-4, 1e-2} and "adapter.rank" not in rows[0], "what varies"
     assert [row["best"] for row in rows] == sorted(row["best"] for row in rows) and set(rows[0]) >= {

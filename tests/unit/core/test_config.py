@@ -1,12 +1,15 @@
 """Plain values become typed settings; what is unknown, missing or of another kind is refused by its full key."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
+from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pytest
 
 from sa3train.core.config import (
+    Setting,
     build,
     check_settings,
     find_closest,
@@ -62,6 +65,7 @@ def test_values_are_converted_to_the_declared_kinds() -> None:
         ({"devices": "all"}, "'devices' must be an integer or auto"),
         ({"inner": 3}, "'inner' must be a section"),
         ({"betas": 3}, "'betas' must be a list"),
+        ({"name": 808}, """Quote it: name="'808'"."""),
         ({"inner": {"rank": 4, "kind": "lora", "include": None}}, "'inner.options' is missing"),
         ({"inner": {"rank": 4, "kind": "bora", "include": None, "options": {}}}, "choose one of: lora, dora"),
         ({"inner": {"rank": 4.5, "kind": "lora", "include": None, "options": {}}}, "'inner.rank' must be an integer"),
@@ -99,10 +103,38 @@ class Declared:
         check_settings(self, "section")
 
 
+@pytest.mark.parametrize("text", ["", "   ", "x" * 256, "x/" + "y" * 256, "x/" * 2048 + "y", "a\0b", "a\ud800"])
+def test_a_path_is_one_that_file_systems_take(text: str) -> None:
+    assert Setting("", text="path").find_problem(text)
+
+
+@pytest.mark.parametrize("text", [" x", "x" * 255, "x/" * 2000, "s3://bucket/" + "y" * 256, "ä" * 127, "C:\\x"])
+def test_other_paths_are_left_to_the_disk(text: str) -> None:
+    assert not Setting("", text="path").find_problem(text)
+
+
+def test_lists_and_mappings_have_a_length_and_no_number_is_ever_nan() -> None:
+    few = Setting("", items=(1, 2))
+    assert few.find_problem([]) == few.find_problem({"a": 1, "b": 2, "c": 3}) == "have 1 to 2 items"
+    for value in (math.nan, [1, math.inf], {"a": {"b": [-math.inf]}}):
+        assert Setting("").find_problem(value) == "be a finite number"
+    assert not Setting("").find_problem([10**400, True, "nan", None])
+
+
+def test_whole_numbers_and_mappings_are_read_as_people_write_them() -> None:
+    assert build(Outer, values(devices=8.0)).devices == 8
+    given = values()
+    assert build(Outer, given | {"inner": given["inner"] | {"options": '{"a b": 1}'}}).inner.options == {"a b": 1}
+    for wrong in ("{", "[1]", "3"):
+        with pytest.raises(ConfigError, match=r"inner\.options"):
+            build(Outer, given | {"inner": given["inner"] | {"options": wrong}})
+
+
 def test_a_setting_is_declared_once_with_default_unit_range_and_choices() -> None:
     found = list_settings(Declared)
     assert found["mode"].choices == ("a", "b") and found["duration"].help == "Length."
     assert found["duration"].describe_range() == "above 0 and at most 10 seconds"
+    assert Setting("", min=0, max=10**9).describe_range() == "from 0 to 1000000000"
     one, two = Declared("x"), Declared("y")
     one.strengths.append(0.1)
     assert two.strengths == [0.5, 1.0], "a default list is copied"
@@ -117,3 +149,22 @@ def test_a_value_out_of_range_is_refused_by_its_full_name(values: dict[str, Any]
     (name,) = values
     with pytest.raises(ConfigError, match=rf"section\.{name}="):
         Declared("x", **values)
+
+
+@pytest.mark.parametrize(
+    ("kind", "right", "wrong"),
+    [
+        (int, (1, np.int64(2)), ("1", 1.0, True, None)),
+        (float, (1, 0.5, np.float32(1)), ("1", True, None)),
+        (str, ("x", Path("x")), (1, None, b"x")),
+        (bool, (True,), (1, "true", None)),
+        (int | Literal["auto"] | None, (1, None, "auto"), (1.5, [1])),
+    ],
+)
+def test_python_code_is_told_of_a_wrong_type_too(kind: Any, right: tuple[Any, ...], wrong: tuple[Any, ...]) -> None:
+    schema = make_dataclass("schema", [("value", kind, setting(help="A value."))])
+    for value in right:
+        check_settings(schema(value))
+    for value in wrong:
+        with pytest.raises(ConfigError, match="value="):
+            check_settings(schema(value))

@@ -7,13 +7,23 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from sa3train.core import files
 from sa3train.core.errors import SA3Error
-from sa3train.core.files import create_staging_dir, replace_file, write_json, write_text
+from sa3train.core.files import (
+    check_target,
+    create_staging_dir,
+    number_path,
+    replace_file,
+    write_files,
+    write_json,
+    write_new,
+    write_text,
+)
 
 
 def test_a_finished_file_replaces_the_old_one_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
@@ -172,3 +182,65 @@ def test_without_locks_nothing_is_taken_for_abandoned(tmp_path: Path, monkeypatc
         files._SWEPT.clear()
         write_text(tmp_path / "a.txt", "quick")
     assert (tmp_path / "a.txt").read_text() == "slow"
+
+
+def test_files_are_written_together_or_not_at_all(tmp_path: Path) -> None:
+    def list_paths(number: int) -> list[Path]:
+        return [number_path(tmp_path / name, number) for name in ("a.wav", "b.json")]
+
+    def make(paths: Sequence[Path]) -> list[bytes]:
+        return [path.name.encode() for path in paths]
+
+    (tmp_path / "b-2.json").symlink_to("nowhere")
+    written = [write_files(list_paths, make, overwrite) for overwrite in (False, False, True)]
+    assert [[path.name for path in paths] for paths in written] == [
+        ["a.wav", "b.json"],
+        ["a-3.wav", "b-3.json"],
+        ["a.wav", "b.json"],
+    ]
+    before = sorted(path.name for path in tmp_path.iterdir())
+    with pytest.raises(RuntimeError, match="no content"):
+        write_files(lambda _: [tmp_path / "c.wav"], fail_without_content, overwrite=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def fail_without_content(_: Sequence[Path]) -> list[bytes]:
+    raise RuntimeError("no content")
+
+
+def test_a_number_that_another_process_takes_in_between_is_passed_over(tmp_path: Path) -> None:
+    def take(paths: Sequence[Path]) -> list[bytes]:
+        if paths[0].name == "a.wav":
+            paths[0].write_bytes(b"theirs")
+        return [b"ours"]
+
+    assert write_files(lambda number: [number_path(tmp_path / "a.wav", number)], take, False) == [tmp_path / "a-2.wav"]
+    assert ((tmp_path / "a.wav").read_bytes(), (tmp_path / "a-2.wav").read_bytes()) == (b"theirs", b"ours")
+
+
+def test_a_file_in_the_place_of_the_folder_ends_the_search_for_a_number(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("mine")
+    (tmp_path / "link").symlink_to("nowhere")
+    for folder in ("notes", "link"):
+        with pytest.raises(SA3Error, match="cannot write"):
+            write_new(tmp_path / folder / "a.wav", b"")
+
+
+def test_targets_are_neither_inputs_nor_in_their_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "folder" / "in.bin"
+    source.parent.mkdir()
+    source.write_bytes(b"x")
+    (tmp_path / "link").symlink_to("folder")
+    (tmp_path / "hard.bin").hardlink_to(source)
+    (tmp_path / "other").write_bytes(b"y")
+    (source.parent / "model.safetensors").write_bytes(b"z")
+    names = ("folder/in.bin", "link/in.bin", "folder/../folder/in.bin", "hard.bin", "folder", "link", ".")
+    pairs = [(name, str(source)) for name in (str(source), *names)]
+    for target, read in (*pairs, ("folder/model.safetensors", "link")):
+        with pytest.raises(SA3Error, match="would replace the input"):
+            check_target(target, [read], overwrite=True)
+    for fine in ("other", "folder/out.bin", "new/out.bin", "in.bin", "x" * 300):
+        check_target(fine, [source, ".", "nowhere", "x" * 300], overwrite=True)
+    with pytest.raises(SA3Error, match=r"other exists already.*--overwrite"):
+        check_target("other", [source], overwrite=False)

@@ -1,10 +1,12 @@
 """Every finding is made where it should be, and not where it should not."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -13,7 +15,15 @@ import soundfile
 from helpers.audio import noise, sweep, tone, write_clip
 from sa3train.data.audit import audit
 from sa3train.data.audit.audit import AuditIndex, AuditRules, audit_clip, list_problem_rows, read_stamps, run_audit
-from sa3train.data.audit.checks import FINDING_TYPES, describe_rejection, is_rejected, measure
+from sa3train.data.audit.checks import (
+    FINDING_TYPES,
+    LIMITS,
+    describe_rejection,
+    hash_audio,
+    is_rejected,
+    measure,
+    measure_clipping,
+)
 from sa3train.data.audit.report import AuditSummary, format_clip, write_audit_report
 from sa3train.data.sources.listing import list_source
 
@@ -43,6 +53,18 @@ def with_nan() -> np.ndarray:
     return samples
 
 
+def hit(samples: int) -> np.ndarray:
+    """A drum normalized to full scale."""
+    n = np.arange(samples)
+    return (np.cos(n / 40) * np.exp(-n / 900))[:, None].astype(np.float32)
+
+
+def kick() -> np.ndarray:
+    """0.3 s with a mean above the level of silence."""
+    time = np.arange(13230) / 44100
+    return np.repeat((0.9 * np.exp(-30 * time) * np.sin(2 * np.pi * 35 * time))[:, None], 2, axis=1)
+
+
 def surround(seconds: float = 1.0) -> np.ndarray:
     return noise(seconds, 96000, channels=6, peak=0.2)
 
@@ -54,17 +76,24 @@ SIGNALS: dict[str, Callable[[], Signal]] = {
     "silent, but for an offset": lambda: (silence(1.0) + 0.2, {}),
     "not_finite": lambda: (with_nan(), {"subtype": "FLOAT"}),
     "too_short": lambda: (tone(0.05), {}),
-    "implausible": lambda: (tone(1.0) * 1e6, {"subtype": "FLOAT"}),
+    "implausible": lambda: (tone(1.0) * 1e12, {"subtype": "FLOAT"}),
+    "integer_scale": lambda: (tone(1.0) * 20000, {"subtype": "FLOAT"}),
+    "integer_scale, quiet": lambda: (np.round(tone(1.0, peak=0.001) * 3e3), {"subtype": "FLOAT"}),
     "clipped": lambda: (np.clip(tone(1.0, peak=2.0), -1, 1), {}),
     "over_full_scale": lambda: (tone(1.0, peak=1.5), {"subtype": "FLOAT"}),
     "leading_silence": lambda: (np.concatenate([silence(0.8), tone(1.0)]), {}),
     "trailing_silence": lambda: (np.concatenate([tone(1.0), silence(1.4)]), {}),
     "dc_offset": lambda: (noise(1.0) * 0.5 + 0.05, {}),
+    "trailing_silence, of a low hit": lambda: (np.concatenate([kick(), silence(1.2)]), {}),
+    "dc_offset, of a hit": lambda: (np.repeat(hit(7759), 2, axis=1) * [[0.5, 0.4]] + 0.05, {}),
     "quiet": lambda: (noise(1.0, peak=0.005), {}),
     "low_rate": lambda: (noise(1.0, 8000), {"samplerate": 8000}),
     "one_sided": lambda: (noise(1.0) * np.array([1.0, 0.0], np.float32), {}),
     "mono_as_stereo": lambda: (tone(1.0), {}),
     "mono": lambda: (noise(1.0, channels=1), {}),
+    "mono, a hit at full scale": lambda: (hit(7759), {}),
+    "mono, a hit with more above than below 0": lambda: (hit(7759) ** 2, {}),
+    "unplaced": lambda: (noise(1.0, channels=9, peak=0.2), {}),
     "multichannel": lambda: (surround(), {"samplerate": 96000}),
     "long": lambda: (noise(21.0), {}),
 }
@@ -110,6 +139,67 @@ def test_sound_clips_are_clean_in_every_format(tmp_path: Path, samples: np.ndarr
     assert abs(row["seconds"] - 88200 / 48000) < 0.06
 
 
+def mix_loop(seconds: float = 4.0) -> np.ndarray:
+    """Drums of noise and low tones, normalized to full scale."""
+    time = np.arange(round(seconds * 44100)) / 44100
+    beats = [(0.0, 60), (0.25, 180)]
+    drums = sum(
+        (np.sin(2 * np.pi * hertz * ((time - at) % 0.5)) * np.exp(-20 * ((time - at) % 0.5)) for at, hertz in beats),
+        0.2 * np.random.default_rng(0).standard_normal(len(time)) * np.exp(-30 * (time % 0.125)),
+    )
+    return np.asarray(drums / np.abs(drums).max())
+
+
+def quantize(samples: np.ndarray, bits: int = 16) -> np.ndarray:
+    steps = 2 ** (bits - 1)
+    return (np.clip(np.round(samples * steps), -steps, steps - 1) / steps).astype(np.float32)[None]
+
+
+@pytest.mark.parametrize("gain", [1.2, 1.5, 2.0])
+@pytest.mark.parametrize("after", [1.0, 0.985])
+def test_hard_clipping_is_found(gain: float, after: float) -> None:
+    clipped_CN = quantize(np.clip(mix_loop() * gain, -1, 1) * after)
+    assert measure_clipping(clipped_CN) > LIMITS["clipped"]
+
+
+@pytest.mark.parametrize("bits", [8, 16, 24])
+@pytest.mark.parametrize("sound", ["loop", "hit", "low tone", "tone", "noise", "square"])
+def test_full_scale_is_not_clipping(sound: str, bits: int) -> None:
+    time = np.arange(44100) / 44100
+    samples = {
+        "loop": mix_loop(),
+        "hit": hit(7759)[:, 0],
+        "low tone": np.sin(2 * np.pi * 40 * time),
+        "tone": np.sin(2 * np.pi * 440 * time),
+        "noise": noise(1.0, channels=1, peak=1.0)[:, 0],
+        "square": np.sign(np.sin(2 * np.pi * 100 * time) + 1e-6),
+    }[sound]
+    assert measure_clipping(quantize(samples, bits)) == 0
+
+
+def test_channels_are_named_and_measured_as_they_are_mixed(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    samples = noise(1.0, channels=6, peak=0.9)
+    soundfile.write(folder / "plain.wav", samples[:, :5], 44100)
+    soundfile.write(folder / "named.wav", samples, 44100, format="WAVEX")
+    soundfile.write(folder / "bass.wav", samples * np.array([0, 0, 0, 1, 0, 0]), 44100)
+    rows = audit_rows(folder, AuditRules(captions="optional"))
+    details = {name: row["findings"][-1]["detail"] for name, row in rows.items()}
+    assert "FL FR FC LFE BL BR" in details["named.wav"]
+    assert "assumed" in details["plain.wav"]
+    assert rows["named.wav"]["peak_db"] > 0
+    assert "over_full_scale" in codes(rows["named.wav"])
+    assert codes(rows["bass.wav"]) == {"silent"}
+
+
+def test_the_same_samples_for_other_speakers_are_other_audio() -> None:
+    samples_CN = noise(0.1, channels=4).T
+    quad = hash_audio(samples_CN, 44100, ["FL", "FR", "BL", "BR"])
+    assert hash_audio(samples_CN, 44100) == quad
+    assert hash_audio(samples_CN, 44100, ["FL", "FR", "FC", "BC"]) != quad
+
+
 def test_measurements(tmp_path: Path) -> None:
     # ITU-R BS.1770: a 997 Hz sine at 0 dBFS in one channel is -3.01 LUFS; in both at half scale, 6.02 - 3.01 dB less.
     row = measure(tone(5.0, 997.0, peak=0.5).T.copy(), 44100)
@@ -147,7 +237,7 @@ def test_cut_short(tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes()[:-40000])
     rows = audit_rows(folder)
     assert [codes(row) - {"near_duplicate", "duplicate"} for row in rows.values()] == [{"cut_short"}] * 2
-    assert "40000" in format_clip(rows["a.wav"]) or "39999" in format_clip(rows["a.wav"])
+    assert "0.23 s of 1.00 s" in format_clip(rows["a.wav"])
 
 
 def test_captions(tmp_path: Path) -> None:
@@ -266,6 +356,12 @@ def test_reports(tmp_path: Path) -> None:
     page = (tmp_path / "out" / "audit.html").read_text()
     assert page.count("<svg") == 2
     assert "bad &lt;b&gt;.wav" in page
+    for address in re.findall(r'<audio[^>]* src="([^"]*)"', page):
+        assert (tmp_path / "out" / unquote(address)).is_file(), "the page plays its clips, wherever the two are taken"
+    assert page.count("<audio") == 2
+    (folder / "good.wav").unlink()
+    write_audit_report(tmp_path / "out", str(folder), rows)
+    assert (tmp_path / "out" / "audit.html").read_text().count("<audio") == 1
     assert "y &amp; z" in page
     assert "http" not in page.replace("http-equiv", ""), "nothing is fetched from elsewhere"
     table = summary.format_table()

@@ -1,11 +1,13 @@
 """Batches: every clip once a pass on one rank, the same for any number of workers, resumed exactly."""
 
+import signal
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -145,6 +147,19 @@ def test_a_changed_set_resumes_with_a_warning(tmp_path: Path, caplog: pytest.Log
     assert "rows (2 → 4)" in caplog.text
     assert second.state_dict()["window"] == 2, "14 clips shown, windows of 12"
     assert len(keys_of(second, 2)) == 2
+
+
+def test_workers_outlive_signals_until_their_loader_ends(tmp_path: Path) -> None:
+    loader = make_data_module(make_store(tmp_path / "a", [4] * 12), 2, num_workers=2).train_dataloader()
+    batches = endless(loader)
+    next(batches)
+    workers = psutil.Process().children()
+    assert len(workers) == 2
+    for worker, number in zip(workers, (signal.SIGTERM, signal.SIGINT), strict=True):
+        worker.send_signal(number)
+    assert len([next(batches) for _ in range(12)]) == 12
+    loader.close()
+    assert psutil.wait_procs(workers, timeout=30)[1] == []
 
 
 def test_workers_end_with_their_loader(tmp_path: Path) -> None:
@@ -356,7 +371,7 @@ def test_shards_of_another_autoencoder_are_refused(tmp_path: Path) -> None:
         ({"crop": "middle", "crop_frames": 3}, "crop=middle"),
         ({"crop": "beat"}, "no effect on whole clips"),
         ({"seconds": "clip"}, "seconds=clip"),
-        ({"batch_size": 0}, "must be at least 1"),
+        ({"batch_size": 0}, "batch_size=0"),
         ({"silence_tail_seconds": 1.0, "pack_frames": 99}, "no effect with pack_frames"),
     ],
 )
@@ -364,3 +379,17 @@ def test_settings_without_sense_are_errors(tmp_path: Path, settings: dict[str, A
     path = str(make_store(tmp_path / "a", [4]))
     with pytest.raises(ConfigError, match=message):
         make_data_module(path, **settings).train_dataloader()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"pack_frames": 8}, {"crop_frames": 1}, {"crop_frames": 4, "crop": "random"}, {"silence_tail_seconds": 0.2}],
+)
+def test_sets_of_one_shots_of_one_frame(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """Clips of less than a frame: the crop is the clip, and its duration is the shortest that a model is asked for."""
+    path = make_store(tmp_path / "a", [1] * 6, heldout=2, seconds=lambda number: 2 ** -(number + 4))
+    data = make_data_module(path, batch_size=2, **settings)
+    batch = next(iter(data.train_dataloader()))
+    assert batch["seconds_total_S"].eq(1).all()
+    assert torch.isfinite(batch["latents_BCT"]).all()
+    assert all(len(list(loader)) for loader in data.val_dataloader())

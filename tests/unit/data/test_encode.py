@@ -11,11 +11,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from helpers.audio import noise, tone, write_clip
 from helpers.shards import write_set
-from sa3train.audio.io import load_audio, read_audio
+from sa3train.audio.io import load_audio, read_whole
 from sa3train.audio.metrics import measure_loudness_lufs, measure_peak_db
 from sa3train.core.errors import ConfigError, DataError
 from sa3train.data.audit.audit import AuditRules
@@ -265,7 +268,8 @@ def test_duplicates_never_straddle_the_split(tmp_path: Path, encoder: Encoder) -
 def test_bad_clips_are_listed_and_never_replaced(tmp_path: Path, encoder: Encoder) -> None:
     source, out = write_set(tmp_path / "set", 4), tmp_path / "out"
     write_clip(source / "silent.wav", tone(0.5, peak=0.0), "silent")
-    write_clip(source / "short.wav", tone(0.05), "short")
+    soundfile.write(source / "whole.wav", np.round(tone(0.5) * 9999), 44100, subtype="FLOAT")
+    (source / "whole.txt").write_text("integers stored as floats")
     write_clip(source / "none.wav", noise(0.5, seed=90))
     write_clip(source / "empty.wav", noise(0.5, seed=91), " ")
     (source / "broken.wav").write_bytes(b"RIFFxxxx")
@@ -279,7 +283,7 @@ def test_bad_clips_are_listed_and_never_replaced(tmp_path: Path, encoder: Encode
     assert report.index["rejected"] == 5
     reasons = rejected(out)
     assert reasons["silent.wav"].startswith("silent throughout")
-    assert reasons["short.wav"].startswith("shorter than one latent frame")
+    assert reasons["whole.wav"].startswith("float samples at the scale of integers")
     assert reasons["none.wav"] == "no caption"
     assert reasons["empty.wav"] == "empty caption"
     assert reasons["broken.wav"].startswith("cannot be read")
@@ -295,7 +299,7 @@ def test_clips_that_fail_while_encoding_are_listed(
     tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, out = write_set(tmp_path / "set", 5), tmp_path / "out"
-    monkeypatch.setattr("sa3train.data.encode.pipeline.read_audio", lambda path: read_audio(_swapped(path)))
+    monkeypatch.setattr("sa3train.data.encode.pipeline.read_whole", lambda path: read_whole(_swapped(path)))
 
     def _swapped(path: Any) -> Any:
         return str(source / "part0" / "00.wav") if str(path).endswith("01.wav") else path
@@ -351,6 +355,59 @@ def test_the_loudness_fix_keeps_below_its_ceiling() -> None:
     assert applied["loudness"] == pytest.approx(-1.0 - 20 * np.log10(0.9), abs=0.01)
 
 
+def test_a_hit_without_offset_is_left_as_it_is_and_its_silence_trimmed() -> None:
+    from sa3train.data.encode.fixes import apply_fixes
+
+    time = torch.arange(44100) / 44100
+    audio_CN = ((time < 0.2) * torch.exp(-30 * time) * torch.sin(2 * torch.pi * 35 * time)).expand(2, -1)
+    assert audio_CN.mean() > 10 ** (-60 / 20)
+    mended, applied = apply_fixes(audio_CN, 44100, ["dc", "trim_silence"])
+    assert applied["dc"] == 0
+    assert applied["trim_silence"][1] == pytest.approx(0.75, abs=0.05)
+    assert torch.equal(mended, audio_CN[:, : mended.shape[1]])
+
+
+def test_clips_shorter_than_a_latent_frame_are_one_frame(tmp_path: Path, encoder: Encoder) -> None:
+    source, out = write_set(tmp_path / "set", 2), tmp_path / "out"
+    for samples in (2, 500, 4095):
+        write_clip(source / f"hat{samples}.wav", noise(1.0, seed=samples)[:samples], "a hat")
+    report = encode(source, out, encoder, fixes=("dc", "loudness", "trim_silence"), augmentations=("gain",))
+    assert report.index["rejected"] == 0
+    short = [(record, content) for key, (record, content) in contents(out).items() if key.startswith("hat")]
+    assert {record["source"] for record, _ in short} == {"hat2.wav", "hat500.wav", "hat4095.wav"}
+    frame = encoder.autoencoder.latent_channels * np.dtype(np.float16).itemsize
+    assert all(len(content) == frame for _, content in short)
+    assert report.audit is not None
+    assert report.audit.findings["too_short"] == 3
+
+
+def test_a_finding_whose_fix_is_applied_does_not_advise_it_again(tmp_path: Path, encoder: Encoder) -> None:
+    source, out = tmp_path / "set", tmp_path / "out"
+    for number in range(2):
+        write_clip(source / f"{number}.wav", noise(1.0, seed=number, peak=0.3) + 0.05, "offset")
+    plain = encode(source, out, encoder).audit
+    fixed = encode(source, out, encoder, fixes=("dc",), overwrite=True).audit
+    assert plain is not None
+    assert fixed is not None
+    assert "fixes=dc" in plain.as_json()["findings"]["dc_offset"]["remedy"]
+    assert "encode with" not in fixed.format_table()
+    assert fixed.as_json()["findings"]["dc_offset"]["severity"] == "note"
+    rows = json.loads((out / "audit.json").read_text())["clips"]
+    assert {finding["severity"] for row in rows for finding in row["findings"]} == {"note"}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 30_000), st.sampled_from([8000, 44100, 96000]), st.integers(0, 3))
+def test_every_fix_serves_every_length(samples: int, rate: int, seed: int) -> None:
+    from sa3train.data.encode.fixes import apply_fixes
+
+    hit_CN = torch.from_numpy(noise(1.0, samples, peak=0.9, seed=seed).T.copy())
+    fixed_CN, applied = apply_fixes(hit_CN, rate, ["loudness", "trim_silence"])
+    assert torch.isfinite(fixed_CN).all()
+    assert np.isfinite(applied["loudness"])
+    assert measure_peak_db(fixed_CN) < -0.99
+
+
 def test_a_clip_that_trimming_leaves_too_short(tmp_path: Path, encoder: Encoder) -> None:
     source = write_set(tmp_path / "set", 2)
     click = np.zeros((44100, 2), np.float32)
@@ -400,6 +457,15 @@ def test_the_output_must_not_lie_in_the_source(tmp_path: Path, encoder: Encoder)
     source = write_set(tmp_path / "set", 1)
     with pytest.raises(DataError, match="inside the source"):
         encode(source, source / "latents", encoder)
+
+
+@pytest.mark.parametrize("name", ["README.md", "audit.json", "audit.html", "index.json"])
+def test_files_of_the_users_are_not_replaced(tmp_path: Path, encoder: Encoder, name: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("mine")
+    with pytest.raises(DataError, match=f"{name} is not of sa3train"):
+        encode(write_set(tmp_path / "set", 1), tmp_path / "out", encoder)
+    assert (tmp_path / "out" / name).read_text() == "mine"
 
 
 def test_one_run_at_a_time(tmp_path: Path, encoder: Encoder) -> None:

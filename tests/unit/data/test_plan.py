@@ -1,5 +1,7 @@
 """Held-out clips are chosen by content: copies go together, and new clips move none of the old."""
 
+import os
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -47,6 +49,8 @@ def test_families_are_never_parted() -> None:
 def test_at_least_one_of_five() -> None:
     for seed in range(20):
         assert select_heldout(0.01, names(5), contents(5, seed), alone(5), np.ones(5, bool)).sum() == 1
+    for count, least in ((9, 1), (10, 2), (25, 4), (60, 4)):
+        assert select_heldout(1e-9, names(count), contents(count), alone(count), np.ones(count, bool)).sum() == least
     assert not select_heldout(0.01, names(4), contents(4), alone(4), np.ones(4, bool)).any()
     assert not select_heldout(0.0, names(50), contents(50), alone(50), np.ones(50, bool)).any()
 
@@ -102,3 +106,17 @@ def test_exact_duplicates_point_to_the_first() -> None:
     content[5] = content[1]
     comparable = np.array([True, True, True, True, True, False])
     assert find_duplicates(content, comparable).tolist() == [0, 1, 2, 3, 1, 5]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_a_list_to_hold_out_is_read_as_tools_write_it(tmp_path: Path, encoding: str) -> None:
+    sources = [unicodedata.normalize("NFD", "é/café.wav"), "b.wav", "c.wav"]
+    (tmp_path / "list.txt").write_bytes("./é/café.wav\r\n\r\n b.wav \r\n".encode(encoding))
+    held = select_heldout(str(tmp_path / "list.txt"), sources, contents(3), alone(3), np.ones(3, bool))
+    assert held.tolist() == [True, True, False]
+
+
+def test_a_list_to_hold_out_that_is_a_pipe_is_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "list.txt")
+    with pytest.raises(DataError, match=r"list\.txt"):
+        select_heldout(str(tmp_path / "list.txt"), ["a.wav"], contents(1), alone(1), np.ones(1, bool))

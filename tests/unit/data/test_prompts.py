@@ -1,6 +1,7 @@
 """Prompts: every setting has its effect, and one that could have none is an error."""
 
 import random
+import unicodedata
 from collections import Counter
 from typing import Any
 
@@ -51,6 +52,11 @@ def test_the_caption_as_it_is() -> None:
 )
 def test_templates(text: str, prompt: str) -> None:
     assert many(builder(templates=[text]), count=3) == {prompt: 3}
+
+
+def test_names_of_files_from_a_mac_are_composed() -> None:
+    record = {"source": unicodedata.normalize("NFD", "pläne/café.wav"), "caption": "x", "tags": {}}
+    assert many(builder(templates=["{stem}, {folder}"]), record, count=3) == {"café, pläne": 3}
 
 
 def test_weights_are_kept() -> None:
@@ -118,10 +124,11 @@ def test_held_out_clips_have_one_prompt() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"templates": ()}, "at least one template"),
+        ({"templates": ()}, "data.prompts.templates"),
         ({"templates": (Template("{caption"),)}, "single '{'"),
         ({"templates": (Template("caption}"),)}, "single '}'"),
-        ({"templates": (Template("{caption}", 0),)}, "weight 0"),
+        ({"separator": ";"}, "separator has no effect"),
+        ({"tag_dropout": 1.0}, "leaves no tag"),
         ({"trigger_probability": 0.5}, "without a trigger"),
         ({"trigger_position": "back"}, "without a trigger"),
         ({"trigger": "x", "trigger_probability": 0.0}, "no effect"),
@@ -129,7 +136,7 @@ def test_held_out_clips_have_one_prompt() -> None:
         ({"tag_dropout": 1.5}, "tag_dropout"),
         ({"caption_dropout": -0.1}, "caption_dropout"),
         ({"keep_tags": 2}, "keep_tags"),
-        ({"shuffle_tags": True, "separator": ""}, "need a separator"),
+        ({"shuffle_tags": True, "separator": ""}, "separator must not be empty"),
         ({"shuffle_tags": True, "templates": (Template("{genre}"),)}, r"no template contains \{caption\}"),
     ],
 )
@@ -171,3 +178,25 @@ def test_all_prompts_are_listed_when_they_are_finite() -> None:
 
 def test_fields_are_found() -> None:
     assert list_template_fields("{{no}} {caption}, {path[0]} {big key}") == {"caption", "path", "big key"}
+
+
+UNCAPTIONED: dict[str, Any] = {"caption": "", "tags": {}, "source": "snare.wav"}
+
+
+def test_clips_without_captions_train_on_the_empty_prompt(caplog: pytest.LogCaptureFixture) -> None:
+    make = builder(trigger="mystyle", templates=["{caption}", "{genre} music"])
+    with caplog.at_level("INFO", "sa3train"):
+        make.check([RECORD, UNCAPTIONED, BARE, UNCAPTIONED])
+    assert caplog.text.count("2 of 4 clips have no caption") == 1
+    assert many(make, UNCAPTIONED, 20) == {"": 20}
+    assert make.build_fixed(UNCAPTIONED) == ""
+    assert make.list_prompts(UNCAPTIONED) == [""]
+    assert many(make, BARE, 20) == {"mystyle, a kick": 20}
+    tagged = UNCAPTIONED | {"tags": {"genre": "house"}}
+    assert many(make, tagged, 20) == {"mystyle, house music": 20}, "a template that fits is used"
+
+
+def test_a_set_without_captions_trains() -> None:
+    builder().check([UNCAPTIONED])
+    with pytest.raises(ConfigError, match="trigger has no effect"):
+        builder(trigger="mystyle").check([UNCAPTIONED])

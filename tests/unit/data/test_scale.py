@@ -55,9 +55,14 @@ for s in range(shards):
                 f'"crc32": {n}}}, "npy_offset": 512, "npy_size": 55424, "json_offset": 56832, "json_size": 400}}\\n'
             )
     described.append(
-        {"file": f"{name}.tar", "listing": f"{name}.jsonl", "split": "train", "clips": share, "bytes": 1, "sha256": "0"}
+        {"file": f"{name}.tar", "listing": f"{name}.jsonl", "split": "train", "clips": share, "frames": 108 * share,
+         "seconds": 10.0 * share, "bytes": 1, "sha256": "0"}
     )
-index = {"format": "sa3train-latents", "version": 2, "model": {}, "splits": {}, "manifest": "", "shards": described}
+model = {"name": "nano", "fingerprint": "f", "sample_rate": 44100, "downsampling_ratio": 4096}
+index = {
+    "format": "sa3train-latents", "version": 2, "model": model, "splits": {}, "manifest": "m", "shards": described,
+    "clips": count, "frames": 108 * count, "seconds": 10.0 * count,
+}
 (root / "index.json").write_text(json.dumps(index))
 lap("writing")
 wanted = {clip.source: str(n) for n, clip in enumerate(list_source(str(root / "metadata.jsonl")).clips)}

@@ -1,9 +1,12 @@
 """Shards: ordinary WebDataset tars that appear whole, go on after a kill, and name what is damaged."""
 
 import errno
+import functools
 import hashlib
 import io
 import json
+import math
+import os
 import random
 import tarfile
 import zlib
@@ -139,6 +142,12 @@ def test_leaving_by_an_error_keeps_the_part(tmp_path: Path) -> None:
     assert [entry.key for entry in read_listing(shard)] == ["clip-0"]
 
 
+def test_a_pipe_in_place_of_the_index_is_not_opened(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "index.json")
+    with pytest.raises(DataError, match=r"index\.json.*named pipe"):
+        LatentStore(tmp_path)
+
+
 def test_nothing_written_leaves_nothing(tmp_path: Path) -> None:
     with ShardWriter(tmp_path, "train"):
         pass
@@ -197,15 +206,54 @@ def test_the_index_describes_the_set(tmp_path: Path) -> None:
     [
         (b"{", "is damaged"),
         (b"\xff", "is damaged"),
+        (b"[" * 200_000, "is damaged"),
         (b"[]", "not an index of latent shards"),
         (b'{"format": "other"}', "not an index of latent shards"),
         (b'{"format": "sa3train-latents", "version": 9, "made_by": "later"}', r"version 9.*later"),
-        (b'{"format": "sa3train-latents", "version": 2}', "lacks model, shards"),
+        (b'{"format": "sa3train-latents", "version": 2}', "'clips' is missing"),
     ],
 )
 def test_a_wrong_index_is_refused(text: bytes, message: str) -> None:
     with pytest.raises(DataError, match=message):
         parse_index(text, "index.json")
+
+
+WRONG_IN_INDEX: dict[str, list[Any]] = {
+    "model": [None, 3, "nano", [], {}],
+    "model.name": [None, 3, ""],
+    "model.fingerprint": [None, 3, ["x"], ""],
+    "model.sample_rate": [None, 0, -1, "44100", 1.5, math.nan],
+    "model.downsampling_ratio": [None, 0, [4096]],
+    "manifest": [None, 3, ""],
+    "splits": [None, [], {"train": 3}, {"train": {"clips": "3"}}, {"train": {"clips": -1}}],
+    "shards": [None, 3, {}, "x", [3], [None], [{}]],
+    "shards.0.file": [None, "train-000-00000.tar", 3, "../../etc/passwd", "", "x.tar", "/train-000-00000.tar"],
+    "shards.0.listing": [None, 3, "../x.jsonl", "other-000-00000.jsonl"],
+    "shards.0.split": [None, 3, "test"],
+    "shards.0.clips": [None, "3", -1, 1.5, math.inf, True],
+    "shards.0.bytes": [None, "x", -1],
+    "shards.0.seconds": [None, "x", -1, math.nan],
+    "shards.0.sha256": [None, 3],
+    "clips": [None, "x", -1, 99],
+    "rejected": ["x", -1],
+    "silence": [3, "x", {}, {"file": "../silence.npy", "sha256": "x"}],
+}
+
+
+@pytest.mark.parametrize("key", WRONG_IN_INDEX)
+def test_an_index_edited_by_hand_is_refused_by_the_name_of_what_is_wrong(tmp_path: Path, key: str) -> None:
+    store = make_store(tmp_path / "set", [4, 6], heldout=1)
+    for value in WRONG_IN_INDEX[key]:
+        index = json.loads((store / "index.json").read_text())
+        *parents, last = key.split(".")
+        part = functools.reduce(lambda part, name: part[int(name) if name.isdigit() else name], parents, index)
+        part[last] = value
+        with pytest.raises(DataError, match=r"index\.json is damaged"):
+            parse_index(json.dumps(index).encode(), "index.json")
+        del part[last]
+        if key not in ("rejected", "silence"):
+            with pytest.raises(DataError, match=rf"{last}.* is missing"):
+                parse_index(json.dumps(index).encode(), "index.json")
 
 
 def test_a_folder_that_is_none_is_refused(tmp_path: Path) -> None:

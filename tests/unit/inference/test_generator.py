@@ -1,5 +1,6 @@
 """The generator beyond the recorded cases: modes, batches, seeds, cancelling, what the user is told."""
 
+import dataclasses
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -10,14 +11,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from helpers.audio import tone, write_clip
 from helpers.generation import generate_latents, inpaint
+from helpers.golden import GOLDEN
+from sa3train.adapters.formats.io import load_adapter
 from sa3train.core.device import choose_device, get_widest_float
 from sa3train.core.errors import AudioError, ConfigError, GenerationError, MemoryShortageError
 from sa3train.diffusion import guidance
+from sa3train.diffusion.samplers import SAMPLERS
 from sa3train.inference import Generator, generator, runtime
 from sa3train.inference.runtime import choose_dtype, suggest_memory_fixes
 from sa3train.models.dit import compile_blocks
 
 QUICK: dict[str, Any] = {"prompt": "low hum", "duration": 0.5, "steps": 3, "seed": 4, "cfg_scale": 1.0}
+LORA = GOLDEN / "plain" / "adapters" / "lora.safetensors"
 SOURCE = (44100, torch.from_numpy(tone(1.0).T.copy()))
 
 
@@ -192,13 +197,39 @@ def test_nan_from_the_model_is_an_error(gen: Generator, monkeypatch: pytest.Monk
     ("settings", "message"),
     [
         ({"init_audio": SOURCE, "init_noise_level": 1.0, "duration": 1.0}, "init_audio had no effect"),
+        (
+            {"init_audio": SOURCE, "init_noise_level": 0.0, "duration": 1.0},
+            "prompt and sampling settings had no effect",
+        ),
         ({"init_audio": SOURCE, "init_noise_level": 0.5}, "is 1.00 s long and was truncated"),
+        ({"duration": 1.0} | inpaint(SOURCE, [0.0, 0.5], [0.6, 1.0]), "inpaint_audio had no effect"),
         ({"duration": 2.0} | inpaint(SOURCE, 0.2, 0.4), "from 1.00 to 2 s the result is silence"),
         ({"prompt": "word " * 60}, "truncated to 24"),
     ],
 )
 def test_what_a_user_should_know_is_said(gen: Generator, settings: dict[str, Any], message: str) -> None:
     assert any(message in warning for warning in gen.generate(**{**QUICK, **settings}).warnings)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("init_noise_level", [None, 0.5, 0.0])
+def test_a_cfg_interval_without_a_sampled_noise_level_is_refused(
+    gen: Generator, sampler: str, init_noise_level: float | None
+) -> None:
+    audio = {} if init_noise_level is None else {"init_audio": SOURCE, "init_noise_level": init_noise_level}
+    settings: dict[str, Any] = {**QUICK, **audio, "sampler_type": sampler, "cfg_scale": 3.0, "steps": 2}
+    settings["duration"] = 1.0
+    with pytest.raises(GenerationError, match=r"cfg_interval=\(0\.1, 0\.11\) would have no effect"):
+        gen.generate(**settings, cfg_interval=(0.1, 0.11))
+    if init_noise_level != 0.0:
+        gen.generate(**settings, cfg_interval=(init_noise_level or 1.0, 1.0))
+
+
+def test_a_conditioner_strength_without_layers_there_is_said(gen: Generator, caplog: Any) -> None:
+    adapter = load_adapter(LORA)
+    layers = {path: params for path, params in adapter.tensors.items() if not path.startswith("conditioners.")}
+    gen.load_adapter(dataclasses.replace(adapter, tensors=layers), conditioner_strength=0.5, allow_partial=True)
+    assert "conditioner_strength=0.5 has no effect" in caplog.text
 
 
 def test_bad_audio_and_a_too_long_duration_are_refused(gen: Generator) -> None:

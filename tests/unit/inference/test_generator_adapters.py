@@ -10,7 +10,7 @@ import torch
 from helpers.generation import generate_latents
 from helpers.golden import GOLDEN
 from sa3train.adapters.formats.io import load_adapter
-from sa3train.core.errors import AdapterError
+from sa3train.core.errors import AdapterError, GenerationError
 from sa3train.inference import Generator
 
 ADAPTERS = GOLDEN / "plain" / "adapters"
@@ -73,6 +73,9 @@ def test_an_interval_acts_at_its_noise_levels_only(gen: Generator) -> None:
     """Three steps sample at levels 1, 0.97 and 0.67; the conditioner has no level and is off by its strength."""
     without = play(gen)
     gen.load_adapter(LORA, interval=(0.1, 0.5), conditioner_strength=0.0)
+    with pytest.raises(GenerationError, match=r"interval=\(0\.1, 0\.5\) of .*lora.* no effect.*1, 0\.97, 0\.676"):
+        play(gen)
+    gen.set_strength(0.0)
     assert torch.equal(play(gen), without)
     gen.remove_adapter(0)
     gen.load_adapter(LORA, interval=(0.6, 0.7), conditioner_strength=0.0)

@@ -1,14 +1,22 @@
 """Names resolve through huggingface_hub's cache, then download; whatever the hub answers is said with its remedy."""
 
+import hashlib
+import http.server
+import json
 import shutil
-from collections.abc import Callable
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import huggingface_hub
 import pytest
-from huggingface_hub import errors
+from huggingface_hub import constants, errors, file_download
+from huggingface_hub.utils import httpx
 
 from helpers.golden import PLAIN
 from sa3train.core.errors import CheckpointError
@@ -23,13 +31,16 @@ from sa3train.models.hub import (
     locate_checkpoint,
 )
 
-RESPONSE = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co/x"))
+RESPONSE, MISSING, BUSY = (
+    httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co/x")) for status in (403, 404, 503)
+)
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
     """An empty cache and a hub that answers every download with one error."""
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: None)
 
     def answer(error: Exception) -> None:
         def download(*_: Any, **__: Any) -> str:
@@ -47,12 +58,18 @@ ANSWERS: list[tuple[Exception, list[str]]] = [
         ["is gated", "https://huggingface.co/stabilityai/stable-audio-3-medium", "hf auth login", "HF_TOKEN", "folder"],
     ),
     (errors.RepositoryNotFoundError("no", response=RESPONSE), ["does not show", "private or gated", "hf auth login"]),
-    (errors.RemoteEntryNotFoundError("no", response=RESPONSE), ["has no model_config.json", "local folder"]),
-    (errors.LocalEntryNotFoundError("no"), ["cannot be reached", "local folder", "Available offline: nano, nano-base"]),
-    (errors.OfflineModeIsEnabled("no"), ["cannot be reached (HF_HUB_OFFLINE is set)", "nano, nano-base"]),
+    (errors.RemoteEntryNotFoundError("no", response=MISSING), ["has no model_config.json", "local folder"]),
+    (
+        errors.LocalEntryNotFoundError("no"),
+        ["cannot be reached", "local folder", "at hand without the hub: nano, nano-base"],
+    ),
+    (errors.OfflineModeIsEnabled("no"), ["cannot be reached", "nano, nano-base"]),
     (httpx.ConnectError("no"), ["cannot be reached", "nano, nano-base"]),
-    (errors.HfHubHTTPError("busy", response=RESPONSE), ["failed: busy", "Try again later"]),
+    (errors.HfHubHTTPError("busy", response=BUSY), ["failed: busy", "run the same command again", "nano, nano-base"]),
     (OSError(28, "No space left on device"), ["No space left on device", "disk space"]),
+    (UnicodeEncodeError("ascii", "hf_\u201c", 3, 4, "no"), ["the token may be wrong", "hf auth login"]),
+    (ValueError("\u2026 is no token"), ["failed: \u2026 is no token"]),
+    (RuntimeError("Data processing error"), ["failed: Data processing error"]),
 ]
 
 
@@ -74,6 +91,7 @@ def test_names_and_repositories(monkeypatch: pytest.MonkeyPatch) -> None:
         return str(PLAIN / filename)
 
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda *_, **__: None)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda *_, **__: None)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     model = load_checkpoint("small-sfx-base", parts=("dit",))
     repo_id = "stabilityai/stable-audio-3-small-sfx-base"
@@ -149,3 +167,178 @@ def test_a_cached_snapshot_serves_without_a_network(
     shutil.rmtree(cached)
     with pytest.raises(CheckpointError, match="cannot be reached"):
         find_text_encoder(CheckpointFiles("x", tmp_path), config).folder()
+
+
+FILES = {
+    "model_config.json": b"{}",
+    "model.safetensors": b"w" * 50_000,
+    "t5/config.json": b"{}",
+    "t5/model.safetensors": b"t" * 10_000,
+    "t5/tokenizer.json": b"{}",
+}
+URL = "/{repo_id}/resolve/{revision}/{filename}"
+REPO = "stabilityai/stable-audio-3-medium"
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """A hub that fails in the way that `faults` names for a request's method and file."""
+
+    protocol_version = "HTTP/1.1"
+    faults: dict[tuple[str, str], str]
+    asked: list[tuple[str, str]]
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer()
+
+    def do_GET(self) -> None:
+        self.answer()
+
+    def answer(self) -> None:
+        if self.path.startswith("/api/"):
+            listing = [{"rfilename": name, "path": name, "type": "file", "size": 1, "oid": "0"} for name in FILES]
+            return self.send(
+                json.dumps(listing if "/tree/" in self.path else {"id": REPO, "sha": "a" * 40, "siblings": listing})
+            )
+        name = self.path.partition("/resolve/main/")[2] or self.path.partition(f"/resolve/{'a' * 40}/")[2]
+        self.asked.append((self.command, name))
+        fault, content = self.faults.get((self.command, name), ""), FILES[name]
+        if fault.isdigit():
+            self.send_response(int(fault))
+            for header in {"403": [("X-Error-Code", "GatedRepo")], "429": [("Retry-After", "3600")]}.get(fault, []):
+                self.send_header(*header)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+        elif fault == "close":
+            self.connection.shutdown(socket.SHUT_RDWR)
+            self.close_connection = True
+        elif fault == "stall":
+            self.server.stopped.wait(20)  # type: ignore[attr-defined]
+            self.close_connection = True
+        else:
+            self.send_file(fault, content)
+        return None
+
+    def send_file(self, fault: str, content: bytes) -> None:
+        etag = hashlib.sha256(content if fault != "other content" else b"x").hexdigest()
+        length = len(content) * 2 if fault == "longer" else len(content)
+        facts = {"X-Repo-Commit": "a" * 40, "ETag": f'"{etag}"', "Content-Length": str(length)}
+        for missing in {"no commit": ["X-Repo-Commit"], "no etag": ["ETag"]}.get(fault, []):
+            del facts[missing]
+        self.send_response(200)
+        for header in facts.items():
+            self.send_header(*header)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        self.wfile.write(content if fault not in ("cut", "reset", "stalls later") else content[:1])
+        self.wfile.flush()
+        if fault == "cut":
+            self.connection.shutdown(socket.SHUT_RDWR)
+        elif fault == "reset":
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+        elif fault == "stalls later":
+            self.server.stopped.wait(20)  # type: ignore[attr-defined]
+        self.close_connection = fault in ("cut", "reset", "stalls later")
+
+    def send(self, text: str) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+
+@pytest.fixture
+def loopback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
+    """A hub on this machine, an empty cache, and short waits."""
+    handler = type("LoopbackHub", (Hub,), {"faults": {}, "asked": []})
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    server.daemon_threads = True
+    server.stopped = threading.Event()  # type: ignore[attr-defined]
+    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_address[1]}"
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + URL)
+    for name, value in {
+        "CACHE": str(tmp_path),
+        "OFFLINE": False,
+        "ETAG_TIMEOUT": 0.3,
+        "DOWNLOAD_TIMEOUT": 0.1,
+        "DISABLE_XET": True,
+    }.items():
+        monkeypatch.setattr(constants, f"HF_HUB_{name}", value)
+    monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda _: None, time=time.time))
+    yield handler
+    server.stopped.set()  # type: ignore[attr-defined]
+    server.shutdown()
+    server.server_close()
+
+
+FAULTS: list[tuple[str, str, str, str]] = [
+    ("HEAD", "model_config.json", "401", "token may be wrong"),
+    ("HEAD", "model_config.json", "403", "is gated: accept its license"),
+    ("HEAD", "model_config.json", "404", "has no model_config.json"),
+    ("HEAD", "model_config.json", "429", "too many requests.*run the same command again"),
+    ("HEAD", "model_config.json", "500", "500.*run the same command again"),
+    ("HEAD", "model_config.json", "close", "model_config.json of .* failed: .*disconnected"),
+    ("HEAD", "model_config.json", "stall", "model_config.json of .* failed: timed out"),
+    ("HEAD", "model_config.json", "no etag", "no|ETag"),
+    ("HEAD", "model_config.json", "no commit", "X-Repo-Commit"),
+    ("GET", "model.safetensors", "401", "token may be wrong"),
+    ("GET", "model.safetensors", "500", "model.safetensors of .* failed: .*500"),
+    ("GET", "model.safetensors", "close", "failed: .*disconnected"),
+    ("GET", "model.safetensors", "cut", "failed: .*closed connection"),
+    ("GET", "model.safetensors", "reset", "failed: .*reset"),
+    ("GET", "model.safetensors", "stall", "failed: timed out"),
+    ("GET", "model.safetensors", "stalls later", "failed: timed out"),
+    ("HEAD", "model.safetensors", "longer", "failed: .*should be of size 100000 but has size 50000"),
+    ("GET", "model.safetensors", "longer", "failed: "),
+    ("HEAD", "model.safetensors", "other content", "model.safetensors of .* arrived damaged"),
+]
+
+
+@pytest.mark.parametrize(("method", "file", "fault", "message"), FAULTS)
+def test_a_download_that_fails_is_one_message_and_the_next_one_goes_on(
+    loopback: type[Hub], method: str, file: str, fault: str, message: str
+) -> None:
+    loopback.faults[method, file] = fault
+    with pytest.raises(CheckpointError, match=message):
+        locate_checkpoint("medium")
+    assert loopback.asked.count(("HEAD", "model_config.json")) <= 3, "no long repetition of the first request"
+    loopback.faults.clear()
+    loopback.asked.clear()
+    files = locate_checkpoint("medium")
+    assert {path.name: path.read_bytes() for path in (files.config, files.weights)} == {
+        name: FILES[name] for name in ("model_config.json", "model.safetensors")
+    }
+    kept = file == "model.safetensors"
+    assert (("GET", "model_config.json") not in loopback.asked) == kept, "complete files are kept"
+
+
+@pytest.mark.parametrize("fault", ["cut", "reset", "stalls later", "500"])
+def test_the_text_encoder_is_downloaded_as_a_folder(loopback: type[Hub], tmp_path: Path, fault: str) -> None:
+    source = find_text_encoder(CheckpointFiles("x", tmp_path / "none"), TextConfig(repo_id=REPO, subfolder="t5"))
+    loopback.faults["GET", "t5/model.safetensors"] = fault
+    with pytest.raises(CheckpointError, match=r"t5/\* of .* failed: "):
+        source.folder()
+    loopback.faults.clear()
+    assert (source.folder() / "model.safetensors").read_bytes() == FILES["t5/model.safetensors"]
+
+
+def test_without_a_network_the_models_at_hand_are_named_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"http://127.0.0.1:{unused.getsockname()[1]}"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", address + URL)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_: pytest.fail("would try six times"))
+    with pytest.raises(CheckpointError, match="cannot be reached .*at hand without the hub: nano, nano-base"):
+        locate_checkpoint("medium")

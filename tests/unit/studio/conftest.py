@@ -55,9 +55,13 @@ def latents(workspace: Workspace) -> Path:
     folder = workspace.roots[0] / "latents"
     folder.mkdir()
     split = {"clips": 4, "frames": 64, "seconds": 6.0}
+    counts = {"split": "train", "clips": 6, "frames": 128, "seconds": 12.0, "bytes": 1, "sha256": "x"}
+    shards = [{"file": "train-000-00000.tar", "listing": "train-000-00000.jsonl", **counts}]
+    model = {"name": "nano", "fingerprint": "f", "sample_rate": 44100, "downsampling_ratio": 4096}
     index = {
-        "format": "sa3train-latents", "version": 2, "model": {"name": "nano"}, "shards": [], "manifest": "m",
+        "format": "sa3train-latents", "version": 2, "model": model, "shards": shards, "manifest": "m",
         "splits": {"train": split, "heldout": split | {"clips": 2}}, "rejected": 1,
+        "clips": 6, "frames": 128, "seconds": 12.0,
     }  # fmt: skip
     (folder / "index.json").write_text(json.dumps(index))
     return folder

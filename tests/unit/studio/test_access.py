@@ -10,6 +10,7 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from sa3train.cli.studio import build_parser, main
+from sa3train.core.errors import SA3Error
 from sa3train.studio.server.access import LOCAL_NAMES, AccessMiddleware, AccessSettings
 from sa3train.studio.server.workspace import StudioError, Workspace
 
@@ -29,8 +30,24 @@ def test_a_short_password_is_none() -> None:
 
 def test_closed_and_guarded_servers_are_fine() -> None:
     AccessSettings().check()
+    for port in (0, -1, 65536):
+        with pytest.raises(StudioError, match=f"port={port}"):
+            AccessSettings(port=port).check()
     AccessSettings(host="localhost").check()
     AccessSettings(host="0.0.0.0", password="long enough").check()
+
+
+@pytest.mark.parametrize("host", ["nohost.invalid", "a..b", "::1", "http://127.0.0.1", "192.0.2.1"])
+def test_an_address_where_nothing_can_listen_is_refused_at_once(host: str) -> None:
+    with pytest.raises(StudioError, match="--host|host="):
+        AccessSettings(host=host, password="long enough").check()
+
+
+@pytest.mark.parametrize("choice", [{"model": "nope"}, {"model": "same-s"}, {"device": "foo"}, {"device": "cuda:99"}])
+def test_a_model_or_device_that_does_not_exist_is_refused_at_the_start(tmp_path: Path, choice: dict[str, str]) -> None:
+    with pytest.raises(SA3Error, match=next(iter(choice.values()))):
+        Workspace.create([tmp_path], **choice)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_command_refuses_before_it_loads_anything(

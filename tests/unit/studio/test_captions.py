@@ -1,6 +1,7 @@
 """Captions kept in sidecars: what is written where, undo, and what is refused."""
 
 import json
+import os
 import tarfile
 from pathlib import Path
 
@@ -58,6 +59,25 @@ def test_each_caption_goes_where_encoding_reads_it(workspace: Workspace, folder:
     }  # fmt: skip
     assert json.loads((folder / "fields.json").read_text()) == {"genre": "dub", "prompt": "new fields ü", "bpm": 90}
     assert (folder / "bare.txt").read_text() == "at last\n"
+
+
+def test_captions_of_other_tools_are_kept_where_they_are(workspace: Workspace, folder: Path) -> None:
+    (folder / "text.txt").unlink()
+    (folder / "text.TXT").write_bytes("größer".encode("utf-16"))
+    (folder / "fields.json").write_bytes(json.dumps({"Caption": "old", "BPM": 90}).encode("utf-16"))
+    assert save(workspace, folder, text=("größer", "kleiner ü"), fields=("old", "new")) == 2
+    assert (folder / "text.TXT").read_text(encoding="utf-8") == "kleiner ü\n"
+    assert json.loads((folder / "fields.json").read_text(encoding="utf-8")) == {"Caption": "new", "BPM": 90}
+    assert not (folder / "text.txt").exists()
+
+
+def test_pipes_and_devices_are_not_opened(workspace: Workspace, folder: Path) -> None:
+    for name in ("pipe.wav", "bare.txt", "captions.csv"):
+        os.mkfifo(folder / name)
+    (folder / "bare.json").symlink_to("/dev/zero")
+    assert save(workspace, folder, text=("old words", "new")) == 1
+    with pytest.raises(SA3Error, match=r"bare\.txt"):
+        save(workspace, folder, bare=("", "new"))
 
 
 def test_undo_restores_every_byte_save_by_save(workspace: Workspace, folder: Path) -> None:

@@ -59,6 +59,7 @@ def test_what_became_of_a_job(workspace: Workspace) -> None:
     assert work is not None
     assert (work.state, work.is_running) == ("failed", False)
     assert "killed" in str(work.error)
+    assert "stopped by SIGTERM" in str(jobs.read_job(noted(workspace, log="$ x\nstopped by SIGTERM\n")).error)  # type: ignore[union-attr]
     folder = noted(workspace, stop_asked="now")
     assert jobs.read_job(folder).state == "stopped"  # type: ignore[union-attr]
     (latents / "index.json").touch()
@@ -94,8 +95,9 @@ def test_a_job_is_found_again_and_not_started_twice(workspace: Workspace, monkey
     try:
         (work,) = jobs.list_jobs(Workspace.create(workspace.roots))
         assert (work.kind, work.source, work.out, work.state) == ("encode", source, out, "running")
-        with pytest.raises(SA3Error, match="already"):
-            jobs.start_job(workspace, "encode", source, out, command)
+        with pytest.raises(SA3Error, match="already") as refused:
+            jobs.start_job(workspace, "encode", source.parent, out, command)
+        assert str(source) in str(refused.value) and str(out) in str(refused.value)
         jobs.stop_job(work)
         end = time.monotonic() + 20
         while jobs.list_jobs(workspace)[0].is_running and time.monotonic() < end:
@@ -103,3 +105,23 @@ def test_a_job_is_found_again_and_not_started_twice(workspace: Workspace, monkey
         assert jobs.list_jobs(workspace)[0].state == "stopped"
     finally:
         processes.stop(workspace.home / "jobs", at_once=True)
+
+
+def test_a_second_stop_kills(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "find_program", lambda name: "/bin/sh")
+    source, out = workspace.roots[0] / "audio", workspace.roots[0] / "latents"
+    script = 'trap "" TERM; echo ready; while :; do sleep 0.05; done'
+    folder = jobs.start_job(workspace, "encode", source, out, ["sa3-encode", "-c", script])
+    end = time.monotonic() + 20
+    try:
+        while "ready" not in processes.read_log_tail(folder).splitlines() and time.monotonic() < end:
+            time.sleep(0.02)
+        for state in ("running", "stopping"):
+            (job,) = jobs.list_jobs(workspace)
+            assert job.state == state
+            jobs.stop_job(job)
+        while jobs.list_jobs(workspace)[0].is_running and time.monotonic() < end:
+            time.sleep(0.02)
+        assert jobs.list_jobs(workspace)[0].state == "stopped"
+    finally:
+        processes.stop(folder, at_once=True)

@@ -1,10 +1,17 @@
 """The plan of a run: what was chosen is checked, composed by the trainer, tried, and put in words."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from omegaconf import OmegaConf
 
 from sa3train.core.errors import SA3Error
 from sa3train.data.shards.index import DataSummary, summarize_data
@@ -42,12 +49,28 @@ def test_the_recipes_that_are_offered_each_make_one_run() -> None:
         "data=/etc", "+data=/etc", "adapter=../../x", "callbacks=/etc/x", "data.more.0.path=/etc",
         "run_dir=/etc", "paths.runs=/etc", "hydra.run.dir=/etc", "resume=/etc", "model.name=/etc", "data.dir=/etc",
         "data.more=[{path: /etc}]", "adapter.start_from=/etc/x", "--config-dir=/etc", "-m", "optimizer", "~optimizer",
-        "seed=${oc.env:HOME}", "+run_dir=/etc", "++data.dir=/etc", "data@x=y", "hydra/launcher=basic", "launcher=slurm",
+        "seed=${oc.env:HOME}", "data.prompts.trigger=$\\{oc.env:HOME\\}", "data.prompts.trigger='\\\\${oc.env:HOME}'",
+        "+run_dir=/etc", "++data.dir=/etc", "data@x=y", "hydra/launcher=basic", "launcher=slurm",
     ],
 )  # fmt: skip
 def test_settings_that_reach_beyond_the_run_are_refused(line: str) -> None:
     with pytest.raises(SA3Error):
         estimate.parse_settings(f"optimizer.lr=1e-3\n{line}")
+
+
+@given(st.text(st.sampled_from("\\\\\\${}\"'()[]:,.a "), max_size=14))
+@hypothesis_settings(max_examples=400, deadline=None)
+def test_no_setting_reaches_the_environment(around: str) -> None:
+    """Whatever Hydra makes of an accepted line, nothing in it is looked up."""
+    for value in (around, around.replace("a", "${oc.env:HOME}"), around.replace("a", "$\\{oc.env:HOME\\}")):
+        try:
+            (line,) = estimate.parse_settings(f"data.prompts.trigger={value}x")
+            parsed = OverridesParser.create().parse_override(line)
+        except (SA3Error, HydraException):
+            continue
+        if not parsed.is_sweep_override():
+            config = OmegaConf.create({"a": parsed.value()})
+            assert os.environ["HOME"] not in str(OmegaConf.to_container(config, resolve=True))
 
 
 def test_settings_are_one_a_line() -> None:

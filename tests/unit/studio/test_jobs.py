@@ -6,7 +6,7 @@ import pytest
 
 from sa3train.core.errors import GenerationError
 from sa3train.studio.play.cards import render_status
-from sa3train.studio.server.jobs import MAX_WAITING, Job, Worker
+from sa3train.studio.server.jobs import MAX_WAITING, Job, Worker, finish_jobs
 from sa3train.studio.server.workspace import StudioError
 
 
@@ -53,6 +53,16 @@ def test_cancelling_is_immediate_and_drops_what_is_made() -> None:
     gate.go.set()
     assert second.finished.wait(10)
     assert (first.state, first.result, second.result) == ("cancelled", None, "b")
+
+
+def test_at_the_end_the_running_job_is_finished_and_the_others_are_cancelled() -> None:
+    worker, gate = Worker(), Gate()
+    first, second = worker.submit("first", gate), worker.submit("second", lambda job: "b")
+    assert gate.running.wait(10)
+    assert first in finish_jobs() and second.state == "cancelled"
+    gate.go.set()
+    assert first.finished.wait(10)
+    assert first.result == "made" and first not in finish_jobs()
 
 
 def test_a_waiting_job_can_be_cancelled() -> None:

@@ -74,6 +74,17 @@ def test_stopping_asks_and_is_noted(tmp_path: Path) -> None:
     assert not processes.stop(tmp_path)
 
 
+def test_what_does_not_stop_in_time_is_killed_with_its_children(tmp_path: Path) -> None:
+    begin(tmp_path, 'trap "" TERM; (trap "" TERM; sleep 60; echo) & echo ready; while :; do sleep 0.05; done')
+    until(lambda: "ready" in processes.read_log_tail(tmp_path).splitlines())
+    process = processes._find_process(tmp_path)
+    assert process is not None
+    children = process.children(recursive=True)
+    assert processes.stop(tmp_path, grace_seconds=0.2)
+    until(lambda: processes.get_running_pid(tmp_path) is None)
+    until(lambda: not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children))
+
+
 @pytest.mark.parametrize("what", ["start time", "boot", "torn", "no pid"])
 def test_a_number_used_again_is_somebody_else(tmp_path: Path, what: str) -> None:
     other = subprocess.Popen(["/bin/sleep", "60"])

@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from sa3train.core.errors import DataError
+from sa3train.core.errors import DataError, SA3Error
 from sa3train.reports.run_files import format_settings
 from sa3train.studio.runs import runs
+from sa3train.studio.runs.page import resolve_run_dir
 from sa3train.studio.server import processes
 from sa3train.studio.server.workspace import FoundFolders, Workspace, find_folders
 
@@ -157,6 +158,17 @@ def test_a_run_that_began_after_the_survey_is_found_when_it_is_known(
     assert {run.path for run in runs.find_runs(workspace, new)} == {old, new}
     assert [run.path for run in runs.find_runs(workspace, old)] == [old]
     assert [run.path for run in runs.find_runs(workspace, tmp_path / "gone")] == [old]
+
+
+def test_a_run_whose_files_are_links_out_shows_nothing(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "root" / "borrowed")
+    workspace = Workspace.create([tmp_path / "root"])
+    (tmp_path / "secret.yaml").write_text("token: hidden")
+    (folder / "config.yaml").unlink()
+    (folder / "config.yaml").symlink_to(tmp_path / "secret.yaml")
+    assert runs.find_runs(workspace, folder) == []
+    with pytest.raises(SA3Error, match="link out of"):
+        resolve_run_dir(workspace, str(folder))
 
 
 def test_the_difference_between_two_runs(tmp_path: Path) -> None:

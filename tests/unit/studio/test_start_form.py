@@ -17,6 +17,9 @@ def test_the_form_becomes_a_command(workspace: Workspace, latents: Path) -> None
         "sa3-train", "recipe=instrument", f"data={latents}", "model=nano-base", f"run_dir={root / 'runs' / 'a'}",
         "trainer.max_steps=20", "seed=1",
     ]  # fmt: skip
+    odd = start_form.parse_request(workspace, "instrument", "latents", "nano-base", 0, "${oc.env:HOME}, x", "", "")
+    assert odd.run_dir == root / "${oc.env:HOME}, x"
+    assert odd.build_command()[-1] == f'run_dir="{root}/\\${{oc.env:HOME}}, x"'
     adapter = "adapters/one.safetensors"
     continued = start_form.parse_request(workspace, "continue", "latents", "nano-base", 0, "", "", adapter)
     assert f"adapter.start_from={root / adapter}" in continued.build_command()
@@ -34,8 +37,12 @@ def test_the_form_becomes_a_command(workspace: Workspace, latents: Path) -> None
         ({"model": "../../etc"}, "outside the folders"),
         ({"folder": "../x"}, "outside the folders"),
         ({"folder": "/etc/x"}, "outside the folders"),
-        ({"steps": -1}, "positive integer"),
-        ({"steps": 1.5}, "positive integer"),
+        *(
+            ({"steps": steps}, "max_steps")
+            for steps in (-1, 1.5, "x", "nan", float("nan"), float("inf"), 1e12, 1e300, True)
+        ),
+        ({"steps": 5, "settings": "trainer.max_steps=6"}, "set twice"),
+        ({"settings": "seed=1\nseed=2"}, "set twice"),
         ({"recipe": "continue"}, "adapter to start from"),
         ({"recipe": "continue", "adapter": "/etc/passwd"}, "outside the folders"),
     ],

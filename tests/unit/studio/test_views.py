@@ -69,7 +69,7 @@ def test_prompts_are_those_of_training() -> None:
 
 def test_prompt_settings_reach_the_trainer_as_they_were_previewed(workspace: Workspace) -> None:
     templates = 'say "{caption}", = loud\n{genre}=2'
-    settings = prompts_tab.build_settings(templates, "zap's, word", 0.5, "back", True, 0.25, 1)
+    settings = prompts_tab.build_settings(templates, "zap's, ${oc.env:HOME} C:\\x", 0.5, "back", True, 0.25, 1)
     lines = prompts_tab.list_training_settings(settings)
     choice = estimate.RunRequest("instrument", workspace.roots[0], "nano-base", workspace.roots[0] / "run", 2,
                          estimate.parse_settings("\n".join(lines)))  # fmt: skip
@@ -77,7 +77,7 @@ def test_prompt_settings_reach_the_trainer_as_they_were_previewed(workspace: Wor
     assert prompts["templates"] == [
         {"text": 'say "{caption}", = loud', "weight": 1.0}, {"text": "{genre}", "weight": 2.0}
     ]  # fmt: skip
-    assert prompts["trigger"] == "zap's, word"
+    assert prompts["trigger"] == "zap's, ${oc.env:HOME} C:\\x"
     names = ("trigger_probability", "trigger_position", "shuffle_tags", "tag_dropout", "keep_tags")
     assert [prompts[name] for name in names] == [0.5, "back", True, 0.25, 1]
     command = prompts_tab.build_preview_command(Path("x"), settings, 3)

@@ -5,7 +5,16 @@ from pathlib import Path
 import gradio as gr
 import pytest
 
-from sa3train.studio.server.widgets import build_timer, get_error_message, render_command, render_notice, show_errors
+from sa3train.data.loading.prompts import PromptSettings
+from sa3train.studio.server.widgets import (
+    build_timer,
+    explain_value,
+    get_error_message,
+    parse_setting,
+    render_command,
+    render_notice,
+    show_errors,
+)
 from sa3train.studio.server.workspace import StudioError
 
 
@@ -35,6 +44,18 @@ def test_a_generator_of_steps_shows_its_errors_too() -> None:
     assert next(found) == 1  # type: ignore[call-overload]
     with pytest.raises(gr.Error, match="stopped"):
         next(found)  # type: ignore[call-overload]
+
+
+def test_a_wrong_number_is_explained_at_its_field() -> None:
+    with gr.Blocks() as blocks:
+        field = explain_value(
+            gr.Number(1, label="n", info="help"), lambda value: parse_setting(PromptSettings, "keep_tags", value)
+        )
+    (handler,) = [block.fn for block in blocks.fns.values() if field in block.outputs]
+    assert handler is not None
+    for value in (-1, "x", "nan", float("nan"), float("inf"), "1e400", 10**400, [], True):
+        assert "keep_tags" in handler(value)["info"]
+    assert [handler(value)["info"] for value in (0, "7", "", " ", None)] == ["help"] * 5
 
 
 def test_a_timer_rests_while_its_tab_is_not_selected() -> None:

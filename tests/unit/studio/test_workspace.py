@@ -1,9 +1,12 @@
 """The studio touches its folders and nothing else."""
 
+import os
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
+from helpers.audio import tone, write_clip
 from sa3train.models.nano import ensure_nano_folder
 from sa3train.studio.server.workspace import (
     StudioError,
@@ -54,6 +57,30 @@ def test_links_that_lead_out_are_refused(two: Workspace, tmp_path: Path) -> None
     assert not two.is_served(two.roots[0] / "loop" / "x") or not (two.roots[0] / "loop" / "x").exists()
 
 
+@pytest.mark.parametrize(
+    "name", [" a ", "~tilde", "a, b", "${oc.env:HOME}", "*", "[a]", "a\nb", "C:\\clips", "-a", "ü"]
+)
+def test_a_folder_that_exists_is_found_by_its_name(two: Workspace, name: str) -> None:
+    write_clip(two.roots[0] / name / "x.wav", tone(0.1))
+    folder = two.resolve_folder(name)
+    assert folder == two.roots[0] / name == two.resolve(str(folder))
+    assert list_audio(two) == [f"{name}/x.wav"]
+    assert two.is_served(folder / "x.wav")
+    assert unquote(two.get_url(f"{name}/x.wav")).endswith(f"{name}/x.wav")
+
+
+def test_what_no_page_can_show_is_left_out(two: Workspace) -> None:
+    write_clip(two.roots[0] / "x.wav", tone(0.1))
+    (two.roots[0] / "x.wav").rename(os.fsdecode(os.fsencode(two.roots[0]) + b"/\xff.wav"))
+    assert list_audio(two) == []
+    os.mkfifo(two.roots[0] / "pipe.wav")
+    assert not two.is_served(two.roots[0] / "pipe.wav")
+    (two.roots[0] / "loop").symlink_to(two.roots[0] / "loop")
+    for path in ("\udcff.wav", "a" * 300, "loop/x", "~nobody-of-that-name/x"):
+        with pytest.raises(StudioError, match="Cannot resolve"):
+            two.resolve(path)
+
+
 @pytest.mark.parametrize("path", ["", "  ", "a\0b"])
 def test_no_path_is_refused(two: Workspace, path: str) -> None:
     with pytest.raises(StudioError, match="path of a file"):
@@ -94,6 +121,16 @@ def test_adapters_and_audio_are_found_but_nothing_hidden(workspace: Workspace) -
     found = list_adapters(workspace)
     assert sorted(found) == ["adapters/one.safetensors", "adapters/two.safetensors", "peft"]
     assert list_audio(workspace) == ["audio/tone.wav"]
+
+
+def test_what_is_not_a_file_is_not_offered(workspace: Workspace) -> None:
+    root = workspace.roots[0]
+    before = list_audio(workspace), list_adapters(workspace)
+    for name in ("pipe.wav", "pipe.safetensors"):
+        os.mkfifo(root / name)
+    for name in ("zero.wav", "zero.safetensors"):
+        (root / name).symlink_to("/dev/zero")
+    assert (list_audio(workspace), list_adapters(workspace)) == before
 
 
 def test_model_folders_are_offered_beside_the_names(workspace: Workspace) -> None:

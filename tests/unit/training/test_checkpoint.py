@@ -9,6 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.training import Trial
+from sa3train.adapters.adapter import Adapter
+from sa3train.adapters.formats.io import load_adapter
+from sa3train.core.errors import AdapterError
 from sa3train.training.callbacks.checkpoint import StateError, load_state, pack, save_state, unpack
 
 LEAVES = (
@@ -85,3 +89,39 @@ def test_a_damaged_state_is_refused(tmp_path: Path, damage: str) -> None:
         torch.save({"x": 1}, path)
     with pytest.raises(StateError):
         load_state(path)
+
+
+def flatten(adapter: Adapter) -> dict[str, torch.Tensor]:
+    return {f"{path}.{name}": tensor for path, named in adapter.tensors.items() for name, tensor in named.items()}
+
+
+@pytest.mark.parametrize("ema", [None, 0.9])
+def test_a_run_folder_and_its_checkpoints_are_adapters(shards: Path, tmp_path: Path, ema: float | None) -> None:
+    """The adapter of step 2 of a run of four is that of a run of two."""
+    runs = {steps: tmp_path / f"run{steps}" for steps in (2, 4)}
+    for steps, run_dir in runs.items():
+        Trial(shards, run_dir, steps, trainer={"ema_decay": ema}).run()
+    long = runs[4]
+    expected = {
+        "": long / "adapter.safetensors",
+        "@4": long / "adapter.safetensors",
+        "@2": runs[2] / "adapter.safetensors",
+        "/checkpoints/step-00000002.safetensors": runs[2] / "adapter.safetensors",
+    }
+    for suffix, file in expected.items():
+        adapter, reference = load_adapter(f"{long}{suffix}"), load_adapter(file)
+        assert adapter.spec == reference.spec
+        assert adapter.metadata["step"] == reference.metadata["step"]
+        assert equal(flatten(adapter), flatten(reference)), suffix
+    assert not equal(flatten(load_adapter(f"{long}@2")), flatten(load_adapter(f"{long}@4")))
+    with pytest.raises(AdapterError, match="no checkpoint of step 3.*it has: 2, 4"):
+        load_adapter(f"{long}@3")
+    (long / "adapter.safetensors").unlink()
+    with pytest.raises(AdapterError, match="no adapter yet"):
+        load_adapter(long)
+
+
+def test_a_state_without_an_adapter_is_named(tmp_path: Path) -> None:
+    save_state(tmp_path / "s.safetensors", {"weights": torch.randn(3)})
+    with pytest.raises(AdapterError, match="training state without an adapter"):
+        load_adapter(tmp_path / "s.safetensors")

@@ -62,6 +62,18 @@ def test_training_does_not_notice(played: Any) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+def test_demos_of_a_stopped_run_are_played_when_it_is_resumed(played: Any, shards: Path, tmp_path: Path) -> None:
+    part = Trial(shards, tmp_path / "part", max_steps=3, demos=SETTINGS, stop_after=2)
+    part.run()
+    assert {entry.step for entry in list_demos(part.run_dir)} == {0}
+    part.stop_after = None
+    part.run(resume=True)
+    expected = list_demos(played[0].run_dir)
+    assert list_demos(part.run_dir) == expected
+    for entry in expected:
+        assert (part.run_dir / entry.file).read_bytes() == (played[0].run_dir / entry.file).read_bytes(), entry
+
+
 def test_what_is_played_is_what_the_adapter_plays_at_its_own_level(played: Any) -> None:
     run_dir = played[0].run_dir
     generator = Generator.from_pretrained(GOLDEN / "plain", device="cpu", precision="fp32")

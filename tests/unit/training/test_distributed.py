@@ -2,13 +2,14 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from helpers.training import Children, Trial, make_shards, read_adapter, read_losses
+from helpers.training import Children, Trial, assert_same_results, make_shards, read_adapter, read_losses
 from sa3train.adapters.spec import AdapterSpec
 from sa3train.core.errors import ConfigError
 from sa3train.training.distributed import check_world_size, count_started_ranks
@@ -49,6 +50,20 @@ def test_a_sharded_base_on_two_ranks_trains_what_one_rank_does(tmp_path: Path, c
         torch.testing.assert_close(found[name].float(), tensor.float(), atol=1e-5, rtol=1e-3)
     summaries = [json.loads((run.run_dir / "validation.json").read_text()) for run in (one, two)]
     assert summaries[1]["base"]["val"]["loss"] == pytest.approx(summaries[0]["base"]["val"]["loss"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(tmp_path: Path, children: Children) -> None:
+    shards = make_shards(tmp_path / "unequal", LENGTHS, heldout=2)
+    whole, part = (Trial(shards, tmp_path / name, batch_size=2, max_steps=5) for name in ("whole", "part"))
+    assert [children.outcome(pid) for pid in children.two_ranks(whole)] == [0, 0]
+    part.stop_after, part.stop_by = 3, signal.SIGINT
+    assert [children.outcome(pid) for pid in children.two_ranks(part)] == [0, 0]
+    record = json.loads((part.run_dir / "run.json").read_text())
+    assert (record["status"], record["steps"]) == ("interrupted", 3)
+    part.stop_after = None
+    assert [children.outcome(pid) for pid in children.two_ranks(part, resume=True)] == [0, 0]
+    assert_same_results(part, whole)
 
 
 @pytest.fixture

@@ -1,8 +1,10 @@
 """Metrics reach every logger under the same names; no logger, server or torn line stops a run."""
 
+import errno
 import inspect
 import json
 import math
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 
 from sa3train.audio.metrics import plot_mel_spectrogram
 from sa3train.bench.tracking import DyingServer, make_wandb_environment, run_faulty_server
+from sa3train.core.errors import SA3Error
 from sa3train.reports.run_files import read_metrics
 from sa3train.training.loggers import CSVLogger, LoggerCollection, TensorBoardLogger, WandbLogger
 from sa3train.training.settings import LoggingSettings
@@ -41,6 +44,24 @@ def test_a_resumed_csv_drops_what_will_be_logged_again_and_a_torn_line(tmp_path:
     assert [(row["step"], row["a"]) for row in read_metrics(path)[1]] == [
         ("1", "1.0"), ("2", "2.0"), ("3", "3.0"), ("4", "40.0")
     ]  # fmt: skip
+
+
+def test_a_row_that_cannot_be_written_and_a_folder_that_is_gone_are_errors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger = CSVLogger(tmp_path / "run" / "m.csv")
+    logger.log_metrics({"a": 1.0}, 1)
+
+    def full(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(SA3Error, match=r"m\.csv: No space left"):
+        patch.setattr(Path, "open", full)
+        logger.log_metrics({"a": 1.0}, 2)
+    shutil.rmtree(tmp_path / "run")
+    with pytest.raises(SA3Error, match="run was removed"):
+        logger.log_metrics({"a": 1.0}, 3)
+    assert not (tmp_path / "run").exists()
 
 
 def test_values_that_are_not_finite_are_left_out(tmp_path: Path) -> None:

@@ -187,7 +187,4 @@ def test_what_helps_is_what_is_not_done_yet(rows: int, fewer: str) -> None:
     assert "data.crop_frames=1291" in suggest_memory_fixes(frames, TrainerSettings(), is_recomputing=True)
     packed = data(pack_frames=400, batch_size=1, silence_tail_seconds=0)
     done = TrainerSettings(quantize="nf4")
-    assert suggest_memory_fixes(packed, done, is_recomputing=True) == [
-        "data.pack_frames=216",
-        "data.crop_seconds=10.0",
-    ]
+    assert suggest_memory_fixes(packed, done, is_recomputing=True) == ["data.pack_frames=216", "data.crop_seconds=10.0"]

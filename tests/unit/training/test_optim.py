@@ -11,12 +11,7 @@ from torch import nn
 from helpers.training import Trial, assert_same_results, run_in_two_parts
 from sa3train.core.errors import ConfigError
 from sa3train.training.ema import EMA, swap_parameters
-from sa3train.training.optim import (
-    OPTIMIZERS,
-    compute_schedule_free_average,
-    make_lr_lambda,
-    make_optimizer,
-)
+from sa3train.training.optim import OPTIMIZERS, compute_schedule_free_average, make_lr_lambda, make_optimizer
 from sa3train.training.settings import OptimizerSettings, SchedulerSettings
 
 HERE = [name for name in OPTIMIZERS if name != "adamw-8bit"]
@@ -131,7 +126,10 @@ def test_the_rate_rises_straight_and_then_follows_its_schedule(
         ("cosin", 0, {}, "Did you mean cosine"),
         ("constant", 0, {"floor": 0.1}, "scheduler.options.floor"),
         ("cosine", 100, {}, "below trainer.max_steps=100"),
-        ("constant", -1, {}, "at least 0"),
+        ("constant", -1, {}, "scheduler.warmup_steps=-1"),
+        ("cosine", 0, {"floor": 2.0}, "scheduler.options"),
+        ("inverse", 0, {"gamma": 0.0}, "scheduler.options"),
+        ("inverse", 0, {"power": math.nan}, "scheduler.options"),
     ],
 )
 def test_impossible_schedules_are_refused(name: str, warmup: int, options: dict[str, float], message: str) -> None:

@@ -1,6 +1,11 @@
 """A run folder is begun once and resumed as what it is."""
 
+import functools
 import json
+import os
+import pickle
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,20 +14,26 @@ import torch
 from safetensors.torch import save_file
 
 from sa3train.core.errors import ConfigError
+from sa3train.core.signals import Interrupted
 from sa3train.reports.run_files import format_settings, load_settings
+from sa3train.training import run_dir
 from sa3train.training.callbacks.checkpoint import (
     StateVersionError,
     find_latest_checkpoint,
     get_checkpoint_path,
     save_state,
 )
-from sa3train.training.run_dir import is_requeued, open_run
+from sa3train.training.run_dir import RunDir, is_requeued
 
 SETTINGS: dict[str, Any] = {
     "run_dir": "a", "adapter": {"rank": 4}, "logger": {"name": "csv"}, "data": {"num_workers": 0, "crop": (1, 2)},
     "callbacks": {"demos": {"every": 5}, "validation": {"every": 5}}, "trainer": {"max_steps": 10, "log_every": 1},
 }  # fmt: skip
 IDENTITY = {"data": "abc", "base": "def"}
+
+
+def open_run(*arguments: Any, **settings: Any) -> RunDir:
+    return run_dir.open_run(*arguments, **settings).begin()
 
 
 def changed(**values: Any) -> dict[str, Any]:
@@ -43,12 +54,15 @@ def alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def begin(path: Path) -> Path:
-    open_run(path, SETTINGS, IDENTITY, resume=False)
+    """A run that has saved something."""
+    with open_run(path, SETTINGS, IDENTITY, resume=False):
+        (path / "adapter.safetensors").touch()
     return path
 
 
 def test_a_run_is_recorded_with_its_settings_and_keeps_its_id(tmp_path: Path) -> None:
-    first = open_run(tmp_path / "r", SETTINGS, IDENTITY, resume=False)
+    with open_run(tmp_path / "r", SETTINGS, IDENTITY, resume=False) as first:
+        pass
     assert first.state is None and load_settings(tmp_path / "r" / "config.yaml")["adapter"] == {"rank": 4}
     again = open_run(tmp_path / "r", SETTINGS, IDENTITY, resume=True)
     assert again.run_id == first.run_id and len(again.record["resumed"]) == 1
@@ -58,6 +72,60 @@ def test_a_folder_that_holds_a_run_is_not_written_over(tmp_path: Path) -> None:
     begin(tmp_path)
     with pytest.raises(ConfigError, match=r"already holds a run.*resume="):
         open_run(tmp_path, SETTINGS, IDENTITY, resume=False)
+
+
+def test_a_folder_that_holds_files_of_the_same_names_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "adapter.safetensors").write_bytes(b"somebody's")
+    with pytest.raises(ConfigError, match=r"adapter\.safetensors"):
+        open_run(tmp_path, SETTINGS, IDENTITY, resume=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter.safetensors"]
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, ConfigError, functools.partial(Interrupted, signal.SIGTERM)])
+def test_a_run_that_made_nothing_leaves_nothing_but_what_is_not_its_own(
+    tmp_path: Path, error: Callable[[], BaseException]
+) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "process.log").touch()
+    for folder, left in ((tmp_path / "new", None), (tmp_path / "r", ["process.log"])):
+        failure = error()
+        with pytest.raises(type(failure)), open_run(folder, SETTINGS, IDENTITY, resume=False):
+            (folder / "metrics.csv").touch()
+            (folder / "demos").mkdir()
+            raise failure
+        assert (sorted(path.name for path in folder.iterdir()) if folder.exists() else None) == left
+
+
+def test_what_a_killed_run_left_before_its_first_save_is_taken_up_by_the_same_command(tmp_path: Path) -> None:
+    first = open_run(tmp_path, SETTINGS, IDENTITY, resume=False)
+    assert first.lock is not None
+    first.lock.release()  # as the system does for a killed process
+    with open_run(tmp_path, SETTINGS, IDENTITY, resume=False) as again:
+        assert again.run_id != first.run_id and again.record["resumed"] == []
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_one_process_at_a_time_trains_in_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resume: bool
+) -> None:
+    monkeypatch.setattr(run_dir, "LOCK_SECONDS", 0)
+    begin(tmp_path)
+    with open_run(tmp_path, SETTINGS, IDENTITY, resume=True) as holder:
+        before = (tmp_path / "run.json").read_text()
+        with pytest.raises(ConfigError, match=f"process {os.getpid()} on "):
+            open_run(tmp_path, SETTINGS, IDENTITY, resume=resume)
+        assert (tmp_path / "run.json").read_text() == before
+        copy = pickle.loads(pickle.dumps(holder))
+        assert copy.lock is None, "other ranks get a copy"
+    with open_run(tmp_path, SETTINGS, IDENTITY, resume=True):
+        pass
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]", "3"])
+def test_a_record_that_is_none_of_a_run_is_an_error(tmp_path: Path, content: str) -> None:
+    (begin(tmp_path) / "run.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"cannot read .*run\.json"):
+        open_run(tmp_path, SETTINGS, IDENTITY, resume=True)
 
 
 def test_there_is_nothing_to_resume_in_an_empty_folder(tmp_path: Path) -> None:
@@ -83,7 +151,8 @@ def test_what_differs_is_listed_and_can_be_allowed_by_name(tmp_path: Path) -> No
     assert "allow_resume_changes=[adapter.rank,trainer.max_steps,identity.data]" in message
     with pytest.raises(ConfigError, match=r"adapter\.rank"):
         open_run(tmp_path, other, IDENTITY, resume=True, allowed=["trainer.max_steps"])
-    run = open_run(tmp_path, other, IDENTITY, resume=True, allowed=["trainer", "adapter.*"])
+    with open_run(tmp_path, other, IDENTITY, resume=True, allowed=["trainer", "adapter.*"]) as run:
+        pass
     assert run.changes == {"adapter.rank": (4, 8), "trainer.max_steps": (10, 20)}
     assert run.record["resumed"][-1]["changes"] == {"adapter.rank": [4, 8], "trainer.max_steps": [10, 20]}
     assert load_settings(tmp_path / "config.yaml")["adapter"] == {"rank": 8}, "the next resume compares with this"
@@ -103,7 +172,18 @@ def test_what_does_not_touch_learning_may_change(tmp_path: Path) -> None:
 def test_settings_survive_yaml_even_where_hydra_would_interpolate(tmp_path: Path) -> None:
     from omegaconf import OmegaConf
 
-    settings = {"prompts": ["${not.an.interpolation}", "a: b # c", "{caption}", "ü"], "lr": 1e-4, "none": None}
+    odd = [
+        "${not.an.interpolation}",
+        "\\${oc.env:HOME}",
+        "1e-3",
+        "1_000",
+        "C:\\clips",
+        "a: b # c",
+        "{caption}",
+        "ü",
+        "",
+    ]
+    settings = {"prompts": odd, "lr": 1e-4, "none": None}
     (tmp_path / "c.yaml").write_text(format_settings(settings), encoding="utf-8")
     assert load_settings(tmp_path / "c.yaml") == settings
     assert OmegaConf.to_container(OmegaConf.load(tmp_path / "c.yaml"), resolve=True) == settings

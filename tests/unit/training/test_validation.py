@@ -151,7 +151,8 @@ def test_the_verdict_is_in_words() -> None:
         "history": [{"step": 4, "val": {"loss": 1.0}}, {"step": 8, "val": {"loss": 1.5}}],
         "best_step": 4,
         "best_loss": 1.0,
+        "items": {"val": [{"base": 2.0, "adapter": 1.4}, {"base": 2.0, "adapter": 1.6}]},
     }
     lines = summarize_validation(summary)
-    assert "held-out clips: base 2.0000 -> adapter 1.5000 (-25.0%) at step 8" in lines[0]
+    assert "held-out clips: base 2.0000 -> adapter 1.5000, 25.0% lower (±63.5%, 2 clips), at step 8" in lines[0]
     assert lines[1] == "best validation loss 1.0000 was at step 4"

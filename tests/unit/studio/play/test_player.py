@@ -12,6 +12,7 @@ from sa3train.cli import generate
 from sa3train.core.errors import AdapterError, GenerationError
 from sa3train.inference.outputs import GenerationOutput
 from sa3train.inference.replay import build_command
+from sa3train.inference.resolve import ModelFacts, resolve_settings
 from sa3train.inference.settings import GenerationSettings
 from sa3train.studio.play import cards, history
 from sa3train.studio.play.player import Player, find_missing_contrast, plan_comparison
@@ -21,7 +22,7 @@ from sa3train.studio.server.workspace import StudioError, Workspace
 
 BOTH = (
     AdapterSettings("adapters/one.safetensors", 0.8, 0.4),
-    AdapterSettings("adapters/two.safetensors", 0.5, None, (0.0, 0.6)),
+    AdapterSettings("adapters/two.safetensors", 0.5, None, (0.0, 0.9)),
 )
 SETTINGS = GenerationSettings("a <b>tone</b>", duration=1.0, seed=3, steps=2)
 REQUEST = PlaySettings("nano", SETTINGS, precision="fp32", adapters=BOTH)
@@ -36,7 +37,7 @@ TONE = "audio/tone.wav"
 REGIONS = {"inpaint_mask_start_seconds": (0.2, 0.6), "inpaint_mask_end_seconds": (0.5, 0.9)}
 MODES = {
     "text": REQUEST,
-    "restyle": ask(mode="restyle", init_audio=TONE, init_noise_level=0.6),
+    "restyle": ask(mode="restyle", prompt="-dark", init_audio=TONE, init_noise_level=0.6),
     "inpaint": ask(mode="inpaint", inpaint_audio=TONE, keep_exact=True, **REGIONS),
     "continue": ask(mode="continue", inpaint_audio=TONE, duration=2.5),
 }
@@ -60,7 +61,7 @@ def test_every_mode_plays_with_two_adapters_and_its_command_repeats_it(
 
 def test_the_sidecar_is_one_of_sa3_generate(workspace: Workspace, player: Player, job: Job, tmp_path: Path) -> None:
     (result,) = player.play(REQUEST, job)
-    sidecar, again = workspace.history / f"{result.name}.json", tmp_path / "again.wav"
+    sidecar, again = workspace.history / f"{result.name}.wav.json", tmp_path / "again.wav"
     assert generate.main(["--from", str(sidecar), "-o", str(again), "--device", "cpu"]) == 0
     assert again.read_bytes() == result.audio.read_bytes()
 
@@ -160,11 +161,12 @@ def test_a_cancelled_generation_leaves_nothing(workspace: Workspace, player: Pla
 def save(workspace: Workspace, *audio: torch.Tensor) -> list[history.Result]:
     prompt = ["<script>alert(1)</script>"] * len(audio)
     settings = GenerationSettings(
-        prompt, duration=[1.0] * len(audio), steps=2, sampler_type="euler", cfg_scale=1.0, seed=1
+        prompt, duration=[clip.shape[1] / 44100 for clip in audio], steps=2, sampler_type="euler", cfg_scale=1.0, seed=1
     )
     record = {
-        "model": {"name": "nano", "source": "nano"}, "precision": "fp32", "settings": settings.to_dict(),
-        "inputs": {"init_audio": None, "inpaint_audio": None}, "adapters": [], "environment": {},
+        "model": {"name": "nano", "source": "nano", "fingerprint": "", "autoencoder": ""}, "precision": "fp32",
+        "settings": resolve_settings(settings, ModelFacts("nano", "rf_denoiser", 44100, 4096, 64)).to_dict(),
+        "inputs": {"init_audio": None, "inpaint_audio": None}, "adapters": [], "environment": {"threads": 1},
     }  # fmt: skip
     seeds, shares, warnings = [1] * len(audio), [0.0] * len(audio), ["<i>a warning</i>"]
     output = GenerationOutput(list(audio), 44100, seeds, None, shares, warnings, record)
@@ -181,8 +183,8 @@ def test_texts_from_files_are_escaped(workspace: Workspace) -> None:
 
 def test_the_history_skips_what_is_no_result(workspace: Workspace) -> None:
     saved = save(workspace, torch.rand(2, 44100), torch.rand(2, 44100))
-    (workspace.history / "99999999-000000-ffff.json").write_text("{")
-    (workspace.history / "99999999-000001-ffff.json").write_text(json.dumps({"made_by": "someone"}))
+    (workspace.history / "99999999-000000-ffff.wav.json").write_text("{")
+    (workspace.history / "99999999-000001-ffff.wav.json").write_text(json.dumps({"made_by": "someone"}))
     names = sorted(result.name for result in history.list_results(workspace))
     assert names == sorted(result.name for result in saved)
     saved[0].audio.unlink()
@@ -195,3 +197,13 @@ def test_the_state_changes_with_the_results(workspace: Workspace) -> None:
     before = history.compute_state(workspace)
     save(workspace, torch.rand(2, 4410))
     assert history.compute_state(workspace) != before
+
+
+@pytest.mark.parametrize("facts", [None, [], {"mode": "dance"}, {"measures": [1]}, {"reports": {}}, {"steps": 1}])
+def test_a_damaged_result_leaves_the_others_on_the_page(workspace: Workspace, facts: Any) -> None:
+    first, second = save(workspace, torch.rand(2, 4410), torch.rand(2, 4410))
+    sidecar = workspace.history / f"{first.name}.wav.json"
+    sidecar.write_text(json.dumps(json.loads(sidecar.read_text()) | {"studio": facts}))
+    results = history.list_results(workspace)
+    assert [result.name for result in results] == [second.name, *([first.name] if facts is None else [])]
+    assert cards.list_cards(workspace, history.group_results(results))

@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
-from sa3train.core.errors import GenerationError
+from sa3train.core.errors import GenerationError, SA3Error
 from sa3train.inference.settings import SETTING_NAMES, GenerationSettings
-from sa3train.studio.play.form import FORM_SETTINGS, fill_form, read_form
+from sa3train.studio.play.form import FORM_SETTINGS, describe_waveform, fill_form, read_form
 from sa3train.studio.play.settings import AdapterSettings, PlaySettings, parse_regions, parse_strengths
 from sa3train.studio.server.workspace import StudioError, Workspace
 
@@ -131,6 +131,22 @@ def test_the_form_holds_every_setting(workspace: Workspace, mode: str, settings:
     adapter = AdapterSettings("adapters/one.safetensors", 0.5, 0.2, (0.1, 0.6), "ff", True)
     request = PlaySettings("nano-base", all_settings, mode, "fp32", (adapter,))
     assert read_form(fill_form(workspace, request)) == request
+
+
+@pytest.mark.parametrize("value", [-9, 1.5, "x", "nan", float("nan"), float("inf"), 1e308, "1e400", True])
+@pytest.mark.parametrize("name", ["steps", "batch_size", "seed"])
+def test_a_wrong_number_names_its_field(workspace: Workspace, name: str, value: Any) -> None:
+    with pytest.raises(SA3Error, match=name):
+        read_form(fill_form(workspace, PLAIN) | {name: value})
+
+
+def test_the_waveform_says_what_is_generated(workspace: Workspace) -> None:
+    def get_note(mode: str, duration: float) -> str:
+        return str(describe_waveform(workspace, TONE, mode, duration)["note"])
+
+    assert "marked region" in get_note("continue", 3.0)
+    assert "above 2.00 s" in get_note("continue", 1.0)
+    assert get_note("restyle", 3.0) == get_note("inpaint", 3.0) == ""
 
 
 def test_empty_numbers_are_defaults(workspace: Workspace) -> None:

@@ -1,0 +1,70 @@
+"""Find the adapter of a training run: the one of its end, or that of a checkpoint."""
+
+import re
+from pathlib import Path
+
+from sa3train.core.errors import AdapterError
+from sa3train.core.files import path_exists
+
+RECORD_FILE, ADAPTER_FILE, CHECKPOINTS_DIR = "run.json", "adapter.safetensors", "checkpoints"
+_STEP = re.compile(r"(.+)@([0-9]{1,8})", re.DOTALL)
+_STATE_NAME = re.compile(r"step-(\d{8})\.safetensors")
+
+
+def locate_adapter(path: str | Path) -> Path:
+    """Locate the file of an adapter.
+
+    Args:
+        path: A file, a PEFT folder, a run folder, or RUN_FOLDER@STEP for the checkpoint of a step.
+
+    Returns:
+        The file or PEFT folder.
+
+    Raises:
+        AdapterError: If the run has no adapter, or no checkpoint of that step.
+    """
+    source = Path(path)
+    if (found := _STEP.fullmatch(str(path))) and not path_exists(source):
+        return _locate_checkpoint(Path(found[1]), int(found[2]))
+    if not path_exists(source) or not (source / RECORD_FILE).is_file():
+        return source
+    if not (source / ADAPTER_FILE).is_file():
+        raise AdapterError(f"The run {source} has no adapter yet: its first checkpoint writes one.")
+    return source / ADAPTER_FILE
+
+
+def get_checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Get the path of a training state.
+
+    Args:
+        run_dir: The run folder.
+        step: Optimizer steps taken.
+
+    Returns:
+        The file that holds the state after them.
+    """
+    return run_dir / CHECKPOINTS_DIR / f"step-{step:08d}.safetensors"
+
+
+def list_checkpoints(run_dir: Path) -> dict[int, Path]:
+    """List the training states of a run.
+
+    Args:
+        run_dir: The run folder.
+
+    Returns:
+        Files by step, oldest first.
+    """
+    paths = sorted((run_dir / CHECKPOINTS_DIR).glob("step-*.safetensors"))
+    return {int(match.group(1)): path for path in paths if (match := _STATE_NAME.fullmatch(path.name))}
+
+
+def _locate_checkpoint(run_dir: Path, step: int) -> Path:
+    path = get_checkpoint_path(run_dir, step)
+    if not path.is_file():
+        steps = ", ".join(map(str, list_checkpoints(run_dir))) or "none"
+        raise AdapterError(
+            f"There is no checkpoint of step {step} in {run_dir} (it has: {steps}). "
+            f"callbacks.checkpoint.keep_last says how many a run keeps."
+        )
+    return path

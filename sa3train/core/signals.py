@@ -1,0 +1,131 @@
+"""Stopping politely: Ctrl-C, SIGTERM and SIGHUP end a command by an exception, or after the step that is computed.
+
+A second Ctrl-C ends the process at once. Signals that the process was started to ignore (nohup, `&` in a script) stay
+ignored. Forked children leave Ctrl-C to the process that forked them, so that a loader's workers do not die before it.
+"""
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import NoReturn
+
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)
+)
+"""What asks any command to stop."""
+REQUEUE_SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name))
+"""What schedulers send before a time limit."""
+
+
+class Interrupted(BaseException):
+    """A stop signal. Not a `KeyboardInterrupt`, which Lightning would turn into exit code 1.
+
+    Args:
+        number: The signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {describe_signal(number)}")
+        self.number = number
+
+
+def raise_interrupted(number: int) -> NoReturn:
+    """Raise `Interrupted`; the action of `handle_signals` outside of a training loop.
+
+    While a module is imported the process ends at once instead: torch and NumPy swallow what is raised in their
+    imports, or call it a broken installation.
+
+    Args:
+        number: The signal.
+
+    Raises:
+        Interrupted: Always.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, f"{Interrupted(number)}\n".encode())
+            os._exit(128 + number)
+        frame = frame.f_back
+    raise Interrupted(number)
+
+
+@contextlib.contextmanager
+def handle_signals(
+    action: Callable[[int], None] = raise_interrupted, signals: tuple[int, ...] = STOP_SIGNALS
+) -> Iterator[None]:
+    """Call `action` on a stop signal while inside, and restore the handlers at the end.
+
+    Does nothing outside of the main thread, where Python allows no handlers.
+
+    Args:
+        action: Function of the signal's number; it runs between two instructions of the main thread.
+        signals: What to handle.
+
+    Yields:
+        Nothing.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    owner = os.getpid()
+
+    def receive(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:
+            _receive_in_child(number)
+        elif number not in _received:
+            _received.add(number)
+            action(number)
+        elif number == signal.SIGINT:
+            os._exit(128 + number)
+
+    before = {number: signal.getsignal(number) for number in signals}
+    _depth.append(owner)
+    try:
+        for number in (number for number, handler in before.items() if handler != signal.SIG_IGN):
+            signal.signal(number, receive)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        _depth.pop()
+        if not _depth:
+            _received.clear()
+
+
+def describe_signal(number: int) -> str:
+    """Describe a signal for users.
+
+    Args:
+        number: The signal.
+
+    Returns:
+        Ctrl-C, or the signal's name.
+    """
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
+def write_note(text: str) -> None:
+    """Write a line to stderr from a signal handler, which may have interrupted another write to it.
+
+    Args:
+        text: The line.
+    """
+    with contextlib.suppress(OSError):
+        os.write(2, f"\n{text}\n".encode())
+
+
+_received: set[int] = set()
+"""Signals that arrived since the outermost `handle_signals`."""
+_depth: list[int] = []
+"""One entry for each `handle_signals` that is open."""
+
+
+def _receive_in_child(number: int) -> None:
+    if number != signal.SIGINT:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)

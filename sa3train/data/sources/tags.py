@@ -1,0 +1,227 @@
+"""Tags inside audio files: ID3, Vorbis comments, MP4, APE and ASF by mutagen; RIFF, AIFF and ACID chunks."""
+
+import codecs
+import contextlib
+import functools
+import io
+import re
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mutagen
+from mutagen.apev2 import APEv2
+from mutagen.id3 import ID3, TCON, Encoding
+
+from sa3train.audio.chunks import CHUNK_KINDS, iterate_chunks, read_chunks
+from sa3train.core.errors import DataError
+from sa3train.data.sources.text import decode_text
+
+MAX_TAG_LENGTH = 500
+"""Characters. Longer embedded tags are lyrics and license texts."""
+
+_ID3 = {
+    "TIT2": "title", "TPE1": "artist", "TALB": "album", "TCON": "genre", "TBPM": "bpm", "TKEY": "key", "TMOO": "mood",
+    "TDRC": "date", "TIT1": "grouping", "COMM": "comment", "TIT3": "description",
+}  # fmt: skip
+_MP4 = {
+    "\xa9nam": "title", "\xa9ART": "artist", "\xa9alb": "album", "\xa9gen": "genre", "tmpo": "bpm", "\xa9day": "date",
+    "\xa9cmt": "comment", "\xa9grp": "grouping", "desc": "description",
+}  # fmt: skip
+_CHUNKS = {
+    "INAM": "title", "IART": "artist", "IPRD": "album", "IGNR": "genre", "ICMT": "comment", "ICRD": "date",
+    "IKEY": "keywords", "ISBJ": "subject", "NAME": "title", "AUTH": "artist", "ANNO": "comment",
+}  # fmt: skip
+EMBEDDED_TAGS = {**_ID3, **_MP4, **_CHUNKS}
+"""Names of tags inside audio files, by their code in ID3, MP4, RIFF or AIFF."""
+
+_OTHER_NAMES = {
+    "initialkey": "key", "initial_key": "key", "tempo": "bpm", "beatsperminute": "bpm", "beats_per_minute": "bpm",
+    "comments": "comment", "albumtitle": "album", "author": "artist", "year": "date",
+}  # fmt: skip
+
+_MACHINE_NOTES = re.compile(
+    r"itun|replaygain|r128_|musicbrainz|acoustid|serato|traktor|encod|cddb|gracenote|songs-db|musicmatch|discogs|"
+    r"accuraterip|metadata_block|coverart|waveformatextensible|major_brand|minor_version|"
+    r"compatible_brands|mp3gain|software|cuesheet|log$|c0$",
+    re.IGNORECASE,
+)
+"""Names of tags and descriptions of comments that players, encoders and databases write for themselves."""
+
+_HEX_WORDS = re.compile(r"\s*(?:[0-9A-Fa-f]{8}\s+)+[0-9A-Fa-f]{8}\s*")
+"""A player's volume or gap figures, in a comment that lost its description."""
+
+_BPM = re.compile(r"\s*(\d{1,3}(?:[.,]\d*)?)\s*(?:bpm)?\s*", re.IGNORECASE)
+
+_PROMOTION = re.compile(
+    r"https?://|\bwww\.|\S@\w[\w-]*\.\w|"
+    r"\b\w[\w-]+\.(?:com|net|org|info|biz|io|de|fr|co|uk|eu|ru|app|shop|store|fm|tv)\b|"
+    r"\bvisit (?:us|our|my|the)\b|\bclick here\b|\bsubscribe\b|\bfollow (?:us|me)\b|\bsign up\b|"
+    r"\bcheck out (?:our|my)\b|\bfree downloads?\b|\bdownload (?:at|from|more|free|now|your|the)\b|"
+    r"\bbuy (?:now|it|at|from|more|the|this)\b|"
+    r"\border now\b|\bdiscount|\bpromo(?:tional)? codes?\b|\d ?% off\b|\bavailable (?:now|at|on|from)\b|"
+    r"\ball rights reserved\b|\broyalty[- ]free\b|\bcopyright\b|\u00a9|\bunregistered\b|\b(?:demo|trial) version\b|"
+    r"\b(?:ripped|encoded|converted|downloaded|powered) (?:by|with|from|using)\b",
+    re.IGNORECASE,
+)
+
+TAG_PATTERNS = tuple(pattern.pattern for pattern in (_MACHINE_NOTES, _HEX_WORDS, _BPM, _PROMOTION))
+"""What decides which embedded tags are used, for the version of the audit."""
+
+
+def read_embedded_tags(source: str | bytes) -> dict[str, str | int | float]:
+    """Read the tags inside an audio file. Unreadable ones are ignored: a set is not made for them.
+
+    Args:
+        source: Path, or the bytes of a file.
+
+    Returns:
+        Value by name: lower-case names, a number for `bpm`, several values joined by commas.
+    """
+    tags: dict[str, str | int | float] = {}
+    for name, values in [*_read_tags(source), *_read_chunk_tags(source)]:
+        value = _combine(name, values)
+        if value is not None:
+            tags.setdefault(name, value)
+    return tags
+
+
+def is_promotional(text: Any) -> bool:
+    """Tell whether text reads like an advertisement or a web address.
+
+    Args:
+        text: Value of a tag.
+
+    Returns:
+        Whether it does; False for anything but text.
+    """
+    return isinstance(text, str) and bool(_PROMOTION.search(text))
+
+
+def parse_bpm(text: str) -> int | float | None:
+    """Parse a tempo.
+
+    Args:
+        text: Such as "128", "127,5" or "128 BPM".
+
+    Returns:
+        Beats per minute from 1 to 999; None for 0, which means unknown, and for anything else.
+    """
+    match = _BPM.fullmatch(text)
+    bpm = round(float(match[1].replace(",", ".")), 3) if match else 0.0
+    return None if bpm < 1 else int(bpm) if bpm == int(bpm) else bpm
+
+
+def _combine(name: str, values: Iterable[str]) -> str | int | float | None:
+    """The value of a tag: all its different texts joined, or its first valid number."""
+    shown = ("".join(c if c.isprintable() or c == "\0" else " " for c in value) for value in values)
+    parts = (" ".join(part.split()) for value in shown for part in value.split("\0"))
+    texts = list(dict.fromkeys(filter(None, parts)))
+    if name == "bpm":
+        return next(filter(None, map(parse_bpm, texts)), None)
+    if name == "genre":
+        texts = _expand_genres(texts)
+    joined = ", ".join(text for text in texts if not _HEX_WORDS.fullmatch(text))
+    return joined if 0 < len(joined) <= MAX_TAG_LENGTH else None
+
+
+def _expand_genres(texts: Sequence[str]) -> list[str]:
+    """All genres, and the names of those that ID3 numbers: "(4)Eurodisco/17" is Disco, Eurodisco and Rock."""
+    parts = [part for text in texts for part in re.split(r"\s*[/;]\s*", text) if part]
+    names = (name.strip() for name in TCON(encoding=3, text=parts).genres)
+    return list(dict.fromkeys(name for name in names if name and name != "Unknown" and not name.isdigit()))
+
+
+def _read_tags(source: str | bytes) -> list[tuple[str, list[str]]]:
+    """(name, values) of all tags that mutagen reads, the most trusted of each name first."""
+    names = (source, "-") if isinstance(source, str) else ("-",)  # by suffix and by content, which may differ
+    readers: list[Callable[..., Any]] = [functools.partial(mutagen.File, filename=name) for name in names]
+    named = []
+    for read in (*readers, ID3, APEv2):
+        with (
+            contextlib.suppress(Exception),  # what mutagen raises for damaged tags is not one class
+            io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file,
+        ):
+            found = read(fileobj=file)
+            for key, value in getattr(found, "tags", found).items():
+                entry = _name_tag(str(key), value)
+                named += [entry] if entry else []
+    return [(name, values) for _, name, values in sorted(named, key=lambda entry: entry[0])]
+
+
+def _name_tag(key: str, value: Any) -> tuple[int, str, list[str]] | None:
+    """(order, name, values) of a tag; None for what is no text or meant for machines.
+
+    Order: 0 for a format's own field, 1 for named ones, 2 for a comment with a description.
+    """
+    frame = key.partition(":")[0]
+    description = str(getattr(value, "desc", ""))
+    order, name = 1, key.rpartition(":")[2] if key.startswith("----:") else key.removeprefix("WM/")
+    if frame in _ID3 or key in _MP4:
+        order, name = (2 if description else 0), _ID3.get(frame) or _MP4[key]
+    elif frame == "TXXX":
+        name, description = description, ""
+    elif not re.fullmatch(r"[A-Za-z][A-Za-z _-]*", name) or hasattr(value, "FrameID"):
+        return None
+    if not name or _MACHINE_NOTES.match(name) or _MACHINE_NOTES.match(description):
+        return None
+    return order, _normalize_name(name), _list_texts(value)
+
+
+def _read_chunk_tags(source: str | bytes) -> Iterator[tuple[str, list[str]]]:
+    """(name, values) of RIFF's LIST/INFO, AIFF's text chunks, and the tempo of an ACID loop."""
+    try:
+        order, chunks = read_chunks(source, b"LIST", b"acid", b"NAME", b"AUTH", b"ANNO")
+    except OSError:
+        return
+    for chunk, content in chunks:
+        if chunk == b"acid" and len(content) >= 24:
+            flags, tempo = struct.unpack_from(f"{'<' if order == 'little' else '>'}I16xf", content)
+            if not flags & 1:  # a one-shot has no tempo
+                yield "bpm", [f"{tempo:.3f}"]
+        elif chunk == b"LIST" and content[:4] == b"INFO":
+            kind = CHUNK_KINDS[b"RIFF" if order == "little" else b"RIFX"]
+            for name, start, length in iterate_chunks(io.BytesIO(content), len(content), kind, 4):
+                if name.decode() in _CHUNKS:
+                    yield _CHUNKS[name.decode()], [_decode(content[start : start + length])]
+        elif chunk.decode() in _CHUNKS:
+            yield _CHUNKS[chunk.decode()], [_decode(content)]
+
+
+def _decode(content: bytes) -> str:
+    """Text that nobody gave an encoding; empty where it cannot be told."""
+    is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return decode_text(content.removesuffix(b"\0\0") if is_wide else content.partition(b"\0")[0])[0]
+    except DataError:
+        return ""
+
+
+def _list_texts(value: Any) -> list[str]:
+    values = getattr(value, "text", value)
+    values = list(values) if isinstance(values, Sequence) and not isinstance(values, str | bytes) else [values]
+    values = [getattr(entry, "value", entry) for entry in values]
+    texts = [entry.decode("utf-8", "replace") if isinstance(entry, bytes) else entry for entry in values]
+    texts = [str(entry) for entry in texts if isinstance(entry, str | int | float) or hasattr(entry, "text")]
+    if getattr(value, "encoding", None) != Encoding.LATIN1:
+        return texts
+    return [_decode(part.encode("latin-1")) for text in texts for part in text.split("\0")]  # few mean Latin-1
+
+
+def _normalize_name(name: str) -> str:
+    lowered = name.strip().lower().replace(" ", "_").replace("-", "_")
+    return _OTHER_NAMES.get(lowered, lowered)
+
+
+def drop_promotion(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Drop tags that read like an advertisement or a web address.
+
+    Args:
+        fields: Tags inside a file.
+
+    Returns:
+        The others, and the dropped ones as text for a finding.
+    """
+    kept = {name: value for name, value in fields.items() if not is_promotional(value)}
+    return kept, [f"{name}: {fields[name][:80]}" for name in fields if name not in kept]

@@ -1,0 +1,106 @@
+"""What a user names counts: it replaces the other half of a pair, and what a recipe demands must be given."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from sa3train.cli.train import main
+from sa3train.core.errors import ConflictError
+
+OWN = "# @package _global_\n# Mine.\n"
+
+
+@pytest.fixture(autouse=True)
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """No launcher around, and a folder of options of one's own."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "TORCHELASTIC_RUN_ID", "WORLD_SIZE", "SA3TRAIN_RUN_STAMP"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "own" / "recipe").mkdir(parents=True)
+    return tmp_path
+
+
+def compose(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any], str]:
+    """Exit code, settings and errors of the command that shows its settings, as the studio calls it."""
+    code = main([*arguments, "data=d", "run_dir=r", "--cfg", "job", "--resolve"])
+    shown = capsys.readouterr()
+    return code, yaml.safe_load(shown.out) or {}, shown.err
+
+
+def get(settings: dict[str, Any], key: str) -> Any:
+    value: Any = settings
+    for name in key.split("."):
+        value = value[name]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("arguments", "replaced"),
+    [
+        (["data.crop_frames=64"], {"data.crop_seconds": None, "data.crop_frames": 64}),
+        (["data.pack_frames=64"], {"data.silence_tail_seconds": 0.0, "loss.silence_seconds": 0.0}),
+        (["recipe=sfx", "loss.silence_seconds=2"], {"data.pack_frames": None}),
+        (["recipe=sfx", "data.silence_tail_seconds=2"], {"data.pack_frames": None}),
+        (["recipe=sweep", "callbacks.validation.enabled=false"], {"callbacks.validation.select_best": False}),
+        (["recipe=sweep", "callbacks=none"], {"callbacks.validation.select_best": False}),
+        (["recipe=instrument", "optimizer=schedule-free"], {"trainer.ema_decay": None, "optimizer.lr": 5e-4}),
+        (["recipe=post-trained", "loss.timesteps=uniform"], {"loss.sampler_steps": None}),
+        (["loss.timesteps=levels", "loss.sampler_steps=4"], {"loss.shift": "none"}),
+    ],
+)
+def test_what_is_named_replaces_the_other_half_of_a_pair(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], replaced: dict[str, Any]
+) -> None:
+    code, settings, said = compose(capsys, *arguments)
+    assert code == 0, said
+    assert {key: get(settings, key) for key in replaced} == replaced
+    assert "gives way to" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["data.crop_frames=64", "data.crop_seconds=3"], ("crop_frames=64", "crop_seconds=3.0")),
+        (["optimizer=schedule-free", "trainer.ema_decay=0.9"], ("trainer.ema_decay",)),
+        (["loss.sampler_steps=4"], ("loss.sampler_steps",)),
+        (["recipe=continue"], ("recipe=continue", "adapter.start_from")),
+        (["recipe=continue", "adapter.start_from=null"], ("adapter.start_from",)),
+        (["recipe=continue", "adapter.start_from="], ("adapter.start_from",)),
+    ],
+)
+def test_what_is_named_twice_or_not_at_all_is_refused(
+    capsys: pytest.CaptureFixture[str], arguments: list[str], names: tuple[str, ...]
+) -> None:
+    code, _, said = compose(capsys, *arguments)
+    assert code == 1 and said.startswith("error: ") and all(name in said for name in names), said
+
+
+def test_a_recipe_of_ones_own_is_no_different(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = place / "own" / "recipe"
+    (recipe / "mine.yaml").write_text(f"{OWN}data:\n  pack_frames: 64\nadapter:\n  alpha: ???\n")
+    (recipe / "from_mine.yaml").write_text(f"{OWN}defaults: [mine, _self_]\nadapter:\n  alpha: 3.0\n")
+    own = ("--config-dir", str(place / "own"))
+    code, _, said = compose(capsys, *own, "recipe=mine")
+    assert code == 1 and "recipe=mine needs adapter.alpha" in said
+    code, settings, _ = compose(capsys, *own, "recipe=mine", "adapter.alpha=2")
+    assert code == 0 and settings["data"]["silence_tail_seconds"] == 0.0
+    code, settings, _ = compose(capsys, *own, "recipe=from_mine", "data.silence_tail_seconds=1")
+    assert code == 0 and settings["data"]["pack_frames"] is None and settings["adapter"]["alpha"] == 3.0
+
+
+def test_a_configuration_of_ones_own_counts_more_than_the_recipe(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "own" / "my.yaml").write_text("defaults: [train, _self_]\ndata:\n  crop_frames: 64\n")
+    code, settings, said = compose(capsys, "--config-dir", str(place / "own"), "--config-name", "my")
+    assert code == 0, said
+    assert settings["data"]["crop_seconds"] is None and settings["data"]["crop_frames"] == 64
+
+
+def test_a_conflict_survives_the_way_between_processes() -> None:
+    import pickle
+
+    error = pickle.loads(pickle.dumps(ConflictError("a and b", {"a": None, "b": ...})))
+    assert str(error) == "a and b" and error.off == {"a": None, "b": ...}

@@ -1,0 +1,110 @@
+"""A setting given on the command line that can change nothing is refused; one that rarely makes sense is named."""
+
+import dataclasses
+import logging
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_module
+from omegaconf import OmegaConf
+
+from sa3train.cli.hydra_app import register_resolvers
+from sa3train.cli.train_config import TrainConfig
+from sa3train.cli.train_setup import check_overrides_have_effect, start_ranks
+from sa3train.core.config import build
+from sa3train.core.errors import ConfigError, SA3Error
+from sa3train.training.optim import make_lr_lambda, make_optimizer
+from sa3train.training.settings import OptimizerSettings, SchedulerSettings
+
+
+def configure(*overrides: str) -> TrainConfig:
+    """Build the configuration that `sa3-train data=latents OVERRIDES` gives."""
+    register_resolvers()
+    with pytest.MonkeyPatch.context() as patch, initialize_config_module("sa3train.conf", version_base="1.3"):
+        patch.setenv("SA3TRAIN_RUN_STAMP", "stamp")
+        values: Any = OmegaConf.to_container(compose("train", ["data.dir=latents", *overrides]), resolve=True)
+    return build(TrainConfig, values)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("callbacks.validation.patience=8",),
+        ("trainer.max_steps=100", "callbacks.checkpoint.keep_last=3"),
+        ("callbacks.validation.enabled=false", "callbacks.demos.enabled=false", "data.heldout_clips=3"),
+        ("++loss.inpainting.segments=0", "++loss.inpainting.continuation=0", "loss.context_weight=2"),
+        ("callbacks.demos.enabled=false", "callbacks.demos.seed=3"),
+        ("callbacks.validation.enabled=false", "callbacks.validation.seed=3"),
+        ("resume=out", "name=other"),
+        ("resume=out", "paths.runs=other"),
+        ("resume=out", "run_dir=other"),
+        ("data.weight=2",),
+        ("loss.silence_seconds=0", "data.silence_tail_seconds=3"),
+    ],
+)
+def test_the_last_override_has_no_effect_and_is_refused(overrides: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match=rf"{overrides[-1].partition('=')[0]} has no effect"):
+        check_overrides_have_effect(configure(*overrides), overrides, ranks=1)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [("data.verify=none", "data.allow_damaged=true"), ("data.prompts.separator=';'",),
+     ("data.crop_seconds=null", "data.crop=start"),
+     ("loss.huber_delta=2",), ("adapter.options.x=1",),
+     ("logger.project=x",), ("data.prompts.trigger_probability=0.5",), ("data.prompts.keep_tags=2",)],
+)  # fmt: skip
+def test_settings_without_effect_are_refused_when_they_are_built(overrides: tuple[str, ...]) -> None:
+    with pytest.raises(SA3Error, match=r"no effect|has none"):
+        configure(*(f"++{override}" if ".options." in override else override for override in overrides))
+
+
+@pytest.mark.parametrize("name", ["validation", "demos"])
+def test_an_interval_beyond_the_run_is_named(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    overrides = ("trainer.max_steps=100", f"callbacks.{name}.every=101")
+    with caplog.at_level(logging.WARNING):
+        check_overrides_have_effect(configure(*overrides), overrides, ranks=1)
+    assert f"callbacks.{name}.every=101" in caplog.text
+    caplog.clear()
+    check_overrides_have_effect(configure(overrides[0]), overrides[:1], ranks=1)
+    assert not caplog.text, "defaults and recipes are not the user's words"
+
+
+@pytest.mark.parametrize("name", ["constant", "inverse"])
+def test_a_warm_up_longer_than_the_run_is_named(name: str, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        make_lr_lambda(SchedulerSettings(name, 100), total_steps=101)
+        assert not caplog.text
+        make_lr_lambda(SchedulerSettings(name, 100), total_steps=100)
+    assert "scheduler.warmup_steps=100" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "options", [{"eps": -1}, {"eps": "abc"}, {"foreach": "maybe"}, {"amsgrad": 1}, {"fused": True, "foreach": True}]
+)
+def test_what_an_optimizer_refuses_is_named(options: dict[str, Any]) -> None:
+    parameters = [("layer.lora_B", torch.nn.Parameter(torch.ones(2, 2)))]
+    with pytest.raises(ConfigError, match=r"optimizer\.options"):
+        make_optimizer(OptimizerSettings(options=options), parameters)
+
+
+def test_more_threads_than_cores_are_lowered_with_a_message(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen: list[int] = []
+    monkeypatch.setattr("torch.set_num_threads", seen.append)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    config = configure("trainer.accelerator=cpu", "trainer.devices=1")
+    for threads in (3, 1000):
+        trainer = dataclasses.replace(config.trainer, threads=threads)
+        with caplog.at_level(logging.WARNING):
+            start_ranks(dataclasses.replace(config, trainer=trainer))
+    assert seen == [3, 4] and "trainer.threads=1000" in caplog.text and "trainer.threads=3" not in caplog.text
+
+
+def test_more_devices_than_there_are_start_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("os.execv", lambda *_: pytest.fail("a launcher was started"))
+    with pytest.raises(ConfigError, match=r"trainer\.devices=1000"):
+        start_ranks(configure("trainer.accelerator=cpu", "trainer.devices=1000"))
