@@ -28,6 +28,7 @@ import errno
 import json
 import os
 import re
+import signal
 import sys
 import time
 import traceback
@@ -112,6 +113,7 @@ def run_job(job: Callable[[], int | None]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except Interrupted as stop:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # another Ctrl-C while Python exits ends it without a traceback
         print(stop, file=sys.stderr)
         return 128 + stop.number
     except BrokenPipeError:  # the reader of the pipe, such as `head`, has ended

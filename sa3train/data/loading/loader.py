@@ -25,9 +25,6 @@ from sa3train.data.shards.reader import LatentStore
 
 _SILENCE_FRAMES = 16
 
-_GRACE_SECONDS = 120
-"""How long a worker lives on after a signal to end."""
-
 
 class Batch(TypedDict):
     """What the loader yields. T is the same on every rank, unless the data is streamed.
@@ -385,19 +382,14 @@ def _iterate_batches(
         sampler=sampler if isinstance(dataset, LatentDataset) else None,
         num_workers=num_workers,
         generator=torch.Generator().manual_seed(0),  # workers' base seed: none of ours, and not the global stream
-        worker_init_fn=_outlive_signals,
+        worker_init_fn=_ignore_ctrl_c,
     )
     yield from map(_raise_error, loader)
 
 
-def _outlive_signals(worker: int) -> None:
-    """Terminals, service managers and `pkill` signal the workers too, but the main process still needs them to finish
-    its step and save. It ends them then; if it cannot, they end by themselves.
-    """
+def _ignore_ctrl_c(worker: int) -> None:
+    """A terminal sends Ctrl-C to workers too, but the step that is being computed still needs them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "SIGALRM"):
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda *_: signal.alarm(_GRACE_SECONDS))
 
 
 def _raise_error(batch: Batch | SA3Error) -> Batch:

@@ -156,13 +156,22 @@ def _drop_repeated(clips: Iterable[Clip], problems: list[Problem]) -> Iterator[C
 
 @dataclass(slots=True)
 class _Entry:
-    """A row of a list and the file it names. `foreign`: start of the given path that is of another machine."""
+    """A row of a list and the file it names; small, since a million of them have to fit the memory.
 
-    row: ListRow
-    name: str
+    `foreign`: start of the given path that is of another machine. `given`: that path, None where it equals `path`.
+    """
+
+    list: str
+    line: int
+    text: str
     path: str
+    given: str | None
     foreign: str
     notes: tuple[tuple[str, str], ...]
+
+    @property
+    def name(self) -> str:
+        return f"{self.list}:{self.line}"
 
 
 class _Folder:
@@ -214,7 +223,7 @@ class _Folder:
         text, fields = (self.storage.get_blob(names[0]) if names else None for names in found)
         others = tuple(self.storage.get_blob(other) for names in found for other in names[1:])
         used = [name, *(side for names in found for side in names)]
-        row = entry.row.text if entry else None
+        row = entry.text if entry else None
         notes = entry.notes if entry else ()
         row_name, audio = entry.name if entry else "", self.storage.get_blob(name)
         stamps = (self.names.get(file) or self.storage.get_blob(file).compute_stamp() for file in used)
@@ -262,9 +271,9 @@ class _Folder:
                 continue
             is_whole = is_url(path) or path.startswith("/")
             audio = Blob(path if is_whole else f"{self.root}{path}", name=path)
-            stamp = f"{audio.compute_stamp()}|{_hash_text(entry.row.text)}"
+            stamp = f"{audio.compute_stamp()}|{_hash_text(entry.text)}"
             source = _show(path.rpartition("://")[2].lstrip("/"))
-            row, row_name, notes = entry.row.text, entry.name, entry.notes
+            row, row_name, notes = entry.text, entry.name, entry.notes
             self.listing.clips.append(Clip(source, audio, row=row, row_name=row_name, notes=notes, stamp=stamp))
 
     def read_list(self, name: str, entries: dict[str, _Entry], alone: bool) -> None:
@@ -283,7 +292,9 @@ class _Folder:
                     raise DataError(row.problem)
                 if row.text:
                     path, foreign = self.resolve(row, posixpath.dirname(name), alone)
-                    found.append(_Entry(row, place, path, foreign, notes + _describe_match(row, place, path, foreign)))
+                    remarks = notes + _describe_match(row, place, path, foreign)
+                    given = None if row.paths[0] == path else row.paths[0]
+                    found.append(_Entry(name, row.line, row.text, path, given, foreign, remarks))
             except DataError as error:
                 self.listing.problems.append(Problem(place, str(error)))
         # All paths of another machine must start in one folder there: else a file that is called alike would match.
@@ -292,12 +303,13 @@ class _Folder:
         for entry in found:
             known = entries.get(entry.path)
             if entry.foreign not in ("", start):
-                problem = f"names {entry.row.paths[0]:.200}, which does not exist. If {entry.path} is meant, write that"
+                given = entry.given or entry.path
+                problem = f"names {given:.200}, which does not exist. If {entry.path} is meant, write that"
             elif known is None:
                 entries[entry.path] = entry
                 continue
-            elif not _is_same(known.row, entry.row):
-                problem = f"names {entry.row.paths[0]:.200} a second time; {known.name} is used"
+            elif not _is_same(known.text, entry.text):
+                problem = f"names {entry.given or entry.path:.200} a second time; {known.name} is used"
             else:
                 continue
             self.listing.problems.append(Problem(entry.name, problem))
@@ -406,10 +418,10 @@ def _describe_match(row: ListRow, place: str, path: str, foreign: str) -> tuple[
     return tuple(("list_row", f"{place} {detail}") for detail in details)
 
 
-def _is_same(one: ListRow, other: ListRow) -> bool:
+def _is_same(one: str, other: str) -> bool:
     texts = [
-        {name: str(value) for name, value in parse_object(row.text).items() if name not in PATH_FIELDS and value != ""}
-        for row in (one, other)
+        {name: str(value) for name, value in parse_object(text).items() if name not in PATH_FIELDS and value != ""}
+        for text in (one, other)
     ]
     return texts[0] == texts[1]
 
