@@ -7,7 +7,7 @@ from typing import Any
 
 from sa3train.adapters.layer_filter import check_patterns, is_included, matches_pattern, split_patterns
 from sa3train.core.errors import AdapterError
-from sa3train.core.text import format_range
+from sa3train.core.text import format_range, shorten
 
 MAX_RANK = 16384
 MAX_VALUE = 1e9
@@ -163,13 +163,15 @@ class AdapterSpec:
         ranks = {f"rank_pattern[{pattern!r}]": rank for pattern, rank in self.rank_pattern.items()}
         for name, rank in {"rank": self.rank, **ranks}.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
-                raise AdapterError(f"{name} must be an integer from 1 to {MAX_RANK}, not {_shorten(rank)}.")
+                raise AdapterError(f"{name} must be an integer from 1 to {MAX_RANK}, not {shorten(repr(rank))}.")
         alphas = {f"alpha_pattern[{pattern!r}]": alpha for pattern, alpha in self.alpha_pattern.items()}
         for name, alpha in {"alpha": self.alpha, **alphas}.items():
             if alpha is not None and not (is_finite_number(alpha) and alpha != 0):
-                raise AdapterError(f"{name} must be a number other than 0, up to {MAX_VALUE:g}, not {_shorten(alpha)}.")
+                raise AdapterError(
+                    f"{name} must be a number other than 0, up to {MAX_VALUE:g}, not {shorten(repr(alpha))}."
+                )
         if not (is_finite_number(self.dropout) and 0 <= self.dropout < 1):
-            raise AdapterError(f"dropout must be in [0, 1), not {_shorten(self.dropout)}.")
+            raise AdapterError(f"dropout must be in [0, 1), not {shorten(repr(self.dropout))}.")
         if self.options and self.adapter_type not in PEFT_METHODS:
             raise AdapterError(
                 f"options {sorted(self.options)} are for PEFT's own methods; {self.adapter_type} has none."
@@ -269,8 +271,3 @@ def _find_first(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
     if path in patterns:  # a layer named in full, as the tools write it
         return patterns[path]
     return next((value for pattern, value in patterns.items() if matches_pattern(pattern, path)), default)
-
-
-def _shorten(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:60]}…"

@@ -4,11 +4,13 @@ import os
 import sys
 from types import TracebackType
 
+_previous_hook = sys.excepthook
+
 
 def _end_at_ctrl_c(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """End as `run_job` ends a command, also while Python still imports what comes before it."""
     if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
+        _previous_hook(kind, error, trace)
         return
     os.write(2, b"stopped by Ctrl-C\n")
     os._exit(130)

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from sa3train.core.errors import ConfigError, SA3Error
+from sa3train.core.text import shorten
 
 Schema = TypeVar("Schema")
 
@@ -194,7 +195,7 @@ def check_settings(settings: Any, section: str = "", error: type[SA3Error] = Con
     for name, declared in list_settings(settings).items():
         full, value = f"{section}.{name}" if section else name, getattr(settings, name)
         if not declared.choices and not _has_type(kinds[name], value):
-            raise error(f"{full}={_shorten(repr(value))} must be {_describe(kinds[name])}.")
+            raise error(f"{full}={shorten(repr(value))} must be {_describe(kinds[name])}.")
         items = list(value) if isinstance(value, list | tuple) else [value]
         for item in items if declared.choices else ():
             if items.count(item) > 1:
@@ -202,7 +203,7 @@ def check_settings(settings: Any, section: str = "", error: type[SA3Error] = Con
             if item is not None:
                 check_choice(full, item, declared.choices, error)
         if problem := declared.find_problem(value):
-            raise error(f"{full}={_shorten(value)} must {problem}.")
+            raise error(f"{full}={shorten(str(value))} must {problem}.")
 
 
 def _has_type(kind: Any, value: Any) -> bool:
@@ -234,7 +235,7 @@ def check_choice(name: str, value: Any, choices: Iterable[Any], error: type[SA3E
     if value not in known:
         close = find_closest(str(value), [str(choice) for choice in known])
         hint = f"Did you mean {close}?" if close else f"Choose from: {', '.join(map(str, known))}."
-        raise error(f"{name}={_shorten(value)} is unknown. {hint}")
+        raise error(f"{name}={shorten(str(value))} is unknown. {hint}")
 
 
 def _list_choices(kind: Any) -> tuple[Any, ...]:
@@ -245,11 +246,6 @@ def _list_choices(kind: Any) -> tuple[Any, ...]:
             return ()
         choices += typing.get_args(option)
     return tuple(choices)
-
-
-def _shorten(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def build(schema: type[Schema], values: Mapping[str, Any], *, ignore_unknown: bool = False) -> Schema:
@@ -432,7 +428,7 @@ def _convert(kind: Any, value: Any, key: str, allowed: str = "") -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:
         if not any(value == choice and type(value) is type(choice) for choice in arguments):
-            raise ConfigError(f"'{key}' is {_shorten(repr(value))}; choose one of: {', '.join(map(str, arguments))}.")
+            raise ConfigError(f"'{key}' is {shorten(repr(value))}; choose one of: {', '.join(map(str, arguments))}.")
         return value
     if origin in (list, tuple) and isinstance(value, list | tuple):
         return origin(_convert(arguments[0], item, f"{key}[{index}]", allowed) for index, item in enumerate(value))
@@ -449,12 +445,12 @@ def _convert(kind: Any, value: Any, key: str, allowed: str = "") -> Any:
         return value
     limits = f" ({allowed})" if allowed and not isinstance(value, Mapping | list | tuple) else ""
     advice = f""" Quote it: {key}="'{value}'".""" if kind is str and type(value) in (bool, int) else ""
-    raise ConfigError(f"'{key}' must be {_describe(kind)}{limits}, but is {_shorten(repr(value))}.{_shorten(advice)}")
+    raise ConfigError(f"'{key}' must be {_describe(kind)}{limits}, but is {shorten(repr(value))}.{shorten(advice)}")
 
 
 def _convert_section(kind: Any, value: Any, key: str) -> Any:
     if not isinstance(value, Mapping):
-        raise ConfigError(f"'{key}' must be a section with keys, but is {_shorten(repr(value))}.")
+        raise ConfigError(f"'{key}' must be a section with keys, but is {shorten(repr(value))}.")
     arguments, types_by_name = {}, _get_field_types(kind)
     for field in dataclasses.fields(kind):
         full = f"{key}.{field.name}" if key else field.name
@@ -478,7 +474,7 @@ def _convert_union(options: tuple[Any, ...], value: Any, key: str, allowed: str)
     for option in sorted(real, key=lambda option: type(value) is not option):  # the exact type first
         with contextlib.suppress(ConfigError):
             return _convert(option, value, key, allowed)
-    raise ConfigError(f"'{key}' must be {' or '.join(map(_describe, options))}, but is {_shorten(repr(value))}.")
+    raise ConfigError(f"'{key}' must be {' or '.join(map(_describe, options))}, but is {shorten(repr(value))}.")
 
 
 def _describe(kind: Any) -> str:

@@ -47,7 +47,7 @@ def choose_device(device: str | torch.device | None = None, auto: Sequence[str] 
         chosen = torch.device(device)
         if chosen.type not in ("cpu", *available):
             torch.zeros(1, device=chosen).item()  # a type that torch knows by name only holds no numbers
-    except (RuntimeError, NotImplementedError, AssertionError, ImportError) as error:
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ConfigError(f"unknown device {device!r}. Use auto, cpu, cuda, cuda:0 or mps.") from error
     count = available.get(chosen.type)
     if count is not None and (chosen.index or 0) >= count:

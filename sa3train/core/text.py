@@ -29,6 +29,19 @@ def format_range(values: Sequence[float]) -> str:
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
 
 
+def shorten(text: str, limit: int = 80) -> str:
+    """Shorten text that may be long, for a message.
+
+    Args:
+        text: Any text.
+        limit: Most characters to keep.
+
+    Returns:
+        The text, or its start and an ellipsis.
+    """
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
 def list_few(names: Sequence[str], count: int = 2) -> str:
     """List the first names of many.
 

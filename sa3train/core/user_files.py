@@ -121,10 +121,8 @@ def _scan(path: str) -> tuple[str, list[os.DirEntry[str]]]:
 def _is_answering(folder: str) -> bool:
     try:
         _call_with_timeout(os.stat, folder)
-    except TimeoutError:
-        return False
-    except OSError:
-        pass
+    except OSError as error:
+        return not isinstance(error, TimeoutError)  # that there is no such folder is an answer, too
     return True
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 from sa3train.core.config import MAX_SEED, check_settings, list_settings, setting
 from sa3train.core.errors import GenerationError
+from sa3train.core.text import shorten
 
 SAMPLER_NAMES = ("euler", "dpmpp", "rk4", "pingpong")
 """The keys of `sa3train.diffusion.samplers.SAMPLERS`, which a test holds equal; listed here to do without torch."""
@@ -249,7 +250,7 @@ def check_number(name: str, value: Any) -> float:
     with contextlib.suppress(OverflowError):  # an integer beyond every float
         if isinstance(value, numbers.Real) and not isinstance(value, bool) and abs(float(value)) < 1e300:
             return float(value)
-    raise GenerationError(f"{name} must be a number, not {value!r:.80}.")
+    raise GenerationError(f"{name} must be a number, not {shorten(repr(value))}.")
 
 
 def _check_type(name: str, value: Any, kind: type) -> Any:
@@ -257,10 +258,12 @@ def _check_type(name: str, value: Any, kind: type) -> Any:
         return check_number(name, value)
     if kind is int:
         if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise GenerationError(f"{name} must be a whole number, not {value!r:.80}.")
+            raise GenerationError(f"{name} must be a whole number, not {shorten(repr(value))}.")
         return int(value)
     if not isinstance(value, kind):
-        raise GenerationError(f"{name} must be {'true or false' if kind is bool else 'text'}, not {value!r:.80}.")
+        raise GenerationError(
+            f"{name} must be {'true or false' if kind is bool else 'text'}, not {shorten(repr(value))}."
+        )
     if isinstance(value, str):
         try:
             value.encode("utf-8")

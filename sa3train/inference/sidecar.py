@@ -18,6 +18,7 @@ from sa3train.adapters.adapter import Adapter
 from sa3train.core.config import Setting, build, check_settings, setting
 from sa3train.core.errors import GenerationError, SA3Error
 from sa3train.core.files import FOLDER_FILES, MADE_BY, hash_file, is_sidecar, path_exists
+from sa3train.core.text import shorten
 from sa3train.core.user_files import read_file
 from sa3train.inference.resolve import ResolvedSettings
 from sa3train.inference.settings import AUDIO_SETTINGS, PER_ITEM_SETTINGS, GenerationSettings
@@ -179,7 +180,8 @@ def read_sidecar(path: Path) -> dict[str, Any]:
         raise GenerationError(f"{path} is not a sidecar of sa3-generate: it lacks made_by={MADE_BY}.")
     if record.get("format") != FORMAT:
         raise GenerationError(
-            f"{path} has format {record.get('format')!r:.80}, but this version reads {FORMAT}. Update sa3train."
+            f"{path} has format {shorten(repr(record.get('format')))}, but this version reads {FORMAT}. "
+            "Update sa3train."
         )
     settings = record.get("settings")
     if isinstance(settings, dict):
@@ -195,7 +197,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
 def _collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     names = [name for name, _ in pairs]
     if repeated := next((name for name in names if names.count(name) > 1), None):
-        raise ValueError(f"it has {repeated!r:.80} twice")
+        raise ValueError(f"it has {shorten(repr(repeated))} twice")
     return dict(pairs)
 
 
@@ -205,7 +207,7 @@ def _check_values(value: Any, name: str = "") -> None:
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
             _check_values(item, f"{name}[{key}]" if isinstance(value, list) else f"{name}.{key}".lstrip("."))
     elif problem := _ANY.find_problem(value):
-        raise GenerationError(f"{name}={value!r:.80} must {problem}.")
+        raise GenerationError(f"{name}={shorten(repr(value))} must {problem}.")
 
 
 def list_inputs(record: Mapping[str, Any]) -> list[str]:

@@ -22,7 +22,7 @@ from sa3train.adapters.tools.history import HISTORY, read_history
 from sa3train.adapters.tools.low_rank import Product, compute_inner_product
 from sa3train.core.errors import AdapterError
 from sa3train.core.files import replace_file
-from sa3train.core.text import format_number, list_few
+from sa3train.core.text import format_number, list_few, shorten
 
 RELATIVE_CHANGE, PRODUCT_NORM = "‖W' − W‖ / ‖W‖", "norm of the scaled low-rank product"
 COMPARED_SETTINGS = ("adapter_type", "rank", "alpha", "rslora", "dropout", "include", "exclude", "dtypes")
@@ -119,8 +119,8 @@ class Inspection:
     @property
     def provenance(self) -> dict[str, str]:
         """The metadata and the history in words, by name."""
-        metadata = {key: _shorten(value) for key, value in self.metadata.items() if key != HISTORY}
-        return metadata | {f"step {number}": _shorten(str(entry)) for number, entry in enumerate(self.history, 1)}
+        metadata = {key: shorten(value, 160) for key, value in self.metadata.items() if key != HISTORY}
+        return metadata | {f"step {number}": shorten(str(entry), 160) for number, entry in enumerate(self.history, 1)}
 
     @property
     def problems(self) -> list[str]:
@@ -178,7 +178,7 @@ class Comparison:
     def changed(self) -> list[list[str]]:
         """Rows of name, first, second for settings and metadata that differ."""
         changed = self.settings | self.metadata
-        return [[name, *(_shorten(str(value)) for value in pair)] for name, pair in changed.items()]
+        return [[name, *(shorten(str(value), 160) for value in pair)] for name, pair in changed.items()]
 
     def list_differences(self, count: int | None = None) -> list[list[str]]:
         """List the layers, the most different first.
@@ -311,10 +311,6 @@ def plot_layers(inspection: Inspection, path: str | os.PathLike[str]) -> None:
     axes.legend(fontsize=7)
     with replace_file(path) as temporary:
         figure.savefig(temporary, format="png", dpi=130)
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= 160 else f"{text[:157]}…"
 
 
 def _summarize_layer(adapter: Adapter, path: str) -> LayerSummary:

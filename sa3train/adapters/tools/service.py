@@ -98,8 +98,7 @@ def extract_adapter(
     Returns:
         What was written.
     """
-    is_file_name(target)
-    check_target(target, [tuned.path, base.path], overwrite)
+    _check_target(target, [tuned.path, base.path], overwrite)
     provenance = {
         "base_model": base.name,
         "base_hash": base.fingerprint(),
@@ -133,8 +132,7 @@ def resize_adapter(
     Returns:
         What was written.
     """
-    is_file_name(target)
-    check_target(target, [source], overwrite)
+    _check_target(target, [source], overwrite)
     truncation, original = require_rank(truncation), load_adapter(source)
     weights, warnings = get_base_weights([original], model)
     adapter, error = resize(original, truncation, weights)
@@ -165,8 +163,7 @@ def scale_adapter(
     Returns:
         What was written.
     """
-    is_file_name(target)
-    check_target(target, [source], overwrite)
+    _check_target(target, [source], overwrite)
     original = load_adapter(source)
     weights, warnings = get_base_weights([original], model)
     error = None
@@ -205,3 +202,9 @@ def _save(
     save_adapter(target, adapter, get_dtype(dtype))
     lost = [] if error is None else error.not_carried
     return EditResult(target, adapter, notes, [*warnings, *(f"not carried over: {what}" for what in lost)], error)
+
+
+def _check_target(target: AnyPath, inputs: Sequence[AnyPath], overwrite: bool) -> None:
+    """Check, before the work, that an adapter can be written to a path."""
+    is_file_name(target)  # raises for names of other kinds of files
+    check_target(target, inputs, overwrite)

@@ -16,6 +16,7 @@ from gradio.context import Context
 from sa3train.core.config import list_settings
 from sa3train.core.errors import GenerationError, SA3Error
 from sa3train.core.log import get_logger
+from sa3train.core.text import shorten
 from sa3train.inference.settings import check_number
 from sa3train.studio.server.workspace import StudioError
 
@@ -207,7 +208,9 @@ def parse_optional_number(name: str, text: str | float | None) -> float | None:
     try:
         return check_number(name, float(text) if isinstance(text, str) else text)
     except ValueError as error:
-        raise GenerationError(f"{name} must be a number, not {text!r:.80}. Correct it or leave it empty.") from error
+        raise GenerationError(
+            f"{name} must be a number, not {shorten(repr(text))}. Correct it or leave it empty."
+        ) from error
 
 
 def parse_numbers(text: str) -> list[float]:
@@ -223,11 +226,11 @@ def parse_numbers(text: str) -> list[float]:
         StudioError: A part is not a number.
     """
     if ";" in text and re.search(r"\d,\d", text):  # 0,5; 1 may be two numbers or three
-        raise StudioError(f"{text!r:.80} has commas inside numbers. Write 0.5 with a point: 0, 0.5, 1.")
+        raise StudioError(f"{shorten(repr(text))} has commas inside numbers. Write 0.5 with a point: 0, 0.5, 1.")
     try:
         return [check_number("each part", float(part)) for part in re.split("[,;]", text) if part.strip()]
     except ValueError as error:
-        message = f"{text!r:.80} is not a list of numbers. Write them with commas, such as 0, 0.5, 1."
+        message = f"{shorten(repr(text))} is not a list of numbers. Write them with commas, such as 0, 0.5, 1."
         raise StudioError(message) from error
 
 
