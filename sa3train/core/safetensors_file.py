@@ -23,7 +23,7 @@ from torch import Tensor
 from sa3train.core.errors import AdapterError
 from sa3train.core.files import replace_file
 from sa3train.core.log import get_logger
-from sa3train.core.user_files import read_file, stat_file
+from sa3train.core.user_files import check_content, read_file, stat_file
 
 logger = get_logger(__name__)
 
@@ -88,6 +88,7 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
     file = Path(path)
     try:
         size = stat_file(file).st_size
+        check_content(file)
         with file.open("rb") as stream:
             start = stream.read(8)
             _refuse_other_formats(file, start)

@@ -54,6 +54,21 @@ def stat_file(path: str | os.PathLike[str]) -> os.stat_result:
     return state
 
 
+def check_content(path: str | os.PathLike[str]) -> None:
+    """Check a file that a library will open by its path.
+
+    Files of /proc say that they are empty, and some of them block when they are read.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: As for `stat_file`; or it is empty.
+    """
+    if stat_file(path).st_size == 0:
+        raise OSError(errno.ENODATA, "it is empty", os.fspath(path))
+
+
 def is_file(entry: os.DirEntry[str]) -> bool:
     """Tell whether an entry of a folder is a regular file, or a link to one.
 

@@ -6,6 +6,7 @@ nor on when a run was interrupted.
 Shapes: B rows, S clips of a batch, C latent channels, T latent frames. Without packing, each row is a clip (S = B).
 """
 
+import contextlib
 import math
 import random
 import signal
@@ -384,7 +385,22 @@ def _iterate_batches(
         generator=torch.Generator().manual_seed(0),  # workers' base seed: none of ours, and not the global stream
         worker_init_fn=_ignore_ctrl_c,
     )
-    yield from map(_raise_error, loader)
+    with _hold_ctrl_c():
+        batches = iter(loader)
+    yield from map(_raise_error, batches)
+
+
+@contextlib.contextmanager
+def _hold_ctrl_c() -> Iterator[None]:
+    """Hold Ctrl-C back while workers start: until `_ignore_ctrl_c` runs in them, it would end them."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _ignore_ctrl_c(worker: int) -> None:

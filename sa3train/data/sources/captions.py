@@ -7,7 +7,7 @@ from typing import Any
 
 from sa3train.core.errors import DataError
 from sa3train.core.files import is_sidecar
-from sa3train.core.user_files import stat_file
+from sa3train.core.user_files import check_content
 from sa3train.data.sources.listing import Clip
 from sa3train.data.sources.lists import CAPTION_FIELDS, PATH_FIELDS, parse_object
 from sa3train.data.sources.storage import Blob
@@ -138,7 +138,7 @@ def _read_embedded_tags(clip: Clip, audio: bytes | None, text: ClipText, allow_p
     path = clip.audio.local_path()
     try:
         if path:
-            stat_file(path)
+            check_content(path)
         fields = read_embedded_tags(audio or path or clip.audio.read())
     except (DataError, OSError):
         return {}

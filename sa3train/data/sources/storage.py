@@ -17,7 +17,7 @@ from sa3train.audio.decode import AUDIO_LIMIT
 from sa3train.audio.io import AUDIO_SUFFIXES
 from sa3train.core.errors import DataError
 from sa3train.core.files import get_cache_dir
-from sa3train.core.user_files import read_file, scan_folder, stat_file
+from sa3train.core.user_files import check_content, read_file, scan_folder, stat_file
 
 
 def is_url(path: str) -> bool:
@@ -274,7 +274,7 @@ class TarStorage(LocalStorage):
             self.problems.append(f"is not a readable tar ({reason}).{remedy if _is_compressed(path) else ''}")
 
     def _read_members(self, path: str) -> None:
-        stat_file(path)
+        check_content(path)
         with tarfile.open(path, "r:") as tar:
             for member in _iterate_members(tar):
                 name = member.name.removeprefix("./")

@@ -278,7 +278,7 @@ def entry(dtype: str = "F16", shape: Any = (2, 2), offsets: Any = (0, 8)) -> Hea
 
 A, B = (f"{PATH}.parametrizations.weight.0.lora_{name}" for name in "AB")
 NAMED = {
-    "empty": (b"", "it has only 0 bytes"),
+    "empty": (b"", "it is empty"),
     "seven bytes": (b"1234567", "it has only 7 bytes"),
     "header longer than the file": (struct.pack("<Q", 5000) + b"{}", "header claims 5000 bytes"),
     "header of exabytes": (struct.pack("<Q", 2**63) + b"{}", "header claims 9223372036854775808"),

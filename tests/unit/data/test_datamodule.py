@@ -152,13 +152,15 @@ def test_a_changed_set_resumes_with_a_warning(tmp_path: Path, caplog: pytest.Log
 def test_workers_outlive_ctrl_c(tmp_path: Path) -> None:
     loader = make_data_module(make_store(tmp_path / "a", [4] * 12), 2, num_workers=2).train_dataloader()
     batches, others = endless(loader), psutil.Process().children()
-    next(batches)
-    workers = [process for process in psutil.Process().children() if process not in others]
-    assert len(workers) == 2
-    for worker in workers:
-        worker.send_signal(signal.SIGINT)
-    assert len([next(batches) for _ in range(12)]) == 12
-    loader.close()
+    try:
+        next(batches)
+        workers = [process for process in psutil.Process().children() if process not in others]
+        assert len(workers) == 2
+        for worker in workers:  # also one that is still starting
+            worker.send_signal(signal.SIGINT)
+        assert len([next(batches) for _ in range(12)]) == 12
+    finally:
+        loader.close()
     assert psutil.wait_procs(workers, timeout=30)[1] == []
 
 

@@ -241,6 +241,23 @@ def test_a_list_of_special_files_is_audited(tmp_path: Path) -> None:
     assert all("unreadable" in codes for codes in found.values())
 
 
+def test_files_without_a_size_are_never_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of /proc are regular and say that they are empty; reading some of them, such as kmsg, never ends."""
+    for name in ("a.wav", "b.tar", "c.mp3", "c.txt"):
+        (tmp_path / name).touch()
+
+    def refuse(self: Path, *_: object, **__: object) -> None:
+        raise AssertionError(f"{self} was opened")
+
+    listing = list_source(str(tmp_path))
+    monkeypatch.setattr(Path, "open", refuse)
+    monkeypatch.setattr(tarfile, "open", refuse)
+    assert "empty" in reasons(list_source(str(tmp_path)))["b.tar"]
+    for clip in listing.clips:
+        findings = audit_clip(clip, AuditRules("optional"))["findings"]
+        assert "unreadable" in {finding["code"] for finding in findings}
+
+
 def test_links_that_fan_out_are_listed_once(tmp_path: Path) -> None:
     """Each of 39 folders links to the next one twice: 2³⁹ paths."""
     for number in range(40):
