@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up and start the studio, a local web page, with nano: http://127.0.0.1:7860. Arguments go to sa3-studio.
-#   bash launch/studio.sh                          in the current folder
-#   bash launch/studio.sh runs my_audio --model small-music
+#   bash launch/studio.sh my_pack                            reads my_pack, writes to ./sa3-studio
+#   bash launch/studio.sh my_pack runs --model small-music   reads two folders
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 bash "$root/launch/setup.sh" --ui

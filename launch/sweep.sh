@@ -4,5 +4,5 @@
 #   bash launch/sweep.sh data=DIR launcher=slurm hydra.launcher.partition=gpu      one job per run
 #   bash launch/sweep.sh data=DIR adapter.rank=4,64 optimizer.lr=1e-4              other values
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-exec .venv/bin/sa3-train recipe=sweep paths.runs="${RUNS:-runs}" "$@"
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+exec "$root/.venv/bin/sa3-train" recipe=sweep paths.runs="${RUNS:-runs}" "$@"

@@ -5,8 +5,9 @@
 #   NODES=2 NODE=0 HEAD=host0 bash launch/torchrun.sh … run_dir=DIR     on each machine, with NODE from 0;
 #                                                                       DIR on a disk shared by all machines
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
-python=.venv/bin/python
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+python="$root/.venv/bin/python"
+export PYTHONSAFEPATH=1 # a folder named sa3train here, such as the clone, would hide the package
 ranks="${RANKS:-$("$python" -c 'import torch; print(max(1, torch.cuda.device_count()))')}"
 nodes="${NODES:-1}"
 export SA3TRAIN_RUN_STAMP="${SA3TRAIN_RUN_STAMP:-$(date +%Y%m%d-%H%M%S)}"  # one name for all ranks of this machine

@@ -20,7 +20,7 @@ from export import load_autoencoder
 from store import Store
 from torch import Tensor
 
-from sa3train.bench.nano import compute_si_sdr
+from sa3train.audio.metrics import compute_si_sdr
 
 FRAME = 4096
 

@@ -4,13 +4,28 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import nn
 
 from sa3train.adapters.layer_filter import find_adaptable_layers
 from sa3train.adapters.spec import AdapterSpec
-from sa3train.core.safetensors_file import hash_tensors
+from sa3train.core.errors import AdapterError
+from sa3train.core.safetensors_file import hash_tensors, parse_json
+from sa3train.core.text import shorten
+
+PROMPTS = "prompts"
+"""Key in the metadata of a JSON list of prompts to try."""
+
+MAX_PROMPTS, MAX_PROMPT = 64, 500
+"""Prompts that a file may carry, and characters of each; the rest is ignored."""
+
+DECODER = "pretransform.model.decoder."
+"""Module path of the autoencoder's decoder in the released files."""
+
+Part = Literal["dit", "decoder"]
+"""What an adapter changes: the DiT with the conditioner, or the autoencoder's decoder."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +35,8 @@ class Adapter:
     Attributes:
         spec: Its settings.
         tensors: Its tensors by module path and tensor name. Module paths are those of the released files: `model.…`
-            for the DiT, `conditioners.…` for the conditioner.
+            for the DiT, `conditioners.…` for the conditioner, `pretransform.model.decoder.…` for the autoencoder's
+            decoder.
         metadata: Metadata of its file, such as `base_model` and `base_hash`.
         source: The file it came from, for messages.
     """
@@ -29,6 +45,24 @@ class Adapter:
     tensors: Mapping[str, Mapping[str, torch.Tensor]]
     metadata: Mapping[str, str] = field(default_factory=dict)
     source: str = ""
+
+    @property
+    def part(self) -> Part:
+        """The part of the model that it changes; no adapter changes both."""
+        return "decoder" if any(path.startswith(DECODER) for path in self.tensors) else "dit"
+
+    @property
+    def prompts(self) -> list[str]:
+        """Prompts to try: a sample of the captions that it was trained with, if its file carries them."""
+        try:
+            found = parse_json(self.metadata.get(PROMPTS, "[]"), PROMPTS)
+        except AdapterError:
+            return []
+        texts = [" ".join(text.split()) for text in found if isinstance(text, str)] if isinstance(found, list) else []
+        return [shorten("".join(filter(str.isprintable, text)), MAX_PROMPT) for text in texts if text][:MAX_PROMPTS]
+
+    def __repr__(self) -> str:
+        return f"Adapter({self.spec.adapter_type}, rank={self.spec.rank}, {len(self.tensors)} layers, {self.source!r})"
 
     @cached_property
     def fingerprint(self) -> str:

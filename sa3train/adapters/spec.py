@@ -94,9 +94,9 @@ KINDS: dict[str, Kind] = {
     )
 }
 
-INFERENCE_ONLY = ("diff", "comfy-dora")
-"""Types that files of other tools hold and that can be played but not trained: full weight deltas, and ComfyUI's own
-reading of DoRA, which divides rows by the norms of the untouched weight."""
+INFERENCE_ONLY = ("diff", "comfy")
+"""Types that files of other tools hold and that can be played but not trained: full weight deltas, and layers that only
+ComfyUI's rules give: LoHa, LoKr, OFT, and its own DoRA, which divides rows by the norms of the untouched weight."""
 
 PEFT_METHODS = (
     "lokr", "loha", "hira", "oft", "boft", "hra", "miss", "fourierft", "waveft", "c3a", "delora", "gralora",
@@ -109,21 +109,20 @@ ADAPTER_TYPES = (*KINDS, *INFERENCE_ONLY, *PEFT_METHODS)
 
 
 def get_layer_type(adapter_type: str, names: Iterable[str]) -> str:
-    """Get the type of one layer: a lora or comfy-dora file may hold layers that are simpler.
+    """Get the type of one layer: a lora or comfy file may hold layers that are simpler.
 
     Args:
         adapter_type: The adapter's type.
         names: Names of the layer's tensors.
 
     Returns:
-        "diff" where a lora or comfy-dora layer has a full delta or only a change of its bias, "lora" where a
-        comfy-dora layer has no magnitude, else the adapter's type.
+        "diff" where a lora or comfy layer has a full delta or only a change of its bias, "lora" where a comfy layer
+        has two factors and no magnitude, else the adapter's type.
     """
-    if adapter_type in ("lora", "comfy-dora"):
-        if set(names) <= {"diff", BIAS_CHANGE}:
-            return "diff"
-        return adapter_type if "magnitude" in names else "lora"
-    return adapter_type
+    found = set(names)
+    if adapter_type in ("lora", "comfy") and found <= {"diff", BIAS_CHANGE}:
+        return "diff"
+    return "lora" if adapter_type == "comfy" and "lora_A" in found and "magnitude" not in found else adapter_type
 
 
 @dataclass(frozen=True)

@@ -315,7 +315,8 @@ def _decode_with_ffmpeg(source: Source, cause: Exception | None) -> _Part:
         path = given if isinstance(source, bytes) else Path(source).absolute()
         command = [program, "-nostdin", "-v", "error", "-i", str(path), "-map", "0:a:0"]
         command += ["-c:a", "pcm_f32le", "-rf64", "auto", str(wav)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # A session of its own: cut off by a signal to our group, it would leave a file that looks damaged.
+        done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
         if done.returncode != 0 or not wav.exists():
             reason = done.stderr.strip().splitlines()[-1:] or ["no audio in it"]
             raise AudioError(f"cannot read {name}: neither libsndfile nor ffmpeg can ({reason[0]}).") from cause

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sa3train.audio.decode import NEEDS_FFMPEG, DecodedAudio, Source, decode_audio, describe_source, scan_audio
 from sa3train.audio.edit import mix_channels
-from sa3train.audio.resample import resample
+from sa3train.audio.resample import BEST, SincFilter, resample
 from sa3train.audio.scan import OPEN_LENGTH
 from sa3train.core.errors import AudioError
 from sa3train.core.files import write_bytes
@@ -115,13 +115,14 @@ def read_whole(source: Source) -> DecodedAudio:
     return decoded
 
 
-def load_audio(source: Source, sample_rate: int = 44100, channels: int = 2) -> Tensor:
+def load_audio(source: Source, sample_rate: int = 44100, channels: int = 2, sinc: SincFilter = BEST) -> Tensor:
     """Read an audio file, mix it to mono or stereo, and resample it.
 
     Args:
         source: Path, or the bytes of a file.
         sample_rate: Sample rate of the result in Hz.
         channels: 1 or 2.
+        sinc: Filter for resampling.
 
     Returns:
         Audio (channels, N) in float32.
@@ -137,7 +138,7 @@ def load_audio(source: Source, sample_rate: int = 44100, channels: int = 2) -> T
         mixed_CN = mix_channels(decoded.audio_CN, channels, decoded.speakers)
     except AudioError as error:
         raise AudioError(f"{name}: {error}") from error
-    return resample(mixed_CN, decoded.sample_rate, sample_rate)
+    return resample(mixed_CN, decoded.sample_rate, sample_rate, sinc)
 
 
 def read_audio_info(path: str | PathLike[str]) -> AudioInfo:

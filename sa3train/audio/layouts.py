@@ -112,7 +112,7 @@ def read_speakers(source: Source, channels: int) -> tuple[str, ...] | None:
 
 
 def compute_downmix(speakers: Sequence[str]) -> list[tuple[float, float]]:
-    """Compute the gains that mix speakers to stereo: ITU-R BS.775-4, annex 4, extended to the speakers it lacks.
+    """Compute the gains that mix speakers to stereo: ITU-R BS.775-4, annex 4, table 2, extended.
 
     Center and surrounds are mixed at -3 dB, the low-frequency channel is left out. The largest gain is 1, so that
     a single channel, or a pair of surrounds, keeps its level.

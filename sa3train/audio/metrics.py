@@ -21,6 +21,7 @@ FFT_SIZE = 2048
 HOP = 512
 MEL_BANDS = 128
 PLOT_RANGE_DB = 80.0
+HEARD_DB, MEL_FLOOR_DB = 60.0, -80.0
 
 
 def measure_loudness_lufs(audio_CN: Tensor, sample_rate: int) -> float:
@@ -166,6 +167,37 @@ def compute_mel_spectrogram(audio_CN: Tensor, sample_rate: int, bands: int = MEL
         power_FT.shape[0], 20.0, sample_rate / 2, bands, sample_rate, norm="slaney", mel_scale="slaney"
     )
     return 10 * torch.log10((filters_FM.T.to(power_FT) @ power_FT).clamp(min=1e-10))
+
+
+def compute_log_mel_distance(real_CN: Tensor, made_CN: Tensor, sample_rate: int) -> float:
+    """Compute the mean absolute difference of mel power spectrograms, over what is heard of the reference.
+
+    Args:
+        real_CN: Reference.
+        made_CN: Audio of the same length.
+        sample_rate: Sample rate in Hz.
+
+    Returns:
+        Distance in dB over the cells within 60 dB of the reference's loudest; powers below -80 dB count as -80 dB.
+    """
+    real, made = (compute_mel_spectrogram(audio_CN, sample_rate) for audio_CN in (real_CN, made_CN))
+    heard = real >= real.max() - HEARD_DB
+    return float((real.clamp_min(MEL_FLOOR_DB) - made.clamp_min(MEL_FLOOR_DB))[heard].abs().mean())
+
+
+def compute_si_sdr(real_CN: Tensor, made_CN: Tensor) -> float:
+    """Compute the scale-invariant signal-to-distortion ratio over all channels (Le Roux et al. 2019).
+
+    Args:
+        real_CN: Reference.
+        made_CN: Audio of the same length.
+
+    Returns:
+        Ratio in dB.
+    """
+    scaled_CN = (real_CN * made_CN).sum() / real_CN.square().sum().clamp_min(1e-12) * real_CN
+    error = (made_CN - scaled_CN).square().sum().clamp_min(1e-12)
+    return float(10 * torch.log10(scaled_CN.square().sum().clamp_min(1e-12) / error))
 
 
 def plot_mel_spectrogram(audio_CN: Tensor, sample_rate: int, title: str = "") -> bytes:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sa3train.audio.io import read_audio
-from sa3train.audio.metrics import compute_mel_spectrogram
+from sa3train.audio.metrics import compute_mel_spectrogram, compute_si_sdr
 from sa3train.bench.figures import Figure, Options
 from sa3train.bench.measure import use_threads
 from sa3train.core.errors import ConfigError
@@ -119,20 +119,6 @@ def _add_difference(figures: list[Figure]) -> list[Figure]:
     right = {each.name: each.value or 0.0 for each in figures}
     short = right["nano-base: requested attributes right"] - right["nano: requested attributes right"]
     return [*figures, Figure("nano: requested attributes fewer than nano-base's", short, "points", 10.0)]
-
-
-def compute_si_sdr(real_CN: Tensor, made_CN: Tensor) -> float:
-    """Compute the scale-invariant signal-to-distortion ratio over both channels (Le Roux et al. 2019).
-
-    Args:
-        real_CN: Reference audio.
-        made_CN: Reconstructed audio.
-
-    Returns:
-        Ratio in dB.
-    """
-    scaled = (real_CN * made_CN).sum() / real_CN.square().sum().clamp_min(1e-12) * real_CN
-    return float(10 * torch.log10(scaled.square().sum() / (made_CN - scaled).square().sum().clamp_min(1e-12)))
 
 
 def _compute_log_mel_distance(real_CN: Tensor, made_CN: Tensor) -> float:

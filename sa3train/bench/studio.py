@@ -48,7 +48,7 @@ def _time_visits(chromium: str, repeats: int) -> list[tuple[float, float]]:
     times = []
     with (
         tempfile.TemporaryDirectory() as folder,
-        run_studio(Workspace.create([folder])) as address,
+        run_studio(Workspace.create(folder)) as address,
         sync_playwright() as driver,
     ):
         browser = driver.chromium.launch(executable_path=chromium, args=["--no-sandbox", "--disable-gpu"])

@@ -3,9 +3,12 @@
 sa3-adapter inspect style.safetensors --model small-music-base     what it holds, whether it fits, how much it changes
 sa3-adapter diff a.safetensors b.safetensors                        where two adapters differ
 sa3-adapter convert style.safetensors style_comfy.safetensors --to comfy
+sa3-adapter convert style.safetensors lora-style-f32.gguf           for sa3.cpp
+sa3-adapter card runs/style --license cc-by-4.0                     a folder for the Hugging Face hub
 sa3-adapter convert old.ckpt style.safetensors                      from a pickle, by the weights-only reader
 sa3-adapter merge a.safetensors=0.8 b.safetensors -o both.safetensors --rank 32
 sa3-adapter merge style.safetensors -o merged/ --model small-music  a checkpoint with the adapter in its weights
+sa3-adapter merge style.safetensors -o pipeline/ --model medium --to diffusers
 sa3-adapter extract tuned/ -o style.safetensors --base small-music-base --rank 16
 sa3-adapter resize style.safetensors smaller.safetensors --explained-variance 0.95
 sa3-adapter scale style.safetensors louder.safetensors 1.3
@@ -17,7 +20,9 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from sa3train.cli.card import add_card_flags, write_card
 from sa3train.cli.hydra_app import run_job
+from sa3train.cli.version import add_version
 from sa3train.core.dtypes import DTYPES
 from sa3train.core.errors import AdapterError
 from sa3train.core.files import check_target
@@ -31,6 +36,7 @@ if TYPE_CHECKING:
 
 SHOWN_LAYERS = 12
 RANK_FLAGS = ("rank", "explained_variance")
+LOSS = "accept what one adapter cannot hold of types with magnitudes; the loss is reported"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,7 +49,13 @@ def main(argv: list[str] | None = None) -> int:
         Exit code: 0 for success, 1 after an error message, 2 for misused flags.
     """
     arguments = build_parser().parse_args(argv)
-    return run_job(lambda: int(arguments.run(arguments)))
+    return run_job(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    if arguments.json and getattr(arguments, "layers", False):
+        raise AdapterError("--layers has no effect with --json, which lists every layer. Remove it.")
+    return int(arguments.run(arguments))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,11 +65,12 @@ def build_parser() -> argparse.ArgumentParser:
         The parser; `run` of the parsed arguments is the command to run.
     """
     top = argparse.ArgumentParser(
-        prog="sa3-adapter", description="Inspect, compare, convert, merge, extract, resize and scale adapters."
+        prog="sa3-adapter", description="Inspect, share, compare, convert, merge, extract, resize and scale adapters."
     )
+    add_version(top)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     flags = _add_command(commands, "inspect", "show what a file holds and, with a model, whether it fits", _inspect)
-    flags.add_argument("file", help="a .safetensors file (native or ComfyUI) or a PEFT folder")
+    flags.add_argument("file", help="an adapter file of any tool, a PEFT folder or a run folder")
     flags.add_argument("--model", help="model to check against: registry name or folder")
     flags.add_argument("--layers", action="store_true", help="list every layer")
     flags.add_argument("--plot", metavar="PNG", help="plot the change of every layer; replaces an existing PNG")
@@ -66,17 +79,25 @@ def build_parser() -> argparse.ArgumentParser:
     flags.add_argument("second", help="another one")
     flags.add_argument("--model", help="compare the changes of this model's weights, whatever the adapter types")
     flags.add_argument("--layers", action="store_true", help="list every layer")
+    text = "write a model card and a folder for the Hugging Face hub, with audio examples"
+    add_card_flags(_add_command(commands, "card", text, write_card))
     flags = _add_tool(commands, "convert", "convert to another format", "approximate by a lora of this rank")
     flags.add_argument("source", help="any adapter file, a PEFT folder, or a pickle (.ckpt, .pt, .bin)")
-    flags.add_argument("target", help="a .safetensors file, or a folder for PEFT")
-    flags.add_argument("--to", choices=("native", "peft", "comfy"), help="default: native for .safetensors, else peft")
+    flags.add_argument("target", help="a .safetensors or .gguf file, or a folder for PEFT and diffusers")
+    text = "default: native for .safetensors, gguf (sa3.cpp) for .gguf, else peft; sa3cpp: .safetensors and .json"
+    flags.add_argument("--to", choices=("native", "peft", "diffusers", "comfy", "sa3cpp", "gguf"), help=text)
     flags.add_argument("--model", help="base model: measures the error, and is needed for some adapter types")
-    text = "merge adapters into a checkpoint or, with --rank, into one adapter"
-    flags = _add_tool(commands, "merge", text, "merge into one adapter of this rank instead of a checkpoint")
-    flags.add_argument("sources", nargs="+", metavar="FILE[=STRENGTH]", help="adapters and their strengths")
+    flags.add_argument("--dense", action="store_true", help="full weight deltas, for any version of ComfyUI")
+    flags.add_argument("--svd-bases", metavar="PT", help="svd_bases.pt that an -xs adapter was trained with")
+    text = "merge adapters into a checkpoint (a folder) or into one adapter (a .safetensors file, or --rank)"
+    flags = _add_tool(commands, "merge", text, "rank of the one adapter; in a file the ranks add up without it")
+    flags.add_argument("sources", nargs="*", metavar="FILE[=STRENGTH]", help="adapters and their strengths")
     flags.add_argument("-o", "--output", dest="target", required=True, help="folder of a checkpoint, or adapter file")
     flags.add_argument("--model", help="the checkpoint, or the base model of one adapter (not needed for lora)")
+    text = "layout of a checkpoint (default: that of --model); without adapters, --model is written in it"
+    flags.add_argument("--to", choices=("released", "diffusers"), help=text)
     flags.add_argument("--conditioner-strength", type=float, help="strength in the conditioner, for a checkpoint")
+    flags.add_argument("--allow-loss", action="store_true", help=LOSS)
     flags.add_argument("--allow-partial", action="store_true", help="merge adapters of which only some layers fit")
     text = "extract the adapter between a fine-tuned checkpoint and its base"
     flags = _add_tool(commands, "extract", text, "rank of the adapter")
@@ -92,6 +113,7 @@ def build_parser() -> argparse.ArgumentParser:
     flags.add_argument("source", metavar="file", help="an adapter file or PEFT folder")
     flags.add_argument("target", metavar="output", help="the file or folder to write")
     flags.add_argument("factor", type=float, help="the factor, such as 1.3")
+    flags.add_argument("--allow-loss", action="store_true", help=LOSS)
     flags.add_argument("--model", help="base model, needed for types with magnitudes")
     return top
 
@@ -110,7 +132,8 @@ def _add_tool(commands: Any, name: str, text: str, rank: str) -> argparse.Argume
     either.add_argument("--rank", type=int, help=rank)
     variance = "the smallest rank per layer that keeps this share"
     either.add_argument("--explained-variance", type=float, metavar="SHARE", help=variance)
-    flags.add_argument("--dtype", choices=tuple(DTYPES), help="of the written adapter (default fp16)")
+    dtypes = (*DTYPES, "q8_0") if name == "convert" else tuple(DTYPES)
+    flags.add_argument("--dtype", choices=dtypes, help="of the written adapter (default fp16; of a .gguf file fp32)")
     flags.add_argument("--overwrite", action="store_true", help="replace what exists there, but never an input")
     return flags
 
@@ -149,6 +172,7 @@ def _diff(arguments: argparse.Namespace) -> int:
 def _write(arguments: argparse.Namespace) -> int:
     """Run a tool that writes something: the flags have the names of the tool's parameters."""
     from sa3train.adapters import tools
+    from sa3train.adapters.formats.io import is_file_name
     from sa3train.adapters.tools.service import require_rank
 
     flags = vars(arguments)
@@ -161,9 +185,11 @@ def _write(arguments: argparse.Namespace) -> int:
         require_rank(settings["truncation"])  # before models are loaded
     if "sources" in settings:
         settings["sources"] = [_parse_source(text) for text in arguments.sources]
+    into_checkpoint = arguments.tool == "merge_adapters" and settings["truncation"] is None
+    in_memory = arguments.tool == "extract_adapter" or (into_checkpoint and not is_file_name(arguments.target))
     for name in ("model", "tuned", "base"):
         if name in settings:
-            settings[name] = _load_model(settings[name])
+            settings[name] = _load_model(settings[name], in_memory)
     result: EditResult | CheckpointResult = getattr(tools, arguments.tool)(**settings)
     _warn(result.warnings)
     if arguments.json:
@@ -185,13 +211,13 @@ def _parse_source(text: str) -> tuple[str, float]:
     return lora.path, lora.require_strength()
 
 
-def _load_model(name: str | None) -> "StableAudio3 | Any":
-    """Load the parts of a model that adapters change; None without a name."""
+def _load_model(name: str | None, in_memory: bool = False) -> "StableAudio3 | Any":
+    """Load the parts of a model that adapters change, or read them as they are needed; None without a name."""
     if name is None:
         return None
     from sa3train.models.checkpoint import load_checkpoint
 
-    return load_checkpoint(name, parts=("dit", "conditioner"))
+    return load_checkpoint(name, "cpu" if in_memory else "meta", parts=("dit", "conditioner"))
 
 
 def _warn(warnings: Iterable[str]) -> None:

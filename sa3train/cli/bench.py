@@ -15,6 +15,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sa3train.cli.hydra_app import run_job
+from sa3train.cli.version import add_version
 from sa3train.core.errors import ConfigError, SA3Error
 
 if TYPE_CHECKING:
@@ -80,6 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--seconds", type=float, help="duration of the audio (default: the one that has targets)")
     add("--adapter-types", type=_parse_names, metavar="A,B", help="adapter types (default: all)")
     add("--steps", type=int, help="sampling steps (default: 8)")
+    add_version(parser)
     return parser
 
 
@@ -92,8 +95,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    from sa3train.cli.hydra_app import run_job
-
     arguments = build_parser().parse_args(argv)
     return run_job(lambda: _run(arguments))
 

@@ -12,6 +12,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from sa3train.core.errors import ConfigError
+from sa3train.core.user_files import read_file
 from sa3train.reports.run_files import CONFIG_FILE, VALIDATION_FILE, load_settings
 
 
@@ -76,7 +77,7 @@ def compare_runs(folder: Path) -> list[dict[str, Any]]:
     """
     runs = []
     for file in sorted(folder.glob(f"**/{VALIDATION_FILE}")):
-        validation = json.loads(file.read_text(encoding="utf-8"))
+        validation = json.loads(read_file(file))
         settings = _flatten(load_settings(file.parent / CONFIG_FILE))
         runs.append((str(file.parent.relative_to(folder)), settings, validation))
     if not runs:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sa3train.cli.hydra_app import run_job
+from sa3train.cli.version import add_version
 from sa3train.core.config import list_settings
 from sa3train.core.errors import ConfigError, DataError
 from sa3train.core.log import write_json_line, write_json_progress
@@ -46,6 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
         The parser; `run` of its result is the function of the subcommand.
     """
     top = argparse.ArgumentParser(prog="sa3-data", description="Check audio, prompts and latent shards.")
+    add_version(top)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     _add_audit_flags(commands.add_parser("audit", help="measure and check every clip of a source"))
     _add_preview_flags(commands.add_parser("preview", help="print prompts as training will build them"))
@@ -193,19 +195,20 @@ def load_run_data(arguments: argparse.Namespace) -> "LatentDataModule":
         ConfigError: When other flags are set, or there is no run.
     """
     from sa3train.cli.train_config import TrainConfig
-    from sa3train.cli.train_setup import make_data_module
+    from sa3train.cli.train_setup import locate_inputs, make_data_module
     from sa3train.core.config import build
-    from sa3train.reports.run_files import CONFIG_FILE, load_settings
+    from sa3train.reports.run_files import CONFIG_FILE, RECORD_FILE, holds_run, load_settings
 
     unset = vars(build_parser().parse_args(["preview"]))
     ignored = [name for name, value in vars(arguments).items() if name not in ("run_dir", "n") and value != unset[name]]
     if ignored:
         names = ", ".join(name.replace("_", "-") for name in ignored)
         raise ConfigError(f"{names} has no effect with --run, which uses every setting of the run.")
-    path = Path(arguments.run_dir) / CONFIG_FILE
-    if not path.is_file():
-        raise ConfigError(f"{arguments.run_dir} is not a training run: {path} does not exist.")
-    config = build(TrainConfig, load_settings(path))
+    run_dir = Path(arguments.run_dir)
+    if not holds_run(run_dir):
+        raise ConfigError(f"{run_dir} is not a training run: it has no {CONFIG_FILE} and {RECORD_FILE}.")
+    config = build(TrainConfig, load_settings(run_dir / CONFIG_FILE))
+    config = locate_inputs(config, run_dir)
     return make_data_module(dataclasses.replace(config.data, num_workers=0), config.seed)
 
 

@@ -17,6 +17,7 @@ from sa3train.core.config import setting
 from sa3train.core.log import get_logger, get_rank, write_json_line, write_json_progress
 from sa3train.core.signals import Interrupted
 from sa3train.data.encode.settings import EncodeSettings
+from sa3train.models.hub import check_checkpoint
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,8 @@ class EncodeConfig(EncodeSettings):
     """Every setting of `sa3-encode`."""
 
     source: str = setting(
-        help="Folder of any depth, audio file, metadata.jsonl or .csv, WebDataset .tar, or a URL of one of these.",
+        help="Folder of any depth, audio file, metadata.jsonl or .csv, WebDataset .tar, or a URL of one of these; or a "
+        "folder of latents (.npy and .json) of the released pre-encoder or Underfit.",
         text="path",
     )
     out: str = setting(
@@ -87,10 +89,11 @@ def encode(config: EncodeConfig) -> int:
     Returns:
         The exit code.
     """
-    from sa3train.data.encode.encode import encode_dataset
-    from sa3train.data.encode.plan import list_encoded_keys
-
     with write_json_progress(config.progress == "json"):
+        check_checkpoint(config.model.name)  # before anything heavy is imported
+        from sa3train.data.encode.encode import encode_dataset
+        from sa3train.data.encode.plan import list_encoded_keys
+
         workers = join_workers()
         encoder = load_encoder(config.model.name, config.model.dtype, config.device, config.chunked)
         rules = load_rules(config.model.name, config.captions, config.allow_promotional)
@@ -168,10 +171,11 @@ def load_rules(name: str, captions: str, allow_promotional: bool = False) -> "Au
     """
     from sa3train.data.audit.audit import AuditRules
     from sa3train.models.checkpoint import load_checkpoint
+    from sa3train.models.diffusers_layout import read_config
     from sa3train.models.hub import locate_checkpoint
-    from sa3train.models.parse import is_autoencoder, read_config_file
+    from sa3train.models.parse import is_autoencoder
 
-    if is_autoencoder(read_config_file(locate_checkpoint(name).config)):
+    if is_autoencoder(read_config(locate_checkpoint(name).config)):
         return AuditRules(captions, allow_promotional)
     model = load_checkpoint(name, parts=("conditioner",))
     return AuditRules(

@@ -3,7 +3,8 @@
 sa3-generate -p "warm analog pad" --model nano --duration 5 -o pad.wav
 sa3-generate -p "solo cello" --model nano-base --lora cello.safetensors=0.8 -o cello.wav
 sa3-generate --prompt-file prompts.txt --at-a-time 4 -o out.wav
-sa3-generate --from cello.json
+sa3-generate --from cello.wav.json
+sa3-generate --from cello.wav.json --seed 7 --lora cello.safetensors=0.5 -o cello-7.wav
 
 With --at-a-time, the files of one batch are written while the next is generated.
 """
@@ -11,6 +12,7 @@ With --at-a-time, the files of one batch are written while the next is generated
 import argparse
 import contextlib
 import dataclasses
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +22,9 @@ from sa3train.cli.generate_args import (
     DEFAULT_MODEL,
     build_parser,
     check_paths,
+    name_flags,
     parse_adapters,
+    parse_changes,
     parse_output,
     parse_settings,
 )
@@ -32,16 +36,24 @@ from sa3train.core.text import list_few
 from sa3train.core.user_files import read_file
 from sa3train.data.sources.text import decode_text
 from sa3train.inference.resolve import resolve_settings
-from sa3train.inference.settings import PER_ITEM_SETTINGS, GenerationSettings, count_items, is_list
+from sa3train.inference.settings import PER_ITEM_SETTINGS, SETTING_NAMES, GenerationSettings, count_items, is_list
+from sa3train.models.hub import check_checkpoint, list_checkpoints
 
 if TYPE_CHECKING:
+    import torch
+
+    from sa3train.inference.generator import Generator
     from sa3train.inference.outputs import GenerationOutput
 
 _logger = get_logger(__name__)
 
+OFFERED_PROMPTS = 6
 MAX_PROMPT_FILE = 1 << 24
 """Bytes."""
-ALLOWED_WITH_FROM = {"sidecar", "output", "overwrite", "model", "device"}
+SAME_WITH_FROM = {"sidecar", "output", "overwrite", "model", "device"}
+"""Flags beside --from with which the audio is still that of the sidecar."""
+REFUSED_WITH_FROM = {"prompt_file", "at_a_time", "batch_size"}
+"""Flags of many items: a sidecar is that of one."""
 
 
 def split_batches(settings: GenerationSettings, at_a_time: int | None) -> list[GenerationSettings]:
@@ -115,11 +127,14 @@ def write_in_background(
 
 
 def _write(result: "GenerationOutput", paths: Sequence[Path], subtype: str, overwrite: bool, saved: list[Path]) -> None:
-    for item, asked in enumerate(paths):
-        path = result.save_at([asked], subtype, [item], overwrite)[0]
-        saved.append(path)
-        seconds = result.audio[item].shape[1] / result.sample_rate
-        print(f"{path}: {seconds:.2f} s, seed {result.seeds[item]}, sidecar {path.name}.json", flush=True)
+    saved += (_save(result, item, path, subtype, overwrite) for item, path in enumerate(paths))
+
+
+def _save(result: "GenerationOutput", item: int, asked: Path, subtype: str, overwrite: bool) -> Path:
+    path = result.save_at([asked], subtype, [item], overwrite)[0]
+    seconds = result.audio[item].shape[1] / result.sample_rate
+    print(f"{path}: {seconds:.2f} s, seed {result.seeds[item]}, sidecar {path.name}.json", flush=True)
+    return path
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -133,22 +148,31 @@ def main(argv: list[str] | None = None) -> int:
     """
     parser = build_parser()
     arguments = parser.parse_args(argv)
+    given = {name for name, value in vars(arguments).items() if value != parser.get_default(name)}
+    return run_job(lambda: _run(arguments, given))
 
-    def run() -> int:
-        check_paths(arguments)
-        return _generate(arguments) if arguments.sidecar is None else _replay(parser, arguments)
 
-    return run_job(run)
+def _run(arguments: argparse.Namespace, given: set[str]) -> int:
+    if arguments.list_models and given != {"list_models"}:
+        raise GenerationError("--list-models stands alone. Remove it, or the other flags.")
+    if arguments.list_models:
+        return _list_models()
+    check_paths(arguments)
+    if arguments.no_half and arguments.precision not in ("auto", "fp32"):
+        raise GenerationError(f"--no-half means --precision fp32, but --precision {arguments.precision} was given.")
+    try:
+        return _generate(arguments) if arguments.sidecar is None else _replay(arguments, given)
+    except GenerationError as error:
+        raise GenerationError(name_flags(str(error))) from error
 
 
 def _generate(arguments: argparse.Namespace) -> int:
     prompts = _read_prompts(arguments)
     output, subtype = parse_output(arguments)
     adapters = parse_adapters(arguments)
-    if arguments.no_half and arguments.precision not in ("auto", "fp32"):
-        raise GenerationError(f"--no-half means --precision fp32, but --precision {arguments.precision} was given.")
     batches = split_batches(parse_settings(arguments, prompts), arguments.at_a_time)
-    from sa3train.inference.generator import Generator
+    model = arguments.model or DEFAULT_MODEL
+    check_checkpoint(model)  # before torch is imported, which takes longer
     from sa3train.inference.outputs import check_output, choose_output_paths, list_output_paths
 
     count = sum(map(count_items, batches))
@@ -156,22 +180,23 @@ def _generate(arguments: argparse.Namespace) -> int:
     for path in list_output_paths(output, count):
         check_output(path, subtype, inputs, arguments.overwrite)
     paths = choose_output_paths(output, count, arguments.overwrite)
-    generator = Generator.from_pretrained(
-        arguments.model or DEFAULT_MODEL,
-        arguments.device,
-        "fp32" if arguments.no_half else arguments.precision,
-        compiled=arguments.compile,
-        cuda_graphs=arguments.cuda_graphs,
-    )
+    generator = _load_model(arguments, model, "auto", {})
     for adapter in adapters:
         generator.load_adapter(**adapter)
+    given = [name for name in SETTING_NAMES if getattr(arguments, name) is not None]
     for batch in batches:
-        resolve_settings(batch, generator.facts)  # refuse a bad batch before the first is generated
+        resolve_settings(batch, generator.facts, given=given)  # refuse a bad batch before the first is generated
     with write_in_background(subtype, arguments.overwrite) as write:
         for batch in batches:
             result = generator.generate_from(batch)
             write(result, paths[: len(result.audio)])
             paths = paths[len(result.audio) :]
+    return 0
+
+
+def _list_models() -> int:
+    for name, state in list_checkpoints().items():
+        print(f"{name:<18} {state}{' (default)' if name == DEFAULT_MODEL else ''}")
     return 0
 
 
@@ -181,54 +206,93 @@ def _list_inputs(arguments: argparse.Namespace, adapters: Sequence[Mapping[str, 
     return [path for path in (*given, *(adapter["adapter"] for adapter in adapters)) if path]
 
 
-def _replay(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
-    """Generate the file of a sidecar again and compare it with what was recorded."""
-    given = {name for name, value in vars(arguments).items() if value != parser.get_default(name)}
-    if given - ALLOWED_WITH_FROM:
-        names = ", ".join(sorted(given - ALLOWED_WITH_FROM)).replace("_", "-")
-        raise GenerationError(f"no effect with --from, which takes all settings from the sidecar: {names}. Remove it.")
-    import torch
-
-    from sa3train.inference.generator import EXECUTION_OPTIONS, Generator
+def _replay(arguments: argparse.Namespace, given: set[str]) -> int:
+    """Generate the file of a sidecar again and compare it with what was recorded; or the same with changes."""
+    if given & REFUSED_WITH_FROM:
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given & REFUSED_WITH_FROM))
+        raise GenerationError(f"{names} cannot change a sidecar, which is that of one file. Remove it.")
+    changes, adapters = parse_changes(arguments), parse_adapters(arguments)
     from sa3train.inference.outputs import check_output
-    from sa3train.inference.replay import compare_with_record, replay
+    from sa3train.inference.replay import locate_model, replay
     from sa3train.inference.sidecar import list_inputs, read_sidecar
 
     sidecar = Path(arguments.sidecar)
     record = read_sidecar(sidecar)
-    recorded = sidecar.with_name(record["file"])
+    recorded, subtype, is_same = sidecar.with_name(record["file"]), record["subtype"], given <= SAME_WITH_FROM
     output = Path(arguments.output) if arguments.output else recorded
-    if output.suffix != recorded.suffix:
+    if is_same and output.suffix != recorded.suffix:
         raise GenerationError(f"the sidecar records a {recorded.suffix} file. Give -o that suffix, or remove -o.")
+    if arguments.format or output.suffix != recorded.suffix:
+        output, subtype = parse_output(arguments, str(recorded.with_suffix("")))
     try:
-        check_output(output, record["subtype"], list_inputs(record), arguments.overwrite)
-        torch.set_num_threads(record["environment"]["threads"])
-        source = arguments.model or record["model"]["source"]
-        options = {name: bool(record["environment"].get(name)) for name in EXECUTION_OPTIONS}
-        generator = Generator.from_pretrained(source, arguments.device, record["precision"], **options)
-        result = replay(generator, record, sidecar.parent)
+        check_output(output, subtype, list_inputs(record, sidecar.parent), arguments.overwrite)
+        source = arguments.model or locate_model(record, sidecar.parent)
+        generator = _load_model(arguments, source, record["precision"], record["environment"])
+        result = replay(generator, record, sidecar.parent, changes, adapters)
     except SA3Error as error:
         raise type(error)(f"{sidecar}: {error}") from error
-    changed = compare_with_record(record, result, generator.device)
-    in_place = arguments.output is None
-    if (
-        in_place
-        and not changed
-        and (arguments.overwrite or not output.exists() or hash_file(output) == record["sha256"])
-    ):
-        write_bytes(output, result.encode_item(record["item"], output.suffix, record["subtype"]))
-        saved = output  # its sidecar stays
-    elif in_place and changed and output.exists() and not arguments.overwrite:
-        raise GenerationError(f"{changed} {output} was not overwritten. Give -o to write the new audio.")
+    if is_same:
+        _save_again(result, record, recorded, arguments, generator.device)
     else:
-        saved = result.save(output, record["subtype"], record["item"], arguments.overwrite)[0]
-    print(f"{saved}: {changed or 'identical to the recorded file.'}")
+        _save(result, record["item"], output, subtype, arguments.overwrite)
     return 0
+
+
+def _load_model(arguments: argparse.Namespace, source: str, precision: str, recorded: Mapping[str, Any]) -> "Generator":
+    """Load the model as the flags say, and else as it was recorded."""
+    from sa3train.inference.generator import Generator
+
+    if "threads" in recorded:
+        import torch
+
+        torch.set_num_threads(recorded["threads"])
+    return Generator.from_pretrained(
+        source,
+        arguments.device,
+        "fp32" if arguments.no_half else precision if arguments.precision == "auto" else arguments.precision,
+        compiled=arguments.compile or bool(recorded.get("compiled")),
+        cuda_graphs=arguments.cuda_graphs or bool(recorded.get("cuda_graphs")),
+    )
+
+
+def _save_again(
+    result: "GenerationOutput",
+    record: Mapping[str, Any],
+    recorded: Path,
+    arguments: argparse.Namespace,
+    device: "torch.device",
+) -> None:
+    """Write what was generated again, and say whether it is what was recorded."""
+    from sa3train.inference.replay import compare_with_record
+
+    changed, subtype, item = compare_with_record(record, result, device), record["subtype"], record["item"]
+    if arguments.output is None and not changed and _may_write(recorded, record["sha256"], arguments.overwrite):
+        write_bytes(recorded, result.encode_item(item, recorded.suffix, subtype))
+        saved = recorded  # its sidecar stays
+    elif arguments.output is None and changed and recorded.exists() and not arguments.overwrite:
+        raise GenerationError(f"{changed} {recorded} was not overwritten. Give -o to write the new audio.")
+    else:
+        saved = result.save(arguments.output or recorded, subtype, item, arguments.overwrite)[0]
+    print(f"{saved}: {changed or 'identical to the recorded file.'}")
+
+
+def _may_write(path: Path, sha256: str, overwrite: bool) -> bool:
+    return overwrite or not path.exists() or hash_file(path) == sha256
+
+
+def _offer_prompts(arguments: argparse.Namespace) -> str:
+    """Name prompts of the training set that the adapters of the command line carry."""
+    from sa3train.adapters.formats.io import load_adapter
+
+    prompts = [prompt for entry in parse_adapters(arguments) for prompt in load_adapter(entry["adapter"]).prompts]
+    lines = "".join(f"\n  -p {shlex.quote(prompt)}" for prompt in prompts[:OFFERED_PROMPTS])
+    return f" Prompts that the adapter was trained with:{lines}" if lines else ""
 
 
 def _read_prompts(arguments: argparse.Namespace) -> list[str]:
     if (arguments.prompt is None) == (arguments.prompt_file is None):
-        raise GenerationError("give exactly one of -p TEXT, --prompt-file FILE and --from FILE.json.")
+        offered = "" if arguments.prompt else _offer_prompts(arguments)
+        raise GenerationError(f"give exactly one of -p TEXT, --prompt-file FILE and --from FILE.json.{offered}")
     if arguments.prompt is not None:
         return list(arguments.prompt)
     try:

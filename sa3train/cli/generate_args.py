@@ -2,12 +2,15 @@
 
 import argparse
 import math
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from sa3train.adapters.layer_filter import split_patterns
 from sa3train.adapters.lora_argument import parse_lora
-from sa3train.core.config import Setting, list_settings
+from sa3train.cli.version import add_version
+from sa3train.core.config import Setting
 from sa3train.core.errors import GenerationError
 from sa3train.inference.settings import (
     PER_ITEM_SETTINGS,
@@ -16,6 +19,7 @@ from sa3train.inference.settings import (
     GenerationSettings,
     describe_setting,
     get_default,
+    list_flags,
 )
 
 DEFAULT_MODEL = "medium"
@@ -29,6 +33,12 @@ FORMATS = {
 FROM_AUDIO = SETTING_NAMES[SETTING_NAMES.index("init_audio") : SETTING_NAMES.index("chunked_decode")]
 TEXT_TO_AUDIO = SETTING_NAMES[: SETTING_NAMES.index("init_audio")]
 METAVARS: dict[type | None, str | None] = {None: "FILE", bool: None, int: "N", float: "X", str: "TEXT"}
+FLAGS = {name: next(flag for flag in list_flags(name) if flag.startswith("--")) for name in SETTING_NAMES}
+_PLAIN_WORDS = {name for name in FLAGS if "_" not in name}
+_IN_MESSAGES = re.compile(
+    rf"(?<![\w./-])(?:({'|'.join(FLAGS)})=(True\b)?|({'|'.join(FLAGS.keys() - _PLAIN_WORDS)})(?![\w/-]|\.\w))"
+)
+""" "NAME=" or "NAME=True", or a NAME that is no plain word, outside of paths."""
 _PATH = Setting("A path.", text="path")
 EPILOG = """\
 Each audio file gets a sidecar, FILE.wav.json, with everything that reproduces it; `sa3-generate --from FILE.wav.json`
@@ -61,8 +71,14 @@ def build_parser() -> argparse.ArgumentParser:
         prog="sa3-generate", description="Generate audio with Stable Audio 3 and adapters.", epilog=EPILOG
     )
     parser.add_argument(
-        "--from", dest="sidecar", metavar="FILE.wav.json", help="generate again what this sidecar records"
+        "--from",
+        dest="sidecar",
+        metavar="FILE.wav.json",
+        help="generate again what this sidecar records, or the same with what other flags change, such as --seed; "
+        "--lora of a recorded adapter changes its strength, another one is added",
     )
+    add_version(parser)
+    parser.add_argument("--list-models", action="store_true", help="list the models by name, and which are at hand")
     _add_model(parser.add_argument_group("model"))
     group = parser.add_argument_group("settings")
     _add_settings(group, TEXT_TO_AUDIO)
@@ -83,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_settings(group: Any, names: Iterable[str]) -> None:
     for name in names:
-        flags = list_settings(GenerationSettings)[name].flags or [f"--{name.replace('_', '-')}"]
+        flags = list_flags(name)
         kind, text = VALUE_TYPES.get(name), describe_setting(name)
         if kind is bool and get_default(name) is None:
             pair = group.add_mutually_exclusive_group()
@@ -134,6 +150,40 @@ def parse_settings(arguments: argparse.Namespace, prompts: list[str]) -> Generat
     return GenerationSettings(**{name: value for name, value in (given | single).items() if value is not None})
 
 
+def parse_changes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Collect the settings that change those of a sidecar.
+
+    Args:
+        arguments: The parsed command line.
+
+    Returns:
+        Values by setting.
+
+    Raises:
+        GenerationError: When there are several values for the one file.
+    """
+    changes = {name: value for name in SETTING_NAMES if (value := getattr(arguments, name)) is not None}
+    for name in changes.keys() & set(PER_ITEM_SETTINGS):
+        if len(changes[name]) != 1:
+            raise GenerationError(f"{name} has {len(changes[name])} values, but --from is for one file. Give one.")
+        changes[name] = changes[name][0]
+    return changes
+
+
+def name_flags(message: str) -> str:
+    """Name settings in an error message as the command line does.
+
+    Args:
+        message: With names as in Python, such as "cfg_scale=1".
+
+    Returns:
+        With flags, such as "--cfg-scale 1".
+    """
+    return _IN_MESSAGES.sub(
+        lambda found: FLAGS[found[1] or found[3]] + (" " if found[1] and not found[2] else ""), message
+    )
+
+
 def parse_adapters(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Collect the adapters to load, in the order of the command line.
 
@@ -147,6 +197,8 @@ def parse_adapters(arguments: argparse.Namespace) -> list[dict[str, Any]]:
         GenerationError: When a strength or noise level is not a number, or a flag has no adapter to apply to.
     """
     entries = [_parse_entry(raw) for raw in arguments.adapters or []]
+    if arguments.sidecar is None and any(not entry.get("exclude_layers", True) for entry in entries):
+        raise GenerationError("--exclude-layers has no effect without a layer. Name one, or remove it.")
     public = [entry for entry, raw in zip(entries, arguments.adapters or [], strict=True) if "--lora-ckpt-path" in raw]
     if arguments.lora_strength is None and arguments.lora_index is not None:
         raise GenerationError("--lora-index has no effect without --lora-strength.")
@@ -165,11 +217,12 @@ def parse_adapters(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     return [{**entry, "allow_partial": arguments.allow_partial} for entry in entries]
 
 
-def parse_output(arguments: argparse.Namespace) -> tuple[Path, str]:
+def parse_output(arguments: argparse.Namespace, default: str = DEFAULT_OUTPUT) -> tuple[Path, str]:
     """Choose the file to write and the encoding of its samples.
 
     Args:
         arguments: The parsed command line.
+        default: The file without -o.
 
     Returns:
         The audio file and its subtype.
@@ -177,7 +230,7 @@ def parse_output(arguments: argparse.Namespace) -> tuple[Path, str]:
     Raises:
         GenerationError: When -o is a folder or contradicts --format.
     """
-    output = DEFAULT_OUTPUT if arguments.output is None else arguments.output
+    output = default if arguments.output is None else arguments.output
     path = Path(output)
     if output.endswith("/"):
         raise GenerationError(f"cannot write {output}: it is a folder. Give a file name, such as {path}/out.wav.")
@@ -199,7 +252,7 @@ def _parse_entry(raw: Mapping[str, str]) -> dict[str, Any]:
         given = raw["--conditioner-strength"]
         entry["conditioner_strength"] = _parse_strength(given, f"--conditioner-strength {given}")
     if "--exclude-layers" in raw:
-        entry["exclude_layers"] = raw["--exclude-layers"]
+        entry["exclude_layers"] = split_patterns(raw["--exclude-layers"])
     return entry
 
 

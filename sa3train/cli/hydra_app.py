@@ -25,6 +25,7 @@ Set `SA3TRAIN_DEBUG=1` to see the traceback of a user error.
 
 import dataclasses
 import errno
+import functools
 import json
 import os
 import re
@@ -39,6 +40,7 @@ from typing import Any, TypeVar, cast
 
 from sa3train.cli.config_files import adapt_options, check_config_dir, find_config_dir, read_config
 from sa3train.cli.precedence import build_composed
+from sa3train.cli.version import describe_version
 from sa3train.core.config import MISSING, describe_unknown_keys, is_known, list_keys
 from sa3train.core.errors import ConfigError, SA3Error
 from sa3train.core.files import get_config_dir
@@ -103,9 +105,9 @@ def run_job(job: Callable[[], int | None]) -> int:
     from sa3train.core.log import set_up_logging
 
     limit_thread_spinning()
-    set_up_logging()
     try:
         with handle_signals(), explain_imports():
+            set_up_logging()
             return job() or 0
     except SA3Error as error:
         if os.environ.get("SA3TRAIN_DEBUG"):
@@ -146,6 +148,7 @@ def run_hydra_job(
     paths: Sequence[str] = (),
     lists: Sequence[str] = (),
     resume: str | None = None,
+    suggest: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
     argv: Sequence[str] | None = None,
 ) -> int:
     """Run a command with a Hydra configuration.
@@ -162,6 +165,7 @@ def run_hydra_job(
         lists: Keys whose value may be written `a,b` for `[a,b]`, except in a sweep.
         resume: Key that takes the folder of an earlier run, whose `config.yaml` is then the configuration; further
             overrides act on it.
+        suggest: Gives values that suit the others, see `build_composed`; not for a resumed run.
         argv: Command-line arguments; None for `sys.argv`.
 
     Returns:
@@ -170,6 +174,9 @@ def run_hydra_job(
 
     def run() -> int:
         given = list(sys.argv[1:] if argv is None else argv)
+        if "--version" in given:  # Hydra would print its own
+            print(describe_version())
+            return 0
         _check_digits(given)
         given.sort(key=_is_override)  # Hydra takes no flags after the first
         folder, is_sweep = find_config_dir(given), not {"-m", "--multirun"}.isdisjoint(given)
@@ -186,7 +193,8 @@ def run_hydra_job(
             arguments, action = [*rest, "hydra.mode=RUN"], _print_settings
         primary = _find_primary_config(config_name, resume, arguments)
         arguments = adapt_options(arguments, shorthand or {}, is_resumed=primary[0] != CONF)
-        return _run_hydra(schema, action, arguments, primary)
+        compose = functools.partial(build_composed, schema, suggest=suggest if primary[0] == CONF else None)
+        return _run_hydra(compose, action, arguments, primary)
 
     return run_job(run)
 
@@ -202,7 +210,10 @@ def _print_settings(settings: Any) -> None:
 
 
 def _run_hydra(
-    schema: type[Schema], job: Callable[[Schema], int | None], arguments: list[str], primary: tuple[str, str, list[str]]
+    compose: Callable[[dict[str, Any], str], Schema],
+    job: Callable[[Schema], int | None],
+    arguments: list[str],
+    primary: tuple[str, str, list[str]],
 ) -> int:
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -225,7 +236,7 @@ def _run_hydra(
         register_resolvers()  # a launcher may run this in a process of its own
         try:
             values = cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
-            codes.append(job(build_composed(schema, values, config_name)) or 0)
+            codes.append(job(compose(values, config_name)) or 0)
             if codes[-1] > 128 and os.getpid() == pid and in_sweep:  # stopped: the rest is not to be started
                 raise Interrupted(codes[-1] - 128)
         except SA3Error as error:
@@ -242,6 +253,10 @@ def _run_hydra(
             hydra.main(version_base="1.3", config_path=config_path, config_name=config_name)(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, arguments)) from error
+    except RuntimeError as error:
+        if "srun" not in str(error):  # submitit's
+            raise
+        raise ConfigError("launcher=slurm needs srun, and this machine has none: run it where SLURM is.") from error
     finally:
         sys.argv = saved
     if failures and in_sweep:

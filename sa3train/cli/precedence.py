@@ -4,7 +4,7 @@ A recipe suggests; what the user names decides. When two settings exclude each o
 user did not name gives way. A `???` in a chosen option must be filled, also over a value of its group.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,13 +21,19 @@ _DEFAULT, _RECIPE, _OPTION, _NAMED = range(4)
 chosen by name or a configuration of the user's own, the command line."""
 
 
-def build_composed(schema: type[Schema], values: dict[str, Any], command: str) -> Schema:
+def build_composed(
+    schema: type[Schema],
+    values: dict[str, Any],
+    command: str,
+    suggest: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+) -> Schema:
     """Build a settings dataclass from a configuration that Hydra has composed.
 
     Args:
         schema: The dataclass.
         values: The configuration; settings that give way are changed in it.
         command: Name of the command's own primary configuration.
+        suggest: Gives values by full key that suit the others, and replace those of defaults and recipes.
 
     Returns:
         An instance.
@@ -39,6 +45,10 @@ def build_composed(schema: type[Schema], values: dict[str, Any], command: str) -
     for key, option in missing.items():
         if origins[key] < _NAMED or _get(values, key) in (None, MISSING):
             raise ConfigError(f"{option} needs {key}. Add {key}=VALUE.")
+    for key, value in (suggest(values) if suggest else {}).items():
+        if _rank(origins, key) < _OPTION and (others := _get(values, key)) not in (None, value):
+            _logger.info("%s=%s suits this model; %s=%s is for others", key, value, key, others)
+            _set(values, key, value)
     while True:
         try:
             return build(schema, values)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sa3train.cli.hydra_app import run_job
+from sa3train.cli.version import add_version
 from sa3train.core.config import MAX_COUNT
 from sa3train.core.errors import SA3Error
 from sa3train.core.overrides import format_override
@@ -48,6 +49,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--source", type=_parse_folder, help="folder of audio and captions (default: the sample set)")
     parser.add_argument("--steps", type=int, default=80, help="training steps (default: %(default)s)")
     parser.add_argument("--prompt", default=PROMPT, help="prompt to generate (default: %(default)s)")
+    add_version(parser)
     return parser
 
 
@@ -146,7 +148,6 @@ def _plan_training(source: Path, out: Path, run_dir: Path, steps: int) -> list[D
                 format_override("run_dir", run_dir),
                 f"trainer.max_steps={steps}",
                 f"scheduler.warmup_steps={min(10, steps - 1)}",
-                "optimizer.lr=1e-3",
                 f"callbacks.validation.every={max(1, steps // 2)}",
                 f"callbacks.checkpoint.every={steps}",
                 f"callbacks.demos.every={steps}",

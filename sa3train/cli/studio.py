@@ -1,7 +1,7 @@
 """`sa3-studio`: a local web page to play adapters, watch training runs, and prepare data.
 
-sa3-studio                                     the current folder, with nano, at http://127.0.0.1:7860
-sa3-studio runs my_audio --model small-music   these folders and no others
+sa3-studio my_audio                            reads my_audio, writes to ./sa3-studio, at http://127.0.0.1:7860
+sa3-studio my_audio runs --workspace ~/studio  reads these two folders, writes to ~/studio
 SA3_STUDIO_PASSWORD=... sa3-studio --host 0.0.0.0   for others on the network, with a password
 """
 
@@ -11,9 +11,11 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sa3train.cli.hydra_app import run_job
+from sa3train.cli.version import add_version
 from sa3train.core.errors import ConfigError
 from sa3train.core.signals import Interrupted
 
@@ -32,16 +34,19 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="sa3-studio",
         description="A local web page to play adapters, watch training runs, and prepare data.",
-        epilog="It reads and writes only inside the FOLDERs. Results are stored in .sa3-studio in the first one.",
+        epilog="It reads the FOLDERs, and writes runs, latents and results to the workspace. Captions are saved beside "
+        "their audio. It touches nothing else.",
     )
     add = parser.add_argument
-    add("folders", nargs="*", default=["."], metavar="FOLDER", help="folders to work in (default: .)")
+    add("folders", nargs="*", default=["."], metavar="FOLDER", help="folders of yours to read (default: .)")
+    add("--workspace", default="sa3-studio", help="new or earlier folder for all that it makes (default: ./sa3-studio)")
     add("--model", default="nano", help="model selected first, name or folder (default: nano)")
     add("--device", help="cpu, cuda, cuda:1, mps (default: the best available)")
     add("--port", type=int, help="default: the first free port from 7860")
     add("--host", default="127.0.0.1", help="address to listen on instead of 127.0.0.1; requires a password")
     add("--share", action="store_true", help="open a public link through Gradio's servers; requires a password")
     add("--password", help=f"password to ask for; safer in the variable {PASSWORD}, which other users cannot see")
+    add_version(parser)
     return parser
 
 
@@ -67,18 +72,31 @@ def _serve(arguments: argparse.Namespace) -> None:
     password = arguments.password or os.environ.get(PASSWORD) or None
     access = AccessSettings(arguments.host, arguments.port, arguments.share, password)
     access.check()
-    workspace = Workspace.create(arguments.folders, arguments.model, arguments.device)
+    workspace = Workspace.create(arguments.workspace, arguments.folders, arguments.model, arguments.device)
     from sa3train.studio.app import describe_work, run_studio  # takes seconds: after the checks
     from sa3train.studio.server.jobs import finish_jobs
 
     with run_studio(workspace, access) as address:
-        folders = ", ".join(map(str, workspace.roots))
+        _note_other_studio(workspace.home / "server", address)
+        sources = ", ".join(map(str, workspace.sources))
         try:
-            print(f"Studio running at {address} (folders: {folders}). Press Ctrl-C to stop.", flush=True)
+            print(f"Studio running at {address}. Press Ctrl-C to stop.\n  reads: {sources}", flush=True)
+            print(f"  writes to its workspace: {workspace.folder}", flush=True)
             threading.Event().wait()
         except Interrupted:
             _end_work(describe_work(workspace), finish_jobs())
             raise
+
+
+def _note_other_studio(folder: Path, address: str) -> None:
+    """Say which other studio uses the workspace; the latest is recorded in `folder`."""
+    from sa3train.studio.server import processes
+
+    if pid := processes.get_running_pid(folder):
+        other = processes.read_record(folder).get("address")
+        print(f"note: another studio uses this workspace, and each shows what the other makes: PID {pid}, {other}.")
+        print("  To keep them apart, stop one and start it with --workspace FOLDER.", flush=True)
+    processes.record_this_process(folder, address=address)
 
 
 def _end_work(going_on: list[str], unfinished: "list[Job]") -> None:

@@ -1,15 +1,29 @@
-"""`sa3-train`: train an adapter on latent shards. The configuration is `conf/train.yaml`."""
+"""`sa3-train`: train an adapter, on latent shards (`conf/train.yaml`) or on audio (`conf/decoder.yaml`)."""
 
 import dataclasses
+import functools
+import os
 import sys
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from sa3train.cli.hydra_app import run_hydra_job
-from sa3train.cli.train_config import TrainConfig
+from sa3train.cli.train_config import DecoderTrainConfig, TrainConfig
+from sa3train.core.errors import ConfigError
 from sa3train.core.log import get_rank
+from sa3train.models.hub import check_checkpoint, find_checkpoint
+from sa3train.reports.run_files import CONFIG_FILE
 
 if TYPE_CHECKING:
+    import torch
+
+    from sa3train.data.loading.datamodule import LatentDataModule
     from sa3train.training.run import TrainingResult
+    from sa3train.training.run_dir import RunDir
+
+DECODER = "decoder"
+"""The recipe that trains on audio instead of latents, with a configuration of its own."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,18 +35,60 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         Exit code.
     """
+    paths = ("run_dir", "resume", "paths.runs", "adapter.start_from")
+    if trains_decoder(sys.argv[1:] if argv is None else argv):
+        return run_hydra_job(
+            "decoder",
+            DecoderTrainConfig,
+            train,
+            shorthand={"model": "model.name"},
+            paths=(*paths, "source"),
+            resume="resume",
+            argv=argv,
+        )
     return run_hydra_job(
         "train",
         TrainConfig,
         train,
         shorthand={"data": "data.dir", "model": "model.name"},
-        paths=("run_dir", "resume", "paths.runs", "adapter.start_from"),
+        paths=paths,
         resume="resume",
+        suggest=suggest_rate,
         argv=argv,
     )
 
 
-def train(config: TrainConfig) -> int:
+def suggest_rate(values: Mapping[str, Any]) -> dict[str, float]:
+    """Suggest the learning rate that suits a model.
+
+    Args:
+        values: The configuration.
+
+    Returns:
+        The rate by its key; nothing where that of the recipes suits.
+    """
+    model = values.get("model")
+    info = find_checkpoint(str(model.get("name"))) if isinstance(model, Mapping) else None
+    return {"optimizer.lr": info.learning_rate} if info and info.learning_rate else {}
+
+
+def trains_decoder(arguments: Sequence[str]) -> bool:
+    """Check whether a command line is for the autoencoder's decoder.
+
+    Args:
+        arguments: Of the command line.
+
+    Returns:
+        Whether it chooses that recipe, or resumes a run of it.
+    """
+    given = {key: value.strip("'\"") for key, _, value in (argument.partition("=") for argument in arguments)}
+    config = Path(given.get("resume", ""), CONFIG_FILE)
+    if "resume" in given and os.path.isfile(config):  # noqa: PTH113 (no error for a name that is too long)
+        return any(line.startswith("source:") for line in config.read_text("utf-8", "replace").splitlines())
+    return given.get("recipe") == DECODER
+
+
+def train(config: TrainConfig | DecoderTrainConfig) -> int:
     """Train once.
 
     Args:
@@ -40,9 +96,19 @@ def train(config: TrainConfig) -> int:
 
     Returns:
         Exit code: 0, or 128 + the signal that stopped the run.
+
+    Raises:
+        ConfigError: The decoder's recipe is one of several in a sweep.
     """
+    from hydra.core.hydra_config import HydraConfig
+
     from sa3train.cli.train_setup import print_result, requeue
 
+    recipe = HydraConfig.get().runtime.choices.get("recipe") if HydraConfig.initialized() else None
+    if recipe == DECODER and isinstance(config, TrainConfig):
+        raise ConfigError(f"recipe={DECODER} trains on audio, which other recipes do not: run it by itself.")
+    if config.resume is None:
+        check_checkpoint(config.model.name)  # before anything heavy is imported
     result = run_training(config)
     if get_rank() == 0:
         print_result(result)
@@ -52,7 +118,7 @@ def train(config: TrainConfig) -> int:
     return 0
 
 
-def run_training(config: TrainConfig) -> "TrainingResult":
+def run_training(config: TrainConfig | DecoderTrainConfig) -> "TrainingResult":
     """Load what a configuration names, and train.
 
     Args:
@@ -65,45 +131,86 @@ def run_training(config: TrainConfig) -> "TrainingResult":
     from sa3train.adapters.formats.io import load_adapter
     from sa3train.cli import train_setup
     from sa3train.data.loading import sampler
-    from sa3train.models.checkpoint import load_checkpoint
     from sa3train.training import step
-    from sa3train.training.distributed import run_on_rank_zero, run_on_rank_zero_first
+    from sa3train.training.decoder import clips
+    from sa3train.training.distributed import run_on_rank_zero
     from sa3train.training.trainer import resolve_precisions, uses_gpu
 
     run_dir = train_setup.get_run_dir(config)
-    train_setup.check_run_dir(run_dir, config.data)
+    table = dataclasses.asdict(config) | {"run_dir": str(run_dir), "resume": None, "allow_resume_changes": []}
+    if config.resume is not None:
+        config = train_setup.locate_inputs(config, run_dir)
+    if isinstance(config, TrainConfig):
+        sources = [source.path for source in config.data.list_sources()]
+        identity = {"draws": f"{sampler.DRAWS_VERSION}.{step.DRAWS_VERSION}"}
+    else:
+        sources, identity = [config.source], {"draws": str(clips.DRAWS_VERSION)}
+    train_setup.check_run_dir(run_dir, sources)
     train_setup.start_ranks(config)
     dtype, precision = resolve_precisions(config.model.dtype, config.trainer.precision, uses_gpu(config.trainer))
-    data = train_setup.make_data_module(config.data, config.seed)  # first: its errors come before gigabytes load
-    identity = {"data": data.manifest, "draws": f"{sampler.DRAWS_VERSION}.{step.DRAWS_VERSION}"}
-    table = dataclasses.asdict(config) | {"run_dir": str(run_dir), "resume": None, "allow_resume_changes": []}
+    config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, precision=precision))
+    data = None
+    if isinstance(config, TrainConfig):
+        data = train_setup.make_data_module(config.data, config.seed)  # first: its errors come before gigabytes load
+        identity["data"] = data.manifest
     resume, allowed = config.resume is not None, config.allow_resume_changes
     run = run_on_rank_zero(lambda: training.open_run(run_dir, table, identity, resume=resume, allowed=allowed))
     with run:
-        model = run_on_rank_zero_first(
-            lambda: load_checkpoint(config.model.name, dtype=dtype, parts=("dit", "conditioner"))
-        )
-        data.limit_frames(model.max_frames)
-        data.check_autoencoder(model.name, model.autoencoder_fingerprint())
-        base = model.fingerprint()
-        run = run_on_rank_zero(lambda: run.begin(base=base))
-        identity = run.identity
-        text = training.PromptEmbedder(model.conditioner)
-        text.prepare(data.list_prompts() or [])
-        loggers = train_setup.make_loggers(config.logger, run, config.name, table, identity)
-        result = training.train(
+        if isinstance(config, TrainConfig):
+            assert data is not None
+            run, fit, described = _load_latent_training(config, run, data, dtype)
+        else:
+            run, fit, described = _load_decoder_training(config, run, dtype)
+        loggers = train_setup.make_loggers(config, run, table)
+        result = fit(
             run=run,
-            model=model,
-            data=data,
-            text=text,
             spec=config.adapter.make_spec(),
-            settings=dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, precision=precision)),
+            settings=config,
             loggers=loggers,
-            provenance=train_setup.make_provenance(config, table, identity, run.run_id),
-            start_from=load_adapter(config.adapter.start_from) if config.adapter.start_from else None,
+            provenance=train_setup.make_provenance(config, table, run) | described,
+            start_from=load_adapter(config.adapter.start_from) if config.adapter.start_from and not run.state else None,
         )
     loggers.close(failed=result.interrupted is not None)
     return result
+
+
+def _load_latent_training(
+    config: TrainConfig, run: "RunDir", data: "LatentDataModule", dtype: "torch.dtype"
+) -> "tuple[RunDir, Callable[..., TrainingResult], dict[str, str]]":
+    """Begin the run; returns it, what trains, and the description of the data for the adapter's metadata."""
+    from sa3train import training
+    from sa3train.cli.train_setup import describe_training_data
+    from sa3train.models.checkpoint import load_checkpoint
+    from sa3train.training.distributed import run_on_rank_zero, run_on_rank_zero_first
+
+    parts = ("dit", "conditioner")
+    model = run_on_rank_zero_first(lambda: load_checkpoint(config.model.name, dtype=dtype, parts=parts))
+    data.limit_frames(model.max_frames)
+    data.check_autoencoder(model.name, model.autoencoder_fingerprint())
+    base = model.fingerprint()
+    run = run_on_rank_zero(lambda: run.begin(base=base))
+    text = training.PromptEmbedder(model.conditioner)
+    text.prepare(data.list_prompts() or [])
+    fit = functools.partial(training.train, model=model, data=data, text=text)
+    return run, fit, describe_training_data(data, config.data.shared_prompts)
+
+
+def _load_decoder_training(
+    config: DecoderTrainConfig, run: "RunDir", dtype: "torch.dtype"
+) -> "tuple[RunDir, Callable[..., TrainingResult], dict[str, str]]":
+    """The same for the autoencoder's decoder."""
+    from sa3train.models.checkpoint import load_checkpoint
+    from sa3train.reports.card import DATA_SUMMARY, summarize_data
+    from sa3train.training.decoder.clips import AudioClips
+    from sa3train.training.decoder.run import train_decoder
+    from sa3train.training.distributed import run_on_rank_zero, run_on_rank_zero_first
+
+    model = run_on_rank_zero_first(lambda: load_checkpoint(config.model.name, dtype=dtype, parts=("autoencoder",)))
+    clips = AudioClips(config.source, model.sample_rate, config.data.split)
+    base, manifest = model.autoencoder_fingerprint(), clips.manifest
+    run = run_on_rank_zero(lambda: run.begin(base=base, data=manifest))
+    fit = functools.partial(train_decoder, model=model, clips=clips)
+    return run, fit, {DATA_SUMMARY: summarize_data(clips.describe(model.name))}
 
 
 if __name__ == "__main__":

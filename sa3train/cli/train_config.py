@@ -7,6 +7,7 @@ from sa3train.adapters.spec import MAX_RANK, MAX_VALUE, AdapterSpec
 from sa3train.core.config import check_settings, describe_unknown_keys, is_known, setting
 from sa3train.core.errors import ConfigError
 from sa3train.data.loading.settings import DataSettings
+from sa3train.training.decoder.settings import DecoderSettings
 from sa3train.training.settings import LoggingSettings, TrainingSettings
 
 
@@ -72,8 +73,8 @@ class AdapterSettings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig(TrainingSettings):
-    """The whole configuration of `sa3-train`."""
+class RunSettings:
+    """What every run of `sa3-train` is named and written by, besides what is learned."""
 
     name: str = setting(help="Name of the run.", text="path", characters=200)
     run_dir: str = setting(help="Run folder.", text="path")
@@ -82,16 +83,41 @@ class TrainConfig(TrainingSettings):
         help="Settings that may differ from the run that is resumed.", text="filled"
     )
     paths: PathSettings
-    data: DataSettings
     model: ModelSettings
     adapter: AdapterSettings
     logger: LoggingSettings
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check_run(self) -> None:
+        """Check name and allowed changes.
+
+        Raises:
+            ConfigError: The name has slashes, or a change is of an unknown setting.
+        """
         if self.resume is None and {"/", "\\"} & set(self.name):
             raise ConfigError(f"name={self.name} must not have slashes. To choose the run folder: run_dir=FOLDER.")
-        self.loss.check_packing(self.data.pack_frames)
         for key in self.allow_resume_changes:
-            if key != "all" and not key.startswith("identity.") and "*" not in key and not is_known(TrainConfig, key):
-                raise ConfigError(f"allow_resume_changes: {describe_unknown_keys(TrainConfig, [key])}")
+            if key != "all" and not key.startswith("identity.") and "*" not in key and not is_known(type(self), key):
+                raise ConfigError(f"allow_resume_changes: {describe_unknown_keys(type(self), [key])}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunSettings, TrainingSettings):
+    """The whole configuration of `sa3-train`."""
+
+    data: DataSettings
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_run()
+        self.loss.check_packing(self.data.pack_frames)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderTrainConfig(RunSettings, DecoderSettings):
+    """The whole configuration of `sa3-train recipe=decoder`."""
+
+    source: str = setting(help="Folder of audio, or what else sa3-encode takes as source.", text="path")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_run()

@@ -1,5 +1,6 @@
 """From the sections of a training configuration to the library's objects."""
 
+import dataclasses
 import fnmatch
 import json
 import os
@@ -7,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from sa3train.core.errors import ConfigError
 from sa3train.core.log import get_logger, get_rank
@@ -15,18 +16,19 @@ from sa3train.core.signals import describe_signal
 from sa3train.reports.run_files import METRICS_FILE
 
 if TYPE_CHECKING:
-    from sa3train.cli.train_config import TrainConfig
+    from sa3train.cli.train_config import DecoderTrainConfig, TrainConfig
     from sa3train.data.loading.datamodule import LatentDataModule
     from sa3train.data.loading.settings import DataSettings
     from sa3train.training.loggers import LoggerCollection
     from sa3train.training.run import TrainingResult
     from sa3train.training.run_dir import RunDir
-    from sa3train.training.settings import LoggingSettings
 
 _logger = get_logger(__name__)
 
+AnyTrainConfig = TypeVar("AnyTrainConfig", bound="TrainConfig | DecoderTrainConfig")
 
-def start_ranks(config: "TrainConfig") -> None:
+
+def start_ranks(config: "TrainConfig | DecoderTrainConfig") -> None:
     """Start or join the ranks that train together; with several devices, this process becomes torchrun.
 
     Args:
@@ -50,7 +52,7 @@ def start_ranks(config: "TrainConfig") -> None:
     join_ranks(gpu)
 
 
-def check_overrides_have_effect(config: "TrainConfig", given: Sequence[str], ranks: int) -> None:
+def check_overrides_have_effect(config: "TrainConfig | DecoderTrainConfig", given: Sequence[str], ranks: int) -> None:
     """Check that no setting of the command line is without effect in this run.
 
     Values from a recipe or a default are not checked: they may get an effect by another setting.
@@ -64,24 +66,16 @@ def check_overrides_have_effect(config: "TrainConfig", given: Sequence[str], ran
         ConfigError: A setting can change nothing.
     """
     keys = {key for key, equals, _ in (argument.lstrip("+").partition("=") for argument in given) if equals}
-    alone = config.data.batch_size * ranks == 1 and config.data.pack_frames is None
     steps, callbacks = config.trainer.max_steps, config.callbacks
-    validations, kept_context = steps // callbacks.validation.every, dict(config.loss.inpainting, full=0)
+    validations = steps // callbacks.validation.every
     idle = [
-        ("callbacks.validation.*", not callbacks.validation.enabled, "callbacks.validation.enabled=false"),
+        *_list_idle_latent_settings(config, ranks),
+        *_list_idle_validation_settings(config),
         ("callbacks.validation.patience", validations <= (callbacks.validation.patience or 0),
          f"{validations} validations in trainer.max_steps={steps}"),
         ("callbacks.checkpoint.keep_last", callbacks.checkpoint.every >= steps,
          f"callbacks.checkpoint.every={callbacks.checkpoint.every}: only the last step is saved"),
         ("callbacks.demos.*", not callbacks.demos.enabled, "callbacks.demos.enabled=false"),
-        ("data.heldout_clips", not (callbacks.validation.enabled or callbacks.demos.enabled),
-         "neither validation nor demos"),
-        ("loss.context_weight", not any(kept_context.values()), "loss.inpainting: full masks keep no context"),
-        ("loss.coupling", config.loss.coupling and alone, "one clip per micro-batch: raise data.batch_size"),
-        ("data.silence_tail_seconds", config.data.silence_tail_seconds > 0 and not config.loss.silence_seconds,
-         "loss.silence_seconds=0"),
-        ("data.repeats", not config.data.more, "a single data source: it weighs sources against each other"),
-        ("data.weight", not config.data.more, "a single data source: it weighs sources against each other"),
         ("logger.timeout", config.logger.name != "wandb", f"logger={config.logger.name}"),
         ("trainer.strategy", config.trainer.strategy == "fsdp" and ranks == 1, "one rank: there is nothing to shard"),
         ("trainer", config.trainer.strategy == "fsdp" and ranks == 1, "one rank: fsdp shards the base over several"),
@@ -102,6 +96,37 @@ def check_overrides_have_effect(config: "TrainConfig", given: Sequence[str], ran
             )
 
 
+def _list_idle_validation_settings(config: "TrainConfig | DecoderTrainConfig") -> list[tuple[str, bool, str]]:
+    """The same for validation; the decoder's demos play the round trips that validation is set to."""
+    from sa3train.cli.train_config import TrainConfig
+
+    demos, without = config.callbacks.demos.enabled, "callbacks.validation.enabled=false"
+    is_shared = demos and not isinstance(config, TrainConfig)
+    names = [field.name for field in dataclasses.fields(config.callbacks.validation)]
+    idle = [name for name in names if not (is_shared and name in ("seconds", "round_trips", "seed"))]
+    return [(f"callbacks.validation.{name}", not config.callbacks.validation.enabled, without) for name in idle]
+
+
+def _list_idle_latent_settings(config: "TrainConfig | DecoderTrainConfig", ranks: int) -> list[tuple[str, bool, str]]:
+    """Settings of a training on latents, whether each is without effect, and with what."""
+    from sa3train.cli.train_config import TrainConfig
+
+    if not isinstance(config, TrainConfig):
+        return []
+    alone = config.data.batch_size * ranks == 1 and config.data.pack_frames is None
+    kept_context = dict(config.loss.inpainting, full=0)
+    return [
+        ("data.heldout_clips", not (config.callbacks.validation.enabled or config.callbacks.demos.enabled),
+         "neither validation nor demos"),
+        ("loss.context_weight", not any(kept_context.values()), "loss.inpainting: full masks keep no context"),
+        ("loss.coupling", config.loss.coupling and alone, "one clip per micro-batch: raise data.batch_size"),
+        ("data.silence_tail_seconds", config.data.silence_tail_seconds > 0 and not config.loss.silence_seconds,
+         "loss.silence_seconds=0"),
+        ("data.repeats", not config.data.more, "a single data source: it weighs sources against each other"),
+        ("data.weight", not config.data.more, "a single data source: it weighs sources against each other"),
+    ]  # fmt: skip
+
+
 def get_overrides() -> list[str]:
     """Get the `key=value` arguments of this run as Hydra parsed them.
 
@@ -113,7 +138,7 @@ def get_overrides() -> list[str]:
     return list(HydraConfig.get().overrides.task) if HydraConfig.initialized() else []
 
 
-def get_run_dir(config: "TrainConfig") -> Path:
+def get_run_dir(config: "TrainConfig | DecoderTrainConfig") -> Path:
     """Get the run folder of this job: that of a sweep has one below it for each job, by its number.
 
     Args:
@@ -131,19 +156,59 @@ def get_run_dir(config: "TrainConfig") -> Path:
     return Path(config.run_dir, f"{HydraConfig.get().job.num:03d}" if is_sweep_job() else "")
 
 
-def check_run_dir(run_dir: Path, data: "DataSettings") -> None:
+def check_run_dir(run_dir: Path, sources: Sequence[str]) -> None:
     """Check that a run folder is not part of the data.
 
     Args:
         run_dir: The run folder.
-        data: Settings of the data.
+        sources: Folders or URLs of the data.
 
     Raises:
         ConfigError: It is inside of a source.
     """
-    for source in data.list_sources():
-        if "://" not in source.path and run_dir.resolve().is_relative_to(Path(source.path).resolve()):
-            raise ConfigError(f"the run folder {run_dir} is inside the latents {source.path}. Choose run_dir=FOLDER.")
+    for source in sources:
+        if "://" not in source and run_dir.resolve().is_relative_to(Path(source).resolve()):
+            raise ConfigError(f"the run folder {run_dir} is inside the data {source}. Choose run_dir=FOLDER.")
+
+
+def locate_inputs(config: AnyTrainConfig, run_dir: Path) -> AnyTrainConfig:
+    """Locate what a run to be resumed reads: relative paths are those from where it was started.
+
+    Args:
+        config: The configuration.
+        run_dir: The run folder.
+
+    Returns:
+        The configuration with paths from here.
+    """
+    from sa3train.cli.train_config import DecoderTrainConfig
+    from sa3train.models.hub import find_checkpoint
+    from sa3train.reports.run_files import CONFIG_FILE, load_settings
+    from sa3train.training.run_dir import locate_from_run
+
+    started = load_settings(run_dir / CONFIG_FILE)
+
+    def locate(path: str | None, before: str | None) -> Any:
+        return locate_from_run(run_dir, path) if path and path == before else path
+
+    start_from = locate(config.adapter.start_from, started["adapter"]["start_from"])
+    located: dict[str, Any] = {"adapter": dataclasses.replace(config.adapter, start_from=start_from)}
+    if find_checkpoint(config.model.name) is None:
+        name = locate(config.model.name, started["model"]["name"])
+        located["model"] = dataclasses.replace(config.model, name=name)
+    if isinstance(config, DecoderTrainConfig):
+        located["source"] = locate(config.source, started["source"])
+        if isinstance(config.data.split, str):
+            split = locate(config.data.split, started["data"]["split"])
+            located["data"] = dataclasses.replace(config.data, split=split)
+    else:
+        data, before = config.data, [source["path"] for source in started["data"]["more"]]
+        more = [
+            dataclasses.replace(each, path=locate(each.path, each.path if each.path in before else None))
+            for each in data.more
+        ]
+        located["data"] = dataclasses.replace(data, dir=locate(data.dir, started["data"]["dir"]), more=more)
+    return dataclasses.replace(config, **located)
 
 
 def make_data_module(settings: "DataSettings", seed: int) -> "LatentDataModule":
@@ -164,62 +229,78 @@ def make_data_module(settings: "DataSettings", seed: int) -> "LatentDataModule":
 
 
 def make_loggers(
-    settings: "LoggingSettings", run: "RunDir", name: str, table: Mapping[str, Any], identity: Mapping[str, str]
+    config: "TrainConfig | DecoderTrainConfig", run: "RunDir", table: Mapping[str, Any]
 ) -> "LoggerCollection":
     """Make the loggers of a run: on rank 0 `metrics.csv` and the chosen one, on other ranks none.
 
     Args:
-        settings: Which logger, and its arguments.
-        run: The run folder.
-        name: Name of the run.
-        table: The whole configuration.
-        identity: Hashes of data and base model.
+        config: The configuration.
+        run: The run folder, begun.
+        table: The configuration as the run was started with.
 
     Returns:
         The loggers.
     """
+    from sa3train.cli.train_config import TrainConfig
     from sa3train.training.loggers import CSVLogger, LoggerCollection, RunLogger, TensorBoardLogger, WandbLogger
 
     if get_rank() != 0:
         return LoggerCollection()
-    step = run.state[0] if run.state else None
+    settings, step = config.logger, run.state[0] if run.state else None
     keep = (step or 0) if run.record["resumed"] else None
     loggers: list[RunLogger] = [CSVLogger(run.path / METRICS_FILE, keep_through=keep)]
     if settings.name == "tensorboard":
         loggers.append(TensorBoardLogger(run.path / "tensorboard", purge_from=None if step is None else step + 1))
     if settings.name == "wandb":
-        identifiers = {"name": f"{name}-{run.run_id}", "run_id": run.run_id}
+        identifiers = {"name": f"{config.name}-{run.run_id}", "run_id": run.run_id}
         logger = WandbLogger(run.path / "wandb", settings, config=table, **identifiers)
-        index = Path(str(table["data"]["dir"])) / "index.json"
-        logger.log_input("dataset", f"latents-{identity['data'][:12]}", {"manifest": identity["data"]}, index)
-        base = {"name": table["model"]["name"], "hash": identity["base"]}
-        logger.log_input("model", f"base-{identity['base'][:12]}", base)
+        data, base = run.identity["data"], run.identity["base"]
+        index = Path(config.data.dir) / "index.json" if isinstance(config, TrainConfig) else None
+        logger.log_input("dataset", f"data-{data[:12]}", {"manifest": data}, index)
+        logger.log_input("model", f"base-{base[:12]}", {"name": config.model.name, "hash": base})
         loggers.append(logger)
     return LoggerCollection(loggers)
 
 
 def make_provenance(
-    config: "TrainConfig", table: Mapping[str, Any], identity: Mapping[str, str], run_id: str
+    config: "TrainConfig | DecoderTrainConfig", table: Mapping[str, Any], run: "RunDir"
 ) -> dict[str, str]:
     """Make the metadata that every adapter file carries.
 
     Args:
         config: The configuration.
         table: The same as nested dictionaries.
-        identity: Hashes of data and base model.
-        run_id: Id of the run.
+        run: The run folder, begun.
 
     Returns:
         Metadata by name.
     """
     return {
         "base_model": config.model.name,
-        "base_hash": identity["base"],
-        "data_manifest": identity["data"],
-        "trigger": config.data.prompts.trigger,
-        "run": run_id,
+        "base_hash": run.identity["base"],
+        "data_manifest": run.identity["data"],
+        "trigger": table["data"].get("prompts", {}).get("trigger", ""),
+        "run": run.run_id,
         "training_config": json.dumps(dict(table), sort_keys=True),
     }
+
+
+def describe_training_data(data: "LatentDataModule", prompts: int) -> dict[str, str]:
+    """Describe the data in an adapter's metadata: how much it is and, if wanted, some of its prompts.
+
+    Args:
+        data: The data module.
+        prompts: Most prompts.
+
+    Returns:
+        Metadata by name.
+    """
+    from sa3train.adapters.adapter import PROMPTS
+    from sa3train.reports.card import DATA_SUMMARY, summarize_data
+    from sa3train.training.callbacks.report import describe_data
+
+    shared = {PROMPTS: json.dumps(data.sample_prompts(prompts), ensure_ascii=False)} if prompts else {}
+    return {DATA_SUMMARY: summarize_data(describe_data(data)), **shared}
 
 
 def relaunch_with_torchrun(ranks: int) -> NoReturn:
@@ -241,6 +322,7 @@ def relaunch_with_torchrun(ranks: int) -> NoReturn:
     get_run_stamp()
     arguments = [argument for argument in sys.argv[1:] if argument not in QUIET_OVERRIDES]
     torchrun = ["-m", "sa3train.cli.ranks", "--standalone", f"--nproc-per-node={ranks}"]
+    os.environ["PYTHONSAFEPATH"] = "1"  # a folder named sa3train here, such as the clone, would hide the package
     os.execv(sys.executable, [sys.executable, *torchrun, "-m", "sa3train.cli.train", *arguments])
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from sa3train.core.errors import SA3Error
+from sa3train.core.user_files import find_special, stat_file
 
 MADE_BY = "sa3train"
 """Value of `made_by` in a sidecar."""
@@ -99,6 +100,8 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     temporary: Path | None = None
+    if reason := find_special(target):
+        raise SA3Error(f"cannot write {target}: {reason}. Choose another name.")
     try:
         with create_staging_dir(target) as folder:
             temporary = folder / target.name  # alone in a folder, since some writers create a file of their own there
@@ -187,6 +190,23 @@ def path_exists(path: str | os.PathLike[str]) -> bool:
         return False
 
 
+def relate_path(path: str | os.PathLike[str], folder: str | os.PathLike[str] = ".") -> str:
+    """Describe a path as seen from a folder.
+
+    Args:
+        path: The path.
+        folder: The folder, the working directory by default.
+
+    Returns:
+        The way from the folder, such as "../..", which stays right when both are moved together; on another drive the
+        absolute path.
+    """
+    try:
+        return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
+    except ValueError:
+        return os.path.realpath(path)
+
+
 def check_target(target: str | os.PathLike[str], inputs: Iterable[str | os.PathLike[str]], overwrite: bool) -> None:
     """Check that a file or folder may be written, before the work that makes it.
 
@@ -203,6 +223,8 @@ def check_target(target: str | os.PathLike[str], inputs: Iterable[str | os.PathL
         holds = os.path.realpath(source).startswith(os.path.realpath(target) + os.sep)
         if holds or any(_is_same(Path(target), each) for each in (source, *map(source.joinpath, FOLDER_FILES))):
             raise SA3Error(f"cannot write {target}: that would replace the input {source}. Choose another name.")
+    if reason := find_special(target):
+        raise SA3Error(f"cannot write {target}: {reason}. Choose another name.")
     if not overwrite and os.path.lexists(target):
         raise SA3Error(f"{target} exists already. Choose another name, or replace it with --overwrite.")
 
@@ -294,6 +316,7 @@ def hash_file(path: str | os.PathLike[str]) -> str:
     Returns:
         Hex SHA-256.
     """
+    stat_file(path)
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

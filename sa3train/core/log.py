@@ -52,14 +52,10 @@ class _Stderr(logging.Handler):
             sys.stderr.write(self.format(record) + "\n")
 
 
-def set_up_logging(level: int = logging.INFO) -> None:
-    """Send sa3train's log to stderr, once. Commands call this; libraries must not.
-
-    Args:
-        level: Lowest level that is shown.
-    """
+def set_up_logging() -> None:
+    """Send sa3train's log to stderr, once. Commands call this; libraries must not."""
     logger = logging.getLogger("sa3train")
-    logger.setLevel(level)
+    logger.setLevel(logging.INFO)
     if not logger.handlers:
         handler = _Stderr()
         handler.setFormatter(logging.Formatter("%(message)s"))

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from sa3train.core.dtypes import DTYPES
 from sa3train.core.errors import AdapterError
 from sa3train.core.files import replace_file
 from sa3train.core.log import get_logger
@@ -323,6 +324,42 @@ def write_tensors(
             if code is None:
                 raise
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(temporary)) from error
+
+
+def write_tensor_stream(
+    path: str | os.PathLike[str], keys: Iterable[str], tensors: Iterable[Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write a safetensors file atomically, one tensor at a time, so that tensors made on the way need no memory.
+
+    Args:
+        path: Target.
+        keys: Their keys.
+        tensors: The tensors, of floating point on the CPU, in the order of the keys.
+        metadata: Texts by key.
+
+    Raises:
+        SA3Error: The folder cannot be written or the disk is full.
+    """
+    names = {getattr(torch, dtype): code for dtype, code in DTYPES.values()} | {torch.float64: "F64"}
+    listing: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+    pending = list(keys)
+    longest = {"dtype": "BF16", "shape": [10**8] * 3, "data_offsets": [10**11] * 2}  # of an entry
+    room = len(json.dumps(listing | dict.fromkeys(pending, longest), separators=(",", ":")).encode())
+    room += -room % 8
+    with replace_file(path) as temporary, temporary.open("wb") as stream:
+        stream.seek(8 + room)
+        begin = 0
+        for key, tensor in zip(pending, tensors, strict=True):
+            data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+            stream.write(data.data)
+            listing[key] = {
+                "dtype": names[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [begin, begin := begin + data.size],
+            }
+        stream.seek(0)
+        text = json.dumps(listing, separators=(",", ":")).encode()
+        stream.write(struct.pack("<Q", room) + text.ljust(room))
 
 
 def hash_tensors(parts: Iterable[str | Tensor]) -> str:

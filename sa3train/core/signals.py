@@ -1,15 +1,19 @@
 """Stopping politely: Ctrl-C, SIGTERM and SIGHUP end a command by an exception, or after the step that is computed.
 
 A second Ctrl-C ends the process at once. Signals that the process was started to ignore (nohup, `&` in a script) stay
-ignored. Forked children leave Ctrl-C to the process that forked them, so that a loader's workers do not die before it.
+ignored. Forked children leave Ctrl-C to the process that forked them. A loader's workers leave all of these signals to
+it, which terminals, schedulers and service managers send to every process of a job: the step that is being computed
+still needs them.
 """
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import NoReturn
 
@@ -97,6 +101,47 @@ def handle_signals(
             _received.clear()
 
 
+@contextlib.contextmanager
+def hold_signals() -> Iterator[None]:
+    """Hold back all of these signals in processes that `multiprocessing` starts inside, for `follow_parent` in them.
+
+    Yields:
+        Nothing.
+    """
+    if not hasattr(signal, "sigtimedwait"):  # Linux has it
+        yield
+        return
+    if multiprocessing.get_start_method(allow_none=True) not in ("fork", None):
+        resource_tracker.ensure_running()  # its own start lets signals through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, *REQUEUE_SIGNALS))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def follow_parent() -> None:
+    """Follow the parent's end instead of stop signals, in a process that was started inside `hold_signals`.
+
+    The process ends when its parent has ended, or tells it to, as `multiprocessing` does by a SIGTERM of the parent's.
+    """
+    if hasattr(signal, "sigtimedwait"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, *REQUEUE_SIGNALS))  # a fork server knows nothing of it
+        threading.Thread(target=_wait_for_parent, daemon=True).start()
+    else:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _wait_for_parent() -> None:
+    parent, starter = multiprocessing.parent_process(), os.getppid()  # two processes with a fork server
+    assert parent is not None
+    while parent.is_alive() and os.getppid() == starter:
+        received = signal.sigtimedwait((signal.SIGTERM,), _PARENT_SECONDS)
+        if received is not None and received.si_pid == parent.pid:
+            break
+    os._exit(0)
+
+
 def describe_signal(number: int) -> str:
     """Describe a signal for users.
 
@@ -119,6 +164,8 @@ def write_note(text: str) -> None:
         os.write(2, f"\n{text}\n".encode())
 
 
+_PARENT_SECONDS = 1.0
+"""How often `follow_parent` looks whether the parent is still there."""
 _received: set[int] = set()
 """Signals that arrived since the outermost `handle_signals`."""
 _depth: list[int] = []

@@ -14,6 +14,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TypeVar
 
+from sa3train.core.errors import SA3Error
+
 T = TypeVar("T")
 
 DRIVE_TIMEOUT = 20.0
@@ -52,6 +54,37 @@ def stat_file(path: str | os.PathLike[str]) -> os.stat_result:
         if is_special(state.st_mode):
             raise OSError(errno.EISDIR if is_special is stat.S_ISDIR else errno.EINVAL, reason, name)
     return state
+
+
+def find_special(path: str | os.PathLike[str]) -> str:
+    """Tell why a path must be neither opened nor replaced.
+
+    Args:
+        path: The path.
+
+    Returns:
+        What is wrong with it, such as that it is a pipe; empty for a file, a folder and nothing at all.
+    """
+    try:
+        stat_file(path)
+    except OSError as error:
+        return error.strerror or "" if error.errno == errno.EINVAL else ""
+    return ""
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Check that every file below a folder of ours can be opened, before any of them is.
+
+    Args:
+        folder: The folder; it need not exist.
+
+    Raises:
+        SA3Error: There is a pipe, socket or device in it.
+    """
+    for path, _, names in os.walk(folder):
+        for name in names:
+            if reason := find_special(os.path.join(path, name)):  # noqa: PTH118 (a shard folder may have 100 000 files)
+                raise SA3Error(f"cannot use {folder}: {name} in {path} is in the way, {reason}. Remove it.")
 
 
 def check_content(path: str | os.PathLike[str]) -> None:
@@ -110,6 +143,22 @@ def read_file(path: str | os.PathLike[str], offset: int = 0, size: int = -1, lim
     with Path(path).open("rb") as file:
         file.seek(offset)
         return file.read(wanted)
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """Read a regular file of UTF-8 text.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The text.
+
+    Raises:
+        OSError: As for `read_file`.
+        UnicodeDecodeError: It is not in UTF-8.
+    """
+    return read_file(path).decode("utf-8")
 
 
 def scan_folder(path: str) -> tuple[str, list[os.DirEntry[str]]]:

@@ -35,7 +35,8 @@ def decode_audio(generation: Generation, latents_BCT: Tensor) -> tuple[list[Tens
     real_BT = move_to_device(build_item_mask(generation, frames), decoded_BCN.device)
     real_BN = real_BT.repeat_interleave(facts.downsampling_ratio, dim=1)
     decoded_BCN = torch.where(real_BN[:, None, :], decoded_BCN, 0.0)
-    items = [decoded_BCN[index, :, : count_samples(facts, each)] for index, each in enumerate(settings.duration)]
+    lengths = [None if facts.keeps_extra else count_samples(facts, each) for each in settings.duration]
+    items = [decoded_BCN[index, :, :length] for index, length in enumerate(lengths)]
     clamped = [clamp_and_count(item_CN) for item_CN in items]
     shares_B = torch.stack([share for _, share in clamped])
     *audio, finite_B, shares_B = move_to_host([*(audio_CN for audio_CN, _ in clamped), _are_finite(items), shares_B])

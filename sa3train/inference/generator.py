@@ -49,11 +49,14 @@ class Generator:
         self.source = source or str(model.path)
         self.precision = precision
         self.compiled = self.cuda_graphs = False
-        self.stack = AdapterStack(model.get_adapter_root())
+        self.stack = AdapterStack(model.get_adapter_root(), decoder=model.get_adapter_root("decoder"))
         self._files: list[dict[str, Any]] = []
         self.facts = ModelFacts(
             model.name, model.objective, model.sample_rate, model.downsampling_ratio, model.max_frames
         )
+
+    def __repr__(self) -> str:
+        return f"Generator({self.source!r}, {self.precision} on {self.device}, {len(self.stack)} adapters)"
 
     @classmethod
     def from_pretrained(
@@ -120,13 +123,13 @@ class Generator:
         exclude_layers: Sequence[str] | str = (),
         allow_partial: bool = False,
     ) -> LoadReport:
-        """Add an adapter to those already loaded.
+        """Add an adapter to those already loaded, on the DiT or, as its layers say, on the autoencoder's decoder.
 
         Args:
             adapter: File, folder or name of an adapter, or the adapter itself.
             strength: 0 is the bare model, 1 the adapter as trained.
             conditioner_strength: Strength in the conditioner; None for the same.
-            interval: Noise levels (low, high) at which the adapter acts, ends included.
+            interval: Noise levels (low, high) at which the adapter acts, ends included; not for the decoder.
             exclude_layers: Substrings of layers to leave untouched, with ranges such as "layers.[0-5]".
             allow_partial: Whether to load an adapter of which only some layers match.
 
@@ -176,21 +179,6 @@ class Generator:
         """
         self.stack.remove(adapter)
         del self._files[adapter]
-
-    def replace_adapter(self, index: int, adapter: str | os.PathLike[str] | Adapter) -> LoadReport:
-        """Replace an adapter and keep its strengths, interval and excluded layers.
-
-        Args:
-            index: Index of the adapter to replace.
-            adapter: The new one.
-
-        Returns:
-            What matched the model and how much it changes the weights.
-        """
-        loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
-        report = self.stack.replace(index, loaded)
-        self._files[index] = describe_adapter(adapter, loaded)
-        return report
 
     def generate(
         self,
@@ -279,6 +267,7 @@ class Generator:
         fixes = suggest_memory_fixes(self.device, self.precision, resolved, self.cuda_graphs)
         with torch.no_grad(), explain_oom(self.device, f"generating {_describe(resolved)}", fixes):
             _check_memory(resolved, self.facts)
+            self.stack.apply(None)  # the decoder's adapters have no noise level, and sampling may be left out
             start = prepare_start(generation)
             with prefetch_noise(rng, list_noise_shapes(generation, start), self.device):
                 latents_BCT = sample_latents(generation, self.stack, start, callback, self.cuda_graphs)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from sa3train.audio.edit import mix_channels
 from sa3train.audio.io import check_audio, check_plausible, load_audio
-from sa3train.audio.resample import resample
+from sa3train.audio.resample import RELEASED, resample
 from sa3train.core.errors import AudioError, GenerationError
 from sa3train.core.files import hash_file
 from sa3train.core.safetensors_file import hash_tensors
@@ -44,7 +44,7 @@ class InputAudio:
 
 
 def load_input_audio(value: Any, sample_rate: int, role: str) -> InputAudio:
-    """Load input audio and convert it to stereo at the model's rate.
+    """Load input audio and convert it to stereo at the model's rate, with the released project's resampling filter.
 
     Args:
         value: A path, `(sample_rate, array)` or `(array, sample_rate)`. Arrays are floating-point tensors or NumPy
@@ -61,13 +61,13 @@ def load_input_audio(value: Any, sample_rate: int, role: str) -> InputAudio:
     """
     if isinstance(value, str | os.PathLike):
         path = Path(value)
-        audio_CN = load_audio(path, sample_rate, CHANNELS)
+        audio_CN = load_audio(path, sample_rate, CHANNELS, RELEASED)
         return InputAudio(audio_CN, str(value), hash_file(path))
     array, rate = _array_and_rate(value, role)
     check_audio(array, rate, role)
     check_plausible(array, rate, role)
     digest = hash_tensors((f"{rate} {tuple(array.shape)} ", array))
-    return InputAudio(resample(mix_channels(array, CHANNELS), rate, sample_rate), None, digest)
+    return InputAudio(resample(mix_channels(array, CHANNELS), rate, sample_rate, RELEASED), None, digest)
 
 
 def _array_and_rate(value: Any, role: str) -> tuple[Tensor, int]:

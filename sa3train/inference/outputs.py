@@ -14,9 +14,19 @@ from torch import Tensor
 
 from sa3train.audio.io import encode_audio
 from sa3train.core.errors import GenerationError
-from sa3train.core.files import MADE_BY, check_target, format_json, is_sidecar, number_path, path_exists, write_files
+from sa3train.core.files import (
+    MADE_BY,
+    check_target,
+    format_json,
+    is_sidecar,
+    number_path,
+    path_exists,
+    relate_path,
+    write_files,
+)
 from sa3train.core.log import get_logger
 from sa3train.core.safetensors_file import hash_tensors
+from sa3train.core.user_files import read_file
 from sa3train.inference.sidecar import FORMAT, list_inputs
 
 logger = get_logger(__name__)
@@ -30,7 +40,8 @@ class GenerationOutput:
     """Generated audio.
 
     Attributes:
-        audio: One float32 tensor (2, N_i) within ±1 per item, each with its own length.
+        audio: One float32 tensor (2, N_i) within ±1 per item, each with its own length. It is a list for one item too,
+            so that code for one works for a batch: `output.audio[0]`.
         sample_rate: Samples per second.
         seeds: Seed of each item; None where the caller brought a torch generator.
         latents: Latents (B, C, T) on the CPU, where asked for.
@@ -46,6 +57,10 @@ class GenerationOutput:
     clipped_shares: list[float]
     warnings: list[str] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        seconds = ", ".join(f"{audio_CN.shape[1] / self.sample_rate:.2f} s" for audio_CN in self.audio)
+        return f"GenerationOutput({seconds} at {self.sample_rate} Hz, seeds={self.seeds}, warnings={self.warnings})"
 
     def save(
         self,
@@ -100,7 +115,7 @@ class GenerationOutput:
                 return numbered, get_sidecar_path(numbered)
 
             def make_pair(pair: Sequence[Path], index: int = index, content: bytes = content) -> Sequence[bytes]:
-                return content, format_json(self.build_sidecar(index, pair[0].name, content, subtype))
+                return content, format_json(self.build_sidecar(index, pair[0], content, subtype))
 
             saved.append(write_files(list_pair, make_pair, overwrite)[0])
             _say_number([path], saved[-1:])
@@ -119,12 +134,12 @@ class GenerationOutput:
         """
         return encode_audio(self.audio[item], self.sample_rate, suffix, subtype, f"item {item}")
 
-    def build_sidecar(self, item: int, name: str, content: bytes, subtype: str) -> dict[str, Any]:
+    def build_sidecar(self, item: int, path: Path, content: bytes, subtype: str) -> dict[str, Any]:
         """Build the sidecar of one item.
 
         Args:
             item: Index of the item.
-            name: Name of its audio file.
+            path: Its audio file.
             content: The file's bytes.
             subtype: Encoding of the samples.
 
@@ -134,7 +149,8 @@ class GenerationOutput:
         return {
             "made_by": MADE_BY,
             "format": FORMAT,
-            "file": name,
+            "file": path.name,
+            "directory": relate_path(".", path.parent),
             "item": item,
             "sha256": hashlib.sha256(content).hexdigest(),
             "audio_sha256": hash_tensors((self.audio[item],)),
@@ -247,6 +263,6 @@ def check_output(
 
 def _is_ours(sidecar: Path) -> bool:
     try:
-        return is_sidecar(json.loads(sidecar.read_text(encoding="utf-8")))
+        return is_sidecar(json.loads(read_file(sidecar)))
     except (OSError, ValueError):
         return False

@@ -1,30 +1,51 @@
 """Repeat a recorded generation: generate it again, say what has changed since, or write its command."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from sa3train.adapters.formats.run_dir import locate_adapter
 from sa3train.adapters.lora_argument import LoraArgument, format_lora
-from sa3train.core.config import list_settings
 from sa3train.core.errors import GenerationError
+from sa3train.core.files import path_exists
 from sa3train.inference.generator import Generator
 from sa3train.inference.outputs import GenerationOutput
-from sa3train.inference.settings import PER_ITEM_SETTINGS, SETTING_NAMES, GenerationSettings, get_default, is_list
-from sa3train.inference.sidecar import describe_environment, locate_input
+from sa3train.inference.resolve import resolve_settings
+from sa3train.inference.settings import (
+    PER_ITEM_SETTINGS,
+    SETTING_NAMES,
+    GenerationSettings,
+    get_default,
+    is_list,
+    list_flags,
+)
+from sa3train.inference.sidecar import describe_environment, hash_path, list_places, locate_input
+from sa3train.models.hub import find_checkpoint
 
 NAMED_SETTINGS = ("duration", "init_noise_level")
 """Settings that a command names even at their defaults."""
+ADAPTER_SETTINGS = ("strength", "conditioner_strength", "interval", "exclude_layers", "allow_partial")
 
 
-def replay(generator: Generator, record: dict[str, Any], folder: Path) -> GenerationOutput:
-    """Generate again what a sidecar records.
+def replay(
+    generator: Generator,
+    record: Mapping[str, Any],
+    folder: Path,
+    changes: Mapping[str, Any] | None = None,
+    adapters: Sequence[Mapping[str, Any]] = (),
+) -> GenerationOutput:
+    """Generate again what a sidecar records, or the same with changes.
 
     Args:
         generator: The model, without adapters.
         record: Content of the sidecar.
         folder: Folder of the sidecar, where adapters and input audio are looked for too.
+        changes: Settings to replace, by name; prompt, negative_prompt and duration for the sidecar's item alone.
+        adapters: Keyword arguments of `Generator.load_adapter`: of a recorded adapter its new settings, others are
+            added.
 
     Returns:
         The audio of the whole batch.
@@ -41,20 +62,59 @@ def replay(generator: Generator, record: dict[str, Any], folder: Path) -> Genera
             )
     if record["settings"]["seed"] is None:
         raise GenerationError("the audio was drawn from the caller's own generator and cannot be generated again.")
+    changes = dict(changes or {})
+    for adapter in _combine_adapters(record, folder, adapters):
+        generator.load_adapter(**adapter)
+    kept = {role: entry for role, entry in record["inputs"].items() if entry and role not in changes}
+    inputs = {role: locate_input(entry, record, folder, "input audio") for role, entry in kept.items()}
+    for name in changes.keys() & set(PER_ITEM_SETTINGS):
+        values = list(record["settings"][name] or [""] * record["settings"]["batch_size"])
+        values[record["item"]] = changes[name]
+        changes[name] = values
+    settings = GenerationSettings.from_dict(record["settings"] | changes, **inputs)
+    resolve_settings(settings, generator.facts, given=changes)  # refuse changes without effect
+    return generator.generate_from(settings)
+
+
+def locate_model(record: Mapping[str, Any], folder: Path) -> str:
+    """Locate the model of a sidecar.
+
+    Args:
+        record: Content of the sidecar.
+        folder: Its folder.
+
+    Returns:
+        Its name; of one that is no registry name, the folder.
+    """
+    source: str = record["model"]["source"]
+    places = [] if find_checkpoint(source) else list_places(source, record, folder)
+    return str(places[0]) if places else source
+
+
+def _combine_adapters(
+    record: Mapping[str, Any], folder: Path, given: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Arguments to load the recorded adapters, with the settings given for those of the same file, and the others."""
+    pending = []
+    for each in given:
+        path = locate_adapter(each["adapter"])
+        pending.append((os.path.realpath(path), hash_path(path) if path_exists(path) else "", each))
+    combined = []
     for entry in record["adapters"]:
-        generator.load_adapter(
-            locate_input(entry, folder, "adapter"),
-            entry["strength"],
-            conditioner_strength=entry["conditioner_strength"],
-            interval=tuple(entry["interval"]),
-            exclude_layers=entry["exclude_layers"],
-            allow_partial=entry["allow_partial"],
-        )
-    inputs = {role: locate_input(entry, folder, role) for role, entry in record["inputs"].items() if entry}
-    return generator.generate_from(GenerationSettings.from_dict(record["settings"], **inputs))
+        places = list_places(entry["path"], record, folder) if entry["path"] else []
+        known = {entry["sha256"], *map(os.path.realpath, places[:1])}  # another file may have the name elsewhere
+        change = next((each for each in pending if not known.isdisjoint(each[:2])), None)
+        settings = {name: entry[name] for name in ADAPTER_SETTINGS} | {"interval": tuple(entry["interval"])}
+        if change is None:
+            settings["adapter"] = locate_input(entry, record, folder, "adapter")
+        else:
+            pending.remove(change)
+            settings |= dict(change[2]) | {"allow_partial": change[2]["allow_partial"] or entry["allow_partial"]}
+        combined.append(settings)
+    return combined + [dict(each) for _, _, each in pending]
 
 
-def compare_with_record(record: dict[str, Any], result: GenerationOutput, device: torch.device) -> str:
+def compare_with_record(record: Mapping[str, Any], result: GenerationOutput, device: torch.device) -> str:
     """Compare a repeated generation with its sidecar.
 
     Args:
@@ -67,7 +127,7 @@ def compare_with_record(record: dict[str, Any], result: GenerationOutput, device
     """
     item, subtype, file = record["item"], record["subtype"], record["file"]
     content = result.encode_item(item, Path(file).suffix, subtype)
-    found = result.build_sidecar(item, file, content, subtype)
+    found = result.build_sidecar(item, Path(file), content, subtype)
     if found["sha256"] == record["sha256"]:
         return ""
     if found["audio_sha256"] == record["audio_sha256"]:
@@ -103,7 +163,7 @@ def build_command(record: Mapping[str, Any], output: str) -> list[str]:
 
 
 def _format_setting(name: str, value: Any, batch: int) -> list[str]:
-    flag = [*list_settings(GenerationSettings)[name].flags, f"--{name.replace('_', '-')}"][0]
+    flag = list_flags(name)[0]
     neutral: Any = get_default(name)
     neutral = list(neutral) if is_list(neutral) else neutral
     if value is None or (value == neutral and name not in NAMED_SETTINGS):

@@ -4,6 +4,7 @@ Times are in seconds, lengths in samples at the model's rate or in latent frames
 """
 
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -64,6 +65,8 @@ class ModelFacts:
         sample_rate: Samples per second.
         downsampling_ratio: Samples per latent frame.
         max_frames: Latent frames of the longest audio.
+        extra_seconds: What is generated beyond the duration.
+        keeps_extra: Whether the output keeps it.
     """
 
     name: str
@@ -71,6 +74,8 @@ class ModelFacts:
     sample_rate: int
     downsampling_ratio: int
     max_frames: int
+    extra_seconds: float = EXTRA_SECONDS
+    keeps_extra: bool = False
 
     @property
     def longest(self) -> float:
@@ -92,7 +97,7 @@ def count_samples(facts: ModelFacts, seconds: float) -> int:
 
 
 def count_generated_frames(facts: ModelFacts, seconds: float) -> int:
-    """Count the latent frames to generate: for 6 s more than asked, in whole pairs, at most the longest.
+    """Count the latent frames to generate: for `extra_seconds` more than asked, in whole pairs, at most the longest.
 
     Args:
         facts: The model's.
@@ -101,7 +106,7 @@ def count_generated_frames(facts: ModelFacts, seconds: float) -> int:
     Returns:
         Latent frames.
     """
-    frames = -(-int((seconds + EXTRA_SECONDS) * facts.sample_rate) // facts.downsampling_ratio)
+    frames = -(-int((seconds + facts.extra_seconds) * facts.sample_rate) // facts.downsampling_ratio)
     return min(frames + frames % 2, facts.max_frames)
 
 
@@ -117,11 +122,11 @@ def count_real_frames(facts: ModelFacts, seconds: float, frames: int) -> int:
         Latent frames.
     """
     effective = -(-count_samples(facts, seconds) // facts.downsampling_ratio)
-    return min(effective + int(EXTRA_SECONDS * facts.sample_rate / facts.downsampling_ratio), frames)
+    return min(effective + int(facts.extra_seconds * facts.sample_rate / facts.downsampling_ratio), frames)
 
 
 def resolve_settings(
-    settings: GenerationSettings, facts: ModelFacts, *, has_generator: bool = False
+    settings: GenerationSettings, facts: ModelFacts, *, has_generator: bool = False, given: Collection[str] = ()
 ) -> ResolvedSettings:
     """Check settings against a model and fill in what was left open.
 
@@ -129,6 +134,7 @@ def resolve_settings(
         settings: What was asked for.
         facts: The model's.
         has_generator: Whether the caller brings a torch generator, which replaces the seed.
+        given: Settings that the user named, and that must have an effect even at their defaults.
 
     Returns:
         Settings from which the same audio is generated again.
@@ -141,8 +147,8 @@ def resolve_settings(
     seed = secrets.randbelow(2**32) if settings.seed == -1 else settings.seed
     by_model = MODEL_DEFAULTS[facts.objective]
     settings = replace(settings, **{name: by_model[name] for name in by_model if getattr(settings, name) is None})
-    _check_audio(settings)
-    _check_guidance(facts, settings)
+    _check_audio(settings, given)
+    _check_guidance(facts, settings, given)
     batch, negative = _check_items(settings), settings.negative_prompt
     durations = tuple(_check_duration(facts, value) for value in _expand(settings.duration, batch))
     starts, ends = _check_regions(facts, settings, min(durations))
@@ -187,11 +193,11 @@ def _check_duration(facts: ModelFacts, seconds: float) -> float:
     return seconds
 
 
-def _check_guidance(facts: ModelFacts, settings: GenerationSettings) -> None:
+def _check_guidance(facts: ModelFacts, settings: GenerationSettings, given: Collection[str]) -> None:
     interval = settings.cfg_interval
     if not is_list(interval) or len(interval) != 2 or interval[0] > interval[1]:
         raise GenerationError(f"cfg_interval={interval} must be two noise levels, the lower one first.")
-    idle = [name for name in GUIDANCE_SETTINGS if getattr(settings, name) != get_default(name)]
+    idle = [name for name in GUIDANCE_SETTINGS if name in given or getattr(settings, name) != get_default(name)]
     if settings.cfg_scale == 1.0 and idle:
         hint = "" if facts.objective == "rectified_flow" else f", the default of {facts.name}, which is post-trained"
         verb = "has" if len(idle) == 1 else "have"
@@ -201,10 +207,10 @@ def _check_guidance(facts: ModelFacts, settings: GenerationSettings) -> None:
         )
 
 
-def _check_audio(settings: GenerationSettings) -> None:
+def _check_audio(settings: GenerationSettings, given: Collection[str]) -> None:
     for name, audio in NEEDED_AUDIO.items():
         value = getattr(settings, name)
-        if value != get_default(name) and getattr(settings, audio) is None:
+        if (name in given or value != get_default(name)) and getattr(settings, audio) is None:
             raise GenerationError(f"{name}={value} has no effect without {audio}.")
 
 

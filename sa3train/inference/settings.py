@@ -112,10 +112,15 @@ class GenerationSettings:
         unit="seconds",
         min=0,
         max=MAX_SECONDS,
-        flags=("--inpaint-start",),
+        flags=("--inpaint-start", "--inpaint-mask-start-seconds"),
     )
     inpaint_mask_end_seconds: float | Sequence[float] | None = setting(
-        None, help="End of that region.", unit="seconds", min=0, max=MAX_SECONDS, flags=("--inpaint-end",)
+        None,
+        help="End of that region.",
+        unit="seconds",
+        min=0,
+        max=MAX_SECONDS,
+        flags=("--inpaint-end", "--inpaint-mask-end-seconds"),
     )
     keep_exact: bool = setting(
         False,
@@ -220,6 +225,18 @@ def describe_setting(name: str) -> str:
         facts.append(f"default {' '.join(f'{value:g}' for value in (default if is_list(default) else [default]))}")
     details = "; ".join(fact for fact in facts if fact)
     return f"{declared.help.rstrip('.')} ({details})." if details else declared.help
+
+
+def list_flags(name: str) -> tuple[str, ...]:
+    """List the command-line flags of a setting.
+
+    Args:
+        name: The setting.
+
+    Returns:
+        The flags, the usual one first.
+    """
+    return list_settings(GenerationSettings)[name].flags or (f"--{name.replace('_', '-')}",)
 
 
 def is_list(value: Any) -> bool:

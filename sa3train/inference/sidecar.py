@@ -15,9 +15,10 @@ import torch
 
 from sa3train import __version__
 from sa3train.adapters.adapter import Adapter
+from sa3train.adapters.formats.run_dir import locate_adapter
 from sa3train.core.config import Setting, build, check_settings, setting
 from sa3train.core.errors import GenerationError, SA3Error
-from sa3train.core.files import FOLDER_FILES, MADE_BY, hash_file, is_sidecar, path_exists
+from sa3train.core.files import FOLDER_FILES, MADE_BY, hash_file, is_sidecar, path_exists, relate_path
 from sa3train.core.text import shorten
 from sa3train.core.user_files import read_file
 from sa3train.inference.resolve import ResolvedSettings
@@ -61,7 +62,7 @@ def describe_adapter(given: str | os.PathLike[str] | Adapter, adapter: Adapter) 
     Returns:
         Path and SHA-256 (None for an adapter that is no file) and the fingerprint of its content.
     """
-    path = adapter.source if isinstance(given, Adapter) else os.fspath(given)
+    path = adapter.source if isinstance(given, Adapter) else str(locate_adapter(os.fspath(given)))
     is_file = bool(path) and path_exists(path)
     return {
         "path": path if is_file else None,
@@ -117,6 +118,7 @@ class _Sidecar:
     audio_sha256: str
     subtype: str
     seed: int | None
+    directory: str
     seconds: float = setting(help="Length of the audio.", unit="seconds", min=0, max=3600)
     sample_rate: int = setting(help="Samples per second.", min=1)
     clipped_share: float = setting(help="Share of clipped samples.", min=0, max=1)
@@ -188,7 +190,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
         settings = dict.fromkeys(AUDIO_SETTINGS) | settings  # recorded as inputs
     try:
         _check_values(record)
-        build(_Sidecar, {"studio": None} | record | {"settings": settings})
+        build(_Sidecar, {"studio": None, "directory": ""} | record | {"settings": settings})
     except SA3Error as error:
         raise GenerationError(f"{path}: {error} It was edited or damaged: restore it.") from error
     return dict(record)
@@ -210,24 +212,43 @@ def _check_values(value: Any, name: str = "") -> None:
         raise GenerationError(f"{name}={shorten(repr(value))} must {problem}.")
 
 
-def list_inputs(record: Mapping[str, Any]) -> list[str]:
+def list_inputs(record: Mapping[str, Any], folder: Path = Path()) -> list[Path]:
     """List the files that a generation read.
 
     Args:
         record: Content of its sidecar.
+        folder: The sidecar's folder.
 
     Returns:
-        Paths of its audio and adapters, as they were given.
+        Its audio and adapters that are files and still exist.
     """
     entries = [*record.get("inputs", {}).values(), *record.get("adapters", [])]
-    return [entry["path"] for entry in entries if entry and entry["path"]]
+    given = [entry["path"] for entry in entries if entry and entry["path"]]
+    return [found[0] for path in given if (found := list_places(path, record, folder))]
 
 
-def locate_input(recorded: dict[str, Any], folder: Path, role: str) -> Path:
-    """Locate a recorded input: at its path, relative to the sidecar's folder, or next to the sidecar.
+def list_places(path: str, record: Mapping[str, Any], folder: Path) -> list[Path]:
+    """List where a recorded path leads: from the working directory of then, that of now, and the sidecar's folder.
+
+    Args:
+        path: As it was given to the command.
+        record: Content of the sidecar.
+        folder: The sidecar's folder.
+
+    Returns:
+        Existing paths, the likeliest first; the last may be a file of that name next to the sidecar.
+    """
+    then = Path(relate_path(Path(os.path.realpath(folder), record.get("directory", ""))))
+    places = (then / path, Path(path), folder / path, folder / Path(path).name)
+    return [place for place in places if path_exists(place)]
+
+
+def locate_input(recorded: Mapping[str, Any], record: Mapping[str, Any], folder: Path, role: str) -> Path:
+    """Locate a recorded input, see `list_places`.
 
     Args:
         recorded: Path and SHA-256 in the sidecar.
+        record: Content of the sidecar.
         folder: The sidecar's folder.
         role: What the file is, for messages.
 
@@ -241,8 +262,8 @@ def locate_input(recorded: dict[str, Any], folder: Path, role: str) -> Path:
         raise GenerationError(
             f"{role} was given as an array, not as a file: this result cannot be generated again from its sidecar."
         )
-    given = Path(recorded["path"])
-    candidates = [path for path in (given, folder / given, folder / given.name) if path_exists(path)]
+    given = recorded["path"]
+    candidates = list_places(given, record, folder)
     if not candidates:
         raise GenerationError(f"{role} {given} is missing. Restore it there or next to the sidecar.")
     for path in candidates:

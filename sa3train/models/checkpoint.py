@@ -1,4 +1,4 @@
-"""Checkpoints in the released layout, loaded strictly: `load_checkpoint` (whole models), `load_autoencoder` (SAME)."""
+"""Checkpoints, loaded strictly: `load_checkpoint` (whole models, in either layout), `load_autoencoder` (SAME)."""
 
 import contextlib
 import functools
@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,17 +18,12 @@ from sa3train.models.autoencoder import Autoencoder
 from sa3train.models.blocks import compute_rotary_frequencies
 from sa3train.models.conditioners import Conditioner
 from sa3train.models.config import ModelConfig
+from sa3train.models.diffusers_layout import open_pipeline, read_config
 from sa3train.models.dit import DiT
-from sa3train.models.hub import TextEncoderSource, find_text_encoder, locate_checkpoint
-from sa3train.models.parse import is_autoencoder, parse_autoencoder, parse_model, read_config_file
+from sa3train.models.hub import CheckpointFiles, TextEncoderSource, find_text_encoder, locate_checkpoint
+from sa3train.models.parse import is_autoencoder, parse_autoencoder, parse_model
 from sa3train.models.precision import disable_tf32_convolutions, enable_fast_fp32_matmul
-from sa3train.models.weight_files import (
-    cache_fingerprint,
-    check_tensor_names,
-    compute_fingerprint,
-    iterate_tensors,
-    read_tensor_shapes,
-)
+from sa3train.models.weight_files import WeightFiles, check_tensor_names, open_weight_file
 
 #: State-dict prefix of each part in a released file.
 PREFIXES = {"dit": "model.model.", "conditioner": "conditioner.", "autoencoder": "pretransform.model."}
@@ -46,6 +41,7 @@ class StableAudio3:
         dit: The diffusion transformer.
         conditioner: Prompt and duration.
         autoencoder: SAME.
+        weights: The tensors of its files.
         sibling: Registry name of the base of a post-trained model, or the other way round.
     """
 
@@ -55,6 +51,7 @@ class StableAudio3:
     dit: DiT
     conditioner: Conditioner
     autoencoder: Autoencoder
+    weights: WeightFiles
     sibling: str | None
 
     @property
@@ -82,14 +79,21 @@ class StableAudio3:
         """Latent frames of the longest generation."""
         return self.config.sample_size // self.downsampling_ratio
 
-    def get_adapter_root(self) -> nn.ModuleDict:
-        """Get the module that adapters are applied to. Module paths in it are the keys of native adapter files.
+    def get_adapter_root(self, part: Literal["dit", "decoder"] = "dit") -> nn.ModuleDict:
+        """Get the module that adapters are applied to. Module paths in it are those of adapters.
 
         The text encoder is not part of it. A model that was loaded without its DiT or conditioner is a `ValueError`.
 
+        Args:
+            part: What the adapters change: DiT and conditioner, or the autoencoder's decoder, which is loaded from the
+                model's folder where it was left out.
+
         Returns:
-            The same module in every call, with the DiT as `model` and the conditioners as `conditioners`.
+            The same module in every call, with the DiT as `model` and the conditioners as `conditioners`, or with the
+            decoder as `pretransform.model.decoder`.
         """
+        if part == "decoder":
+            return self._decoder_root
         if self.dit is None or self.conditioner is None:
             raise ValueError("load the model with parts=('dit', 'conditioner') to use adapters")
         return self._adapter_root
@@ -98,16 +102,21 @@ class StableAudio3:
     def _adapter_root(self) -> nn.ModuleDict:
         return nn.ModuleDict({"model": self.dit, "conditioners": self.conditioner.conditioners})
 
+    @functools.cached_property
+    def _decoder_root(self) -> nn.ModuleDict:
+        autoencoder = self.autoencoder or load_autoencoder(self.path)
+        inner = nn.ModuleDict({"decoder": autoencoder.decoder})
+        return nn.ModuleDict({"pretransform": nn.ModuleDict({"model": inner})})
+
     def fingerprint(self) -> str:
         """Compute a fingerprint of the DiT's and the conditioner's weights in the file: the base an adapter belongs to.
 
-        Equal for fp32 and bf16 copies. Cached, since a large file takes seconds to read.
+        Equal for fp32 and bf16 copies and in every layout. Cached, since a large file takes seconds to read.
 
         Returns:
             Hex SHA-256.
         """
-        prefixes = (PREFIXES["dit"], PREFIXES["conditioner"])
-        return _fingerprint_file(self.path / "model.safetensors", prefixes)
+        return self.weights.compute_fingerprint((PREFIXES["dit"], PREFIXES["conditioner"]))
 
     def autoencoder_fingerprint(self) -> str:
         """Compute a fingerprint of the file's autoencoder, loaded or not, with which latents must be encoded.
@@ -116,7 +125,7 @@ class StableAudio3:
             Hex SHA-256.
         """
         prefix = PREFIXES["autoencoder"]
-        return _fingerprint_file(self.path / "model.safetensors", (prefix,), prefix)
+        return self.weights.compute_fingerprint((prefix,), prefix)
 
 
 def load_checkpoint(
@@ -133,8 +142,10 @@ def load_checkpoint(
     read. The text encoder is loaded when it is first used and always runs in its own dtype.
 
     Args:
-        name_or_path: Registry name, found in the cache of huggingface_hub or downloaded, or a folder.
-        device: Where the parts are loaded.
+        name_or_path: Registry name, found in the cache of huggingface_hub or downloaded, or a folder; the folder or
+            repository of a pipeline of diffusers as well.
+        device: Where the parts are loaded. On the meta device they have names and shapes only, and `weights` reads the
+            tensors one at a time.
         dtype: Dtype of their weights.
         parts: Any of "dit", "conditioner" and "autoencoder"; another is a `ValueError`.
         lazy_encoder: Whether to load the autoencoder's encoder on first use; text-to-audio does without it.
@@ -152,20 +163,21 @@ def load_checkpoint(
     if info is not None and info.kind == "autoencoder":
         raise _explain_autoencoder(name_or_path)
     files = locate_checkpoint(name_or_path)
-    raw = read_config_file(files.config)
+    raw = read_config(files.config)
     if is_autoencoder(raw):
         raise _explain_autoencoder(name_or_path)
     config = parse_model(raw, str(files.config))
     modules = build_modules(config, find_text_encoder(files, config.conditioner.text))
     modules["autoencoder"].chunked = config.chunked
     lazy = lazy_encoder and "autoencoder" in parts
-    _load_weights(files.weights, modules, PREFIXES, parts, device, dtype, without=(ENCODER_PREFIX,) if lazy else ())
-    modules["autoencoder"].file_fingerprint = _defer_fingerprint(files.weights, PREFIXES["autoencoder"])
+    weights = _open_weights(files)
+    _load_weights(weights, modules, PREFIXES, parts, device, dtype, without=(ENCODER_PREFIX,) if lazy else ())
+    modules["autoencoder"].file_fingerprint = _defer_fingerprint(weights, PREFIXES["autoencoder"])
     if lazy:
-        modules["autoencoder"].load_encoder = functools.partial(_read_encoder, files.weights)
+        modules["autoencoder"].load_encoder = functools.partial(_read_encoder, files)
     loaded: Any = {name: module if name in parts else None for name, module in modules.items()}
     sibling = files.info.sibling if files.info is not None else None
-    return StableAudio3(files.name, files.folder, config, **loaded, sibling=sibling)
+    return StableAudio3(files.name, files.folder, config, **loaded, weights=weights, sibling=sibling)
 
 
 def load_autoencoder(
@@ -185,7 +197,7 @@ def load_autoencoder(
         CheckpointError: As `load_checkpoint`.
     """
     files = locate_checkpoint(name_or_path)
-    raw = read_config_file(files.config)
+    raw = read_config(files.config)
     if is_autoencoder(raw):
         config, prefix = parse_autoencoder(raw, str(files.config)), ""
         with torch.device("meta"), _SkipInit():
@@ -195,9 +207,10 @@ def load_autoencoder(
         model = parse_model(raw, str(files.config))
         modules = build_modules(model, find_text_encoder(files, model.conditioner.text))
         prefixes, prefix = PREFIXES, PREFIXES["autoencoder"]
-    _load_weights(files.weights, modules, prefixes, ("autoencoder",), device, dtype)
+    weights = _open_weights(files)
+    _load_weights(weights, modules, prefixes, ("autoencoder",), device, dtype)
     autoencoder: Autoencoder = modules["autoencoder"]
-    autoencoder.file_fingerprint = _defer_fingerprint(files.weights, prefix)
+    autoencoder.file_fingerprint = _defer_fingerprint(weights, prefix)
     return autoencoder
 
 
@@ -253,8 +266,12 @@ def collect_state_dict(modules: Mapping[str, nn.Module], prefixes: Mapping[str, 
     }
 
 
+def _open_weights(files: CheckpointFiles) -> WeightFiles:
+    return open_pipeline(files.folder) if files.is_pipeline else open_weight_file(files.weights)
+
+
 def _load_weights(
-    path: Path,
+    weights: WeightFiles,
     modules: Mapping[str, nn.Module],
     prefixes: Mapping[str, str],
     parts: tuple[str, ...],
@@ -262,37 +279,37 @@ def _load_weights(
     dtype: torch.dtype,
     without: tuple[str, ...] = (),
 ) -> None:
-    """Check the whole file against all modules, then read the parts asked for, but for names in `without`."""
+    """Check all tensors against all modules, then read the parts asked for, but for names in `without`."""
     disable_tf32_convolutions()
     if torch.device(device).type == "cpu":
         enable_fast_fp32_matmul()
     expected = {name: tuple(tensor.shape) for name, tensor in collect_state_dict(modules, prefixes).items()}
-    check_tensor_names(path, read_tensor_shapes(path), expected)
-    for part in parts:
-        _read_into(path, prefixes[part], modules[part], device, dtype, without)
+    check_tensor_names(weights.path, weights.shapes, expected)
+    for part in parts if torch.device(device).type != "meta" else ():
+        _read_into(weights, prefixes[part], modules[part], device, dtype, without)
 
 
 def _read_into(
-    path: Path,
+    weights: WeightFiles,
     prefix: str,
     module: nn.Module,
     device: torch.device | str,
     dtype: torch.dtype,
     without: tuple[str, ...] = (),
 ) -> None:
-    """Read the tensors of `module`, whose names in the file begin with `prefix`."""
+    """Read the tensors of `module`, whose released names begin with `prefix`."""
     names = [name for name in (f"{prefix}{own}" for own in module.state_dict()) if not name.startswith(without)]
     state = {}
-    for name, tensor in iterate_tensors(path, names, device, dtype):
-        state[name.removeprefix(prefix)] = _check_rotary(path, name, tensor) if name.endswith("inv_freq") else tensor
+    for name, tensor in weights.iterate(names, device, dtype):
+        exact = _check_rotary(weights.path, name, tensor) if name.endswith("inv_freq") else tensor
+        state[name.removeprefix(prefix)] = exact
     module.load_state_dict(state, strict=not without, assign=True)
     module.requires_grad_(False).eval()
 
 
-def _read_encoder(path: Path, encoder: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def _read_encoder(files: CheckpointFiles, encoder: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
     """Read the encoder that was left out."""
-    read_tensor_shapes(path)
-    _read_into(path, ENCODER_PREFIX, encoder, device, dtype)
+    _read_into(_open_weights(files), ENCODER_PREFIX, encoder, device, dtype)
 
 
 def _check_rotary(path: Path, name: str, tensor: Tensor) -> Tensor:
@@ -305,14 +322,5 @@ def _check_rotary(path: Path, name: str, tensor: Tensor) -> Tensor:
     return exact
 
 
-def _fingerprint_file(path: Path, prefixes: tuple[str, ...], strip: str = "") -> str:
-    def compute() -> str:
-        names = sorted(name for name in read_tensor_shapes(path) if name.startswith(prefixes))
-        tensors = iterate_tensors(path, names, "cpu", torch.bfloat16)
-        return compute_fingerprint((name.removeprefix(strip), tensor) for name, tensor in tensors)
-
-    return cache_fingerprint(path, ",".join(prefixes), compute)
-
-
-def _defer_fingerprint(path: Path, prefix: str) -> Callable[[], str]:
-    return functools.partial(_fingerprint_file, path, (prefix,), prefix)
+def _defer_fingerprint(weights: WeightFiles, prefix: str) -> Callable[[], str]:
+    return functools.partial(weights.compute_fingerprint, (prefix,), prefix)

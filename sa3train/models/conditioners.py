@@ -100,7 +100,7 @@ class TextEncoder:
     def tokenizer(self) -> Tokenizer:
         """The folder's `tokenizer.json`, without truncation and padding."""
         if self._tokenizer is None:
-            path = self.source.folder() / "tokenizer.json"
+            path = self.source.tokenizer_folder() / "tokenizer.json"
             try:
                 content = path.read_text(encoding="utf-8")
                 if "model" not in json.loads(content):

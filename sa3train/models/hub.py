@@ -16,6 +16,7 @@ from sa3train.models.config import TextConfig
 HUB = "https://huggingface.co"
 CONFIG_FILE = "model_config.json"
 WEIGHTS_FILE = "model.safetensors"
+PIPELINE_FILE = "model_index.json"
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class CheckpointInfo:
         repo_id: Repository on the hub; None where it ships with the package.
         license: Name of the license.
         sibling: Registry name of the base of a post-trained model, or the other way round.
+        learning_rate: Peak rate that suits its adapters, where it is not that of the recipes.
     """
 
     name: str
@@ -35,6 +37,7 @@ class CheckpointInfo:
     repo_id: str | None
     license: str
     sibling: str | None = None
+    learning_rate: float | None = None
 
     @property
     def page(self) -> str | None:
@@ -46,19 +49,19 @@ _COMMUNITY = "Stability AI Community License"
 _OWN = "Apache-2.0"
 
 
-def _pair(name: str, repo_id: str | None, license: str) -> list[CheckpointInfo]:
+def _pair(name: str, repo_id: str | None, license: str, learning_rate: float | None = None) -> list[CheckpointInfo]:
     base = f"{name}-base"
     base_repo = None if repo_id is None else f"{repo_id}-base"
     return [
-        CheckpointInfo(name, "model", repo_id, license, sibling=base),
-        CheckpointInfo(base, "model", base_repo, license, sibling=name),
+        CheckpointInfo(name, "model", repo_id, license, base, learning_rate),
+        CheckpointInfo(base, "model", base_repo, license, name, learning_rate),
     ]
 
 
 REGISTRY: dict[str, CheckpointInfo] = {
     info.name: info
     for info in (
-        *_pair("nano", None, _OWN),
+        *_pair("nano", None, _OWN, learning_rate=1e-3),
         *_pair("small-music", "stabilityai/stable-audio-3-small-music", _COMMUNITY),
         *_pair("small-sfx", "stabilityai/stable-audio-3-small-sfx", _COMMUNITY),
         *_pair("medium", "stabilityai/stable-audio-3-medium", _COMMUNITY),
@@ -95,7 +98,8 @@ def explain_unknown_name(name: str) -> CheckpointError:
     guess = f" Did you mean {close[0]}?" if close else ""
     return CheckpointError(
         f"no model called '{name}' and no folder of that name.{guess} "
-        f"Known names: {', '.join(REGISTRY)}; or give a folder with model_config.json and model.safetensors."
+        f"Known names: {', '.join(REGISTRY)}; or give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, or a folder or "
+        f"repository of diffusers with {PIPELINE_FILE}."
     )
 
 
@@ -114,13 +118,18 @@ class CheckpointFiles:
     info: CheckpointInfo | None = None
 
     @property
+    def is_pipeline(self) -> bool:
+        """Whether they are in the layout of diffusers."""
+        return (self.folder / PIPELINE_FILE).is_file() and not self.weights.is_file()
+
+    @property
     def config(self) -> Path:
-        """Path of `model_config.json`."""
-        return self.folder / CONFIG_FILE
+        """Path of `model_config.json`, or of diffusers' `model_index.json`."""
+        return self.folder / (PIPELINE_FILE if self.is_pipeline else CONFIG_FILE)
 
     @property
     def weights(self) -> Path:
-        """Path of `model.safetensors`."""
+        """Path of `model.safetensors`, which the released layout has."""
         return self.folder / WEIGHTS_FILE
 
 
@@ -128,7 +137,7 @@ def locate_checkpoint(name_or_path: str | os.PathLike[str]) -> CheckpointFiles:
     """Locate the files of a checkpoint, in the cache or by downloading them.
 
     Args:
-        name_or_path: Registry name or folder.
+        name_or_path: Registry name, folder, or repository in the layout of diffusers.
 
     Returns:
         The files.
@@ -137,15 +146,38 @@ def locate_checkpoint(name_or_path: str | os.PathLike[str]) -> CheckpointFiles:
         CheckpointError: The name is unknown, a file is missing, the repository is gated, or there is no network.
     """
     name = os.fspath(name_or_path)
-    info = find_checkpoint(name)
+    info = check_checkpoint(name)
     if info is None:
-        return _locate_folder(name)
+        return _fetch_pipeline(name) if _is_repository(name) else _locate_folder(name)
     if info.repo_id is None:
         from sa3train.models.nano import ensure_nano_folder
 
         return CheckpointFiles(info.name, ensure_nano_folder(info.name), info)
-    fetch_file(info.repo_id, CONFIG_FILE)
     return CheckpointFiles(info.name, fetch_file(info.repo_id, WEIGHTS_FILE).parent, info)
+
+
+def check_checkpoint(name: str) -> CheckpointInfo | None:
+    """Check that a checkpoint can be had, before anything large is imported or downloaded.
+
+    Args:
+        name: Registry name, folder, or repository in the layout of diffusers.
+
+    Returns:
+        Its registry entry; None for another.
+
+    Raises:
+        CheckpointError: As `locate_checkpoint` does.
+    """
+    info = find_checkpoint(name)
+    if info is None and not _is_repository(name):
+        _locate_folder(name)
+    elif info is not None and info.repo_id is not None:
+        fetch_file(info.repo_id, CONFIG_FILE)
+    return info
+
+
+def _is_repository(name: str) -> bool:
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name)) and not path_exists(Path(name))
 
 
 def _locate_folder(name: str) -> CheckpointFiles:
@@ -161,12 +193,28 @@ def _locate_folder(name: str) -> CheckpointFiles:
         )
     files = CheckpointFiles(folder.resolve().name, folder)
     missing = [path.name for path in (files.config, files.weights) if not path.is_file()]
-    if missing:
+    if missing and not files.is_pipeline:
         raise CheckpointError(
-            f"{folder} is not a checkpoint: {' and '.join(missing)} missing. "
-            f"A checkpoint folder contains {CONFIG_FILE} and {WEIGHTS_FILE}, as the released repositories do."
+            f"{folder} is not a checkpoint: {' and '.join(missing)} missing. A checkpoint folder contains "
+            f"{CONFIG_FILE} and {WEIGHTS_FILE}, as the released repositories do, or diffusers' {PIPELINE_FILE}."
         )
     return files
+
+
+def _fetch_pipeline(repo_id: str) -> CheckpointFiles:
+    """Fetch a repository in the layout of diffusers, which is known by its `model_index.json`."""
+    import huggingface_hub
+
+    patterns = [PIPELINE_FILE, CONFIG_FILE, "*/*.json", "*/*.safetensors", "*/*.model"]
+    download = lambda: huggingface_hub.snapshot_download(repo_id, allow_patterns=patterns)  # noqa: E731
+    try:
+        folder = fetch_file(repo_id, PIPELINE_FILE).parent
+        weights = (f"{part}/*.safetensors" for part in ("transformer", "duration_embedder", "vae", "text_encoder"))
+        if not all(any(folder.glob(pattern)) for pattern in (*weights, "tokenizer/tokenizer.*", "scheduler/*.json")):
+            folder = Path(_download(repo_id, "*", PIPELINE_FILE, download))
+    except CheckpointError as error:
+        raise CheckpointError(f"{explain_unknown_name(repo_id)} As a repository of the hub: {error}") from error
+    return CheckpointFiles(repo_id, folder)
 
 
 @dataclass(frozen=True)
@@ -176,13 +224,23 @@ class TextEncoderSource:
     Attributes:
         folders: Folders.
         repositories: Then pairs of repository and subfolder.
+        tokenizer: Folder of the tokenizer, where it has one of its own.
     """
 
     folders: tuple[Path, ...]
     repositories: tuple[tuple[str, str], ...]
+    tokenizer: Path | None = None
+
+    def tokenizer_folder(self) -> Path:
+        """Find the folder with the tokenizer. `CheckpointError` is raised as by `folder`.
+
+        Returns:
+            The folder.
+        """
+        return self.tokenizer or self.folder()
 
     def folder(self) -> Path:
-        """Find the folder with tokenizer and weights, in the cache or by downloading it.
+        """Find the folder with the weights and, unless it has its own, the tokenizer, downloading it where needed.
 
         Returns:
             The folder.
@@ -191,7 +249,7 @@ class TextEncoderSource:
             CheckpointError: It is nowhere, or the download failed.
         """
         for folder in self.folders:
-            if _is_complete(folder):
+            if _is_complete(folder, self.tokenizer):
                 return folder
         if not self.repositories:
             raise CheckpointError(
@@ -226,6 +284,8 @@ def find_text_encoder(files: CheckpointFiles, config: TextConfig) -> TextEncoder
     Returns:
         The candidates.
     """
+    if files.is_pipeline:
+        return TextEncoderSource((files.folder / "text_encoder",), (), files.folder / "tokenizer")
     if config.model_path is not None:
         return TextEncoderSource((files.folder / config.model_path,), ())
     subfolder = config.subfolder or ""
@@ -234,10 +294,10 @@ def find_text_encoder(files: CheckpointFiles, config: TextConfig) -> TextEncoder
     return TextEncoderSource((files.folder / subfolder,), tuple((repo, subfolder) for repo in repositories))
 
 
-def _is_complete(folder: Path) -> bool:
-    weights = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
-    tokenizer = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    return weights and tokenizer and (folder / "config.json").is_file()
+def _is_complete(folder: Path, tokenizer: Path | None = None) -> bool:
+    has_weights = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
+    has_tokenizer = any(((tokenizer or folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    return has_weights and has_tokenizer and (folder / "config.json").is_file()
 
 
 def fetch_file(repo_id: str, filename: str) -> Path:
@@ -340,14 +400,33 @@ def list_cached_names() -> list[str]:
     Returns:
         Registry names.
     """
+    return [info.name for info in REGISTRY.values() if info.repo_id is None or _find_cached(info.repo_id)]
+
+
+def _find_cached(repo_id: str) -> Path | None:
+    """The weights of a repository in the cache, where they and the config are."""
     import huggingface_hub
 
-    return [
-        info.name
-        for info in REGISTRY.values()
-        if info.repo_id is None
-        or all(
-            isinstance(huggingface_hub.try_to_load_from_cache(info.repo_id, name), str)
-            for name in (CONFIG_FILE, WEIGHTS_FILE)
-        )
-    ]
+    found = [huggingface_hub.try_to_load_from_cache(repo_id, name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
+    return Path(found[1]) if isinstance(found[0], str) and isinstance(found[1], str) else None
+
+
+def list_checkpoints() -> dict[str, str]:
+    """List the models that can be named, and folders with a model in the working directory.
+
+    Returns:
+        Where each is, in words, by registry name or folder.
+    """
+    states = {}
+    for info in REGISTRY.values():
+        if info.kind != "model":
+            continue
+        if info.repo_id is None:
+            states[info.name] = "comes with sa3train"
+        elif weights := _find_cached(info.repo_id):
+            states[info.name] = f"in the cache, {weights.stat().st_size / 1e9:.2f} GB"
+        else:
+            states[info.name] = f"to be downloaded from {info.page} ({info.license})"
+    configs = [path for name in (CONFIG_FILE, PIPELINE_FILE) for path in Path().glob(f"*/{name}")]
+    found = [CheckpointFiles(path.parent.name, path.parent) for path in sorted(configs)]
+    return states | {f"./{each.folder}": "folder" for each in found if each.is_pipeline or each.weights.is_file()}

@@ -2,10 +2,12 @@
 
 Its weights ship in `sa3train/assets/nano/`: `version.txt`, `nano.safetensors` and `nano-base.safetensors` (DiT and
 conditioner), `autoencoder.safetensors` (shared by both), all in fp16 under released names, and the folder `t5gemma`.
-Both models are written once to `get_cache_dir()/nano/<version>/` in the released layout and loaded from there like any
+Both models are written once to `get_cache_dir()/nano/<version>-<hash>/`, in the released layout, and loaded like any
 other checkpoint. How they were trained: `recipes/nano/`.
 """
 
+import hashlib
+import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +19,9 @@ from safetensors.torch import load_file
 from sa3train.core.errors import SA3Error
 from sa3train.core.files import create_staging_dir, get_cache_dir
 from sa3train.core.log import get_logger
+from sa3train.models.blocks import compute_rotary_frequencies
 from sa3train.models.config import HEAD_WIDTH
+from sa3train.models.parse import complete_config
 from sa3train.models.weight_files import write_checkpoint
 
 logger = get_logger(__name__)
@@ -211,8 +215,7 @@ def ensure_nano_folder(name: str) -> Path:
     Raises:
         SA3Error: The cache cannot be written, or the installation lacks nano's weights.
     """
-    version = _read_version()
-    final = get_cache_dir() / "nano" / version
+    final = get_cache_dir() / "nano" / f"{_read_version()}-{_hash_configs()}"
     if not final.is_dir():
         logger.info(f"writing nano to {final}")
         _write_once(final)
@@ -227,14 +230,22 @@ def _read_version() -> str:
         raise SA3Error(f"{ASSETS} contains no weights of nano. Reinstall sa3train.") from None
 
 
+def _hash_configs() -> str:
+    """Hash what is written to both `model_config.json`, so that a change of it is not hidden by an earlier cache."""
+    configs = [complete_config(build_nano_config(objective), name) for name, objective in OBJECTIVES.items()]
+    return hashlib.sha256(json.dumps(configs, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def _write_once(final: Path) -> None:
     """Write both models to a staging folder and rename it. Of several processes the first one's folder stays."""
     try:
         with create_staging_dir(final) as folder:
             staged = folder / final.name
             shared = load_file(ASSETS / "autoencoder.safetensors")
+            exact = compute_rotary_frequencies(torch.device("cpu"))
             for name, objective in OBJECTIVES.items():
                 state = load_file(ASSETS / f"{name}.safetensors") | shared
+                state |= {key: exact for key in state if key.endswith("inv_freq")}  # the released code reads them
                 write_checkpoint(staged / name, build_nano_config(objective), state, torch.float16)
                 shutil.copytree(ASSETS / TEXT_FOLDER, staged / name / TEXT_FOLDER)
             if not final.is_dir():

@@ -1,4 +1,4 @@
-"""Reads a published `model_config.json` into the dataclasses of `config.py`.
+"""Reads a published `model_config.json` into the dataclasses of `config.py`, and completes one that is to be written.
 
 Absent keys have the published defaults. A value that asks for another architecture is a `CheckpointError`; an unknown
 key is logged, since it may or may not change what the model computes.
@@ -369,3 +369,125 @@ def _parse_stack(outer: _Reader, channels_key: str, channels: int) -> StackConfi
     outer.finish()
     reader.finish()
     return config
+
+
+def complete_config(raw: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Add to a config the keys that it leaves out, and for which the released code assumes something else.
+
+    Without them the released code builds another architecture: learned Fourier features, layer norms, no adaLN.
+
+    Args:
+        raw: Content of `model_config.json`, of a whole model or a stand-alone SAME.
+        source: Name of the file, for messages.
+
+    Returns:
+        The same config with every key; nothing that is there is changed.
+
+    Raises:
+        CheckpointError: As `parse_model` and `parse_autoencoder`.
+    """
+    if is_autoencoder(raw):
+        autoencoder = parse_autoencoder(raw, source)
+        whole = {"audio_channels": autoencoder.audio_channels, "model": _describe_autoencoder(autoencoder)}
+        return _fill(raw, whole)
+    config = parse_model(raw, source)
+    described = {
+        "audio_channels": config.audio_channels,
+        "model": {
+            "io_channels": config.dit.latent_width,
+            "pretransform": {
+                "type": "autoencoder",
+                "chunked": config.chunked,
+                "config": _describe_autoencoder(config.autoencoder),
+            },
+            "diffusion": _describe_diffusion(config),
+        },
+    }
+    completed = _fill(raw, described)
+    conditioners = {
+        "prompt": {"max_length": config.conditioner.text.max_length, "padding_mode": "learned"},
+        "seconds_total": {
+            "min_val": config.conditioner.seconds.min_value,
+            "max_val": config.conditioner.seconds.max_value,
+            "fourier_features_type": "expo",
+        },
+    }
+    listed = completed["model"]["conditioning"]["configs"]
+    configs = [_fill(entry, {"config": conditioners[entry["id"]]}) for entry in listed]
+    completed["model"]["conditioning"] = {**completed["model"]["conditioning"], "configs": configs}
+    return completed
+
+
+def _describe_diffusion(config: ModelConfig) -> dict[str, Any]:
+    shift = config.training_shift
+    return {
+        "type": "dit",
+        "cross_attention_cond_ids": ["prompt", "seconds_total"],
+        "global_cond_ids": ["seconds_total"],
+        "local_add_cond_ids": ["inpaint_mask", "inpaint_masked_input"],
+        "use_effective_length_for_schedule": config.use_effective_length,
+        "mask_padding_attention": config.mask_padding,
+        "distribution_shift_options": {
+            "type": shift.kind,
+            "min_length": shift.min_length,
+            "max_length": shift.max_length,
+        },
+        "config": {
+            "patch_size": 1,
+            "transformer_type": "continuous_transformer",
+            "global_cond_type": "adaLN",
+            "timestep_features_type": "expo",
+            "timestep_features_dim": config.dit.features,
+            "timestep_features_logsnr": False,
+            "norm_type": "rms_norm",
+            "norm_kwargs": {"force_fp32": True},
+            "project_cond_tokens": True,
+            "project_global_cond": True,
+            "attn_kwargs": {"qk_norm": "rms", "differential": config.dit.differential},
+            "ff_kwargs": {"mult": config.dit.ff_mult},
+            "num_memory_tokens": config.dit.memory_tokens,
+        },
+    }
+
+
+def _describe_autoencoder(config: AutoencoderConfig) -> dict[str, Any]:
+    both = {"differential": True, "dyt": True, "dim_heads": HEAD_WIDTH, "variable_stride": True}
+    inner = config.audio_channels * config.patch_size
+    soft_norm = {"dim": config.latent_width, "noise_augment_dim": 0, "noise_regularize": config.noise_regularize}
+    return {
+        "latent_dim": config.latent_width,
+        "downsampling_ratio": config.downsampling_ratio,
+        "io_channels": config.audio_channels,
+        "pretransform": {
+            "type": "patched",
+            "config": {"channels": config.audio_channels, "patch_size": config.patch_size},
+        },
+        "encoder": {"config": {"in_channels": inner, **both, **_describe_stack(config.encoder)}},
+        "decoder": {
+            "config": {
+                "out_channels": inner,
+                "sinusoidal_blocks": [config.decoder.sinusoidal_blocks],
+                **both,
+                **_describe_stack(config.decoder),
+            }
+        },
+        "bottleneck": {"type": "softnorm", "config": {**soft_norm, "auto_scale": True, "freeze": True}},
+    }
+
+
+def _describe_stack(config: StackConfig) -> dict[str, Any]:
+    kind: dict[str, Any] = {"chunk_size": config.chunk_size, "chunk_midpoint_shift": True}
+    if config.window is not None:
+        kind = {"sliding_window": [config.window, config.window]}
+    return {**kind, "mask_noise": config.mask_noise, "conv_mapping": config.conv_mapping}
+
+
+def _fill(raw: Mapping[str, Any], described: Mapping[str, Any]) -> dict[str, Any]:
+    """What is in `raw`, and what of `described` is missing in it, at any depth."""
+    filled = {**raw}
+    for key, value in described.items():
+        if isinstance(value, Mapping):
+            filled[key] = _fill(raw.get(key, {}), value)
+        else:
+            filled.setdefault(key, value)
+    return filled

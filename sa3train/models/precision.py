@@ -107,7 +107,7 @@ def enable_fast_fp32_matmul() -> bool:
         return False
     if _read_cpu_field("vendor_id") != "AuthenticAMD" or "amx_bf16" in _read_cpu_field("flags").split():
         return False
-    if torch.get_float32_matmul_precision() != "highest":  # the user has chosen
+    if not _are_products_exact():  # the user has chosen
         return False
     torch.set_float32_matmul_precision("medium")
     if measure_matmul_error() <= _EXACT:
@@ -121,8 +121,16 @@ def disable_tf32_convolutions() -> None:
 
     The setting is torch's, for the whole process. It stays where the user lets products be rounded.
     """
-    if torch.get_float32_matmul_precision() == "highest":
+    if _are_products_exact():
         torch.backends.cudnn.allow_tf32 = False
+
+
+def _are_products_exact() -> bool:
+    """Whether fp32 products are at torch's default; reading the setting raises where both ways to set it were used."""
+    try:
+        return torch.get_float32_matmul_precision() == "highest"
+    except RuntimeError:
+        return False
 
 
 def measure_matmul_error() -> float:

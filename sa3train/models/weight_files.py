@@ -1,8 +1,13 @@
-"""Weight files: names and shapes, reading straight to a device and dtype, writing, and fingerprints of weights."""
+"""Weight files: names and shapes, reading straight to a device and dtype, writing, and fingerprints of weights.
+
+`WeightFiles` gives the tensors of a checkpoint their released names, whatever layout they are stored in: the released
+one is read by `open_weight_file`, that of diffusers by `sa3train.models.diffusers_layout.open_pipeline`.
+"""
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +21,7 @@ from sa3train.core.files import get_cache_dir, write_json, write_text
 from sa3train.core.log import get_logger
 from sa3train.core.safetensors_file import hash_tensors, write_tensors
 from sa3train.core.text import list_few
+from sa3train.models.parse import complete_config
 
 logger = get_logger(__name__)
 
@@ -53,19 +59,127 @@ def read_tensor_shapes(path: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where the values of a tensor are.
+
+    Attributes:
+        shape: Its shape.
+        file: File that holds it.
+        key: Its name in the file.
+        order: Which of the equal parts of the file's rows come first, second, …; None where they are in order.
+        constant: The value of a tensor that the layout leaves out because it is the same in every model.
+    """
+
+    shape: tuple[int, ...]
+    file: Path
+    key: str = ""
+    order: tuple[int, ...] | None = None
+    constant: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The tensors of a checkpoint by their released names.
+
+    Attributes:
+        path: The file or folder, for messages.
+        tensors: Where each tensor is.
+    """
+
+    path: Path
+    tensors: Mapping[str, StoredTensor]
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes by name."""
+        return {name: stored.shape for name, stored in self.tensors.items()}
+
+    def iterate(
+        self, names: Iterable[str], device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Iterate tensors, in the order of `names`.
+
+        Args:
+            names: Names of the tensors.
+            device: Where they go.
+            dtype: Their dtype; None keeps that of the file.
+
+        Yields:
+            Name and tensor.
+        """
+        for file, group in itertools.groupby(names, lambda name: self.tensors[name].file):
+            wanted = list(group)
+            keys = [self.tensors[name].key for name in wanted if self.tensors[name].constant is None]
+            values = iterate_tensors(file, keys, device, dtype)
+            for name in wanted:
+                stored = self.tensors[name]
+                if stored.constant is not None:
+                    yield name, stored.constant.to(device, dtype)
+                    continue
+                tensor = next(values)[1]
+                yield name, tensor if stored.order is None else reorder_rows(tensor, stored.order)
+
+    def compute_fingerprint(self, prefixes: tuple[str, ...], strip: str = "") -> str:
+        """Compute the fingerprint of some tensors, see the function of that name. Cached while the files stay.
+
+        Args:
+            prefixes: Beginnings of their names.
+            strip: What to leave out at the beginning of the names.
+
+        Returns:
+            Hex SHA-256.
+        """
+        names = sorted(name for name in self.tensors if name.startswith(prefixes))
+
+        def compute() -> str:
+            tensors = self.iterate(names, "cpu", torch.bfloat16)
+            return compute_fingerprint((name.removeprefix(strip), tensor) for name, tensor in tensors)
+
+        files = sorted({self.tensors[name].file for name in names})
+        return cache_fingerprint(files, ",".join(prefixes), compute)
+
+
+def open_weight_file(path: Path) -> WeightFiles:
+    """Open a file of the released layout.
+
+    Args:
+        path: Safetensors file.
+
+    Returns:
+        Its tensors. `CheckpointError` is raised as by `read_tensor_shapes`.
+    """
+    shapes = read_tensor_shapes(path)
+    return WeightFiles(path, {name: StoredTensor(shape, path, name) for name, shape in shapes.items()})
+
+
+def reorder_rows(tensor: Tensor, order: Sequence[int]) -> Tensor:
+    """Put equal parts of a tensor's first dimension in another order.
+
+    Args:
+        tensor: The tensor, whose rows divide into as many parts as `order` has entries.
+        order: Index of the part that comes first, second, ….
+
+    Returns:
+        A copy.
+    """
+    parts = tensor.chunk(len(order))
+    return torch.cat([parts[index] for index in order])
+
+
 def iterate_tensors(
-    path: Path, names: Iterable[str], device: torch.device | str, dtype: torch.dtype
+    path: Path, names: Iterable[str], device: torch.device | str, dtype: torch.dtype | None
 ) -> Iterator[tuple[str, Tensor]]:
     """Iterate tensors of a file.
 
     A CPU tensor that is in `dtype` already stays a view of the mapped file (copied only where written to), so loading
-    costs no memory of its own. When converting, the mapping is released every 256 MiB, so only the result stays.
+    costs no memory of its own. The file is mapped anew every 256 MiB, so only what is kept of it stays in memory.
 
     Args:
         path: Safetensors file.
         names: Names of the tensors.
         device: Where they go.
-        dtype: Their dtype.
+        dtype: Their dtype; None keeps that of the file.
 
     Yields:
         Name and tensor.
@@ -77,9 +191,8 @@ def iterate_tensors(
         with safe_open(path, framework="pt") as file:
             for name in pending:
                 tensor = file.get_tensor(name)
-                converted = tensor.to(target).to(dtype)
-                if converted is not tensor:
-                    seen += tensor.nbytes
+                converted = tensor.to(target).to(dtype or tensor.dtype)
+                seen += tensor.nbytes
                 del tensor
                 yield name, converted
                 done += 1
@@ -89,10 +202,10 @@ def iterate_tensors(
 
 
 def check_tensor_names(path: Path, found: dict[str, tuple[int, ...]], expected: dict[str, tuple[int, ...]]) -> None:
-    """Check that a file has the tensors of the architecture that its config describes.
+    """Check that a checkpoint has the tensors of the architecture that its config describes.
 
     Args:
-        path: The file, for messages.
+        path: The file or folder, for messages.
         found: Shapes by name in the file.
         expected: Shapes by name of the architecture.
 
@@ -113,8 +226,8 @@ def check_tensor_names(path: Path, found: dict[str, tuple[int, ...]], expected: 
     ]
     if problems:
         raise CheckpointError(
-            f"{path} is not the model that its model_config.json describes ({len(found)} tensors, "
-            f"{len(expected)} expected). {'; '.join(problems)}. Take both files from one repository."
+            f"{path} is not the model that its config describes ({len(found)} tensors, "
+            f"{len(expected)} expected). {'; '.join(problems)}. Take all files from one repository."
         )
 
 
@@ -123,7 +236,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any], state: dict[str, Tens
 
     Args:
         folder: Target.
-        config: Content of `model_config.json`.
+        config: Content of `model_config.json`, which is written with every key.
         state: Tensors under released names.
         dtype: Dtype in the file. Rotary frequencies stay fp32.
     """
@@ -132,7 +245,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any], state: dict[str, Tens
         for name, tensor in state.items()
     }
     write_tensors(folder / "model.safetensors", stored)
-    write_json(folder / "model_config.json", config)
+    write_json(folder / "model_config.json", complete_config(config, str(folder / "model_config.json")))
 
 
 def compute_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
@@ -152,20 +265,19 @@ def compute_fingerprint(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return hash_tensors(itertools.chain.from_iterable(parts))
 
 
-def cache_fingerprint(path: Path, part: str, compute: Callable[[], str]) -> str:
-    """Cache a fingerprint for as long as a file has the same size and modification time.
+def cache_fingerprint(paths: Sequence[Path], part: str, compute: Callable[[], str]) -> str:
+    """Cache a fingerprint for as long as its files have the same sizes and modification times.
 
     Args:
-        path: The file.
-        part: Which part of it the fingerprint is of.
+        paths: The files.
+        part: Which part of them the fingerprint is of.
         compute: Computes it where it is not cached.
 
     Returns:
         The fingerprint.
     """
-    real = path.resolve()
-    state = real.stat()
-    key = hashlib.sha256(f"{real}|{state.st_size}|{state.st_mtime_ns}|{part}|1".encode()).hexdigest()
+    states = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+    key = hashlib.sha256(f"{states}|{part}|2".encode()).hexdigest()
     cached = get_cache_dir() / "fingerprints" / key
     if cached.is_file():
         return cached.read_text(encoding="utf-8")

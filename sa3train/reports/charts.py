@@ -98,7 +98,9 @@ def render_line_chart(
         pixels = [(frame.x_to_pixels(x), frame.y_to_pixels(y)) for x, y in line.points]
         curves.append((line, pixels, not line.faint and len(pixels) <= MAX_DOTS))
     heights, widths = compute_ticks(*frame.y), compute_ticks(*frame.x)
-    if all(float(x).is_integer() for x in frame.x):
+    if len(steps := {x for line in shown for x, _ in line.points}) == 1:
+        widths = list(steps)
+    elif all(float(x).is_integer() for x in frame.x):
         widths = [x for x in widths if float(x).is_integer()]  # there is no step 150.5
     keys = [line for line in shown if line.name]
     keys += [Line(baseline[1], (), "c-base", dashed=True)] if baseline is not None else []
@@ -208,7 +210,7 @@ def _fit_frame(
     low, high = min(ys), max(ys)
     pad = max(0.06 * (high - low), (min_range - (high - low)) / 2) or 0.05 * abs(high) or 1.0
     left, right = min(xs), max(xs)
-    return _Frame((left, right if right > left else left + 1.0), (low - pad, high + pad), size)
+    return _Frame((left, right) if right > left else (left - 1.0, left + 1.0), (low - pad, high + pad), size)
 
 
 def _format_tick(value: float, among: Sequence[float]) -> str:

@@ -6,13 +6,18 @@ from typing import Any
 
 from sa3train.reports.charts import Line, Point, render_bars, render_legend, render_line_chart, smooth_points
 from sa3train.reports.html import format_bytes, render_facts, render_template
-from sa3train.reports.run_files import RunFiles
+from sa3train.reports.run_files import ROUND_TRIPS, RunFiles
 
 PARTS = {"val": ("held-out clips", "c-heldout"), "train_eval": ("training clips", "c-train")}
 """Name and color of each part of `validation.json`."""
 BASELINE = (0.0, "base model")
 SMALL = (250.0, 150.0)
 SHOWN_CLIPS = 8
+ROUND_TRIP_MEASURES = (
+    ("log_mel", "Log-mel distance", "dB, lower is better"),
+    ("si_sdr", "SI-SDR", "dB, higher is better"),
+    ("drift", "Drift of latents", "‖z′ − z‖ / ‖z‖, lower is better"),
+)
 
 
 def render_learning(run: RunFiles) -> str:
@@ -25,7 +30,7 @@ def render_learning(run: RunFiles) -> str:
         HTML; empty without any of them.
     """
     return _render_charts(
-        _render_change(run, None, title="Validation loss vs. base model", note="mean over all clips and noise levels"),
+        _render_change(run, None, title="Validation loss vs. base model", note=_describe_loss(run)),
         _render_gap(run),
         _render_training_loss(run),
         _render_metric(run, "train/gradient_norm", "Gradient norm", "c-fourth", note="before clipping"),
@@ -36,6 +41,8 @@ def render_learning(run: RunFiles) -> str:
 def render_noise_levels(run: RunFiles) -> str:
     """Render a small chart of validation losses per noise level, and the losses over noise levels at the last step.
 
+    For a decoder, round trips take the place of noise levels.
+
     Args:
         run: The run.
 
@@ -45,6 +52,8 @@ def render_noise_levels(run: RunFiles) -> str:
     levels, history = run.validation.get("levels", []), run.validation.get("history", [])
     if not history:
         return ""
+    if is_decoder_run(run):
+        return _render_round_trips(run)
     small = "".join(
         _render_change(run, number, title=f"t = {level:.2f}", size=SMALL) for number, level in enumerate(levels)
     )
@@ -64,6 +73,41 @@ def render_noise_levels(run: RunFiles) -> str:
         render_line_chart(sampled, title="Training loss by noise level", note="running mean of 8 log lines"),
     )
     return f'<div class="charts small">{small}</div>{render_legend(legend)}{charts}'
+
+
+def is_decoder_run(run: RunFiles) -> bool:
+    """Check whether a run trains an adapter on the autoencoder's decoder.
+
+    Args:
+        run: The run.
+
+    Returns:
+        Whether it was validated by round trips.
+    """
+    return run.validation.get("measure") == ROUND_TRIPS
+
+
+def _render_round_trips(run: RunFiles) -> str:
+    """Render each measure over round trips at the last step, of adapter and base."""
+    levels, last, base = run.validation["levels"], run.validation["history"][-1], run.validation["base"]
+    charts = []
+    for key, title, note in ROUND_TRIP_MEASURES:
+        lines = [
+            Line(f"{name}, {model}", list(zip(levels, values[part][key], strict=True)), color, dashed=is_base)
+            for model, values, is_base in (("adapter", last, False), ("base", base, True))
+            for part, (name, color) in PARTS.items()
+            if part in values
+        ]
+        charts.append(
+            render_line_chart(lines, title=f"{title} at step {last['step']}", note=note, x_label="round trips")
+        )
+    return _render_charts(*charts)
+
+
+def _describe_loss(run: RunFiles) -> str:
+    if is_decoder_run(run):
+        return f"log-mel distance after {len(run.validation['levels'])} round trips, mean over all clips"
+    return "mean over all clips and noise levels"
 
 
 def render_clips(run: RunFiles) -> str:

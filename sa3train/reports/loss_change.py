@@ -26,6 +26,11 @@ class LossChange:
     clips: int
     margin: float | None = None
 
+    @property
+    def is_significant(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.margin is not None and abs(self.change) > self.margin
+
     def describe(self) -> str:
         """Describe the change in words.
 

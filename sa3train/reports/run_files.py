@@ -5,7 +5,7 @@
 | `config.yaml` | all settings, as Hydra reads them back |
 | `run.json` | id, version, started, status, identity, steps, process (pid, host), resumed (a list) |
 | `metrics.csv` | a column `step` and one for each metric; a cell is empty where a metric was not logged |
-| `validation.json` | levels; base, history and items by part (`val`, `train_eval`); best_step, best_loss |
+| `validation.json` | measure; levels; base, history and items by part (`val`, `train_eval`); best_step, best_loss |
 | `memorization.json` | clips, seconds and spread of generations; memorization: score and closest training clips |
 | `data.json` | manifest; sources with their path, role, model, splits and card; some prompts |
 | `adapter_stats.json` | adapter_type, rank, alpha, parameters, step; effect (relative change of weights); layers |
@@ -15,6 +15,7 @@
 | `adapter.safetensors` | the trained adapter |
 | `adapter-best.safetensors` | the adapter of the lowest validation loss, with `callbacks.validation.select_best` |
 | `report.html` | the report, made from the files above |
+| `README.md` | the adapter's card: what it is, what it was trained on, how to play it |
 | `run.lock` | locked by the process that trains |
 """
 
@@ -30,21 +31,26 @@ import yaml
 
 from sa3train.adapters.formats.run_dir import ADAPTER_FILE, CHECKPOINTS_DIR, RECORD_FILE
 from sa3train.core.overrides import escape_interpolations, unescape_interpolations
+from sa3train.core.user_files import read_file, read_text
 from sa3train.reports.loss_change import compute_loss_change
 
 CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.csv"
 VALIDATION_FILE, MEMORIZATION_FILE = "validation.json", "memorization.json"
 DATA_FILE, ADAPTER_STATS_FILE, SYSTEM_FILE = "data.json", "adapter_stats.json", "system.json"
 DEMOS_DIR, DEMOS_FILE = "demos", "demos.json"
-REPORT_FILE = "report.html"
+REPORT_FILE, CARD_FILE = "report.html", "README.md"
 BEST_ADAPTER_FILE = "adapter-best.safetensors"
 LOCK_FILE = "run.lock"
 RUN_FILES = (
     CONFIG_FILE, RECORD_FILE, METRICS_FILE, VALIDATION_FILE, MEMORIZATION_FILE, DATA_FILE, ADAPTER_STATS_FILE,
-    SYSTEM_FILE, DEMOS_DIR, REPORT_FILE, ADAPTER_FILE, BEST_ADAPTER_FILE, CHECKPOINTS_DIR, LOCK_FILE,
+    SYSTEM_FILE, DEMOS_DIR, REPORT_FILE, CARD_FILE, ADAPTER_FILE, BEST_ADAPTER_FILE, CHECKPOINTS_DIR, LOCK_FILE,
 )  # fmt: skip
 """Everything that a run writes into its folder."""
 STEP = "step"
+ROUND_TRIPS = "round_trips"
+"""`measure` of a validation and `mode` of a demo that encode and decode clips again and again."""
+ORIGINAL = "original"
+"""`model` of a demo that is a clip itself."""
 _JSON_FILES = {
     "record": RECORD_FILE, "validation": VALIDATION_FILE, "memorization": MEMORIZATION_FILE, "data": DATA_FILE,
     "adapter_stats": ADAPTER_STATS_FILE, "system": SYSTEM_FILE,
@@ -93,7 +99,7 @@ def load_settings(path: Path) -> dict[str, Any]:
     Returns:
         The settings.
     """
-    return parse_settings(path.read_text(encoding="utf-8"))
+    return parse_settings(read_text(path))
 
 
 def parse_settings(text: str) -> dict[str, Any]:
@@ -138,7 +144,7 @@ def read_metrics(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     Returns:
         (columns, complete rows); a row has no entry for an empty cell.
     """
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path)
     reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1]))
     columns = list(reader.fieldnames or [STEP])
     rows = [{name: value for name, value in row.items() if value} for row in reader]
@@ -153,9 +159,9 @@ class DemoFile:
         file: Path of the audio file.
         picture: Path of its mel spectrogram.
         demo: Name of the demo, the same for every step and strength.
-        mode: `text` or `inpaint`.
+        mode: `text`, `inpaint` or `round_trips`.
         prompt: The prompt.
-        model: Name of the model that generated it.
+        model: Name of the model that generated it; `original` for a clip itself.
         strength: Strength of the adapter; 0 for the base model alone.
         seed: Seed of the generation.
         step: Training step of the adapter.
@@ -185,9 +191,9 @@ def list_demos(run_dir: Path) -> list[DemoFile]:
         The demos, oldest first, with paths relative to the run folder.
     """
     demos = []
-    for index in sorted((run_dir / DEMOS_DIR).glob(f"step-*/{DEMOS_FILE}")):
+    for index in sorted(filter(Path.is_file, (run_dir / DEMOS_DIR).glob(f"step-*/{DEMOS_FILE}"))):
         folder = index.parent.relative_to(run_dir)
-        for entry in json.loads(index.read_text(encoding="utf-8")):
+        for entry in json.loads(read_file(index)):
             demo = DemoFile(**entry)
             demos.append(replace(demo, file=str(folder / demo.file), picture=str(folder / demo.picture)))
     return demos
@@ -305,7 +311,7 @@ def summarize_run(run: RunFiles) -> list[str]:
                 f"{last / best - 1:.1%} since: the adapter has started to overfit. Export the best adapter with "
                 "callbacks.validation.select_best=true."
             )
-    if val is not None and train is not None and val.change > 0 > train.change:
+    if val is not None and train is not None and val.is_significant and val.change > 0 > train.change:
         found.append(
             "Loss improved on training clips and got worse on held-out clips: use fewer steps, a lower rank, or more "
             "data."

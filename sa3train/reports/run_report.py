@@ -10,6 +10,7 @@ from pathlib import Path
 from sa3train.core.files import write_text
 from sa3train.reports.charts import render_bars
 from sa3train.reports.curves import (
+    is_decoder_run,
     render_clips,
     render_learning,
     render_memorization,
@@ -62,6 +63,7 @@ def render_report(run: RunFiles) -> str:
         demos=embed_demos(run.path, run.demos),
         learning=render_learning(run),
         noise_levels=render_noise_levels(run),
+        is_decoder=is_decoder_run(run),
         clips=render_clips(run),
         memorization=render_memorization(run),
         system=render_system(run),

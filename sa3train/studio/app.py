@@ -43,8 +43,9 @@ def build_app(workspace: Workspace) -> gr.Blocks:
         The page, to pass to `serve`.
     """
     os.environ["GRADIO_TEMP_DIR"] = str(workspace.uploads)  # components read it when they are built
-    folders, results = ", ".join(map(str, workspace.roots)), workspace.shorten(workspace.home)
-    head = f"<h1>sa3train studio</h1><p>Folders: {escape(folders)}. Results: {escape(results)}.</p>"
+    sources = ", ".join(map(str, workspace.sources)) or "no folder"
+    places = f"Reads {sources}. Writes to its workspace, {workspace.folder}."
+    head = f"<h1>sa3train studio</h1><p>{escape(places)}</p>"
     with gr.Blocks(title="sa3train studio", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(head, elem_id="studio-head", apply_default_css=False)
         with gr.Tabs(elem_id="studio-tabs"):

@@ -1,10 +1,10 @@
-"""The Lightning module: a frozen Stable Audio 3 with an adapter in it, trained on clips of latents.
+"""The Lightning modules: a frozen base with an adapter in it, and Stable Audio 3 as such, trained on latents.
 
 Shape legend: S clips, C latent channels, F latent frames, T frames of a packed row, B = S unless packed.
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -26,7 +26,7 @@ from sa3train.training.batch import ClipBatch, make_clip_batch, pack_rows, unpac
 from sa3train.training.distributed import ShardedBaseStrategy, couple_across_ranks
 from sa3train.training.ema import EMA, swap_parameters
 from sa3train.training.optim import compute_schedule_free_average, make_lr_lambda, make_optimizer
-from sa3train.training.settings import TrainingSettings
+from sa3train.training.settings import OptimizationSettings, TrainingSettings
 from sa3train.training.step import (
     Losses,
     StepDraw,
@@ -39,14 +39,15 @@ from sa3train.training.step import (
 TextSource = Callable[[Sequence[str]], TextEmbedding]
 
 
-class LoraModule(lightning.LightningModule):
+class AdapterModule(lightning.LightningModule):
     """Trains the parameters of an adapter; the base model stays as it is, byte for byte.
 
+    A subclass computes the loss in `training_step`, which begins with `start_step`.
+
     Args:
-        model: The frozen base.
+        root: The frozen base, which contains the adapter.
         injected: The adapter inside it.
-        text: Gives the frozen text embeddings of prompts.
-        settings: Loss, optimizer, schedule and seed.
+        settings: Optimizer, schedule and seed.
 
     Attributes:
         trainable: The adapter's parameters by name.
@@ -57,18 +58,163 @@ class LoraModule(lightning.LightningModule):
 
     strict_loading = False
 
-    def __init__(
-        self, model: StableAudio3, injected: InjectedAdapter, text: TextSource, settings: TrainingSettings
-    ) -> None:
+    def __init__(self, root: nn.Module, injected: InjectedAdapter, settings: OptimizationSettings) -> None:
         super().__init__()
-        self.root = model.get_adapter_root()
-        self.model, self.injected, self.settings, self._text = model, injected, settings, text
+        self.root, self.injected = root, injected
+        self.optimization = settings
         self._lr_lambda = make_lr_lambda(settings.scheduler, settings.trainer.max_steps)
         self.trainable: dict[str, nn.Parameter] = injected.named_parameters()
         decay = settings.trainer.ema_decay
         self.ema = None if decay is None else EMA(self.trainable, decay)
         self.gradient_norm = torch.zeros(())
         self.has_stepped = False
+
+    def start_step(self, batch_idx: int) -> None:
+        """Start a micro-batch: no optimizer step yet, and dropout inside the adapter as its number says.
+
+        Args:
+            batch_idx: Number of the micro-batch in the run.
+        """
+        self.has_stepped = False
+        torch.manual_seed((self.optimization.seed * 1_000_003 + batch_idx * 101 + self.global_rank) % 2**64)
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
+        """Make the optimizer of the adapter and its schedule per step."""
+        optimizer = make_optimizer(self.optimization.optimizer, self.trainable.items())
+        scheduler = LambdaLR(optimizer, self._lr_lambda)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Average the adapter's gradients over ranks where the base is sharded; otherwise DDP does."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ShardedBaseStrategy):
+            strategy.average_gradients(self.trainable.values())
+
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip by the norm of all gradients together, and store the norm."""
+        limit = float("inf") if not gradient_clip_val else float(gradient_clip_val)
+        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.trainable.values(), limit).detach()
+
+    @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """Take one step, then update the running average."""
+        super().optimizer_step(*args, **kwargs)  # runs `training_step` first
+        if self.ema is not None:
+            self.ema.update()
+        self.has_stepped = True
+
+    def forward_context(self) -> contextlib.AbstractContextManager[Any]:
+        """Enter the precision that training runs in, for forward passes outside a step.
+
+        Returns:
+            A context manager; it does nothing without a trainer.
+        """
+        trainer = self._find_trainer()
+        return contextlib.nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
+
+    @contextlib.contextmanager
+    def start_evaluation(self) -> Iterator[None]:
+        """Enter what evaluation needs: no dropout, no gradients, the precision that training runs in.
+
+        Yields:
+            Nothing.
+        """
+        was_training = self.training
+        self.eval()
+        try:
+            with torch.no_grad(), self.forward_context():
+                yield
+        finally:
+            self.train(was_training)
+
+    def get_eval_parameters(self) -> dict[str, Tensor]:
+        """Get the values to validate and export in place of the live ones.
+
+        Returns:
+            The running average, or schedule-free's, by name; empty when the live values are to be used.
+        """
+        if self.ema is not None:
+            return self.ema.tensors
+        trainer = self._find_trainer()
+        if trainer is None or not trainer.optimizers:
+            return {}
+        averaged = compute_schedule_free_average(trainer.optimizers[0])
+        return {name: averaged[id(p)] for name, p in self.trainable.items() if id(p) in averaged}
+
+    @override
+    def cpu(self) -> "AdapterModule":
+        """Move to the CPU, as Lightning does after a run; a quantized base has no weights to copy and stays."""
+        if all(parameter.untyped_storage().nbytes() for parameter in self.parameters()):
+            return super().cpu()
+        for parameter in self.trainable.values():
+            parameter.data = parameter.data.cpu()
+        return self
+
+    def export(self, metadata: Mapping[str, str]) -> Adapter:
+        """Export the adapter with the values of `get_eval_parameters`.
+
+        Args:
+            metadata: Provenance to store in it.
+
+        Returns:
+            The adapter.
+        """
+        with swap_parameters(self.trainable, self.get_eval_parameters()):
+            return self.injected.export(dict(metadata))
+
+    @override
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """Collect what is trained: the base is never saved."""
+        return {name: parameter.detach() for name, parameter in self.trainable.items()}
+
+    @override
+    def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> None:
+        """Restore what `state_dict` returned."""
+        if set(state) != set(self.trainable):
+            raise KeyError("the saved training state belongs to an adapter with other layers")
+        with torch.no_grad():
+            for name, tensor in state.items():
+                self.trainable[name].copy_(tensor)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the running average to the training state."""
+        if self.ema is not None:
+            checkpoint["ema"] = self.ema.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restore the running average."""
+        if self.ema is not None:
+            self.ema.load_state_dict(checkpoint["ema"])
+
+    def _find_trainer(self) -> lightning.Trainer | None:
+        try:
+            return self.trainer
+        except RuntimeError:  # Lightning's answer while no trainer is attached
+            return None
+
+
+class LoraModule(AdapterModule):
+    """Trains an adapter on a frozen Stable Audio 3, by the loss of `training/step.py` on latents.
+
+    Args:
+        model: The frozen base.
+        injected: The adapter inside it.
+        text: Gives the frozen text embeddings of prompts.
+        settings: Loss, optimizer, schedule and seed.
+    """
+
+    def __init__(
+        self, model: StableAudio3, injected: InjectedAdapter, text: TextSource, settings: TrainingSettings
+    ) -> None:
+        super().__init__(model.get_adapter_root(), injected, settings)
+        self.model, self.settings, self._text = model, settings, text
 
     def forward(self, clips: ClipBatch, draw: StepDraw) -> Tensor:
         """Predict the velocity (S, C, F) of every clip, with the adapter as it is now."""
@@ -142,126 +288,17 @@ class LoraModule(lightning.LightningModule):
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Compute the loss to minimize, and what `MetricsCallback` logs."""
-        self.has_stepped = False
-        seed = self.settings.seed
-        torch.manual_seed((seed * 1_000_003 + batch_idx * 101 + self.global_rank) % 2**64)  # dropout inside the adapter
+        self.start_step(batch_idx)
         clips = make_clip_batch(batch)
         draw = self.draw(clips, batch_idx)
         losses = self.compute_losses(clips, draw)
         return {
             "loss": losses.total,
-            "generated_loss": losses.loss.detach(),
-            "context_loss": losses.context_loss.detach(),
+            "logged": {"loss": losses.loss.detach(), "context_loss": losses.context_loss.detach()},
             "item_loss_B": losses.item_loss_B,
             "t_B": draw.t_B,
             "frames": int(clips.attention_mask_SF.sum()),
         }
-
-    @override
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Make the optimizer of the adapter and its schedule per step."""
-        optimizer = make_optimizer(self.settings.optimizer, self.trainable.items())
-        scheduler = LambdaLR(optimizer, self._lr_lambda)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Average the adapter's gradients over ranks where the base is sharded; otherwise DDP does."""
-        strategy = self.trainer.strategy
-        if isinstance(strategy, ShardedBaseStrategy):
-            strategy.average_gradients(self.trainable.values())
-
-    @override
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clip by the norm of all gradients together, and store the norm."""
-        limit = float("inf") if not gradient_clip_val else float(gradient_clip_val)
-        self.gradient_norm = torch.nn.utils.clip_grad_norm_(self.trainable.values(), limit).detach()
-
-    @override
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Take one step, then update the running average."""
-        super().optimizer_step(*args, **kwargs)  # runs `training_step` first
-        if self.ema is not None:
-            self.ema.update()
-        self.has_stepped = True
-
-    def forward_context(self) -> contextlib.AbstractContextManager[Any]:
-        """Enter the precision that training runs in, for forward passes outside a step.
-
-        Returns:
-            A context manager; it does nothing without a trainer.
-        """
-        trainer = self._find_trainer()
-        return contextlib.nullcontext() if trainer is None else trainer.precision_plugin.forward_context()
-
-    def get_eval_parameters(self) -> dict[str, Tensor]:
-        """Get the values to validate and export in place of the live ones.
-
-        Returns:
-            The running average, or schedule-free's, by name; empty when the live values are to be used.
-        """
-        if self.ema is not None:
-            return self.ema.tensors
-        trainer = self._find_trainer()
-        if trainer is None or not trainer.optimizers:
-            return {}
-        averaged = compute_schedule_free_average(trainer.optimizers[0])
-        return {name: averaged[id(p)] for name, p in self.trainable.items() if id(p) in averaged}
-
-    @override
-    def cpu(self) -> "LoraModule":
-        """Move to the CPU, as Lightning does after a run; a quantized base has no weights to copy and stays."""
-        if all(parameter.untyped_storage().nbytes() for parameter in self.parameters()):
-            return super().cpu()
-        for parameter in self.trainable.values():
-            parameter.data = parameter.data.cpu()
-        return self
-
-    def export(self, metadata: Mapping[str, str]) -> Adapter:
-        """Export the adapter with the values of `get_eval_parameters`.
-
-        Args:
-            metadata: Provenance to store in it.
-
-        Returns:
-            The adapter.
-        """
-        with swap_parameters(self.trainable, self.get_eval_parameters()):
-            return self.injected.export(dict(metadata))
-
-    @override
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
-        """Collect what is trained: the base is never saved."""
-        return {name: parameter.detach() for name, parameter in self.trainable.items()}
-
-    @override
-    def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> None:
-        """Restore what `state_dict` returned."""
-        if set(state) != set(self.trainable):
-            raise KeyError("the saved training state belongs to an adapter with other layers")
-        with torch.no_grad():
-            for name, tensor in state.items():
-                self.trainable[name].copy_(tensor)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the running average to the training state."""
-        if self.ema is not None:
-            checkpoint["ema"] = self.ema.state_dict()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the running average."""
-        if self.ema is not None:
-            self.ema.load_state_dict(checkpoint["ema"])
-
-    def _find_trainer(self) -> lightning.Trainer | None:
-        try:
-            return self.trainer
-        except RuntimeError:  # Lightning's answer while no trainer is attached
-            return None
 
 
 class StepCallback(lightning.Callback):
@@ -271,9 +308,9 @@ class StepCallback(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Call `on_step_end` if the micro-batch ended with an optimizer step."""
-        assert isinstance(pl_module, LoraModule)
+        assert isinstance(pl_module, AdapterModule)
         if pl_module.has_stepped:
             self.on_step_end(trainer, pl_module)
 
-    def on_step_end(self, trainer: lightning.Trainer, module: LoraModule) -> None:
+    def on_step_end(self, trainer: lightning.Trainer, module: AdapterModule) -> None:
         """Run after an optimizer step, once per `trainer.global_step`."""

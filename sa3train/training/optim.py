@@ -173,7 +173,10 @@ def make_lr_lambda(settings: SchedulerSettings, total_steps: int) -> Callable[[i
     decay, warmup_steps = SCHEDULES[settings.name], settings.warmup_steps
     options = _check_options("scheduler", settings, decay)
     if settings.name == "cosine" and total_steps <= warmup_steps:
-        raise ConfigError(f"scheduler.warmup_steps={warmup_steps} must be below trainer.max_steps={total_steps}.")
+        raise ConfigError(
+            f"scheduler.warmup_steps={warmup_steps} must be below trainer.max_steps={total_steps}. "
+            f"Set scheduler.warmup_steps={total_steps // 10}, or scheduler.name=constant."
+        )
     if warmup_steps >= total_steps:
         _logger.warning(
             "scheduler.warmup_steps=%d is not below trainer.max_steps=%d: the learning rate stays below optimizer.lr.",

@@ -23,7 +23,9 @@ class PromptEmbedder:
     def __init__(self, conditioner: Conditioner) -> None:
         self.conditioner = conditioner
         encoder = conditioner.text_encoder
-        self.cache = EmbeddingCache(hash_text_encoder(encoder.source.folder(), encoder.max_length))
+        self.cache = EmbeddingCache(
+            hash_text_encoder(encoder.source.folder(), encoder.max_length, encoder.source.tokenizer)
+        )
         self.known: dict[str, Tensor] = {}
         self.recent: OrderedDict[str, Tensor] = OrderedDict()
 

@@ -1,21 +1,23 @@
-"""A whole training run from its parts: build module and callbacks, fit, finalize. No configuration files here."""
+"""A whole training run from its parts: build module and callbacks, fit, end. No configuration files here."""
 
+import contextlib
 import functools
 import logging
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
 import torch
+from torch import nn
 from torch.utils.data import IterableDataset
 
 from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.formats.io import load_adapter
-from sa3train.adapters.layers.inject import inject
+from sa3train.adapters.layers.inject import InjectedAdapter, inject
 from sa3train.adapters.spec import AdapterSpec
 from sa3train.core.device import explain_oom
 from sa3train.core.files import write_bytes
@@ -25,20 +27,20 @@ from sa3train.models.checkpoint import StableAudio3
 from sa3train.reports.run_files import ADAPTER_FILE, BEST_ADAPTER_FILE
 from sa3train.reports.run_report import write_report
 from sa3train.training.callbacks.checkpoint import CheckpointCallback
-from sa3train.training.callbacks.demos import DemoCallback, list_demo_models
+from sa3train.training.callbacks.demos import DemoCallback, FixedDemoCallback, list_demo_models
 from sa3train.training.callbacks.memory_plan import MemoryPlanCallback, suggest_memory_fixes
 from sa3train.training.callbacks.metrics import MetricsCallback, measure_peak_memory
-from sa3train.training.callbacks.report import ReportCallback
+from sa3train.training.callbacks.report import ReportCallback, describe_data
 from sa3train.training.callbacks.validation import (
+    FixedValidationCallback,
     ValidationCallback,
     list_heldout_clips,
     list_training_clips,
-    summarize_validation,
 )
 from sa3train.training.checks import check_compatibility, match_demo_steps
 from sa3train.training.loggers import LoggerCollection
 from sa3train.training.memorization import evaluate_memorization
-from sa3train.training.module import LoraModule, TextSource
+from sa3train.training.module import AdapterModule, LoraModule, TextSource
 from sa3train.training.quantization import round_weights
 from sa3train.training.run_dir import RunDir
 from sa3train.training.settings import TrainerSettings, TrainingSettings
@@ -79,10 +81,10 @@ class TrainingResult:
 class TrainingCallbacks:
     """The callbacks of a run; None where one is disabled."""
 
-    memory_plan: MemoryPlanCallback
+    memory_plan: MemoryPlanCallback | None
     metrics: MetricsCallback
-    validation: ValidationCallback | None
-    demos: DemoCallback | None
+    validation: FixedValidationCallback | None
+    demos: FixedDemoCallback | None
     report: ReportCallback | None
     checkpoint: CheckpointCallback
 
@@ -96,12 +98,16 @@ class TrainingCallbacks:
         return [callback for callback in every if callback is not None]
 
 
-class _EndlessBatches(IterableDataset[Any]):
-    """The loader as one epoch of `total` micro-batches.
+class EndlessBatches(IterableDataset[Any]):
+    """A loader as one epoch of `total` micro-batches.
 
     Lightning steps the optimizer on the last batch of an epoch whatever the accumulation, and stalls between epochs;
     with one epoch neither happens. The position that is saved is the loader's own at the last mark, as a step that
     fails has taken batches already.
+
+    Args:
+        loader: Iterates over batches, and tells and takes its position by `state_dict` and `load_state_dict`.
+        total: Micro-batches of the run.
     """
 
     def __init__(self, loader: Any, total: int) -> None:
@@ -115,12 +121,23 @@ class _EndlessBatches(IterableDataset[Any]):
             yield from self.loader
 
     def mark_position(self) -> None:
+        """Mark the loader's position as the one to save."""
         self.position = dict(self.loader.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
+        """Get the position of the last mark.
+
+        Returns:
+            What the loader returned.
+        """
         return self.position
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore a position.
+
+        Args:
+            state: What `state_dict` returned.
+        """
         self.loader.load_state_dict(state)
 
 
@@ -159,25 +176,68 @@ def train(
     check_compatibility(model, data, settings)
     settings = match_demo_steps(settings)
     module = build_module(model, text, spec, settings, start_from)
-    callbacks = build_callbacks(run.path, model, data, settings, loggers, provenance)
+    callbacks = _build_callbacks(run.path, model, data, settings, loggers, provenance)
     trainer = _fit(run, module, data, callbacks, settings.trainer)
-    interrupted = callbacks.checkpoint.interrupted
+    demos = settings.callbacks.demos
+
+    def evaluate() -> None:
+        if demos.enabled and demos.memorization_clips:
+            evaluate_memorization(
+                run.path,
+                str(model.path),
+                load_adapter(run.path / ADAPTER_FILE),
+                list_training_clips(data, ALL_CLIPS),
+                list_heldout_clips(data, ALL_CLIPS),
+                demos,
+                "cuda" if uses_gpu(settings.trainer) else "cpu",  # not the module's: Lightning moved it to the CPU
+            )
+
+    return end_run(run, trainer, module, callbacks, loggers, started, evaluate)
+
+
+def end_run(
+    run: RunDir,
+    trainer: lightning.Trainer,
+    module: AdapterModule,
+    callbacks: TrainingCallbacks,
+    loggers: LoggerCollection,
+    started: float,
+    evaluate: Callable[[], None] = lambda: None,
+) -> TrainingResult:
+    """End a run: write the adapter that was asked for unless the run was stopped, its record, card and report.
+
+    Args:
+        run: The run folder.
+        trainer: The trainer, whose fit is over.
+        module: The trained module.
+        callbacks: The run's callbacks.
+        loggers: Where the adapter is published.
+        started: `time.perf_counter()` at the start.
+        evaluate: Evaluates the adapter file of a finished run, on rank 0.
+
+    Returns:
+        How the run ended.
+    """
+    checkpoint, validation, step = callbacks.checkpoint, callbacks.validation, trainer.global_step
+    interrupted, adapter, best = checkpoint.interrupted, run.path / ADAPTER_FILE, run.path / BEST_ADAPTER_FILE
     if trainer.is_global_zero and interrupted is None:
-        finalize(run.path, module, data, callbacks, settings, trainer.global_step)
-        loggers.log_adapter(run.path / ADAPTER_FILE, provenance, ("latest", f"step-{trainer.global_step}"))
-    run.save(status="finished" if interrupted is None else "interrupted", steps=trainer.global_step)
-    if callbacks.report is not None and trainer.is_global_zero:
-        write_report(run.path)
-    summary = summarize_validation(callbacks.validation.summarize()) if callbacks.validation else []
-    return TrainingResult(
-        run.path,
-        run.path / ADAPTER_FILE,
-        trainer.global_step,
-        time.perf_counter() - started,
-        measure_peak_memory(),
-        interrupted,
-        [*summary, *filter(None, [callbacks.memory_plan.accuracy])],
-    )
+        if validation is not None and validation.schedule.select_best and best.is_file():
+            write_bytes(adapter, best.read_bytes())
+            _logger.info("%s is of step %d, the lowest validation loss", ADAPTER_FILE, validation.best_step)
+        else:
+            checkpoint.write_adapter(ADAPTER_FILE, module, step)
+        evaluate()
+        loggers.log_adapter(adapter, checkpoint.metadata, ("latest", f"step-{step}"))
+    run.save(status="finished" if interrupted is None else "interrupted", steps=step)
+    if trainer.is_global_zero:
+        checkpoint.write_card()
+        if callbacks.report is not None:
+            write_report(run.path)
+    summary = validation.describe(validation.summarize()) if validation is not None and validation.history else []
+    if callbacks.memory_plan is not None and callbacks.memory_plan.accuracy:
+        summary = [*summary, callbacks.memory_plan.accuracy]
+    seconds = time.perf_counter() - started
+    return TrainingResult(run.path, adapter, step, seconds, measure_peak_memory(), interrupted, summary)
 
 
 def build_module(
@@ -201,16 +261,32 @@ def build_module(
     """
     if settings.trainer.quantize != "none":
         round_weights(model.dit, settings.trainer.quantize)
-    torch.manual_seed(settings.seed)  # the adapter's initial values, the same on every rank
-    injected = inject(model.get_adapter_root(), spec)
-    if start_from is not None:
-        injected.load(start_from)
+    injected = start_adapter(model.get_adapter_root(), spec, settings.seed, start_from)
     module = LoraModule(model, injected, text, settings)
     module.train()  # nothing in the base depends on the mode; the adapter may have dropout
     return module
 
 
-def build_callbacks(
+def start_adapter(root: nn.Module, spec: AdapterSpec, seed: int, start_from: Adapter | None) -> InjectedAdapter:
+    """Inject the adapter to train.
+
+    Args:
+        root: The frozen base.
+        spec: The adapter.
+        seed: Seed of its initial values, the same on every rank.
+        start_from: An adapter of the same type to continue from.
+
+    Returns:
+        The adapter inside the base.
+    """
+    torch.manual_seed(seed)
+    injected = inject(root, spec)
+    if start_from is not None:
+        injected.load(start_from)
+    return injected
+
+
+def _build_callbacks(
     run_dir: Path,
     model: StableAudio3,
     data: LatentDataModule,
@@ -218,19 +294,6 @@ def build_callbacks(
     loggers: LoggerCollection,
     provenance: Mapping[str, str],
 ) -> TrainingCallbacks:
-    """Build the callbacks of a run.
-
-    Args:
-        run_dir: The run folder.
-        model: The base model.
-        data: The data module.
-        settings: All settings.
-        loggers: Where metrics go.
-        provenance: Metadata of every adapter file.
-
-    Returns:
-        The callbacks.
-    """
     trainer, wanted = settings.trainer, settings.callbacks
     saving = wanted.checkpoint
     checkpoint = CheckpointCallback(run_dir, every=saving.every, keep_last=saving.keep_last, metadata=provenance)
@@ -255,7 +318,7 @@ def build_callbacks(
         MetricsCallback(loggers, trainer.log_every, trainer.max_steps, model.downsampling_ratio / model.sample_rate),
         validation,
         demos,
-        ReportCallback(run_dir, data, checkpoint) if wanted.report else None,
+        ReportCallback(run_dir, functools.partial(describe_data, data), checkpoint) if wanted.report else None,
         checkpoint,
     )
 
@@ -265,46 +328,13 @@ def _fit(
 ) -> lightning.Trainer:
     trainer = make_trainer(run.path, settings, callbacks.list_enabled())
     data.trainer = trainer  # the loader asks it for rank and world size
-    batches = _EndlessBatches(data.train_dataloader(), settings.max_steps * settings.accumulate)
     plan = callbacks.memory_plan
+    assert plan is not None
     device = "cuda" if uses_gpu(settings) else "cpu"
-    with explain_oom(device, f"training on {plan.rows} x {plan.frames} latent frames", plan.suggest_savings):
+    with (
+        contextlib.closing(data.train_dataloader()) as loader,  # ends its workers
+        explain_oom(device, f"training on {plan.rows} x {plan.frames} latent frames", plan.suggest_savings),
+    ):
+        batches = EndlessBatches(loader, settings.max_steps * settings.accumulate)
         trainer.fit(module, train_dataloaders=batches, ckpt_path=run.state[1] if run.state else None)
     return trainer
-
-
-def finalize(
-    run_dir: Path,
-    module: LoraModule,
-    data: LatentDataModule,
-    callbacks: TrainingCallbacks,
-    settings: TrainingSettings,
-    step: int,
-) -> None:
-    """Write the adapter that was asked for, and measure its memorization if asked; call it on rank 0.
-
-    Args:
-        run_dir: The run folder.
-        module: The trained module.
-        data: The data module.
-        callbacks: The run's callbacks.
-        settings: All settings.
-        step: Optimizer steps taken.
-    """
-    best = run_dir / BEST_ADAPTER_FILE
-    if callbacks.validation is not None and settings.callbacks.validation.select_best and best.is_file():
-        write_bytes(run_dir / ADAPTER_FILE, best.read_bytes())
-        _logger.info("%s is of step %d, the lowest validation loss", ADAPTER_FILE, callbacks.validation.best_step)
-    else:
-        callbacks.checkpoint.write_adapter(ADAPTER_FILE, module, step)
-    demos = settings.callbacks.demos
-    if demos.enabled and demos.memorization_clips:
-        evaluate_memorization(
-            run_dir,
-            str(module.model.path),
-            load_adapter(run_dir / ADAPTER_FILE),
-            list_training_clips(data, ALL_CLIPS),
-            list_heldout_clips(data, ALL_CLIPS),
-            demos,
-            "cuda" if uses_gpu(settings.trainer) else "cpu",  # not the module's: Lightning moved it to the CPU
-        )

@@ -25,9 +25,10 @@ from filelock import FileLock, Timeout
 from sa3train import __version__
 from sa3train.core.config import find_differences
 from sa3train.core.errors import ConfigError, SA3Error
-from sa3train.core.files import write_json, write_text
+from sa3train.core.files import path_exists, relate_path, write_json, write_text
 from sa3train.core.log import get_logger, get_rank
 from sa3train.core.signals import Interrupted
+from sa3train.core.user_files import check_folder, read_file
 from sa3train.reports.run_files import (
     ADAPTER_FILE,
     BEST_ADAPTER_FILE,
@@ -45,9 +46,11 @@ _logger = get_logger(__name__)
 
 FREE_SETTINGS = (
     "resume", "allow_resume_changes", "run_dir", "paths.*", "logger.*", "callbacks.checkpoint.*", "callbacks.demos.*",
-    "data.num_workers", "trainer.log_every", "trainer.activation_checkpointing", "launcher*",
+    "data.dir", "source", "data.num_workers", "data.shared_prompts", "trainer.log_every",
+    "trainer.activation_checkpointing", "launcher*",
 )  # fmt: skip
-"""Settings that may change when a run is resumed: they do not touch what is learned."""
+"""Settings that may change when a run is resumed: they do not touch what is learned. What `data.dir` and
+`source` hold is part of the identity."""
 
 STORED_SETTINGS = ("trainer.activation_checkpointing",)
 """Those of them that later resumes keep, as they make the run fit into memory."""
@@ -165,7 +168,7 @@ class RunDir:
         write_text(self.path / CONFIG_FILE, format_settings(self.settings))
         self.save(
             id=uuid.uuid4().hex[:8], version=__version__, started=_now(), status="running", identity=self.identity,
-            resumed=[], process=_describe_process(),
+            resumed=[], directory=relate_path(".", self.path), process=_describe_process(),
         )  # fmt: skip
 
     def _resume(self) -> None:
@@ -194,6 +197,20 @@ class RunDir:
         if state := find_latest_checkpoint(self.path):
             when = "" if is_stop else "After fixing the error, "
             _logger.warning("step %d is saved. %sresume: %s", state[0], when, format_resume_command(self.path))
+
+
+def locate_from_run(run_dir: Path, path: str) -> str:
+    """Locate a path in the settings of a run to be resumed, which was relative to the working directory of then.
+
+    Args:
+        run_dir: The run folder.
+        path: The path, or a URL or registry name.
+
+    Returns:
+        Where it leads from the working directory of now; as it is, where nothing was there.
+    """
+    then = Path(os.path.realpath(run_dir), _read_record(run_dir).get("directory", ""), path)
+    return relate_path(then) if "://" not in path and path_exists(then) else path
 
 
 def format_resume_command(run_dir: Path) -> str:
@@ -260,6 +277,7 @@ def open_run(
 
 
 def _lock(run_dir: Path) -> FileLock:
+    check_folder(run_dir)
     lock = FileLock(run_dir / LOCK_FILE, timeout=LOCK_SECONDS)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -317,7 +335,7 @@ def _matches(key: str, patterns: Sequence[str]) -> bool:
 def _read_record(run_dir: Path) -> dict[str, Any]:
     path = run_dir / RECORD_FILE
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(read_file(path))
         if missing := {"id", "identity", "resumed"}.difference(record):
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
     except (OSError, ValueError, TypeError) as error:

@@ -100,7 +100,9 @@ class OptimizerSettings:
     """Optimizer and its arguments."""
 
     name: str = setting("adamw", help="Optimizer: adamw, adamw-8bit, prodigy, schedule-free, lion or muon.")
-    lr: float = setting(1e-4, help="Peak learning rate.", min=1e-12, max=100)
+    lr: float = setting(
+        1e-4, help="Peak learning rate; on nano and nano-base 0.001, unless it is set.", min=1e-12, max=100
+    )
     betas: list[float] = setting(
         [0.9, 0.95], help="Decay rates of the first and second moments.", min=0, below=1, items=(2, 2)
     )
@@ -171,13 +173,12 @@ class CheckpointSettings:
 
 
 @dataclass(frozen=True)
-class ValidationSettings:
-    """Loss on fixed clips with fixed noise and noise levels, for the base and for the adapter."""
+class ValidationSchedule:
+    """When to validate and on how many clips, whatever is measured, and what follows from it."""
 
     enabled: bool = setting(True, help="Whether to validate.")
     every: int = setting(250, help="Optimizer steps between validations.", min=1, max=MAX_COUNT)
     clips: int = setting(16, help="Maximum held-out clips, and as many training clips.", min=1, max=MAX_COUNT)
-    batch_size: int = setting(20, help="(clip, noise level) pairs per forward pass.", min=1, max=65_536)
     select_best: bool = setting(False, help="Export the adapter of the lowest validation loss instead of the last.")
     patience: int | None = setting(
         None, help="Stop after so many validations without a new best; null: never.", min=1, max=MAX_COUNT
@@ -192,6 +193,13 @@ class ValidationSettings:
                 f"{section}: select_best and patience have no effect with enabled=false.",
                 {f"{section}.select_best": False, f"{section}.patience": None, f"{section}.enabled": ...},
             )
+
+
+@dataclass(frozen=True)
+class ValidationSettings(ValidationSchedule):
+    """Loss on fixed clips with fixed noise and noise levels, for the base and for the adapter."""
+
+    batch_size: int = setting(20, help="(clip, noise level) pairs per forward pass.", min=1, max=65_536)
 
 
 @dataclass(frozen=True)
@@ -263,14 +271,12 @@ class CallbackSettings:
 
 
 @dataclass(frozen=True)
-class TrainingSettings:
-    """All settings of `sa3train.training.run.train`; `sa3-train` adds data, model, adapter and loggers."""
+class OptimizationSettings:
+    """Settings of every training, whatever is learned."""
 
-    loss: LossSettings = LossSettings()
     optimizer: OptimizerSettings = OptimizerSettings()
     scheduler: SchedulerSettings = SchedulerSettings()
     trainer: TrainerSettings = TrainerSettings()
-    callbacks: CallbackSettings = CallbackSettings()
     seed: int = setting(0, help="Seed of everything random.", min=0, max=MAX_SEED)
 
     def __post_init__(self) -> None:
@@ -281,3 +287,11 @@ class TrainingSettings:
                 "effect. Set trainer.ema_decay=null, or use another optimizer.",
                 {"trainer.ema_decay": None, "optimizer.name": ...},
             )
+
+
+@dataclass(frozen=True)
+class TrainingSettings(OptimizationSettings):
+    """All settings of `sa3train.training.run.train`; `sa3-train` adds data, model, adapter and loggers."""
+
+    loss: LossSettings = LossSettings()
+    callbacks: CallbackSettings = CallbackSettings()

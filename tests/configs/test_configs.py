@@ -11,13 +11,13 @@ import yaml
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
-from helpers.base_yaml import list_groups, render_group
+from helpers.base_yaml import list_groups, render_decoder, render_group
 from helpers.training import make_shards
 from sa3train.adapters.spec import KINDS, PEFT_METHODS
 from sa3train.cli.encode import EncodeConfig
 from sa3train.cli.hydra_app import register_resolvers
 from sa3train.cli.train import main
-from sa3train.cli.train_config import TrainConfig
+from sa3train.cli.train_config import DecoderTrainConfig, TrainConfig
 from sa3train.core.config import build, list_settings
 from sa3train.core.errors import ConfigError
 from sa3train.core.files import get_config_dir
@@ -64,12 +64,16 @@ def test_encoding_composes_with_every_model(model: str) -> None:
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_composes_and_is_named_after_itself(recipe: str) -> None:
-    assert build(TrainConfig, composed(f"recipe={recipe}")).name == recipe
+    if recipe == "decoder":
+        config: Any = build(DecoderTrainConfig, composed(job="decoder", needed=("source=audio",)))
+    else:
+        config = build(TrainConfig, composed(f"recipe={recipe}"))
+    assert config.name == recipe
 
 
 def test_every_yaml_is_reached_by_these_tests() -> None:
     reached = {f"{group}/{name}.yaml" for group, _, name in (option.partition("=") for option in OPTIONS)}
-    reached |= {f"recipe/{name}.yaml" for name in RECIPES} | {"train.yaml", "encode.yaml"}
+    reached |= {f"recipe/{name}.yaml" for name in RECIPES} | {"train.yaml", "encode.yaml", "decoder.yaml"}
     assert {path.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")} == reached
 
 
@@ -96,6 +100,10 @@ def test_the_base_yaml_of_a_group_is_its_dataclass(group: str) -> None:
     )
     declared = {field.name for field in dataclasses.fields(schema)}
     assert list_settings(schema).keys() == declared, "every setting has a help text"
+
+
+def test_the_sections_of_the_decoder_s_yaml_are_their_dataclasses() -> None:
+    assert render_decoder() in (CONF / "decoder.yaml").read_text(encoding="utf-8"), "python tests/helpers/base_yaml.py"
 
 
 def test_variants_say_only_what_differs_from_their_base() -> None:
@@ -163,7 +171,7 @@ QUICK = ("trainer.max_steps=2", "trainer.threads=1", "data.num_workers=0", "sche
 QUIET = ("callbacks.validation.clips=1", "callbacks.demos.enabled=false")
 
 
-@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in ("continue", "sweep")])
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in ("continue", "sweep", "decoder")])
 def test_every_recipe_trains_two_steps_on_nano(recipe: str, latents: Path, place: Path) -> None:
     model = "nano" if recipe == "post-trained" else "nano-base"
     arguments = [f"recipe={recipe}", f"data={latents}", f"model={model}", "run_dir=out", *QUICK, *QUIET]

@@ -12,12 +12,13 @@ from typing import Any
 import yaml
 
 from sa3train.cli.encode import EncodeConfig
-from sa3train.cli.train_config import TrainConfig
+from sa3train.cli.train_config import DecoderTrainConfig, TrainConfig
 from sa3train.core.config import MAX_COUNT, MISSING, Setting, list_settings
 from sa3train.data.encode.settings import EncodeSettings
 
 CONF = Path(__file__).parents[2] / "conf"
 WIDTH = 118
+DECODER_SECTIONS = ("data", "loss", "callbacks")
 HEADERS = {
     "adapter": "The adapter; the other options of this group change the method.",
     "callbacks": "Checkpoints, validation, demos and report.",
@@ -59,6 +60,15 @@ def render_encode() -> str:
     return "".join(f"{line}\n" for line in [*lines[inherited:], *lines[:inherited]])
 
 
+def render_decoder() -> str:
+    """Render the sections of `conf/decoder.yaml` that are no groups."""
+    lines, hints = [], typing.get_type_hints(DecoderTrainConfig)
+    for name in DECODER_SECTIONS:
+        section = _render(hints[name], make_default_values(hints[name]))
+        lines += [f"# {hints[name].__doc__.splitlines()[0]}", f"{name}:", *(f"  {line}" for line in section)]
+    return "".join(f"{line}\n" for line in lines)
+
+
 def _render(schema: Any, values: dict[str, Any]) -> list[str]:
     hints, lines = typing.get_type_hints(schema), []
     for name, declared in list_settings(schema).items():
@@ -91,3 +101,6 @@ if __name__ == "__main__":
     encode = (CONF / "encode.yaml").read_text(encoding="utf-8")
     start, end = encode.index("\n# Folder of any depth") + 1, encode.index("\nhydra:\n")
     (CONF / "encode.yaml").write_text(encode[:start] + render_encode() + encode[end:], encoding="utf-8")
+    decoder = (CONF / "decoder.yaml").read_text(encoding="utf-8")
+    start, end = decoder.index("allow_resume_changes: []\n") + 25, decoder.index("\nhydra:\n")
+    (CONF / "decoder.yaml").write_text(decoder[:start] + render_decoder() + decoder[end:], encoding="utf-8")

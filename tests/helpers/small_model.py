@@ -49,7 +49,7 @@ class Small(nn.ModuleDict):
     def fingerprint(self) -> str:
         return "0" * 64
 
-    def get_adapter_root(self) -> nn.Module:
+    def get_adapter_root(self, part: str = "dit") -> nn.Module:
         return self
 
     def example(self, seed: int = 1) -> Tensor:

@@ -109,7 +109,7 @@ class Trial:
         )
         saving = CheckpointSettings(self.save_every, 2)
         callbacks = CallbackSettings(saving, self.validation, self.demos, self.report)
-        return TrainingSettings(self.loss, self.optimizer, self.scheduler, trainer, callbacks, self.seed)
+        return TrainingSettings(self.optimizer, self.scheduler, trainer, self.seed, self.loss, callbacks)
 
     def run(self, resume: bool = False, **recorded: Any) -> TrainingResult:
         """Train; `recorded` is laid over the recorded configuration."""
@@ -142,14 +142,21 @@ class Trial:
 
 @contextlib.contextmanager
 def stop_in_step(after: int | None, by: int | type[Exception]) -> Iterator[None]:
-    """Within the context the last rank is sent a signal, or fails, in its micro-batch number `after`, from 1."""
+    """Within the context the last rank is sent a signal, or fails, in its micro-batch number `after`, from 1.
+
+    A negative signal goes to its whole process group, its loader's workers among them, from a process outside.
+    """
     whole = LoraModule.training_step
 
     def step(self: LoraModule, batch: Any, batch_idx: int) -> Any:
         if batch_idx + 1 == after and get_rank() == count_started_ranks() - 1:
             if not isinstance(by, int):
                 raise by
-            os.kill(os.getpid(), by)
+            elif by > 0:
+                os.kill(os.getpid(), by)
+            else:
+                script = f"kill -{-by} -{os.getpgrp()}"
+                subprocess.run(["sh", "-c", script], check=True, start_new_session=True)
         return whole(self, batch, batch_idx)
 
     LoraModule.training_step = step  # type: ignore[method-assign]

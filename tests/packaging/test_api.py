@@ -18,9 +18,9 @@ docstrings.
 
 
 def list_packages() -> list[str]:
-    """List the packages of sa3train that export something (they have a stub), by dotted name."""
-    stubs = sorted((ROOT / "sa3train").rglob("__init__.pyi"))
-    return [".".join(path.parent.relative_to(ROOT).parts) for path in stubs]
+    """List the packages of sa3train that export something (they have a stub), and `compat`, by dotted name."""
+    stubs = (ROOT / "sa3train").rglob("__init__.pyi")
+    return sorted([*(".".join(path.parent.relative_to(ROOT).parts) for path in stubs), "sa3train.compat"])
 
 
 def summarize(item: object) -> str:

@@ -60,7 +60,7 @@ EXTRAS = [name for name in PROJECT["optional-dependencies"] if name != "dev"]
 
 def test_every_import_of_the_package_is_declared() -> None:
     # Playwright drives `sa3-bench studio`, which asks for the extra dev.
-    optional = {*list_requirements("ui", "flash"), "playwright"}
+    optional = {*list_requirements("ui", "flash", "gguf"), "playwright"}
     assert list_foreign_imports("sa3train") - list_requirements().keys() - optional == set()
 
 

@@ -31,7 +31,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     write_lora_adapters(root / "adapters")
     write_clip(root / "audio" / "tone.wav", tone(2.0))
     (root / "audio" / "words.wav").write_text("no audio at all")
-    return Workspace.create([root], device="cpu")
+    return Workspace.create(tmp_path_factory.mktemp("workspace"), [root], device="cpu")
 
 
 @pytest.fixture(scope="session")

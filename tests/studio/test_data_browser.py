@@ -40,7 +40,7 @@ def root(tmp_path: Path) -> Path:
 @pytest.fixture
 def own_address(root: Path) -> Iterator[str]:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with run_studio(Workspace.create([root], device="cpu")) as found:
+    with run_studio(Workspace.create(root.parent / "studio", [root / "audio", root / "linked"], device="cpu")) as found:
         yield found
 
 
@@ -168,7 +168,7 @@ def test_a_folder_is_encoded_and_its_prompts_are_seen(page: Page, root: Path, ar
     page.locator("#encode-start").click()
     expect(page.locator("#encode-result")).to_contain_text("training clips")
     expect(page.locator("#encode-status .state")).to_have_text(re.compile("done"))
-    index = json.loads((root / "latents" / "mine" / "index.json").read_text())
+    index = json.loads((root.parent / "studio" / "latents" / "mine" / "index.json").read_text())
     assert index["clips"] == 4
     assert find_serious_violations(page) == []
     page.screenshot(path=artefacts / "data-encode.png", full_page=True)
@@ -193,3 +193,13 @@ def test_folders_outside_and_links_out_are_refused(page: Page, root: Path) -> No
     open_tab(page, "Audit")
     page.locator("#audit-start").click()
     close_error(page, "leads out of the studio")
+
+
+def test_a_failed_encode_is_dismissed(page: Page, root: Path) -> None:
+    open_tab(page, "Encode")
+    (root / "audio" / "mono.wav").write_text("no audio")
+    page.locator("#encode-start").click()
+    expect(page.locator("#encode-status .notice.error")).to_contain_text("max_rejected")
+    page.locator("#encode-dismiss").click()
+    expect(page.locator("#encode-status .notice.error")).to_have_count(0)
+    expect(page.locator("#encode-dismiss")).to_be_hidden()

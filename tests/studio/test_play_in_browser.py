@@ -4,6 +4,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from helpers.studio_page import close_error
+from sa3train.adapters.formats.io import load_adapter, save_adapter
 from sa3train.studio.app import run_studio
 from sa3train.studio.play import page as play_page
 from sa3train.studio.server.access import AccessSettings
@@ -104,8 +106,10 @@ def test_three_modes_with_two_adapters(page: Page, workspace: Workspace, artefac
     page.get_by_label("Inpaint", exact=True).check()
     ask(page, "filled in", duration="2")
     canvas = page.locator("#play-regions canvas")
+    expect(canvas).to_have_attribute("aria-label", "waveform, 2 seconds, 1 regions")
+    expect(page.locator("#play-regions")).to_contain_text("The marked regions are regenerated")
+    page.get_by_role("button", name="remove region 1").click()
     expect(canvas).to_have_attribute("aria-label", "waveform, 2 seconds, 0 regions")
-    expect(page.get_by_role("button", name="Add region")).to_be_visible()  # until the mode is known, none can be drawn
     canvas.scroll_into_view_if_needed()
     box = canvas.bounding_box()
     assert box is not None
@@ -212,7 +216,7 @@ def test_bad_uses_are_told(page: Page, workspace: Workspace, tmp_path: Path) -> 
     ask(page, "bad")
     page.get_by_role("button", name="Add adapter").click()
     file = page.locator("#play-rack fieldset").first.get_by_label("File")
-    link = workspace.roots[0] / "link"
+    link = workspace.sources[0] / "link"
     link.unlink(missing_ok=True)
     link.symlink_to("/etc")
     for path in ("/etc/passwd", "../../x.safetensors", "link/passwd"):
@@ -233,12 +237,12 @@ def test_bad_uses_are_told(page: Page, workspace: Workspace, tmp_path: Path) -> 
 
 
 def test_uploads_are_kept_inside_the_studio(page: Page, workspace: Workspace) -> None:
-    page.locator("#play-rack input[type=file]").set_input_files(workspace.roots[0] / "adapters" / "two.safetensors")
+    page.locator("#play-rack input[type=file]").set_input_files(workspace.sources[0] / "adapters" / "two.safetensors")
     uploaded = page.locator("#play-rack fieldset").first.get_by_label("File")
     expect(uploaded).to_have_value(re.compile("two.safetensors$"))
     assert Path(uploaded.input_value()).is_relative_to(workspace.uploads)
     page.get_by_label("Audio to audio", exact=True).check()
-    page.locator(".play-source-box input[type=file]").set_input_files(workspace.roots[0] / "audio" / "tone.wav")
+    page.locator(".play-source-box input[type=file]").set_input_files(workspace.sources[0] / "audio" / "tone.wav")
     expect(page.locator("#play-regions canvas")).to_have_attribute("aria-label", re.compile("2 seconds"))
     ask(page, "from uploads")
     record = made(page, workspace, "from uploads")
@@ -247,14 +251,14 @@ def test_uploads_are_kept_inside_the_studio(page: Page, workspace: Workspace) ->
 
 @pytest.mark.parametrize("path", ["/etc/passwd", "{root}/../x", "{root}/.env"])
 def test_other_files_are_not_served(page: Page, address: str, workspace: Workspace, path: str) -> None:
-    (workspace.roots[0] / ".env").write_text("secret")
-    answer = page.request.get(f"{address}gradio_api/file={path.replace('{root}', str(workspace.roots[0]))}")
+    (workspace.sources[0] / ".env").write_text("secret")
+    answer = page.request.get(f"{address}gradio_api/file={path.replace('{root}', str(workspace.sources[0]))}")
     assert answer.status in (403, 404)
 
 
 def test_a_studio_with_a_password_shows_nothing_without_it(tmp_path: Path) -> None:
     (tmp_path / "take.wav").write_bytes(b"RIFF")
-    guarded = Workspace.create([tmp_path], device="cpu")
+    guarded = Workspace.create(tmp_path / "studio", [tmp_path], device="cpu")
     with (
         run_studio(guarded, AccessSettings(password="a long password")) as found,
         httpx.Client(base_url=found) as client,
@@ -265,3 +269,18 @@ def test_a_studio_with_a_password_shows_nothing_without_it(tmp_path: Path) -> No
         assert client.post("login", data={"username": "me", "password": "a wrong word"}).status_code == 400
         assert client.post("login", data={"username": "me", "password": "a long password"}).status_code == 200
         assert client.get(asked).status_code == 200
+
+
+def test_prompts_that_an_adapter_carries_are_offered(page: Page, workspace: Workspace) -> None:
+    path = workspace.sources[0] / "adapters" / "one.safetensors"
+    adapter = load_adapter(path)
+    save_adapter(
+        path.with_name("told.safetensors"), replace(adapter, metadata={"prompts": '["solo koto", "koto duo"]'})
+    )
+    expect(page.locator("#play-offered")).to_be_hidden()
+    page.get_by_role("button", name="Add adapter").click()
+    page.locator("#play-rack fieldset").first.get_by_label("File").fill("adapters/told.safetensors")
+    page.locator("#play-rack fieldset").first.get_by_label("File").blur()
+    page.locator("#play-offered input").click()
+    page.get_by_role("option", name="koto duo").click()
+    expect(page.locator("#play-prompt textarea")).to_have_value("koto duo")

@@ -37,7 +37,8 @@ class Studio:
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "sa3train.cli.studio", str(self.root), "--port", str(self.port)]
+        command = [sys.executable, "-m", "sa3train.cli.studio", str(self.root.parent)]
+        command += ["--workspace", str(self.root), "--port", str(self.port)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         assert self.address in self.process.stdout.readline()
@@ -49,11 +50,11 @@ class Studio:
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the latents of 4 short clips."""
-    folder = tmp_path_factory.mktemp("runs-root")
+    """A workspace with the latents of 4 short clips, in a folder with their audio."""
+    folder = tmp_path_factory.mktemp("pack") / "studio"
     for number in range(4):
-        write_clip(folder / "audio" / f"{number}.wav", noise(1.2 + number / 10, seed=number), f"noise {number}")
-    encode = [f"source={folder / 'audio'}", f"out={folder / 'latents'}", "model=nano", "split=0.3"]
+        write_clip(folder.parent / "audio" / f"{number}.wav", noise(1.2 + number / 10, seed=number), f"noise {number}")
+    encode = [f"source={folder.parent / 'audio'}", f"out={folder / 'latents'}", "model=nano", "split=0.3"]
     assert encode_main(encode) == 0
     return folder
 
@@ -162,6 +163,8 @@ def test_planned_watched_stopped_and_resumed(page: Page, root: Path, artefacts: 
     expect(page.locator("#run-head h2")).to_contain_text("runs/long")
     state(page, "running")
     expect(page.locator("#run-curves")).to_contain_text("Steps per second")
+    expect(page.get_by_label("Run folder")).to_have_value("")
+    page.get_by_label("Run folder").fill("runs/long")
     page.locator("#run-start").click()
     close_error(page, "already exists")
     page.locator("#run-stop").click()
@@ -196,12 +199,12 @@ def test_planned_watched_stopped_and_resumed(page: Page, root: Path, artefacts: 
 @pytest.mark.parametrize(
     ("folder", "further", "message"),
     [
-        ("../outside", FAST, "outside the folders of this studio"),
-        ("/etc/run", FAST, "outside the folders of this studio"),
+        ("../audio/run", FAST, "not inside the workspace"),
+        ("/etc/run", FAST, "not inside the workspace"),
         ("runs/x", "run_dir=/etc", "cannot be set here"),
         ("runs/x", "optimizer.lrr=1", "optimizer.lr"),
         ("runs/x", "data.prompts.trigger=$\\{oc.env:HOME\\}", "refers to other settings"),
-        ("link/x", FAST, "outside the folders of this studio"),
+        ("link/x", FAST, "not inside the workspace"),
     ],
 )
 def test_bad_requests_are_refused_with_a_message(

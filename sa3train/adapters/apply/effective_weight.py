@@ -10,11 +10,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from sa3train.adapters.apply.products import OFT, expand_product, rotate_rows
 from sa3train.adapters.spec import KINDS, Kind
 from sa3train.core.errors import AdapterError
 
 EPSILON = 1e-12
 """Added to every norm, as the released models do."""
+
+COMFY_EPSILON = torch.finfo(torch.float32).eps
+"""Added to the norms of its DoRA by ComfyUI."""
 
 
 def flatten_weight(W: Tensor) -> Tensor:
@@ -32,16 +36,16 @@ def flatten_weight(W: Tensor) -> Tensor:
 def compute_effective_weight(
     adapter_type: str, W: Tensor, params: Mapping[str, Tensor], strength_scale: float
 ) -> Tensor:
-    """Compute the effective weight W' of an adapter; differentiable in every tensor.
+    """Compute the effective weight W' of an adapter; differentiable in every tensor of a type that can be trained.
 
     lora: W + sΔ. dora: magnitude · V/‖V‖ with V = W + sΔ, per row or per column. bora: H = magnitude_r · V/‖V‖row, then
-    magnitude_c · H/‖H‖col. Δ = B·A, and for -xs types U·M·Vᵀ. diff: W + s × the stored delta. comfy-dora divides
-    columns by the norms of V, but rows by those of W. Sources: the released implementation; ComfyUI 0.19.3;
-    docs/model.md, section 7.
+    magnitude_c · H/‖H‖col. Δ = B·A, and for -xs types U·M·Vᵀ. diff: W + s × the stored delta. comfy: Δ may be one of
+    `products`, and a magnitude divides columns by the norms of V, but rows by those of W. Sources: the released
+    implementation; ComfyUI 0.33.0; docs/model.md, section 7.
 
     Args:
-        adapter_type: One of `KINDS`, "diff", "comfy-dora", or "dora" of old files, where the magnitude's shape tells
-            rows from columns.
+        adapter_type: One of `KINDS`, "diff", "comfy", or "dora" of old files, where the magnitude's shape tells rows
+            from columns.
         W: The weight to adapt, (out, in) or (out, in, taps).
         params: The adapter's tensors by name, with U and V of -xs types (see `svd_basis`).
         strength_scale: s, that is alpha / rank × strength.
@@ -59,8 +63,8 @@ def compute_effective_weight(
     if adapter_type == "diff":
         change = params.get("diff")  # absent where only the bias changes
         return (W_OI if change is None else W_OI + strength_scale * flatten_weight(change)).reshape(W.shape)
-    if adapter_type == "comfy-dora":
-        return _compute_comfy_dora(W_OI, params, strength_scale).reshape(W.shape)
+    if adapter_type == "comfy":
+        return _compute_comfy(W_OI, params, strength_scale).reshape(W.shape)
     if adapter_type not in KINDS:
         raise AdapterError(f"Unknown adapter_type {adapter_type!r}. Choose one of {', '.join(KINDS)}.")
     V_OI = torch.addmm(W_OI, *_get_factors(KINDS[adapter_type], params), alpha=strength_scale)
@@ -76,24 +80,29 @@ def _get_factors(kind: Kind, params: Mapping[str, Tensor]) -> tuple[Tensor, Tens
 
 def _renormalize(kind: Kind, V_OI: Tensor, params: Mapping[str, Tensor]) -> Tensor:
     if kind.rows:
-        V_OI = _scale_by_norms(V_OI, V_OI, params["magnitude_r" if kind.cols else "magnitude"], dim=1)
+        V_OI = V_OI * _compute_gain(V_OI, params["magnitude_r" if kind.cols else "magnitude"], dim=1)
     if kind.cols:
-        V_OI = _scale_by_norms(V_OI, V_OI, params["magnitude_c" if kind.rows else "magnitude"], dim=0)
+        V_OI = V_OI * _compute_gain(V_OI, params["magnitude_c" if kind.rows else "magnitude"], dim=0)
     return V_OI
 
 
-def _scale_by_norms(V_OI: Tensor, reference_OI: Tensor, magnitude: Tensor, dim: int) -> Tensor:
-    """V · magnitude / ‖reference‖, with the norms taken along `dim`: 1 for rows, 0 for columns."""
-    norms = torch.linalg.vector_norm(reference_OI, dim=dim) + EPSILON
-    return V_OI * (magnitude.reshape(-1) / norms).unsqueeze(dim)
+def _compute_gain(reference_OI: Tensor, magnitude: Tensor, dim: int, epsilon: float = EPSILON) -> Tensor:
+    """Magnitude / ‖reference‖, with the norms taken along `dim`: 1 for rows, 0 for columns."""
+    norms = torch.linalg.vector_norm(reference_OI, dim=dim) + epsilon
+    return (magnitude.reshape(-1) / norms).unsqueeze(dim)
 
 
-def _compute_comfy_dora(W_OI: Tensor, params: Mapping[str, Tensor], scale: float) -> Tensor:
-    V_OI = torch.addmm(W_OI, params["lora_B"], params["lora_A"], alpha=scale)
-    magnitude = params["magnitude"]
-    if magnitude.shape[0] == W_OI.shape[0]:  # as ComfyUI distinguishes them: (out, 1), else (1, in)
-        return _scale_by_norms(V_OI, W_OI, magnitude, dim=1)
-    return _scale_by_norms(V_OI, V_OI, magnitude, dim=0)
+def _compute_comfy(W_OI: Tensor, params: Mapping[str, Tensor], scale: float) -> Tensor:
+    if OFT in params:
+        return torch.lerp(W_OI, rotate_rows(W_OI, params[OFT]), scale)
+    if "lora_A" in params:
+        V_OI = torch.addmm(W_OI, params["lora_B"], params["lora_A"], alpha=scale)
+    else:
+        V_OI = torch.add(W_OI, expand_product(params), alpha=scale)
+    if (magnitude := params.get("magnitude")) is None:
+        return V_OI
+    by_row = magnitude.shape[0] == W_OI.shape[0]  # as ComfyUI distinguishes them: (out, 1), else (1, in)
+    return V_OI.mul_(_compute_gain(W_OI if by_row else V_OI, magnitude, 1 if by_row else 0, COMFY_EPSILON))
 
 
 def detect_dora_type(magnitude: Tensor) -> str:

@@ -1,15 +1,17 @@
 """Check whether an adapter fits a model: which layers match, which base it was trained on, and how much it changes."""
 
 import math
+from collections import ChainMap
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from sa3train.adapters.adapter import Adapter, hash_architecture
+from sa3train.adapters.adapter import DECODER, Adapter, Part, hash_architecture
 from sa3train.adapters.apply.layer_weight import LayerAdapter, get_layer_adapter
+from sa3train.adapters.apply.products import check_product, is_product
 from sa3train.adapters.spec import BIAS_CHANGE, KINDS, PEFT_METHODS, get_layer_type
 from sa3train.core.errors import AdapterError
 from sa3train.core.text import compute_relative_norm
@@ -21,6 +23,7 @@ DECISIVE = ("lora_B", "M_xs", "diff", BIAS_CHANGE)
 """Tensors that are zero before training; an adapter with another value in one of them changes something."""
 
 GROUPS = (
+    (DECODER, "autoencoder's decoder"),
     ("self_attn", "self-attention"),
     ("cross_attn", "cross-attention"),
     ("to_local_embed", "local condition"),
@@ -43,7 +46,14 @@ class BaseModel(Protocol):
         """Registry name of the base of a post-trained model, or the other way round: adapters are for both."""
 
     def fingerprint(self) -> str:
-        """Compute the hash of its weights.
+        """Compute the hash of its weights without the autoencoder's.
+
+        Returns:
+            The hash.
+        """
+
+    def autoencoder_fingerprint(self) -> str:
+        """Compute the hash of its autoencoder's weights, the base of adapters on the decoder.
 
         Returns:
             The hash.
@@ -68,6 +78,7 @@ class LoadReport:
         not_finite: `<path> <name>` of every tensor with NaN or infinity.
         base: Name, architecture and hash of the model it was trained on, where recorded.
         base_loaded: Name, architecture and hash of the loaded model, where known.
+        part: What it changes: "dit" (with the conditioner), or "decoder" (the autoencoder's).
         effect: ‖W' − W‖ / ‖W‖ at strength 1 by group of layers, and over all as "all"; empty where not measured.
         layer_effect: The same by layer.
         warnings: What may make it sound different than intended.
@@ -87,6 +98,7 @@ class LoadReport:
     not_finite: list[str]
     base: dict[str, str]
     base_loaded: dict[str, str]
+    part: Part = "dit"
     effect: dict[str, float] = field(default_factory=dict)
     layer_effect: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
@@ -107,8 +119,12 @@ class LoadReport:
         """One line: type, rank, how many layers fit, how much they change."""
         effect = f", changes the weights by {self.effect['all']:.1%}" if "all" in self.effect else ""
         absent = f", {len(self.missing)} included layers are missing" if self.missing else ""
+        where = " on the autoencoder's decoder" if self.part == "decoder" else ""
         counts = f"{len(self.matched)} of {self.layer_count} layers fit"
-        return f"{self.adapter_type}, rank {self.rank}, alpha {self.alpha}: {counts}{absent}{effect}"
+        return f"{self.adapter_type}{where}, rank {self.rank}, alpha {self.alpha}: {counts}{absent}{effect}"
+
+    def __repr__(self) -> str:
+        return f"LoadReport({self.source}: {self.summary})"
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain values for JSON.
@@ -133,7 +149,7 @@ def check_fit(
 
     Args:
         adapter: The adapter.
-        layers: The model's adaptable layers by module path.
+        layers: The model's adaptable layers by module path, of the part that the adapter is for.
         base: The model, or its hash, to compare with the one that the adapter was trained on.
         weights: Untouched weights of layers whose weights are changed at the moment, by module path.
         allow_partial: Accept an adapter of which only some layers fit.
@@ -146,7 +162,8 @@ def check_fit(
     Raises:
         AdapterError: If `refuse` is set and the adapter does not fit, holds NaN or infinity, or changes nothing.
     """
-    originals: dict[str, Any] = {path: layer.weight for path, layer in layers.items()} | dict(weights or {})
+    loaded: dict[str, Any] = {path: layer.weight for path, layer in layers.items()}
+    originals: Mapping[str, Any] = ChainMap(cast(dict[str, Any], weights or {}), loaded)
     report = _match(adapter, layers, originals, base)
     report = replace(report, refusal=_find_refusal(report, allow_partial))
     parts: dict[str, LayerAdapter] = {}
@@ -226,7 +243,7 @@ def _match(
     for path in adapter.tensors:
         if path not in layers:
             unexpected.append(path)
-        elif reason := _find_mismatch(adapter, path, layers[path], weights[path].detach()):
+        elif reason := _find_mismatch(adapter, path, layers[path], weights):
             mismatched[path] = reason
         else:
             matched.append(path)
@@ -240,8 +257,10 @@ def _match(
         loaded["hash"] = base
     elif base is not None:
         is_sibling = base.sibling is not None and recorded.get("name") == base.sibling
-        loaded |= {"name": str(base.name), "hash": base.fingerprint()}
-    dtype = next(iter(weights.values())).dtype
+        in_decoder = adapter.part == "decoder"
+        base_hash = base.autoencoder_fingerprint() if in_decoder else base.fingerprint()
+        loaded |= {"name": str(base.name), "hash": base_hash}
+    dtype: Any = next(iter(layers.values())).weight.dtype
     return LoadReport(
         source=adapter.source,
         adapter_type=spec.adapter_type,
@@ -256,33 +275,38 @@ def _match(
         not_finite=list_non_finite(adapter),
         base=recorded,
         base_loaded=loaded,
+        part=adapter.part,
         warnings=_list_warnings(adapter, recorded, {} if is_sibling else loaded, dtype),
     )
 
 
-def _find_mismatch(adapter: Adapter, path: str, layer: nn.Module, W: Tensor) -> str | None:
+def _find_mismatch(adapter: Adapter, path: str, layer: Any, weights: Mapping[str, Tensor]) -> str | None:
     """Say why the adapter's tensors do not fit a layer; None when they do."""
     spec, params = adapter.spec, adapter.tensors[path]
-    rows, cols = W.flatten(1).shape
+    rows, cols = layer.weight.flatten(1).shape
     found = {name: tuple(tensor.shape) for name, tensor in params.items()}
     layer_type = get_layer_type(spec.adapter_type, params)
     if BIAS_CHANGE in found and layer.bias is None:
         return "it changes a bias that this layer does not have"
     if layer_type == "diff":
-        shapes = {"diff": tuple(W.shape), BIAS_CHANGE: (rows,)}
+        shapes = {"diff": tuple(layer.weight.shape), BIAS_CHANGE: (rows,)}
         expected: Mapping[str, tuple[int, ...]] = {name: shapes[name] for name in found}
     elif layer_type in KINDS:
         if KINDS[layer_type].xs and spec.get_rank(path) > min(rows, cols) and "U" not in found:
             return f"rank {spec.get_rank(path)} is above the {min(rows, cols)} singular vectors of the weight"
         expected = KINDS[layer_type].shapes(rows, cols, spec.get_rank(path), found)
-    elif layer_type == "comfy-dora":
-        rank, scale = spec.get_rank(path), found["magnitude"]
-        by_row = scale[0] == rows
-        expected = {"lora_A": (rank, cols), "lora_B": (rows, rank), BIAS_CHANGE: (rows,)}
-        expected |= {"magnitude": (rows if by_row else 1, 1 if by_row else cols, *scale[2:])}
-        expected = {name: expected[name] for name in found}
+    elif layer_type == "comfy":
+        if is_product(found):
+            shape = check_product(path, params)
+            if shape not in ((rows, cols), (rows, None)):
+                return f"its factors are for a weight of {list(shape)}, needs {[rows, cols]}"
+        first, *rest = found.get("magnitude", (0, 1))
+        expected = {"lora_A": (spec.get_rank(path), cols), "lora_B": (rows, spec.get_rank(path)), BIAS_CHANGE: (rows,)}
+        expected |= {"magnitude": (rows, 1, *rest[1:]) if first == rows else (1, cols, *rest[1:])}
+        expected = {name: expected[name] for name in found if name in expected}
     else:
         try:
+            W = weights[path].detach()
             get_layer_adapter(adapter, path, W).weight(W)
         except AdapterError as error:
             return str(error)
@@ -343,7 +367,7 @@ def _find_lack_of_effect(report: LoadReport, adapter: Adapter) -> str | None:
         )
     if any(tensor.any() for name, tensor in tensors if name in DECISIVE):
         return None
-    is_peft = adapter.spec.adapter_type in PEFT_METHODS
+    is_peft = adapter.spec.adapter_type in PEFT_METHODS or any(map(is_product, adapter.tensors.values()))
     if report.effect["all"] > (0.0 if is_peft else NO_EFFECT) and any(tensor.any() for _, tensor in tensors):
         return None
     return (

@@ -37,7 +37,7 @@ class LoadedAdapter:
         adapter: The adapter.
         parts: The adapter at each layer that it changes.
         report: Its load report.
-        strength: Strength in the DiT.
+        strength: Strength in the DiT, or in the autoencoder's decoder.
         conditioner_strength: Strength in the conditioner; None means `strength`.
         interval: Noise levels at which it is on, ends included.
         exclude_layers: Patterns of layers that it leaves unchanged.
@@ -82,13 +82,23 @@ class AdapterStack:
     Args:
         root: The model, with the DiT at `model.` and the conditioner at `conditioners.`.
         semantics: "sum", or "reference" for the released code's rule.
+        decoder: A module with the autoencoder's decoder at `pretransform.model.decoder.`; None refuses adapters on it.
     """
 
-    def __init__(self, root: nn.Module, semantics: Literal["sum", "reference"] = "sum") -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        semantics: Literal["sum", "reference"] = "sum",
+        decoder: nn.Module | None = None,
+    ) -> None:
         if semantics not in ("sum", "reference"):
             raise AdapterError(f"semantics must be 'sum' or 'reference', not {semantics!r}.")
         self.semantics = semantics
-        self._layers = find_adaptable_layers(root)
+        self._parts = {
+            "dit": find_adaptable_layers(root),
+            "decoder": {} if decoder is None else find_adaptable_layers(decoder),
+        }
+        self._layers = self._parts["dit"] | self._parts["decoder"]
         self._loaded: list[LoadedAdapter] = []
         self._base: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._baked: dict[str, tuple[tuple[int, float], ...]] = {}
@@ -136,7 +146,7 @@ class AdapterStack:
             adapter: The adapter.
             strength: Its strength; 0 is off.
             conditioner_strength: Its strength in the conditioner; None means `strength`.
-            interval: Noise levels t at which it is on, ends included.
+            interval: Noise levels t at which it is on, ends included. The autoencoder's decoder has none.
             exclude_layers: Patterns of layers that it leaves unchanged (see `layer_filter`).
             allow_partial: Accept an adapter of which only some layers fit.
             base: The model (or its hash) that the layers belong to, to compare with the adapter's.
@@ -165,7 +175,12 @@ class AdapterStack:
             strength: The strength; 0 is off.
             index: Index of the adapter; None sets all.
             conditioner_strength: The strength in the conditioner; None means `strength`.
+
+        Raises:
+            AdapterError: If there is no such adapter.
         """
+        if not self._loaded:
+            raise AdapterError("No adapter is loaded, so that its strength has no effect. Load one with load_adapter.")
         strength = _check_strength("strength", strength)
         conditioner_strength = _check_conditioner_strength(conditioner_strength)
         for loaded in self._loaded if index is None else [self._get(index)]:
@@ -178,20 +193,6 @@ class AdapterStack:
             index: Index of the adapter.
         """
         self._loaded.remove(self._get(index))
-
-    def replace(self, index: int, adapter: Adapter) -> LoadReport:
-        """Replace an adapter by another with the same settings. Raises `AdapterError` as `add` does.
-
-        Args:
-            index: Index of the adapter to replace.
-            adapter: The new adapter.
-
-        Returns:
-            How the new one fits.
-        """
-        old = self._get(index)
-        self._loaded[index] = self._load(adapter, **{name: getattr(old, name) for name in (*SETTINGS, "base")})
-        return self._loaded[index].report
 
     def clear(self) -> None:
         """Remove every adapter and restore the base weights."""
@@ -246,9 +247,17 @@ class AdapterStack:
             del self._base[path], self._baked[path]
 
     def _load(self, adapter: Adapter, **settings: Any) -> LoadedAdapter:
+        layers = self._parts[adapter.part]
+        if not layers:
+            raise AdapterError(f"{adapter.source} is on the autoencoder's decoder, which is not loaded here.")
+        if adapter.part == "decoder" and settings["interval"] != (0.0, 1.0):
+            raise AdapterError(
+                f"interval={settings['interval']} has no effect: {adapter.source} is on the autoencoder's decoder, "
+                f"which runs after the last noise level. Remove it."
+            )
         report, parts = check_fit(
             adapter,
-            self._layers,
+            layers,
             settings["base"],
             weights={path: weight for path, (weight, _) in self._base.items()},
             allow_partial=settings["allow_partial"],

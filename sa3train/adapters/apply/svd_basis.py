@@ -2,17 +2,24 @@
 
 The SVD is exact, not randomized: the top eigenvectors of the smaller Gram matrix in float64 (LAPACK syevr), and a full
 float64 SVD where the weight's rank is too low for that. Each column of U has its entry of largest magnitude positive; V
-flips along.
+flips along. `attach_bases` takes them from the `svd_bases.pt` of the released trainer and Underfit instead.
 """
 
+import os
+import pickle
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.apply.effective_weight import flatten_weight
+from sa3train.adapters.spec import BASES, KINDS
 from sa3train.core.errors import AdapterError, SA3Error
 from sa3train.core.files import get_cache_dir
 from sa3train.core.log import get_logger
@@ -22,6 +29,9 @@ logger = get_logger(__name__)
 
 SMALLEST_RATIO = 1e-5
 """Below this share of the largest singular value the Gram matrix no longer gives the small singular vectors exactly."""
+
+LARGEST_SKEW = 0.02
+"""Of bases from elsewhere, which are stored in fp16: how far they may be from orthonormal, and from diagonalizing W."""
 
 
 def get_singular_basis(W: Tensor, rank: int, dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
@@ -114,3 +124,69 @@ def _load(path: Path, rank: int) -> tuple[Tensor, Tensor] | None:
     if U_OR.shape[1] < rank or not (torch.isfinite(U_OR).all() and torch.isfinite(V_IR).all()):
         return None
     return U_OR[:, :rank].contiguous(), V_IR[:, :rank].contiguous()
+
+
+def attach_bases(
+    adapter: Adapter, path: str | os.PathLike[str], weights: Mapping[str, Tensor] | None = None
+) -> Adapter:
+    """Give an adapter of an -xs type the bases of `svd_bases.pt`, with which it was trained.
+
+    Args:
+        adapter: The adapter, without bases of its own.
+        path: What the released trainer's `svd_bases_path` names; read by torch's weights-only reader.
+        weights: Weights of the base model by module path, to check that the bases are theirs.
+
+    Returns:
+        The adapter with U and V.
+
+    Raises:
+        AdapterError: The file cannot be read, or its bases are not those of the adapter's layers.
+    """
+    kind = KINDS.get(adapter.spec.adapter_type)
+    if kind is None or not kind.xs or any("U" in params for params in adapter.tensors.values()):
+        raise AdapterError(f"{path} has no effect: {adapter.source} is no -xs type, or has bases of its own.")
+    bases, tensors = _read_bases(path), {}
+    for layer, params in adapter.tensors.items():
+        key = f"{'model' if layer.startswith('model.') else 'conditioner'}.{layer}.weight"
+        basis, rank = bases.get(key), adapter.spec.get_rank(layer)
+        if not isinstance(basis, Mapping) or not all(isinstance(basis.get(name), Tensor) for name in BASES):
+            raise AdapterError(f"{path} has no bases of {key}: it is of another model than {adapter.source}.")
+        U_OR, V_IR = (basis[name][:, :rank].float().contiguous() for name in BASES)
+        if problem := _find_misfit(U_OR, V_IR, rank, params, None if weights is None else weights[layer]):
+            raise AdapterError(f"{path}: the bases of {key} {problem}. Take those of the model that it was trained on.")
+        tensors[layer] = {**params, "U": U_OR, "V": V_IR}
+    return replace(adapter, tensors=tensors)
+
+
+def _read_bases(path: str | os.PathLike[str]) -> Mapping[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, TypeError, LookupError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise AdapterError(
+            f"{path} is refused: torch's weights-only reader cannot read it ({reason[:200]}). Leave it out: the bases "
+            f"are computed from the base model."
+        ) from error
+    if not isinstance(content, Mapping):
+        raise AdapterError(f"{path} holds no bases by layer, but {type(content).__name__}.")
+    return content
+
+
+def _find_misfit(U_OR: Tensor, V_IR: Tensor, rank: int, params: Mapping[str, Tensor], W: Tensor | None) -> str | None:
+    """Why bases are not those of a layer; None where they fit."""
+    sizes = {"magnitude_r": len(U_OR), "magnitude_c": len(V_IR)}
+    if U_OR.shape[1] < rank or V_IR.shape[1] < rank:
+        return f"have {min(U_OR.shape[1], V_IR.shape[1])} vectors, fewer than the rank {rank}"
+    if any(name in params and params[name].numel() != size for name, size in sizes.items()):
+        return f"are of a layer of shape {(len(U_OR), len(V_IR))}"
+    identity = torch.eye(rank)
+    if not max(float((basis.T @ basis - identity).abs().max()) for basis in (U_OR, V_IR)) < LARGEST_SKEW:
+        return "are not orthonormal"
+    if W is None:
+        return None
+    W_OI = flatten_weight(W.detach()).float().cpu()
+    if W_OI.shape != (len(U_OR), len(V_IR)):
+        return f"are of a layer of shape {(len(U_OR), len(V_IR))}, not {tuple(W_OI.shape)}"
+    product_RR = U_OR.T @ W_OI @ V_IR  # the singular values
+    off = product_RR - torch.diag(product_RR.diagonal())
+    return None if float(off.norm() / product_RR.norm()) < LARGEST_SKEW else "are not those of this model's weight"

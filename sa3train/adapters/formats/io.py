@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.formats.comfy import read_comfy
+from sa3train.adapters.formats.diffusers import is_diffusers_folder, read_diffusers_folder
 from sa3train.adapters.formats.naming import NATIVE, PEFT, identify_format
 from sa3train.adapters.formats.native import build_native_metadata, build_native_tensors, read_native
 from sa3train.adapters.formats.peft import (
@@ -22,6 +23,7 @@ from sa3train.adapters.formats.peft import (
     write_peft_folder,
 )
 from sa3train.adapters.formats.run_dir import locate_adapter
+from sa3train.adapters.formats.sa3cpp import is_gguf, read_gguf
 from sa3train.core.errors import AdapterError
 from sa3train.core.files import path_exists
 from sa3train.core.log import get_logger
@@ -55,8 +57,8 @@ def load_adapter(path: str | os.PathLike[str], weights: Mapping[str, Tensor] | N
     Nothing is executed, and nothing is read before the file's header has been checked.
 
     Args:
-        path: A .safetensors file of the released layout, of PEFT or of ComfyUI, a PEFT folder, a run folder (its
-            newest or chosen adapter), or one of its checkpoints: RUN_FOLDER@STEP or the file.
+        path: A .safetensors file of the released layout, of PEFT or of ComfyUI, a GGUF file of sa3.cpp, a PEFT folder,
+            a run folder (its newest or chosen adapter), or one of its checkpoints: RUN_FOLDER@STEP or the file.
         weights: The base model's weights by module path. Only PEFT adapters need them that started by taking a part
             out of the base (PiSSA, OLoRA).
 
@@ -94,9 +96,11 @@ def name_source(source: Path) -> Iterator[None]:
 
 def _load(source: Path, weights: Mapping[str, Tensor] | None) -> Adapter:
     if path_exists(source) and source.is_dir():
-        return read_peft_folder(source, base=weights)
+        return (read_diffusers_folder if is_diffusers_folder(source) else read_peft_folder)(source, base=weights)
     if not path_exists(source) or not source.is_file():
         raise AdapterError(f"There is no adapter at {source}. Give a .safetensors file, a PEFT folder or a run folder.")
+    if is_gguf(source):
+        return read_gguf(source)
     if (trained := read_training_state(source)) is not None:
         return trained
     header = read_header(source)

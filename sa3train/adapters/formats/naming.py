@@ -1,15 +1,20 @@
 """Whose names the tensors of an adapter file have, and the module paths that they stand for.
 
-Module paths are those of the released files: `model.…` in the DiT, `conditioners.…` in the conditioner. Other tools put
-a prefix before them, leave out the `model.`, or write underscores for dots.
+Module paths are those of the released files: `model.…` in the DiT, `conditioners.…` in the conditioner,
+`pretransform.model.decoder.…` in the autoencoder's decoder. Other tools put a prefix before them, leave out the
+`model.`, write underscores for dots, or name a decoder's layers from the decoder on. diffusers has names of its own and
+another order of the rows of differential self-attention (see `sa3train.models.diffusers_layout`).
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor
 
+from sa3train.adapters.adapter import DECODER
 from sa3train.core.errors import AdapterError
+from sa3train.models.diffusers_layout import DURATION, RELEASED_ORDER, TRANSFORMER, revert_name
+from sa3train.models.weight_files import reorder_rows
 
 DIT = "model."
 NATIVE, PEFT, COMFY = "native", "PEFT", "ComfyUI"
@@ -36,11 +41,23 @@ _LAYER_TENSOR = re.compile(
 )
 _ADAPTER_NAME = re.compile(r"\.(lora_[AB])\.(\w+)\.weight$")
 _TEXT_ENCODER = re.compile(r"^lora_te\d*[._]|(?:^|[._])text_(?:encoder|model)|(?:^|\.)conditioners\.prompt\.|^te\d?\.")
-_AUTOENCODER = re.compile(
-    r"(?:^|[._])(?:pretransform|autoencoder|first_stage_model|vae)[._]"
-    r"|^(?:(?:base_model|model|diffusion_model)\.)*(?:decoder|encoder|bottleneck)\."
+_OTHER_AUTOENCODER_PART = re.compile(
+    r"(?:^|[._])(?:pretransform|autoencoder|first_stage_model|vae)[._](?:model[._])?(?!model[._]|decoder\.)"
+    r"|^(?:(?:base_model|model|diffusion_model)\.)*(?:encoder|bottleneck|layers\.0\.transformers)\."
 )
-_DIFFUSERS = re.compile(r"(?:^|[._])transformer_blocks[._]|(?:^|\.)unet\.|duration_embedder|projection_model\.")
+_IN_DECODER = re.compile(r"(?:^|\.)decoder\.(.+)$|^(?:(?:base_model|model)\.)*(layers\.(?:1|3\.transformers\..+))$")
+"""Names of layers in the decoder. From the decoder on, they are no others': a block of the DiT, `layers.1`, is no layer
+itself, and has no `transformers`."""
+_BLOCK_LAYER = r"(?:self_attn\.to_(?:qkv|out)|cross_attn\.to_(?:q|kv|out)|ff\.proj_(?:in|out)|to_local_embed\.\d+)"
+_DIFFUSERS = re.compile(
+    rf"^(?:base_model\.model\.)?(?:(?:transformer\.)?(transformer_blocks\.\d+\.{_BLOCK_LAYER}|proj_(?:in|out)"
+    r"|(?:to_(?:timestep|cond|global)_embed|global_cond_embedder)\.\d+|(?:pre|post)process_conv)"
+    r"|(?:duration_embedder\.)?(linear))$"
+)
+"""Names of layers in diffusers: of the transformer, and of the duration embedder."""
+_OTHER_DIFFUSERS = re.compile(
+    rf"(?:^|\.)transformer_blocks\.(?!\d+\.{_BLOCK_LAYER}\.)|_transformer_blocks_|(?:^|\.)unet\.|projection_model\."
+)
 
 
 def identify_format(source: str, keys: Iterable[str]) -> str:
@@ -93,18 +110,6 @@ def strip_adapter_name(key: str) -> str:
     return _ADAPTER_NAME.sub(r".\1.weight", key)
 
 
-def is_flat_name(key: str) -> bool:
-    """Check whether a name has underscores for dots, as those of kohya, LyCORIS and OneTrainer.
-
-    Args:
-        key: Name of a layer or tensor.
-
-    Returns:
-        Whether it begins as theirs do.
-    """
-    return key.startswith(tuple(FLAT_PREFIXES))
-
-
 def collect_layers(source: str, tensors: Iterable[tuple[str, str, Tensor]]) -> dict[str, dict[str, Tensor]]:
     """Collect the tensors of a file by layer.
 
@@ -116,18 +121,58 @@ def collect_layers(source: str, tensors: Iterable[tuple[str, str, Tensor]]) -> d
         Tensors by module path and name.
 
     Raises:
-        AdapterError: If two tensors of the file are the same one of a layer.
+        AdapterError: If two tensors of the file are the same one of a layer, or it changes DiT and decoder.
     """
     layers: dict[str, dict[str, Tensor]] = {}
+    reordered: set[str] = set()
     for layer, name, tensor in tensors:
-        params = layers.setdefault(get_module_path(source, layer), {})
+        path = get_module_path(source, layer)
+        if layer.endswith(".self_attn.to_qkv") and _DIFFUSERS.match(layer):
+            reordered.add(path)
+        params = layers.setdefault(path, {})
         if name in params:
             raise AdapterError(
                 f"{source} holds two adapters on the same layer: {layer} has a second {name}. Save each as a file of "
                 f"its own."
             )
         params[name] = tensor
+    for path in reordered:
+        layers[path] = _restore_rows(source, path, layers[path])
+    in_decoder = [path for path in layers if path.startswith(DECODER)]
+    if 0 < len(in_decoder) < len(layers):
+        raise AdapterError(
+            f"{source} holds adapters on two parts of the model: {len(in_decoder)} of its {len(layers)} layers are in "
+            f"the autoencoder's decoder, such as {in_decoder[0]}. Save each part as a file of its own, and load both."
+        )
     return layers
+
+
+def _restore_rows(source: str, path: str, params: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put the rows of a self-attention's product, which are in diffusers' order where it is differential, in ours."""
+    if not {"lora_A", "lora_B"} <= params.keys():
+        raise AdapterError(
+            f"{source}: {path} has {', '.join(sorted(params))} under diffusers' name, and only the rows of a LoRA or "
+            f"DoRA can be brought into the order of the released model. Merge it with the tool that made it."
+        )
+    return reorder_product(params, RELEASED_ORDER)
+
+
+def reorder_product(params: Mapping[str, Tensor], order: Sequence[int]) -> dict[str, Tensor]:
+    """Put the rows of a LoRA or DoRA on a self-attention's product in another order where it is differential.
+
+    Args:
+        params: Tensors of the layer, with both factors, whose shapes tell whether it is.
+        order: Which fifth of the rows comes first, second, ….
+
+    Returns:
+        The tensors; those with a value for each row are copies.
+    """
+    rows, columns = params["lora_B"].shape[0], params["lora_A"].flatten(1).shape[1]
+    is_differential = rows == len(order) * columns
+    return {
+        name: reorder_rows(tensor, order) if is_differential and tensor.shape[:1] == (rows,) else tensor
+        for name, tensor in params.items()
+    }
 
 
 def get_module_path(source: str, name: str) -> str:
@@ -147,6 +192,11 @@ def get_module_path(source: str, name: str) -> str:
     if flat is not None:
         name = ".".join(_split_flat_name(source, name, flat))
     name = re.sub(r"^module\.|_orig_mod\.", "", name)  # of DistributedDataParallel and torch.compile
+    if found := _DIFFUSERS.match(name):
+        released = revert_name(TRANSFORMER if found[1] else DURATION, f"{found[1] or found[2]}.")
+        return "" if released is None else released.partition(".")[2].removesuffix(".")
+    if in_decoder := _IN_DECODER.search(name):
+        return f"{DECODER}{in_decoder[1] or in_decoder[2]}"
     if conditioner := re.search(r"(?:^|\.)conditioners\.(.*)$", name):
         return f"conditioners.{conditioner[1]}"
     if name.startswith(DURATION_EMBEDDER):
@@ -175,14 +225,15 @@ def _refuse_other_parts(source: str, keys: list[str]) -> None:
     for pattern, what, advice in (
         (_TEXT_ENCODER, "changes the text encoder, which adapters here leave as it is", "Save its other layers alone"),
         (
-            _AUTOENCODER,
-            "is an adapter on the autoencoder, and only those on the DiT and the duration embedder can be played",
+            _OTHER_AUTOENCODER_PART,
+            "is an adapter on the autoencoder's encoder or bottleneck, which would change what latents mean, and only "
+            "those on its decoder can be played",
             "Merge it into the autoencoder's weights with the tool that made it, and load that model",
         ),
         (
-            _DIFFUSERS,
-            "is named as diffusers names layers, which is not supported",
-            "Save it with the names of the released model (transformer.layers.0.self_attn.to_qkv)",
+            _OTHER_DIFFUSERS,
+            "is named as diffusers names the layers of other models than Stable Audio 3",
+            "Play it with the model it was trained on",
         ),
     ):
         found = [key for key in keys if pattern.search(key)]

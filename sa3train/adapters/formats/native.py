@@ -3,12 +3,15 @@
 import json
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import pad
 
-from sa3train.adapters.adapter import Adapter
+from sa3train.adapters.adapter import DECODER, Adapter
 from sa3train.adapters.apply.effective_weight import detect_dora_type
+from sa3train.adapters.apply.products import LOHA, LOKR, OFT, check_product, is_product
 from sa3train.adapters.formats.naming import NATIVE_KEY, collect_layers
 from sa3train.adapters.spec import ADAPTER_TYPES, BASES, BIAS_CHANGE, KINDS, PEFT_METHODS, AdapterSpec, get_layer_type
 from sa3train.core.errors import AdapterError
@@ -45,12 +48,28 @@ def read_native(source: str, tensors: Mapping[str, Tensor], metadata: Mapping[st
     layers = collect_layers(
         source, ((match[1], match[3], tensors[key]) for key, match in found.items() if match[3] not in IGNORED)
     )
-    spec = _parse_spec(source, layers, metadata)
-    return check_tensors(Adapter(spec, layers, dict(metadata), source))
+    return build_adapter(source, layers, metadata)
+
+
+def build_adapter(source: str, layers: dict[str, dict[str, Tensor]], metadata: Mapping[str, str]) -> Adapter:
+    """Build an adapter from its tensors and the metadata of its file.
+
+    Args:
+        source: The file's name, for messages.
+        layers: Tensors by module path and name.
+        metadata: Metadata, of which `lora_config` has the settings.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        AdapterError: If they do not make an adapter.
+    """
+    return check_tensors(Adapter(_parse_spec(source, layers, metadata), layers, dict(metadata), source))
 
 
 def build_native_tensors(adapter: Adapter) -> dict[str, Tensor]:
-    """Build the tensors of a file of the released layout.
+    """Build the tensors of a file of the released layout, those in the decoder named from the decoder on.
 
     Args:
         adapter: The adapter.
@@ -59,7 +78,9 @@ def build_native_tensors(adapter: Adapter) -> dict[str, Tensor]:
         Its tensors by key.
     """
     return {
-        f"{path}{MARKER}{name}": tensor for path, params in adapter.tensors.items() for name, tensor in params.items()
+        f"{path.removeprefix(DECODER)}{MARKER}{name}": tensor
+        for path, params in adapter.tensors.items()
+        for name, tensor in params.items()
     }
 
 
@@ -70,11 +91,13 @@ def build_native_metadata(adapter: Adapter) -> dict[str, str]:
         adapter: The adapter.
 
     Returns:
-        Its metadata with `lora_config` from its spec; settings of other tools stay in it.
+        Its metadata with `lora_config` from its spec; settings of other tools stay in it. By its `target`, other tools
+        know adapters on the decoder.
     """
     others = {key: value for key, value in adapter.metadata.items() if key != "lora_config"}
     earlier = _earlier_config(adapter)
-    return others | {"lora_config": json.dumps(earlier | build_lora_config(adapter.spec))}
+    target = {"target": "decoder"} if adapter.part == "decoder" else {}
+    return others | {"lora_config": json.dumps(earlier | build_lora_config(adapter.spec) | target)}
 
 
 def build_lora_config(spec: AdapterSpec) -> dict[str, Any]:
@@ -116,15 +139,39 @@ def build_spec(adapter_type: str, ranks: Mapping[str, int], **settings: Any) -> 
 
     Args:
         adapter_type: The adapter type.
-        ranks: Ranks by module path.
+        ranks: Ranks by module path; empty where only biases change.
         **settings: Other settings of the spec.
 
     Returns:
         The spec.
     """
-    commonest = Counter(ranks.values()).most_common(1)[0][0]
-    pattern = {} if set(ranks.values()) == {commonest} else dict(ranks)
+    commonest = Counter(ranks.values() or [1]).most_common(1)[0][0]
+    pattern = dict(ranks) if len(set(ranks.values())) > 1 else {}
     return AdapterSpec(adapter_type, rank=commonest, rank_pattern=pattern, **settings)
+
+
+def unify_ranks(adapter: Adapter) -> Adapter:
+    """Give every layer one rank and one scale, for tools that know one of each.
+
+    Smaller ranks are filled up with zeros and other scales multiplied in, which changes no weight.
+
+    Args:
+        adapter: A lora, dora or bora adapter with free factors.
+
+    Returns:
+        The same adapter with the largest of its ranks and the most common of its scales.
+    """
+    spec = adapter.spec
+    rank = max(spec.get_rank(path) for path in adapter.tensors)
+    scale = Counter(spec.get_scale(path) for path in adapter.tensors).most_common(1)[0][0]
+    layers = {}
+    for path, params in adapter.tensors.items():
+        missing, factor = rank - spec.get_rank(path), spec.get_scale(path) / scale
+        A_RI, B_OR = params["lora_A"], params["lora_B"] if factor == 1 else params["lora_B"].float() * factor
+        layers[path] = {**params, "lora_A": pad(A_RI, (0, 0, 0, missing)), "lora_B": pad(B_OR, (0, missing))}
+    settings = {name: getattr(spec, name) for name in ("dropout", "include", "exclude")}
+    unified = AdapterSpec(spec.adapter_type, rank=rank, alpha=scale * rank, **settings)
+    return replace(adapter, spec=unified, tensors=layers)
 
 
 def check_tensors(adapter: Adapter) -> Adapter:
@@ -157,11 +204,14 @@ def check_tensors(adapter: Adapter) -> Adapter:
 
 def _check_names(adapter: Adapter, path: str, layer_type: str) -> None:
     names = set(adapter.tensors[path])
+    if layer_type == "comfy" and is_product(names):
+        check_product(path, adapter.tensors[path])
+        return
     if layer_type == "diff":
         needed: tuple[str, ...] = ("diff",)
         fits = bool(names) and names <= {"diff", BIAS_CHANGE}
     else:
-        kind = KINDS["dora-rows" if layer_type == "comfy-dora" else layer_type]
+        kind = KINDS["dora-rows" if layer_type == "comfy" else layer_type]
         needed = kind.parameters
         fits = set(needed) <= names <= {*needed, *kind.optional} and len(names & set(BASES)) in (0, len(BASES))
     if not fits:
@@ -174,9 +224,9 @@ def _check_names(adapter: Adapter, path: str, layer_type: str) -> None:
 def _check_shapes(adapter: Adapter, path: str, params: Mapping[str, Tensor]) -> None:
     rank = adapter.spec.get_rank(path)
     for name, tensor in params.items():
-        if name == "diff":
+        if name in ("diff", OFT, *LOHA, *LOKR):
             continue
-        is_vector = name == BIAS_CHANGE or (name.startswith("magnitude") and adapter.spec.adapter_type != "comfy-dora")
+        is_vector = name == BIAS_CHANGE or (name.startswith("magnitude") and adapter.spec.adapter_type != "comfy")
         dimensions = 1 if is_vector else tensor.ndim if name == "magnitude" and tensor.ndim > 2 else 2
         ranks = {"lora_A": (0,), "lora_B": (1,), "M_xs": (0, 1), "U": (1,), "V": (1,)}.get(name, ())
         if tensor.ndim != dimensions or any(tensor.shape[axis] != rank for axis in ranks):

@@ -175,13 +175,29 @@ def write_peft_folder(path: str | os.PathLike[str], adapter: Adapter, dtype: tor
 
     Args:
         path: The folder.
-        adapter: The adapter.
+        adapter: The adapter. `AdapterError` is raised if PEFT does not have its type.
         dtype: Dtype to write fp32 tensors in; None keeps fp32.
+    """
+    with replace_folder(path, lambda folder: {item.name for item in folder.iterdir()} <= {CONFIG, WEIGHTS}) as staging:
+        write_peft_files(staging, adapter, {layer: layer for layer in adapter.tensors}, dtype)
+
+
+def write_peft_files(
+    folder: Path, adapter: Adapter, names: Mapping[str, str], dtype: torch.dtype | None, exact: bool = False
+) -> None:
+    """Write the two files of a PEFT folder with some layers of an adapter.
+
+    Args:
+        folder: The folder.
+        adapter: The adapter.
+        names: Names of the layers in the model that PEFT puts it on, by module path.
+        dtype: Dtype to write fp32 tensors in; None keeps fp32.
+        exact: Whether to name the layers by an expression, for a model where one name may end as another does.
 
     Raises:
         AdapterError: If PEFT does not have the adapter's type.
     """
-    spec, paths = adapter.spec, sorted(adapter.tensors)
+    spec, paths = adapter.spec, sorted(names)
     if spec.adapter_type in PEFT_METHODS:
         from sa3train.adapters.peft_methods import format_peft_config
 
@@ -190,9 +206,9 @@ def write_peft_folder(path: str | os.PathLike[str], adapter: Adapter, dtype: tor
             f"{PEFT_PREFIX}{path}.{name}": tensor for path in paths for name, tensor in adapter.tensors[path].items()
         }
     elif spec.adapter_type in ("lora", "dora-rows"):
-        config = json.dumps(_build_config(adapter, paths), indent=2) + "\n"
+        config = json.dumps(_build_config(adapter, names, exact), indent=2) + "\n"
         named = {
-            f"{PEFT_PREFIX}{path}.{NAMES[name]}": _reshape(path, name, tensor)
+            f"{PEFT_PREFIX}{names[path]}.{NAMES[name]}": _reshape(path, name, tensor)
             for path in paths
             for name, tensor in adapter.tensors[path].items()
             if name in NAMES or _refuse_tensor(adapter, path, name)
@@ -203,15 +219,15 @@ def write_peft_folder(path: str | os.PathLike[str], adapter: Adapter, dtype: tor
             f"sa3-adapter convert {adapter.source or 'FILE'} FOLDER --model NAME --rank R"
         )
     stored = convert_for_saving(named, dtype)
-    with replace_folder(path, lambda folder: {item.name for item in folder.iterdir()} <= {CONFIG, WEIGHTS}) as staging:
-        write_tensors(staging / WEIGHTS, stored, build_native_metadata(adapter) | {"format": "pt"})
-        write_text(staging / CONFIG, config)
+    write_tensors(folder / WEIGHTS, stored, build_native_metadata(adapter) | {"format": "pt"})
+    write_text(folder / CONFIG, config)
 
 
-def _build_config(adapter: Adapter, paths: list[str]) -> dict[str, Any]:
+def _build_config(adapter: Adapter, names: Mapping[str, str], exact: bool) -> dict[str, Any]:
     """Build PEFT's LoraConfig, with the rank and alpha of each layer that differs from the rest."""
-    spec = adapter.spec
+    spec, targets = adapter.spec, sorted(names.values())
     alpha = spec.rank if spec.alpha is None else spec.alpha
+    patterns = {path: f"{'^' if exact else ''}{re.escape(name)}" for path, name in sorted(names.items())}
     return {
         "peft_type": "LORA",
         "base_model_name_or_path": adapter.metadata.get("base_model"),
@@ -220,9 +236,11 @@ def _build_config(adapter: Adapter, paths: list[str]) -> dict[str, Any]:
         "lora_dropout": spec.dropout,
         "use_rslora": spec.rslora,
         "use_dora": spec.adapter_type == "dora-rows",
-        "target_modules": paths,
-        "rank_pattern": {re.escape(path): spec.get_rank(path) for path in paths if spec.get_rank(path) != spec.rank},
-        "alpha_pattern": {re.escape(path): spec.get_alpha(path) for path in paths if spec.get_alpha(path) != alpha},
+        "target_modules": "|".join(map(re.escape, targets)) if exact else targets,
+        "rank_pattern": {
+            key: spec.get_rank(path) for path, key in patterns.items() if spec.get_rank(path) != spec.rank
+        },
+        "alpha_pattern": {key: spec.get_alpha(path) for path, key in patterns.items() if spec.get_alpha(path) != alpha},
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
@@ -283,7 +301,7 @@ def _build_lora_spec(
         alpha=alpha,
         alpha_pattern={path: value for path, value in alphas.items() if value != alpha},
         dropout=config.get("lora_dropout") or 0.0,
-        rslora=config.get("use_rslora") is True,
+        rslora=bool(config.get("use_rslora")),
         include=include,
         exclude=exclude,
     )
@@ -293,16 +311,17 @@ def _parse_alphas(source: str, names_in_peft: Mapping[str, str], config: Mapping
     """Parse the alpha of each layer by module path. PEFT's patterns are expressions; only plain names are accepted."""
     plain = {}
     for pattern, alpha in (config.get("alpha_pattern") or {}).items():
-        name = re.sub(r"\\([.\-])", r"\1", str(pattern)).removeprefix("^").removesuffix("$").removeprefix(PEFT_PREFIX)
-        if not re.fullmatch(r"[\w.\-]+", name):
+        name = re.sub(r"\\([.\-])", r"\1", str(pattern)).removesuffix("$")
+        if not re.fullmatch(r"\^?[\w.\-]+", name):
             raise AdapterError(
                 f"{source}: alpha_pattern {str(pattern)[:60]!r} is an expression. Name the modules instead."
             )
-        plain[name] = alpha
+        anchor, bare = name[:1] == "^", name.removeprefix("^").removeprefix(PEFT_PREFIX)
+        plain[f"^{bare}" if anchor else f".{bare}"] = alpha
     default = config.get("lora_alpha", 8)
 
     def alpha_of(layer: str) -> float:
-        found = (alpha for name, alpha in plain.items() if f".{layer}".endswith(f".{name}"))
+        found = (alpha for name, alpha in plain.items() if name == f"^{layer}" or f".{layer}".endswith(name))
         alpha = next(found, default)
         if not isinstance(alpha, int | float) or isinstance(alpha, bool):
             raise AdapterError(f"{source}: alpha must be a number, not {str(alpha)[:40]!r}.")

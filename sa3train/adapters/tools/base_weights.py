@@ -1,45 +1,126 @@
 """The base model of the tools: its weights, once every adapter is known to fit it."""
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import ctypes
+from collections import ChainMap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor, nn
 
-from sa3train.adapters.adapter import Adapter
+from sa3train.adapters.adapter import Adapter, Part
 from sa3train.adapters.apply.load_report import BaseModel, check_fit
 from sa3train.adapters.layer_filter import find_adaptable_layers
+from sa3train.adapters.spec import PEFT_METHODS
 from sa3train.core.errors import AdapterError
+from sa3train.models.conditioners import Conditioner
+from sa3train.models.config import ModelConfig
+from sa3train.models.weight_files import WeightFiles
 
 Weights = Mapping[str, Tensor]
 """The base model's weights by module path."""
 
 
+RELEASED_ROOTS = {"model": "model.", "conditioners": "conditioner."}
+"""What released names have before the first word of a module path."""
+
+
 class LoadedModel(BaseModel, Protocol):
-    """A loaded checkpoint, as `sa3train.models.checkpoint.load_checkpoint` returns it."""
+    """A loaded checkpoint, as `sa3train.models.checkpoint.load_checkpoint` returns it, on the meta device or not."""
 
     @property
     def path(self) -> Path:
         """Its folder."""
 
-    def get_adapter_root(self) -> nn.Module:
-        """Return the module that holds every adaptable layer.
+    @property
+    def weights(self) -> Any:
+        """Its tensors in its files, `WeightFiles`; asked for on the meta device and where a checkpoint is written."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Its architecture; only asked for where a checkpoint is written."""
+
+    @property
+    def conditioner(self) -> Conditioner:
+        """Its conditioner; only asked for where a checkpoint is written."""
+
+    def get_adapter_root(self, part: Part = "dit") -> nn.Module:
+        """Return the module that holds every adaptable layer of a part.
+
+        Args:
+            part: DiT and conditioner, or the autoencoder's decoder.
 
         Returns:
             The root of the adapters' module paths.
         """
 
 
-def get_weights(model: LoadedModel) -> dict[str, Tensor]:
+def find_layers(model: LoadedModel, part: Part) -> dict[str, nn.Module]:
+    """Find the layers of a model that adapters on one part can change.
+
+    Args:
+        model: The model.
+        part: `Adapter.part` of the adapters.
+
+    Returns:
+        The layers by module path.
+    """
+    return find_adaptable_layers(model.get_adapter_root(part))
+
+
+class LazyTensors(Mapping[str, Tensor]):
+    """Tensors that are made, or read, each time they are asked for, so that only one is in memory.
+
+    Args:
+        makers: Makes each tensor, by name.
+    """
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]) -> None:
+        self._makers = makers
+
+    def __getitem__(self, name: str) -> Tensor:
+        with torch.no_grad():
+            return self._makers[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._makers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+
+def _release_freed_memory() -> None:
+    """Give freed memory back to the system: glibc keeps what small tensors that stay lie above."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # no glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _read_weight(files: WeightFiles, path: str) -> Tensor:
+    """Read a weight of a checkpoint in fp32."""
+    _release_freed_memory()
+    name = f"{RELEASED_ROOTS.get(path.partition('.')[0], '')}{path}.weight"
+    return next(files.iterate([name], "cpu", torch.float32))[1]
+
+
+def get_weights(model: LoadedModel, part: Part = "dit") -> Weights:
     """Get the weights of a model's adaptable layers.
 
     Args:
         model: The model.
+        part: DiT and conditioner, or the autoencoder's decoder.
 
     Returns:
-        The weights by module path, without copying.
+        The weights by module path: those of the model, or of its file where it is on the meta device.
     """
-    layers: dict[str, Any] = find_adaptable_layers(model.get_adapter_root())
+    layers: dict[str, Any] = find_layers(model, part)
+    if any(layer.weight.is_meta for layer in layers.values()):
+        return LazyTensors({path: partial(_read_weight, model.weights, path) for path in layers})
     return {path: layer.weight.detach() for path, layer in layers.items()}
 
 
@@ -55,9 +136,19 @@ def get_base_weights(adapters: Sequence[Adapter], model: LoadedModel | None) -> 
     """
     if model is None:
         return None, []
-    layers = find_adaptable_layers(model.get_adapter_root())
-    reports = [check_fit(adapter, layers, model, measure=False)[0] for adapter in adapters]
-    return get_weights(model), [f"{report.source}: {text}" for report in reports for text in report.warnings]
+    found: dict[str, Weights] = {part: get_weights(model, part) for part in {adapter.part for adapter in adapters}}
+    reports = [
+        check_fit(
+            each,
+            find_layers(model, each.part),
+            model,
+            weights=found[each.part] if each.spec.adapter_type in PEFT_METHODS else None,
+            measure=False,
+        )[0]
+        for each in adapters
+    ]
+    weights: Weights = ChainMap(*(cast(dict[str, Tensor], each) for each in found.values()))
+    return weights, [f"{report.source}: {text}" for report in reports for text in report.warnings]
 
 
 def require_weights(adapter: Adapter, weights: Weights | None, operation: str) -> Weights:

@@ -1,4 +1,4 @@
-"""Convert adapters between formats (native, PEFT folder, ComfyUI), and read pickles by the weights-only reader."""
+"""Convert adapters between formats (native, PEFT folder, ComfyUI, sa3.cpp), and read pickles weights-only."""
 
 import json
 import os
@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 from sa3train.adapters.adapter import Adapter
-from sa3train.adapters.formats.comfy import list_comfy_unsupported, read_comfy, write_comfy
+from sa3train.adapters.apply.svd_basis import attach_bases
+from sa3train.adapters.formats.comfy import read_comfy
+from sa3train.adapters.formats.comfy_write import list_comfy_unsupported, write_comfy
+from sa3train.adapters.formats.diffusers import TYPES, write_diffusers_folder
 from sa3train.adapters.formats.io import (
     PICKLES,
     is_file_name,
@@ -22,23 +25,38 @@ from sa3train.adapters.formats.io import (
     save_adapter,
 )
 from sa3train.adapters.formats.naming import NATIVE, NATIVE_KEY, PEFT, identify_format
-from sa3train.adapters.formats.native import read_native
+from sa3train.adapters.formats.native import read_native, unify_ranks
 from sa3train.adapters.formats.peft import parse_peft_tensors, read_peft_config
+from sa3train.adapters.formats.sa3cpp import (
+    GGUF_DTYPES,
+    fit_to_sa3cpp,
+    import_gguf,
+    is_gguf_name,
+    write_gguf,
+    write_pair,
+)
 from sa3train.adapters.spec import BIAS_CHANGE, KINDS, PEFT_METHODS, get_layer_type
 from sa3train.adapters.tools.base_weights import LoadedModel, Weights, get_base_weights, get_weights
-from sa3train.adapters.tools.edit import convert_to_diff, expand_bases, has_own_bases, measure_difference, merge
+from sa3train.adapters.tools.combine import combine
+from sa3train.adapters.tools.comfy_export import can_export, make_for_comfy
+from sa3train.adapters.tools.edit import drop_bias_changes, expand_bases, has_own_bases, merge
 from sa3train.adapters.tools.history import append_history
 from sa3train.adapters.tools.low_rank import Truncation
+from sa3train.adapters.tools.measure import measure_file, measure_tensors
 from sa3train.adapters.tools.results import EditResult
-from sa3train.core.dtypes import get_dtype
+from sa3train.core.dtypes import DTYPES, get_dtype
 from sa3train.core.errors import AdapterError
 from sa3train.core.files import check_target
 
-FORMATS = ("native", "peft", "comfy")
-EXACT = {"native": (), "peft": ("lora", "dora-rows", *PEFT_METHODS), "comfy": ("lora", "diff")}
+SA3CPP = ("sa3cpp", "gguf")
+FORMATS = ("native", "peft", "diffusers", "comfy", *SA3CPP)
+FOLDERS = ("peft", "diffusers")
+"""Formats that are folders."""
+
+EXACT = {"native": (), "peft": ("lora", "dora-rows", *PEFT_METHODS), "comfy": ()}
+EXACT["diffusers"] = TYPES
+EXACT |= dict.fromkeys(SA3CPP, tuple(kind.name for kind in KINDS.values() if not kind.xs))
 """Types that a format carries as they are; native carries all."""
-WITH_EXPANDED_BASES = {"native": (), "peft": ("lora-xs", "dora-rows-xs"), "comfy": ("lora-xs",)}
-"""-xs types that a format carries exactly once their bases are multiplied in, which takes the base model."""
 
 
 def read_any(path: str | os.PathLike[str], weights: Weights | None = None) -> tuple[Adapter, list[str]]:
@@ -64,56 +82,105 @@ def convert_adapter(
     to: str | None = None,
     model: LoadedModel | None = None,
     truncation: Truncation | None = None,
-    dtype: str = "fp16",
+    dtype: str | None = None,
     overwrite: bool = False,
+    dense: bool = False,
+    svd_bases: str | None = None,
 ) -> EditResult:
-    """Convert an adapter to another format. Raises `AdapterError` if the format cannot carry it.
+    """Convert an adapter to another format.
 
     What the format cannot carry exactly is exported as full weight deltas (ComfyUI) or approximated by a lora; both
-    need the base model.
+    need the base model. The written file is read again, and its error measured.
 
     Args:
         source: A file, PEFT folder or pickle.
-        target: The file to write, or the folder for PEFT.
-        to: "native", "peft" or "comfy"; None means native for a .safetensors file, else PEFT.
-        model: The base model. With it, the written file is read again and its error measured.
+        target: The file to write, or the folder for PEFT and diffusers.
+        to: One of `FORMATS`; None means native for a .safetensors file, gguf for a .gguf file, else PEFT.
+        model: The base model. With it, the error is that of the weights' change, else that of the stored tensors.
         truncation: The rank of a lora approximation; None converts exactly.
-        dtype: Dtype of the written file.
+        dtype: Dtype of the written file; None means fp32 for gguf, else fp16.
         overwrite: Replace what exists at the target, but never a source.
+        dense: Write full weight deltas, which any version of ComfyUI plays alike.
+        svd_bases: `svd_bases.pt` of the released trainer, whose bases an -xs type was trained with.
 
     Returns:
         What was written.
+
+    Raises:
+        AdapterError: If the format cannot carry the adapter, or a setting has no effect.
     """
-    to = to or ("native" if is_file_name(target) else "peft")
-    _check_target(Path(target), to)
+    to = to or ("gguf" if is_gguf_name(target) else "native" if is_file_name(target) else "peft")
+    dtype = dtype or ("fp32" if to == "gguf" else "fp16")
+    _check_target(Path(target), to, dtype, overwrite)
     check_target(target, [source], overwrite)
     original, notes = read_any(source, None if model is None else get_weights(model))
     weights, warnings = get_base_weights([original], model)
-    adapter = _make_portable(original, to, weights, truncation, notes, warnings)
+    if svd_bases is not None:
+        original = attach_bases(original, svd_bases, weights)
+    if dense and (to != "comfy" or truncation is not None):
+        raise AdapterError("--dense writes full weight deltas for ComfyUI. Set --to comfy, and no rank, or remove it.")
+    if to == "comfy" and truncation is None:
+        adapter = make_for_comfy(original, weights, get_dtype(dtype), dense, notes)
+    else:
+        adapter = _make_portable(original, to, weights, truncation, notes, warnings)
     adapter = replace(adapter, metadata=append_history(adapter, "convert", to=to, of=Path(source).name))
+    adapter, left_out = _write(target, to, adapter, dtype, notes, warnings)
+    original = _remove_layers(original, left_out)
+    if weights is None:
+        error = measure_tensors(adapter, load_adapter(target))
+        return EditResult(target, adapter, notes, warnings, error, "measured error of the written tensors")
+    error = measure_file(original, target, weights)
+    return EditResult(target, adapter, notes, warnings, error, "measured error of the written file")
+
+
+def _write(
+    target: str | Path, to: str, adapter: Adapter, dtype: str, notes: list[str], warnings: list[str]
+) -> tuple[Adapter, list[str]]:
+    """Write an adapter that the format can carry; adds to `notes` and `warnings`, and lists layers it leaves out."""
+    left_out: list[str] = []
     if to == "comfy":
-        unsupported = list_comfy_unsupported(adapter)
-        if unsupported:
+        left_out = list_comfy_unsupported(adapter)
+        if left_out:
             warnings.append(
-                f"not carried over: {len(unsupported)} layer(s) of the duration embedder ({', '.join(unsupported)}), "
+                f"not carried over: {len(left_out)} layer(s) of the duration embedder ({', '.join(left_out)}), "
                 f"which ComfyUI cannot patch; it will sound slightly different there"
             )
         if adapter.spec.include or adapter.spec.exclude or adapter.spec.dropout:
             notes.append("dropout, include and exclude are kept in the metadata, which ComfyUI does not read")
-        adapter = _remove_layers(adapter, unsupported)
-        original = _remove_layers(original, list_comfy_unsupported(original))
         write_comfy(target, adapter, get_dtype(dtype))
+        adapter = _remove_layers(adapter, left_out)
+    elif to in SA3CPP:
+        adapter, left_out = fit_to_sa3cpp(adapter)
+        if left_out:
+            warnings.append(f"not carried over: {', '.join(left_out)}, which sa3.cpp cannot adapt")
+        if to == "gguf" and dtype != "fp32":
+            warnings.append(
+                f"sa3.cpp does not play every type of adapter in {dtype} (docs/interchange.md); fp32 it does"
+            )
+        (write_gguf if to == "gguf" else write_pair)(target, adapter, dtype)
+    elif to == "diffusers":
+        write_diffusers_folder(target, adapter, get_dtype(dtype))
     else:
         save_adapter(target, adapter, get_dtype(dtype))
-    error = None if weights is None else measure_difference(original, load_adapter(target), weights)
-    return EditResult(target, adapter, notes, warnings, error, "measured error of the written file")
+    if to in ("comfy", *SA3CPP):
+        notes.append(f"the file has {Path(target).stat().st_size / 1e6:.1f} MB")
+    return adapter, left_out
 
 
-def _check_target(target: Path, to: str) -> None:
+def _check_target(target: Path, to: str, dtype: str, overwrite: bool) -> None:
     if to not in FORMATS:
         raise AdapterError(f"Unknown format {to!r}. Choose one of {', '.join(FORMATS)}.")
-    if (to == "peft") == is_file_name(target):
-        wanted = "a folder" if to == "peft" else "a file that ends in .safetensors"
+    allowed = {"gguf": tuple(GGUF_DTYPES), "sa3cpp": ("fp16", "fp32")}.get(to, tuple(DTYPES))
+    if dtype not in allowed:
+        raise AdapterError(f"--to {to} cannot be written in {dtype}. Choose one of {', '.join(allowed)}.")
+    if to == "sa3cpp":
+        check_target(target.with_suffix(".json"), [], overwrite)
+    if to == "gguf":
+        import_gguf()
+        if not is_gguf_name(target):
+            raise AdapterError(f"{target} does not suit --to gguf. Give a file that ends in .gguf.")
+    elif (to in FOLDERS) == is_file_name(target):
+        wanted = "a folder" if to in FOLDERS else "a file that ends in .safetensors"
         raise AdapterError(f"{target} does not suit --to {to}. Give {wanted}.")
 
 
@@ -126,16 +193,26 @@ def _make_portable(
     warnings: list[str],
 ) -> Adapter:
     """Make the adapter that the format can carry; adds to `notes` and `warnings`."""
+    is_comfy = adapter.spec.adapter_type == "comfy" and to != "comfy" and truncation is None
+    if is_comfy and weights is not None and (combined := combine([adapter], [1.0], weights, tool="convert")):
+        adapter = combined[0]
+        notes.append(f"ComfyUI's DoRA becomes {adapter.spec.adapter_type}, exact up to rounding")
     name = adapter.spec.adapter_type
     types = {get_layer_type(name, params) for params in adapter.tensors.values()}
     has_bias = any(BIAS_CHANGE in params for params in adapter.tensors.values())
     if has_bias or types != {name}:
         name += " with changes of biases" if has_bias else " with full weight deltas"
-    exact = to == "native" or (types <= set(EXACT[to]) and not (has_bias and to == "peft"))
+    exact = (
+        to == "native"
+        or (to == "comfy" and can_export(adapter))
+        or (types <= set(EXACT[to]) and not (has_bias and to in (*FOLDERS, *SA3CPP)))
+    )
     if truncation is not None:
         if exact and name in (*KINDS, *PEFT_METHODS):
             raise AdapterError(f"{to} carries {name} exactly. Remove the rank; to truncate it use: sa3-adapter resize.")
         approximate, error = merge([adapter], [1.0], truncation, weights, tool="approximate")
+        if to in (*FOLDERS, *SA3CPP):
+            approximate, error.not_carried = drop_bias_changes(approximate)
         rank = approximate.spec.format_rank(approximate.tensors)
         notes.append(f"{name} is approximated by a lora of rank {rank}, error {error.relative:.3%} of the change")
         warnings.extend(f"not carried over: {what}" for what in error.not_carried)
@@ -145,22 +222,20 @@ def _make_portable(
             notes.append(
                 f"among tools that read native files only sa3train supports {name}; for others set --model and --rank"
             )
+        if to == "native" and adapter.spec.rslora and adapter.spec.rank_pattern and name in KINDS and "-xs" not in name:
+            notes.append("other tools know one rank and one alpha: smaller ranks are filled up, scales multiplied in")
+            return unify_ranks(adapter)
         return adapter
     as_lora = "approximated by a lora of --rank R (or --explained-variance SHARE), with its error reported."
-    ways = f"exported as full weight deltas, or {as_lora}" if to == "comfy" else as_lora
-    if weights is None and not (name in WITH_EXPANDED_BASES[to] and has_own_bases(adapter)):
-        how = "exactly, by multiplying its bases in." if name in WITH_EXPANDED_BASES[to] else ways
+    free = name.removesuffix("-xs")
+    is_expandable = free != name and free in EXACT[to]
+    if weights is None and not (is_expandable and has_own_bases(adapter)):
+        how = "exactly, by multiplying its bases in." if is_expandable else as_lora
         raise AdapterError(f"{to} has no {name}. With its base model (--model NAME) it can be converted: {how}")
-    if name in WITH_EXPANDED_BASES[to]:
-        free = name.removesuffix("-xs")
+    if is_expandable:
         notes.append(f"{name} is exported as {free}: its frozen bases are multiplied in, exact up to rounding")
         return expand_bases(adapter, weights)
-    if to == "comfy" and weights is not None:
-        deltas = convert_to_diff(adapter, weights)
-        size = sum(tensor.numel() for params in deltas.tensors.values() for tensor in params.values())
-        notes.append(f"{name} is exported as full weight deltas: exact up to rounding, {size / 1e6:.1f} M values")
-        return deltas
-    raise AdapterError(f"{to} has no {name}. It can be {ways}")
+    raise AdapterError(f"{to} has no {name}. It can be {as_lora}")
 
 
 def _remove_layers(adapter: Adapter, paths: list[str]) -> Adapter:

@@ -4,8 +4,9 @@
 wherever the change itself is needed. Results are fp32 on the CPU; errors are relative to the weights' change.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.apply.effective_weight import flatten_weight
 from sa3train.adapters.apply.layer_weight import get_layer_adapter
+from sa3train.adapters.apply.products import OFT, check_product, expand_product, is_product
 from sa3train.adapters.formats.native import build_spec
 from sa3train.adapters.layer_filter import find_adaptable_layers
 from sa3train.adapters.spec import (
@@ -24,8 +26,8 @@ from sa3train.adapters.spec import (
     get_layer_type,
     is_finite_number,
 )
-from sa3train.adapters.tools.base_weights import Weights, get_weight, require_weights
-from sa3train.adapters.tools.history import HISTORY, append_history, describe_source, read_history, write_history
+from sa3train.adapters.tools.base_weights import LazyTensors, Weights, get_weight, require_weights
+from sa3train.adapters.tools.history import append_history, merge_metadata, write_history
 from sa3train.adapters.tools.low_rank import ErrorByLayer, LowRankFactors, Truncation, truncate_matrix, truncate_product
 from sa3train.core.errors import AdapterError
 from sa3train.core.log import track_progress
@@ -49,7 +51,7 @@ def resize(adapter: Adapter, truncation: Truncation, weights: Weights | None = N
     kind = KINDS.get(adapter.spec.adapter_type)
     if kind is not None and kind.xs:
         adapter = expand_bases(adapter, weights)
-    elif kind is None and adapter.spec.adapter_type != "comfy-dora":
+    elif kind is None and (adapter.spec.adapter_type != "comfy" or any(map(is_product, adapter.tensors.values()))):
         return merge([adapter], [1.0], truncation, weights, tool="resize")
     spec, error, layers, ranks = adapter.spec, ErrorByLayer(), {}, {}
     for path, params in adapter.tensors.items():
@@ -68,11 +70,24 @@ def resize(adapter: Adapter, truncation: Truncation, weights: Weights | None = N
     return Adapter(spec, layers, metadata, adapter.source), error
 
 
+def check_factor(factor: float) -> None:
+    """Check a factor to scale by.
+
+    Args:
+        factor: The factor.
+
+    Raises:
+        AdapterError: If it is 0 or not finite.
+    """
+    if factor == 0 or not is_finite_number(factor):
+        raise AdapterError(f"factor must be a finite number other than 0, up to {MAX_VALUE:g}, not {factor}.")
+
+
 def scale(adapter: Adapter, factor: float) -> Adapter:
     """Scale an adapter exactly, so that strength 1 of the result is strength `factor` of the original.
 
     Args:
-        adapter: A lora, lora-xs or diff adapter.
+        adapter: A lora, lora-xs or diff adapter, or one of ComfyUI's without dora_scale and OFT.
         factor: The factor; negative inverts the change.
 
     Returns:
@@ -81,13 +96,13 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
     Raises:
         AdapterError: If the factor is 0 or not finite, or the change is not proportional to the scale (see `merge`).
     """
-    if factor == 0 or not is_finite_number(factor):
-        raise AdapterError(f"factor must be a finite number other than 0, up to {MAX_VALUE:g}, not {factor}.")
+    check_factor(factor)
     spec, tensors = adapter.spec, adapter.tensors
-    if spec.adapter_type not in ("lora", "lora-xs", "diff"):
+    is_plain = not any({"magnitude", OFT} & params.keys() for params in tensors.values())
+    if spec.adapter_type not in ("lora", "lora-xs", "diff") and not (spec.adapter_type == "comfy" and is_plain):
         raise AdapterError(
-            f"The change of a {spec.adapter_type} adapter is not proportional to its scale. Set --model NAME and "
-            f"--rank R to scale a lora approximation of it; the error is reported."
+            f"The change of a {spec.adapter_type} adapter is not proportional to its scale. Set --model NAME, --rank R "
+            f"and --allow-loss to scale a lora approximation of it; the error is reported."
         )
     if spec.adapter_type != "diff":
         alphas = {path: spec.get_alpha(path) * factor for path in tensors}
@@ -109,7 +124,7 @@ def merge(
     weights: Weights | None = None,
     tool: str = "merge",
 ) -> tuple[Adapter, ErrorByLayer]:
-    """Merge adapters into one lora adapter: the change Σ sᵢ (Wᵢ' − W), truncated by SVD.
+    """Merge adapters into one lora adapter: the change Σ sᵢ (Wᵢ' − W), truncated by SVD, and that of biases.
 
     Args:
         adapters: The adapters.
@@ -119,33 +134,68 @@ def merge(
         tool: Name of the tool, for the history.
 
     Returns:
-        The lora adapter and its truncation error. Changes of biases are listed as not carried.
+        The lora adapter and its truncation error.
 
     Raises:
-        AdapterError: When `weights` are needed and missing, or only biases change.
+        AdapterError: When `weights` are needed and missing, or the adapters are on two parts.
     """
-    error, parts = ErrorByLayer(), {}
+    if len({adapter.part for adapter in adapters}) > 1:
+        raise AdapterError(
+            "The adapters are on two parts of the model, the DiT and the autoencoder's decoder, which one file cannot "
+            "hold. Merge those of each part, and load both files."
+        )
+    error, layers = ErrorByLayer(), {}
     paths = list(dict.fromkeys(path for adapter in adapters for path in adapter.tensors))
     for path in track_progress(paths, tool, unit="layer"):
         active = [(a, s) for a, s in zip(adapters, strengths, strict=True) if path in a.tensors]
-        if any(BIAS_CHANGE in a.tensors[path] for a, _ in active):
-            error.not_carried.append(f"{path}: the change of its bias")
+        layers[path] = add_bias_changes(path, active)
         active = [(a, s) for a, s in active if a.tensors[path].keys() != {BIAS_CHANGE}]
         if active:
-            parts[path] = _truncate_sum(path, active, truncation, weights)
-            error.layers[path] = (parts[path].error, parts[path].total)
-    if not parts:
-        raise AdapterError("The adapters change only biases, which a lora adapter cannot hold.")
+            part = _truncate_sum(path, active, truncation, weights)
+            layers[path] |= _store_factors(part)
+            error.layers[path] = (part.error, part.total)
     first, alone = adapters[0], len(adapters) == 1
-    include, exclude = (first.spec.include, first.spec.exclude) if alone else (sorted(parts), None)
-    shared = {
-        key: value
-        for key, value in first.metadata.items()
-        if key not in ("lora_config", HISTORY) and all(a.metadata.get(key) == value for a in adapters)
+    include, exclude = (first.spec.include, first.spec.exclude) if alone else (sorted(layers), None)
+    metadata = merge_metadata(adapters, strengths, tool, **truncation.describe())
+    return _build_lora(layers, metadata, " + ".join(a.source for a in adapters), include, exclude), error
+
+
+def add_bias_changes(path: str, active: Sequence[tuple[Adapter, float]]) -> dict[str, Tensor]:
+    """Add up how adapters change the bias of a layer.
+
+    Args:
+        path: Module path of the layer.
+        active: The adapters that change the layer, each with its strength.
+
+    Returns:
+        The change under its name; empty where none of them changes the bias.
+    """
+    changed = [(adapter.tensors[path], strength) for adapter, strength in active]
+    found = [strength * params[BIAS_CHANGE].float() for params, strength in changed if BIAS_CHANGE in params]
+    return {BIAS_CHANGE: torch.stack(found).sum(0)} if found else {}
+
+
+def drop_bias_changes(adapter: Adapter) -> tuple[Adapter, list[str]]:
+    """Drop the changes of biases, for formats that cannot hold them.
+
+    Args:
+        adapter: The adapter.
+
+    Returns:
+        The adapter without them, and what was dropped, in words.
+
+    Raises:
+        AdapterError: If it changes nothing else.
+    """
+    dropped = [f"{path}: the change of its bias" for path, params in adapter.tensors.items() if BIAS_CHANGE in params]
+    layers = {
+        path: {name: tensor for name, tensor in params.items() if name != BIAS_CHANGE}
+        for path, params in adapter.tensors.items()
+        if params.keys() != {BIAS_CHANGE}
     }
-    sources = [describe_source(a, s) for a, s in zip(adapters, strengths, strict=True)]
-    metadata = write_history(shared, read_history(first) if alone else [], tool, **truncation.describe(), of=sources)
-    return _build_lora(parts, metadata, " + ".join(a.source for a in adapters), include, exclude), error
+    if not layers:
+        raise AdapterError(f"{adapter.source} changes only biases, which this format cannot hold. Write --to native.")
+    return replace(adapter, tensors=layers), dropped
 
 
 @torch.no_grad()
@@ -185,7 +235,6 @@ def has_own_bases(adapter: Adapter) -> bool:
     return all(params.keys() >= set(BASES) for params in adapter.tensors.values())
 
 
-@torch.no_grad()
 def convert_to_diff(adapter: Adapter, weights: Weights) -> Adapter:
     """Convert an adapter of any type to full weight deltas W' − W (and those of biases), exactly.
 
@@ -194,15 +243,21 @@ def convert_to_diff(adapter: Adapter, weights: Weights) -> Adapter:
         weights: The base model's weights.
 
     Returns:
-        The diff adapter, fp32, as large as the layers it changes.
+        The diff adapter, fp32, as large as the layers it changes, of which each is made when it is asked for.
     """
-    layers = {}
-    for path in adapter.tensors:
+
+    def make(path: str) -> Tensor:
         W = get_weight(adapter, weights, path)
-        part = get_layer_adapter(adapter, path, W)
-        layers[path] = {"diff": (part.weight(W) - W.float()).cpu()}
-        if (bias := part.bias_change()) is not None:
-            layers[path][BIAS_CHANGE] = bias.cpu()
+        return (get_layer_adapter(adapter, path, W).weight(W) - W.float()).cpu()
+
+    layers = {}
+    for path, params in adapter.tensors.items():
+        makers: dict[str, Callable[[], Tensor]] = {}
+        if params.keys() != {BIAS_CHANGE}:
+            makers["diff"] = partial(make, path)
+        if BIAS_CHANGE in params:
+            makers[BIAS_CHANGE] = partial(params[BIAS_CHANGE].float)
+        layers[path] = LazyTensors(makers)
     spec = AdapterSpec("diff", include=adapter.spec.include, exclude=adapter.spec.exclude)
     metadata = append_history(adapter, "convert_to_diff", adapter_type=adapter.spec.adapter_type)
     return Adapter(spec, layers, metadata, adapter.source)
@@ -238,16 +293,17 @@ def extract(
             f"The two models have different architectures: {len(different)} layers differ in name or shape, such as "
             f"{different[0]}. Set --base to the model that was fine-tuned."
         )
-    error, parts = ErrorByLayer(), {}
+    error, layers = ErrorByLayer(), {}
     for path, W in track_progress(base.items(), "extract", len(base), unit="layer"):
         change = flatten_weight(tuned[path]).float() - flatten_weight(W).float()
         if change.any():
-            parts[path] = truncate_matrix(change, truncation)
-            error.layers[path] = (parts[path].error, parts[path].total)
-    if not parts:
+            part = truncate_matrix(change, truncation)
+            layers[path] = _store_factors(part)
+            error.layers[path] = (part.error, part.total)
+    if not layers:
         raise AdapterError(f"The two models have equal weights in all {len(base)} layers: there is nothing to extract.")
     history = write_history(metadata or {}, [], "extract", **truncation.describe())
-    return _build_lora(parts, history, source, None if len(parts) == len(base) else sorted(parts)), error
+    return _build_lora(layers, history, source, None if len(layers) == len(base) else sorted(layers)), error
 
 
 @torch.no_grad()
@@ -266,26 +322,6 @@ def list_not_extracted(tuned: nn.Module, base: nn.Module) -> list[str]:
     return [
         name for name in sorted(one.keys() & other.keys()) if name not in carried and not one[name].equal(other[name])
     ]
-
-
-@torch.no_grad()
-def measure_difference(before: Adapter, after: Adapter, weights: Weights) -> ErrorByLayer:
-    """Measure how far the weights of one adapter are from those of another, relative to the first one's change.
-
-    Args:
-        before: The original adapter.
-        after: What was made of it.
-        weights: The base model's weights.
-
-    Returns:
-        The error; a layer that only one of them has counts with its whole change.
-    """
-    error = ErrorByLayer()
-    for path in dict.fromkeys((*before.tensors, *after.tensors)):
-        W = get_weight(before if path in before.tensors else after, weights, path).float()
-        one, other = (get_layer_adapter(a, path, W).weight(W) if path in a.tensors else W for a in (before, after))
-        error.layers[path] = (float((one - other).square().sum()), float((one - W).square().sum()))
-    return error
 
 
 def _truncate_sum(
@@ -308,6 +344,8 @@ def _get_shape(params: Mapping[str, Tensor]) -> tuple[int, ...] | None:
     """Get the shape of the weight that a layer's tensors are for; None where they do not say."""
     if "lora_A" in params and "lora_B" in params:
         return params["lora_B"].shape[0], params["lora_A"].shape[1]
+    if is_product(params) and OFT not in params:
+        return check_product("", params)  # type: ignore[return-value]  # only an OFT fits any number of columns
     return tuple(flatten_weight(params["diff"]).shape) if "diff" in params else None
 
 
@@ -319,21 +357,22 @@ def _compute_change(adapter: Adapter, path: str, weights: Weights | None) -> Ten
         return adapter.spec.get_scale(path) * (params["lora_B"].float() @ params["lora_A"].float())
     if layer_type == "diff":
         return flatten_weight(params["diff"].float())
+    if is_product(params) and not {"magnitude", OFT} & params.keys():
+        return adapter.spec.get_scale(path) * expand_product(params)
     W = get_weight(adapter, require_weights(adapter, weights, "Merging or approximating"), path)
     return flatten_weight(get_layer_adapter(adapter, path, W).weight(W) - W.float()).cpu()
 
 
 def _build_lora(
-    parts: Mapping[str, LowRankFactors],
+    layers: Mapping[str, Mapping[str, Tensor]],
     metadata: Mapping[str, str],
     source: str,
     include: Sequence[str] | None,
     exclude: Sequence[str] | None = None,
 ) -> Adapter:
-    """Build a lora adapter of scale 1 from factors by module path."""
-    ranks = {path: part.A_RI.shape[0] for path, part in parts.items()}
-    spec = build_spec("lora", ranks, include=include, exclude=exclude)
-    return Adapter(spec, {path: _store_factors(part) for path, part in parts.items()}, metadata, source)
+    """Build a lora adapter of scale 1 from tensors by module path."""
+    ranks = {path: len(params["lora_A"]) for path, params in layers.items() if "lora_A" in params}
+    return Adapter(build_spec("lora", ranks, include=include, exclude=exclude), layers, metadata, source)
 
 
 def _store_factors(part: LowRankFactors) -> dict[str, Tensor]:

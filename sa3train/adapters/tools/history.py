@@ -1,12 +1,13 @@
 """The history of an adapter: what the tools of this project did to it, kept in its metadata from file to file."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from sa3train import __version__
-from sa3train.adapters.adapter import Adapter
+from sa3train.adapters.adapter import MAX_PROMPTS, PROMPTS, Adapter
 from sa3train.core.safetensors_file import parse_json
 
 HISTORY = "sa3train_history"
@@ -54,6 +55,32 @@ def append_history(adapter: Adapter, tool: str, **facts: Any) -> dict[str, str]:
         The adapter's metadata with the new entry.
     """
     return write_history(adapter.metadata, read_history(adapter), tool, **facts)
+
+
+def merge_metadata(adapters: Sequence[Adapter], strengths: Sequence[float], tool: str, **facts: Any) -> dict[str, str]:
+    """Merge the metadata of adapters that were merged: what all of them share, their prompts, and a new history.
+
+    Args:
+        adapters: The adapters.
+        strengths: The strength of each.
+        tool: Name of the tool that was run.
+        **facts: Its settings.
+
+    Returns:
+        The metadata; a single adapter keeps its history. Prompts are those of the adapters that were added, in turns.
+    """
+    first, *others = adapters
+    shared = {
+        key: value
+        for key, value in first.metadata.items()
+        if key not in ("lora_config", HISTORY) and all(other.metadata.get(key) == value for other in others)
+    }
+    added = [adapter.prompts for adapter, strength in zip(adapters, strengths, strict=True) if strength > 0]
+    prompts = dict.fromkeys(prompt for turn in zip_longest(*added) for prompt in turn if prompt)
+    if others and prompts:
+        shared[PROMPTS] = json.dumps(list(prompts)[:MAX_PROMPTS], ensure_ascii=False)
+    sources = [describe_source(*pair) for pair in zip(adapters, strengths, strict=True)]
+    return write_history(shared, [] if others else read_history(first), tool, **facts, of=sources)
 
 
 def describe_source(adapter: Adapter, strength: float) -> dict[str, Any]:

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sa3train.adapters.adapter import Adapter
+from sa3train.adapters.adapter import PROMPTS, Adapter
 from sa3train.adapters.apply.effective_weight import flatten_weight
 from sa3train.adapters.apply.layer_weight import get_layer_adapter
 from sa3train.adapters.apply.load_report import LoadReport, check_fit, get_layer_group, list_non_finite
+from sa3train.adapters.apply.products import OFT, expand_product, is_product, measure_product_norm
 from sa3train.adapters.formats.io import load_adapter
-from sa3train.adapters.layer_filter import find_adaptable_layers
-from sa3train.adapters.spec import PEFT_METHODS
-from sa3train.adapters.tools.base_weights import LoadedModel, Weights, get_base_weights
+from sa3train.adapters.spec import PEFT_METHODS, get_layer_type
+from sa3train.adapters.tools.base_weights import LoadedModel, Weights, find_layers, get_base_weights, get_weights
 from sa3train.adapters.tools.history import HISTORY, read_history
 from sa3train.adapters.tools.low_rank import Product, compute_inner_product
 from sa3train.core.errors import AdapterError
@@ -25,6 +25,8 @@ from sa3train.core.files import replace_file
 from sa3train.core.text import format_number, list_few, shorten
 
 RELATIVE_CHANGE, PRODUCT_NORM = "‖W' − W‖ / ‖W‖", "norm of the scaled low-rank product"
+WHOLE_CHANGES = ("lora", "lora-xs", "diff")
+"""Types whose low-rank product or weight delta is the whole change of the weight."""
 COMPARED_SETTINGS = ("adapter_type", "rank", "alpha", "rslora", "dropout", "include", "exclude", "dtypes")
 
 
@@ -79,6 +81,7 @@ class Inspection:
         all_zero: Whether every tensor is zero.
         metadata: Metadata of the file without `lora_config`.
         history: What the tools did to it.
+        prompts: Prompts to try, if the file carries some.
         groups: Summaries by group of layers.
         layers: Summaries by module path.
         load_report: How it fits the model; None without a model.
@@ -99,6 +102,7 @@ class Inspection:
     all_zero: bool
     metadata: dict[str, str]
     history: list[Any]
+    prompts: list[str]
     groups: dict[str, GroupSummary]
     layers: dict[str, LayerSummary]
     load_report: LoadReport | None = None
@@ -119,7 +123,9 @@ class Inspection:
     @property
     def provenance(self) -> dict[str, str]:
         """The metadata and the history in words, by name."""
-        metadata = {key: shorten(value, 160) for key, value in self.metadata.items() if key != HISTORY}
+        hidden = (HISTORY, PROMPTS)
+        metadata = {key: shorten(value, 160) for key, value in self.metadata.items() if key not in hidden}
+        metadata["prompts to try"] = "\n".join(self.prompts)
         return metadata | {f"step {number}": shorten(str(entry), 160) for number, entry in enumerate(self.history, 1)}
 
     @property
@@ -220,7 +226,8 @@ def inspect_adapter(source: str | os.PathLike[str] | Adapter, model: LoadedModel
         norms.setdefault(get_layer_group(path), []).append(layer.norm)
     spec, report = adapter.spec, None
     if model is not None:
-        report, _ = check_fit(adapter, find_adaptable_layers(model.get_adapter_root()), model, refuse=False)
+        layers_of_model, weights = find_layers(model, adapter.part), get_weights(model, adapter.part)
+        report, _ = check_fit(adapter, layers_of_model, model, weights=weights, refuse=False)
     return Inspection(
         source=adapter.source,
         adapter_type=spec.adapter_type,
@@ -237,6 +244,7 @@ def inspect_adapter(source: str | os.PathLike[str] | Adapter, model: LoadedModel
         all_zero=not any(bool(tensor.any()) for tensor in tensors),
         metadata={key: value for key, value in adapter.metadata.items() if key != "lora_config"},
         history=read_history(adapter),
+        prompts=adapter.prompts,
         groups={group: GroupSummary(len(found), _combine_norms(found)) for group, found in norms.items()},
         layers=layers,
         load_report=report,
@@ -253,7 +261,7 @@ def compare_adapters(
         first: The first file or PEFT folder, or the adapter itself.
         second: The second.
         model: Their base model. With it, changes W' − W are compared, whatever the types; without it, low-rank
-            products and weight deltas.
+            products and weight deltas, of layers where both mean the same.
 
     Returns:
         Where they differ.
@@ -261,6 +269,10 @@ def compare_adapters(
     one, other = (source if isinstance(source, Adapter) else load_adapter(source) for source in (first, second))
     weights, warnings = get_base_weights([one, other], model)
     shared = sorted(one.tensors.keys() & other.tensors.keys())
+    layers = {path: _compare_layer(one, other, path, weights) for path in shared}
+    unknown = sum(layer == LayerDifference() for layer in layers.values())
+    if unknown and weights is None:
+        warnings = [*warnings, f"{unknown} layers are not compared: {_explain_types(one, other)}"]
     settings = [vars(inspect_adapter(adapter)) for adapter in (one, other)]
     metadata = [{key: text for key, text in a.metadata.items() if key != "lora_config"} for a in (one, other)]
     return Comparison(
@@ -270,7 +282,7 @@ def compare_adapters(
         only_in_first=sorted(one.tensors.keys() - other.tensors.keys()),
         only_in_second=sorted(other.tensors.keys() - one.tensors.keys()),
         compared="weight changes" if weights is not None else "low-rank products",
-        layers={path: _compare_layer(one, other, path, weights) for path in shared},
+        layers=layers,
         warnings=warnings,
     )
 
@@ -314,12 +326,18 @@ def plot_layers(inspection: Inspection, path: str | os.PathLike[str]) -> None:
 
 
 def _summarize_layer(adapter: Adapter, path: str) -> LayerSummary:
-    product = _get_product(adapter, path, None)
+    params, spec = adapter.tensors[path], adapter.spec
+    if spec.adapter_type == "comfy" and is_product(params):
+        known = measure_product_norm(params)
+        norm = None if known is None else known * abs(spec.get_scale(path))
+    else:
+        product = _get_product(adapter, path, None)
+        norm = None if product is None else math.sqrt(max(compute_inner_product(product, product), 0.0))
     return LayerSummary(
-        adapter.spec.get_rank(path),
-        adapter.spec.get_alpha(path),
-        {name: list(tensor.shape) for name, tensor in adapter.tensors[path].items()},
-        None if product is None else math.sqrt(max(compute_inner_product(product, product), 0.0)),
+        spec.get_rank(path),
+        spec.get_alpha(path),
+        {name: list(tensor.shape) for name, tensor in params.items()},
+        norm,
     )
 
 
@@ -340,6 +358,8 @@ def _get_product(adapter: Adapter, path: str, weights: Weights | None) -> Produc
         return None
     if "diff" in params:
         return _flatten(params["diff"])
+    if is_product(params):
+        return None if OFT in params else _flatten(expand_product(params) * spec.get_scale(path))
     if "U" in params and "M_xs" in params:
         return params["U"].double() @ params["M_xs"].double() * spec.get_scale(path), params["V"].double().T
     if "M_xs" in params:  # bases are orthonormal, so norms and angles are those of M
@@ -353,10 +373,24 @@ def _flatten(change: Tensor) -> Product:
     return flatten_weight(change).double().cpu(), None
 
 
-def _compare_layer(first: Adapter, second: Adapter, path: str, weights: Weights | None) -> LayerDifference:
-    one, other = (_get_product(adapter, path, weights) for adapter in (first, second))
+def _is_same_measure(first: Adapter, second: Adapter, path: str) -> bool:
+    """Whether the layers' products can be compared: both are the whole change, or both layers are of one type."""
+    types = [get_layer_type(adapter.spec.adapter_type, adapter.tensors[path]) for adapter in (first, second)]
     frozen = ["M_xs" in params and "U" not in params for params in (first.tensors[path], second.tensors[path])]
-    if one is None or other is None or (weights is None and frozen[0] != frozen[1]):
+    return frozen[0] == frozen[1] and (types[0] == types[1] or all(kind in WHOLE_CHANGES for kind in types))
+
+
+def _explain_types(first: Adapter, second: Adapter) -> str:
+    types = dict.fromkeys(adapter.spec.adapter_type for adapter in (first, second))
+    base = first.metadata.get("base_model") or second.metadata.get("base_model", "NAME")
+    return f"what {' and '.join(types)} change depends on the base model. Give --model {base}."
+
+
+def _compare_layer(first: Adapter, second: Adapter, path: str, weights: Weights | None) -> LayerDifference:
+    if weights is None and not _is_same_measure(first, second, path):
+        return LayerDifference()
+    one, other = (_get_product(adapter, path, weights) for adapter in (first, second))
+    if one is None or other is None:
         return LayerDifference()
     shape, other_shape = ((B.shape[0], (B if A is None else A).shape[1]) for B, A in (one, other))
     if shape != other_shape:

@@ -1,4 +1,4 @@
-"""Merge adapters into a checkpoint of the released layout."""
+"""Merge adapters into a checkpoint, in the released layout or that of diffusers."""
 
 import json
 import os
@@ -15,19 +15,32 @@ from torch import Tensor, nn
 from sa3train import __version__
 from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.apply.stack import AdapterStack
-from sa3train.adapters.layer_filter import find_adaptable_layers
-from sa3train.adapters.tools.base_weights import LoadedModel
+from sa3train.adapters.tools.base_weights import LoadedModel, find_layers
 from sa3train.adapters.tools.history import describe_source
 from sa3train.adapters.tools.results import CheckpointResult
 from sa3train.core.dtypes import SAFETENSORS_DTYPES, get_dtype
 from sa3train.core.errors import AdapterError
-from sa3train.core.files import replace_folder
-from sa3train.core.safetensors_file import SafetensorsHeader, TensorInfo, read_header
+from sa3train.core.files import replace_folder, write_json
+from sa3train.core.safetensors_file import SafetensorsHeader, TensorInfo, read_header, write_tensors
+from sa3train.models.diffusers_layout import (
+    CLASSES,
+    TRANSFORMER,
+    explain_missing_autoencoder,
+    read_config,
+    write_pipeline,
+    write_text_encoder,
+)
+from sa3train.models.diffusers_layout import WEIGHTS as PIPELINE_WEIGHTS
+from sa3train.models.hub import CheckpointFiles
+from sa3train.models.nano import TEXT_FOLDER
+from sa3train.models.parse import complete_config
 
 CONFIG = "model_config.json"
 WEIGHTS = "model.safetensors"
 MERGED = "sa3train_merged"
 _CHUNK = 2**24
+_PREFIXES = {"model": "model.", "conditioners": "conditioner."}
+"""What the released checkpoints have before the first word of a module path."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +69,15 @@ class WeightedAdapter:
 
 
 def merge_into_checkpoint(
-    model: LoadedModel, target: str | Path, adapters: Sequence[WeightedAdapter], allow_partial: bool = False
+    model: LoadedModel,
+    target: str | Path,
+    adapters: Sequence[WeightedAdapter],
+    allow_partial: bool = False,
+    to: str | None = None,
 ) -> CheckpointResult:
     """Write a copy of a checkpoint with W + Σ sᵢ (Wᵢ' − W) in place of W.
 
-    All other tensors, the config and the text encoder are copied byte for byte; weights keep their dtype in the file.
+    All other tensors and the text encoder are copied as they are, the config with every key; weights keep their dtype.
     The folder is written whole or not at all. Raises `AdapterError` for an adapter that does not fit or would make a
     weight NaN.
 
@@ -69,26 +86,80 @@ def merge_into_checkpoint(
         target: The folder to write. An existing one is replaced only if it was written by this function.
         adapters: The adapters.
         allow_partial: Accept adapters of which only some layers fit.
+        to: Layout to write, "released" or "diffusers"; None means that of the model.
 
     Returns:
         What was written.
     """
-    root = model.get_adapter_root()
-    stack = AdapterStack(root)
+    files = CheckpointFiles(model.name, model.path)
+    to = to or ("diffusers" if files.is_pipeline else "released")
+    not_carried: list[str] = []
+    parts = sorted({"dit", *(item.adapter.part for item in adapters)}, reverse=True)
+    layers = {path: layer for part in parts for path, layer in find_layers(model, part).items()}
+    decoder = model.get_adapter_root("decoder") if "decoder" in parts else None
+    stack = AdapterStack(model.get_adapter_root(), decoder=decoder)
     try:
         for item in adapters:
             stack.add(item.adapter, item.strength, item.conditioner_strength, allow_partial=allow_partial, base=model)
         reports = stack.reports
         stack.apply()
-        changed = _list_changed_tensors(root, {path for report in reports for path in report.matched})
+        changed = _list_changed_tensors(layers, {path for report in reports for path in report.matched})
         metadata = {MERGED: json.dumps([item.describe() for item in adapters])}
         with replace_folder(target, _is_ours) as staging:
-            rewrite_tensors(model.path / WEIGHTS, staging / WEIGHTS, changed, metadata)
-            shutil.copyfile(model.path / CONFIG, staging / CONFIG)
-            _copy_rest(model.path, staging)
+            config = complete_config(read_config(files.config), str(files.config))
+            if to == "diffusers":
+                not_carried = _write_pipeline(model, staging, changed, config, metadata)
+            elif files.is_pipeline:
+                _write_released(model, staging, changed, config, metadata)
+            else:
+                rewrite_tensors(files.weights, staging / WEIGHTS, changed, metadata)
+                write_json(staging / CONFIG, config)
+                _copy_rest(model.path, staging)
     finally:
         stack.clear()
-    return CheckpointResult(target, model.name, reports)
+    return CheckpointResult(target, model.name, reports, not_carried)
+
+
+def _write_pipeline(
+    model: LoadedModel,
+    folder: Path,
+    changed: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    metadata: Mapping[str, str],
+) -> list[str]:
+    """Write a model in the layout of diffusers; returns what that cannot hold."""
+    write_pipeline(folder, model.weights, _cast_changed(model, changed), model.config, config, metadata)
+    encoder = model.conditioner.text_encoder
+    write_text_encoder(folder, encoder.source.folder(), encoder.source.tokenizer_folder(), encoder.max_length)
+    _copy_licenses(model.path, folder)
+    reason = explain_missing_autoencoder(model.config)
+    load = f'{CLASSES[TRANSFORMER]}.from_pretrained(FOLDER, subfolder="{TRANSFORMER}")'
+    return [] if reason is None else [f"the autoencoder: {reason}. Load what was written with diffusers' {load}"]
+
+
+def _write_released(
+    model: LoadedModel,
+    folder: Path,
+    changed: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    metadata: Mapping[str, str],
+) -> None:
+    """Write a model that was loaded from the layout of diffusers in the released one."""
+    tensors = dict(model.weights.iterate(model.weights.tensors)) | _cast_changed(model, changed)
+    write_tensors(folder / WEIGHTS, tensors, metadata)
+    prompt = next(entry for entry in config["model"]["conditioning"]["configs"] if entry["id"] == "prompt")
+    prompt["config"] |= {"model_path": TEXT_FOLDER, "repo_id": None, "subfolder": None}
+    write_json(folder / CONFIG, config)
+    source = model.conditioner.text_encoder.source
+    for each in (source.folder(), source.tokenizer_folder()):
+        shutil.copytree(each, folder / TEXT_FOLDER, dirs_exist_ok=True)
+    _copy_licenses(model.path, folder)
+
+
+def _cast_changed(model: LoadedModel, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Cast changed weights to the dtypes of the model's files."""
+    dtypes = ((name, stored.dtype) for name, stored in model.weights.iterate(changed))
+    return {name: _cast(model.path, name, changed[name], dtype) for name, dtype in dtypes}
 
 
 def rewrite_tensors(source: Path, target: Path, changed: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -131,28 +202,30 @@ def _find_tensor(source: Path, header: SafetensorsHeader, key: str, tensor: Tens
 
 
 def _convert_to_bytes(source: Path, key: str, tensor: Tensor, dtype: torch.dtype) -> bytes:
+    return _cast(source, key, tensor, dtype).reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def _cast(source: Path, key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     value = tensor.detach().cpu().to(dtype).contiguous()
     if not torch.isfinite(value).all():
         raise AdapterError(f"{key} would not be finite in {dtype}, so {source} is not merged. Lower the strength.")
-    return value.reshape(-1).view(torch.uint8).numpy().tobytes()
+    return value
 
 
-def _list_changed_tensors(root: nn.Module, paths: set[str]) -> dict[str, Tensor]:
-    layers = find_adaptable_layers(root)
+def _list_changed_tensors(layers: Mapping[str, nn.Module], paths: set[str]) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for path in sorted(paths):
         for name in ("weight", "bias"):
             tensor = getattr(layers[path], name)
             if isinstance(tensor, Tensor):
-                prefix = "model" if path.startswith("model.") else "conditioner"  # as in the released checkpoints
-                found[f"{prefix}.{path}.{name}"] = tensor
+                found[f"{_PREFIXES.get(path.partition('.')[0], '')}{path}.{name}"] = tensor
     return found
 
 
 def _is_ours(folder: Path) -> bool:
     """Whether the folder was written by this module: never replace a model that was downloaded."""
-    weights = folder / WEIGHTS
-    return (folder / CONFIG).is_file() and weights.is_file() and MERGED in read_header(weights).metadata
+    found = (file for file in (folder / WEIGHTS, folder / TRANSFORMER / PIPELINE_WEIGHTS) if file.is_file())
+    return (folder / CONFIG).is_file() and any(MERGED in read_header(file).metadata for file in found)
 
 
 def _copy_rest(folder: Path, staging: Path) -> None:
@@ -160,5 +233,10 @@ def _copy_rest(folder: Path, staging: Path) -> None:
     for item in folder.iterdir():
         if item.is_dir() and (item / "config.json").is_file():
             shutil.copytree(item, staging / item.name)
-        elif item.is_file() and item.name.upper().startswith(("LICENSE", "NOTICE")):
+    _copy_licenses(folder, staging)
+
+
+def _copy_licenses(folder: Path, staging: Path) -> None:
+    for item in folder.iterdir():
+        if item.is_file() and item.name.upper().startswith(("LICENSE", "NOTICE")):
             shutil.copyfile(item, staging / item.name)

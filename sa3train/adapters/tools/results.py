@@ -66,11 +66,13 @@ class CheckpointResult:
         target: The folder.
         model: Name of the model that they were merged into.
         reports: How each adapter fits the model.
+        not_carried: What the layout cannot hold.
     """
 
     target: str | Path
     model: str
     reports: Sequence[LoadReport]
+    not_carried: Sequence[str] = ()
 
     @property
     def facts(self) -> dict[str, str]:
@@ -85,7 +87,8 @@ class CheckpointResult:
     @property
     def warnings(self) -> list[str]:
         """What may make the checkpoint sound different than intended."""
-        return [f"{report.source}: {text}" for report in self.reports for text in report.warnings]
+        found = [f"{report.source}: {text}" for report in self.reports for text in report.warnings]
+        return found + [f"not carried over: {what}" for what in self.not_carried]
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain values for JSON.
@@ -93,4 +96,5 @@ class CheckpointResult:
         Returns:
             The result by name.
         """
-        return {"written": os.fspath(self.target), "reports": [report.to_dict() for report in self.reports]}
+        reports = [report.to_dict() for report in self.reports]
+        return {"written": os.fspath(self.target), "reports": reports, "not_carried": list(self.not_carried)}

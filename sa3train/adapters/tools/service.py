@@ -9,8 +9,17 @@ from pathlib import Path
 
 from sa3train.adapters.adapter import Adapter, hash_architecture
 from sa3train.adapters.formats.io import is_file_name, load_adapter, save_adapter
-from sa3train.adapters.tools.base_weights import LoadedModel, get_base_weights, get_weights
-from sa3train.adapters.tools.edit import extract, list_not_extracted, merge, resize, scale
+from sa3train.adapters.tools.base_weights import LoadedModel, Weights, get_base_weights, get_weights
+from sa3train.adapters.tools.combine import combine, find_axis
+from sa3train.adapters.tools.edit import (
+    check_factor,
+    drop_bias_changes,
+    extract,
+    list_not_extracted,
+    merge,
+    resize,
+    scale,
+)
 from sa3train.adapters.tools.low_rank import ErrorByLayer, Truncation
 from sa3train.adapters.tools.merge_checkpoint import WeightedAdapter, merge_into_checkpoint
 from sa3train.adapters.tools.results import CheckpointResult, EditResult
@@ -19,6 +28,9 @@ from sa3train.core.errors import AdapterError
 from sa3train.core.files import check_target
 
 AnyPath = str | Path
+
+EXACT = 1e-3
+"""Largest error of a merge of adapters with magnitudes, relative to their change, that is no loss to be accepted."""
 
 
 def merge_adapters(
@@ -29,52 +41,84 @@ def merge_adapters(
     dtype: str | None = None,
     conditioner_strength: float | None = None,
     allow_partial: bool = False,
+    to: str | None = None,
     overwrite: bool = False,
+    allow_loss: bool = False,
 ) -> EditResult | CheckpointResult:
-    """Merge adapters into one lora adapter, or into a checkpoint.
+    """Merge adapters into one adapter, which keeps magnitudes where it can, or into a checkpoint.
 
     Args:
         sources: Files or PEFT folders with their strengths.
         target: A file or folder for one adapter, a folder for a checkpoint.
         model: The model to merge into, or the base model of adapters whose change depends on it.
-        truncation: The rank of the one adapter; None merges into a checkpoint.
+        truncation: The rank of the one adapter; None adds the ranks up for a file, and merges into a checkpoint for a
+            folder.
         dtype: Dtype of the adapter file; None means fp16. A checkpoint keeps its own.
         conditioner_strength: Strength in the conditioner, for a checkpoint; None means each adapter's strength.
         allow_partial: Accept adapters of which only some layers fit, for a checkpoint.
+        to: Layout of a checkpoint, "released" or "diffusers", also without adapters; None means that of the model.
         overwrite: Replace what exists at the target, but never a source.
+        allow_loss: Accept that one adapter cannot hold the change of adapters with magnitudes.
 
     Returns:
         What was written.
 
     Raises:
-        AdapterError: If a setting is missing or has no effect.
+        AdapterError: If a setting is missing or has no effect, or the loss is not accepted.
     """
     read, strengths = [path for path, _ in sources], [strength for _, strength in sources]
     check_target(target, read if model is None else [*read, model.path], overwrite)
     if 0 in strengths and not conditioner_strength:
         raise AdapterError(f"{read[strengths.index(0)]} has no effect at strength 0. Leave it out of the merge.")
-    if truncation is None and dtype is not None:
-        raise AdapterError("A checkpoint keeps the dtypes of its model. Remove --dtype, or set --rank for an adapter.")
-    if is_file_name(target) and truncation is None:
+    into_checkpoint = truncation is None and not is_file_name(target)
+    if into_checkpoint and (dtype is not None or allow_loss):
         raise AdapterError(
-            f"{target} would be the folder of a checkpoint. Name a folder, or set --rank for an adapter."
+            "A checkpoint keeps the dtypes of its model, and loses nothing. Remove --dtype and --allow-loss, or set "
+            "--rank for an adapter."
         )
+    if not sources and (to is None or not into_checkpoint):
+        raise AdapterError("There is nothing to merge. Name adapters, or set --to to write a model in another layout.")
     adapters = [load_adapter(path) for path in read]
-    if truncation is None:
+    if into_checkpoint:
         if model is None:
             raise AdapterError(
                 "Set --model NAME to merge into a checkpoint, or --rank R (or --explained-variance SHARE) to merge "
-                "into one adapter."
+                "into one adapter, or name a .safetensors file to merge exactly into one."
             )
         weighted = [WeightedAdapter(*pair, conditioner_strength) for pair in zip(adapters, strengths, strict=True)]
-        return merge_into_checkpoint(model, target, weighted, allow_partial)
-    if conditioner_strength is not None or allow_partial:
-        raise AdapterError(
-            "--conditioner-strength and --allow-partial have no effect with --rank: they are for checkpoints."
-        )
+        return merge_into_checkpoint(model, target, weighted, allow_partial, to)
+    if conditioner_strength is not None or allow_partial or to is not None:
+        raise AdapterError("--conditioner-strength, --allow-partial and --to are for checkpoints, not for one adapter.")
     weights, warnings = get_base_weights(adapters, model)
-    adapter, error = merge(adapters, strengths, truncation, weights)
+    adapter, error = _merge(adapters, strengths, truncation, weights, "merge", allow_loss)
     return _save(target, adapter, dtype or "fp16", error, warnings)
+
+
+def _merge(
+    adapters: Sequence[Adapter],
+    strengths: Sequence[float],
+    truncation: Truncation | None,
+    weights: Weights | None,
+    tool: str,
+    allow_loss: bool,
+) -> tuple[Adapter, ErrorByLayer]:
+    """Merge adapters with their magnitudes, or into a lora; refuse to lose some of them unless that is accepted."""
+    merged = combine(adapters, strengths, weights, truncation, tool)
+    if merged is None:
+        if truncation is None and find_axis(adapters) != "":
+            names = ", ".join(sorted({adapter.spec.adapter_type for adapter in adapters}))
+            raise AdapterError(
+                f"No adapter holds the change of {names} at these strengths exactly. Set --rank R and --allow-loss for "
+                f"a lora approximation, or merge into a checkpoint, which is exact."
+            )
+        merged = merge(adapters, strengths, truncation or Truncation(explained_variance=1.0), weights, tool)
+    error = merged[1]
+    if error.relative > EXACT and find_axis(adapters) != "" and not allow_loss:
+        raise AdapterError(
+            f"To {tool} this way would lose {error.relative:.1%} of the change. Set --allow-loss to accept that, leave "
+            f"--rank out to add the ranks up, or merge into a checkpoint, which is exact."
+        )
+    return merged
 
 
 def extract_adapter(
@@ -148,8 +192,9 @@ def scale_adapter(
     model: LoadedModel | None = None,
     dtype: str = "fp16",
     overwrite: bool = False,
+    allow_loss: bool = False,
 ) -> EditResult:
-    """Scale an adapter: exactly where its change is proportional to its scale, else as a lora approximation.
+    """Scale an adapter: exactly where its magnitudes are by row or by column, or it has none, else as a lora.
 
     Args:
         source: File or PEFT folder.
@@ -159,6 +204,7 @@ def scale_adapter(
         model: The base model, for types whose change depends on it.
         dtype: Dtype of the adapter file.
         overwrite: Replace what exists at the target, but never a source.
+        allow_loss: Accept what a lora approximation loses of an adapter with magnitudes.
 
     Returns:
         What was written.
@@ -167,10 +213,11 @@ def scale_adapter(
     original = load_adapter(source)
     weights, warnings = get_base_weights([original], model)
     error = None
-    if truncation is None:
+    if truncation is None and not find_axis([original]):
         adapter = scale(original, factor)
     else:
-        adapter, error = merge([original], [factor], truncation, weights, tool="scale")
+        check_factor(factor)
+        adapter, error = _merge([original], [factor], truncation, weights, "scale", allow_loss)
     return _save(target, adapter, dtype, error, warnings)
 
 
@@ -199,6 +246,9 @@ def _save(
     warnings: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> EditResult:
+    if error is not None and not is_file_name(target):
+        adapter, dropped = drop_bias_changes(adapter)
+        error.not_carried += dropped
     save_adapter(target, adapter, get_dtype(dtype))
     lost = [] if error is None else error.not_carried
     return EditResult(target, adapter, notes, [*warnings, *(f"not carried over: {what}" for what in lost)], error)

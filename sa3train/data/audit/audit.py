@@ -4,6 +4,7 @@ Results go to a journal, one JSON row per clip, which stays valid while the clip
 keeps a few columns of the journal in memory, so that a million clips fit, and finds duplicates among all of them.
 """
 
+import copy
 import hashlib
 import json
 from collections import deque
@@ -32,6 +33,7 @@ from sa3train.data.audit.checks import (
     measure,
 )
 from sa3train.data.sources.captions import read_clip_text
+from sa3train.data.sources.latents import LATENT_FIELDS, RATE, read_imported_latents
 from sa3train.data.sources.listing import Clip, Listing
 from sa3train.data.sources.lists import CAPTION_FIELDS, PATH_FIELDS
 from sa3train.data.sources.tags import EMBEDDED_TAGS, MAX_TAG_LENGTH, TAG_PATTERNS
@@ -51,7 +53,7 @@ def compute_audit_version() -> str:
         Hex digest, equal for equal checks.
     """
     severities = {code: kind.severity for code, kind in FINDING_TYPES.items()}
-    text_fields = [CAPTION_FIELDS, PATH_FIELDS, EMBEDDED_TAGS, MAX_TAG_LENGTH, TAG_PATTERNS]
+    text_fields = [CAPTION_FIELDS, PATH_FIELDS, LATENT_FIELDS, EMBEDDED_TAGS, MAX_TAG_LENGTH, TAG_PATTERNS]
     measurements = sorted(measure(np.zeros((1, 4096), np.float32), 44100))
     guarded = [text_fields, severities, LIMITS, FINGERPRINT_BITS, measurements]
     return hashlib.sha256(repr(guarded).encode()).hexdigest()[:16]
@@ -91,6 +93,9 @@ def audit_clip(clip: Clip, rules: AuditRules) -> dict[str, Any]:
     """
     row: dict[str, Any] = {"source": clip.source, "stamp": clip.stamp, "findings": []}
     findings: list[dict[str, Any]] = row["findings"]
+    if clip.is_latents:
+        row |= _audit_latents(clip, rules, findings)
+        return row | _audit_text(clip, None, rules, findings)
     path = clip.audio.local_path()
     content: bytes | None = None
     try:
@@ -110,6 +115,27 @@ def audit_clip(clip: Clip, rules: AuditRules) -> dict[str, Any]:
             findings += check_measurements(row, rules.longest_seconds)
     row |= _audit_text(clip, content, rules, findings)
     return row
+
+
+def _audit_latents(clip: Clip, rules: AuditRules, findings: list[dict[str, Any]]) -> dict[str, Any]:
+    """What can be said of latents without their audio; near duplicates cannot be found among them."""
+    assert clip.fields is not None
+    try:
+        imported = read_imported_latents(clip.audio, clip.fields)
+    except READ_ERRORS as error:
+        findings.append(make_finding("bad_imported", str(error) or type(error).__name__))
+        return {}
+    channels, real = imported.latents_CF.shape
+    padding = f" and {imported.padding_CF.shape[1]} of padding, which is cut" if imported.padding_CF.size else ""
+    findings.append(make_finding("imported", f"{channels} channels, {real} frames{padding}"))
+    if imported.unused:
+        findings.append(make_finding("unused_fields", ", ".join(imported.unused)))
+    if rules.longest_seconds is not None and imported.seconds > rules.longest_seconds:
+        findings.append(make_finding("long", f"{imported.seconds:.0f} s"))
+    fingerprint = hashlib.sha512(imported.content.encode()).hexdigest()[: FINGERPRINT_BITS // 4]
+    measured = {"seconds": imported.seconds, "sample_rate": RATE, "channels": 2, "lufs": None, "peak_db": None}
+    described = {"path": imported.path, "latent_channels": channels}
+    return {**measured, **described, "content": imported.content, "fingerprint": fingerprint, "thumb": ""}
 
 
 def _audit_text(clip: Clip, content: bytes | None, rules: AuditRules, findings: list[dict[str, Any]]) -> dict[str, Any]:
@@ -134,7 +160,7 @@ def list_problem_rows(listing: Listing) -> list[dict[str, Any]]:
         listing: Listing of a source.
 
     Returns:
-        One row with an error for each problem.
+        One row for each problem.
     """
     return [
         {"source": source, "stamp": "", "findings": [make_finding(code, detail)], "caption": "", "tags": {}}
@@ -211,7 +237,8 @@ class AuditIndex:
         seconds: Length of each clip in seconds.
         rejected: Whether each clip has an error.
         content: First 16 bytes of each clip's audio hash.
-        original: Index of the first clip with the same audio; a clip's own index where there is none.
+        original: Index of the first clip with the same audio, of the captioned ones if there are any; a clip's own
+            index where there is none.
         similar: Index of the first clip that sounds the same; a clip's own index where there is none.
     """
 
@@ -221,18 +248,20 @@ class AuditIndex:
         Args:
             journals: Audit journals.
             stamps: Stamp by source of the clips that exist now; other rows of the journals are outdated.
-            extra: Further rows (problems of the source), taken as they are.
+            extra: Further rows (problems of the source), taken as they are. Those without an error are of no clip and
+                come after all clips.
         """
         self._journals = list(journals)
-        self._extra = list(extra)
+        self._extra = [row for row in extra if is_rejected(row)]
+        self._remarks = [row for row in extra if not is_rejected(row)]
         columns, sources = self._load(stamps)
         order = sorted(range(len(sources)), key=sources.__getitem__)
         self.sources = [sources[index] for index in order]
-        self._file, self._offset, self.seconds, self.rejected, self.content, fingerprints = (
+        self._file, self._offset, self.seconds, self.rejected, has_caption, self.content, fingerprints = (
             column[order] for column in columns
         )
         comparable = ~self.rejected & (self.content != np.zeros(1, self.content.dtype))
-        self.original = find_duplicates(self.content, comparable)
+        self.original = find_duplicates(self.content, comparable, has_caption)
         distinct = comparable & (self.original == np.arange(len(self)))
         self.similar = find_near_duplicates(fingerprints, self.seconds, distinct)
 
@@ -243,11 +272,13 @@ class AuditIndex:
         """Read the audit row of one clip.
 
         Args:
-            index: Index of the clip.
+            index: Index of the clip; from the number of clips on, of what is no clip.
 
         Returns:
             The row, with findings about duplicates.
         """
+        if index >= len(self):
+            return copy.deepcopy(self._remarks[index - len(self)])
         row = self._read_row(index)
         if self.original[index] != index:
             row["findings"].append(make_finding("duplicate", f"of {self.sources[self.original[index]]}"))
@@ -259,9 +290,9 @@ class AuditIndex:
         """Iterate over all rows in order.
 
         Yields:
-            Each clip's audit row.
+            Each clip's audit row, then the rows of what is no clip.
         """
-        yield from map(self.row, range(len(self)))
+        yield from map(self.row, range(len(self) + len(self._remarks)))
 
     def find_groups(self) -> np.ndarray:
         """Find groups of clips that belong in one split because they are or sound the same.
@@ -285,7 +316,7 @@ class AuditIndex:
         indices: dict[str, int] = {}
         count = len(stamps) + len(self._extra)
         file, offset = np.full(count, -1, np.int16), np.zeros(count, np.int64)
-        seconds, rejected = np.zeros(count, np.float64), np.zeros(count, bool)
+        seconds, rejected, has_caption = np.zeros(count, np.float64), np.zeros(count, bool), np.zeros(count, bool)
         content, fingerprints = np.zeros(count, "V16"), np.zeros((count, FINGERPRINT_BITS // 8), np.uint8)
         numbers = {journal: number for number, journal in enumerate(self._journals)}
         for journal, start, row in _read_rows(self._journals):
@@ -294,6 +325,7 @@ class AuditIndex:
             index = indices.setdefault(row["source"], len(indices))
             file[index], offset[index] = numbers[journal], start
             seconds[index], rejected[index] = row.get("seconds", 0.0), is_rejected(row)
+            has_caption[index] = bool(row.get("caption"))
             if "content" in row:
                 content[index] = np.void(bytes.fromhex(row["content"][:32]))
                 fingerprints[index] = np.frombuffer(bytes.fromhex(row["fingerprint"]), np.uint8)
@@ -301,5 +333,5 @@ class AuditIndex:
         for number, row in enumerate(self._extra):
             offset[len(sources)], rejected[len(sources)] = number, True
             sources.append(row["source"])
-        columns: list[np.ndarray] = [file, offset, seconds, rejected, content, fingerprints]
+        columns: list[np.ndarray] = [file, offset, seconds, rejected, has_caption, content, fingerprints]
         return [column[: len(sources)] for column in columns], sources

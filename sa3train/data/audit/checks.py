@@ -114,6 +114,15 @@ FINDING_TYPES: dict[str, FindingType] = {
         ("bad_fields", WARNING, "unusable fields", "fix the .json: one object with text and numbers"),
         ("damaged_source", ERROR, "damaged archive, or unusable row of a caption list", "fix the list or the tar"),
         ("special_file", ERROR, "not a regular file or folder: not opened", "remove it, or replace it by the file"),
+        ("own_folder", NOTE, "a folder that sa3train made: skipped", "move your own recordings out of it"),
+        ("bad_imported", ERROR, "unusable latents of another tool", "encode the audio instead"),
+        ("imported", NOTE, "latents of another tool: their audio is not checked", "nothing, or encode the audio"),
+        (
+            "unused_fields",
+            NOTE,
+            "fields that are neither text nor numbers",
+            "nothing, if captions and tags are complete",
+        ),
         ("changed", ERROR, "changed while it was being encoded", "run the same command again"),
         ("bad_latent", ERROR, "the autoencoder returned non-finite latents", "encode with model.dtype=fp32"),
         ("dropped_duplicate", ERROR, "same audio as another clip, dropped", "encode with duplicates=keep"),
@@ -395,18 +404,20 @@ def _get_planes() -> np.ndarray:
     return np.random.default_rng(0).standard_normal((_BANDS * _SEGMENTS, FINGERPRINT_BITS)).astype(np.float32)
 
 
-def find_duplicates(content: np.ndarray, comparable: np.ndarray) -> np.ndarray:
+def find_duplicates(content: np.ndarray, comparable: np.ndarray, has_caption: np.ndarray) -> np.ndarray:
     """Find clips with the same audio.
 
     Args:
         content: (n,) audio hashes.
         comparable: (n,) bool, which clips to compare.
+        has_caption: (n,) bool, which clips count as the original before others.
 
     Returns:
         (n,) index of the first clip with the same audio, a clip's own index where not comparable.
     """
     originals = np.arange(len(content))
     chosen = np.flatnonzero(comparable)
+    chosen = chosen[np.argsort(~has_caption[chosen], kind="stable")]
     if chosen.size:
         _, first, inverse = np.unique(content[chosen], return_index=True, return_inverse=True)
         originals[chosen] = chosen[first[inverse]]

@@ -19,6 +19,7 @@ from sa3train.data.audit.checks import (
     find_worst_severity,
     is_rejected,
 )
+from sa3train.data.sources.listing import OWN
 
 _PAGE_ROWS = 2000
 """Number of clips on the page, worst first; audit.json has all."""
@@ -47,13 +48,13 @@ class AuditSummary:
     fixes: Sequence[str] = ()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Count one clip.
+        """Count one clip, or only the findings of a row that is of no clip.
 
         Args:
             row: Its audit row.
         """
         rejected = is_rejected(row)
-        self.clips += 1
+        self.clips += all(finding["code"] != OWN for finding in row["findings"])
         self.rejected += rejected
         self.seconds += 0.0 if rejected else row.get("seconds", 0.0)
         self.findings.update({finding["code"] for finding in row["findings"]})
@@ -203,14 +204,15 @@ def format_clip(row: dict[str, Any]) -> str:
         row: Its audit row.
 
     Returns:
-        The source, and each finding with its severity and detail.
+        The source, and each finding with its severity and detail. Line breaks in file names are escaped.
     """
     findings = "; ".join(
         f"{finding['severity']}: {FINDING_TYPES[finding['code']].title}"
         + (f" ({finding['detail']})" if finding["detail"] else "")
         for finding in row["findings"]
     )
-    return f"{row['source']}: {findings}"
+    line = f"{row['source']}: {findings}"
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
 
 
 def format_measurements(row: Mapping[str, Any]) -> str:

@@ -27,10 +27,11 @@ from sa3train.data.audit.audit import (
     read_stamps,
     run_audit,
 )
-from sa3train.data.audit.checks import ERROR, describe_rejection
+from sa3train.data.audit.checks import ERROR, FINDING_TYPES, describe_rejection
 from sa3train.data.audit.report import AuditSummary, write_audit_report
 from sa3train.data.encode.encoder import Encoder
 from sa3train.data.encode.fixes import order_fixes
+from sa3train.data.encode.imported import check_imported
 from sa3train.data.encode.pipeline import EncodePipeline
 from sa3train.data.encode.plan import (
     SPLITS,
@@ -88,8 +89,8 @@ def encode_dataset(
     Leaves shards, `index.json`, `rejected.jsonl`, `silence.npy`, the audit and a card.
 
     Args:
-        source: Folder, audio file, manifest, tar, or a URL of one of these.
-        out: Output folder, outside of the source.
+        source: Folder, audio file, manifest, tar, or a URL of one of these; or a folder of latents of another tool.
+        out: Output folder.
         encoder: The autoencoder with its choices.
         settings: Settings of the encode.
         rules: What the audit checks.
@@ -104,11 +105,14 @@ def encode_dataset(
     basis = collect_latent_settings(encoder, settings)
     _check_named_files(settings)
     with lock_output_dir(folder, workers):
+        listing = list_clips(source, folder)
+        if any(clip.is_latents for clip in listing.clips):
+            check_imported(listing, encoder, settings, source)
+            basis |= {"precision": "imported", "chunked": None}
         if workers.is_main:
             absolute = source if is_url(source) else str(Path(source).resolve())
             record_settings(folder, {"source": absolute, **basis}, settings.overwrite)
         workers.wait()
-        listing = list_clips(source, folder)
         index = audit_clips(listing, rules, get_work_dir(folder), workers, settings.count_threads())
         plan = EncodePlan(index, settings, basis)
         _check_rejected(source, folder, plan, workers)
@@ -162,10 +166,10 @@ def list_clips(source: str, out: Path | None = None) -> Listing:
         The listing.
 
     Raises:
-        DataError: When `out` is inside the source.
+        DataError: When `out` is the source.
     """
-    if out is not None and not is_url(source) and out.resolve().is_relative_to(Path(source).resolve()):
-        raise DataError(f"the output folder {out} is inside the source {source}: choose one outside of it.")
+    if out is not None and not is_url(source) and out.resolve() == Path(source).resolve():
+        raise DataError(f"the output folder {out} is the source itself: choose another.")
     listing = list_source(source)
     if listing.skipped:
         _logger.info("Skipped files that are not audio: %s", listing.describe_skipped())
@@ -209,10 +213,12 @@ def _check_rejected(source: str, folder: Path, plan: EncodePlan, workers: Worker
         _write_rejected(folder, plan.iterate_rejected())
         write_audit_report(folder, source, plan.index.iterate_rows(), plan.settings.fixes)
     first = next(plan.iterate_rejected())
+    code = next(finding["code"] for finding in first["findings"] if finding["severity"] == ERROR)
     raise DataError(
         f"{rejected} of {total} clips of {source} are rejected, more than max_rejected={plan.settings.max_rejected:g} "
         f"allows; the first: {first['source']}, {describe_rejection(first)}. All are listed in "
-        f"{folder / 'rejected.jsonl'}, with waveforms in {folder / 'audit.html'}. Fix them, or raise max_rejected."
+        f"{folder / 'rejected.jsonl'}, with waveforms in {folder / 'audit.html'}. Fix them "
+        f"({FINDING_TYPES[code].remedy}), or raise max_rejected."
     )
 
 

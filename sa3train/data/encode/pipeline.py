@@ -20,6 +20,7 @@ from sa3train.data.encode.encoder import Encoder
 from sa3train.data.encode.fixes import apply_fixes
 from sa3train.data.encode.plan import ClipGroup, EncodePlan, StoredLatents
 from sa3train.data.shards.writer import ENCODED_FIELDS
+from sa3train.data.sources.latents import ImportedLatents, read_imported_latents
 from sa3train.data.sources.listing import Clip
 
 Record = dict[str, Any]
@@ -42,11 +43,12 @@ class EncodedClip:
 
 @dataclass(frozen=True)
 class _LoadedClip:
-    """Audio (2, N) as the autoencoder takes it, and what the fixes did; or why it cannot be loaded."""
+    """Audio (2, N) as the autoencoder takes it, and what the fixes did; latents; or why it cannot be loaded."""
 
     audio_CN: torch.Tensor | None
     applied: dict[str, Any]
     finding: dict[str, Any] | None = None
+    latents_CF: np.ndarray | None = None
 
 
 class EncodePipeline:
@@ -145,6 +147,9 @@ class EncodePipeline:
             self.reused += 1
             made = {name: value for name, value in stored.entry.record.items() if name in ENCODED_FIELDS}
             return EncodedClip(record | made, stored_CF)
+        if clip.latents_CF is not None:
+            self.reused += 1
+            return EncodedClip({**record, "seconds": record["original"]["seconds"]}, clip.latents_CF)
         if clip.audio_CN is None:
             return EncodedClip(record, None, clip.finding)
         if latents_CF is None:
@@ -164,6 +169,8 @@ class EncodePipeline:
         record = records[0]
         clip, rate = self.clips[record["source"]], self.encoder.autoencoder.sample_rate
         try:
+            if clip.is_latents and clip.fields is not None:
+                return self._load_latents(read_imported_latents(clip.audio, clip.fields), record)
             decoded = read_whole(clip.audio.local_path() or clip.audio.read())
             audio_CN, own_rate = decoded.audio_CN, decoded.sample_rate
             if hash_audio(audio_CN.numpy(), own_rate, decoded.speakers) != record["content_hash"]:
@@ -173,6 +180,14 @@ class EncodePipeline:
         except READ_ERRORS as error:
             return _LoadedClip(None, {}, make_finding("unreadable", str(error) or type(error).__name__))
         return _LoadedClip(fixed_CN, applied)
+
+    def _load_latents(self, imported: ImportedLatents, record: Record) -> _LoadedClip:
+        channels, expected = len(imported.latents_CF), self.encoder.autoencoder.latent_channels
+        if imported.content != record["content_hash"]:
+            return _LoadedClip(None, {}, make_finding("changed"))
+        if channels != expected:
+            return _LoadedClip(None, {}, make_finding("bad_imported", f"{channels} channels, not {expected}"))
+        return _LoadedClip(None, {}, latents_CF=imported.latents_CF.astype(np.float16))
 
 
 def _augment(audio_CN: torch.Tensor, augmentation: str, content_hash: str) -> tuple[torch.Tensor, dict[str, Any]]:

@@ -191,7 +191,7 @@ class EncodePlan:
                 "source": row["source"],
                 "content_hash": row["content"],
                 "latent_hash": self.hash_latents(row["content"], augmentation),
-                "original": {name: row[name] for name in ("seconds", "sample_rate", "channels")},
+                "original": {name: row[name] for name in ("seconds", "sample_rate", "channels", "path") if name in row},
             }
             for augmentation in ("original", *(() if is_heldout else self.settings.augmentations))
         ]

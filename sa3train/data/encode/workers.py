@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from sa3train.core.errors import DataError
 from sa3train.core.files import write_json
-from sa3train.core.user_files import read_file
+from sa3train.core.user_files import check_folder, read_file
 
 MARKS = {
     "README.md": b"# Latents of ",
@@ -72,6 +72,7 @@ def lock_output_dir(folder: Path, workers: Workers) -> Iterator[None]:
     if not workers.is_main:
         yield
         return
+    check_folder(folder)
     for name, mark in MARKS.items():
         with suppress(OSError):
             if mark not in read_file(folder / name, size=300):

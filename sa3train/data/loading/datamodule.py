@@ -117,6 +117,25 @@ class LatentDataModule(LightningDataModule):
         """
         return list_distinct_prompts(self.builder, self.iterate_records())
 
+    def sample_prompts(self, count: int, longest: int = 500) -> list[str]:
+        """Sample prompts of training clips, evenly over the set, each as validation builds it.
+
+        Args:
+            count: Most prompts.
+            longest: Most characters; longer prompts are left out.
+
+        Returns:
+            Distinct prompts, none of them empty.
+        """
+        self.setup()
+        prompts: dict[str, None] = {}
+        for source, store in zip(self.sources, self.stores, strict=True):
+            rows = set(store.list_rows("train").tolist()) if source.role == "train" else ()
+            records = (record for row, record in store.iterate_records() if row in rows)
+            prompts |= dict.fromkeys(map(self.builder.build_fixed, records))
+        usable = [prompt for prompt in prompts if 0 < len(prompt) <= longest]
+        return usable[:: max(1, -(-len(usable) // max(1, count)))][:count]
+
     def check_autoencoder(self, name: str, fingerprint: str) -> None:
         """Check that every source was encoded by an autoencoder; a `DataError` names both models.
 

@@ -19,6 +19,7 @@ from sa3train.core.errors import SA3Error
 from sa3train.core.files import get_cache_dir
 from sa3train.core.log import get_logger
 from sa3train.core.safetensors_file import write_tensors
+from sa3train.core.user_files import check_content
 
 _logger = get_logger(__name__)
 
@@ -33,7 +34,7 @@ _SAMPLES, _SAMPLE_BYTES = 64, 1 << 16
 Encode = Callable[[list[str]], Sequence[torch.Tensor]]
 
 
-def hash_text_encoder(folder: str | Path, max_length: int) -> str:
+def hash_text_encoder(folder: str | Path, max_length: int, tokenizer: Path | None = None) -> str:
     """Hash a text encoder: weights, configuration, tokenizer, and number of tokens.
 
     Of files over 4 MB only the size and 64 pieces are read: other weights differ in all of them.
@@ -41,12 +42,13 @@ def hash_text_encoder(folder: str | Path, max_length: int) -> str:
     Args:
         folder: Folder of the text encoder.
         max_length: Number of tokens it reads.
+        tokenizer: Folder of the tokenizer, where it has one of its own.
 
     Returns:
         Hex SHA-256.
     """
     digest = hashlib.sha256(f"{max_length}".encode())
-    for path in sorted(Path(folder).iterdir()):
+    for path in sorted(path for each in {Path(folder), tokenizer or Path(folder)} for path in each.iterdir()):
         if path.suffix in (".json", ".safetensors", ".model") and path.is_file():
             size = path.stat().st_size
             digest.update(f"|{path.name}|{size}|".encode())
@@ -131,6 +133,7 @@ class EmbeddingCache:
         for path in sorted(set(self.folder.glob("*.safetensors")) - self._packs):
             self._packs.add(path)
             try:
+                check_content(path)
                 with safe_open(path, framework="pt") as pack:
                     self._pack_of |= dict.fromkeys(pack.keys(), path)
             except (OSError, SafetensorError) as error:

@@ -6,10 +6,8 @@ nor on when a run was interrupted.
 Shapes: B rows, S clips of a batch, C latent channels, T latent frames. Without packing, each row is a clip (S = B).
 """
 
-import contextlib
 import math
 import random
-import signal
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict
@@ -20,6 +18,7 @@ from torch import Tensor
 
 from sa3train.core.device import limit_to_cores
 from sa3train.core.errors import SA3Error
+from sa3train.core.signals import follow_parent, hold_signals
 from sa3train.data.loading.prompts import PromptBuilder
 from sa3train.data.loading.sampler import BatchIndices, BatchSampler, SampleIndex
 from sa3train.data.shards.reader import LatentStore
@@ -383,29 +382,15 @@ def _iterate_batches(
         sampler=sampler if isinstance(dataset, LatentDataset) else None,
         num_workers=num_workers,
         generator=torch.Generator().manual_seed(0),  # workers' base seed: none of ours, and not the global stream
-        worker_init_fn=_ignore_ctrl_c,
+        worker_init_fn=_start_worker,
     )
-    with _hold_ctrl_c():
+    with hold_signals():
         batches = iter(loader)
     yield from map(_raise_error, batches)
 
 
-@contextlib.contextmanager
-def _hold_ctrl_c() -> Iterator[None]:
-    """Hold Ctrl-C back while workers start: until `_ignore_ctrl_c` runs in them, it would end them."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _ignore_ctrl_c(worker: int) -> None:
-    """A terminal sends Ctrl-C to workers too, but the step that is being computed still needs them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _start_worker(worker: int) -> None:
+    follow_parent()
 
 
 def _raise_error(batch: Batch | SA3Error) -> Batch:

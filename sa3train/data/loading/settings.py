@@ -68,6 +68,13 @@ class DataSettings:
     verify: Literal["size", "hash", "none"] = setting("size", help="Check of the shards at startup.")
     allow_damaged: bool = setting(False, help="Skip shards that fail the check instead of stopping.")
     prompts: PromptSettings = setting(PromptSettings(), help="How captions and tags become prompts.")
+    shared_prompts: int = setting(
+        12,
+        help="Prompts of training clips that the adapter carries, as prompts to try. 0: none, as captions may be "
+        "private.",
+        min=0,
+        max=64,
+    )
 
     def __post_init__(self) -> None:
         check_settings(self, "data")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -11,6 +12,7 @@ from typing import Any, Literal
 from sa3train.core.config import build, setting
 from sa3train.core.errors import ConfigError, DataError
 from sa3train.core.files import hash_file, write_json
+from sa3train.core.user_files import read_file
 from sa3train.data.shards.writer import ShardEntry, get_listing_path, read_listing
 
 INDEX_FILE = "index.json"
@@ -88,7 +90,7 @@ def list_outdated_shards(folder: Path) -> list[str]:
         DataError: When the list is damaged.
     """
     try:
-        names = json.loads((folder / _OUTDATED).read_text(encoding="utf-8"))
+        names = json.loads(read_file(folder / _OUTDATED))
     except FileNotFoundError:
         return []
     except (ValueError, OSError) as error:
@@ -134,20 +136,15 @@ def build_index(folder: Path, settings: Mapping[str, Any], extra: Mapping[str, A
         Content of `index.json`.
     """
     shards, digests = [], []
-    splits: dict[str, dict[str, float]] = {}
     for shard in list_shards(folder):
         entries = list(read_listing(shard))
-        described = _describe_shard(shard, entries)
-        shards.append(described)
-        total = splits.setdefault(described["split"], {"clips": 0, "frames": 0, "seconds": 0.0})
-        for name in total:
-            total[name] = round(total[name] + described[name], 6)
+        shards.append(_describe_shard(shard, entries))
         digests += [hashlib.sha256(f"{e.key} {e.digest} {e.record['crc32']}".encode()).digest() for e in entries]
-    sums = {name: round(sum(split[name] for split in splits.values()), 6) for name in ("clips", "frames", "seconds")}
+    splits = _count_splits(shards)
     index = {
         "format": _FORMAT,
         "version": _VERSION,
-        **sums,
+        **_sum_counts(splits.values()),
         "manifest": hashlib.sha256(b"".join(sorted(digests))).hexdigest(),
         "splits": splits,
         **settings,
@@ -158,18 +155,34 @@ def build_index(folder: Path, settings: Mapping[str, Any], extra: Mapping[str, A
     return index
 
 
+def _get_split(name: str) -> str:
+    return name.rsplit("-", 2)[0]  # train-000-00001.tar
+
+
 def _describe_shard(shard: Path, entries: Iterable[ShardEntry]) -> dict[str, Any]:
     records = [entry.record for entry in entries]
     return {
         "file": shard.name,
         "listing": get_listing_path(shard).name,
-        "split": shard.name.rsplit("-", 2)[0],  # train-000-00001.tar
+        "split": _get_split(shard.name),
         "clips": len(records),
         "frames": sum(int(record["frames"]) for record in records),
         "seconds": round(sum(float(record["seconds"]) for record in records), 6),
         "bytes": shard.stat().st_size,
         "sha256": hash_file(shard),
     }
+
+
+def _count_splits(shards: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    of_split: dict[str, list[Mapping[str, Any]]] = {}
+    for shard in shards:
+        of_split.setdefault(shard["split"], []).append(shard)
+    return {split: _sum_counts(those) for split, those in of_split.items()}
+
+
+def _sum_counts(parts: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    those = list(parts)
+    return {name: round(sum(part[name] for part in those), 6) for name in ("clips", "frames", "seconds")}
 
 
 def parse_index(text: bytes, path: str) -> dict[str, Any]:
@@ -203,12 +216,27 @@ def parse_index(text: bytes, path: str) -> dict[str, Any]:
         raise DataError(f"{path} is damaged: {error} {again.capitalize()}") from error
     if len({shard.file for shard in content.shards}) < len(content.shards):
         raise DataError(f"{path} is damaged: it names a shard twice. {again.capitalize()}")
-    if content.clips != sum(shard.clips for shard in content.shards):
-        raise DataError(f"{path} is damaged: clips={content.clips} are not those of its shards. {again.capitalize()}")
+    splits = _count_splits(map(asdict, content.shards))
+    for name, stated, counted in (
+        *((f"splits.{split}", content.splits.get(split), splits.get(split)) for split in {**splits, **content.splits}),
+        ("clips, frames and seconds", asdict(content), _sum_counts(splits.values())),
+    ):
+        if not _agrees(stated or {}, counted or {}):
+            raise DataError(f"{path} is damaged: {name} are not those of its shards. {again.capitalize()}")
     for shard in content.shards:
-        if not _SHARD.fullmatch(shard.file) or shard.listing != get_listing_path(Path(shard.file)).name:
-            raise DataError(f"{path} is damaged: {shard.file} or {shard.listing} names no shard. {again.capitalize()}")
+        if (
+            not _SHARD.fullmatch(shard.file)
+            or shard.listing != get_listing_path(Path(shard.file)).name
+            or shard.split != _get_split(shard.file)
+        ):
+            raise DataError(
+                f"{path} is damaged: {shard.file} or {shard.listing} is no shard of {shard.split}. {again.capitalize()}"
+            )
     return {**index, "shards": [asdict(shard) for shard in content.shards]}
+
+
+def _agrees(stated: Mapping[str, Any], counted: Mapping[str, float]) -> bool:
+    return bool(counted) and all(math.isclose(stated.get(name, -1), counted[name], abs_tol=0.01) for name in counted)
 
 
 def check_autoencoder(index: Mapping[str, Any], name: str, fingerprint: str, path: str) -> None:

@@ -20,9 +20,9 @@ from fsspec.implementations.local import LocalFileSystem
 
 from sa3train.core.errors import DataError
 from sa3train.core.log import get_logger
-from sa3train.core.user_files import read_file
+from sa3train.core.user_files import read_file, stat_file
 from sa3train.data.shards.index import INDEX_FILE, SILENCE_FILE, parse_index
-from sa3train.data.sources.storage import translate_errors
+from sa3train.data.sources.storage import read_remote_file, translate_errors
 
 _logger = get_logger(__name__)
 
@@ -181,12 +181,11 @@ class LatentStore:
                     raise DataError(f"damaged shard {name}: it does not hold the {len(rows)} clips of its listing.")
                 yield row, self._parse_latents(row, sample["npy"]), self._parse_record(row, sample["json"])
 
-    def get_silence(self, frames: int, start: int = 0) -> np.ndarray:
+    def get_silence(self, frames: int) -> np.ndarray:
         """Get latents of silence.
 
         Args:
             frames: Number of frames.
-            start: First frame.
 
         Returns:
             (C, frames) float16.
@@ -198,7 +197,7 @@ class LatentStore:
             except (ValueError, EOFError) as error:
                 raise self._make_silence_error(f"it is not an array ({error})") from error
         silence_CF = self._silence_CF
-        return silence_CF[:, np.arange(start, start + frames) % silence_CF.shape[1]]
+        return silence_CF[:, np.arange(frames) % silence_CF.shape[1]]
 
     def get_shard_name(self, row: int) -> str:
         """Get the shard that contains a row.
@@ -364,6 +363,7 @@ class LatentStore:
         """An open file for a shard, one for each process (a forked worker must not share it)."""
         slot = (os.getpid(), number)
         if slot not in self._files:
+            stat_file(Path(self._root) / self.shards[number])
             self._files[slot] = os.open(Path(self._root) / self.shards[number], os.O_RDONLY)
         return self._files[slot]
 
@@ -371,7 +371,7 @@ class LatentStore:
         try:
             with translate_errors(f"cannot read {self._join(name)}"):
                 path = f"{self._root}/{name}"
-                return read_file(path) if self._is_local else bytes(self._open_file_system()[0].cat_file(path))
+                return read_file(path) if self._is_local else read_remote_file(self._open_file_system()[0], path)
         except DataError as error:
             raise DataError(
                 f"{error}. Give a folder of latent shards made by sa3-encode; if that was interrupted, run it again."

@@ -8,6 +8,7 @@ from typing import Any
 from sa3train.core.errors import DataError
 from sa3train.core.files import is_sidecar
 from sa3train.core.user_files import check_content
+from sa3train.data.sources.latents import LATENT_FIELDS
 from sa3train.data.sources.listing import Clip
 from sa3train.data.sources.lists import CAPTION_FIELDS, PATH_FIELDS, parse_object
 from sa3train.data.sources.storage import Blob
@@ -54,6 +55,8 @@ def read_clip_text(clip: Clip, audio: bytes | None = None, allow_promotional: bo
         *((blob.name, _read_sidecar(blob, text)) for blob in sidecars),
     )
     for source, fields in sources:
+        if clip.is_latents:
+            fields = {name: value for name, value in fields.items() if name not in LATENT_FIELDS}
         caption = _add_fields(fields, text)
         captions += [(source, caption)] if caption else []
     if captions:
@@ -136,6 +139,8 @@ def _parse_number(text: str) -> str | int | float:
 def _read_embedded_tags(clip: Clip, audio: bytes | None, text: ClipText, allow_promotional: bool) -> dict[str, Any]:
     """Tags inside the file, without those that nobody would say to a model."""
     path = clip.audio.local_path()
+    if clip.is_latents:
+        return {}
     try:
         if path:
             check_content(path)

@@ -17,6 +17,7 @@ from typing import NamedTuple
 from sa3train.audio.io import AUDIO_SUFFIXES
 from sa3train.core.errors import DataError
 from sa3train.core.user_files import stat_file
+from sa3train.data.sources.latents import DETAILS, LATENTS_SUFFIX, SILENCE
 from sa3train.data.sources.lists import (
     LIST_LIMIT,
     LIST_SUFFIXES,
@@ -39,6 +40,8 @@ from sa3train.data.sources.storage import (
 )
 from sa3train.data.sources.text import compose, fold
 
+OWN = "own_folder"
+"""Code of the problem that a folder below the source is of sa3train, and skipped."""
 _TEXT = (".txt", ".json")
 _SHEETS = (".xlsx", ".xls", ".ods", ".parquet", *_TEXT)
 _ABSOLUTE = re.compile(r"/|[A-Za-z]:/")
@@ -58,6 +61,7 @@ class Clip:
         others: Further `.txt` and `.json` files of the clip, which should say the same.
         notes: (finding code, detail) pairs: how its row was read where that is not obvious.
         stamp: Changes when any of these does.
+        is_latents: Whether `audio` is latents of another tool, which `fields` describes.
     """
 
     source: str
@@ -69,6 +73,7 @@ class Clip:
     others: tuple[Blob, ...] = ()
     notes: tuple[tuple[str, str], ...] = ()
     stamp: str = ""
+    is_latents: bool = False
 
 
 class Problem(NamedTuple):
@@ -93,11 +98,13 @@ class Listing:
         clips: Clips in order of path.
         problems: What is meant to be a clip but cannot be one.
         skipped: Number of files of each suffix that are neither audio nor its text.
+        of_latents: `silence.npy` and `details.json` of a folder of latents, by name.
     """
 
     clips: list[Clip] = field(default_factory=list)
     problems: list[Problem] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
+    of_latents: dict[str, Blob] = field(default_factory=dict)
 
     def describe_skipped(self) -> str:
         """Describe the skipped files.
@@ -123,7 +130,13 @@ def list_source(source: str) -> Listing:
     storage, name = open_storage(source)
     listing, suffix = Listing(), _get_suffix(name or "")
     if name is None:
-        _Folder(storage, storage.list_files(), listing).add_all()
+        files = storage.list_files()
+        if own := files.own.get(""):
+            raise DataError(f"{source} is {own}, not a source of audio. Give the folder of your recordings.")
+        folder = _Folder(storage, files, listing)
+        folder.add_all()
+        if not listing.clips:
+            folder.add_latents()
     elif suffix in LIST_SUFFIXES:
         _Folder(storage, storage.list_files(), listing).add_list(name)
     elif suffix == ".tar":
@@ -136,9 +149,10 @@ def list_source(source: str) -> Listing:
             f"or a .tar."
         )
     listing.clips = list(_drop_repeated(sorted(listing.clips, key=lambda clip: clip.source), listing.problems))
-    if not listing.clips and not listing.problems:
+    if not listing.clips and all(problem.code == OWN for problem in listing.problems):
+        folders = [f"{problem.source}: {problem.detail}" for problem in listing.problems]
         raise DataError(
-            f"no audio in {source} ({listing.describe_skipped() or 'it is empty'}). Supported: "
+            f"no audio in {source} ({'; '.join(folders) or listing.describe_skipped() or 'it is empty'}). Supported: "
             f"{' '.join(AUDIO_SUFFIXES)}; also .tar and metadata.jsonl."
         )
     return listing
@@ -216,6 +230,29 @@ class _Folder:
         special = {name: why for name, why in self.files.special.items() if _get_suffix(name) in meant}
         for name, reason in (special | self.files.unlisted).items():
             self.listing.problems.append(Problem(_show(name), reason, "special_file"))
+        self.listing.problems += [Problem(_show(name), f"it is {own}", OWN) for name, own in self.files.own.items()]
+
+    def add_latents(self) -> None:
+        """Add the latents of another tool: each `.npy` with the `.json` beside it."""
+        latents = [name for name in self.names if _get_suffix(name) == LATENTS_SUFFIX]
+        of_all = {name: base for name in self.names if (base := posixpath.basename(name)) in (SILENCE, DETAILS)}
+        described = {name: f"{posixpath.splitext(name)[0]}.json" for name in latents if name not in of_all}
+        if not described:
+            return
+        self.listing.of_latents = {base: self.storage.get_blob(name) for name, base in of_all.items()}
+        for name, fields in described.items():
+            if fields not in self.names:
+                self.listing.problems.append(Problem(_show(name), f"there is no {fields}, which describes it"))
+                continue
+            audio, text = self.storage.get_blob(name), self.storage.get_blob(fields)
+            stamp = f"{self.names[name]}|{self.names[fields]}"
+            self.listing.clips.append(Clip(_show(name), audio, fields=text, stamp=stamp, is_latents=True))
+        used = {*latents, *described.values(), *of_all}
+        for name in self.names:
+            if _get_suffix(name) == ".json" and name not in used:
+                self.listing.problems.append(Problem(_show(name), "there is no .npy that it describes"))
+                used.add(name)
+        self.listing.skipped = Counter(_get_suffix(name) for name in self.names if name not in used)
 
     def add_clip(self, name: str, entry: _Entry | None = None) -> set[str]:
         """Add an audio file with its text; returns the names of all these files."""

@@ -1,6 +1,7 @@
 """Storage of source audio: folders on disk or at a URL, files in them, and members of tars (damaged ones included)."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import tarfile
@@ -18,6 +19,7 @@ from sa3train.audio.io import AUDIO_SUFFIXES
 from sa3train.core.errors import DataError
 from sa3train.core.files import get_cache_dir
 from sa3train.core.user_files import check_content, read_file, scan_folder, stat_file
+from sa3train.data.sources.own_folders import INDEX_LIMIT, find_own_folders, identify_own_folder, is_hidden
 
 
 def is_url(path: str) -> bool:
@@ -67,7 +69,7 @@ class Blob:
         """Read the bytes.
 
         Args:
-            limit: Most bytes to read of a file on this machine.
+            limit: Most bytes to read.
 
         Returns:
             All of them.
@@ -78,8 +80,7 @@ class Blob:
         with translate_errors("cannot be read"):
             if is_url(self.path):
                 file_system, path = fsspec.core.url_to_fs(self.path)
-                end = None if self.size < 0 else self.offset + self.size
-                content = bytes(file_system.cat_file(path, start=self.offset or None, end=end))
+                content = read_remote_file(file_system, path, self.offset, self.size, limit)
             else:
                 content = read_file(self.path, self.offset, self.size, limit)
         if 0 <= self.size != len(content):
@@ -118,11 +119,14 @@ class Files:
         stamps: Stamp by path of every file, in order of path.
         special: Reason by path of what cannot be opened as a file.
         unlisted: Reason by path of the folders that cannot be listed, or are listed already.
+        own: What it is by path of the folders that sa3train made; only "", the storage itself, is listed nevertheless,
+            for a file in it that is named.
     """
 
     stamps: dict[str, str] = field(default_factory=dict)
     special: dict[str, str] = field(default_factory=dict)
     unlisted: dict[str, str] = field(default_factory=dict)
+    own: dict[str, str] = field(default_factory=dict)
 
 
 class LocalStorage:
@@ -144,7 +148,8 @@ class LocalStorage:
         """List all files below the folder but hidden ones, opening none.
 
         Folders that are linked from elsewhere are listed once, by their own path if that is below this folder too: so
-        links in a circle end, and links that fan out do not multiply.
+        links in a circle end, and links that fan out do not multiply. A link to a folder around this one, such as `/`,
+        is not followed: it is hardly meant as data, and leads anywhere.
 
         Returns:
             The files.
@@ -170,12 +175,23 @@ class LocalStorage:
             if f"{real_path}/".startswith(_SYSTEM_FOLDERS):
                 files.unlisted[prefix.rstrip("/")] = f"it is a folder of the system ({real_path})"
                 continue
+            if next(iter(seen), "").startswith(f"{real_path.rstrip('/')}/"):  # the first is this folder itself
+                files.unlisted[prefix.rstrip("/")] = f"it is a link to {real_path}, which this folder is in"
+                continue
             seen[real_path] = prefix or "the whole folder"
+            folder = prefix.rstrip("/")
+            if own := identify_own_folder(folder, [entry.name for entry in entries], self._read_mark):
+                files.own[folder] = own
+                if folder:
+                    continue
             for entry in entries:
                 if not is_hidden(entry.name):
                     _add_entry(f"{prefix}{entry.name}", entry, files, folders)
         files.stamps = dict(sorted(files.stamps.items()))
         return files
+
+    def _read_mark(self, name: str) -> bytes:
+        return self.get_blob(name).read(INDEX_LIMIT)
 
     def get_blob(self, name: str) -> Blob:
         """Get a file of this folder.
@@ -224,9 +240,11 @@ class RemoteStorage(LocalStorage):
             found: dict[str, Any] = self._file_system.find(self._path, detail=True)
             if not found:
                 self._file_system.ls(self._path)  # `find` reports an unreachable folder as an empty one
-        for path in sorted(found):
-            name = path.removeprefix(base)
-            if path.startswith(base) and name and not is_hidden(name):
+        names = {path.removeprefix(base): path for path in sorted(found) if path.startswith(base) and path != base}
+        files.own = find_own_folders(names, self._read_mark)
+        own = tuple(f"{folder}/" for folder in files.own if folder)
+        for name, path in names.items():
+            if not (is_hidden(name) or name.startswith(own)):
                 # The listing of a web server gives names only.
                 files.stamps[name] = _make_remote_stamp(found[path]) or self.get_blob(name).compute_stamp()
         return files
@@ -322,6 +340,8 @@ def open_storage(source: str) -> tuple[LocalStorage, str | None]:
         DataError: When there is neither a folder nor a file.
     """
     source = strip_file_scheme(source)
+    if not source:
+        raise DataError("the source is an empty path. Name a folder: . for the current one.")
     if is_url(source):
         head, _, name = source.rstrip("/").rpartition("/")
         is_file = "." in name and not head.endswith("/") and _is_remote_file(source)
@@ -337,6 +357,35 @@ def open_storage(source: str) -> tuple[LocalStorage, str | None]:
     except OSError as error:
         reason = f" ({_describe_error(error)})"
     raise DataError(f"cannot open {source}{reason}. Give a folder of audio, a caption list, a .tar, or a URL of one.")
+
+
+def read_remote_file(file_system: Any, path: str, offset: int = 0, size: int = -1, limit: int = AUDIO_LIMIT) -> bytes:
+    """Read a file behind fsspec, or part of it, as `read_file` does on this machine.
+
+    Args:
+        file_system: Its file system.
+        path: Its path there.
+        offset: First byte.
+        size: Number of bytes; -1 for the whole file.
+        limit: Most bytes to read.
+
+    Returns:
+        The bytes; fewer than `size` where the file ends.
+
+    Raises:
+        OSError: The file has more bytes than `limit`. File systems raise other exceptions too, see `translate_errors`.
+    """
+    length = file_system.info(path).get("size") if size < 0 else size
+    content = bytearray()
+    if length is None:  # a web server that does not say, maybe because there is no end
+        with file_system.open(path, "rb") as file:
+            while len(content) <= limit and (part := file.read(limit + 1 - len(content))):
+                content += part
+    elif length <= limit:
+        content += file_system.cat_file(path, **({} if size < 0 else {"start": offset or None, "end": offset + size}))
+    if max(length or 0, len(content)) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit} bytes", path)
+    return bytes(content)
 
 
 def _add_entry(name: str, entry: os.DirEntry[str], files: Files, folders: deque[str]) -> None:
@@ -401,6 +450,8 @@ def _describe_error(error: Exception) -> str:
     status, message = getattr(error, "status", None), getattr(error, "message", None)
     if status and message:
         return f"the server returned {status} {message}"
+    if isinstance(error, FileNotFoundError) and isinstance(error.__cause__, Exception):  # fsspec's name for any failure
+        return _describe_error(error.__cause__)
     if isinstance(error, FileNotFoundError):
         return "it does not exist"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
@@ -416,19 +467,6 @@ _LONGEST_RECORD = 4 << 20
 """Most bytes of zeros at the end of a tar; `tar -b` makes up to a megabyte."""
 
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
-
-
-def is_hidden(name: str) -> bool:
-    """Tell whether a file is hidden, or one that macOS packs beside real ones.
-
-    Args:
-        name: Path within a source.
-
-    Returns:
-        Whether to skip it.
-    """
-    path = f"/{name.removeprefix('./')}"
-    return "/." in path or "/__MACOSX" in path
 
 
 def _iterate_members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:

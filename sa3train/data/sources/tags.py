@@ -8,7 +8,7 @@ import re
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import mutagen
 from mutagen.apev2 import APEv2
@@ -20,6 +20,8 @@ from sa3train.data.sources.text import decode_text
 
 MAX_TAG_LENGTH = 500
 """Characters. Longer embedded tags are lyrics and license texts."""
+MAX_READS = 200_000
+"""More than a day of Ogg pages needs; some seconds of time."""
 
 _ID3 = {
     "TIT2": "title", "TPE1": "artist", "TALB": "album", "TCON": "genre", "TBPM": "bpm", "TKEY": "key", "TMOO": "mood",
@@ -143,11 +145,27 @@ def _read_tags(source: str | bytes) -> list[tuple[str, list[str]]]:
             contextlib.suppress(Exception),  # what mutagen raises for damaged tags is not one class
             io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file,
         ):
-            found = read(fileobj=file)
+            found = read(fileobj=_LimitedFile(file))
             for key, value in getattr(found, "tags", found).items():
                 entry = _name_tag(str(key), value)
                 named += [entry] if entry else []
     return [(name, values) for _, name, values in sorted(named, key=lambda entry: entry[0])]
+
+
+class _LimitedFile:
+    """A file that fails after `MAX_READS` reads: mutagen follows chunks and atoms without content for hours."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._reads = file, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def read(self, size: int = -1) -> bytes:
+        self._reads += 1
+        if self._reads > MAX_READS:
+            raise DataError("has too many parts to look for tags in all of them")
+        return self._file.read(size)
 
 
 def _name_tag(key: str, value: Any) -> tuple[int, str, list[str]] | None:

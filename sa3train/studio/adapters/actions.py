@@ -9,10 +9,17 @@ from sa3train.adapters.lora_argument import LoraArgument, format_lora
 from sa3train.adapters.tools import CheckpointResult, EditResult, Truncation
 from sa3train.adapters.tools.inspect import Comparison, Inspection
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
+from sa3train.studio.server.folders import resolve_model_name
 from sa3train.studio.server.widgets import parse_numbers
-from sa3train.studio.server.workspace import StudioError, Workspace, resolve_model_name
+from sa3train.studio.server.workspace import StudioError, Workspace
 
-FORMATS = {"native (.safetensors)": "native", "ComfyUI (.safetensors)": "comfy", "PEFT (a folder)": "peft"}
+FORMATS = {
+    "native (.safetensors)": "native",
+    "ComfyUI (.safetensors)": "comfy",
+    "sa3.cpp (.gguf)": "gguf",
+    "PEFT (a folder)": "peft",
+    "diffusers (a folder)": "diffusers",
+}
 
 
 @dataclass(frozen=True)
@@ -86,7 +93,7 @@ def convert(workspace: Workspace, path: str, to: str, output: Output) -> tuple[E
     Args:
         workspace: The studio's folders.
         path: The adapter.
-        to: "native", "peft" or "comfy".
+        to: A value of `FORMATS`.
         output: Where and how to write it.
 
     Returns:
@@ -94,7 +101,8 @@ def convert(workspace: Workspace, path: str, to: str, output: Output) -> tuple[E
     """
     source, out = resolve_adapter(workspace, path), resolve_output(workspace, output, path)
     model = _load_model(workspace, output.model)
-    result = tools.convert_adapter(source, out, to, model, output.truncation, output.dtype, output.overwrite)
+    dtype = None if output.dtype == "fp16" else output.dtype  # fp32 for GGUF, as on the command line
+    result = tools.convert_adapter(source, out, to, model, output.truncation, dtype, output.overwrite)
     return result, _build_command("convert", source, out, to=to, **output.flags)
 
 
@@ -106,7 +114,8 @@ def merge(
     Args:
         workspace: The studio's folders.
         adapters: Adapters with their strengths.
-        output: Where and how to write it; without a rank, its model is the checkpoint to merge into.
+        output: Where and how to write it; without a rank the ranks add up in a .safetensors file, and for a folder its
+            model is the checkpoint to merge into.
 
     Returns:
         What was written, and the command that does the same.
@@ -118,7 +127,8 @@ def merge(
         raise StudioError("Choose the adapters to merge.")
     sources = [(resolve_adapter(workspace, path), strength) for path, strength in adapters]
     out = resolve_output(workspace, output, *(path for path, _ in adapters))
-    model = _load_model(workspace, output.model)
+    into_checkpoint = output.truncation is None and out.suffix.lower() != ".safetensors"
+    model = _load_model(workspace, output.model, in_memory=into_checkpoint)
     dtype = None if output.dtype == "fp16" else output.dtype
     result = tools.merge_adapters(sources, out, model, output.truncation, dtype, overwrite=output.overwrite)
     arguments = [format_lora(LoraArgument(str(path), strength=strength)) for path, strength in sources]
@@ -175,10 +185,8 @@ def resolve_output(workspace: Workspace, output: Output, *sources: str) -> Path:
         StudioError: If it is outside, exists already, or is a source itself.
     """
     if not (output.target or "").strip():
-        raise StudioError("Set where to write: a path inside the studio's folders.")
-    found = workspace.resolve(output.target)
-    if found in workspace.roots or found == workspace.home:
-        raise StudioError(f"{found} is a folder of the studio itself. Give a path inside it.")
+        raise StudioError("Set where to write: a path inside the workspace.")
+    found = workspace.resolve_output(output.target)
     if found in [workspace.resolve(source) for source in sources]:
         raise StudioError(f"{found} is the adapter itself. Give another name to keep the original.")
     if found.exists() and not output.overwrite:
@@ -205,8 +213,12 @@ def parse_strengths(text: str, count: int) -> list[float]:
     return strengths or [1.0] * count
 
 
-def _load_model(workspace: Workspace, name: str | None) -> StableAudio3 | None:
-    return load_checkpoint(resolve_model_name(workspace, name), parts=("dit", "conditioner")) if name else None
+def _load_model(workspace: Workspace, name: str | None, in_memory: bool = False) -> StableAudio3 | None:
+    """Load the parts of a model that adapters change, or read them as they are needed; None without a name."""
+    if not name:
+        return None
+    device = "cpu" if in_memory else "meta"
+    return load_checkpoint(resolve_model_name(workspace, name), device, parts=("dit", "conditioner"))
 
 
 def _build_command(tool: str, *arguments: str | Path, **flags: object) -> list[str]:

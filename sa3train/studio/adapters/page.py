@@ -14,9 +14,11 @@ from sa3train.core.text import format_number, list_few
 from sa3train.studio.adapters import actions
 from sa3train.studio.adapters.actions import Output
 from sa3train.studio.play.cards import render_load_report, render_table
+from sa3train.studio.server.folders import list_adapters, list_models
 from sa3train.studio.server.widgets import (
     build_optional_number,
     explain_value,
+    fill_when_shown,
     parse_optional_int,
     parse_optional_number,
     render_command,
@@ -24,7 +26,7 @@ from sa3train.studio.server.widgets import (
     render_placeholder,
     show_errors,
 )
-from sa3train.studio.server.workspace import Workspace, list_adapters, list_models
+from sa3train.studio.server.workspace import Workspace
 
 SHOWN_LAYERS = 15
 NO_MODEL = "no model"
@@ -139,7 +141,7 @@ def build_adapters_page(workspace: Workspace) -> None:
         button.click(show_errors(run), inputs, result, **quiet).success(
             refresh, None, choosers, show_progress="hidden", **quiet
         )
-    gr.on(None, refresh, None, choosers, show_progress="hidden", **quiet)
+    fill_when_shown(refresh, choosers)
 
 
 def _inspect(workspace: Workspace) -> Tool:

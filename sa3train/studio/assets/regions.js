@@ -7,7 +7,7 @@ sa3.regions = (element, props, watch) => {
   const audio = make('audio', {controls: true, preload: 'metadata', 'aria-label': 'source audio'});
   const body = make('tbody');
   const table = make('table', {},
-    make('caption', {}, 'Regions to regenerate, in seconds (or drag on the waveform)'),
+    make('caption', {}, 'Regions to regenerate, in seconds'),
     make('thead', {}, make('tr', {}, ...['Start', 'End', 'Remove'].map(name => make('th', {scope: 'col'}, name)))), body);
   const add = make('button', {type: 'button', class: 'small', onclick: () => {
     const end = last(), room = span() - end > 0.2 ? [end, Math.min(span(), end + Math.max(0.5, span() / 6))]

@@ -23,7 +23,8 @@ from sa3train.data.sources.listing import Clip, list_source
 from sa3train.data.sources.lists import CAPTION_FIELDS
 from sa3train.data.sources.storage import Blob
 from sa3train.data.sources.text import TEXT_LIMIT, decode_text, normalize_field
-from sa3train.studio.server.workspace import StudioError, Workspace, is_text
+from sa3train.studio.server.folders import is_text
+from sa3train.studio.server.workspace import StudioError, Workspace
 
 UNDO = "captions"
 _MAX_SAVES = 100
@@ -73,9 +74,12 @@ def list_clips(workspace: Workspace, folder: Path) -> list[Clip]:
         Its clips, without those whose name is not valid text, which an audit lists.
 
     Raises:
-        StudioError: When a link leads out of the studio's folders.
+        StudioError: When the folder is in the workspace, or a link leads out of the studio's folders.
     """
-    listed = list_source(str(workspace.resolve_folder(folder, "folder of audio"))).clips
+    found = workspace.resolve_folder(folder, "folder of audio")
+    if found.is_relative_to(workspace.folder):
+        raise StudioError(f"{folder} is in the workspace: what the studio made is no source. Choose a folder of yours.")
+    listed = list_source(str(found)).clips
     clips = [clip for clip in listed if is_text(clip.source)]
     blobs = [blob for clip in clips for blob in (clip.audio, clip.text, clip.fields, *clip.others) if blob is not None]
     for path in {Path(part) for blob in blobs for part in _list_links(blob)}:

@@ -91,7 +91,7 @@ def build_captions_tab(workspace: Workspace, folder: gr.Dropdown) -> None:
         source, wanted = workspace.resolve_folder(path), parse_optional_int("page", number) or 1
         rows, total, number = list_rows(workspace, source, text, only, wanted)
         pages, undoable = max(1, -(-total // PAGE)), captions.count_saves(workspace, source)
-        line = f"{total:,} clips, page {number} of {pages}; {undoable} saves can be undone"
+        line = f"{total:,} clip{'s' * (total != 1)}, page {number} of {pages}; saves that can be undone: {undoable}"
         return (path, dict(rows)), rows, render_panel(f'<p class="soft">{line}</p>'), number, render_placeholder(LISTEN)
 
     @show_errors

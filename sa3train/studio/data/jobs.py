@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -102,12 +103,7 @@ def build_encode_command(source: Path, out: Path, model: str, settings: EncodeSe
 
     Returns:
         The arguments.
-
-    Raises:
-        StudioError: When the output folder is inside the source.
     """
-    if out.is_relative_to(source):
-        raise StudioError(f"{out} is inside {source}: choose a folder for the latents outside of the audio.")
     names = ("split", "captions", "duplicates", "max_rejected", "fixes", "augmentations")
     chosen = {"source": source, "out": out, "model": model} | {name: getattr(settings, name) for name in names}
     return ["sa3-encode", *(format_override(key, value) for key, value in chosen.items() if value != [])]
@@ -148,6 +144,20 @@ def stop_job(job: DataJob) -> None:
     """
     if not processes.stop(job.folder, at_once=job.state == "stopping", grace_seconds=_GRACE_SECONDS):
         raise StudioError("it is not running: nothing to stop.")
+
+
+def dismiss_job(job: DataJob) -> None:
+    """Forget a job that is over, with its log.
+
+    Args:
+        job: The job.
+
+    Raises:
+        StudioError: When it is running.
+    """
+    if processes.get_running_pid(job.folder) is not None:
+        raise StudioError("it is running: stop it first.")
+    shutil.rmtree(job.folder, ignore_errors=True)
 
 
 def list_jobs(workspace: Workspace) -> list[DataJob]:

@@ -10,6 +10,7 @@ from typing import Any
 import gradio as gr
 
 from sa3train.core.errors import DataError, SA3Error
+from sa3train.core.user_files import stat_file
 from sa3train.data.audit.checks import FINDING_TYPES, SEVERITIES, find_worst_severity
 from sa3train.data.audit.report import draw_waveform, format_measurements
 from sa3train.data.encode.settings import AUGMENTATIONS, FIX_NAMES, EncodeSettings
@@ -18,8 +19,9 @@ from sa3train.reports.html import format_duration, render_details, render_table,
 from sa3train.studio.data import jobs
 from sa3train.studio.data.captions import list_clips
 from sa3train.studio.data.jobs import STATES, DataJob
+from sa3train.studio.server.folders import list_models, resolve_model_name
 from sa3train.studio.server.widgets import render_command, render_notice, render_panel, render_placeholder, show_errors
-from sa3train.studio.server.workspace import StudioError, Workspace, list_models, resolve_model_name
+from sa3train.studio.server.workspace import StudioError, Workspace
 
 MAX_ROWS = 60
 """Clips shown of an audit, worst first."""
@@ -58,6 +60,7 @@ def read_audit(path: Path, max_rows: int = MAX_ROWS) -> AuditReport:
     groups: list[list[dict[str, Any]]] = [[] for _ in range(len(SEVERITIES) + 1)]
     summary = ""
     try:
+        stat_file(path)
         with path.open(encoding="utf-8") as file:
             for line in file:
                 if line.startswith('{"source"'):
@@ -151,6 +154,7 @@ def build_audit_tab(workspace: Workspace, folder: gr.Dropdown, tick: gr.Timer) -
         begin = gr.Button("Audit", variant="primary", elem_id="audit-start", min_width=100)
         stop = gr.Button("Stop", elem_id="audit-stop", min_width=80)
     status = gr.HTML("", elem_id="audit-status")
+    dismiss = _build_dismiss("audit")
     result = gr.HTML(render_placeholder(NO_AUDIT), elem_id="audit-result")
     seen = gr.State(None)
 
@@ -169,15 +173,16 @@ def build_audit_tab(workspace: Workspace, folder: gr.Dropdown, tick: gr.Timer) -
         stamp = file.stat().st_mtime_ns if file is not None and file.is_file() else 0
         now = (path, stamp, job)
         if now == before:
-            return gr.skip(), gr.skip(), gr.skip()
+            return (gr.skip(),) * 4
         if source is None or file is None or not stamp:
-            return render_job(job), render_placeholder(NO_AUDIT), now
+            return render_job(job), _show_dismiss(job), render_placeholder(NO_AUDIT), now
         same = before is not None and before[:2] == now[:2]
-        return render_job(job), gr.skip() if same else render_audit_file(workspace, file, source), now
+        shown = gr.skip() if same else render_audit_file(workspace, file, source)
+        return render_job(job), _show_dismiss(job), shown, now
 
     begin.click(start_audit, [folder, captions, model], status, show_progress="hidden")
-    stop.click(show_errors(lambda path: _stop(workspace, "audit", path)), folder, status, show_progress="hidden")
-    tick.tick(refresh, [folder, seen], [status, result, seen], show_progress="hidden")
+    _connect_buttons(workspace, "audit", folder, stop, dismiss, status)
+    tick.tick(refresh, [folder, seen], [status, dismiss, result, seen], show_progress="hidden")
 
 
 def build_encode_tab(workspace: Workspace, folder: gr.Dropdown, tick: gr.Timer) -> None:
@@ -209,32 +214,33 @@ def build_encode_tab(workspace: Workspace, folder: gr.Dropdown, tick: gr.Timer) 
                 stop = gr.Button("Stop", elem_id="encode-stop")
         with gr.Column(scale=3, min_width=320):
             status = gr.HTML("", elem_id="encode-status")
+            dismiss = _build_dismiss("encode")
             result = gr.HTML(render_placeholder(NO_ENCODE), elem_id="encode-result")
     seen = gr.State(None)
 
     @show_errors
-    def start_encode(path: str | None, name: str, target: str, *values: Any) -> tuple[str, str]:
+    def start_encode(path: str | None, name: str, target: str, *values: Any) -> str:
         source = resolve_source(workspace, path)
-        folder_out = workspace.resolve(target or f"latents/{source.name}")
+        folder_out = workspace.resolve_output(target or f"latents/{source.name}")
         names = ("fixes", "augmentations", "split", "max_rejected", "captions", "duplicates")
         settings = EncodeSettings(**dict(zip(names, values, strict=True)))
         command = jobs.build_encode_command(source, folder_out, resolve_model_name(workspace, name), settings)
         jobs.start_job(workspace, "encode", source, folder_out, command)
-        return workspace.shorten(folder_out), render_job(_find_job(workspace, "encode", path))
+        return render_job(_find_job(workspace, "encode", path))
 
     @show_errors
     def refresh(path: str | None, before: Any) -> tuple[Any, ...]:
         job = _find_job(workspace, "encode", path)
         now = (path, job)
         if now == before:
-            return gr.skip(), gr.skip(), gr.skip()
+            return (gr.skip(),) * 4
         shown = render_placeholder(NO_ENCODE) if job is None else render_latents(workspace, job)
-        return render_job(job), shown, now
+        return render_job(job), _show_dismiss(job), shown, now
 
     fields = [folder, model, out, fixes, augmentations, split, rejected, captions, duplicates]
-    begin.click(start_encode, fields, [out, status], show_progress="hidden")
-    stop.click(show_errors(lambda path: _stop(workspace, "encode", path)), folder, status, show_progress="hidden")
-    tick.tick(refresh, [folder, seen], [status, result, seen], show_progress="hidden")
+    begin.click(start_encode, fields, status, show_progress="hidden")
+    _connect_buttons(workspace, "encode", folder, stop, dismiss, status)
+    tick.tick(refresh, [folder, seen], [status, dismiss, result, seen], show_progress="hidden")
 
 
 def resolve_source(workspace: Workspace, path: str | None) -> Path:
@@ -336,9 +342,33 @@ def _find_job(workspace: Workspace, kind: str, path: str | None) -> DataJob | No
     return next((job for job in found if job.kind == kind and job.source == source), None)
 
 
-def _stop(workspace: Workspace, kind: str, path: str | None) -> str:
-    job = _find_job(workspace, kind, path)
-    if job is None:
-        raise StudioError(f"no {kind} of this folder is running.")
-    jobs.stop_job(job)
-    return render_job(jobs.read_job(job.folder))
+def _build_dismiss(kind: str) -> gr.Button:
+    return gr.Button("Dismiss", size="sm", visible=False, elem_id=f"{kind}-dismiss", elem_classes="small-button")
+
+
+def _show_dismiss(job: DataJob | None) -> Any:
+    return gr.update(visible=job is not None and job.state in ("failed", "stopped"))
+
+
+def _connect_buttons(
+    workspace: Workspace, kind: str, folder: gr.Dropdown, stop: gr.Button, dismiss: gr.Button, status: gr.HTML
+) -> None:
+    def find(path: str | None) -> DataJob:
+        job = _find_job(workspace, kind, path)
+        if job is None:
+            raise StudioError(f"no {kind} of this folder is running.")
+        return job
+
+    @show_errors
+    def on_stop(path: str | None) -> str:
+        job = find(path)
+        jobs.stop_job(job)
+        return render_job(jobs.read_job(job.folder))
+
+    @show_errors
+    def on_dismiss(path: str | None) -> tuple[str, Any]:
+        jobs.dismiss_job(find(path))
+        return "", _show_dismiss(None)
+
+    stop.click(on_stop, folder, status, show_progress="hidden")
+    dismiss.click(on_dismiss, folder, [status, dismiss], show_progress="hidden")

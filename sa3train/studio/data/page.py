@@ -1,17 +1,16 @@
 """The Data page: caption, audit and encode a folder of audio, and preview prompts."""
 
-from typing import Any
-
 import gradio as gr
 
 from sa3train.studio.data.captions_tab import build_captions_tab
 from sa3train.studio.data.jobs_tabs import build_audit_tab, build_encode_tab
 from sa3train.studio.data.prompts_tab import build_prompts_tab
-from sa3train.studio.server.widgets import build_timer
-from sa3train.studio.server.workspace import Workspace, find_folders
+from sa3train.studio.server.folders import find_folders, name_folders
+from sa3train.studio.server.widgets import build_timer, refresh_choices
+from sa3train.studio.server.workspace import Workspace
 
 REFRESH_SECONDS = 2.0
-CHOOSE = "Folders of audio below the studio's roots; you can also type a path."
+CHOOSE = "A folder of yours, with all that is in it. It is only read, but for captions that you save."
 
 
 def build_data_page(workspace: Workspace) -> None:
@@ -29,7 +28,6 @@ def build_data_page(workspace: Workspace) -> None:
         allow_custom_value=True,
         elem_id="data-folder",
     )
-    known = gr.State([])
     with gr.Tabs():
         with gr.Tab("Captions"):
             build_captions_tab(workspace, folder)
@@ -40,15 +38,7 @@ def build_data_page(workspace: Workspace) -> None:
         with gr.Tab("Prompts"):
             build_prompts_tab(workspace, folder, tick)
 
-    def refresh(before: list[Any], chosen: str | None) -> tuple[Any, Any]:
-        choices = list_audio_folders(workspace)
-        if choices == before:
-            return gr.skip(), gr.skip()
-        # A choice is not sent again: it may have changed by now.
-        first: dict[str, Any] = {} if chosen or not choices else {"value": choices[0][1]}
-        return gr.update(choices=choices, **first), choices
-
-    tick.tick(refresh, [known, folder], [folder, known], show_progress="hidden")
+    refresh_choices(tick, folder, lambda: list_audio_folders(workspace))
 
 
 def list_audio_folders(workspace: Workspace) -> list[tuple[str, str]]:
@@ -60,4 +50,4 @@ def list_audio_folders(workspace: Workspace) -> list[tuple[str, str]]:
     Returns:
         (name, path) choices.
     """
-    return [(workspace.shorten(path), str(path)) for path in find_folders(workspace).audio]
+    return name_folders(workspace, find_folders(workspace).audio)

@@ -16,15 +16,17 @@ from sa3train.data.shards.reader import LatentStore
 from sa3train.data.sources.captions import read_clip_text
 from sa3train.reports.html import render_table
 from sa3train.studio.data.captions import list_clips
+from sa3train.studio.server.folders import find_folders, name_folders
 from sa3train.studio.server.widgets import (
     explain_value,
     parse_setting,
+    refresh_choices,
     render_command,
     render_panel,
     render_placeholder,
     show_errors,
 )
-from sa3train.studio.server.workspace import StudioError, Workspace, find_folders
+from sa3train.studio.server.workspace import StudioError, Workspace
 
 CLIPS = 12
 DRAWS = 3
@@ -205,7 +207,6 @@ def build_prompts_tab(workspace: Workspace, folder: gr.Dropdown, tick: gr.Timer)
         with gr.Column(scale=4, min_width=420):
             shown = gr.HTML(render_placeholder("The prompts of some clips appear here."), elem_id="prompts-shown")
             line = gr.HTML("", elem_id="prompts-command")
-    known = gr.State([])
 
     @show_errors
     def preview(chosen: str | None, source: str | None, *values: Any) -> tuple[str, str]:
@@ -216,13 +217,9 @@ def build_prompts_tab(workspace: Workspace, folder: gr.Dropdown, tick: gr.Timer)
         html = render_preview(read_records(workspace, where), settings, CLIPS)
         return html, render_commands(workspace, where, settings)
 
-    def refresh(before: list[Any]) -> tuple[Any, Any]:
-        choices = list_choices(workspace)
-        return (gr.skip(), gr.skip()) if choices == before else (gr.update(choices=choices), choices)
-
     fields = [templates, trigger, probability, position, shuffle, dropout, keep, caption_dropout]
     show.click(preview, [latents, folder, *fields], [shown, line], show_progress="hidden")
-    tick.tick(refresh, known, [latents, known], show_progress="hidden")
+    refresh_choices(tick, latents, lambda: list_choices(workspace))
 
 
 def list_choices(workspace: Workspace) -> list[tuple[str, str]]:
@@ -234,7 +231,7 @@ def list_choices(workspace: Workspace) -> list[tuple[str, str]]:
     Returns:
         (name, path) choices, beginning with none.
     """
-    return [("none", ""), *((workspace.shorten(path), str(path)) for path in find_folders(workspace).latents)]
+    return [("none", ""), *name_folders(workspace, find_folders(workspace).latents)]
 
 
 def render_commands(workspace: Workspace, folder: Path, settings: PromptSettings) -> str:

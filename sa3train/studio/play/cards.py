@@ -144,7 +144,7 @@ def _list_warnings(result: Result) -> list[str]:
 
 
 def render_status(jobs: Sequence[Job]) -> str:
-    """Render running and waiting jobs, and the last one where it failed or was cancelled.
+    """Render running and waiting jobs, and the last one where it failed.
 
     Args:
         jobs: The jobs in order.
@@ -157,8 +157,6 @@ def render_status(jobs: Sequence[Job]) -> str:
     if last is not None and last.state == "failed":
         dismiss = f'<button type="button" class="small" data-cancel="{last.number}">Dismiss</button>'
         lines.append(render_notice(f"{last.title}: {last.message}", "error", dismiss))
-    elif last is not None and last.state == "cancelled":
-        lines.append(render_notice(f"{last.title}: cancelled.", "warning"))
     return "".join(lines)
 
 

@@ -1,5 +1,6 @@
 """The left side of the Play page: a form made from `GenerationSettings`, and from a result back into the form."""
 
+import contextlib
 import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,11 +9,14 @@ from typing import Any
 
 import gradio as gr
 
+from sa3train.adapters.formats.io import load_adapter
 from sa3train.audio.io import read_audio_info
 from sa3train.core.config import list_settings
+from sa3train.core.errors import SA3Error
 from sa3train.inference.settings import VALUE_TYPES, GenerationSettings, get_default
 from sa3train.studio.play.history import compute_waveform
 from sa3train.studio.play.settings import MODES, AdapterSettings, PlaySettings, parse_regions, select_source
+from sa3train.studio.server.folders import describe_model, list_adapters, list_models
 from sa3train.studio.server.widgets import (
     build_optional_number,
     explain_value,
@@ -20,7 +24,7 @@ from sa3train.studio.server.widgets import (
     parse_optional_number,
     parse_setting,
 )
-from sa3train.studio.server.workspace import Workspace, describe_model, list_adapters, list_models
+from sa3train.studio.server.workspace import Workspace
 
 DEFAULT_DURATION = 10.0
 MODEL_DEFAULT = "model's default"
@@ -34,6 +38,12 @@ FORM_SETTINGS = (
 """Settings with one field each; `cfg_interval` has two, audio and regions belong to the waveform."""
 MODES_OF_SETTING = {"init_noise_level": ("restyle",), "keep_exact": ("inpaint", "continue")}
 """Modes in which a setting applies; all, where it is not listed."""
+NOTES = {
+    "restyle": "All of the audio is changed.",
+    "inpaint": "The marked regions are regenerated. Drag on the waveform to mark them.",
+    "continue": "The marked region is generated: from the end of the audio to the duration.",
+}
+"""What stands below the waveform in each mode."""
 RACK_JS = "sa3.rack(element, props, watch, upload)"
 REGIONS_JS = "sa3.regions(element, props, watch)"
 
@@ -48,12 +58,16 @@ class Form:
         facts: Description of the model.
         source_box: Group of the source audio's fields.
         upload: Button that uploads source audio.
+        adapters: The adapters to choose from; empty until `render_adapter_files` fills it.
+        offered: Prompts that the chosen adapters carry; hidden while there are none.
     """
 
     inputs: dict[str, Any]
     facts: gr.Markdown
     source_box: gr.Group
     upload: gr.UploadButton
+    adapters: gr.HTML
+    offered: gr.Dropdown
 
 
 def build_form(workspace: Workspace) -> Form:
@@ -73,16 +87,17 @@ def build_form(workspace: Workspace) -> Form:
     facts = gr.Markdown(describe_model(workspace, workspace.model), elem_classes="soft")
     fields["mode"] = gr.Radio(list(MODES), value="Text to audio", label="Mode", elem_id="play-mode")
     fields["prompt"] = _build_field("prompt", info=None, lines=2, placeholder="for example: koto, slow melody")
+    offered = gr.Dropdown([], value=None, label="Prompts of the adapters", visible=False, elem_id="play-offered")
     source_box, upload = _build_source(fields)
     with gr.Row():
         fields["duration"] = _build_field("duration", info=None, value=DEFAULT_DURATION, step=0.5)
         fields["seed"] = _build_field("seed", info=None)
         fields["batch_size"] = _build_field("batch_size", info=None)
-    gr.HTML(lambda: _render_adapter_files(workspace), apply_default_css=False, elem_id="play-files")
+    adapters = gr.HTML(apply_default_css=False, elem_id="play-files")
     gr.HTML("<h2>Adapters</h2>", elem_classes="studio-title", apply_default_css=False)
     fields["rack"] = _build_scripted("play-rack", "rack-box", RACK_JS, {"rows": []})
     _build_more(fields)
-    return Form(fields, facts, source_box, upload)
+    return Form(fields, facts, source_box, upload, adapters, offered)
 
 
 def _build_source(fields: dict[str, Any]) -> tuple[gr.Group, gr.UploadButton]:
@@ -168,10 +183,34 @@ def _build_scripted(elem_id: str, classes: str, script: str, value: dict[str, An
     )
 
 
-def _render_adapter_files(workspace: Workspace) -> str:
-    """The adapters to choose from, where `assets/rack.js` looks for them."""
+def render_adapter_files(workspace: Workspace) -> str:
+    """Render the adapters to choose from, where `assets/rack.js` looks for them.
+
+    Args:
+        workspace: The studio's folders.
+
+    Returns:
+        HTML.
+    """
     options = "".join(f'<option value="{escape(path)}"></option>' for path in list_adapters(workspace))
     return f'<datalist id="adapter-files">{options}</datalist>'
+
+
+def list_offered_prompts(workspace: Workspace, rack: Mapping[str, Any] | None) -> list[str]:
+    """List the prompts that the chosen adapters carry.
+
+    Args:
+        workspace: The studio's folders.
+        rack: Value of the list of adapters.
+
+    Returns:
+        Distinct prompts. An adapter that cannot be read offers none: generating says why.
+    """
+    prompts: list[str] = []
+    for row in (rack or {}).get("rows") or []:
+        with contextlib.suppress(SA3Error):
+            prompts += load_adapter(workspace.resolve_existing(row["path"], "adapter")).prompts
+    return list(dict.fromkeys(prompts))
 
 
 def read_form(values: Mapping[str, Any]) -> PlaySettings:
@@ -271,11 +310,10 @@ def describe_waveform(
     """
     if not source or mode == "text":
         return {}
-    path, note = workspace.resolve_file(source, "audio file"), ""
+    path, note = workspace.resolve_file(source, "audio file"), NOTES[mode]
     if mode == "continue":
         seconds, end = read_audio_info(path).seconds, duration or 0.0
         regions = [(seconds, end)] if end > seconds else []
-        note = "The marked region is generated: from the end of the audio to the duration."
         note = note if regions else f"Set a duration above {seconds:.2f} s, the length of the audio, to continue it."
     return {
         **compute_waveform(path),

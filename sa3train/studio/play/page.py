@@ -12,24 +12,27 @@ import gradio as gr
 
 from sa3train.inference.settings import MODEL_DEFAULTS
 from sa3train.studio.play import cards, history
-from sa3train.studio.play.form import Form, build_form, describe_waveform, fill_form, read_form
+from sa3train.studio.play.form import (
+    Form,
+    build_form,
+    describe_waveform,
+    fill_form,
+    list_offered_prompts,
+    read_form,
+    render_adapter_files,
+)
 from sa3train.studio.play.player import Player, find_missing_contrast
 from sa3train.studio.play.settings import MODES, PlaySettings, parse_strengths
+from sa3train.studio.server.folders import describe_model, list_audio, list_models, load_model_config
 from sa3train.studio.server.jobs import Job, Worker
-from sa3train.studio.server.widgets import render_notice, render_placeholder, show_errors
-from sa3train.studio.server.workspace import (
-    StudioError,
-    Workspace,
-    describe_model,
-    list_audio,
-    list_models,
-    load_model_config,
-)
+from sa3train.studio.server.widgets import fill_when_shown, render_notice, render_placeholder, show_errors
+from sa3train.studio.server.workspace import StudioError, Workspace
 
 POLL_SECONDS = 0.4
 IDLE_POLL_SECONDS = 5.0
 """Interval while no job is pending. Polling never ends: an answer that comes late must not end it."""
 PER_PAGE = 12
+"""Results shown at first; `assets/studio.css` hides the button for more below as many."""
 MAX_TITLE = 60
 STATUS_JS = (
     "element.addEventListener('click', event => { const button = event.target.closest('[data-cancel]'); "
@@ -238,8 +241,8 @@ def _connect_form(workspace: Workspace, form: Form) -> None:
         source: str | None, mode: str, duration: float | None, drawn: dict[str, Any] | None, model: str
     ) -> tuple[Any, dict[str, Any]]:
         before, code = drawn or {}, MODES[mode]
-        is_same = bool(source) and before.get("url") == workspace.get_url(source or "")
-        regions = before.get("regions", []) if is_same and not before.get("fixed") else []
+        is_same = bool(source) and before.get("url") == workspace.get_url(source or "") and not before.get("fixed")
+        regions = before.get("regions", []) if is_same else []
         # `edited` tells the script whether an answer belongs to what is drawn now or to what was drawn before.
         found = describe_waveform(workspace, source, code, duration, regions) | {"edited": before.get("edited", 0)}
         if is_same or not source or code != "inpaint":
@@ -250,12 +253,23 @@ def _connect_form(workspace: Workspace, form: Form) -> None:
         region = [round(seconds / 3, 2), round(2 * seconds / 3, 2)]
         return seconds, found | {"duration": seconds, "regions": [region]}
 
-    def on_load() -> tuple[Any, ...]:
-        return gr.update(choices=list_models(workspace)), gr.update(choices=list_audio(workspace))
+    def list_files() -> tuple[Any, ...]:
+        models, audio = list_models(workspace), list_audio(workspace)
+        return gr.update(choices=models), gr.update(choices=audio), render_adapter_files(workspace)
 
+    def on_rack(rack: dict[str, Any] | None, seen: list[str]) -> tuple[Any, ...]:
+        paths = [row["path"] for row in (rack or {}).get("rows") or []]
+        if paths == seen:
+            return gr.skip(), gr.skip()
+        prompts = list_offered_prompts(workspace, rack)
+        return gr.update(choices=prompts, value=None, visible=bool(prompts)), paths
+
+    seen = gr.State([])
+    fields["rack"].change(show_errors(on_rack), [fields["rack"], seen], [form.offered, seen], **QUIET)
+    form.offered.input(lambda prompt: prompt, form.offered, fields["prompt"], **QUIET)
+    fill_when_shown(list_files, [fields["model"], fields["source"], form.adapters])
     # Without a trigger: when the page is loaded, and when an input changes.
     gr.on(None, show_errors(on_model), fields["model"], [form.facts, fields["steps"], fields["cfg_scale"]], **QUIET)
-    gr.on(None, show_errors(on_load), None, [fields["model"], fields["source"]], **QUIET)
     drawn = [fields[name] for name in ("source", "mode", "duration", "regions", "model")]
     boxes = [form.source_box, *(fields[name] for name in ("init_noise_level", "keep_exact", "regions"))]
     in_order = QUIET | {"concurrency_limit": 1, "concurrency_id": "play-waveform"}
@@ -284,7 +298,7 @@ def _connect_results(page: PlayPage, form: Form, results: Results) -> None:
     def on_act(event: gr.EventData) -> list[Any]:
         result = history.find_result(workspace, str(event.name))
         if event.action == "again":
-            request = PlaySettings.from_record(result.record)
+            request = PlaySettings.from_record(result.record, result.audio.parent)
         elif event.action in MODES.values():
             request = PlaySettings.from_result(result.record, result.audio, event.action)
         else:
@@ -295,7 +309,9 @@ def _connect_results(page: PlayPage, form: Form, results: Results) -> None:
     results.timer.tick(show_errors(on_tick), [results.shown, results.seen], results.outputs, **QUIET)
     results.status.cancel(show_errors(on_cancel), results.shown, results.outputs, **QUIET)
     results.more.click(show_errors(on_more), results.shown, [results.shown, results.items], **QUIET)
-    results.items.act(show_errors(on_act), None, list(form.inputs.values()), **QUIET)
+    # None left out, one after the other: the form shows the action that was asked for last.
+    one_by_one = QUIET | {"concurrency_limit": 1, "trigger_mode": "multiple"}
+    results.items.act(show_errors(on_act), None, list(form.inputs.values()), **one_by_one)
 
 
 def _notify_queued(page: PlayPage, job: Job) -> None:

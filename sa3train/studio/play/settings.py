@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 from sa3train.audio.io import read_audio_info
 from sa3train.inference.settings import GUIDANCE_SETTINGS, GenerationSettings, check_number
+from sa3train.inference.sidecar import list_places
+from sa3train.studio.server.folders import get_sibling, resolve_model_name
 from sa3train.studio.server.widgets import parse_numbers, parse_optional_number
-from sa3train.studio.server.workspace import StudioError, Workspace, get_sibling, resolve_model_name
+from sa3train.studio.server.workspace import StudioError, Workspace
 
 Mode = Literal["text", "restyle", "inpaint", "continue"]
 MODES: dict[str, Mode] = {
@@ -72,18 +74,19 @@ class AdapterSettings:
         )
 
     @classmethod
-    def from_record(cls, entry: Mapping[str, Any]) -> "AdapterSettings":
+    def from_record(cls, entry: Mapping[str, Any], path: str) -> "AdapterSettings":
         """Read an adapter of a sidecar.
 
         Args:
             entry: Entry of the sidecar's `adapters`.
+            path: Where its file is now.
 
         Returns:
             The adapter.
         """
         low, high = entry["interval"]
         return cls(
-            entry["path"] or "",
+            path,
             entry["strength"],
             entry["conditioner_strength"],
             (low, high),
@@ -210,16 +213,22 @@ class PlaySettings:
         return replace(self, model=get_sibling(self.model), settings=replace(self.settings, **defaults))
 
     @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> "PlaySettings":
+    def from_record(cls, record: Mapping[str, Any], folder: Path) -> "PlaySettings":
         """Read the settings of a result.
 
         Args:
             record: Content of its sidecar.
+            folder: The sidecar's folder.
 
         Returns:
             Settings that generate it again.
         """
-        inputs = {role: entry["path"] for role, entry in record["inputs"].items() if entry}
+
+        def locate(path: str | None) -> str:
+            places = list_places(path, record, folder) if path else []
+            return str(places[0].resolve()) if places else path or ""
+
+        inputs = {role: locate(entry["path"]) for role, entry in record["inputs"].items() if entry}
         settings, item = GenerationSettings.from_dict(record["settings"], **inputs), record["item"]
         negative = settings.negative_prompt
         mode = "inpaint" if settings.inpaint_audio else "restyle" if settings.init_audio else "text"
@@ -233,7 +242,7 @@ class PlaySettings:
             ),
             mode=(record.get("studio") or {}).get("mode", mode),
             precision=record["precision"],
-            adapters=tuple(AdapterSettings.from_record(entry) for entry in record["adapters"]),
+            adapters=tuple(AdapterSettings.from_record(entry, locate(entry["path"])) for entry in record["adapters"]),
         )
 
     @classmethod
@@ -248,7 +257,7 @@ class PlaySettings:
         Returns:
             The settings.
         """
-        same, seconds = cls.from_record(record), float(record["seconds"])
+        same, seconds = cls.from_record(record, audio.parent), float(record["seconds"])
         regions = ((round(seconds / 3, 2), round(seconds * 2 / 3, 2)),) if mode == "inpaint" else ()
         settings = GenerationSettings(
             same.settings.prompt,

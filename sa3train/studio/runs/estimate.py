@@ -102,12 +102,12 @@ class Trial:
 
 
 def list_recipes() -> dict[str, str]:
-    """List the recipes that make one run each.
+    """List the recipes that make one run each, on latents.
 
     Returns:
         Their descriptions by name.
     """
-    return {name: text for name, text in list_options("recipe").items() if name != "sweep"}
+    return {name: text for name, text in list_options("recipe").items() if name not in ("sweep", "decoder")}
 
 
 @functools.cache

@@ -7,11 +7,13 @@ from typing import Any
 
 import gradio as gr
 
+from sa3train.core.files import write_text
 from sa3train.reports import run_files
 from sa3train.reports.run_files import RunFiles
 from sa3train.studio.runs import runs, view
 from sa3train.studio.runs.start_form import build_start_form
 from sa3train.studio.server import processes
+from sa3train.studio.server.folders import name_folders
 from sa3train.studio.server.widgets import (
     build_timer,
     render_command,
@@ -23,7 +25,6 @@ from sa3train.studio.server.workspace import StudioError, Workspace
 
 SECONDS = 2.0
 LOG_LINES = 60
-VIEWS = Path(__file__).parents[1] / "assets" / "views.css"
 PARTS = {
     "curves": (run_files.METRICS_FILE, run_files.VALIDATION_FILE, run_files.MEMORIZATION_FILE, run_files.SYSTEM_FILE),
     "demos": (run_files.DEMOS_DIR,),
@@ -37,6 +38,7 @@ ACTIONS: dict[str, tuple[Any, Callable[[Path], Any]]] = {
     "stop": ("secondary", runs.stop_run),
     "kill": ("stop", partial(runs.stop_run, at_once=True)),
     "resume": ("primary", runs.resume_run),
+    "dismiss": ("secondary", runs.dismiss_run),
 }
 """Variant of each button, and what it does to the folder of the chosen run."""
 TABS = {"curves": "Curves", "demos": "Listen", "data": "Data", "config": "Settings", "log": "Log"}
@@ -78,14 +80,15 @@ def _build_widgets(workspace: Workspace, tick: gr.Timer) -> dict[str, Any]:
     widgets: dict[str, Any] = {}
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=330):
-            gr.HTML(f'<style>{VIEWS.read_text(encoding="utf-8")}</style><h2 class="studio">Runs</h2>')
+            form = gr.Accordion("Start a run", open=True, elem_id="run-form")
+            gr.HTML('<h2 class="studio">Runs</h2>')
             # The list, or the hint that it is empty, is shown once runs have been looked for.
             chosen = gr.Radio(
                 [], label="Run", elem_classes="run-list", elem_id="run-list", show_label=False, visible=False
             )
-            hint = render_placeholder("No runs in the studio's folders yet. Start one below.")
+            hint = render_placeholder("No runs yet. Start one above.")
             widgets |= {"chosen": chosen, "none": gr.HTML(hint, elem_id="run-none", visible=False)}
-            with gr.Accordion("Start a run", open=True, elem_id="run-form"):
+            with form:
                 build_start_form(workspace, chosen, tick)
         with gr.Column(scale=5, min_width=480):
             widgets["head"] = gr.HTML(view.render_head(workspace, None, RunFiles(Path())), elem_id="run-head")
@@ -125,7 +128,7 @@ def _refresh(workspace: Workspace, path: str | None, before: dict[str, Any]) -> 
         choice: dict[str, Any] = {} if path == selected else {"value": path}
         values["chosen"] = gr.update(choices=labels, visible=bool(labels), **choice)
         values["none"] = gr.update(visible=not labels)
-        values["other"] = gr.update(choices=[(workspace.shorten(run.path), str(run.path)) for run in found])
+        values["other"] = gr.update(choices=name_folders(workspace, (run.path for run in found)))
     if differing & {"state", "path"}:
         is_own = run is not None and run.state in ("starting", "running", "stopping")
         is_stopping = run is not None and run.state == "stopping"
@@ -135,6 +138,7 @@ def _refresh(workspace: Workspace, path: str | None, before: dict[str, Any]) -> 
             "stop": gr.update(visible=is_own, interactive=not is_stopping),
             "kill": gr.update(visible=is_stopping),
             "resume": gr.update(visible=is_resumable),
+            "dismiss": gr.update(visible=run is not None and run.state == "failed"),
         }
     return values, after
 
@@ -232,7 +236,7 @@ def render_comparison(workspace: Workspace, path: str | None, second: str | None
 
 
 def render_report(workspace: Workspace, path: str | None) -> str:
-    """Render the report of a run inside the page, and write it first if there is none yet.
+    """Render the report of a run inside the page; one that has none gets it in the studio's home.
 
     Args:
         workspace: The workspace.
@@ -241,14 +245,15 @@ def render_report(workspace: Workspace, path: str | None) -> str:
     Returns:
         HTML.
     """
-    from sa3train.reports.run_report import write_report
+    from sa3train.reports.run_report import render_report as render_page
 
     folder = resolve_run_dir(workspace, path)
     report = folder / run_files.REPORT_FILE
     if not report.is_file():
         if not (folder / run_files.RECORD_FILE).is_file():
             return render_notice("There is nothing to report yet.")
-        write_report(folder)
+        report = workspace.home / "reports" / f"{folder.name}.html"
+        write_text(report, render_page(run_files.read_run(folder)))
     return view.render_report_frame(workspace.get_url(report), workspace.shorten(report))
 
 

@@ -7,6 +7,7 @@ happened to the server.
 import contextlib
 import functools
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,9 +19,11 @@ import yaml
 from sa3train.core.config import find_differences
 from sa3train.core.errors import DataError
 from sa3train.core.overrides import format_override
+from sa3train.core.user_files import stat_file
 from sa3train.reports.run_files import CONFIG_FILE, METRICS_FILE, RECORD_FILE, STEP, load_settings
 from sa3train.studio.server import processes
-from sa3train.studio.server.workspace import StudioError, Workspace, find_folders
+from sa3train.studio.server.folders import find_folders
+from sa3train.studio.server.workspace import StudioError, Workspace
 
 TAIL_BYTES = 64_000
 ALIVE_SECONDS = 600.0
@@ -266,6 +269,24 @@ def stop_run(folder: Path, *, at_once: bool = False) -> None:
     processes.stop(folder, at_once=at_once)
 
 
+def dismiss_run(folder: Path) -> None:
+    """Remove the folder of a run that failed before it wrote anything.
+
+    Args:
+        folder: The run folder.
+
+    Raises:
+        DataError: There is more in it than the record and log of the process.
+    """
+    if not {path.name for path in folder.iterdir()} <= {
+        processes.PROCESS_FILE,
+        processes.LOG_FILE,
+        processes.LOCK_FILE,
+    }:
+        raise DataError(f"{folder} holds more than the log of a failed start. Remove it yourself.")
+    shutil.rmtree(folder)
+
+
 def compare_settings(one: Path, other: Path) -> list[tuple[str, str, str]]:
     """Compare the settings of two runs.
 
@@ -299,6 +320,7 @@ def read_last_metrics(path: Path) -> dict[str, float]:
         The values by name; empty without a file.
     """
     try:
+        stat_file(path)
         with path.open("rb") as file:
             head = file.readline().decode("utf-8", "replace").strip().split(",")
             start = file.tell()

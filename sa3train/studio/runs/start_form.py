@@ -11,24 +11,25 @@ from sa3train.data.shards.index import summarize_data
 from sa3train.reports.html import render_facts
 from sa3train.studio.runs import estimate, runs, view
 from sa3train.studio.runs.estimate import RunRequest
+from sa3train.studio.server.folders import (
+    find_folders,
+    get_sibling,
+    list_adapters,
+    list_models,
+    name_folders,
+    resolve_model_name,
+)
 from sa3train.studio.server.widgets import (
     explain_value,
     parse_setting,
+    refresh_choices,
     render_command,
     render_notice,
     render_panel,
     render_placeholder,
     show_errors,
 )
-from sa3train.studio.server.workspace import (
-    StudioError,
-    Workspace,
-    find_folders,
-    get_sibling,
-    list_adapters,
-    list_models,
-    resolve_model_name,
-)
+from sa3train.studio.server.workspace import StudioError, Workspace
 from sa3train.training.settings import TrainerSettings
 
 RUNS = "runs"
@@ -75,7 +76,7 @@ def parse_request(
         recipe,
         workspace.resolve_folder(data, "folder of latents"),
         resolve_model_name(workspace, model),
-        workspace.resolve(folder or f"{RUNS}/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"),
+        workspace.resolve_output(folder or f"{RUNS}/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"),
         _parse_steps(steps),
         estimate.parse_settings(settings or ""),
         workspace.resolve_file(adapter, "adapter") if recipe == "continue" else None,
@@ -93,10 +94,9 @@ def build_start_form(workspace: Workspace, chosen: gr.Radio, tick: gr.Timer) -> 
     recipes, latents = estimate.list_recipes(), _list_latents(workspace)
     models = [choice for choice in list_models(workspace) if choice[1] != workspace.model]
     recipe = gr.Dropdown(list(recipes), value="instrument", label="Recipe", info=recipes["instrument"])
-    with gr.Row():
-        data = gr.Dropdown(latents, label="Latents", allow_custom_value=True, min_width=130)
-        base = _get_trainable_model(workspace)
-        model = gr.Dropdown(models, value=base, label="Base model", allow_custom_value=True, min_width=130)
+    data = gr.Dropdown(latents, label="Latents", allow_custom_value=True)
+    base = _get_trainable_model(workspace)
+    model = gr.Dropdown(models, value=base, label="Base model", allow_custom_value=True)
     with gr.Row():
         steps = explain_value(gr.Number(0, label="Steps (0: recipe)", min_width=130), _parse_steps)
         folder = gr.Textbox("", label="Run folder", placeholder="runs/RECIPE-TIME", min_width=130)
@@ -123,20 +123,10 @@ def build_start_form(workspace: Workspace, chosen: gr.Radio, tick: gr.Timer) -> 
         adapters = list_adapters(workspace) if is_continue else []
         return gr.update(info=recipes.get(name, "")), gr.update(visible=is_continue, choices=adapters)
 
-    def on_tick(before: list[str], selected: str | None) -> tuple[Any, Any]:
-        choices = _list_latents(workspace)
-        values = [value for _, value in choices]
-        if values == before:
-            return gr.skip(), gr.skip()
-        # The choice is only set when there is none: the user may have made another meanwhile.
-        choice: dict[str, Any] = {} if selected or not values else {"value": values[0]}
-        return gr.update(choices=choices, **choice), values
-
     recipe.change(on_recipe, recipe, [recipe, adapter], show_progress="hidden")
     plan.click(on_plan, fields, [folder, shown], show_progress="hidden")
     start.click(on_start, fields, [folder, shown, chosen], show_progress="hidden")
-    known = gr.State([value for _, value in latents])
-    tick.tick(on_tick, [known, data], [data, known], show_progress="hidden")
+    refresh_choices(tick, data, lambda: _list_latents(workspace))
 
 
 def stream_plan(workspace: Workspace, *values: Any) -> Iterator[tuple[Any, ...]]:
@@ -179,7 +169,7 @@ def stream_start(workspace: Workspace, *values: Any) -> Iterator[tuple[Any, ...]
     started = render_notice(f"Started {folder}. It continues when this page is closed.")
     choices = [(view.format_label(workspace, run), str(run.path)) for run in runs.find_runs(workspace, request.run_dir)]
     update = gr.update(value=str(request.run_dir), choices=choices, visible=True)
-    yield folder, started + render_command(request.build_command()), update
+    yield "", started + render_command(request.build_command()), update  # the next run gets a folder of its own
 
 
 def _parse_steps(value: Any) -> int | None:
@@ -207,4 +197,4 @@ def _get_trainable_model(workspace: Workspace) -> str:
 
 
 def _list_latents(workspace: Workspace) -> list[tuple[str, str]]:
-    return [(workspace.shorten(path), str(path)) for path in find_folders(workspace).latents]
+    return name_folders(workspace, find_folders(workspace).latents)

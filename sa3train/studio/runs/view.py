@@ -96,7 +96,7 @@ def render_curves(files: RunFiles) -> str:
     """
     parts = [
         ("Learning curves", curves.render_learning),
-        ("Noise levels", curves.render_noise_levels),
+        ("Round trips" if curves.is_decoder_run(files) else "Noise levels", curves.render_noise_levels),
         ("Clips", curves.render_clips),
         ("Memorization", curves.render_memorization),
         ("Speed and memory", curves.render_system),

@@ -7,7 +7,6 @@ that was started when ID, start time and boot agree: the system may reuse an ID 
 import contextlib
 import datetime
 import json
-import os
 import shlex
 import shutil
 import signal
@@ -23,6 +22,7 @@ from filelock import FileLock
 
 from sa3train.core.errors import SA3Error
 from sa3train.core.files import write_json
+from sa3train.core.user_files import check_folder, read_file, stat_file
 
 PROCESS_FILE, LOG_FILE, LOCK_FILE = "process.json", "process.log", "process.lock"
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
@@ -73,6 +73,7 @@ def start(folder: Path, argv: Sequence[str], **facts: Any) -> int:
     command = [find_program(argv[0]), *argv[1:]]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        check_folder(folder)
         with FileLock(folder / LOCK_FILE), (folder / LOG_FILE).open("ab") as log:
             pid = get_running_pid(folder)
             if pid is not None:
@@ -92,6 +93,18 @@ def start(folder: Path, argv: Sequence[str], **facts: Any) -> int:
     except OSError as error:
         raise SA3Error(f"Cannot start {argv[0]} in {folder}: {error.strerror or error}.") from error
     return child.pid
+
+
+def record_this_process(folder: Path, **facts: Any) -> None:
+    """Record this process in a folder, as `start` records another.
+
+    Args:
+        folder: Folder of the process, made if needed.
+        **facts: What else to record.
+    """
+    process = psutil.Process()
+    record = {"command": process.cmdline(), "at": _get_utc_time(), "boot": _get_boot_id(), "stop_asked": None}
+    write_json(folder / PROCESS_FILE, record | {"pid": process.pid, "started": _get_start_time(process), **facts})
 
 
 def get_running_pid(folder: Path) -> int | None:
@@ -166,7 +179,7 @@ def read_json(path: Path) -> dict[str, Any]:
         Its content; empty without a whole object.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_file(path))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -183,9 +196,8 @@ def read_log_tail(folder: Path, lines: int = 30) -> str:
         The last lines; empty without a log.
     """
     try:
-        with (folder / LOG_FILE).open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - TAIL_BYTES))
-            text = file.read().decode("utf-8", "replace")
+        length = stat_file(folder / LOG_FILE).st_size
+        text = read_file(folder / LOG_FILE, max(0, length - TAIL_BYTES)).decode("utf-8", "replace")
     except OSError:
         return ""
     return "\n".join(text.splitlines()[-lines:])

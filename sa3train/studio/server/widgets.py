@@ -162,7 +162,7 @@ def explain_value(field: Any, check: Callable[[Any], Any]) -> Any:
             check(value)
         except SA3Error as error:
             return gr.update(info=str(error))
-        return gr.update(info=field.info or "")
+        return gr.update(info=field.info)
 
     field.blur(explain, field, field, show_progress="hidden", concurrency_limit=None, api_visibility="private")
     return field
@@ -264,12 +264,10 @@ def build_timer(seconds: float) -> gr.Timer:
     Returns:
         The timer. Outside of tabs it always ticks.
     """
-    tab = Context.block
-    while tab is not None and not isinstance(tab, gr.Tab):
-        tab = tab.parent
-    tabs = tab.parent if tab is not None else None
-    if tab is None or not isinstance(tabs, gr.Tabs):
+    tab = _find_tab()
+    if tab is None:
         return gr.Timer(seconds)
+    tabs = cast(gr.Tabs, tab.parent)
     timer = gr.Timer(seconds, active=False)
     name = tab.label
 
@@ -279,3 +277,46 @@ def build_timer(seconds: float) -> gr.Timer:
     # One after another and none dropped, however fast tabs change: the last one decides.
     tabs.select(on_select, None, timer, show_progress="hidden", trigger_mode="multiple", concurrency_limit=1)
     return timer
+
+
+def refresh_choices(tick: gr.Timer, box: gr.Dropdown, list_choices: Callable[[], list[tuple[str, str]]]) -> None:
+    """Keep the choices of a dropdown up to date; while nothing is chosen, the first is.
+
+    Args:
+        tick: When to look for changes.
+        box: The dropdown.
+        list_choices: Lists (label, value) of each choice.
+    """
+    known = gr.State([])
+
+    def refresh(before: list[Any], chosen: str | None) -> tuple[Any, Any]:
+        choices = list_choices()
+        if choices == before:
+            return gr.skip(), gr.skip()
+        # A choice is not sent again: the user may have made another meanwhile.
+        first: dict[str, Any] = {} if chosen or not choices else {"value": choices[0][1]}
+        return gr.update(choices=choices, **first), choices
+
+    tick.tick(refresh, [known, box], [box, known], show_progress="hidden")
+
+
+def fill_when_shown(fill: Callable[[], Any], outputs: Sequence[Any]) -> None:
+    """Fill widgets when the page is loaded, and whenever the tab being built is selected.
+
+    Args:
+        fill: Returns a value for each output.
+        outputs: The widgets.
+    """
+    quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
+    gr.on(None, show_errors(fill), None, outputs, **quiet)  # without a trigger: on load
+    tab = _find_tab()
+    if tab is not None:
+        tab.select(show_errors(fill), None, outputs, **quiet)
+
+
+def _find_tab() -> gr.Tab | None:
+    """Find the tab of `gr.Tabs` that is being built."""
+    block = Context.block
+    while block is not None and not (isinstance(block, gr.Tab) and isinstance(block.parent, gr.Tabs)):
+        block = block.parent
+    return block

@@ -1,37 +1,21 @@
-"""The folders that a studio may read and write, and what they hold: models, adapters, audio, latents and runs.
-
-Listings are bounded, since a root may be a whole home folder.
-"""
+"""The one folder that a studio writes to, and the folders that it reads."""
 
 import contextlib
-import functools
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from sa3train.audio.io import AUDIO_SUFFIXES
 from sa3train.core.device import choose_device
 from sa3train.core.errors import SA3Error
-from sa3train.core.user_files import is_file, scan_folder
-from sa3train.data.shards.index import INDEX_FILE
-from sa3train.inference.settings import MODEL_DEFAULTS
+from sa3train.core.text import list_few
+from sa3train.data.sources.own_folders import STUDIO_HOME, STUDIO_RESULTS
 from sa3train.models import hub
-from sa3train.models.config import ModelConfig
-from sa3train.models.parse import parse_model, read_config_file
-from sa3train.reports import run_files
-from sa3train.studio.server.processes import PROCESS_FILE
 
-HOME = ".sa3-studio"
 FILE_ROUTE = "/gradio_api/file="
-ADAPTER_CONFIG = "adapter_config.json"
-MAX_FOLDERS = 4000
-MAX_DEPTH = 8
-MAX_LISTED = 400
-CACHE_SECONDS = 3
-"""For how long `find_folders` returns the same result."""
+PARTS = ("latents", "runs", STUDIO_RESULTS)
+"""Folders of a workspace."""
 
 
 class StudioError(SA3Error):
@@ -40,26 +24,33 @@ class StudioError(SA3Error):
 
 @dataclass(frozen=True)
 class Workspace:
-    """The folders of a studio and its initial choices.
+    """The one folder that a studio writes to, the folders that it reads, and its initial choices.
 
     Args:
-        roots: Folders that may be read and written, with all that is in them.
-        home: The studio's own folder (history, uploads), inside one of `roots`.
+        folder: The workspace: runs, latents, results, and whatever else the studio makes.
+        sources: Folders of the user's, which are only read. Captions are saved beside their audio.
         model: Name or folder of the model that is selected first.
         device: Device to run on. None: the best one.
     """
 
-    roots: tuple[Path, ...]
-    home: Path
+    folder: Path
+    sources: tuple[Path, ...] = ()
     model: str = "nano"
     device: str | None = None
 
     @classmethod
-    def create(cls, folders: Iterable[str | Path], model: str = "nano", device: str | None = None) -> "Workspace":
-        """Create a workspace of existing folders, with its home in the first of them.
+    def create(
+        cls,
+        folder: str | Path,
+        sources: Iterable[str | Path] = (),
+        model: str = "nano",
+        device: str | None = None,
+    ) -> "Workspace":
+        """Create the folder of a workspace, or open one that exists.
 
         Args:
-            folders: The roots.
+            folder: The workspace. It may be inside a source, but not the reverse.
+            sources: Existing folders to read.
             model: Name or folder of the model that is selected first.
             device: Device to run on. None: the best one.
 
@@ -67,34 +58,55 @@ class Workspace:
             The workspace.
 
         Raises:
-            StudioError: There is no folder, one does not exist, or the first cannot be written to.
+            StudioError: A source does not exist or is part of the workspace, or the workspace cannot be written to or
+                holds something else.
             SA3Error: There is no such model or device.
         """
         check_model(model)
         choose_device(device)
-        if "" in map(str, folders := list(folders)):
+        if "" in map(str, (folder, *(sources := list(sources)))):
             raise StudioError("A folder has no name. Name folders that exist, or . for the current one.")
-        roots = tuple(dict.fromkeys(Path(folder).expanduser().resolve() for folder in folders))
-        if not roots:
-            raise StudioError("The studio needs a folder to work in. Name one or more.")
+        home = Path(folder).expanduser().resolve()
+        roots = tuple(dict.fromkeys(Path(source).expanduser().resolve() for source in sources))
         for root in roots:
             if not root.is_dir():
                 raise StudioError(f"{root} is not a folder. Name folders that exist, or create it first.")
-        home = roots[0] / HOME
+            if root.is_relative_to(home):
+                raise StudioError(
+                    f"{root} is in the workspace {home}, where the studio writes. Choose another --workspace, or name "
+                    "folders outside of it."
+                )
+        found = cls(home, roots, model, device)
         try:
-            for part in ("history", "uploads"):
-                (home / part).mkdir(parents=True, exist_ok=True)
+            names = [] if found.home.exists() or not home.exists() else sorted(path.name for path in home.iterdir())
+            if others := [name for name in names if name[0] != "." and name not in PARTS]:
+                raise StudioError(
+                    f"{home} has {list_few(others)}: as a workspace, its audio would never be a source. Choose a new "
+                    "or empty folder as --workspace."
+                )
+            for path in (found.history, found.uploads):
+                path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise StudioError(
-                f"Cannot write to {roots[0]}: {error.strerror or error}. The studio stores results there. Name a "
-                "writable folder first."
+                f"Cannot write to {home}: {error.strerror or error}. The studio writes all its results there. Choose "
+                "another --workspace."
             ) from error
-        return cls(roots, home.resolve(), model, device)
+        return found
+
+    @property
+    def roots(self) -> tuple[Path, ...]:
+        """All folders that may be read, the workspace first."""
+        return (self.folder, *self.sources)
+
+    @property
+    def home(self) -> Path:
+        """Hidden folder of the studio's own records."""
+        return self.folder / STUDIO_HOME
 
     @property
     def history(self) -> Path:
         """Folder of generated results."""
-        return self.home / "history"
+        return self.folder / STUDIO_RESULTS
 
     @property
     def uploads(self) -> Path:
@@ -105,8 +117,9 @@ class Workspace:
         """Resolve a path, symbolic links included, and check that it is inside the roots.
 
         Args:
-            path: A path that need not exist; a relative one starts at the first root. One that exists is taken as it is
-                written; otherwise spaces around it are left out, and `~` is the home folder.
+            path: A path that need not exist; a relative one starts at the workspace, at the folder that contains a
+                source, or at a source, where it is found first. One that exists is taken as it is written; otherwise
+                spaces around it are left out, and `~` is the home folder.
 
         Returns:
             The absolute path.
@@ -115,22 +128,33 @@ class Workspace:
             StudioError: The path, or a link on the way, leads outside the roots.
         """
         text = str(path)
-        if not text.strip() or "\0" in text:
-            raise StudioError("Enter the path of a file or folder.")
-        try:
-            written = self.roots[0] / text
-            found = (written if os.path.lexists(written) else self.roots[0] / Path(text.strip()).expanduser()).resolve()
-            str(found).encode()
-            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                found.lstat()
-        except (OSError, RuntimeError, UnicodeError) as error:  # a loop of links, an unknown user, a name too long
-            shown = f"{text:.100}".encode(errors="replace").decode()
-            raise StudioError(f"Cannot resolve {shown}: {_get_cause(error)}. Correct the path.") from error
+        named = [source.parent for source in self.sources if Path(text).parts[:1] == (source.name,)]
+        found = _resolve(text, [self.folder, *named, *self.sources])
         if not any(found.is_relative_to(root) for root in self.roots):
             folders = ", ".join(str(root) for root in self.roots)
             raise StudioError(
                 f"{text} is outside the folders of this studio ({folders}). Copy it there, or restart sa3-studio with "
                 "its folder as well."
+            )
+        return found
+
+    def resolve_output(self, path: str | Path) -> Path:
+        """Resolve a path to write to.
+
+        Args:
+            path: A path that need not exist; a relative one starts at the workspace.
+
+        Returns:
+            The absolute path.
+
+        Raises:
+            StudioError: The path, or a link on the way, leads outside the workspace, or it is the workspace itself.
+        """
+        found = _resolve(str(path), [self.folder])
+        if not found.is_relative_to(self.folder) or found == self.folder or found.is_relative_to(self.home):
+            raise StudioError(
+                f"{path} is not inside the workspace ({self.folder}), the only folder that this studio writes to. Give "
+                "a path inside it, such as runs/NAME."
             )
         return found
 
@@ -186,10 +210,15 @@ class Workspace:
             path: An absolute path.
 
         Returns:
-            The path relative to the first root if it is inside it, else the whole path.
+            The path within the workspace, or from a source's name on; else, or where that is another file, the whole
+            path. `resolve` finds it again.
         """
         full = Path(path)
-        return str(full.relative_to(self.roots[0])) if full.is_relative_to(self.roots[0]) else str(full)
+        bases = [self.folder, *(source.parent for source in self.sources if full.is_relative_to(source))]
+        short = next((str(full.relative_to(base)) for base in bases if full.is_relative_to(base)), str(full))
+        with contextlib.suppress(StudioError):
+            return short if self.resolve(short) == full else str(full)
+        return str(full)
 
     def get_url(self, path: str | Path) -> str:
         """Return the address at which the page finds a file.
@@ -225,109 +254,26 @@ class Workspace:
         return not any(part.startswith(".") for part in found.relative_to(root).parts)
 
 
-def iterate_folders(workspace: Workspace) -> Iterator[tuple[Path, list[str]]]:
-    """Yield the folders below the roots, without hidden ones, up to `MAX_FOLDERS` and `MAX_DEPTH`.
-
-    Names that are no valid text are left out: no page can show them.
-
-    Args:
-        workspace: The workspace.
-
-    Yields:
-        (folder, names of its regular files that are not hidden), both in order.
-    """
-    folders = [(root, 0) for root in reversed(workspace.roots)]
-    for _ in range(MAX_FOLDERS):
-        if not folders:
-            return
-        folder, depth = folders.pop()
-        try:
-            _, entries = scan_folder(str(folder))
-        except OSError:  # not ours to read, or gone
-            continue
-        below = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-        if depth < MAX_DEPTH:
-            shown = [name for name in below if _is_shown(name) and not name.startswith("__")]
-            folders += [(folder / name, depth + 1) for name in reversed(shown)]
-        yield folder, [entry.name for entry in entries if _is_shown(entry.name) and is_file(entry)]
-
-
-def _is_shown(name: str) -> bool:
-    return not name.startswith(".") and is_text(name)
-
-
-def is_text(name: str) -> bool:
-    """Check that a name is valid Unicode, which file systems do not require.
-
-    Args:
-        name: Name of a file or folder, or a path.
-
-    Returns:
-        Whether a page can show it.
-    """
-    return name.encode("utf-8", "replace").decode("utf-8") == name
+def _resolve(text: str, bases: Sequence[Path]) -> Path:
+    """Resolve a path from the first of `bases` below which it exists, else from the first of them."""
+    if not text.strip() or "\0" in text:
+        raise StudioError("Enter the path of a file or folder.")
+    try:
+        written = next((path for base in bases if os.path.lexists(path := base / text)), None)
+        found = (written or bases[0] / Path(text.strip()).expanduser()).resolve()
+        str(found).encode()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found.lstat()
+    except (OSError, RuntimeError, UnicodeError) as error:  # a loop of links, an unknown user, a name too long
+        shown = f"{text:.100}".encode(errors="replace").decode()
+        raise StudioError(f"Cannot resolve {shown}: {_get_cause(error)}. Correct the path.") from error
+    return found
 
 
 def _get_cause(error: Exception) -> str:
     if isinstance(error, UnicodeError):
         return "the name is not valid UTF-8"
     return error.strerror or str(error) if isinstance(error, OSError) else str(error)
-
-
-def list_adapters(workspace: Workspace) -> list[str]:
-    """List adapter files and PEFT folders.
-
-    Args:
-        workspace: The workspace.
-
-    Returns:
-        Short paths (`Workspace.shorten`), newest first.
-    """
-    found = []
-    for folder, files in iterate_folders(workspace):
-        if ADAPTER_CONFIG in files:
-            found.append(folder)
-            continue
-        is_model = hub.CONFIG_FILE in files
-        found += [
-            folder / name
-            for name in files
-            if name.endswith(".safetensors") and not (is_model and name == hub.WEIGHTS_FILE)
-        ]
-    return _sort_by_age(workspace, found)
-
-
-def list_audio(workspace: Workspace) -> list[str]:
-    """List audio files.
-
-    Args:
-        workspace: The workspace.
-
-    Returns:
-        Short paths (`Workspace.shorten`), newest first.
-    """
-    found = [folder / name for folder, files in iterate_folders(workspace) for name in files if _is_audio(name)]
-    return _sort_by_age(workspace, found)
-
-
-def list_models(workspace: Workspace) -> list[tuple[str, str]]:
-    """List the models to choose from: those known by name, and folders below the roots.
-
-    Args:
-        workspace: The workspace.
-
-    Returns:
-        (label, value) of each.
-    """
-    available = {"nano", "nano-base", *hub.list_cached_names()}
-    names = [entry.name for entry in hub.REGISTRY.values() if entry.kind == "model"]
-    choices = [(name if name in available else f"{name} (not downloaded yet)", name) for name in names]
-    for folder, files in iterate_folders(workspace):
-        if hub.CONFIG_FILE in files and hub.WEIGHTS_FILE in files:
-            choices.append((workspace.shorten(folder), str(folder)))
-    if workspace.model not in [value for _, value in choices]:
-        choices.append((workspace.model, workspace.model))
-    return choices
 
 
 def check_model(name: str) -> None:
@@ -345,135 +291,3 @@ def check_model(name: str) -> None:
         hub.locate_checkpoint(name)  # a folder, or a name that is explained
     elif entry.kind != "model":
         raise StudioError(f"{name} is no model that generates. Choose another --model, such as nano.")
-
-
-def resolve_model_name(workspace: Workspace, name: str) -> str:
-    """Check the name of a model.
-
-    Args:
-        workspace: The workspace.
-        name: A name of the registry, the model that the studio was started with, or a folder inside the roots.
-
-    Returns:
-        The name, or the absolute path of the folder. A path outside the roots is refused as by `Workspace.resolve`.
-    """
-    if name in hub.REGISTRY or name == workspace.model:
-        return name
-    return str(workspace.resolve_folder(name, "model folder"))
-
-
-def load_model_config(workspace: Workspace, name: str) -> ModelConfig | None:
-    """Load the configuration of a model, unless that needs a download.
-
-    Args:
-        workspace: The workspace.
-        name: As for `resolve_model_name`.
-
-    Returns:
-        The configuration, or None for a model that has not been downloaded yet.
-    """
-    name = resolve_model_name(workspace, name)
-    entry = hub.REGISTRY.get(name)
-    if entry is not None and entry.repo_id is not None and name not in hub.list_cached_names():
-        return None
-    files = hub.locate_checkpoint(name)
-    return parse_model(read_config_file(files.config), str(files.config))
-
-
-def describe_model(workspace: Workspace, name: str) -> str:
-    """Describe a model in one line.
-
-    Args:
-        workspace: The workspace.
-        name: As for `resolve_model_name`.
-
-    Returns:
-        Kind, longest duration and defaults; the license of a model that must be downloaded; or what is wrong.
-    """
-    try:
-        config = load_model_config(workspace, name)
-    except SA3Error as error:
-        return str(error)
-    if config is None:
-        entry = hub.REGISTRY[name]
-        return f"{name} is downloaded on first use. License: {entry.license}, {entry.page}."
-    kind = "base model" if config.objective == "rectified_flow" else "post-trained model"
-    longest = config.sample_size / config.sample_rate
-    defaults = MODEL_DEFAULTS[config.objective]
-    sampling = "{steps} steps, CFG scale {cfg_scale:g}, sampler {sampler_type}".format(**defaults)
-    return f"{kind}, up to {longest:.0f} s; defaults: {sampling}"
-
-
-def get_sibling(name: str) -> str:
-    """Return the base model of a post-trained model, or the other way round.
-
-    Args:
-        name: Name of a model of the registry.
-
-    Returns:
-        Name of its sibling.
-
-    Raises:
-        StudioError: The model has none.
-    """
-    entry = hub.REGISTRY.get(name)
-    if entry is None or entry.sibling is None:
-        raise StudioError(f"{name} has no known sibling. Choose a named model to compare base and post-trained.")
-    return entry.sibling
-
-
-@dataclass(frozen=True)
-class FoundFolders:
-    """Folders by what they hold, each list in order of path.
-
-    Args:
-        runs: Run folders.
-        latents: Folders of encoded clips.
-        audio: Folders of audio files.
-    """
-
-    runs: list[Path] = field(default_factory=list)
-    latents: list[Path] = field(default_factory=list)
-    audio: list[Path] = field(default_factory=list)
-
-
-def find_folders(workspace: Workspace) -> FoundFolders:
-    """Find folders of runs, latents and audio below the roots; a result is reused for `CACHE_SECONDS`.
-
-    Links and hidden folders are not followed, and folders inside a run or a folder of latents are not listed.
-
-    Args:
-        workspace: The workspace.
-
-    Returns:
-        The folders.
-    """
-    return _find_folders(workspace, int(time.monotonic() / CACHE_SECONDS))
-
-
-@functools.lru_cache(maxsize=8)
-def _find_folders(workspace: Workspace, period: int) -> FoundFolders:
-    """Find folders; another `period` makes them be looked for again."""
-    found = FoundFolders()
-    closed: set[Path] = set()
-    for folder, files in iterate_folders(workspace):
-        if folder.parent in closed:
-            closed.add(folder)
-        elif PROCESS_FILE in files or {run_files.CONFIG_FILE, run_files.RECORD_FILE} <= set(files):
-            found.runs.append(folder)
-            closed.add(folder)
-        elif INDEX_FILE in files:
-            found.latents.append(folder)
-            closed.add(folder)
-        elif any(map(_is_audio, files)):
-            found.audio.append(folder)
-    return FoundFolders(*(sorted(set(paths)) for paths in (found.runs, found.latents, found.audio)))
-
-
-def _is_audio(name: str) -> bool:
-    return name.lower().endswith(AUDIO_SUFFIXES)
-
-
-def _sort_by_age(workspace: Workspace, paths: list[Path]) -> list[str]:
-    dated = sorted(((path.stat().st_mtime, path) for path in paths if path.exists()), reverse=True)
-    return [workspace.shorten(path) for _, path in dated[:MAX_LISTED]]

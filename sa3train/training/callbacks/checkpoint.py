@@ -9,7 +9,6 @@ written or read. The file appears whole or not at all, and carries a checksum of
 
 import contextlib
 import json
-import math
 import signal
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -30,8 +29,11 @@ from sa3train.core.files import write_bytes
 from sa3train.core.log import get_logger, get_rank
 from sa3train.core.safetensors_file import hash_tensors
 from sa3train.core.signals import REQUEUE_SIGNALS, STOP_SIGNALS, describe_signal, handle_signals, write_note
+from sa3train.core.user_files import stat_file
+from sa3train.reports.card import write_run_card
+from sa3train.reports.run_files import CARD_FILE
 from sa3train.training.distributed import all_reduce_max
-from sa3train.training.module import LoraModule, StepCallback
+from sa3train.training.module import AdapterModule, StepCallback
 
 FORMAT = f"{STATE_FORMAT}2"
 """Raise it when the content of a training state changes, so that states of other versions are refused."""
@@ -85,8 +87,6 @@ def unpack(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
         return tensors[value]
     if kind == "tuple":
         return tuple(unpack(tensors, item) for item in value)
-    if kind == "float":
-        return float(value)
     return {unpack(tensors, key): unpack(tensors, item) for key, item in value}
 
 
@@ -117,6 +117,7 @@ def load_state(path: str | Path) -> Any:
         StateVersionError: Another version of sa3train wrote it.
     """
     try:
+        stat_file(path)
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
@@ -139,10 +140,8 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     if isinstance(value, Tensor):
         tensors[path] = value
         return {MARK: "tensor", "value": path}
-    if value is None or (isinstance(value, bool | int | str) and not isinstance(value, torch.SymInt)):
-        return value
-    if isinstance(value, float):
-        return value if math.isfinite(value) else {MARK: "float", "value": str(value)}
+    if value is None or (isinstance(value, bool | int | float | str) and not isinstance(value, torch.SymInt)):
+        return value  # JSON as Python writes it has NaN and infinity
     if isinstance(value, list):
         return [_pack(item, f"{path}/{index}", tensors) for index, item in enumerate(value)]
     if isinstance(value, tuple):
@@ -222,7 +221,7 @@ class CheckpointCallback(StepCallback):
     def __init__(self, run_dir: Path, *, every: int, keep_last: int, metadata: Mapping[str, str]) -> None:
         self.run_dir, self.every, self.keep_last, self.metadata = run_dir, every, keep_last, metadata
         self.interrupted: int | None = None
-        self.after_save: list[Callable[[lightning.Trainer, LoraModule], None]] = []
+        self.after_save: list[Callable[[lightning.Trainer, AdapterModule], None]] = []
         self._signal = 0
         self._signals = contextlib.ExitStack()
         self._saved = -1
@@ -248,14 +247,14 @@ class CheckpointCallback(StepCallback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Add the adapter to the training state, so that it can be played without the run."""
-        assert isinstance(pl_module, LoraModule)
+        assert isinstance(pl_module, AdapterModule)
         if trainer.is_global_zero:
             adapter = pl_module.export({**self.metadata, "step": str(trainer.global_step)})
             checkpoint[STATE_ENTRY] = pack_adapter(adapter, torch.float16)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save what the interval has not, and restore the signal handlers."""
-        assert isinstance(pl_module, LoraModule)
+        assert isinstance(pl_module, AdapterModule)
         if self._saved != trainer.global_step:
             self.save(trainer, pl_module)
         self._signals.close()
@@ -264,7 +263,7 @@ class CheckpointCallback(StepCallback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
         """Save the state after the last whole step, if there is one, and restore the signal handlers."""
-        assert isinstance(pl_module, LoraModule)
+        assert isinstance(pl_module, AdapterModule)
         if trainer.global_step > self._noted >= 0:  # another callback failed, after the step
             self._note_step(trainer)
         step = trainer.global_step
@@ -288,7 +287,7 @@ class CheckpointCallback(StepCallback):
         self._is_whole = False
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
-    def on_step_end(self, trainer: lightning.Trainer, module: LoraModule) -> None:
+    def on_step_end(self, trainer: lightning.Trainer, module: AdapterModule) -> None:
         """Save at the interval, and when any rank received a signal."""
         self._note_step(trainer)
         step = trainer.global_step
@@ -299,7 +298,7 @@ class CheckpointCallback(StepCallback):
             self.interrupted = stop
             trainer.should_stop = True
 
-    def save(self, trainer: lightning.Trainer, module: LoraModule) -> None:
+    def save(self, trainer: lightning.Trainer, module: AdapterModule) -> None:
         """Save state and adapter now, and delete the oldest states; call it on every rank, rank 0 writes.
 
         Args:
@@ -324,8 +323,17 @@ class CheckpointCallback(StepCallback):
                 old.unlink(missing_ok=True)
         for action in self.after_save:
             action(trainer, module)
+        if trainer.is_global_zero:
+            self.write_card()
 
-    def write_adapter(self, name: str, module: LoraModule, step: int) -> None:
+    def write_card(self) -> None:
+        """Write the README.md of the run folder; failures are logged and never stop training. Call it on rank 0."""
+        try:
+            write_run_card(self.run_dir)
+        except (OSError, SA3Error) as error:
+            _logger.warning("no %s: %s", CARD_FILE, error)
+
+    def write_adapter(self, name: str, module: AdapterModule, step: int) -> None:
         """Write the adapter; call it on rank 0.
 
         Args:

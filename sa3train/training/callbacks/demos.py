@@ -8,13 +8,14 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from sa3train.adapters.adapter import Adapter
 from sa3train.audio.io import encode_audio
@@ -28,7 +29,7 @@ from sa3train.models.hub import list_cached_names
 from sa3train.reports.run_files import DEMOS_DIR, DEMOS_FILE, DemoFile
 from sa3train.training.batch import ClipBatch
 from sa3train.training.loggers import LoggerCollection
-from sa3train.training.module import LoraModule, StepCallback
+from sa3train.training.module import AdapterModule, StepCallback
 from sa3train.training.settings import DemoSettings
 
 _logger = get_logger(__name__)
@@ -100,10 +101,115 @@ class _Stopping(Exception):
     """The run has been asked to stop."""
 
 
-class DemoCallback(StepCallback):
-    """Plays the demos at step 0 (base) and at intervals (adapter at each strength), on rank 0.
+class FixedDemoCallback(StepCallback):
+    """Plays the same demos at step 0 (base) and at intervals (adapter), on rank 0. A subclass says what is played.
 
     Demo failures, including out-of-memory, are logged and never stop training.
+
+    Args:
+        run_dir: The run folder.
+        loggers: Where audio, spectrograms and measures go.
+        every: Optimizer steps between demos.
+        is_stopping: Tells whether the run has been asked to stop; the rest is then played when it is resumed.
+    """
+
+    def __init__(
+        self, run_dir: Path, loggers: LoggerCollection, every: int, is_stopping: Callable[[], bool] = lambda: False
+    ) -> None:
+        self.run_dir, self.loggers, self.every, self.is_stopping = run_dir, loggers, every, is_stopping
+        self._may_wait = False
+
+    def play_module(self, module: AdapterModule, step: int) -> None:
+        """Play every demo and write the files.
+
+        Args:
+            module: The module; its adapter does not count at step 0.
+            step: Optimizer steps taken.
+        """
+        raise NotImplementedError
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Play the base once, and what was due when the run was stopped."""
+        assert isinstance(pl_module, AdapterModule)
+        if not (self.get_folder(trainer.global_step) / DEMOS_FILE).is_file():
+            self.on_step_end(trainer, pl_module)
+
+    def on_step_end(self, trainer: lightning.Trainer, module: AdapterModule) -> None:
+        """Play the adapter at the interval and at the end."""
+        step = trainer.global_step
+        if (step % self.every == 0 or step == trainer.max_steps) and trainer.is_global_zero:
+            self._may_wait = step != trainer.max_steps  # a run that is resumed after its last step trains no more
+            self._try_play(module, step)
+
+    def get_folder(self, step: int) -> Path:
+        """Get the folder of the demos of a step.
+
+        Args:
+            step: Optimizer steps taken.
+
+        Returns:
+            Its path.
+        """
+        return self.run_dir / DEMOS_DIR / f"step-{step:08d}"
+
+    def _try_play(self, module: AdapterModule, step: int) -> None:
+        try:
+            self.play_module(module, step)
+        except _Stopping:
+            _logger.info("demos of step %d: left for the resumed run", step)
+        except MemoryShortageError:
+            _logger.warning(
+                "no demos at step %d: out of memory beside training. Make them shorter, or set "
+                "callbacks.demos.enabled=false.", step,
+            )  # fmt: skip
+        except SA3Error as error:
+            _logger.warning("no demos at step %d: %s", step, error)
+
+    def stop_if_asked(self) -> None:
+        """Stop playing if the run has been asked to stop and will be resumed."""
+        if self._may_wait and self.is_stopping():
+            raise _Stopping
+
+    def write_demo(self, demo: DemoFile, audio_CN: Tensor, sample_rate: int) -> DemoFile:
+        """Write the files of a demo, and log them.
+
+        Args:
+            demo: What is known of it.
+            audio_CN: The audio.
+            sample_rate: Sample rate in Hz.
+
+        Returns:
+            The demo with its measures.
+        """
+        folder, title = self.get_folder(demo.step), f"{demo.model}, strength {demo.strength:g}, step {demo.step}"
+        write_bytes(folder / demo.file, encode_audio(audio_CN, sample_rate))
+        picture = plot_mel_spectrogram(audio_CN, sample_rate, title)
+        write_bytes(folder / demo.picture, picture)
+        name = f"demos/{demo.model}/{demo.demo}/{demo.strength:g}"
+        self.loggers.log_audio(name, audio_CN, sample_rate, demo.step, demo.prompt)
+        self.loggers.log_image(f"{name}/mel", picture, demo.step, demo.prompt)
+        found = measure(audio_CN, sample_rate).items()
+        return replace(demo, measures={key: value if math.isfinite(value) else None for key, value in found})
+
+    def write_list(self, demos: Sequence[DemoFile], step: int) -> None:
+        """Write the list of a step's demos, and log the mean of each measure by model and strength.
+
+        Args:
+            demos: The demos.
+            step: Optimizer steps taken.
+        """
+        write_json(self.get_folder(step) / DEMOS_FILE, [asdict(demo) for demo in demos])
+        values: dict[str, list[float]] = {}
+        for demo in demos:
+            for key, value in demo.measures.items():
+                if value is not None:
+                    values.setdefault(f"demos/{demo.model}/{demo.strength:g}/{key}", []).append(value)
+        if values:
+            self.loggers.log_metrics({name: sum(found) / len(found) for name, found in values.items()}, step)
+
+
+class DemoCallback(FixedDemoCallback):
+    """Generates the demos: by the base once, and by the adapter at each strength.
 
     Args:
         run_dir: The run folder.
@@ -125,39 +231,15 @@ class DemoCallback(StepCallback):
         device: torch.device | str = "cpu",
         is_stopping: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.run_dir, self.loggers, self.settings = run_dir, loggers, settings
+        super().__init__(run_dir, loggers, settings.every, is_stopping)
+        self.settings = settings
         self.demos = plan_demos(settings, heldout)
-        self.models, self.device, self.is_stopping = list(models), device, is_stopping
-        self._may_wait = False
+        self.models, self.device = list(models), device
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Play the base once, and what was due when the run was stopped."""
-        assert isinstance(pl_module, LoraModule)
-        if not (self._get_folder(trainer.global_step) / DEMOS_FILE).is_file():
-            self.on_step_end(trainer, pl_module)
-
-    def on_step_end(self, trainer: lightning.Trainer, module: LoraModule) -> None:
-        """Play the adapter at the interval and at the end."""
-        step = trainer.global_step
-        if (step % self.settings.every == 0 or step == trainer.max_steps) and trainer.is_global_zero:
-            self._may_wait = step != trainer.max_steps  # a run that is resumed after its last step trains no more
-            self._try_play(module.export({}) if step else None, step)
-
-    def _get_folder(self, step: int) -> Path:
-        return self.run_dir / DEMOS_DIR / f"step-{step:08d}"
-
-    def _try_play(self, adapter: Adapter | None, step: int) -> None:
-        try:
-            self.play(adapter, step)
-        except _Stopping:
-            _logger.info("demos of step %d: left for the resumed run", step)
-        except MemoryShortageError:
-            _logger.warning(
-                "no demos at step %d: out of memory beside training. Set callbacks.demos.duration below %g, or "
-                "callbacks.demos.enabled=false.", step, self.settings.duration,
-            )  # fmt: skip
-        except SA3Error as error:
-            _logger.warning("no demos at step %d: %s", step, error)
+    @override
+    def play_module(self, module: AdapterModule, step: int) -> None:
+        """Play the base at step 0, else the adapter as it is now."""
+        self.play(module.export({}) if step else None, step)
 
     def play(self, adapter: Adapter | None, step: int) -> list[DemoFile]:
         """Play every demo and write the files.
@@ -171,7 +253,6 @@ class DemoCallback(StepCallback):
         """
         if not self.demos:
             return []
-        folder = self._get_folder(step)
         files: list[DemoFile] = []
         with torch.random.fork_rng():
             for number, source in enumerate(self.models):
@@ -179,27 +260,30 @@ class DemoCallback(StepCallback):
                 precision = "bf16" if torch.device(self.device).type == "cuda" else "fp32"
                 generator = Generator.from_pretrained(source, device=self.device, precision=precision)
                 with _silence_logger("sa3train.adapters"), _silence_logger("sa3train.inference"):
-                    files += self._play_on(generator, adapter, step, folder, is_trained=number == 0)
+                    files += self._play_on(generator, adapter, step, is_trained=number == 0)
                 del generator
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        write_json(folder / DEMOS_FILE, [asdict(file) for file in files])
-        self._log_measures(files, step)
+        self.write_list(files, step)
         return files
 
     def _play_on(
-        self, generator: Generator, adapter: Adapter | None, step: int, folder: Path, *, is_trained: bool
+        self, generator: Generator, adapter: Adapter | None, step: int, *, is_trained: bool
     ) -> Iterator[DemoFile]:
         if adapter is not None:
             generator.load_adapter(adapter, strength=self.settings.strengths[0])
         for demo in self.demos:
             for strength in self.settings.strengths if adapter is not None else [0.0]:
-                if self._may_wait and self.is_stopping():
-                    raise _Stopping
+                self.stop_if_asked()
                 if adapter is not None:
                     generator.set_strength(strength)
                 audio_CN = self._generate(generator, demo, is_trained)
-                yield self._write(generator, demo, audio_CN, strength, step, folder)
+                model, mode = generator.model.name, "text" if demo.clip is None else "inpaint"
+                stem = f"{model}-{demo.name}-{strength:g}"
+                played = DemoFile(
+                    f"{stem}.wav", f"{stem}.png", demo.name, mode, demo.prompt, model, strength, demo.seed, step, {}
+                )
+                yield self.write_demo(played, audio_CN, generator.facts.sample_rate)
 
     def _generate(self, generator: Generator, demo: Demo, is_trained: bool) -> Tensor:
         duration = min(demo.duration, generator.facts.longest)
@@ -219,33 +303,6 @@ class DemoCallback(StepCallback):
                 "inpaint_mask_end_seconds": 2 * duration / 3,
             }
         return generator.generate(duration=duration, **settings).audio[0]
-
-    def _write(
-        self, generator: Generator, demo: Demo, audio_CN: Tensor, strength: float, step: int, folder: Path
-    ) -> DemoFile:
-        rate, model = generator.facts.sample_rate, generator.model.name
-        stem = f"{model}-{demo.name}-{strength:g}"
-        write_bytes(folder / f"{stem}.wav", encode_audio(audio_CN, rate))
-        picture = plot_mel_spectrogram(audio_CN, rate, f"{model}, strength {strength:g}, step {step}")
-        write_bytes(folder / f"{stem}.png", picture)
-        name = f"demos/{model}/{demo.name}/{strength:g}"
-        self.loggers.log_audio(name, audio_CN, rate, step, demo.prompt)
-        self.loggers.log_image(f"{name}/mel", picture, step, demo.prompt)
-        measures = {key: value if math.isfinite(value) else None for key, value in measure(audio_CN, rate).items()}
-        mode = "text" if demo.clip is None else "inpaint"
-        return DemoFile(
-            f"{stem}.wav", f"{stem}.png", demo.name, mode, demo.prompt, model, strength, demo.seed, step, measures
-        )
-
-    def _log_measures(self, files: Sequence[DemoFile], step: int) -> None:
-        """Log the mean over demos of each measure, by model and strength."""
-        values: dict[str, list[float]] = {}
-        for file in files:
-            for key, value in file.measures.items():
-                if value is not None:
-                    values.setdefault(f"demos/{file.model}/{file.strength:g}/{key}", []).append(value)
-        if values:
-            self.loggers.log_metrics({name: sum(found) / len(found) for name, found in values.items()}, step)
 
 
 @contextlib.contextmanager

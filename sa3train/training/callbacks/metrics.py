@@ -6,6 +6,7 @@ Shape legend: S clips of a micro-batch, N bins of noise level.
 import datetime
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,14 @@ from sa3train.core.device import GIB
 from sa3train.core.log import get_logger, get_rank
 from sa3train.training.distributed import all_reduce_sum
 from sa3train.training.loggers import LoggerCollection
-from sa3train.training.module import LoraModule
+from sa3train.training.module import AdapterModule
 
 _logger = get_logger(__name__)
 
 BINS = 10
 LEVELS = tuple((index + 0.5) / BINS for index in range(BINS))
 """The centers of the ten bins of noise level."""
-_SUMS = ("loss", "context_loss", "gradient_norm")
-"""Summed on the device. A new name starts at zero when an older run is resumed."""
+_GRADIENT_NORM = "gradient_norm"
 _COUNTS = ("micro", "steps", "frames")
 """Summed on the host; a new name likewise."""
 
@@ -70,10 +70,20 @@ class MetricsCallback(lightning.Callback):
         every: Optimizer steps between log lines.
         max_steps: Optimizer steps of the run.
         frame_seconds: Duration of a latent frame.
+        losses: What `training_step` returns under `logged`. All are summed on the device; a new name starts at zero
+            when an older run is resumed.
     """
 
-    def __init__(self, loggers: LoggerCollection, every: int, max_steps: int, frame_seconds: float) -> None:
+    def __init__(
+        self,
+        loggers: LoggerCollection,
+        every: int,
+        max_steps: int,
+        frame_seconds: float,
+        losses: Sequence[str] = ("loss", "context_loss"),
+    ) -> None:
         self.loggers, self.every, self.max_steps, self.frame_seconds = loggers, every, max_steps, frame_seconds
+        self._losses = tuple(losses)
         self._bar: Any = None
         self._since = 0.0
         self._steps_since = 0
@@ -106,7 +116,7 @@ class MetricsCallback(lightning.Callback):
         Args:
             state_dict: What `state_dict` returned.
         """
-        self._sums |= {name: value for name, value in state_dict["sums"].items() if name in _SUMS}
+        self._sums |= {name: value for name, value in state_dict["sums"].items() if name in self._sums}
         self._counts |= {name: int(value) for name, value in state_dict["counts"].items() if name in _COUNTS}
         self._level_loss_N, self._level_count_N = state_dict["level_loss"], state_dict["level_count"]
 
@@ -130,18 +140,19 @@ class MetricsCallback(lightning.Callback):
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Add a micro-batch to the sums; log at every `every`th optimizer step."""
-        assert isinstance(pl_module, LoraModule)
+        assert isinstance(pl_module, AdapterModule)
         sums = self._sums
-        sums["loss"] += outputs["generated_loss"]
-        sums["context_loss"] += outputs["context_loss"]
+        for name in self._losses:
+            sums[name] += outputs["logged"][name]
         self._counts["micro"] += 1
         self._counts["frames"] += outputs["frames"]
-        bins_S = (outputs["t_B"] * BINS).long().clamp(0, BINS - 1)
-        self._level_loss_N.index_add_(0, bins_S, outputs["item_loss_B"].float())
-        self._level_count_N.index_add_(0, bins_S, torch.ones_like(outputs["t_B"]))
+        if "t_B" in outputs:
+            bins_S = (outputs["t_B"] * BINS).long().clamp(0, BINS - 1)
+            self._level_loss_N.index_add_(0, bins_S, outputs["item_loss_B"].float())
+            self._level_count_N.index_add_(0, bins_S, torch.ones_like(outputs["t_B"]))
         if not pl_module.has_stepped:
             return
-        sums["gradient_norm"] += pl_module.gradient_norm
+        sums[_GRADIENT_NORM] += pl_module.gradient_norm
         self._counts["steps"] += 1
         self._steps_since += 1
         self._bar.update()
@@ -154,25 +165,24 @@ class MetricsCallback(lightning.Callback):
         self._bar.close()
 
     def _reset(self, device: torch.device) -> None:
-        self._sums = {name: torch.zeros((), device=device) for name in _SUMS}
+        self._sums = {name: torch.zeros((), device=device) for name in (*self._losses, _GRADIENT_NORM)}
         self._counts = dict.fromkeys(_COUNTS, 0)
         self._level_loss_N, self._level_count_N = torch.zeros(BINS, device=device), torch.zeros(BINS, device=device)
 
     def _log(self, trainer: lightning.Trainer, step: int) -> None:
         device = self._level_loss_N.device
         counts = torch.tensor([float(self._counts[name]) for name in _COUNTS], device=device)
-        sums = torch.stack([self._sums[name] for name in _SUMS])
+        sums = torch.stack([*self._sums.values()])
         totals = all_reduce_sum(torch.cat((counts, sums, self._level_loss_N, self._level_count_N))).cpu()
-        value = dict(zip((*_COUNTS, *_SUMS), totals.tolist(), strict=False))
+        value = dict(zip((*_COUNTS, *self._sums), totals.tolist(), strict=False))
         loss_N, count_N = totals[-2 * BINS :].split(BINS)
         now = time.perf_counter()
         speed = self._steps_since / max(now - self._since, 1e-9)
         seconds = value["frames"] / value["steps"] * trainer.world_size * self.frame_seconds
         self.loss = value["loss"] / value["micro"]
         metrics = {
-            "train/loss": self.loss,
-            "train/context_loss": value["context_loss"] / value["micro"],
-            "train/gradient_norm": value["gradient_norm"] / value["steps"],
+            **{f"train/{name}": value[name] / value["micro"] for name in self._losses},
+            "train/gradient_norm": value[_GRADIENT_NORM] / value["steps"],
             "train/learning_rate": float(trainer.optimizers[0].param_groups[0]["lr"]),
             "time/steps_per_second": speed,
             "time/audio_seconds_per_second": speed * seconds,

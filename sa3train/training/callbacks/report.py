@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,7 @@ from sa3train.reports.run_files import ADAPTER_STATS_FILE, DATA_FILE, SYSTEM_FIL
 from sa3train.reports.run_report import write_report
 from sa3train.training.callbacks.checkpoint import CheckpointCallback
 from sa3train.training.callbacks.memory_plan import MemoryPlanCallback
-from sa3train.training.module import LoraModule
+from sa3train.training.module import AdapterModule
 
 _logger = get_logger(__name__)
 
@@ -34,18 +35,20 @@ class ReportCallback(lightning.Callback):
 
     Args:
         run_dir: The run folder.
-        data: Described in `data.json`.
+        describe: Describes the data, for `data.json`.
         checkpoint: The callback to follow.
     """
 
-    def __init__(self, run_dir: Path, data: LatentDataModule, checkpoint: CheckpointCallback) -> None:
-        self.run_dir, self.data = run_dir, data
+    def __init__(
+        self, run_dir: Path, describe: Callable[[], Mapping[str, Any]], checkpoint: CheckpointCallback
+    ) -> None:
+        self.run_dir, self.describe = run_dir, describe
         checkpoint.after_save.append(self.refresh)
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Write what is known of data and system, with the memory plan."""
         if trainer.is_global_zero:
-            write_json(self.run_dir / DATA_FILE, describe_data(self.data))
+            write_json(self.run_dir / DATA_FILE, self.describe())
             write_json(self.run_dir / SYSTEM_FILE, describe_system(trainer, pl_module.device))
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -53,7 +56,7 @@ class ReportCallback(lightning.Callback):
         if trainer.is_global_zero:
             write_json(self.run_dir / SYSTEM_FILE, describe_system(trainer, pl_module.device))
 
-    def refresh(self, trainer: lightning.Trainer, module: LoraModule) -> None:
+    def refresh(self, trainer: lightning.Trainer, module: AdapterModule) -> None:
         """Measure the adapter as it is, and write the report.
 
         Args:
@@ -125,9 +128,7 @@ def describe_data(data: LatentDataModule) -> dict[str, Any]:
                 "card": card.read_text(encoding="utf-8")[:CARD_CHARACTERS] if card.is_file() else "",
             }
         )
-    prompts = list(data.list_prompts() or [])
-    shown = prompts[:: max(1, -(-len(prompts) // SHOWN_PROMPTS))]
-    return {"manifest": data.manifest, "sources": sources, "prompts": shown}
+    return {"manifest": data.manifest, "sources": sources, "prompts": data.sample_prompts(SHOWN_PROMPTS)}
 
 
 def describe_system(trainer: lightning.Trainer, device: torch.device) -> dict[str, Any]:

@@ -8,11 +8,12 @@ Shape legend: I clips, N noise levels, C latent channels, F frames.
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import lightning.pytorch as lightning
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from sa3train.core.device import move_to_device
 from sa3train.core.errors import ConfigError
@@ -30,16 +31,28 @@ from sa3train.training.callbacks.metrics import LEVELS, name_levels
 from sa3train.training.distributed import all_reduce_sum, get_rank_and_world_size
 from sa3train.training.ema import swap_parameters
 from sa3train.training.loggers import LoggerCollection
-from sa3train.training.module import LoraModule, StepCallback
-from sa3train.training.settings import ValidationSettings
+from sa3train.training.module import AdapterModule, LoraModule, StepCallback
+from sa3train.training.settings import ValidationSchedule, ValidationSettings
 from sa3train.training.step import derive_seed, make_plain_draw
 
 VAL, TRAIN_EVAL = "val", "train_eval"
 """The parts: held-out clips and training clips, by their prefix in metrics."""
-_TITLES = {TRAIN_EVAL: "training clips", VAL: "held-out clips"}
+PART_TITLES = {TRAIN_EVAL: "training clips", VAL: "held-out clips"}
 _STATE = ("history", "best_loss", "best_step", "without_best")
 """Attributes of the callback that are saved as they are."""
 _logger = get_logger(__name__)
+
+
+class ValidationClip(Protocol):
+    """A clip to validate on: of each list the first is its own."""
+
+    @property
+    def keys(self) -> Sequence[str]:
+        """Its key."""
+
+    @property
+    def prompts(self) -> Sequence[str]:
+        """Its prompt."""
 
 
 def list_heldout_clips(data: LatentDataModule, limit: int) -> list[ClipBatch]:
@@ -117,16 +130,13 @@ def measure_losses(
     loss_IN = torch.zeros(len(clips), len(levels), dtype=torch.float64, device=device)
     per_pass = max(1, batch_size // len(levels))
     mine = list(range(rank, len(clips), world_size))
-    was_training = module.training
-    module.eval()
-    with torch.no_grad(), module.forward_context():
+    with module.start_evaluation():
         for start in range(0, -(-len(clips) // world_size), per_pass):
             numbers = mine[start : start + per_pass]
             # A rank with nothing left computes along: with a sharded base every forward pass needs all ranks.
             part_IN = _compute_losses(module, [clips[n] for n in numbers or [0]], seed, levels).double()
             if numbers:
                 loss_IN.index_copy_(0, move_to_device(torch.tensor(numbers), device), part_IN)
-    module.train(was_training)
     return all_reduce_sum(loss_IN).cpu()
 
 
@@ -157,43 +167,43 @@ def _compute_losses(module: LoraModule, clips: Sequence[ClipBatch], seed: int, l
     return objective.compute_masked_means(error_SCF, draw.attention_mask_BT).view(len(clips), times)
 
 
-def _summarize(loss_IN: Tensor) -> dict[str, Any]:
-    return {"loss": float(loss_IN.mean()), "by_level": loss_IN.mean(dim=0).tolist()}
-
-
-class ValidationCallback(StepCallback):
+class FixedValidationCallback(StepCallback):
     """Validates at intervals, before the first step and after the last, against the base on the same clips and noise.
 
-    Without held-out clips only training clips are evaluated, and selection and early stopping are refused.
+    Without held-out clips only training clips are evaluated, and selection and early stopping are refused. A subclass
+    says how clips are measured: `measure` gives a table of numbers, one row per clip.
 
     Args:
         run_dir: The run folder.
         loggers: Where metrics go.
         checkpoint: Writes the best adapter.
-        heldout: Held-out clips, batches of one.
+        heldout: Held-out clips; each has a key and a prompt.
         training: Training clips, likewise.
-        settings: Interval, batch size, seed, selection and early stopping.
+        settings: Interval, selection and early stopping.
 
     Raises:
         ConfigError: Selection or early stopping without held-out clips.
     """
+
+    name: str
+    levels: Sequence[float]
 
     def __init__(
         self,
         run_dir: Path,
         loggers: LoggerCollection,
         checkpoint: CheckpointCallback,
-        heldout: Sequence[ClipBatch],
-        training: Sequence[ClipBatch],
-        settings: ValidationSettings,
+        heldout: Sequence[ValidationClip],
+        training: Sequence[ValidationClip],
+        settings: ValidationSchedule,
     ) -> None:
         if not heldout and (settings.select_best or settings.patience):
             raise ConfigError(
                 "callbacks.validation.select_best and patience need held-out clips, and this data has none. "
                 "Encode with split=0.1, or turn them off."
             )
-        self.run_dir, self.loggers, self.checkpoint, self.settings = run_dir, loggers, checkpoint, settings
-        self.clips = {VAL: list(heldout), TRAIN_EVAL: list(training)}
+        self.run_dir, self.loggers, self.checkpoint, self.schedule = run_dir, loggers, checkpoint, settings
+        self.clips: dict[str, list[Any]] = {VAL: list(heldout), TRAIN_EVAL: list(training)}
         self.base: dict[str, Tensor] = {}
         self.last: dict[str, Tensor] = {}
         self.history: list[dict[str, Any]] = []
@@ -228,24 +238,24 @@ class ValidationCallback(StepCallback):
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Measure the base once, and the adapter before the first step and where it was due when the run stopped."""
-        assert isinstance(pl_module, LoraModule)
+        assert isinstance(pl_module, AdapterModule)
         missing = [part for part, clips in self.clips.items() if clips and part not in self.base]
         if missing:
             with pl_module.injected.disable():
-                self.base |= {part: self._measure(pl_module, part) for part in missing}
+                self.base |= {part: self.measure(pl_module, self.clips[part]) for part in missing}
         if not self.history or (self._is_due(trainer) and self.history[-1]["step"] != trainer.global_step):
             self._validate(trainer, pl_module)
         if self._is_out_of_patience():
             trainer.should_stop = True  # it had stopped early before it was interrupted
 
-    def on_step_end(self, trainer: lightning.Trainer, module: LoraModule) -> None:
+    def on_step_end(self, trainer: lightning.Trainer, module: AdapterModule) -> None:
         """Validate at the interval; stop early if told to."""
         if self._is_due(trainer):
             self._validate(trainer, module)
             if self._is_out_of_patience():
                 _logger.warning(
                     "stopped early after step %d: no validation loss below %.4f (step %d) in the last %d validations",
-                    trainer.global_step, self.best_loss, self.best_step, self.settings.patience,
+                    trainer.global_step, self.best_loss, self.best_step, self.schedule.patience,
                 )  # fmt: skip
                 trainer.should_stop = True
 
@@ -257,39 +267,98 @@ class ValidationCallback(StepCallback):
         """
         items = {
             part: [
-                {"key": clip.keys[0], "prompt": clip.prompts[0], "base": base, "adapter": adapter}
+                {"key": clip.keys[0], "prompt": clip.prompts[0], "base": float(base), "adapter": float(adapter)}
                 for clip, base, adapter in zip(
-                    self.clips[part], self.base[part].mean(dim=1).tolist(), loss_IN.mean(dim=1).tolist(), strict=True
+                    self.clips[part], self.get_item_losses(self.base[part]), self.get_item_losses(table), strict=True
                 )
             ]
-            for part, loss_IN in self.last.items()
+            for part, table in self.last.items()
         }
         return {
-            "levels": list(LEVELS),
-            "base": {part: _summarize(loss_IN) for part, loss_IN in self.base.items()},
+            "measure": self.name,
+            "levels": list(self.levels),
+            "base": {part: self.summarize_table(table) for part, table in self.base.items()},
             "history": self.history,
             "best_step": self.best_step,
             "best_loss": self.best_loss if self.best_step >= 0 else None,
             "items": items,
         }
 
+    def measure(self, module: AdapterModule, clips: Sequence[Any]) -> Tensor:
+        """Measure clips with the adapter as it is now.
+
+        Args:
+            module: The module.
+            clips: The clips.
+
+        Returns:
+            A table on the CPU, one row per clip, the same on all ranks.
+        """
+        raise NotImplementedError
+
+    def get_item_losses(self, table_IN: Tensor) -> Tensor:
+        """Get the loss of each clip from a table.
+
+        Args:
+            table_IN: What `measure` returned.
+
+        Returns:
+            (I,).
+        """
+        raise NotImplementedError
+
+    def summarize_table(self, table_IN: Tensor) -> dict[str, Any]:
+        """Average a table over the clips.
+
+        Args:
+            table_IN: What `measure` returned.
+
+        Returns:
+            `loss`, its values at each level as `by_level`, and more by name.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def describe(summary: Mapping[str, Any]) -> list[str]:
+        """Describe a validation in sentences.
+
+        Args:
+            summary: What `summarize` returned, with a validation in it.
+
+        Returns:
+            Lines with base and adapter.
+        """
+        raise NotImplementedError
+
+    def name_metrics(self, part: str, summary: Mapping[str, Any]) -> dict[str, float]:
+        """Name what is logged besides the loss.
+
+        Args:
+            part: `val` or `train_eval`.
+            summary: What `summarize_table` returned.
+
+        Returns:
+            Values by metric.
+        """
+        raise NotImplementedError
+
     def _is_due(self, trainer: lightning.Trainer) -> bool:
-        return trainer.global_step % self.settings.every == 0 or trainer.global_step == trainer.max_steps
+        return trainer.global_step % self.schedule.every == 0 or trainer.global_step == trainer.max_steps
 
     def _is_out_of_patience(self) -> bool:
-        return bool(self.settings.patience) and self.without_best >= (self.settings.patience or 0)
+        return bool(self.schedule.patience) and self.without_best >= (self.schedule.patience or 0)
 
-    def _validate(self, trainer: lightning.Trainer, module: LoraModule) -> None:
+    def _validate(self, trainer: lightning.Trainer, module: AdapterModule) -> None:
         step = trainer.global_step
         with swap_parameters(module.trainable, module.get_eval_parameters()):
-            self.last = {part: self._measure(module, part) for part, clips in self.clips.items() if clips}
+            self.last = {part: self.measure(module, clips) for part, clips in self.clips.items() if clips}
         row: dict[str, Any] = {"step": step}
         metrics: dict[str, float] = {}
-        for part, loss_IN in self.last.items():
-            row[part] = _summarize(loss_IN)
+        for part, table in self.last.items():
+            row[part], base = self.summarize_table(table), self.summarize_table(self.base[part])
             loss = row[part]["loss"]
-            metrics |= {f"{part}/loss": loss, f"{part}/loss_delta": loss - float(self.base[part].mean())}
-            metrics |= dict(zip(name_levels(part), row[part]["by_level"], strict=True))
+            metrics |= {f"{part}/loss": loss, f"{part}/loss_delta": loss - base["loss"]}
+            metrics |= self.name_metrics(part, row[part])
         if len(self.last) == 2:
             metrics["val/gap"] = row[VAL]["loss"] - row[TRAIN_EVAL]["loss"]
         self.history.append(row)
@@ -299,37 +368,76 @@ class ValidationCallback(StepCallback):
         if trainer.is_global_zero:
             write_json(self.run_dir / VALIDATION_FILE, self.summarize())
 
-    def _keep_best(self, trainer: lightning.Trainer, module: LoraModule, loss: float) -> None:
+    def _keep_best(self, trainer: lightning.Trainer, module: AdapterModule, loss: float) -> None:
         if loss >= self.best_loss:
             self.without_best += 1
             return
         self.best_loss, self.best_step, self.without_best = loss, trainer.global_step, 0
-        if self.settings.select_best and trainer.is_global_zero:
+        if self.schedule.select_best and trainer.is_global_zero:
             self.checkpoint.write_adapter(BEST_ADAPTER_FILE, module, self.best_step)
 
-    def _measure(self, module: LoraModule, part: str) -> Tensor:
-        return measure_losses(module, self.clips[part], seed=self.settings.seed, batch_size=self.settings.batch_size)
 
-
-def summarize_validation(summary: Mapping[str, Any]) -> list[str]:
-    """Summarize a validation in sentences.
+class ValidationCallback(FixedValidationCallback):
+    """Validates a diffusion model: the loss of fixed clips with fixed noise, at every noise level.
 
     Args:
-        summary: Content of `validation.json`.
-
-    Returns:
-        Lines with the loss of base and adapter, and where the best was.
+        run_dir: The run folder.
+        loggers: Where metrics go.
+        checkpoint: Writes the best adapter.
+        heldout: Held-out clips, batches of one.
+        training: Training clips, likewise.
+        settings: Interval, batch size, seed, selection and early stopping.
     """
-    lines = []
-    history = summary["history"]
-    for part, base in summary["base"].items():
-        if not history or part not in history[-1]:
-            continue
-        last, change = history[-1], compute_loss_change(summary, part)
-        lines.append(
-            f"loss on fixed noise and timesteps, {_TITLES[part]}: base {base['loss']:.4f} -> adapter "
-            f"{last[part]['loss']:.4f}{f', {change.describe()},' if change else ''} at step {last['step']}"
-        )
-    if summary["best_step"] >= 0 and history and summary["best_step"] != history[-1]["step"]:
-        lines.append(f"best validation loss {summary['best_loss']:.4f} was at step {summary['best_step']}")
-    return lines
+
+    name, levels = "noise_levels", LEVELS
+
+    def __init__(
+        self,
+        run_dir: Path,
+        loggers: LoggerCollection,
+        checkpoint: CheckpointCallback,
+        heldout: Sequence[ClipBatch],
+        training: Sequence[ClipBatch],
+        settings: ValidationSettings,
+    ) -> None:
+        super().__init__(run_dir, loggers, checkpoint, heldout, training, settings)
+        self.settings = settings
+
+    @override
+    def measure(self, module: AdapterModule, clips: Sequence[Any]) -> Tensor:
+        """Measure the loss of every clip at every noise level."""
+        assert isinstance(module, LoraModule)
+        return measure_losses(module, clips, seed=self.settings.seed, batch_size=self.settings.batch_size)
+
+    @override
+    def get_item_losses(self, table_IN: Tensor) -> Tensor:
+        """Average over noise levels."""
+        return table_IN.mean(dim=1)
+
+    @override
+    def summarize_table(self, table_IN: Tensor) -> dict[str, Any]:
+        """Average over clips: the loss over all noise levels, and at each."""
+        return {"loss": float(table_IN.mean()), "by_level": table_IN.mean(dim=0).tolist()}
+
+    @override
+    def name_metrics(self, part: str, summary: Mapping[str, Any]) -> dict[str, float]:
+        """Name the losses at each noise level."""
+        return dict(zip(name_levels(part), summary["by_level"], strict=True))
+
+    @override
+    @staticmethod
+    def describe(summary: Mapping[str, Any]) -> list[str]:
+        """Describe the loss of base and adapter, and where the best was."""
+        lines = []
+        history = summary["history"]
+        for part, base in summary["base"].items():
+            if not history or part not in history[-1]:
+                continue
+            last, change = history[-1], compute_loss_change(summary, part)
+            lines.append(
+                f"loss on fixed noise and timesteps, {PART_TITLES[part]}: base {base['loss']:.4f} -> adapter "
+                f"{last[part]['loss']:.4f}{f', {change.describe()},' if change else ''} at step {last['step']}"
+            )
+        if summary["best_step"] >= 0 and history and summary["best_step"] != history[-1]["step"]:
+            lines.append(f"best validation loss {summary['best_loss']:.4f} was at step {summary['best_step']}")
+        return lines

@@ -1,4 +1,4 @@
-"""LoHa and LoKr layers of ComfyUI's files."""
+"""LoHa, LoKr and OFT layers of ComfyUI's files: they stay factors until a weight is made of them."""
 
 from itertools import product
 from pathlib import Path
@@ -9,9 +9,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sa3train.adapters.apply.layer_weight import get_layer_adapter
-from sa3train.adapters.formats import comfy
 from sa3train.adapters.formats.comfy import read_comfy
 from sa3train.adapters.formats.io import load_adapter
+from sa3train.adapters.tools.inspect import inspect_adapter
 from sa3train.core.errors import AdapterError
 
 KEY, PATH = "diffusion_model.transformer.project_in", "model.transformer.project_in"
@@ -20,8 +20,11 @@ KEY, PATH = "diffusion_model.transformer.project_in", "model.transformer.project
 def changed(tensors: dict[str, Tensor], shape: tuple[int, ...], key: str = KEY, path: str = PATH) -> Tensor:
     """What the file's layer adds to a weight of this shape."""
     adapter = read_comfy("file", {f"{key}.{name}": tensor for name, tensor in tensors.items()}, {})
-    assert adapter.spec.adapter_type == "diff"
+    assert adapter.spec.adapter_type == "comfy"
+    assert sum(x.numel() for x in adapter.tensors[path].values()) <= sum(x.numel() for x in tensors.values())
+    norm = inspect_adapter(adapter).layers[path].norm
     W = torch.zeros(shape)
+    assert norm == pytest.approx(float(get_layer_adapter(adapter, path, W).weight(W).norm()), rel=1e-5)
     return get_layer_adapter(adapter, path, W).weight(W)
 
 
@@ -43,6 +46,35 @@ def test_lokr_is_the_kronecker_product_of_whole_or_split_factors(split_1: bool, 
         tensors |= {f"lokr_w{which}_a": a, f"lokr_w{which}_b": b} if split else {f"lokr_w{which}": a @ b}
     scale = 1 / 4 if split_2 else 1 / 2 if split_1 else 1.0
     torch.testing.assert_close(changed(tensors, (10, 21)), scale * torch.kron(*factors))
+
+
+@pytest.mark.parametrize(("bound", "strength"), [(None, 1.0), (0.0, 1.0), (0.3, 0.5)])
+def test_oft_rotates_blocks_of_rows(bound: float | None, strength: float) -> None:
+    """By hand: Cayley's rotation of each block, whose skew matrices together have a norm of at most alpha."""
+    W, blocks = torch.randn(6, 5), torch.randn(2, 3, 3) * 0.3
+    skew = blocks - blocks.mT
+    if bound:
+        skew = skew * bound / skew.norm()
+    expected = W.clone()
+    for block, rows in zip(skew, (slice(0, 3), slice(3, 6)), strict=True):
+        rotation = (torch.eye(3) + block) @ torch.linalg.inv(torch.eye(3) - block)
+        torch.testing.assert_close(rotation @ rotation.T, torch.eye(3))
+        expected[rows] = rotation.T @ W[rows]
+    tensors = {"oft_blocks": blocks} | ({} if bound is None else {"alpha": torch.tensor(bound)})
+    adapter = read_comfy("file", {f"{KEY}.{name}": tensor for name, tensor in tensors.items()}, {})
+    found = get_layer_adapter(adapter, PATH, W).weight(W, strength)
+    torch.testing.assert_close(found, W + strength * (expected - W))
+    assert inspect_adapter(adapter).layers[PATH].norm is None
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_product_may_have_a_dora_scale(axis: int) -> None:
+    W, w1, w2 = torch.randn(6, 4), torch.randn(2, 2), torch.randn(3, 2)
+    V = W + torch.kron(w1, w2)
+    norms = (V if axis == 0 else W).norm(dim=axis, keepdim=True)
+    tensors = {"lokr_w1": w1, "lokr_w2": w2, "dora_scale": norms * 1.2}
+    adapter = read_comfy("file", {f"{KEY}.{name}": tensor for name, tensor in tensors.items()}, {})
+    torch.testing.assert_close(get_layer_adapter(adapter, PATH, W).weight(W), 1.2 * V)
 
 
 def test_a_convolution_gets_its_last_dimension_back() -> None:
@@ -79,7 +111,11 @@ M22, M32 = torch.ones(2, 2), torch.ones(3, 2)
         ({"lokr_w1": M22, "lokr_w2_a": M22}, "fit together"),
         ({"lokr_w1": M22, "lokr_w1_a": M22, "lokr_w2": M22}, "fit together"),
         ({"lokr_w1": M22, "lokr_w2": torch.ones(4)}, "must be a matrix"),
-        ({"lokr_w1": M22, "lokr_w2": M22, "dora_scale": M22}, "is not supported"),
+        ({"lokr_w1": M22, "lokr_w2": M22, "dora_scale": M22}, "does not fit"),
+        ({"oft_blocks": M22}, "square matrices"),
+        ({"oft_blocks": torch.ones(1, 1, 2, 2)}, "BOFT"),
+        ({"oft_blocks": torch.ones(1, 4, 4), "dora_scale": torch.ones(4, 1)}, "alone"),
+        ({"oft_blocks": torch.ones(1, 4, 4), "rescale": torch.ones(4, 1)}, "is not supported"),
         ({"lokr_w1": M22, "lokr_w2": M22, "lora_up.weight": M22}, "is not supported"),
         ({"lokr_t2": M22, "lokr_w1": M22}, "is not supported"),
         ({"lokr_w1": torch.ones(200, 200), "lokr_w2": torch.ones(200, 200)}, "no model is as large"),
@@ -88,14 +124,3 @@ M22, M32 = torch.ones(2, 2), torch.ones(3, 2)
 def test_what_does_not_fit_is_refused(tensors: dict[str, Tensor], message: str) -> None:
     with pytest.raises(AdapterError, match=message):
         changed(tensors, (4, 4))
-
-
-def test_many_layers_together_may_not_ask_for_all_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comfy, "MAX_DELTAS", 100)
-    layers = {
-        f"diffusion_model.transformer.layers.{index}.self_attn.to_qkv.lokr_w{which}": torch.ones(2, 3)
-        for index in range(3)
-        for which in "12"
-    }
-    with pytest.raises(AdapterError, match="no model is as large"):
-        read_comfy("file", layers, {})

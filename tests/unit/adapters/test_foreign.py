@@ -83,7 +83,7 @@ def test_comfy_dora_is_played_as_comfyui_plays_it(
     adapter = load_adapter(tmp_path / "a.safetensors")
     found = play(adapter, model, strength)[f"model.{QKV}.weight"]
     torch.testing.assert_close(found, W + strength * (V * scale / norms - W), atol=1e-6, rtol=0)
-    assert adapter.spec.adapter_type == ("dora-cols" if axis == "columns" else "comfy-dora")
+    assert adapter.spec.adapter_type == ("dora-cols" if axis == "columns" else "comfy")
 
 
 @pytest.mark.parametrize("prefix", ["lycoris_", "lora_unet_"])
@@ -167,8 +167,7 @@ def test_the_tools_keep_changes_of_biases_or_say_that_they_do_not(
     with pytest.raises(AdapterError, match="changes of biases"):
         convert_adapter(trained_in_comfy, tmp_path / "peft", "peft")
     approximate = convert_adapter(trained_in_comfy, tmp_path / "peft", "peft", truncation=Truncation(RANK))
-    merged = merge_adapters([(trained_in_comfy, 1.0)], tmp_path / "m.safetensors", truncation=Truncation(RANK))
-    assert all(any("bias" in text for text in done.warnings) for done in (approximate, merged))
+    assert any("bias" in text for text in approximate.warnings)
     assert not inspect_adapter(trained_in_comfy, model).problems
     merge_adapters([(trained_in_comfy, 1.0)], tmp_path / "merged", model)
     stored = load_file(tmp_path / "merged" / "model.safetensors")
@@ -355,9 +354,7 @@ REFUSED = [
     ([f"{NATIVE}.0", f"diffusion_model.{QKV}"], "2 adapters, named as"),
     ([f"diffusion_model.{QKV}", f"lora_unet_{FLAT}"], "two adapters on the same layer"),
     ([f"model.{QKV}", f"model.model.{QKV}"], "two adapters on the same layer"),
-    (["pretransform.model.decoder.layers.0.conv.parametrizations.weight.0"], "on the autoencoder"),
-    (["decoder.layers.3.layers.1", f"diffusion_model.{QKV}"], "on the autoencoder"),
-    (["base_model.model.decoder.layers.0"], "on the autoencoder"),
+    (["pretransform.model.encoder.layers.0.conv.parametrizations.weight.0"], "on the autoencoder"),
     (["lora_te_text_model_encoder_layers_0_mlp_fc1"], "the text encoder"),
     (["text_encoder.encoder.block.0.layer.0.SelfAttention.q", f"diffusion_model.{QKV}"], "the text encoder"),
     (["transformer.transformer_blocks.0.self_attn.to_q"], "diffusers"),
@@ -434,7 +431,7 @@ def test_a_type_that_the_tensors_contradict_is_refused(adapter_type: str, factor
 
 def test_a_native_file_may_be_one_of_comfyui_s_dora(model: Any, weights: Any, factors: Any, tmp_path: Path) -> None:
     (A, B), W = factors(f"model.{QKV}"), weights[f"model.{QKV}"]
-    config = {"lora_config": json.dumps({"rank": RANK, "adapter_type": "comfy-dora"})}
+    config = {"lora_config": json.dumps({"rank": RANK, "adapter_type": "comfy"})}
     for shape, fits in (((len(B), 1), True), ((1, A.shape[1]), True), ((), False), ((len(B),), False), ((3, 1), False)):
         stored = {"lora_A": A, "lora_B": B, "magnitude": torch.full(shape, 0.5)}
         save_file({f"{NATIVE}.0.{name}": x for name, x in stored.items()}, tmp_path / "a.safetensors", config)
@@ -467,7 +464,7 @@ def test_training_starts_only_from_what_it_can_continue(change: str) -> None:
     }[change]
     changed = Adapter(adapter.spec, {**adapter.tensors, path: {**params, **extra}}, {}, "file")
     if change == "type":
-        changed = Adapter(AdapterSpec("comfy-dora", rank=2), adapter.tensors, {}, "file")
+        changed = Adapter(AdapterSpec("comfy", rank=2), adapter.tensors, {}, "file")
     with pytest.raises(AdapterError, match="sa3-adapter merge"):
         inject(Small(), spec).load(changed)
 

@@ -220,13 +220,13 @@ class TestRefusals:
         assert "changes nothing" in message
         assert "9 layers" in message
 
-    def test_a_refused_replacement_leaves_the_one_that_plays(self, model: Any, adapter: Adapter) -> None:
+    def test_a_refused_adapter_leaves_the_one_that_plays(self, model: Any, adapter: Adapter) -> None:
         stack = AdapterStack(model)
         stack.add(adapter)
         stack.apply()
         playing = model()
         with pytest.raises(AdapterError, match="no layer matches"):
-            stack.replace(0, edited(replace(adapter, metadata={}), lambda tensors: renamed(tensors, 9)))
+            stack.add(edited(replace(adapter, metadata={}), lambda tensors: renamed(tensors, 9)))
         assert not stack.apply()
         assert torch.equal(model(), playing)
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from helpers.small_model import Small, train_adapter
 from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.apply.stack import AdapterStack
-from sa3train.adapters.formats.comfy import write_comfy
+from sa3train.adapters.formats.comfy_write import write_comfy
 from sa3train.adapters.formats.io import load_adapter, save_adapter
 from sa3train.adapters.spec import AdapterSpec
 from sa3train.adapters.tools.service import merge_adapters

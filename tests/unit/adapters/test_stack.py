@@ -176,20 +176,21 @@ class TestFilter:
 
 
 class TestSwapping:
-    def test_remove_and_replace(self, model: Any, adapters: dict[str, Adapter]) -> None:
+    def test_remove_and_add(self, model: Any, adapters: dict[str, Adapter]) -> None:
         base, stack = weights(model), AdapterStack(model)
         stack.add(adapters["lora"], 0.5)
         stack.add(adapters["bora"], 0.7, conditioner_strength=0.1, interval=(0.0, 0.5), exclude_layers=["ff.up"])
         stack.add(adapters["one"], 0.9)
         stack.apply()
         stack.remove(0)
-        stack.replace(0, adapters["rows-xs"])
+        stack.remove(0)
+        stack.add(adapters["rows-xs"], 0.7, conditioner_strength=0.1, interval=(0.0, 0.5), exclude_layers=["ff.up"])
         stack.apply(0.3)
         played = lambda path: 0.1 if path == CONDITIONER else 0.0 if "ff.up" in path else 0.7  # noqa: E731
-        assert_sum(model, base, (adapters["rows-xs"], played), (adapters["one"], 0.9))
+        assert_sum(model, base, (adapters["one"], 0.9), (adapters["rows-xs"], played))
         stack.apply(0.6)
-        assert_sum(model, base, (adapters["rows-xs"], lambda path: 0.1 * (path == CONDITIONER)), (adapters["one"], 0.9))
-        assert [report.adapter_type for report in stack.reports] == ["dora-rows-xs", "dora-cols"]
+        assert_sum(model, base, (adapters["one"], 0.9), (adapters["rows-xs"], lambda path: 0.1 * (path == CONDITIONER)))
+        assert [report.adapter_type for report in stack.reports] == ["dora-cols", "dora-rows-xs"]
         stack.clear()
         assert_same_bits(weights(model), base)
 
@@ -204,7 +205,7 @@ class TestSwapping:
     def test_there_is_no_such_adapter(self, model: Any, adapters: dict[str, Adapter]) -> None:
         stack = AdapterStack(model)
         stack.add(adapters["lora"])
-        for act in (stack.remove, lambda i: stack.replace(i, adapters["bora"]), lambda i: stack.set_strength(1.0, i)):
+        for act in (stack.remove, lambda i: stack.set_strength(1.0, i)):
             for index in (1, -1):
                 with pytest.raises(AdapterError, match=f"index {index}; 1 are loaded"):
                     act(index)
@@ -226,7 +227,7 @@ class TestSwapping:
         base, stack = weights(model), AdapterStack(model, semantics)
         state: list[tuple[str, float, tuple[float, float]]] = []
         for _ in range(12):
-            step = draw.choice(["add", "add", "remove", "replace", "strength"]) if state else "add"
+            step = draw.choice(["add", "add", "remove", "strength"]) if state else "add"
             index = draw.randrange(len(state)) if state else 0
             name, strength = draw.choice(list(SPECS)), draw.choice([0.0, 0.3, 1.0, -0.5])
             if step == "add":
@@ -236,9 +237,6 @@ class TestSwapping:
             elif step == "remove":
                 del state[index]
                 stack.remove(index)
-            elif step == "replace":
-                state[index] = (name, *state[index][1:])
-                stack.replace(index, adapters[name])
             else:
                 state[index] = (state[index][0], strength, state[index][2])
                 stack.set_strength(strength, index)
@@ -282,8 +280,7 @@ class TestLeastBaking:
             (lambda: stack.set_strength(0.3, 1), 0.6, ()),  # closed at 0.6
             (lambda: stack.remove(1), 0.6, ()),
             (lambda: stack.add(adapters["rows-xs"]), 0.6, adapters["rows-xs"].tensors),
-            (lambda: stack.replace(1, adapters["one"]), 0.6, {*adapters["rows-xs"].tensors, *adapters["one"].tensors}),
-            (lambda: stack.remove(1), 0.6, adapters["one"].tensors),
+            (lambda: stack.remove(1), 0.6, adapters["rows-xs"].tensors),
         ):
             baked.clear()
             if act is not None:

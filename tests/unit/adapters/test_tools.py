@@ -19,21 +19,27 @@ from sa3train.adapters.apply.stack import AdapterStack
 from sa3train.adapters.formats.io import load_adapter, save_adapter
 from sa3train.adapters.spec import KINDS, AdapterSpec
 from sa3train.adapters.tools.base_weights import get_weights
+from sa3train.adapters.tools.combine import combine
 from sa3train.adapters.tools.edit import (
     convert_to_diff,
+    drop_bias_changes,
     expand_bases,
     extract,
-    measure_difference,
     merge,
     resize,
     scale,
 )
 from sa3train.adapters.tools.inspect import compare_adapters, inspect_adapter, plot_layers
 from sa3train.adapters.tools.low_rank import Truncation, compute_inner_product, truncate_matrix, truncate_product
+from sa3train.adapters.tools.measure import measure_difference
 from sa3train.adapters.tools.merge_checkpoint import WeightedAdapter, merge_into_checkpoint, rewrite_tensors
+from sa3train.adapters.tools.service import merge_adapters
 from sa3train.core.errors import AdapterError, SA3Error
 from sa3train.core.files import hash_file, replace_folder
 from sa3train.models.checkpoint import load_checkpoint
+from sa3train.models.parse import complete_config, read_config_file
+
+FACTORS = {"lora_A": torch.randn(2, 4), "lora_B": torch.randn(4, 2)}
 
 
 def golden(kind: str, which: str = "plain") -> Path:
@@ -95,13 +101,40 @@ def test_inner_products_need_no_products() -> None:
         assert compute_inner_product(*pair) == pytest.approx(expected, rel=1e-4)
 
 
-def test_merging_leaves_out_layers_of_which_only_the_bias_changes() -> None:
-    layers = {"model.one": {"diff": torch.randn(4, 4)}, "model.two": {"diff_b": torch.randn(4)}}
-    merged, loss = merge([Adapter(AdapterSpec("diff"), layers)], [1.0], Truncation(4))
-    assert list(merged.tensors) == ["model.one"]
-    assert loss.not_carried == ["model.two: the change of its bias"]
-    with pytest.raises(AdapterError, match="biases"):
-        merge([Adapter(AdapterSpec("diff"), {"model.two": layers["model.two"]})], [1.0], Truncation(4))
+@pytest.mark.parametrize("others", [{}, {"magnitude": torch.rand(4)}])
+def test_changes_of_biases_are_merged_and_left_out_only_where_the_format_has_none(
+    others: dict[str, Tensor], tmp_path: Path
+) -> None:
+    W, bias = {"model.one": torch.randn(4, 4), "model.two": torch.randn(4, 4)}, torch.randn(4)
+    layers = {"model.one": {"diff": torch.randn(4, 4), "diff_b": bias}, "model.two": {"diff_b": bias}}
+    plain = Adapter(
+        AdapterSpec("lora", rank=2), {"model.one": {**FACTORS, "diff_b": bias}, "model.two": {"diff_b": bias}}
+    )
+    one = {"model.one": {**FACTORS, **others}}
+    kind = Adapter(AdapterSpec("dora-rows" if others else "lora", rank=2), one)
+    merged, _ = combine([plain, kind], [2.0, 1.0], W) or merge([plain, kind], [2.0, 1.0], Truncation(4), W)
+    assert set(merged.tensors) == {"model.one", "model.two"}
+    for path in W:
+        torch.testing.assert_close(merged.tensors[path]["diff_b"], 2 * bias)
+    torch.testing.assert_close(effective(merged, W)["model.two"], W["model.two"])
+    save_adapter(tmp_path / "a.safetensors", Adapter(AdapterSpec("diff"), layers), None)
+    for target, biases in (("b.safetensors", {"model.one", "model.two"}), ("b", set())):
+        result = merge_adapters([(tmp_path / "a.safetensors", 1.0)], tmp_path / target, truncation=Truncation(4))
+        written = load_adapter(tmp_path / target).tensors
+        assert {path for path, params in written.items() if "diff_b" in params} == biases
+        assert sum("bias" in warning for warning in result.warnings) == 2 - len(biases)
+    biases_alone = Adapter(AdapterSpec("lora"), {"model.two": {"diff_b": bias}})
+    for made, _ in (resize(biases_alone, Truncation(4)), merge([biases_alone], [1.0], Truncation(4))):
+        assert made.tensors["model.two"]["diff_b"].equal(bias)
+    with pytest.raises(AdapterError, match="only biases"):
+        drop_bias_changes(Adapter(AdapterSpec("diff"), {"model.two": layers["model.two"]}))
+
+
+def test_a_merge_has_the_prompts_of_the_adapters_that_were_added() -> None:
+    texts = (["a koto", "a shamisen"], ["a taiko", "a koto"], ["a whistle"])
+    adapters = [Adapter(AdapterSpec("lora", rank=2), {"model.one": FACTORS}, {"prompts": json.dumps(x)}) for x in texts]
+    merged, _ = merge(adapters, [0.5, 1.0, -1.0], Truncation(2))
+    assert merged.prompts == ["a koto", "a taiko", "a shamisen"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -170,6 +203,56 @@ def test_kinds_with_magnitudes_are_scaled_as_a_lora_of_enough_rank(base: Any) ->
     assert loss.relative < 1e-6
     expected = {path: torch.lerp(weights[path], W, 0.5) for path, W in effective(adapter, weights).items()}
     assert_close(effective(half, weights), expected)
+
+
+@pytest.mark.parametrize("kind", ["dora-rows", "dora-cols", "dora-rows-xs", "dora-cols-xs"])
+def test_adapters_with_magnitudes_are_scaled_and_merged_exactly(kind: str, base: Any) -> None:
+    weights, axis = get_weights(base), kind.split("-")[1]
+    first = train_adapter(AdapterSpec(kind, rank=2, alpha=3.0), base, seed=1)
+    second = train_adapter(AdapterSpec(kind, rank=3, exclude=["layers.0"]), base, seed=2)
+    plain = train_adapter(AdapterSpec("lora", rank=2, include=["layers[0-10]"]), base, seed=3)
+    for adapters, strengths in (
+        ([first], [0.5]),
+        ([first], [-1.3]),
+        ([first, second, plain], [0.6, 0.5, -0.4]),
+    ):
+        found = combine(adapters, strengths, weights)
+        assert found is not None
+        one, loss = found
+        assert (one.spec.adapter_type, loss.relative) == (f"dora-{axis}", 0.0)
+        expected = {path: W.clone() for path, W in weights.items() if any(path in a.tensors for a in adapters)}
+        for adapter, strength in zip(adapters, strengths, strict=True):
+            for path, W in effective(adapter, weights).items():
+                expected[path] += strength * (W - weights[path])
+        assert_close(effective(one, weights), expected)
+        assert all(
+            len(params["lora_A"]) == sum(a.spec.rank for a in adapters if path in a.tensors)
+            for path, params in one.tensors.items()
+        )
+
+
+@pytest.mark.parametrize("kind", ["dora-rows", "dora-cols"])
+def test_magnitudes_are_kept_where_the_rank_does_not_suffice(kind: str, base: Any) -> None:
+    weights = get_weights(base)
+    adapters = [train_adapter(AdapterSpec(kind, rank=2), base, seed=seed) for seed in (1, 2)]
+    found = [combine(adapters, [1.0, 1.0], weights, truncation) for truncation in (None, Truncation(3))]
+    (whole, _), (cut, loss) = (each or pytest.fail("refused") for each in found)
+    assert cut.spec.rank == 3
+    assert measure_difference(whole, cut, weights).relative == pytest.approx(loss.relative, rel=0.1)
+    assert loss.relative < 0.9 * merge(adapters, [1.0, 1.0], Truncation(3), weights)[1].relative
+
+
+def test_magnitudes_of_both_kinds_cannot_be_merged_into_one_adapter(base: Any) -> None:
+    weights = get_weights(base)
+    rows, cols, both = (train_adapter(AdapterSpec(kind, rank=2), base) for kind in ("dora-rows", "dora-cols", "bora"))
+    for adapters in ([rows, cols], [rows, both], [both]):
+        assert combine(adapters, [1.0] * len(adapters), weights) is None
+    path = next(iter(rows.tensors))
+    V = weights[path].flatten(1) + rows.tensors[path]["lora_B"] @ rows.tensors[path]["lora_A"]
+    gain = float(rows.tensors[path]["magnitude"][0] / V[0].norm())
+    assert combine([rows], [1 / (1 - gain)], weights) is None  # at which nothing is left of a row's own weight
+    with pytest.raises(AdapterError, match="needs the weights"):
+        combine([rows], [0.5], None)
 
 
 def test_a_merge_of_enough_rank_is_the_sum(base: Any) -> None:
@@ -261,6 +344,8 @@ def test_a_merged_checkpoint_is_the_model_with_the_adapter_in_it(kind: str, tmp_
         "model_config.json",
         "t5gemma",
     }
+    config = json.loads((tmp_path / "merged" / "model_config.json").read_text())
+    assert config == complete_config(read_config_file(PLAIN / "model_config.json"), "plain")
 
 
 def stored_as_bf16(name: str, stored_in: dict[str, str]) -> bool:
@@ -348,6 +433,11 @@ def test_a_comparison_finds_what_differs(base: Any) -> None:
         assert row.relative_difference == pytest.approx(float((one - other).norm() / one.norm()), rel=1e-3)
     frozen = compare_adapters(first, train_adapter(AdapterSpec("lora-xs", rank=2), base))
     assert all(row.cosine is None for row in frozen.layers.values())
+    exact = convert_to_diff(narrower, weights)
+    apart = compare_adapters(narrower, exact)  # without the base, the product of a DoRA is not its change
+    assert all(row.cosine is None for row in apart.layers.values())
+    assert "depends on the base model" in apart.warnings[0]
+    assert all(row.relative_difference < 1e-5 for row in compare_adapters(narrower, exact, base).layers.values())
 
 
 def test_what_was_there_comes_back_after_a_kill_between_two_renames(tmp_path: Path) -> None:

@@ -63,9 +63,9 @@ def test_comfy_dora_divides_rows_by_the_norms_of_the_untouched_weight_and_column
     W, A, B = torch.randn(6, 9), torch.randn(2, 9), torch.randn(6, 2)
     by_row, by_column = torch.rand(6, 1), torch.rand(1, 9)
     V = W + 0.5 * B @ A
-    rows = compute_effective_weight("comfy-dora", W, {"lora_A": A, "lora_B": B, "magnitude": by_row}, 0.5)
+    rows = compute_effective_weight("comfy", W, {"lora_A": A, "lora_B": B, "magnitude": by_row}, 0.5)
     torch.testing.assert_close(rows, V * by_row / W.norm(dim=1, keepdim=True))
-    cols = compute_effective_weight("comfy-dora", W, {"lora_A": A, "lora_B": B, "magnitude": by_column}, 0.5)
+    cols = compute_effective_weight("comfy", W, {"lora_A": A, "lora_B": B, "magnitude": by_column}, 0.5)
     torch.testing.assert_close(cols, V * by_column / V.norm(dim=0, keepdim=True))
 
 

@@ -1,6 +1,7 @@
 """Reading and writing audio files of every kind a user may bring."""
 
 import errno
+import os
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,15 @@ def test_what_ffmpeg_says_is_passed_on(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setenv("PATH", str(tmp_path))
     (tmp_path / "song.m4a").write_bytes(b"M4A!")
     with pytest.raises(AudioError, match="moov atom not found"):
+        read_audio(tmp_path / "song.m4a")
+
+
+def test_a_signal_to_our_process_group_does_not_cut_ffmpeg_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it had decoded by then would count as the whole file."""
+    write_fake_ffmpeg(tmp_path, "import os; sys.exit(f'group {os.getpgrp()}')")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "song.m4a").write_bytes(b"M4A!")
+    with pytest.raises(AudioError, match=rf"group (?!{os.getpgrp()}\))\d"):
         read_audio(tmp_path / "song.m4a")
 
 

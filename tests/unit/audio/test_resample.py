@@ -7,7 +7,7 @@ import torch
 
 from helpers.audio import tone
 from sa3train.audio import resample as module
-from sa3train.audio.resample import resample
+from sa3train.audio.resample import BEST, RELEASED, SincFilter, resample
 from sa3train.core.errors import AudioError
 
 
@@ -31,11 +31,12 @@ def test_a_tone_stays_the_same_tone(rate: int) -> None:
     assert (result[:, inside] - expected[:, inside]).abs().max() < 1e-3
 
 
-def test_both_filters_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sinc", [BEST, RELEASED])
+def test_both_ways_agree(monkeypatch: pytest.MonkeyPatch, sinc: SincFilter) -> None:
     audio = torch.randn(2, 9600, generator=torch.Generator().manual_seed(0))
-    one = resample(audio, 48000, 44100)
+    one = resample(audio, 48000, 44100, sinc)
     monkeypatch.setattr(module, "MAX_TAPS", 0)
-    other = resample(audio, 48000, 44100)
+    other = resample(audio, 48000, 44100, sinc)
     assert one.shape == other.shape
     assert (one - other)[:, 200:-200].abs().max() < 2e-2
 

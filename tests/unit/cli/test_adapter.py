@@ -68,6 +68,30 @@ def test_inspect_shows_a_misfit_and_then_fails(capsys: pytest.CaptureFixture[str
     assert "is refused" in shown.err
 
 
+def test_a_card_has_examples_generated_with_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    save_adapter("koto.safetensors", replace(load_adapter(LORA), metadata={"prompts": '["solo koto"]'}))
+    assert run("card", "koto.safetensors", "--model", PLAIN, "--duration", "0.2") == 0
+    shown = capsys.readouterr().out
+    assert "Wrote koto-hub: README.md, koto.safetensors, samples/1.flac" in shown and "no license stated" in shown
+    card = Path("koto-hub/README.md").read_text()
+    assert "[1.flac](samples/1.flac)" in card and "solo koto" in card
+    written = run_json(capsys, "card", "koto.safetensors", "-o", "bare", "--no-prompts", "--license", "mit")
+    assert written["files"] == ["README.md", "koto.safetensors"]
+    assert "solo koto" in " ".join(run_json(capsys, "inspect", "koto.safetensors")["prompts"])
+
+
+def test_a_model_and_an_adapter_go_to_diffusers_and_back(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("convert", OTHER, "adapter", "--to", "diffusers") == 0
+    assert run("merge", "adapter=0.5", "--model", OTHER.parents[1], "--to", "diffusers", "-o", "pipeline") == 0
+    assert run("inspect", OTHER, "--model", "pipeline") == 0
+    assert "it can be loaded" in capsys.readouterr().out
+    found = run_json(capsys, "merge", "--model", PLAIN, "--to", "diffusers", "-o", "plain")
+    assert len(found["not_carried"]) == 1
+    assert not (Path("plain") / "vae").exists()
+    assert run("inspect", LORA, "--model", "plain") == 1
+    assert "has no vae" in capsys.readouterr().err
+
+
 LINKS: dict[str, Callable[[Path], object]] = {
     "mine.safetensors": lambda link: None,
     "folder/../mine.safetensors": lambda link: None,
@@ -120,9 +144,10 @@ def test_diff_compares_tensors_or_whole_changes(capsys: pytest.CaptureFixture[st
     assert run("diff", LORA, LORA) == 0
     assert "bit for bit" in capsys.readouterr().out
     assert run("diff", LORA, DORA, "--layers") == 0
-    shown = capsys.readouterr().out
-    assert "adapter_type" in shown
-    assert "31 of 31 shared layers" in shown
+    shown = capsys.readouterr()
+    assert "adapter_type" in shown.out
+    assert "31 of 31 shared layers" in shown.out
+    assert "31 layers are not compared" in shown.err
     found = run_json(capsys, "diff", LORA, BORA, "--model", PLAIN)
     assert found["compared"] == "weight changes"
     assert all(row["cosine"] is not None for row in found["layers"].values())
@@ -165,9 +190,17 @@ def test_merge_into_one_adapter(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["error"] < 1e-6
     apart = run_json(capsys, "diff", LORA, "same.safetensors")["layers"]
     assert max(row["relative_difference"] for row in apart.values()) < 1e-4
-    found = run_json(capsys, "merge", LORA, f"{DORA}=0.5", "-o", "both.safetensors", "--rank", 6, "--model", PLAIN)
+    words = ["merge", LORA, f"{DORA}=0.5", "-o", "both.safetensors", "--model", PLAIN, "--overwrite"]
+    assert run(*words, "--rank", 6) == 1
+    assert "--allow-loss" in capsys.readouterr().err
+    found = run_json(capsys, *words, "--rank", 6, "--allow-loss")
+    assert (found["adapter_type"], found["rank"]) == ("dora-rows", "6")
     assert 0.01 < found["error"] < 1
+    found = run_json(capsys, *words)  # the ranks add up
+    assert (found["adapter_type"], found["rank"], found["error"]) == ("dora-rows", "7", 0)
     assert run("inspect", "both.safetensors", "--model", PLAIN) == 0
+    assert run(*words[:3], BORA, *words[3:]) == 1
+    assert "merge into a checkpoint" in capsys.readouterr().err
 
 
 def test_merge_into_a_checkpoint_and_extract_it_again(capsys: pytest.CaptureFixture[str]) -> None:
@@ -215,8 +248,14 @@ def test_resize_and_scale(capsys: pytest.CaptureFixture[str]) -> None:
     assert half.spec.get_scale("model.transformer.project_in") == -0.5
     with safe_open("half.safetensors", framework="pt") as file:
         assert "scale" in file.metadata()["sa3train_history"]
-    found = run_json(capsys, "scale", DORA, "d.safetensors", "0.5", "--model", PLAIN, "--rank", 64)
-    assert found["adapter_type"] == "lora"
+    found = run_json(capsys, "scale", DORA, "d.safetensors", "0.5", "--model", PLAIN)
+    assert (found["adapter_type"], found["rank"], found["error"]) == ("dora-rows", "3", 0)
+    words = ["scale", BORA, "b.safetensors", "0.5", "--model", PLAIN, "--rank", 8]
+    assert run(*words) == 1
+    assert "would lose" in capsys.readouterr().err
+    found = run_json(capsys, *words, "--allow-loss")
+    assert (found["adapter_type"], found["rank"]) == ("lora", "8")
+    assert found["error"] > 0.01
 
 
 def test_another_base_than_it_was_trained_on_is_warned_of(capsys: pytest.CaptureFixture[str]) -> None:
@@ -235,12 +274,19 @@ def test_another_base_than_it_was_trained_on_is_warned_of(capsys: pytest.Capture
         (["inspect", LORA, "--model", "nowhere"], "nowhere"),
         (["inspect", LORA, "--plot", "/proc/none/x.png"], "cannot write"),
         (["diff", LORA, OTHER, "--model", PLAIN], "is refused"),
+        (["diff", LORA, LORA, "--layers", "--json"], "--layers has no effect with --json"),
         (["convert", BORA, "out"], "peft has no bora"),
         (["convert", BORA, "out.safetensors", "--to", "comfy"], "--model NAME"),
         (["convert", LORA, "out", "--to", "comfy"], "does not suit"),
         (["convert", LORA, "out.safetensors", "--to", "peft"], "does not suit"),
         (["convert", LORA, "out.safetensors", "--rank", "2"], "use: sa3-adapter resize"),
         (["convert", "none.ckpt", "out.safetensors"], "There is no adapter at"),
+        (["card", LORA, "-p", "koto"], "--prompt has no effect"),
+        (["card", LORA, "--duration", "3"], "--duration has no effect"),
+        (["card", LORA, "--strength", "nan"], "--strength nan"),
+        (["card", LORA, "--name", "a/b"], "without slashes"),
+        (["card", LORA, "--model", PLAIN], "carries no prompts"),
+        (["card", LORA, "-o", OTHER.parents[1]], "exists already"),
         (["merge", LORA, "-o", "out"], "to merge into"),
         (["merge", f"{LORA}=loud", "-o", "out", "--model", PLAIN], "strength 'loud'"),
         (["merge", OTHER, "-o", "out", "--model", PLAIN], "is refused"),
@@ -256,16 +302,21 @@ def test_another_base_than_it_was_trained_on_is_warned_of(capsys: pytest.Capture
         (["resize", LORA, "out.safetensors", "--rank", "0"], "from 1 to"),
         (["resize", LORA, "out.safetensors", "--rank", "100000"], "from 1 to"),
         (["resize", LORA, "out.ckpt", "--rank", "2"], "does not suit"),
-        (["convert", LORA, "out.gguf"], "does not suit"),
+        (["resize", LORA, "out.gguf", "--rank", "2"], "does not suit"),
+        (["convert", LORA, "out.safetensors", "--to", "gguf"], "does not suit"),
+        (["convert", LORA, "out.safetensors", "--dtype", "q8_0"], "cannot be written in q8_0"),
+        (["convert", LORA, "out.safetensors", "--to", "sa3cpp", "--dtype", "bf16"], "cannot be written in bf16"),
         (["inspect", LORA, "--plot", "out.json"], r".png"),
         (["merge", f"{LORA}=0", "-o", "out.safetensors", "--rank", "2"], "strength 0"),
         (["merge", LORA, "-o", "out", "--model", PLAIN, "--dtype", "fp32"], "--dtype"),
-        (["merge", LORA, "-o", "out.safetensors", "--model", PLAIN], "folder"),
         (["scale", LORA, "out.safetensors", "1e30"], "factor"),
         (["resize", LORA, "out.safetensors", "--explained-variance", "2"], "at most 1"),
         (["resize", XS, "out.safetensors", "--rank", "2"], "needs the weights"),
         (["scale", LORA, "out.safetensors", "0"], "other than 0"),
-        (["scale", DORA, "out.safetensors", "0.5"], "not proportional"),
+        (["scale", DORA, "out.safetensors", "0.5"], "needs the weights"),
+        (["scale", BORA, "out.safetensors", "0.5"], "not proportional"),
+        (["convert", DORA, "out.safetensors", "--to", "comfy"], "--model NAME"),
+        (["convert", LORA, "out.safetensors", "--dense"], "Set --to comfy"),
     ],
     ids=lambda value: " ".join(Path(str(word)).name for word in value)[:60] if isinstance(value, list) else "",
 )

@@ -108,16 +108,17 @@ def test_preview_of_a_run_tells_what_it_was_told(
         "seed=5",
         "data.batch_size=2",
     ]
-    assert train([f"data={shards}", f"model={MODEL}", "run_dir=run", *quick, *told]) == 0
+    assert train([f"data={os.path.relpath(shards)}", f"model={MODEL}", "run_dir=run", *quick, *told]) == 0
     os.environ.pop("SA3TRAIN_RUN_STAMP", None)
     capsys.readouterr()
-    assert main(["preview", "--run", "run", "-n", "3"]) == 0
+    monkeypatch.chdir(tmp_path / "run")
+    assert main(["preview", "--run", "../run", "-n", "3"]) == 0
     of_run = capsys.readouterr().out
     flags = ["--trigger", "sks", "--crop-seconds", "0.3", "--seed", "5", "--batch-size", "2"]
     assert main(["preview", str(shards), "-n", "3", *flags]) == 0
     assert of_run == capsys.readouterr().out and "sks" in of_run
     for arguments, message in (
-        (["--run", "run", "--trigger", "x", str(shards)], "shards, trigger has no effect with --run"),
+        (["--run", ".", "--trigger", "x", str(shards)], "shards, trigger has no effect with --run"),
         (["--run", "none"], "none is not a training run"),
         ([], "name a folder of latent shards, or a training run"),
     ):

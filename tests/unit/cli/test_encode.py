@@ -114,7 +114,7 @@ def test_too_many_bad_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     ("arguments", "message"),
     [
         (["source=/nowhere", "out={out}"], "cannot open /nowhere (it does not exist)"),
-        (["source={source}", "out={source}/x"], "is inside the source"),
+        (["source={source}", "out={source}"], "is the source itself"),
         (["source={source}"], "'out' must be given"),
         (["source={source}", "out={out}", "fix=dc"], "unknown setting 'fix'. Did you mean 'fixes'?"),
         (["source={source}", "out={out}", "fixes=reverb"], "fixes=reverb is unknown"),

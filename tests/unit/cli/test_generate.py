@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from helpers.audio import tone, write_clip
 from helpers.golden import GOLDEN
+from sa3train.adapters.formats.io import load_adapter, save_adapter
 from sa3train.cli.generate import main
 from sa3train.cli.generate_args import build_parser, parse_adapters, parse_output
 from sa3train.core.errors import GenerationError, SA3Error
@@ -228,6 +230,14 @@ def test_no_output_replaces_an_input(flag: str, name: str, capsys: pytest.Captur
     assert Path("take.wav").read_bytes() == before
 
 
+def test_prompts_that_an_adapter_carries_are_named_where_none_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    save_adapter("a.safetensors", replace(load_adapter(LORA), metadata={"prompts": '["solo koto", "it\'s 5"]'}))
+    assert run("--lora", "a.safetensors=0.5") == 1
+    assert "  -p 'solo koto'\n  -p 'it'\"'\"'s 5'" in capsys.readouterr().err
+    assert run("--lora", LORA) == 1
+    assert "trained with" not in capsys.readouterr().err
+
+
 def test_prompt_files_of_other_encodings_and_no_files(capsys: pytest.CaptureFixture[str]) -> None:
     Path("a.txt").write_text("café\n", encoding="utf-16")
     assert run("--prompt-file", "a.txt", "-o", "a.wav") == 0
@@ -374,7 +384,7 @@ def test_a_changed_input_adapter_or_model_is_refused(capsys: pytest.CaptureFixtu
     shutil.copy(LORA, "style.safetensors")
 
     write_clip("source.wav", tone(0.3, 441.0))
-    assert "init_audio source.wav has changed" in replay_error(capsys)
+    assert "input audio source.wav has changed" in replay_error(capsys)
     write_clip("source.wav", tone(0.3))
 
     weights = load_file("model/model.safetensors")
@@ -408,15 +418,82 @@ def test_what_was_never_a_file_or_a_seed_cannot_be_made_again(capsys: pytest.Cap
     gen = Generator.from_pretrained(MODEL, device="cpu")
     quick: dict[str, Any] = {"prompt": "x", "duration": 0.2, "steps": 1}
     gen.generate(**quick, init_audio=(44100, torch.zeros(2, 4410)), init_noise_level=0.5).save("a.wav")
-    assert "init_audio was given as an array" in replay_error(capsys)
+    assert "input audio was given as an array" in replay_error(capsys)
     gen.generate(**quick, generator=torch.Generator().manual_seed(1)).save("b.wav")
     assert "caller's own generator" in replay_error(capsys, name="b.wav.json")
 
 
-def test_settings_beside_a_sidecar_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+def test_flags_of_many_items_beside_a_sidecar_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("-p", "hum", "-o", "a.wav") == 0
-    assert "cfg-scale, steps" in replay_error(capsys, "--steps", "4", "--cfg-scale", "2")
+    assert "--at-a-time, --batch-size cannot" in replay_error(capsys, "--batch-size", "4", "--at-a-time", "2")
+    assert "prompt has 2 values" in replay_error(capsys, "-p", "a", "b")
     assert "records a .wav file" in replay_error(capsys, "-o", "a.flac")
+    assert "--steps 0 must" in replay_error(capsys, "--steps", "0")
+
+
+def test_a_sidecar_is_replayed_from_another_folder_and_after_a_move(monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(MODEL, "here/model", ignore=shutil.ignore_patterns("cases*", "adapters"))
+    Path("here/out").mkdir()
+    shutil.copy(LORA, "here/style.safetensors")
+    write_clip("here/source.wav", tone(0.3))
+    monkeypatch.chdir("here")
+    flags = ("--lora", "style.safetensors", "--init-audio", "source.wav", "-o", "out/a.wav")
+    assert run("-p", "hum", *flags, model="model") == 0
+    monkeypatch.chdir("out")
+    make_again()
+    monkeypatch.chdir("../..")
+    Path("here").rename("there")
+    make_again("there/out/a")
+
+
+def test_the_same_but_for_what_is_given(capsys: pytest.CaptureFixture[str]) -> None:
+    adapters = ("--lora", f"{LORA}=0.8@0.1-1", "--lora", f"{DORA}=0.5")
+    assert run("-p", "hum", "bells", *adapters, "-o", "a.wav") == 0
+    Path("elsewhere").mkdir()
+    changes = ("--seed", "5", "-p", "rain", "--steps", "3", "--lora", f"{LORA}=0.3", "--format", "flac")
+    assert main(["--from", "a_1.wav.json", *changes]) == 0
+    record, before = sidecar("a_1.flac.json"), sidecar("a_1.wav.json")
+    expected = before["settings"] | {"seed": 5, "prompt": ["hum", "rain"], "steps": 3}
+    assert (record["settings"], record["subtype"], record["item"]) == (expected, "PCM_24", 1)
+    one, two = record["adapters"]
+    assert (one["strength"], one["interval"], two) == (0.3, [0.1, 1.0], before["adapters"][1])
+    capsys.readouterr()
+    assert main(["--from", "a_1.wav.json", "--seed", "3"]) == 0  # the seed it has: the same audio, as another file
+    assert "a_1-2.wav: 0.30 s, seed 3" in capsys.readouterr().out
+    assert Path("a_1.wav").read_bytes() == Path("a_1-2.wav").read_bytes()
+
+
+def test_an_adapter_is_the_recorded_one_by_its_content(monkeypatch: pytest.MonkeyPatch) -> None:
+    for folder, adapter in (("here", LORA), ("there", DORA)):
+        Path(folder).mkdir()
+        shutil.copy(adapter, f"{folder}/style.safetensors")
+    shutil.copy(LORA, "there/copy.safetensors")
+    monkeypatch.chdir("here")
+    assert run("-p", "hum", "--lora", "style.safetensors", "-o", "a.wav") == 0
+    monkeypatch.chdir("../there")
+    for name, strengths in (("style", [1.0, 0.5]), ("copy", [0.5])):
+        output = f"{name}.wav"
+        assert main(["--from", "../here/a.wav.json", "--lora", f"{name}.safetensors=0.5", "-o", output]) == 0
+        assert [entry["strength"] for entry in sidecar(f"{output}.json")["adapters"]] == strengths
+
+
+def test_a_run_folder_is_recorded_as_the_file_that_it_stands_for(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("run/checkpoints").mkdir(parents=True)
+    Path("run/run.json").write_text("{}")
+    for name in ("adapter", "checkpoints/step-00000002"):
+        shutil.copy(LORA, f"run/{name}.safetensors")
+    assert run("-p", "hum", "--lora", "run", "--lora", "run@2", "-o", "a.wav") == 0
+    make_again()
+    shutil.copy(DORA, "run/adapter.safetensors")
+    assert "adapter run/adapter.safetensors has changed" in replay_error(capsys)
+
+
+def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(MODEL, "mine", ignore=shutil.ignore_patterns("cases*", "adapters"))
+    assert main(["--list-models"]) == 0
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert (shown["nano"], shown["./mine"]) == ("comes with sa3train", "folder")
+    assert "huggingface.co" in shown["medium"]
 
 
 # Bad input
@@ -450,28 +527,32 @@ BAD: list[tuple[tuple[Any, ...], str]] = [
     (("--lora-strength", "1"), "--lora-strength applies to --lora-ckpt-path"),
     (("--lora-index", "0"), "--lora-index has no effect"),
     (("--allow-partial",), "--allow-partial has no effect"),
+    (("--lora", LORA, "--exclude-layers", " ,"), "--exclude-layers has no effect"),
+    (("--list-models",), "--list-models stands alone"),
     (("--init-audio", "nan.wav"), "NaN or infinite"),
     (("--init-audio", "missing.wav"), "no such audio file: missing.wav"),
     (("--init-audio", "text.wav"), "cannot read text.wav"),
     ((*INPAINT, "--inpaint-start", 0.2, "--inpaint-end", 0.1), "ends before it starts"),
     ((*INPAINT, "--inpaint-start", 0.1, "--inpaint-end", 9), "ends after the duration of 0.3 s"),
-    ((*INPAINT, "--inpaint-start", 0.1), "inpaint_mask_start_seconds and inpaint_mask_end_seconds"),
-    ((*INPAINT, "--inpaint-start", 0, "--inpaint-start", 0.1, "--inpaint-end", 0.1), "2 values of inpaint_mask"),
-    (INPAINT, "inpaint_mask_start_seconds and inpaint_mask_end_seconds"),
-    (("--inpaint-start", 0.1, "--inpaint-end", 0.2), "no effect without inpaint_audio"),
-    (("--keep-exact",), "keep_exact=True has no effect"),
+    ((*INPAINT, "--inpaint-start", 0.1), "--inpaint-start and --inpaint-end"),
+    ((*INPAINT, "--inpaint-start", 0, "--inpaint-start", 0.1, "--inpaint-end", 0.1), "2 values of --inpaint-start"),
+    (INPAINT, "--inpaint-start and --inpaint-end"),
+    (("--inpaint-start", 0.1, "--inpaint-end", 0.2), "no effect without --inpaint-audio"),
+    (("--keep-exact",), "--keep-exact has no effect"),
     (("--duration", 0), "must be above 0"),
     (("--duration", -1), "must be above 0"),
-    (("--duration", 1000), "duration=1000"),
+    (("--duration", 1000), "--duration 1000"),
     (("--duration", 1, 2, 3, "-p", "a"), "prompt has 2 values for 3 items"),
-    (("--cfg-scale", 1, "--negative-prompt", "x"), "negative_prompt has no effect with cfg_scale=1"),
-    (("--init-noise-level", 0.5), "no effect without init_audio"),
-    (("--steps", 0), "steps=0 must be from 1 to 1000"),
-    (("--sampler-type", "heun"), "sampler_type=heun"),
+    (("--cfg-scale", 1, "--negative-prompt", "x"), "--negative-prompt has no effect with --cfg-scale 1"),
+    (("--init-noise-level", 0.5), "no effect without --init-audio"),
+    (("--init-noise-level", 0.9), "--init-noise-level 0.9 has no effect without --init-audio"),
+    (("--cfg-scale", 1, "--cfg-interval", 0, 1), "--cfg-interval has no effect with --cfg-scale 1"),
+    (("--steps", 0), "--steps 0 must be from 1 to 1000"),
+    (("--sampler-type", "heun"), "--sampler-type heun"),
     (("--prompt-file", "text.wav"), "exactly one of"),
     (("--at-a-time", "0"), "--at-a-time 0"),
     (("--duration", 1, 2, 3, "-p", "a", "--at-a-time", 1), "prompt has 2 values for 3 items"),
-    (("--duration", 1, 1000, "-p", "a", "--at-a-time", 1), "duration=1000"),
+    (("--duration", 1, 1000, "-p", "a", "--at-a-time", 1), "--duration 1000"),
     (("-o", "text.wav/a.wav"), "is not a writable folder"),
     (("-o", "same-only"), "same-only: it is a folder"),
     (("-o", "later/"), "later/: it is a folder"),
@@ -479,19 +560,19 @@ BAD: list[tuple[tuple[Any, ...], str]] = [
     (("-o", "a.xyz"), "unknown suffix '.xyz'"),
     (("-o", "a.flac", "--format", "wav"), "--format wav writes .wav files, but -o names a.flac"),
     (("-o", "theirs.wav", "--overwrite"), "would replace theirs.wav.json"),
-    (("--from", "none.json"), "no effect with --from"),
+    (("--from", "none.json"), "no such sidecar"),
     *(((flag, "x" * 300), f"{flag} 'xxx") for flag in ("-o", "--model", "--device")),
     *(((flag, ""), "must not be empty") for flag in ("-o", "--model", "--device", "--init-audio")),
     (("--lora", "x" * 300), "There is no adapter at xxx"),
-    (("--init-audio", "x" * 300), "init_audio=xxx"),
+    (("--init-audio", "x" * 300), "--init-audio xxx"),
     (("--device", "meta"), "unknown device 'meta'"),
-    (("--steps", 10**9), "steps=1000000000 must be from 1 to 1000"),
-    (("--seed", 2**64), "seed=18446744073709551616 must be from -1"),
+    (("--steps", 10**9), "--steps 1000000000 must be from 1 to 1000"),
+    (("--seed", 2**64), "--seed 18446744073709551616 must be from -1"),
     (("--duration", "inf"), "duration must be a number"),
-    (("--batch-size", 10**9), "batch_size=1000000000 must be from 1 to"),
+    (("--batch-size", 10**9), "--batch-size 1000000000 must be from 1 to"),
     (("-p", "y", "--negative-prompt", "a", "--negative-prompt", "b", "c"), "prompt has 2 values for 3 items"),
     (("--batch-size", 10**4, "--duration", 120), "Out of memory while generating 10000 items"),
-    (("--cfg-interval", 0.1, 0.11), "cfg_interval=(0.1, 0.11) would have no effect"),
+    (("--cfg-interval", 0.1, 0.11), "--cfg-interval (0.1, 0.11) would have no effect"),
     (("--lora", f"{LORA}@0.1-0.11"), "interval=(0.1, 0.11) of"),
 ]
 

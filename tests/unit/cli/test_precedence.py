@@ -77,6 +77,22 @@ def test_what_is_named_twice_or_not_at_all_is_refused(
     assert code == 1 and said.startswith("error: ") and all(name in said for name in names), said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "rate"),
+    [
+        (["model=nano-base", "recipe=instrument"], 1e-3),
+        (["model.name=nano", "recipe=post-trained", "optimizer=adamw"], 1e-3),
+        (["model=nano-base", "optimizer=lion"], 3e-5),
+        (["model=nano-base", "optimizer.lr=2e-4"], 2e-4),
+        (["model=small-sfx-base", "recipe=sfx"], 1e-4),
+    ],
+)
+def test_nano_has_a_rate_of_its_own_unless_one_is_named(
+    arguments: list[str], rate: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert get(compose(capsys, *arguments)[1], "optimizer.lr") == rate
+
+
 def test_a_recipe_of_ones_own_is_no_different(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = place / "own" / "recipe"
     (recipe / "mine.yaml").write_text(f"{OWN}data:\n  pack_frames: 64\nadapter:\n  alpha: ???\n")

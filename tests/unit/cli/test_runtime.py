@@ -1,6 +1,7 @@
 """Commands end with one line and an exit code, and read their configuration the same way everywhere."""
 
 import contextlib
+import importlib
 import os
 import re
 import subprocess
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+import sa3train
 from sa3train.cli import hydra_app, train
 from sa3train.cli.config_files import find_config_dir
 from sa3train.cli.hydra_app import (
@@ -234,6 +236,13 @@ def test_help_loads_nothing_heavy() -> None:
     assert "trainer.max_steps=2000" in done.stdout
     for heavy in ("torch", "lightning", "transformers", "peft", "wandb"):
         assert not any(line.split("|")[-1].strip() == heavy for line in done.stderr.splitlines()), heavy
+
+
+@pytest.mark.parametrize("name", ["adapter", "bench", "data", "encode", "generate", "quickstart", "studio", "train"])
+def test_every_command_says_its_version(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.suppress(SystemExit):  # argparse
+        assert importlib.import_module(f"sa3train.cli.{name}").main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith(f"sa3train {sa3train.__version__} (Python ")
 
 
 def test_quick_help_is_hydras_own(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

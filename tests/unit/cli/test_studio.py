@@ -10,6 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sa3train.cli.studio import _note_other_studio
 from sa3train.studio.server import processes
 from sa3train.studio.server.workspace import Workspace
 
@@ -25,16 +26,25 @@ def record_process(folder: Path, process: "subprocess.Popen[bytes]", **facts: st
     (folder / processes.PROCESS_FILE).write_text(json.dumps(record))
 
 
+def test_another_studio_in_the_same_workspace_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _note_other_studio(tmp_path, "http://first")
+    assert capsys.readouterr().out == ""
+    _note_other_studio(tmp_path, "http://second")
+    said = capsys.readouterr().out
+    assert "another studio uses this workspace" in said and f"PID {os.getpid()}, http://first" in said
+    assert processes.read_record(tmp_path)["address"] == "http://second"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stopped_studio_names_what_continues(tmp_path: Path, number: signal.Signals) -> None:
-    workspace = Workspace.create([tmp_path])
+    workspace = Workspace.create(tmp_path / "studio", [tmp_path])
     with subprocess.Popen(["/bin/sleep", "300"], start_new_session=True) as going:
         try:
             record_process(tmp_path / "runs" / "a", going, kind="train")
             facts = {"kind": "encode", "source": str(tmp_path / "audio"), "out": str(tmp_path / "latents")}
             record_process(workspace.home / "jobs" / "encode-x", going, **facts)
-            command = [sys.executable, "-u", "-c", STUDIO, str(tmp_path)]
+            command = [sys.executable, "-u", "-c", STUDIO, str(tmp_path), f"--workspace={workspace.folder}"]
             with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as studio:
                 assert studio.stdout is not None
                 assert "Studio running" in studio.stdout.readline()

@@ -73,6 +73,8 @@ def test_a_run_leaves_adapter_settings_metrics_and_state(shards: Path, capsys: p
     index = json.loads((shards / "index.json").read_text())
     assert metadata["data_manifest"] == index["manifest"] and metadata["sa3train_version"]
     assert json.loads(metadata["training_config"])["trainer"]["max_steps"] == 2
+    assert len(json.loads(metadata["prompts"])) == 3 and metadata["data_summary"].startswith("3 clips")
+    assert json.loads(metadata["prompts"])[0] in (folder / "README.md").read_text()
     assert "model.transformer.layers.0.self_attn.to_qkv.parametrizations.weight.0.lora_A" in keys
     settings = yaml.safe_load((folder / "config.yaml").read_text())
     assert settings["optimizer"]["lr"] == 1e-4 and settings["data"]["dir"] == str(shards)
@@ -105,6 +107,25 @@ def test_no_autoencoder_is_loaded_and_prompts_are_encoded_once_on_a_machine(
     assert run(shards, "run_dir=a") == 0 and run(shards, "run_dir=b", "trainer.max_steps=3") == 0
     assert seen == [(None, False), (None, False)]
     assert sorted(prompt for prompts in asked for prompt in prompts) == [f"caption {n}" for n in range(4)]
+
+
+def test_a_run_goes_on_from_another_folder_with_the_paths_that_it_was_started_with(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(shards, "here/latents")
+    shutil.copytree(GOLDEN, "here/model", ignore=shutil.ignore_patterns("cases*", "adapters"))
+    monkeypatch.chdir("here")
+    assert main(["data=latents", *QUICK, "model=model", "run_dir=runs/a", "trainer.max_steps=1"]) == 0
+    more = ["trainer.max_steps=2", "allow_resume_changes=[trainer.max_steps]"]
+    monkeypatch.chdir("runs")
+    assert main(["resume=a", *more]) == 0
+    shutil.move("../latents", "../../moved")
+    monkeypatch.chdir("../..")
+    again = ["resume=here/runs/a", "trainer.max_steps=3", "allow_resume_changes=[trainer.max_steps]"]
+    assert main(again) == 1
+    assert "cannot read latents/index.json" in capsys.readouterr().err
+    assert main([*again, "data=moved"]) == 0
+    assert json.loads(Path("here/runs/a/run.json").read_text())["steps"] == 3
 
 
 def test_a_run_goes_on_where_it_was_and_not_as_another(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -373,7 +394,7 @@ def test_a_folder_that_cannot_be_written_is_an_error(shards: Path, capsys: pytes
     Path("file").write_text("in the way")
     for folder, message in {
         "file/run": "cannot write file/run", "file": "cannot write file", "": "run_dir",
-        str(shards): "is inside the latents", str(shards / "run"): "is inside the latents",
+        str(shards): "is inside the data", str(shards / "run"): "is inside the data",
     }.items():  # fmt: skip
         assert run(shards, f"run_dir={folder}") == 1
         assert message in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,22 +10,24 @@ import torch
 from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
+from helpers.shards import make_data_module, make_store
 from sa3train.cli.hydra_app import register_resolvers
-from sa3train.cli.train_config import TrainConfig
-from sa3train.cli.train_setup import check_overrides_have_effect, start_ranks
+from sa3train.cli.train_config import DecoderTrainConfig, TrainConfig
+from sa3train.cli.train_setup import check_overrides_have_effect, describe_training_data, start_ranks
 from sa3train.core.config import build
 from sa3train.core.errors import ConfigError, SA3Error
 from sa3train.training.optim import make_lr_lambda, make_optimizer
 from sa3train.training.settings import OptimizerSettings, SchedulerSettings
 
 
-def configure(*overrides: str) -> TrainConfig:
-    """Build the configuration that `sa3-train data=latents OVERRIDES` gives."""
+def configure(*overrides: str, job: str = "train") -> Any:
+    """Build the configuration that `sa3-train OVERRIDES` gives, on latents or on audio."""
+    needed, schema = {"train": ("data.dir=latents", TrainConfig), "decoder": ("source=audio", DecoderTrainConfig)}[job]
     register_resolvers()
     with pytest.MonkeyPatch.context() as patch, initialize_config_module("sa3train.conf", version_base="1.3"):
         patch.setenv("SA3TRAIN_RUN_STAMP", "stamp")
-        values: Any = OmegaConf.to_container(compose("train", ["data.dir=latents", *overrides]), resolve=True)
-    return build(TrainConfig, values)
+        values: Any = OmegaConf.to_container(compose(job, [needed, *overrides]), resolve=True)
+    return build(schema, values)
 
 
 @pytest.mark.parametrize(
@@ -46,6 +49,14 @@ def configure(*overrides: str) -> TrainConfig:
 def test_the_last_override_has_no_effect_and_is_refused(overrides: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match=rf"{overrides[-1].partition('=')[0]} has no effect"):
         check_overrides_have_effect(configure(*overrides), overrides, ranks=1)
+
+
+def test_demos_of_the_decoder_use_the_round_trips_of_validation() -> None:
+    overrides = ["callbacks.validation.enabled=false", "callbacks.validation.round_trips=2"]
+    check_overrides_have_effect(configure(*overrides, job="decoder"), overrides, ranks=1)
+    overrides.insert(0, "callbacks.demos.enabled=false")
+    with pytest.raises(ConfigError, match=r"validation\.round_trips has no effect"):
+        check_overrides_have_effect(configure(*overrides, job="decoder"), overrides, ranks=1)
 
 
 @pytest.mark.parametrize(
@@ -108,3 +119,11 @@ def test_more_devices_than_there_are_start_nothing(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("os.execv", lambda *_: pytest.fail("a launcher was started"))
     with pytest.raises(ConfigError, match=r"trainer\.devices=1000"):
         start_ranks(configure("trainer.accelerator=cpu", "trainer.devices=1000"))
+
+
+@pytest.mark.parametrize(("prompts", "keys"), [(2, {"data_summary", "prompts"}), (0, {"data_summary"})])
+def test_prompts_travel_with_an_adapter_unless_they_are_private(prompts: int, keys: set[str], tmp_path: Path) -> None:
+    data = make_data_module(str(make_store(tmp_path / "a", [5] * 4, heldout=1)))
+    found = describe_training_data(data, prompts)
+    assert found.keys() == keys
+    assert found["data_summary"] == "3 clips, 1 s; held out: 1 clip, 0 s"

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from sa3train.cli.hydra_app import run_job
-from sa3train.core.errors import LibraryError
+from sa3train.core.errors import ConfigError, LibraryError
 from sa3train.core.imports import explain_imports
+from sa3train.core.log import get_rank
 
 UNDEFINED = "raise OSError('/x/_torchaudio.abi3.so: undefined symbol: _ZN2at4_ops5zeros4callE')"
 
@@ -58,7 +59,36 @@ def test_commands_print_it_without_a_traceback(
     assert capsys.readouterr().err.startswith("error: torchaudio cannot be loaded")
 
 
-@pytest.mark.parametrize("error", [FileNotFoundError("a.wav"), ImportError("of another library")])
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("huggingface_hub.constants", ""),
+        ("plain", "import os\ntimeout = int(os.environ['HF_HUB_DOWNLOAD_TIMEOUT'])"),
+        ("joined", "import os\ntimeout = float(next(v for k, v in os.environ.items() if k.startswith('HF_HUB_DOWN')))"),
+    ],
+)
+def test_a_variable_that_an_import_cannot_read_is_named(
+    name: str, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if code:
+        break_library(tmp_path, monkeypatch, name, code)
+    monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", "10 s")
+    with pytest.raises(ConfigError, match=r"HF_HUB_DOWNLOAD_TIMEOUT='10 s' is not valid.*unset"), explain_imports():
+        importlib.import_module(name)
+
+
+def test_a_variable_that_a_rank_cannot_read_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RANK", "first")
+    assert run_job(get_rank) == 1
+    assert capsys.readouterr().err.startswith("error: the environment variable RANK='first' is not valid")
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError("a.wav"), ImportError("of another library"), ValueError("not of the environment")]
+)
 def test_other_errors_pass(error: Exception) -> None:
     with pytest.raises(type(error)), explain_imports():
         raise error

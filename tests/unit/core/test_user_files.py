@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 from sa3train.core import user_files
-from sa3train.core.user_files import is_file, read_file, scan_folder, stat_file
+from sa3train.core.errors import SA3Error
+from sa3train.core.files import check_target, write_bytes
+from sa3train.core.user_files import check_folder, is_file, read_file, scan_folder, stat_file
 
 
 def bind_socket(path: Path) -> None:
@@ -38,6 +40,21 @@ def test_special_files_are_not_opened(tmp_path: Path, kind: str) -> None:
             read(path)
     _, entries = scan_folder(str(tmp_path))
     assert not any(is_file(entry) for entry in entries)
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_pipes_sockets_and_devices_are_neither_opened_nor_replaced_by_us(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "run" / "a.wav"
+    path.parent.mkdir()
+    SPECIAL[kind](path)
+    if kind in ("folder", "loop", "gone", "nothing"):
+        check_folder(tmp_path)
+        check_target(path, [], overwrite=True)
+        return
+    for check in (lambda: check_folder(tmp_path), lambda: check_target(path, [], True), lambda: write_bytes(path, b"")):
+        with pytest.raises(SA3Error, match=r"a\.wav.*it is a (named pipe|socket|device), not a file"):
+            check()
+    assert not path.is_file()
 
 
 def test_regular_files_and_links_to_them_are_read(tmp_path: Path) -> None:
@@ -89,6 +106,7 @@ def test_a_drive_that_does_not_answer_is_given_up(tmp_path: Path, monkeypatch: p
                 stat_file(dead / name)
         with pytest.raises(TimeoutError, match="does not answer"):
             scan_folder(str(dead))
+        monkeypatch.setattr(user_files, "DRIVE_TIMEOUT", 60)
         assert scan_folder(str(tmp_path))[0] == str(tmp_path)
     finally:
         released.set()

@@ -122,6 +122,7 @@ def test_signals_have_their_finding_and_no_other(tmp_path: Path, name: str) -> N
     assert is_rejected(row) == (FINDING_TYPES[code].severity == "error")
     assert FINDING_TYPES[code].remedy
     assert FINDING_TYPES[code].title in format_clip(row)
+    assert format_clip(row | {"source": "a\nb\x1b.wav"}).startswith("a\\nb\\x1b.wav: ")
 
 
 @pytest.mark.parametrize("samples", [noise(2.0), sweep(2.0) * np.array([1, 0.8], np.float32)], ids=["noise", "sweep"])

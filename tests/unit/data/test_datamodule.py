@@ -1,6 +1,9 @@
 """Batches: every clip once a pass on one rank, the same for any number of workers, resumed exactly."""
 
+import contextlib
 import signal
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -14,6 +17,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from helpers.shards import make_data_module, make_store
 from sa3train.core.errors import ConfigError, DataError
+from sa3train.core.signals import REQUEUE_SIGNALS, STOP_SIGNALS
 from sa3train.data.loading.prompts import PromptSettings
 from sa3train.data.loading.sampler import SourceSize, count_clips_per_cycle
 from sa3train.data.loading.settings import DataSource
@@ -46,6 +50,13 @@ def test_a_batch_has_the_contract(tmp_path: Path) -> None:
         assert batch["prompts"][row] == f"caption {number}"
         assert (batch["latents_BCT"][row, 0, real] == number).all(), "the clip's latents"
         assert (batch["latents_BCT"][row, :, ~real] == -1).all(), "the latents of silence behind it"
+
+
+def test_prompts_to_share_are_of_training_clips_spread_over_the_set(tmp_path: Path) -> None:
+    data = make_data_module(str(make_store(tmp_path / "a", [5] * 9, heldout=1)))
+    assert data.sample_prompts(3) == ["caption 0", "caption 3", "caption 6"]
+    assert data.sample_prompts(64) == [f"caption {number}" for number in range(8)]
+    assert data.sample_prompts(3, longest=8) == []
 
 
 @pytest.mark.parametrize(("world", "batch_size", "pack"), [(1, 2, None), (2, 3, None), (3, 1, None), (2, 2, 24)])
@@ -149,19 +160,40 @@ def test_a_changed_set_resumes_with_a_warning(tmp_path: Path, caplog: pytest.Log
     assert len(keys_of(second, 2)) == 2
 
 
-def test_workers_outlive_ctrl_c(tmp_path: Path) -> None:
+def test_workers_leave_signals_to_the_process_that_started_them(tmp_path: Path) -> None:
+    """Terminals, schedulers and service managers send them to every process of a job."""
     loader = make_data_module(make_store(tmp_path / "a", [4] * 12), 2, num_workers=2).train_dataloader()
     batches, others = endless(loader), psutil.Process().children()
-    try:
+    with contextlib.closing(loader):
         next(batches)
         workers = [process for process in psutil.Process().children() if process not in others]
         assert len(workers) == 2
-        for worker in workers:  # also one that is still starting
-            worker.send_signal(signal.SIGINT)
+        pids = " ".join(str(worker.pid) for worker in workers)
+        for number in (*STOP_SIGNALS, *REQUEUE_SIGNALS):
+            subprocess.run(["sh", "-c", f"kill -{int(number)} {pids}"], check=True)
         assert len([next(batches) for _ in range(12)]) == 12
-    finally:
-        loader.close()
-    assert psutil.wait_procs(workers, timeout=30)[1] == []
+    assert psutil.wait_procs(workers, timeout=60)[1] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "ending"), [("fork", "exit"), ("fork", "SIGKILL"), ("spawn", "exit")])
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path, method: str, ending: str) -> None:
+    """Also where it exits while it holds the loader; the pipe of stdout stays open until all have ended."""
+    (tmp_path / "program.py").write_text("""
+import multiprocessing, os, signal, sys
+from sa3train.data.loading.loader import _iterate_batches
+
+if __name__ == "__main__":
+    multiprocessing.set_start_method(sys.argv[1])
+    batches = _iterate_batches([{}] * 99, None, 2)
+    assert next(batches) == {} and len(multiprocessing.active_children()) == 2
+    print("loaded", flush=True)
+    if sys.argv[2] == "SIGKILL":
+        os.kill(os.getpid(), signal.SIGKILL)
+""")
+    command = [sys.executable, str(tmp_path / "program.py"), method, ending]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300)
+    assert (done.stdout, done.returncode) == ("loaded\n", 0 if ending == "exit" else -signal.SIGKILL)
 
 
 def test_workers_end_with_their_loader(tmp_path: Path) -> None:

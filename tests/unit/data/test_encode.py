@@ -20,7 +20,7 @@ from helpers.audio import noise, tone, write_clip
 from helpers.shards import write_set
 from sa3train.audio.io import load_audio, read_whole
 from sa3train.audio.metrics import measure_loudness_lufs, measure_peak_db
-from sa3train.core.errors import ConfigError, DataError
+from sa3train.core.errors import ConfigError, DataError, SA3Error
 from sa3train.data.audit.audit import AuditRules
 from sa3train.data.encode.encode import EncodeResult, encode_dataset
 from sa3train.data.encode.encoder import Encoder
@@ -453,10 +453,15 @@ def test_settings_out_of_range(settings: dict[str, Any]) -> None:
         EncodeSettings(**settings)
 
 
-def test_the_output_must_not_lie_in_the_source(tmp_path: Path, encoder: Encoder) -> None:
-    source = write_set(tmp_path / "set", 1)
-    with pytest.raises(DataError, match="inside the source"):
-        encode(source, source / "latents", encoder)
+def test_latents_inside_the_source_are_no_source(tmp_path: Path, encoder: Encoder) -> None:
+    source = write_set(tmp_path / "set", 2)
+    with pytest.raises(DataError, match="the source itself"):
+        encode(source, source, encoder)
+    encode(source, source / "latents", encoder)
+    again = encode(source, source / "latents", encoder)
+    assert again.audit is not None
+    assert (again.encoded, again.audit.clips, again.audit.rejected) == (0, 2, 0)
+    assert again.audit.findings["own_folder"] == 1
 
 
 @pytest.mark.parametrize("name", ["README.md", "audit.json", "audit.html", "index.json"])
@@ -466,6 +471,16 @@ def test_files_of_the_users_are_not_replaced(tmp_path: Path, encoder: Encoder, n
     with pytest.raises(DataError, match=f"{name} is not of sa3train"):
         encode(write_set(tmp_path / "set", 1), tmp_path / "out", encoder)
     assert (tmp_path / "out" / name).read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", [".encode/audit-000.jsonl", ".encode/new", "train-000-00000.tar", "index.json"])
+def test_pipes_in_the_output_folder_are_never_opened(tmp_path: Path, encoder: Encoder, name: str) -> None:
+    source = write_set(tmp_path / "set", 2)
+    encode(source, tmp_path / "out", encoder, split=0)
+    (tmp_path / "out" / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / "out" / name)
+    with pytest.raises(SA3Error, match=rf"{Path(name).name} in .* is in the way, it is a named pipe"):
+        encode(source, tmp_path / "out", encoder, split=0)
 
 
 def test_one_run_at_a_time(tmp_path: Path, encoder: Encoder) -> None:

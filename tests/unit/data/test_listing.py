@@ -7,14 +7,18 @@ import tarfile
 import unicodedata
 from pathlib import Path
 
+import fsspec
 import pytest
 import soundfile
 
 from helpers.audio import tone
 from sa3train.core.errors import DataError
 from sa3train.data.audit.audit import AuditRules, audit_clip
+from sa3train.data.shards.index import INDEX_FILE as LATENTS_INDEX
 from sa3train.data.sources.captions import read_clip_text
 from sa3train.data.sources.listing import Listing, list_source
+from sa3train.data.sources.own_folders import INDEX_FILE, RUN_FILES
+from sa3train.reports.run_files import CONFIG_FILE, RECORD_FILE
 
 
 def wav_bytes() -> bytes:
@@ -131,6 +135,15 @@ def test_system_folders_are_not_listed(tmp_path: Path) -> None:
     listing = list_source(str(tmp_path))
     assert [clip.source for clip in listing.clips] == ["a.wav"]
     assert "/proc" in reasons(listing)["z"]
+
+
+@pytest.mark.parametrize("target", ["/", "..", "../.."])
+def test_links_to_folders_around_the_source_are_not_followed(tmp_path: Path, target: str) -> None:
+    write_files(tmp_path, {"others.wav": "", "sets/mine/a.wav": ""})
+    (tmp_path / "sets" / "mine" / "up").symlink_to(target)
+    listing = list_source(str(tmp_path / "sets" / "mine"))
+    assert [clip.source for clip in listing.clips] == ["a.wav"]
+    assert "which this folder is in" in reasons(listing)["up"]
 
 
 @pytest.mark.parametrize("content", [b"a" * 2048, bytes(5 << 20)])
@@ -326,3 +339,35 @@ def test_a_huge_text_file_is_not_read(tmp_path: Path) -> None:
     ((code, detail),) = read_clip_text(clip).problems
     assert code == "bad_text"
     assert "a.txt" in detail
+
+
+@pytest.mark.parametrize("scheme", ["", "memory://"])
+def test_what_sa3train_made_is_no_source(tmp_path: Path, scheme: str) -> None:
+    files = {
+        "a.wav": b"", "kits/index.json": '{"format": "mine"}', "kits/b.wav": b"", "kits/config.yaml": "",
+        "kits/run.json": "{}", "kits/c.wav": b"", "kits/.sa3-studio/d.wav": b"",
+        "runs/one/run.json": '{"identity": {}}', "runs/one/config.yaml": "", "runs/one/demos/step-1/demo.wav": b"",
+        "latents/index.json": '{"format": "sa3train-latents"}', "latents/c.wav": b"", "latents/c.txt": "hum",
+        "studio/.sa3-studio/uploads/d.wav": b"", "studio/results/e.wav": b"",
+    }  # fmt: skip
+    write_files(tmp_path, files)
+    root = f"{scheme}{tmp_path}"
+    if scheme:
+        fsspec.filesystem("memory").put(str(tmp_path), str(tmp_path), recursive=True)
+    found = list_source(root)
+    assert [clip.source for clip in found.clips] == ["a.wav", "kits/b.wav", "kits/c.wav"]
+    made = {"runs/one": "it is a training run", "latents": "it is latents", "studio": "it is the workspace of a studio"}
+    assert reasons(found) == made
+    assert {problem.code for problem in found.problems} == {"own_folder"}
+    for folder in made:
+        with pytest.raises(DataError, match="not a source of audio"):
+            list_source(f"{root}/{folder}")
+    (named,) = list_source(f"{root}/latents/c.wav").clips
+    assert read_clip_text(named).caption == "hum"
+    with pytest.raises(DataError, match="one: it is a training run"):
+        list_source(f"{root}/runs")
+
+
+def test_run_folders_are_known_by_the_files_of_their_contract() -> None:
+    assert {*RUN_FILES} == {RECORD_FILE, CONFIG_FILE}
+    assert INDEX_FILE == LATENTS_INDEX

@@ -105,7 +105,9 @@ def test_exact_duplicates_point_to_the_first() -> None:
     content[4] = content[1]
     content[5] = content[1]
     comparable = np.array([True, True, True, True, True, False])
-    assert find_duplicates(content, comparable).tolist() == [0, 1, 2, 3, 1, 5]
+    no_captions = np.zeros(len(content), dtype=bool)
+    assert find_duplicates(content, comparable, no_captions).tolist() == [0, 1, 2, 3, 1, 5]
+    assert find_duplicates(content, comparable, np.arange(6) == 4).tolist() == [0, 4, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])

@@ -60,9 +60,10 @@ for s in range(shards):
     )
 model = {"name": "nano", "fingerprint": "f", "sample_rate": 44100, "downsampling_ratio": 4096}
 index = {
-    "format": "sa3train-latents", "version": 2, "model": model, "splits": {}, "manifest": "m", "shards": described,
+    "format": "sa3train-latents", "version": 2, "model": model, "manifest": "m", "shards": described,
     "clips": count, "frames": 108 * count, "seconds": 10.0 * count,
 }
+index["splits"] = {"train": {name: index[name] for name in ("clips", "frames", "seconds")}}
 (root / "index.json").write_text(json.dumps(index))
 lap("writing")
 wanted = {clip.source: str(n) for n, clip in enumerate(list_source(str(root / "metadata.jsonl")).clips)}

@@ -225,16 +225,19 @@ WRONG_IN_INDEX: dict[str, list[Any]] = {
     "model.sample_rate": [None, 0, -1, "44100", 1.5, math.nan],
     "model.downsampling_ratio": [None, 0, [4096]],
     "manifest": [None, 3, ""],
-    "splits": [None, [], {"train": 3}, {"train": {"clips": "3"}}, {"train": {"clips": -1}}],
+    "splits": [None, [], {}, {"train": 3}, {"train": {"clips": "3"}}, {"train": {"clips": -1}}],
+    "splits.train": [{}, {"clips": 1, "frames": 5, "seconds": 0.37}, {"clips": 2, "frames": 4, "seconds": 0.37}],
     "shards": [None, 3, {}, "x", [3], [None], [{}]],
     "shards.0.file": [None, "train-000-00000.tar", 3, "../../etc/passwd", "", "x.tar", "/train-000-00000.tar"],
     "shards.0.listing": [None, 3, "../x.jsonl", "other-000-00000.jsonl"],
-    "shards.0.split": [None, 3, "test"],
+    "shards.0.split": [None, 3, "test", "train"],
     "shards.0.clips": [None, "3", -1, 1.5, math.inf, True],
     "shards.0.bytes": [None, "x", -1],
     "shards.0.seconds": [None, "x", -1, math.nan],
     "shards.0.sha256": [None, 3],
     "clips": [None, "x", -1, 99],
+    "frames": [None, "x", -1, 99],
+    "seconds": [None, "x", -1, 99],
     "rejected": ["x", -1],
     "silence": [3, "x", {}, {"file": "../silence.npy", "sha256": "x"}],
 }
@@ -251,7 +254,7 @@ def test_an_index_edited_by_hand_is_refused_by_the_name_of_what_is_wrong(tmp_pat
         with pytest.raises(DataError, match=r"index\.json is damaged"):
             parse_index(json.dumps(index).encode(), "index.json")
         del part[last]
-        if key not in ("rejected", "silence"):
+        if key not in ("rejected", "silence", "splits.train"):
             with pytest.raises(DataError, match=rf"{last}.* is missing"):
                 parse_index(json.dumps(index).encode(), "index.json")
 

@@ -1,5 +1,6 @@
 """Clips and their text are found wherever people put them; what is not understood is named."""
 
+import contextlib
 import http.server
 import io
 import json
@@ -209,6 +210,8 @@ def test_other_files_are_counted_and_hidden_ones_left_out(tmp_path: Path) -> Non
 def test_nothing_there_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="nowhere"):
         list_source(str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match="empty path"):
+        list_source("")
     add(tmp_path / "a.pdf", "?")
     with pytest.raises(DataError, match=r"no audio in .*1 \.pdf"):
         list_source(str(tmp_path))
@@ -310,6 +313,38 @@ def test_a_web_server_that_fails_is_an_error_of_ours(fault: str) -> None:
             LatentStore(url)
         if fault != "gone":
             running.shutdown()
+
+
+@pytest.mark.parametrize(("length", "content"), [("", b"abc" * 300), ("", None), ("900", b"abc" * 300), ("1001", b"")])
+def test_no_more_than_the_limit_is_read_from_a_web_server(length: str, content: bytes | None) -> None:
+    """Servers need not say how much there is, and a radio station never ends."""
+
+    class Radio(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            self.send_response(200)
+            if length:
+                self.send_header("Content-Length", length)
+            self.end_headers()
+
+        def do_GET(self) -> None:
+            self.do_HEAD()
+            with contextlib.suppress(OSError):
+                self.wfile.write(content or b"")
+                while content is None:
+                    self.wfile.write(b"music")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Radio) as running:
+        threading.Thread(target=running.serve_forever).start()
+        blob = Blob(f"http://127.0.0.1:{running.server_port}/a.mp3")
+        if content:
+            assert blob.read(limit=1000) == content
+        else:
+            with pytest.raises(DataError, match="more than 1000 bytes"):
+                blob.read(limit=1000)
+        running.shutdown()
 
 
 def test_a_file_that_goes_away_is_unreadable(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from mutagen.id3 import COMM, TBPM, TCON, TIT2, TIT3, TXXX
 
 from helpers.audio import noise, write_clip
 from sa3train.data.audit.audit import AuditRules, audit_clip
+from sa3train.data.sources import tags
 from sa3train.data.sources.captions import read_clip_text
 from sa3train.data.sources.listing import list_source
 from sa3train.data.sources.tags import is_promotional, parse_bpm, read_embedded_tags
@@ -109,6 +110,19 @@ def test_id3_of_version_2_2(tmp_path: Path) -> None:
     path = write(tmp_path / "a.mp3")
     path.write_bytes(b"ID3\x02\0\0" + size + frames + path.read_bytes())
     assert read_embedded_tags(str(path)) == {"comment": "dusty keys", "genre": "Rock, Garage Rock", "bpm": 93}
+
+
+def test_tags_behind_countless_chunks_are_not_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = mutagen.wave.WAVE(write(tmp_path / "a.wav"))
+    file.add_tags()
+    file.tags.add(TIT2(encoding=3, text="deep"))
+    file.save()
+    content = (tmp_path / "a.wav").read_bytes()
+    chunks = b"junk\0\0\0\0" * 500
+    content = b"RIFF" + struct.pack("<I", len(content) - 8 + len(chunks)) + b"WAVE" + chunks + content[12:]
+    assert read_embedded_tags(content) == {"title": "deep"}
+    monkeypatch.setattr(tags, "MAX_READS", 400)
+    assert read_embedded_tags(content) == {}
 
 
 def test_a_described_comment_is_better_than_none(tmp_path: Path) -> None:

@@ -28,8 +28,10 @@ def test_at_strength_zero_the_audio_is_bit_identical_to_none(
     make: Callable[..., Generator], which: str, kind: str
 ) -> None:
     gen = make(which)
-    without = gen.generate(**SETTINGS).audio[0]
-    gen.load_adapter(ADAPTERS.parents[1] / which / "adapters" / f"{kind}.safetensors", strength=0.0)
+    output = gen.generate(**SETTINGS)
+    without = output.audio[0]
+    report = gen.load_adapter(ADAPTERS.parents[1] / which / "adapters" / f"{kind}.safetensors", strength=0.0)
+    assert all(len(repr(each)) < 250 for each in (output, report, gen))
     assert torch.equal(gen.generate(**SETTINGS).audio[0], without)
     gen.set_strength(1.0)
     assert not torch.equal(gen.generate(**SETTINGS).audio[0], without)
@@ -50,16 +52,6 @@ def test_a_second_adapter_is_added_to_the_first_in_any_order(gen: Generator) -> 
     gen.remove_adapter(0)
     gen.load_adapter(LORA, 0.8)
     assert torch.equal(play(gen), both)
-
-
-def test_replacing_keeps_the_settings(gen: Generator) -> None:
-    gen.load_adapter(DORA, 0.7)
-    dora = play(gen)
-    gen.replace_adapter(0, LORA)
-    assert not torch.equal(play(gen), dora)
-    assert (gen.adapters[0]["path"], gen.adapters[0]["strength"]) == (str(LORA), 0.7)
-    gen.replace_adapter(0, load_adapter(DORA))
-    assert torch.equal(play(gen), dora)
 
 
 def test_a_load_says_what_fitted(gen: Generator) -> None:
@@ -121,8 +113,10 @@ def test_what_does_not_fit_is_refused_and_leaves_the_model_alone(
             gen.load_adapter(bad)
     with pytest.raises(AdapterError, match="strength must be a finite number"):
         gen.load_adapter(LORA, "loud")  # type: ignore[arg-type]
-    for call in (lambda: gen.remove_adapter(0), lambda: gen.set_strength(1.0, 2), lambda: gen.replace_adapter(1, LORA)):
-        with pytest.raises(AdapterError, match="No adapter has index"):
+    for call in (lambda: gen.remove_adapter(0), lambda: gen.set_strength(1.0, 2)):
+        with pytest.raises(AdapterError, match="No adapter has index|No adapter is loaded"):
             call()
+    with pytest.raises(AdapterError, match="No adapter is loaded"):
+        gen.set_strength(0.5)
     assert gen.adapters == []
     assert torch.equal(play(gen), without)

@@ -3,9 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
-from helpers.golden import GOLDEN, GoldenSet
+from helpers.golden import GOLDEN, PACKED, GoldenSet
 from sa3train.inference.generator import Generator
 
 ROOT = GOLDEN
@@ -39,3 +41,13 @@ def test_generation(make: Callable[..., Generator], which: str, case: str) -> No
     for latents, wanted, real in zip(result.latents, expected["latents"], real_frames, strict=True):
         difference = (latents - wanted)[:, :real].abs().max()
         assert difference <= TOLERANCE * wanted[:, :real].abs().max()
+
+
+def test_audio_of_another_rate(make: Callable[..., Generator]) -> None:
+    """Mono noise at 32 kHz, up to its Nyquist frequency: what the resampling filter changes most."""
+    expected = torch.from_numpy(np.load(PACKED / "mono_32khz.npz")["latents"])
+    noise = (0.3 * torch.randn(1, 48000, generator=torch.Generator().manual_seed(8))).clamp(-1, 1)
+    settings: dict[str, Any] = {"duration": 1.97, "steps": 4, "cfg_scale": 7.0, "seed": 5, "init_noise_level": 0.5}
+    latents = make().generate("koto", init_audio=(32000, noise), **settings, return_latents=True).latents
+    assert latents is not None
+    assert (latents - expected).abs().max() <= 1e-4 * expected.abs().max()

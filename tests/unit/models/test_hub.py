@@ -329,6 +329,24 @@ def test_the_text_encoder_is_downloaded_as_a_folder(loopback: type[Hub], tmp_pat
     assert (source.folder() / "model.safetensors").read_bytes() == FILES["t5/model.safetensors"]
 
 
+def test_a_repository_of_a_pipeline_is_downloaded_once(loopback: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = ("transformer/a.safetensors", "vae/a.safetensors", "duration_embedder/a.safetensors")
+    files = ("model_index.json", *parts, "text_encoder/a.safetensors", "tokenizer/tokenizer.json", "scheduler/a.json")
+    for name in (*files, "transformer/a.bin"):
+        monkeypatch.setitem(FILES, name, name.encode())
+    loopback.faults["GET", "vae/a.safetensors"] = "500"
+    with pytest.raises(CheckpointError, match=r"no model called 'someone/tuned'.* As a repository of the hub: .*500"):
+        locate_checkpoint("someone/tuned")
+    loopback.faults.clear()
+    found = locate_checkpoint("someone/tuned")
+    assert (found.name, found.is_pipeline) == ("someone/tuned", True)
+    assert all((found.folder / name).is_file() for name in files)
+    assert not (found.folder / "transformer" / "a.bin").exists()
+    loopback.asked.clear()
+    assert locate_checkpoint("someone/tuned") == found
+    assert loopback.asked == []
+
+
 def test_without_a_network_the_models_at_hand_are_named_at_once(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

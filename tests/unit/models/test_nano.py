@@ -132,7 +132,7 @@ def test_two_processes_at_once(tmp_path: Path, model: StableAudio3) -> None:
     with ThreadPoolExecutor(2) as pool:
         for finished in pool.map(run, range(2)):
             assert finished.returncode == 0, finished.stderr
-    assert [path.name for path in (tmp_path / "nano").iterdir()] == ["7"]
+    assert [path.name[:2] for path in (tmp_path / "nano").iterdir()] == ["7-"]
 
 
 def test_losing_the_race_keeps_the_first_ones_files(tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_another_version_is_another_folder(
     monkeypatch.setattr(nano, "ASSETS", assets)
     monkeypatch.setenv("SA3TRAIN_CACHE", str(tmp_path / "cache"))
     trained = load_checkpoint("nano")
-    assert trained.path == tmp_path / "cache" / "nano" / "7" / "nano"
+    assert trained.path.match(f"{tmp_path}/cache/nano/7-*/nano")
     assert torch.equal(trained.dit.get_parameter("transformer.project_out.weight"), rest[OUT].float() * 2)
     assert load_checkpoint("nano-base").fingerprint() != trained.fingerprint()
     assert trained.conditioner(["hum"], [3.0]).cross_attn_cond_BLD.isfinite().all()

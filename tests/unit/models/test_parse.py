@@ -1,7 +1,9 @@
 """The released architectures, built from the released configs, have exactly the released names and shapes."""
 
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from sa3train.core.errors import CheckpointError
 from sa3train.models.autoencoder import Autoencoder
 from sa3train.models.checkpoint import PREFIXES, build_modules, collect_state_dict
 from sa3train.models.hub import TextEncoderSource
-from sa3train.models.parse import is_autoencoder, parse_autoencoder, parse_model, read_config_file
+from sa3train.models.parse import complete_config, is_autoencoder, parse_autoencoder, parse_model, read_config_file
 
 MANIFESTS = json.loads((GOLDEN / "state_dict_manifests.json").read_text())
 CONFIGS = sorted((GOLDEN / "configs").glob("*.json"))
@@ -106,3 +108,50 @@ def test_an_unknown_key_is_said_aloud(caplog: pytest.LogCaptureFixture) -> None:
     raw["model"]["diffusion"]["config"]["flux_capacitor"] = True
     parse_model(raw, "x.json")
     assert "flux_capacitor" in caplog.text
+
+
+def list_values(node: Any, place: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], Any]:
+    """Every value of a JSON object by its place."""
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    found = {key: value for name, child in children for key, value in list_values(child, (*place, name)).items()}
+    return found or {place: node}
+
+
+@pytest.mark.parametrize("which", ["plain", "diff"])
+def test_keys_that_the_released_code_would_take_otherwise_are_completed(which: str) -> None:
+    """From the config that was recorded with the released code, without the keys that it and `parse` read otherwise."""
+    recorded = read_config_file(GOLDEN / which / "model_config.json")
+    raw = copy.deepcopy(recorded)
+    model = raw["model"]
+    for node in (model["pretransform"]["config"], model["pretransform"]["config"]["pretransform"]["config"], model):
+        for key in ("downsampling_ratio", "io_channels", "channels", "patch_size"):
+            node.pop(key, None)
+    for entry in model["conditioning"]["configs"]:
+        for key in ("padding_mode", "fourier_features_type", "min_val", "max_val"):
+            entry["config"].pop(key, None)
+    kept = ("io_channels", "embed_dim", "depth", "num_heads", "cond_token_dim", "global_cond_dim", "local_add_cond_dim")
+    dit = model["diffusion"]["config"]
+    differential = {"differential": dit["attn_kwargs"]["differential"]}
+    others = {"attn_kwargs": differential, "num_memory_tokens": dit["num_memory_tokens"]}
+    model["diffusion"]["config"] = {key: dit[key] for key in kept} | others
+    for key in ("cross_attention_cond_ids", "global_cond_ids", "local_add_cond_ids", "distribution_shift_options"):
+        del model["diffusion"][key]
+    for part in ("encoder", "decoder"):
+        for key in ("differential", "dim_heads", "variable_stride", "dyt", "chunk_size", "chunk_midpoint_shift"):
+            model["pretransform"]["config"][part]["config"].pop(key, None)
+    del model["pretransform"]["config"]["bottleneck"]["config"]["auto_scale"]
+    completed = complete_config(raw, which)
+    wanted, found = list_values(recorded), list_values(completed)
+    unused = {"checkpointing", "iterate_batch"}
+    assert {place for place in wanted if found.get(place) != wanted[place]} <= {p for p in wanted if p[-1] in unused}
+    assert parse_model(completed, which) == parse_model(recorded, which)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_completed_config_says_the_same(path: Path) -> None:
+    raw = read_config_file(path)
+    completed = complete_config(raw, path.name)
+    parse = parse_autoencoder if is_autoencoder(raw) else parse_model
+    assert parse(completed, path.name) == parse(raw, path.name)
+    found = list_values(completed)
+    assert all(found[place] == value for place, value in list_values(raw).items())

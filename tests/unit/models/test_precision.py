@@ -76,6 +76,18 @@ def test_a_choice_of_the_users_own_is_left_alone(monkeypatch: pytest.MonkeyPatch
     assert torch.get_float32_matmul_precision() == "high"
 
 
+def test_a_setting_that_torch_refuses_to_read_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after the released project's `allow_tf32 = False` in the same process (torch 2.14)."""
+    monkeypatch.setattr(precision, "_read_cpu_field", lambda key: {"vendor_id": "AuthenticAMD"}.get(key, ""))
+    torch.set_float32_matmul_precision("medium")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    try:
+        assert not precision.enable_fast_fp32_matmul()
+        precision.disable_tf32_convolutions()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize("fields", [{"vendor_id": "GenuineIntel"}, {"vendor_id": "AuthenticAMD", "flags": "amx_bf16"}])
 def test_products_are_torchs_own_on_other_processors(fields: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "_read_cpu_field", lambda key: fields.get(key, ""))

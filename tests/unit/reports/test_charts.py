@@ -58,4 +58,4 @@ def test_long_curves_are_thinned_and_keep_their_ends_and_mean() -> None:
 
 def test_a_single_step_has_no_fractions_of_steps() -> None:
     svg = render_line_chart([Line("a", [(150, 1.0)], "c-train")], title="T")
-    assert re.findall(r'text-anchor="middle">([^<]+)<', svg) == ["150", "151"]
+    assert re.findall(r'text-anchor="middle">([^<]+)<', svg) == ["150"]

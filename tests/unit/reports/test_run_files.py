@@ -1,6 +1,7 @@
 """A run folder is read as it is, and what its metrics say is said."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -21,16 +22,19 @@ def test_what_the_metrics_say(run: Path) -> None:
     assert "may be copies" in summary
 
 
-def test_worse_on_held_out_clips_is_said(run: Path) -> None:
+@pytest.mark.parametrize(("loss", "is_said"), [(1.6, True), (1.05, False)])
+def test_worse_on_held_out_clips_is_said_where_it_is_beyond_chance(run: Path, loss: float, is_said: bool) -> None:
     validation = json.loads((run / "validation.json").read_text())
-    validation["history"].append({"step": 30, **make_losses(1.2, 0.4)})
-    validation["items"] = {"val": make_items(1.2, 12), "train_eval": make_items(0.4, 3)}
+    validation["history"].append({"step": 30, **make_losses(loss, 0.4)})
+    validation["items"] = {"val": make_items(loss, 12), "train_eval": make_items(0.4, 3)}
     write_json(run / "validation.json", validation)
-    assert "got worse on held-out clips" in " ".join(summarize_run(read_run(run)))
-    assert 'class="bad">+20.0%' in render_report(read_run(run))
+    assert ("got worse on held-out clips" in " ".join(summarize_run(read_run(run)))) == is_said
+    assert f'class="bad">+{loss - 1:.1%}' in render_report(read_run(run))
 
 
 def test_an_empty_folder_is_an_empty_run(tmp_path: Path) -> None:
+    (tmp_path / "demos" / "step-1").mkdir(parents=True)
+    os.mkfifo(tmp_path / "demos" / "step-1" / "demos.json")
     files = read_run(tmp_path)
     assert (files.step, files.seconds, files.peak_memory_gib) == (0, 0.0, None)
     assert summarize_run(files) == []

@@ -27,7 +27,7 @@ def workspace(tmp_path: Path, shelf: Path) -> Workspace:
     root = tmp_path / "root"
     shutil.copytree(shelf, root / "adapters")
     write_clip(root / "audio" / "tone.wav", tone(2.0))
-    return Workspace.create([root], device="cpu")
+    return Workspace.create(tmp_path / "studio", [root], device="cpu")
 
 
 @pytest.fixture(scope="session")
@@ -52,15 +52,18 @@ def job() -> Job:
 
 @pytest.fixture
 def latents(workspace: Workspace) -> Path:
-    folder = workspace.roots[0] / "latents"
+    folder = workspace.folder / "latents"
     folder.mkdir()
-    split = {"clips": 4, "frames": 64, "seconds": 6.0}
-    counts = {"split": "train", "clips": 6, "frames": 128, "seconds": 12.0, "bytes": 1, "sha256": "x"}
-    shards = [{"file": "train-000-00000.tar", "listing": "train-000-00000.jsonl", **counts}]
+    counts = {name: {"clips": clips, "frames": 64, "seconds": 6.0} for name, clips in (("train", 4), ("heldout", 2))}
+    shards = [
+        {"file": f"{name}-000-00000.tar", "listing": f"{name}-000-00000.jsonl", "split": name, **count}
+        | {"bytes": 1, "sha256": "x"}
+        for name, count in counts.items()
+    ]
     model = {"name": "nano", "fingerprint": "f", "sample_rate": 44100, "downsampling_ratio": 4096}
     index = {
         "format": "sa3train-latents", "version": 2, "model": model, "shards": shards, "manifest": "m",
-        "splits": {"train": split, "heldout": split | {"clips": 2}}, "rejected": 1,
+        "splits": counts, "rejected": 1,
         "clips": 6, "frames": 128, "seconds": 12.0,
     }  # fmt: skip
     (folder / "index.json").write_text(json.dumps(index))

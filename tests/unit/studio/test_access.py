@@ -46,7 +46,7 @@ def test_an_address_where_nothing_can_listen_is_refused_at_once(host: str) -> No
 @pytest.mark.parametrize("choice", [{"model": "nope"}, {"model": "same-s"}, {"device": "foo"}, {"device": "cuda:99"}])
 def test_a_model_or_device_that_does_not_exist_is_refused_at_the_start(tmp_path: Path, choice: dict[str, str]) -> None:
     with pytest.raises(SA3Error, match=next(iter(choice.values()))):
-        Workspace.create([tmp_path], **choice)
+        Workspace.create(tmp_path / "studio", [tmp_path], **choice)
     assert not list(tmp_path.iterdir())
 
 
@@ -74,7 +74,7 @@ def client(tmp_path: Path) -> TestClient:
 
     (tmp_path / "folder").mkdir()
     app = Starlette(routes=[Route("/{path:path}", answer)])
-    guarded = AccessMiddleware(app, Workspace.create([tmp_path / "folder"]), LOCAL_NAMES)
+    guarded = AccessMiddleware(app, Workspace.create(tmp_path / "studio", [tmp_path / "folder"]), LOCAL_NAMES)
     return TestClient(guarded, base_url="http://127.0.0.1:7860")
 
 

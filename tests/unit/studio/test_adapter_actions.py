@@ -1,5 +1,7 @@
 """The Adapters page: the library's tools inside the studio's folders; nothing is overwritten without consent."""
 
+import shutil
+
 import pytest
 
 from sa3train.adapters.formats.io import load_adapter
@@ -40,7 +42,14 @@ def test_two_are_compared(workspace: Workspace) -> None:
 
 
 @pytest.mark.parametrize(
-    ("to", "target"), [("native", "out/n.safetensors"), ("comfy", "out/c.safetensors"), ("peft", "out/p")]
+    ("to", "target"),
+    [
+        ("native", "out/n.safetensors"),
+        ("comfy", "out/c.safetensors"),
+        ("peft", "out/p"),
+        ("diffusers", "out/d"),
+        ("gguf", "out/g.gguf"),
+    ],
 )
 def test_an_adapter_is_converted_with_its_error(workspace: Workspace, to: str, target: str) -> None:
     result, command = actions.convert(workspace, ONE, to, Output(target, "nano-base"))
@@ -80,22 +89,26 @@ def test_an_adapter_is_resized_with_its_error(workspace: Workspace) -> None:
         ("/etc/passwd", "a.safetensors", "outside"),
         ("", "a.safetensors", "Choose an adapter"),
         ("adapters/none.safetensors", "a.safetensors", "no adapter"),
-        (ONE, "../a.safetensors", "outside"),
+        (ONE, "../a.safetensors", "inside the workspace"),
+        (ONE, "{source}/a.safetensors", "inside the workspace"),
         (ONE, "", "where to write"),
-        (ONE, ONE, "the adapter itself"),
-        (ONE, ".", "folder of the studio"),
-        (ONE, TWO, "exists already"),
+        ("copy.safetensors", "copy.safetensors", "the adapter itself"),
+        (ONE, ".", "inside the workspace"),
+        (ONE, ".sa3-studio/a", "inside the workspace"),
+        (ONE, "copy.safetensors", "exists already"),
     ],
 )
 def test_bad_paths_are_refused(workspace: Workspace, path: str, target: str, message: str) -> None:
+    shutil.copy(workspace.resolve(ONE), workspace.folder / "copy.safetensors")
+    target = target.replace("{source}", str(workspace.sources[0]))
     with pytest.raises(StudioError, match=message):
         actions.resize(workspace, path, Output(target, truncation=Truncation(1)))
     assert load_adapter(workspace.resolve(ONE)).spec.rank == 2
 
 
 def test_links_that_lead_out_are_refused(workspace: Workspace) -> None:
-    (workspace.roots[0] / "out").symlink_to(workspace.roots[0].parent)
-    with pytest.raises(StudioError, match="outside"):
+    (workspace.folder / "out").symlink_to(workspace.sources[0])
+    with pytest.raises(StudioError, match="inside the workspace"):
         actions.resize(workspace, ONE, Output("out/a.safetensors", truncation=Truncation(1)))
 
 

@@ -30,7 +30,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def workspace(folder: Path) -> Workspace:
-    return Workspace.create([folder.parent])
+    return Workspace.create(folder.parent.parent / "studio", [folder.parent])
 
 
 def read_captions(folder: Path) -> dict[str, str]:
@@ -85,9 +85,10 @@ def test_undo_restores_every_byte_save_by_save(workspace: Workspace, folder: Pat
     save(workspace, folder, text=("old words", "one"), bare=("", "two"))
     save(workspace, folder, text=("one", "three"), fields=("old fields", "four"))
     assert captions.count_saves(workspace, folder) == 2
-    assert sorted(captions.undo_save(workspace, folder)) == ["audio/fields.json", "audio/text.txt"]
+    root = workspace.sources[0].name
+    assert sorted(captions.undo_save(workspace, folder)) == [f"{root}/audio/fields.json", f"{root}/audio/text.txt"]
     assert read_captions(folder)["text.wav"] == "one"
-    captions.undo_save(Workspace.create(workspace.roots), folder)  # by another server
+    captions.undo_save(Workspace.create(workspace.folder, workspace.sources), folder)  # by another server
     assert {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} == before
     with pytest.raises(SA3Error, match="nothing to undo"):
         captions.undo_save(workspace, folder)

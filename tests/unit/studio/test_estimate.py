@@ -81,13 +81,13 @@ def test_settings_are_one_a_line() -> None:
 
 
 def test_the_trainer_itself_composes_and_refuses(workspace: Workspace, latents: Path) -> None:
-    choice = RunRequest("instrument", latents, "nano-base", workspace.roots[0] / "run", 20, ("optimizer.lr=0.5",))
+    choice = RunRequest("instrument", latents, "nano-base", workspace.sources[0] / "run", 20, ("optimizer.lr=0.5",))
     config = estimate.compose_config(choice)
     assert (config["trainer"]["max_steps"], config["optimizer"]["lr"]) == (20, 0.5)
     assert not choice.run_dir.exists()
     with pytest.raises(SA3Error, match="optimizer.lr"):
         estimate.compose_config(
-            RunRequest("instrument", latents, "nano-base", workspace.roots[0] / "run", 20, ("optimizer.lrr=0.5",))
+            RunRequest("instrument", latents, "nano-base", workspace.sources[0] / "run", 20, ("optimizer.lrr=0.5",))
         )
 
 

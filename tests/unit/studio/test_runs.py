@@ -13,7 +13,8 @@ from sa3train.reports.run_files import format_settings
 from sa3train.studio.runs import runs
 from sa3train.studio.runs.page import resolve_run_dir
 from sa3train.studio.server import processes
-from sa3train.studio.server.workspace import FoundFolders, Workspace, find_folders
+from sa3train.studio.server.folders import FoundFolders, find_folders
+from sa3train.studio.server.workspace import Workspace
 
 OLD = time.time() - 7200
 
@@ -23,6 +24,7 @@ def make_run(folder: Path, status: str = "running", *, steps: int = 100, old: bo
     config = {"trainer": {"max_steps": steps}, "run_dir": str(folder), **settings}
     (folder / "config.yaml").write_text(format_settings(config))
     record = {"id": "x", "status": status, "started": "2026-01-01T00:00:00+00:00", "resumed": [], "steps": 40}
+    record["identity"] = {}
     (folder / "run.json").write_text(json.dumps(record))
     (folder / "metrics.csv").write_text("step,train/loss,time/steps_per_second\n10,1.5,2.0\n20,1.25,\n30,1.")
     if old:
@@ -106,6 +108,12 @@ def test_a_run_that_never_began(tmp_path: Path) -> None:
     run = get_run(tmp_path / "run")
     assert (run.state, run.error) == ("failed", "no such data")
     assert runs.build_resume_command(tmp_path / "run") == ["sa3-train", "a=b"]
+    (tmp_path / "run" / "adapter.safetensors").touch()
+    with pytest.raises(SA3Error, match="holds more"):
+        runs.dismiss_run(tmp_path / "run")
+    (tmp_path / "run" / "adapter.safetensors").unlink()
+    runs.dismiss_run(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_resuming_is_the_trainers_own_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,18 +141,18 @@ def test_runs_latents_and_audio_are_found_under_the_roots_alone(tmp_path: Path) 
     (root / "runs" / "one" / "demos" / "a.wav").touch()
     write_record(root / "runs" / "two")
     (root / "latents").mkdir()
-    (root / "latents" / "index.json").touch()
+    (root / "latents" / "index.json").write_text('{"format": "sa3train-latents"}')
     (root / "audio" / "deep").mkdir(parents=True)
     (root / "audio" / "deep" / "a.wav").touch()
     make_run(tmp_path / "outside" / "three")
     (root / "link").symlink_to(tmp_path / "outside")
     (root / ".hidden").mkdir()
     (root / ".hidden" / "a.wav").touch()
-    workspace = Workspace.create([root])
+    workspace = Workspace.create(tmp_path / "studio", [root])
     found = find_folders(workspace)
     assert found.runs == [root / "runs" / "one", root / "runs" / "two"]
     assert found.latents == [root / "latents"]
-    assert found.audio == [root / "audio" / "deep"]
+    assert found.audio == [root, root / "audio" / "deep"]
     assert [run.path.name for run in runs.find_runs(workspace)] == ["one", "two"]
 
 
@@ -152,7 +160,7 @@ def test_a_run_that_began_after_the_survey_is_found_when_it_is_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new = make_run(tmp_path / "old", "finished"), make_run(tmp_path / "new", "finished")
-    workspace = Workspace.create([tmp_path])
+    workspace = Workspace.create(tmp_path / "studio", [tmp_path])
     monkeypatch.setattr(runs, "find_folders", lambda workspace: FoundFolders(runs=[old]))
     assert [run.path for run in runs.find_runs(workspace)] == [old]
     assert {run.path for run in runs.find_runs(workspace, new)} == {old, new}
@@ -162,7 +170,7 @@ def test_a_run_that_began_after_the_survey_is_found_when_it_is_known(
 
 def test_a_run_whose_files_are_links_out_shows_nothing(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "root" / "borrowed")
-    workspace = Workspace.create([tmp_path / "root"])
+    workspace = Workspace.create(tmp_path / "studio", [tmp_path / "root"])
     (tmp_path / "secret.yaml").write_text("token: hidden")
     (folder / "config.yaml").unlink()
     (folder / "config.yaml").symlink_to(tmp_path / "secret.yaml")

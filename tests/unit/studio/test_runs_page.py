@@ -16,7 +16,7 @@ def make_demo(step: int, strength: float, prompt: str = "koto") -> DemoFile:
 
 
 def test_names_and_prompts_are_text(workspace: Workspace) -> None:
-    folder = workspace.roots[0] / "runs" / EVIL.replace("/", "")
+    folder = workspace.sources[0] / "runs" / EVIL.replace("/", "")
     files = RunFiles(folder, demos=[make_demo(0, 0.0, EVIL), make_demo(10, 1.0, EVIL)], data={
         "manifest": EVIL, "prompts": [EVIL],
         "sources": [{"path": EVIL, "role": EVIL, "model": EVIL, "card": EVIL, "splits": {}}],
@@ -32,18 +32,18 @@ def test_names_and_prompts_are_text(workspace: Workspace) -> None:
 
 def test_base_stands_beside_the_adapter_and_the_newest_step_first(workspace: Workspace) -> None:
     files = RunFiles(
-        workspace.roots[0], demos=[make_demo(0, 0.0), *(make_demo(step, s) for step in (10, 20) for s in (0.5, 1.0))]
+        workspace.sources[0], demos=[make_demo(0, 0.0), *(make_demo(step, s) for step in (10, 20) for s in (0.5, 1.0))]
     )
     html = view.render_demos(workspace, files)
     assert html.index("Step 20") < html.index("Step 10")
     assert html.count("<b>base model</b>") == 2
     assert html.count("<audio") == 6
     assert 'src="/gradio_api/file=' in html
-    assert "No demos yet" in view.render_demos(workspace, RunFiles(workspace.roots[0]))
+    assert "No demos yet" in view.render_demos(workspace, RunFiles(workspace.sources[0]))
 
 
 def test_a_part_is_rendered_again_only_when_its_files_change(workspace: Workspace) -> None:
-    folder = workspace.roots[0] / "run"
+    folder = workspace.sources[0] / "run"
     folder.mkdir()
     run = Run(folder, "running", 1, 2)
     seen, shown = page.render_parts(workspace, run, {})

@@ -11,7 +11,7 @@ from sa3train.studio.server.workspace import Workspace
 
 
 def test_the_form_becomes_a_command(workspace: Workspace, latents: Path) -> None:
-    root = workspace.roots[0]
+    root = workspace.folder
     request = start_form.parse_request(workspace, "instrument", "latents", "nano-base", 20, "runs/a", "seed=1", "")
     assert request.build_command() == [
         "sa3-train", "recipe=instrument", f"data={latents}", "model=nano-base", f"run_dir={root / 'runs' / 'a'}",
@@ -22,7 +22,7 @@ def test_the_form_becomes_a_command(workspace: Workspace, latents: Path) -> None
     assert odd.build_command()[-1] == f'run_dir="{root}/\\${{oc.env:HOME}}, x"'
     adapter = "adapters/one.safetensors"
     continued = start_form.parse_request(workspace, "continue", "latents", "nano-base", 0, "", "", adapter)
-    assert f"adapter.start_from={root / adapter}" in continued.build_command()
+    assert f"adapter.start_from={workspace.sources[0] / adapter}" in continued.build_command()
     assert not any("max_steps" in part for part in continued.build_command())
     assert continued.run_dir.parent == root / "runs"
 
@@ -35,8 +35,8 @@ def test_the_form_becomes_a_command(workspace: Workspace, latents: Path) -> None
         ({"data": "/etc"}, "outside the folders"),
         ({"data": "nothing"}, "no folder of latents"),
         ({"model": "../../etc"}, "outside the folders"),
-        ({"folder": "../x"}, "outside the folders"),
-        ({"folder": "/etc/x"}, "outside the folders"),
+        ({"folder": "../x"}, "inside the workspace"),
+        ({"folder": "/etc/x"}, "inside the workspace"),
         *(
             ({"steps": steps}, "max_steps")
             for steps in (-1, 1.5, "x", "nan", float("nan"), float("inf"), 1e12, 1e300, True)

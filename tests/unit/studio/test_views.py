@@ -33,8 +33,8 @@ def audit_file(tmp_path: Path) -> Path:
 def test_an_audit_shows_the_gravest_first(workspace: Workspace, audit_file: Path) -> None:
     audit = jobs_tabs.read_audit(audit_file, max_rows=3)
     assert [row["source"] for row in audit.rows] == ["bad.wav", "0.wav", "1.wav"]
-    write_clip(workspace.roots[0] / "audio" / "0.wav", tone(0.1))
-    html = jobs_tabs.render_audit(workspace, audit, workspace.roots[0] / "audio")
+    write_clip(workspace.sources[0] / "audio" / "0.wav", tone(0.1))
+    html = jobs_tabs.render_audit(workspace, audit, workspace.sources[0] / "audio")
     assert html.index("no caption") < html.index("very quiet", html.index("Clips, worst first"))
     assert html.count("<audio") == 1, "only files that are there can be played"
     assert "and 3 more" in html
@@ -45,11 +45,11 @@ def test_an_audit_shows_the_gravest_first(workspace: Workspace, audit_file: Path
 
 
 def test_a_clip_is_heard_and_measured(workspace: Workspace) -> None:
-    html = captions_tab.render_clip(workspace, workspace.roots[0] / "audio", "tone.wav")
+    html = captions_tab.render_clip(workspace, workspace.sources[0] / "audio", "tone.wav")
     assert "2.00 s · 44100 Hz · 2 ch" in html
     assert "<audio" in html
     with pytest.raises(SA3Error, match="outside the folders"):
-        captions_tab.render_clip(workspace, workspace.roots[0], "../../x.wav")
+        captions_tab.render_clip(workspace, workspace.sources[0], "../../x.wav")
 
 
 RECORDS = [{"source": f"{n}.wav", "caption": f"kick, dry, {n}", "tags": {"genre": "dub"}} for n in range(4)]
@@ -71,7 +71,7 @@ def test_prompt_settings_reach_the_trainer_as_they_were_previewed(workspace: Wor
     templates = 'say "{caption}", = loud\n{genre}=2'
     settings = prompts_tab.build_settings(templates, "zap's, ${oc.env:HOME} C:\\x", 0.5, "back", True, 0.25, 1)
     lines = prompts_tab.list_training_settings(settings)
-    choice = estimate.RunRequest("instrument", workspace.roots[0], "nano-base", workspace.roots[0] / "run", 2,
+    choice = estimate.RunRequest("instrument", workspace.sources[0], "nano-base", workspace.sources[0] / "run", 2,
                          estimate.parse_settings("\n".join(lines)))  # fmt: skip
     prompts = estimate.compose_config(choice)["data"]["prompts"]
     assert prompts["templates"] == [
@@ -87,7 +87,7 @@ def test_prompt_settings_reach_the_trainer_as_they_were_previewed(workspace: Wor
 
 def test_prompts_of_a_folder_of_audio_before_it_is_encoded(workspace: Workspace) -> None:
     with pytest.raises(SA3Error, match="has a caption"):
-        prompts_tab.read_records(workspace, workspace.roots[0] / "audio")
-    (workspace.roots[0] / "audio" / "tone.txt").write_text("a tone")
-    (record,) = prompts_tab.read_records(workspace, workspace.roots[0] / "audio")
+        prompts_tab.read_records(workspace, workspace.sources[0] / "audio")
+    (workspace.sources[0] / "audio" / "tone.txt").write_text("a tone")
+    (record,) = prompts_tab.read_records(workspace, workspace.sources[0] / "audio")
     assert (record["source"], record["caption"]) == ("tone.wav", "a tone")

@@ -8,16 +8,17 @@ import pytest
 
 from helpers.audio import tone, write_clip
 from sa3train.models.nano import ensure_nano_folder
-from sa3train.studio.server.workspace import (
-    StudioError,
-    Workspace,
+from sa3train.studio.data.captions import list_clips
+from sa3train.studio.server.folders import (
     describe_model,
+    find_folders,
     iterate_folders,
     list_adapters,
     list_audio,
     list_models,
     resolve_model_name,
 )
+from sa3train.studio.server.workspace import StudioError, Workspace
 
 
 @pytest.fixture
@@ -25,57 +26,87 @@ def two(tmp_path: Path) -> Workspace:
     for name in ("first", "second", "elsewhere"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "file.txt").write_text("x")
-    return Workspace.create([tmp_path / "first", tmp_path / "second"])
+    return Workspace.create(tmp_path / "studio", [tmp_path / "first", tmp_path / "second"])
 
 
-def test_its_home_lies_in_the_first_folder(two: Workspace) -> None:
-    assert two.home == two.roots[0] / ".sa3-studio"
-    assert two.history.is_dir()
-    assert two.uploads.is_dir()
+def test_all_that_it_makes_is_in_the_workspace(two: Workspace) -> None:
+    assert two.home == two.folder / ".sa3-studio"
+    assert two.history.is_dir() and two.history.is_relative_to(two.folder)
+    assert two.uploads.is_dir() and two.uploads.is_relative_to(two.home)
+    assert two.resolve_output("runs/a") == two.folder / "runs" / "a"
+    for path in ("file.txt", "first/file.txt"):
+        assert two.resolve_output(path) == two.folder / path, "whatever the sources hold"
+    for path in (two.sources[0] / "runs", "../first/x", "/etc/x", ".", ".sa3-studio/x"):
+        with pytest.raises(StudioError, match="inside the workspace") as error:
+            two.resolve_output(path)
+        assert str(two.folder) in str(error.value)
 
 
 def test_paths_inside_are_resolved(two: Workspace) -> None:
-    assert two.resolve("file.txt") == two.roots[0] / "file.txt"
-    assert two.resolve(two.roots[1] / "file.txt") == two.roots[1] / "file.txt"
-    assert two.resolve(f"../{two.roots[1].name}/new/file.wav") == two.roots[1] / "new" / "file.wav"
-    assert two.shorten(two.resolve("file.txt")) == "file.txt"
+    first, second = two.sources
+    assert two.resolve("file.txt") == two.resolve("first/file.txt") == first / "file.txt"
+    assert two.resolve(second / "file.txt") == two.resolve("second/file.txt") == second / "file.txt"
+    assert two.resolve("../second/new/file.wav") == second / "new" / "file.wav"
+    assert two.shorten(first / "file.txt") == "first/file.txt"
+    assert two.shorten(first) == "first"
+    assert two.shorten(two.folder / "runs" / "a") == "runs/a"
+    (two.folder / "first").mkdir()
+    (two.folder / "first" / "file.txt").touch()
+    assert two.shorten(first / "file.txt") == str(first / "file.txt"), "the short path is another file's"
+
+
+def test_a_workspace_inside_a_source_is_no_source(tmp_path: Path) -> None:
+    write_clip(tmp_path / "pack" / "kicks" / "a.wav", tone(0.1))
+    workspace = Workspace.create(tmp_path / "sa3-studio", [tmp_path])
+    for path in ("results/b.wav", "mine/c.wav"):
+        write_clip(workspace.folder / path, tone(0.1))
+    (workspace.folder / "latents").mkdir()
+    (workspace.folder / "latents" / "index.json").write_text('{"format": "sa3train-latents"}')
+    found = find_folders(workspace)
+    assert found.audio == [tmp_path, tmp_path / "pack" / "kicks"]
+    assert found.latents == [workspace.folder / "latents"]
+    assert [clip.source for clip in list_clips(workspace, tmp_path)] == ["pack/kicks/a.wav"]
+    with pytest.raises(StudioError, match="is no source"):
+        list_clips(workspace, workspace.folder / "mine")
+    with pytest.raises(StudioError, match="in the workspace"):
+        Workspace.create(tmp_path, [tmp_path / "pack"])
 
 
 @pytest.mark.parametrize("path", ["../elsewhere/file.txt", "/etc/passwd", "a/../../elsewhere", "~/file.txt", "/"])
 def test_paths_outside_are_refused_with_the_folders_named(two: Workspace, path: str) -> None:
     with pytest.raises(StudioError, match="outside the folders") as error:
         two.resolve(path)
-    assert str(two.roots[0]) in str(error.value)
+    assert str(two.sources[0]) in str(error.value)
 
 
 def test_links_that_lead_out_are_refused(two: Workspace, tmp_path: Path) -> None:
-    (two.roots[0] / "link").symlink_to(tmp_path / "elsewhere")
-    (two.roots[0] / "loop").symlink_to(two.roots[0] / "loop")
+    (two.sources[0] / "link").symlink_to(tmp_path / "elsewhere")
+    (two.sources[0] / "loop").symlink_to(two.sources[0] / "loop")
     with pytest.raises(StudioError, match="outside"):
         two.resolve("link/file.txt")
-    assert not two.is_served(two.roots[0] / "link" / "file.txt")
-    assert not two.is_served(two.roots[0] / "loop" / "x") or not (two.roots[0] / "loop" / "x").exists()
+    assert not two.is_served(two.sources[0] / "link" / "file.txt")
+    assert not two.is_served(two.sources[0] / "loop" / "x") or not (two.sources[0] / "loop" / "x").exists()
 
 
 @pytest.mark.parametrize(
     "name", [" a ", "~tilde", "a, b", "${oc.env:HOME}", "*", "[a]", "a\nb", "C:\\clips", "-a", "ü"]
 )
 def test_a_folder_that_exists_is_found_by_its_name(two: Workspace, name: str) -> None:
-    write_clip(two.roots[0] / name / "x.wav", tone(0.1))
+    write_clip(two.sources[0] / name / "x.wav", tone(0.1))
     folder = two.resolve_folder(name)
-    assert folder == two.roots[0] / name == two.resolve(str(folder))
-    assert list_audio(two) == [f"{name}/x.wav"]
+    assert folder == two.sources[0] / name == two.resolve(str(folder))
+    assert list_audio(two) == [f"first/{name}/x.wav"]
     assert two.is_served(folder / "x.wav")
     assert unquote(two.get_url(f"{name}/x.wav")).endswith(f"{name}/x.wav")
 
 
 def test_what_no_page_can_show_is_left_out(two: Workspace) -> None:
-    write_clip(two.roots[0] / "x.wav", tone(0.1))
-    (two.roots[0] / "x.wav").rename(os.fsdecode(os.fsencode(two.roots[0]) + b"/\xff.wav"))
+    write_clip(two.sources[0] / "x.wav", tone(0.1))
+    (two.sources[0] / "x.wav").rename(os.fsdecode(os.fsencode(two.sources[0]) + b"/\xff.wav"))
     assert list_audio(two) == []
-    os.mkfifo(two.roots[0] / "pipe.wav")
-    assert not two.is_served(two.roots[0] / "pipe.wav")
-    (two.roots[0] / "loop").symlink_to(two.roots[0] / "loop")
+    os.mkfifo(two.sources[0] / "pipe.wav")
+    assert not two.is_served(two.sources[0] / "pipe.wav")
+    (two.folder / "loop").symlink_to(two.folder / "loop")
     for path in ("\udcff.wav", "a" * 300, "loop/x", "~nobody-of-that-name/x"):
         with pytest.raises(StudioError, match="Cannot resolve"):
             two.resolve(path)
@@ -88,10 +119,10 @@ def test_no_path_is_refused(two: Workspace, path: str) -> None:
 
 
 def test_hidden_files_are_not_served_but_the_studios_own(two: Workspace) -> None:
-    assert two.is_served(two.roots[0] / "file.txt")
+    assert two.is_served(two.sources[0] / "file.txt")
     assert two.is_served(two.history / "take.wav")
-    assert not two.is_served(two.roots[0] / ".env")
-    assert not two.is_served(two.roots[1] / ".git" / "config")
+    assert not two.is_served(two.sources[0] / ".env")
+    assert not two.is_served(two.sources[1] / ".git" / "config")
 
 
 def test_a_missing_file_is_refused(two: Workspace) -> None:
@@ -103,28 +134,33 @@ def test_a_missing_file_is_refused(two: Workspace) -> None:
 
 def test_bad_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(StudioError, match="is not a folder"):
-        Workspace.create([tmp_path / "none"])
-    with pytest.raises(StudioError, match="needs a folder"):
-        Workspace.create([])
+        Workspace.create(tmp_path / "studio", [tmp_path / "none"])
+    (tmp_path / "file").touch()
+    with pytest.raises(StudioError, match="has file: as a workspace"):
+        Workspace.create(tmp_path)
+    (tmp_path / "made" / "latents").mkdir(parents=True)
+    assert Workspace.create(tmp_path / "made").history.is_dir()
+    with pytest.raises(StudioError, match="Cannot write to"):
+        Workspace.create(tmp_path / "file")
 
 
 def test_addresses_are_quoted(two: Workspace) -> None:
-    assert two.get_url(two.roots[0] / "a b#?.wav").endswith("/a%20b%23%3F.wav")
+    assert two.get_url(two.sources[0] / "a b#?.wav").endswith("/a%20b%23%3F.wav")
 
 
 def test_adapters_and_audio_are_found_but_nothing_hidden(workspace: Workspace) -> None:
-    hidden = workspace.roots[0] / ".cache"
+    hidden = workspace.sources[0] / ".cache"
     hidden.mkdir()
     (hidden / "x.safetensors").write_bytes(b"")
-    (workspace.roots[0] / "peft").mkdir()
-    (workspace.roots[0] / "peft" / "adapter_config.json").write_text("{}")
+    (workspace.sources[0] / "peft").mkdir()
+    (workspace.sources[0] / "peft" / "adapter_config.json").write_text("{}")
     found = list_adapters(workspace)
-    assert sorted(found) == ["adapters/one.safetensors", "adapters/two.safetensors", "peft"]
-    assert list_audio(workspace) == ["audio/tone.wav"]
+    assert sorted(found) == ["root/adapters/one.safetensors", "root/adapters/two.safetensors", "root/peft"]
+    assert list_audio(workspace) == ["root/audio/tone.wav"]
 
 
 def test_what_is_not_a_file_is_not_offered(workspace: Workspace) -> None:
-    root = workspace.roots[0]
+    root = workspace.sources[0]
     before = list_audio(workspace), list_adapters(workspace)
     for name in ("pipe.wav", "pipe.safetensors"):
         os.mkfifo(root / name)
@@ -134,13 +170,13 @@ def test_what_is_not_a_file_is_not_offered(workspace: Workspace) -> None:
 
 
 def test_model_folders_are_offered_beside_the_names(workspace: Workspace) -> None:
-    mine = workspace.roots[0] / "mine"
+    mine = workspace.sources[0] / "mine"
     mine.mkdir()
     for file in ensure_nano_folder("nano").iterdir():
         if file.is_file():
             (mine / file.name).write_bytes(file.read_bytes())
     values = {value: label for label, value in list_models(workspace)}
-    assert values[str(mine)] == "mine"
+    assert values[str(mine)] == "root/mine"
     assert values["nano"] == "nano"
     assert "not downloaded" in values["medium"]
     assert resolve_model_name(workspace, str(mine)) == str(mine)
@@ -156,6 +192,6 @@ def test_a_model_is_described(workspace: Workspace) -> None:
 
 def test_a_huge_folder_is_not_walked_to_its_end(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(30):
-        (workspace.roots[0] / f"d{number:02d}").mkdir()
-    monkeypatch.setattr("sa3train.studio.server.workspace.MAX_FOLDERS", 10)
+        (workspace.sources[0] / f"d{number:02d}").mkdir()
+    monkeypatch.setattr("sa3train.studio.server.folders.MAX_FOLDERS", 10)
     assert len(list(iterate_folders(workspace))) == 10

@@ -1,6 +1,7 @@
 """A run that is stopped anywhere and resumed ends exactly where the uninterrupted one does."""
 
 import functools
+import multiprocessing
 import os
 import random
 import shutil
@@ -133,6 +134,21 @@ def test_a_schedulers_signal_saves_and_stops_and_the_run_goes_on(
     part.stop_after = None
     assert part.run(resume=True).steps == 6
     assert_same_results(part, whole)
+
+
+@pytest.mark.slow
+def test_a_signal_to_the_whole_group_saves_too(shards: Path, tmp_path: Path, children: Children) -> None:
+    """Workers that died of it would end the run before its step is saved."""
+    whole, part = (make_hard_trial(shards, tmp_path, name) for name in ("whole", "part"))
+    before = multiprocessing.active_children()
+    whole.run()
+    assert multiprocessing.active_children() == before, "workers end with the training"
+    part.stop_after, part.stop_by = 5, -signal.SIGTERM
+    assert children.outcome(children.start(part)) == 0
+    assert list(list_checkpoints(part.run_dir)) == [3]
+    part.stop_after = None
+    assert part.run(resume=True).steps == 12
+    assert_same_files(part, whole)
 
 
 @pytest.mark.slow

@@ -13,14 +13,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from sa3train.core.errors import ConfigError
+from sa3train.core.errors import ConfigError, SA3Error
 from sa3train.core.signals import Interrupted
 from sa3train.reports.run_files import format_settings, load_settings
 from sa3train.training import run_dir
 from sa3train.training.callbacks.checkpoint import (
+    StateError,
     StateVersionError,
     find_latest_checkpoint,
     get_checkpoint_path,
+    load_state,
     save_state,
 )
 from sa3train.training.run_dir import RunDir, is_requeued
@@ -119,6 +121,15 @@ def test_one_process_at_a_time_trains_in_a_folder(
         assert copy.lock is None, "other ranks get a copy"
     with open_run(tmp_path, SETTINGS, IDENTITY, resume=True):
         pass
+
+
+def test_pipes_in_a_run_folder_are_never_opened(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    os.mkfifo(tmp_path / "checkpoints" / "step-2.safetensors")
+    with pytest.raises(SA3Error, match=r"step-2\.safetensors in .*checkpoints is in the way, it is a named pipe"):
+        open_run(tmp_path, {}, {}, resume=False)
+    with pytest.raises(StateError, match="named pipe"):
+        load_state(tmp_path / "checkpoints" / "step-2.safetensors")
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]", "3"])

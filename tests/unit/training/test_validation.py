@@ -16,10 +16,10 @@ from sa3train.diffusion.objective import compute_squared_error
 from sa3train.reports.run_files import read_metrics
 from sa3train.training.callbacks.validation import (
     LEVELS,
+    ValidationCallback,
     list_heldout_clips,
     list_training_clips,
     measure_losses,
-    summarize_validation,
 )
 from sa3train.training.module import LoraModule
 from sa3train.training.settings import LossSettings, OptimizerSettings, TrainingSettings, ValidationSettings
@@ -153,6 +153,6 @@ def test_the_verdict_is_in_words() -> None:
         "best_loss": 1.0,
         "items": {"val": [{"base": 2.0, "adapter": 1.4}, {"base": 2.0, "adapter": 1.6}]},
     }
-    lines = summarize_validation(summary)
+    lines = ValidationCallback.describe(summary)
     assert "held-out clips: base 2.0000 -> adapter 1.5000, 25.0% lower (±63.5%, 2 clips), at step 8" in lines[0]
     assert lines[1] == "best validation loss 1.0000 was at step 4"

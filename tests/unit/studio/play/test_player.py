@@ -10,6 +10,7 @@ import torch
 
 from sa3train.cli import generate
 from sa3train.core.errors import AdapterError, GenerationError
+from sa3train.core.files import relate_path
 from sa3train.inference.outputs import GenerationOutput
 from sa3train.inference.replay import build_command
 from sa3train.inference.resolve import ModelFacts, resolve_settings
@@ -69,7 +70,10 @@ def test_the_sidecar_is_one_of_sa3_generate(workspace: Workspace, player: Player
 @pytest.mark.parametrize("mode", ["restyle", "inpaint"])
 def test_a_record_is_the_same_request(workspace: Workspace, player: Player, job: Job, mode: str) -> None:
     (result,) = player.play(MODES[mode], job)
-    (repeated,) = player.play(PlaySettings.from_record(result.record), job)
+    for entry in filter(None, result.record["inputs"].values()):  # as a command gives them, in another folder
+        entry["path"] = relate_path(entry["path"], result.audio.parents[2])
+    record = result.record | {"directory": "../.."}
+    (repeated,) = player.play(PlaySettings.from_record(record, result.audio.parent), job)
     assert repeated.audio.read_bytes() == result.audio.read_bytes()
 
 
@@ -121,7 +125,7 @@ def test_adapters_stay_loaded_and_leave_without_a_trace(workspace: Workspace, pl
 
 def test_a_refused_adapter_leaves_none_behind(workspace: Workspace, player: Player, job: Job) -> None:
     (before,) = player.play(BARE, job)
-    (workspace.roots[0] / "adapters" / "text.safetensors").write_text("no adapter at all")
+    (workspace.sources[0] / "adapters" / "text.safetensors").write_text("no adapter at all")
     with pytest.raises(AdapterError):
         player.play(replace(REQUEST, adapters=(*BOTH, AdapterSettings("adapters/text.safetensors"))), job)
     (after,) = player.play(BARE, job)
@@ -137,7 +141,7 @@ def test_settings_out_of_range_are_the_librarys_errors(player: Player, job: Job,
 
 
 def test_a_wrong_file_as_source_is_refused(workspace: Workspace, player: Player, job: Job) -> None:
-    (workspace.roots[0] / "audio" / "text.wav").write_text("no audio at all")
+    (workspace.sources[0] / "audio" / "text.wav").write_text("no audio at all")
     with pytest.raises(ValueError, match=r"text\.wav"):
         player.play(ask(mode="restyle", init_audio="audio/text.wav"), job)
 

@@ -46,7 +46,7 @@ def test_unusable_rows_are_refused(row: dict[str, object], message: str) -> None
 def test_a_request_is_resolved(workspace: Workspace) -> None:
     resolved = replace(PLAIN, adapters=(AdapterSettings("adapters/one.safetensors"),)).resolve(workspace)
     assert resolved.settings.seed >= 0
-    assert resolved.adapters[0].path == str(workspace.roots[0] / "adapters" / "one.safetensors")
+    assert resolved.adapters[0].path == str(workspace.sources[0] / "adapters" / "one.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_a_continuation_starts_where_the_audio_ends(workspace: Workspace) -> Non
 
 
 def test_source_audio_gets_its_full_path(workspace: Workspace) -> None:
-    full = str(workspace.roots[0] / TONE)
+    full = str(workspace.sources[0] / TONE)
     assert ask("restyle", init_audio=TONE).resolve(workspace).settings.init_audio == full
     settings = ask("inpaint", inpaint_audio=TONE, **REGIONS).resolve(workspace).settings
     assert (settings.inpaint_audio, settings.inpaint_mask_start_seconds) == (full, (0.1, 0.6))
@@ -146,7 +146,8 @@ def test_the_waveform_says_what_is_generated(workspace: Workspace) -> None:
 
     assert "marked region" in get_note("continue", 3.0)
     assert "above 2.00 s" in get_note("continue", 1.0)
-    assert get_note("restyle", 3.0) == get_note("inpaint", 3.0) == ""
+    assert "All of the audio" in get_note("restyle", 3.0)
+    assert "marked regions are regenerated" in get_note("inpaint", 3.0)
 
 
 def test_empty_numbers_are_defaults(workspace: Workspace) -> None:

@@ -1,0 +1,303 @@
+"""What is in the folders of a studio: models, adapters, audio, latents and runs.
+
+Listings are bounded, since a source may be a whole home folder.
+"""
+
+import functools
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from sa3train.audio.io import AUDIO_SUFFIXES
+from sa3train.core.errors import SA3Error
+from sa3train.core.user_files import is_file, read_file, scan_folder
+from sa3train.data.sources.own_folders import INDEX_LIMIT, LATENTS, RUN, STUDIO, identify_own_folder
+from sa3train.inference.settings import MODEL_DEFAULTS
+from sa3train.models import hub
+from sa3train.models.config import ModelConfig
+from sa3train.models.diffusers_layout import read_config
+from sa3train.models.parse import parse_model
+from sa3train.studio.server.processes import PROCESS_FILE
+from sa3train.studio.server.workspace import StudioError, Workspace
+
+ADAPTER_CONFIG = "adapter_config.json"
+MAX_FOLDERS = 4000
+MAX_DEPTH = 8
+MAX_LISTED = 400
+CACHE_SECONDS = 3
+"""For how long `find_folders` returns the same result."""
+
+
+class Folder(NamedTuple):
+    """A folder below the roots.
+
+    Attributes:
+        path: Its path.
+        files: Names of its regular files that are not hidden, in order.
+        own: What `identify_own_folder` says of it.
+    """
+
+    path: Path
+    files: list[str]
+    own: str
+
+
+def iterate_folders(workspace: Workspace) -> Iterator[Folder]:
+    """Yield the folders below the roots, without hidden ones, up to `MAX_FOLDERS` and `MAX_DEPTH`.
+
+    Names that are no valid text are left out: no page can show them.
+
+    Args:
+        workspace: The workspace.
+
+    Yields:
+        Each folder, in order.
+    """
+    folders = [(root, 0) for root in reversed(workspace.roots)]
+    seen: set[Path] = set()
+    for _ in range(MAX_FOLDERS):
+        if not folders:
+            return
+        folder, depth = folders.pop()
+        if folder in seen:  # the workspace or another source, inside a source
+            continue
+        seen.add(folder)
+        try:
+            _, entries = scan_folder(str(folder))
+        except OSError:  # not ours to read, or gone
+            continue
+        below = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        if depth < MAX_DEPTH:
+            shown = [name for name in below if _is_shown(name) and not name.startswith("__")]
+            folders += [(folder / name, depth + 1) for name in reversed(shown)]
+        read_mark = functools.partial(read_file, limit=INDEX_LIMIT)
+        own = identify_own_folder(str(folder), [entry.name for entry in entries], read_mark)
+        yield Folder(folder, [entry.name for entry in entries if _is_shown(entry.name) and is_file(entry)], own)
+
+
+def _is_shown(name: str) -> bool:
+    return not name.startswith(".") and is_text(name)
+
+
+def is_text(name: str) -> bool:
+    """Check that a name is valid Unicode, which file systems do not require.
+
+    Args:
+        name: Name of a file or folder, or a path.
+
+    Returns:
+        Whether a page can show it.
+    """
+    return name.encode("utf-8", "replace").decode("utf-8") == name
+
+
+def list_adapters(workspace: Workspace) -> list[str]:
+    """List adapter files and PEFT folders.
+
+    Args:
+        workspace: The workspace.
+
+    Returns:
+        Short paths (`Workspace.shorten`), newest first.
+    """
+    found = []
+    for folder, files, _ in iterate_folders(workspace):
+        if ADAPTER_CONFIG in files:
+            found.append(folder)
+            continue
+        if "config.json" in files:  # a text encoder, or a component of a pipeline of diffusers
+            continue
+        is_model = hub.CONFIG_FILE in files
+        found += [
+            folder / name
+            for name in files
+            if name.endswith(".safetensors") and not (is_model and name == hub.WEIGHTS_FILE)
+        ]
+    return _sort_by_age(workspace, found)
+
+
+def list_audio(workspace: Workspace) -> list[str]:
+    """List audio files.
+
+    Args:
+        workspace: The workspace.
+
+    Returns:
+        Short paths (`Workspace.shorten`), newest first.
+    """
+    found = [folder / name for folder, files, _ in iterate_folders(workspace) for name in files if _is_audio(name)]
+    return _sort_by_age(workspace, found)
+
+
+def list_models(workspace: Workspace) -> list[tuple[str, str]]:
+    """List the models to choose from: those known by name, and folders below the roots.
+
+    Args:
+        workspace: The workspace.
+
+    Returns:
+        (label, value) of each.
+    """
+    available = {"nano", "nano-base", *hub.list_cached_names()}
+    names = [entry.name for entry in hub.REGISTRY.values() if entry.kind == "model"]
+    choices = [(name if name in available else f"{name} (not downloaded yet)", name) for name in names]
+    for folder, files, _ in iterate_folders(workspace):
+        if hub.PIPELINE_FILE in files or (hub.CONFIG_FILE in files and hub.WEIGHTS_FILE in files):
+            choices.append((workspace.shorten(folder), str(folder)))
+    if workspace.model not in [value for _, value in choices]:
+        choices.append((workspace.model, workspace.model))
+    return choices
+
+
+def resolve_model_name(workspace: Workspace, name: str) -> str:
+    """Check the name of a model.
+
+    Args:
+        workspace: The workspace.
+        name: A name of the registry, the model that the studio was started with, or a folder inside the roots.
+
+    Returns:
+        The name, or the absolute path of the folder. A path outside the roots is refused as by `Workspace.resolve`.
+    """
+    if name in hub.REGISTRY or name == workspace.model:
+        return name
+    return str(workspace.resolve_folder(name, "model folder"))
+
+
+def load_model_config(workspace: Workspace, name: str) -> ModelConfig | None:
+    """Load the configuration of a model, unless that needs a download.
+
+    Args:
+        workspace: The workspace.
+        name: As for `resolve_model_name`.
+
+    Returns:
+        The configuration, or None for a model that has not been downloaded yet.
+    """
+    name = resolve_model_name(workspace, name)
+    entry = hub.REGISTRY.get(name)
+    if entry is not None and entry.repo_id is not None and name not in hub.list_cached_names():
+        return None
+    files = hub.locate_checkpoint(name)
+    return parse_model(read_config(files.config), str(files.config))
+
+
+def describe_model(workspace: Workspace, name: str) -> str:
+    """Describe a model in one line.
+
+    Args:
+        workspace: The workspace.
+        name: As for `resolve_model_name`.
+
+    Returns:
+        Kind, longest duration and defaults; the license of a model that must be downloaded; or what is wrong.
+    """
+    try:
+        config = load_model_config(workspace, name)
+    except SA3Error as error:
+        return str(error)
+    if config is None:
+        entry = hub.REGISTRY[name]
+        return f"{name} is downloaded on first use. License: {entry.license}, {entry.page}."
+    kind = "base model" if config.objective == "rectified_flow" else "post-trained model"
+    longest = config.sample_size / config.sample_rate
+    defaults = MODEL_DEFAULTS[config.objective]
+    sampling = "{steps} steps, CFG scale {cfg_scale:g}, sampler {sampler_type}".format(**defaults)
+    return f"{kind}, up to {longest:.0f} s; defaults: {sampling}"
+
+
+def get_sibling(name: str) -> str:
+    """Return the base model of a post-trained model, or the other way round.
+
+    Args:
+        name: Name of a model of the registry.
+
+    Returns:
+        Name of its sibling.
+
+    Raises:
+        StudioError: The model has none.
+    """
+    entry = hub.REGISTRY.get(name)
+    if entry is None or entry.sibling is None:
+        raise StudioError(f"{name} has no known sibling. Choose a named model to compare base and post-trained.")
+    return entry.sibling
+
+
+@dataclass(frozen=True)
+class FoundFolders:
+    """Folders by what they hold, each list in order of path.
+
+    Args:
+        runs: Run folders.
+        latents: Folders of encoded clips.
+        audio: Folders of audio files.
+    """
+
+    runs: list[Path] = field(default_factory=list)
+    latents: list[Path] = field(default_factory=list)
+    audio: list[Path] = field(default_factory=list)
+
+
+def name_folders(workspace: Workspace, paths: Iterable[Path]) -> list[tuple[str, str]]:
+    """Name folders for a list to choose from.
+
+    Args:
+        workspace: The workspace.
+        paths: The folders.
+
+    Returns:
+        (label, value) of each.
+    """
+    return [(workspace.shorten(path), str(path)) for path in paths]
+
+
+def find_folders(workspace: Workspace) -> FoundFolders:
+    """Find folders of runs, latents and audio below the roots; a result is reused for `CACHE_SECONDS`.
+
+    Links and hidden folders are not followed, and folders inside a run or a folder of latents are not listed.
+
+    Args:
+        workspace: The workspace.
+
+    Returns:
+        The folders.
+    """
+    return _find_folders(workspace, int(time.monotonic() / CACHE_SECONDS))
+
+
+@functools.lru_cache(maxsize=8)
+def _find_folders(workspace: Workspace, period: int) -> FoundFolders:
+    """Find folders; another `period` makes them be looked for again."""
+    found = FoundFolders()
+    closed: set[Path] = set()
+    studios: set[Path] = set()
+    for folder, files, own in iterate_folders(workspace):
+        if own == STUDIO or folder.parent in studios:
+            studios.add(folder)
+        if folder.parent in closed:
+            closed.add(folder)
+        elif PROCESS_FILE in files or own == RUN:
+            found.runs.append(folder)
+            closed.add(folder)
+        elif own == LATENTS:
+            found.latents.append(folder)
+            closed.add(folder)
+        elif folder not in studios and any(map(_is_source, files)):
+            found.audio.extend([folder, *(root for root in workspace.sources if folder.is_relative_to(root))])
+    return FoundFolders(*(sorted(set(paths)) for paths in (found.runs, found.latents, found.audio)))
+
+
+def _is_audio(name: str) -> bool:
+    return name.lower().endswith(AUDIO_SUFFIXES)
+
+
+def _is_source(name: str) -> bool:
+    return _is_audio(name) or name.lower().endswith(".tar")
+
+
+def _sort_by_age(workspace: Workspace, paths: list[Path]) -> list[str]:
+    dated = sorted(((path.stat().st_mtime, path) for path in paths if path.exists()), reverse=True)
+    return [workspace.shorten(path) for _, path in dated[:MAX_LISTED]]
