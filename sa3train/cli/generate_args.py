@@ -74,8 +74,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--from",
         dest="sidecar",
         metavar="FILE.wav.json",
-        help="generate again what this sidecar records, or the same with what other flags change, such as --seed; "
-        "--lora of a recorded adapter changes its strength, another one is added",
+        help="generate again what this sidecar (or that of this audio) records, or the same with what other flags "
+        "change, such as --seed; --lora of a recorded adapter changes its strength, another one is added",
     )
     add_version(parser)
     parser.add_argument("--list-models", action="store_true", help="list the models by name, and which are at hand")

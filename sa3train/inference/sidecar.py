@@ -157,7 +157,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
     """Read a sidecar.
 
     Args:
-        path: The `.json`.
+        path: The `.json`, or the audio that it lies beside.
 
     Returns:
         Its content, with every field present and of its type.
@@ -166,6 +166,9 @@ def read_sidecar(path: Path) -> dict[str, Any]:
         GenerationError: When it is missing, unreadable, no sidecar, of another format, or a field is missing, of
             another type or out of range.
     """
+    beside = path.with_name(f"{path.name}.json")
+    if path.suffix.lower() != ".json" and beside.is_file():
+        path = beside
     try:
         content = read_file(path, limit=MAX_BYTES).decode("utf-8-sig")  # Windows editors add a byte order mark
         record = json.loads(content, object_pairs_hook=_collect)

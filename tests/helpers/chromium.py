@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from playwright.sync_api import Browser, expect, sync_playwright
 
 PATIENCE_MS = 120_000
-"""How long to wait for anything: a quiet machine needs a few seconds, a busy one much more."""
+"""How long to wait for anything: a quiet machine needs a few seconds, a busy one ten times that."""
 FLAGS = ("--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--autoplay-policy=no-user-gesture-required")
 
 

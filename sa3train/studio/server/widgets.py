@@ -162,7 +162,7 @@ def explain_value(field: Any, check: Callable[[Any], Any]) -> Any:
             check(value)
         except SA3Error as error:
             return gr.update(info=str(error))
-        return gr.update(info=field.info)
+        return gr.update(info=field.info or "")  # Gradio keeps the text when it is None
 
     field.blur(explain, field, field, show_progress="hidden", concurrency_limit=None, api_visibility="private")
     return field

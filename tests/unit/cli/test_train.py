@@ -418,12 +418,14 @@ def test_several_devices_become_torchrun(shards: Path, monkeypatch: pytest.Monke
         raise SystemExit(0)
 
     monkeypatch.setattr(train_setup.os, "execv", instead)
+    monkeypatch.setenv("PYTHONSAFEPATH", "")
     with pytest.raises(SystemExit):
         run(shards, "run_dir=out", "trainer.devices=2")
     command = executed[0]
     assert command[1:5] == ["-m", "sa3train.cli.ranks", "--standalone", "--nproc-per-node=2"]
     assert command[5:7] == ["-m", "sa3train.cli.train"] and f"data.dir={shards}" in command
     assert os.environ["SA3TRAIN_RUN_STAMP"]
+    assert os.environ["PYTHONSAFEPATH"], "a folder named sa3train in the current one would hide the package"
 
 
 @pytest.mark.slow

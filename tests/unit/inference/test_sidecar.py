@@ -162,6 +162,11 @@ def test_a_field_that_only_repeats_a_setting_is_not_changed_in_vain(
     assert f"{field}={value:g}" in play(make_record() | {field: value}, capsys)
 
 
+def test_the_audio_stands_for_its_sidecar() -> None:
+    make_record()
+    assert read_sidecar(Path("a.wav")) == read_sidecar(Path("a.wav.json"))
+
+
 def test_what_editors_leave_is_read_or_refused() -> None:
     make_record()
     text = Path("a.wav.json").read_text()
