@@ -32,15 +32,16 @@ VALUES: dict[str, Any] = {
 WORDS = {
     "subtype": "WAV does not support",
     "seed": "own generator",
-    "inpaint_mask_start_seconds": "inpainting region",
-    "inpaint_mask_end_seconds": "inpainting region",
-    "path": "init_audio|inpaint_audio|adapter",
+    "inpaint_mask_start_seconds": "inpainting region|--inpaint-start",
+    "inpaint_mask_end_seconds": "inpainting region|--inpaint-end",
+    "inpaint_audio": "--inpaint-audio",
+    "path": "input audio|init_audio|inpaint_audio|adapter",
     "exclude_layers": "layer pattern",
     "sha256": "SHA-256",
     "source": "model",
     "fingerprint": "model",
 }
-"""What messages about some fields say for their names."""
+"""What messages about some fields say for their names, such as the flags that set them."""
 Keys = tuple[str | int, ...]
 
 
