@@ -7,6 +7,7 @@ not touched: every generation draws from its own CPU generator.
 import contextlib
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -101,7 +102,7 @@ class _Stopping(Exception):
     """The run has been asked to stop."""
 
 
-class FixedDemoCallback(StepCallback):
+class FixedDemoCallback(StepCallback, ABC):
     """Plays the same demos at step 0 (base) and at intervals (adapter), on rank 0. A subclass says what is played.
 
     Demo failures, including out-of-memory, are logged and never stop training.
@@ -119,6 +120,7 @@ class FixedDemoCallback(StepCallback):
         self.run_dir, self.loggers, self.every, self.is_stopping = run_dir, loggers, every, is_stopping
         self._may_wait = False
 
+    @abstractmethod
     def play_module(self, module: AdapterModule, step: int) -> None:
         """Play every demo and write the files.
 
@@ -126,7 +128,6 @@ class FixedDemoCallback(StepCallback):
             module: The module; its adapter does not count at step 0.
             step: Optimizer steps taken.
         """
-        raise NotImplementedError
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Play the base once, and what was due when the run was stopped."""

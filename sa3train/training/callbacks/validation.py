@@ -6,6 +6,7 @@ and of base and adapter can be compared. `validation.json` in the run folder hol
 Shape legend: I clips, N noise levels, C latent channels, F frames.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -167,7 +168,7 @@ def _compute_losses(module: LoraModule, clips: Sequence[ClipBatch], seed: int, l
     return objective.compute_masked_means(error_SCF, draw.attention_mask_BT).view(len(clips), times)
 
 
-class FixedValidationCallback(StepCallback):
+class FixedValidationCallback(StepCallback, ABC):
     """Validates at intervals, before the first step and after the last, against the base on the same clips and noise.
 
     Without held-out clips only training clips are evaluated, and selection and early stopping are refused. A subclass
@@ -284,6 +285,7 @@ class FixedValidationCallback(StepCallback):
             "items": items,
         }
 
+    @abstractmethod
     def measure(self, module: AdapterModule, clips: Sequence[Any]) -> Tensor:
         """Measure clips with the adapter as it is now.
 
@@ -294,8 +296,8 @@ class FixedValidationCallback(StepCallback):
         Returns:
             A table on the CPU, one row per clip, the same on all ranks.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def get_item_losses(self, table_IN: Tensor) -> Tensor:
         """Get the loss of each clip from a table.
 
@@ -305,8 +307,8 @@ class FixedValidationCallback(StepCallback):
         Returns:
             (I,).
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def summarize_table(self, table_IN: Tensor) -> dict[str, Any]:
         """Average a table over the clips.
 
@@ -316,9 +318,9 @@ class FixedValidationCallback(StepCallback):
         Returns:
             `loss`, its values at each level as `by_level`, and more by name.
         """
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def describe(summary: Mapping[str, Any]) -> list[str]:
         """Describe a validation in sentences.
 
@@ -328,8 +330,8 @@ class FixedValidationCallback(StepCallback):
         Returns:
             Lines with base and adapter.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def name_metrics(self, part: str, summary: Mapping[str, Any]) -> dict[str, float]:
         """Name what is logged besides the loss.
 
@@ -340,7 +342,6 @@ class FixedValidationCallback(StepCallback):
         Returns:
             Values by metric.
         """
-        raise NotImplementedError
 
     def _is_due(self, trainer: lightning.Trainer) -> bool:
         return trainer.global_step % self.schedule.every == 0 or trainer.global_step == trainer.max_steps
