@@ -50,8 +50,8 @@ class EncodeConfig(EncodeSettings):
         text="path",
     )
     out: str = setting(
-        help="Folder for the shards, outside of the source. Running again with the same folder resumes, and updates "
-        "what has changed.",
+        help="Folder for the shards, which are no part of the source even below it. Running again with the same folder "
+        "resumes, and updates what has changed.",
         text="path",
     )
     model: EncodeModel
