@@ -88,3 +88,16 @@ def hash_architecture(layers: Mapping[str, nn.Module] | nn.Module) -> str:
         layers = find_adaptable_layers(layers)
     listing = "\n".join(f"{path} {tuple(layers[path].weight.shape)}" for path in sorted(layers))  # type: ignore[arg-type]
     return hashlib.sha256(listing.encode()).hexdigest()[:16]
+
+
+def get_checkpoint_name(path: str) -> str:
+    """Get the name of a module in the released checkpoints.
+
+    Args:
+        path: Its module path in adapters.
+
+    Returns:
+        The name, such as `model.model.transformer.project_in`.
+    """
+    root = {"model": "model.", "conditioners": "conditioner."}.get(path.partition(".")[0], "")
+    return f"{root}{path}"

@@ -6,7 +6,6 @@ its code leaves out or fixes: the autoencoder's noise and chunks, the longest du
 `model_config.json`, which sa3train writes beside them, keeps these; without it they are those of the released medium.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -190,7 +189,7 @@ def _find_weights(folder: Path, component: str) -> list[Path]:
     if (home / WEIGHTS).is_file():
         return [home / WEIGHTS]
     if index.is_file():
-        listed = _read_json(index).get("weight_map")
+        listed = read_config_file(index).get("weight_map")
         return [home / name for name in sorted(set(map(str, listed.values())))] if isinstance(listed, dict) else []
     if len(variants) == 1:
         return variants
@@ -245,7 +244,7 @@ def read_pipeline_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: It is a pipeline of another model, or a config is missing or asks for another architecture.
     """
-    index = _read_json(folder / INDEX_FILE)
+    index = read_config_file(folder / INDEX_FILE)
     if index.get("_class_name") not in PIPELINES:
         raise CheckpointError(
             f"{folder} holds a {str(index.get('_class_name'))[:60]} of diffusers. Only Stable Audio 3 is supported: "
@@ -274,9 +273,9 @@ def _build_config(folder: Path) -> dict[str, Any]:
         for name, noise in MEDIUM_NOISE.items()
     ]
     autoencoder = build_same_config(same.get("latent_dim"), same.get_single("encoder_c_mults"), *parts)
-    stochastic = _read_json(folder / "scheduler" / "scheduler_config.json").get("stochastic_sampling")
+    stochastic = read_config_file(folder / "scheduler" / "scheduler_config.json").get("stochastic_sampling")
     objective = "rf_denoiser" if stochastic else "rectified_flow"
-    tokens = _read_json(folder / TOKENIZER_FOLDER / "tokenizer_config.json").get("model_max_length")
+    tokens = read_config_file(folder / TOKENIZER_FOLDER / "tokenizer_config.json").get("model_max_length")
     max_tokens = int(min(tokens, 256)) if isinstance(tokens, int | float) else 256  # as the pipelines do
     width = dit["cond_token_dim"]
     config = build_checkpoint_config(objective, MEDIUM_SAMPLES, dit, autoencoder, width, max_tokens)
@@ -293,7 +292,7 @@ class _Component:
 
     def __init__(self, folder: Path, component: str) -> None:
         self.file = folder / component / "config.json"
-        self.raw, self.known = _read_json(self.file), set(_UNUSED)
+        self.raw, self.known = read_config_file(self.file), set(_UNUSED)
         self.require("_class_name", CLASSES[component])
         for key, value in _FIXED[component].items():
             self.require(key, value)
@@ -320,18 +319,6 @@ class _Component:
         unknown = sorted(key for key in self.raw if key not in self.known and not key.startswith("_"))
         if unknown:
             logger.warning("%s has keys sa3train does not know: %s", self.file, ", ".join(unknown))
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}). Save the pipeline again, or download it whole."
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} should be a JSON object, not {type(content).__name__}.")
-    return content
 
 
 def explain_missing_autoencoder(config: ModelConfig) -> str | None:
@@ -453,13 +440,13 @@ def write_text_encoder(folder: Path, encoder: Path, tokenizer: Path, max_length:
             is_of_tokenizer = "token" in file.name
             if file.is_file() and is_of_tokenizer != is_encoder and file.suffix in (".json", ".safetensors", ".model"):
                 shutil.copyfile(file, target / file.name)
-    encoder_config = _read_json(folder / TEXT_FOLDER / "config.json")
+    encoder_config = read_config_file(folder / TEXT_FOLDER / "config.json")
     only_encoder = {"architectures": ["T5GemmaEncoderModel"], "is_encoder_decoder": False, "dtype": "float32"}
     write_json(folder / TEXT_FOLDER / "config.json", encoder_config | only_encoder)
     settings_file = folder / TOKENIZER_FOLDER / "tokenizer_config.json"
-    settings = (_read_json(settings_file) if settings_file.is_file() else {}) | {"model_max_length": max_length}
+    settings = (read_config_file(settings_file) if settings_file.is_file() else {}) | {"model_max_length": max_length}
     write_json(settings_file, settings)
-    index = _read_json(folder / INDEX_FILE)
+    index = read_config_file(folder / INDEX_FILE)
     index[TEXT_FOLDER] = ["transformers", "T5GemmaEncoderModel"]
     index[TOKENIZER_FOLDER] = ["transformers", settings.get("tokenizer_class") or "GemmaTokenizerFast"]
     write_json(folder / INDEX_FILE, index)

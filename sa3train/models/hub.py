@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import functools
 import os
 import re
 from collections.abc import Callable
@@ -206,7 +207,7 @@ def _fetch_pipeline(repo_id: str) -> CheckpointFiles:
     import huggingface_hub
 
     patterns = [PIPELINE_FILE, CONFIG_FILE, "*/*.json", "*/*.safetensors", "*/*.model"]
-    download = lambda: huggingface_hub.snapshot_download(repo_id, allow_patterns=patterns)  # noqa: E731
+    download = functools.partial(huggingface_hub.snapshot_download, repo_id, allow_patterns=patterns)
     try:
         folder = fetch_file(repo_id, PIPELINE_FILE).parent
         weights = (f"{part}/*.safetensors" for part in ("transformer", "duration_embedder", "vae", "text_encoder"))

@@ -93,10 +93,10 @@ class _Reader:
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """Read a model's config.
+    """Read a config of a model.
 
     Args:
-        path: `model_config.json`.
+        path: `model_config.json`, or a config in the layout of diffusers.
 
     Returns:
         The JSON object.
@@ -107,9 +107,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{path} is missing. A model folder contains model_config.json and model.safetensors."
-        ) from error
+        raise CheckpointError(f"{path} is missing. Copy, save or download the model's folder whole.") from error
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{path} cannot be read as JSON ({error}). Delete {path.resolve()} and download it again."

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sa3train.adapters.adapter import Adapter
+from sa3train.adapters.adapter import Adapter, get_checkpoint_name
 from sa3train.adapters.apply.effective_weight import flatten_weight
 from sa3train.adapters.spec import BASES, KINDS
 from sa3train.core.errors import AdapterError, SA3Error
@@ -147,7 +147,7 @@ def attach_bases(
         raise AdapterError(f"{path} has no effect: {adapter.source} is no -xs type, or has bases of its own.")
     bases, tensors = _read_bases(path), {}
     for layer, params in adapter.tensors.items():
-        key = f"{'model' if layer.startswith('model.') else 'conditioner'}.{layer}.weight"
+        key = f"{get_checkpoint_name(layer)}.weight"
         basis, rank = bases.get(key), adapter.spec.get_rank(layer)
         if not isinstance(basis, Mapping) or not all(isinstance(basis.get(name), Tensor) for name in BASES):
             raise AdapterError(f"{path} has no bases of {key}: it is of another model than {adapter.source}.")

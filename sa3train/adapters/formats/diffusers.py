@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sa3train.adapters.adapter import Adapter
+from sa3train.adapters.adapter import Adapter, get_checkpoint_name
 from sa3train.adapters.formats.naming import reorder_product
 from sa3train.adapters.formats.peft import (
     CONFIG,
@@ -105,8 +105,7 @@ def write_diffusers_folder(
     names: dict[str, dict[str, str]] = {TRANSFORMER: {}, DURATION: {}}
     tensors: dict[str, Mapping[str, Tensor]] = {}
     for layer, params in adapter.tensors.items():
-        root = "model." if layer.startswith("model.") else "conditioner."
-        component, name = convert_name(f"{root}{layer}.") or ("", "")
+        component, name = convert_name(f"{get_checkpoint_name(layer)}.") or ("", "")
         if component not in names:
             raise AdapterError(
                 f"{adapter.source}: {layer} is no layer of diffusers' transformer or duration embedder. Write it with "

@@ -11,7 +11,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from sa3train.adapters.adapter import Adapter, Part
+from sa3train.adapters.adapter import Adapter, Part, get_checkpoint_name
 from sa3train.adapters.apply.load_report import BaseModel, check_fit
 from sa3train.adapters.layer_filter import find_adaptable_layers
 from sa3train.adapters.spec import PEFT_METHODS
@@ -22,10 +22,6 @@ from sa3train.models.weight_files import WeightFiles
 
 Weights = Mapping[str, Tensor]
 """The base model's weights by module path."""
-
-
-RELEASED_ROOTS = {"model": "model.", "conditioners": "conditioner."}
-"""What released names have before the first word of a module path."""
 
 
 class LoadedModel(BaseModel, Protocol):
@@ -104,8 +100,7 @@ def _release_freed_memory() -> None:
 def _read_weight(files: WeightFiles, path: str) -> Tensor:
     """Read a weight of a checkpoint in fp32."""
     _release_freed_memory()
-    name = f"{RELEASED_ROOTS.get(path.partition('.')[0], '')}{path}.weight"
-    return next(files.iterate([name], "cpu", torch.float32))[1]
+    return next(files.iterate([f"{get_checkpoint_name(path)}.weight"], "cpu", torch.float32))[1]
 
 
 def get_weights(model: LoadedModel, part: Part = "dit") -> Weights:

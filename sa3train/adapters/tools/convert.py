@@ -53,9 +53,13 @@ FORMATS = ("native", "peft", "diffusers", "comfy", *SA3CPP)
 FOLDERS = ("peft", "diffusers")
 """Formats that are folders."""
 
-EXACT = {"native": (), "peft": ("lora", "dora-rows", *PEFT_METHODS), "comfy": ()}
-EXACT["diffusers"] = TYPES
-EXACT |= dict.fromkeys(SA3CPP, tuple(kind.name for kind in KINDS.values() if not kind.xs))
+EXACT = {
+    "native": (),
+    "peft": ("lora", "dora-rows", *PEFT_METHODS),
+    "diffusers": TYPES,
+    "comfy": (),
+    **dict.fromkeys(SA3CPP, tuple(kind.name for kind in KINDS.values() if not kind.xs)),
+}
 """Types that a format carries as they are; native carries all."""
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sa3train import __version__
-from sa3train.adapters.adapter import Adapter
+from sa3train.adapters.adapter import Adapter, get_checkpoint_name
 from sa3train.adapters.apply.stack import AdapterStack
 from sa3train.adapters.tools.base_weights import LoadedModel, find_layers
 from sa3train.adapters.tools.history import describe_source
@@ -39,8 +39,6 @@ CONFIG = "model_config.json"
 WEIGHTS = "model.safetensors"
 MERGED = "sa3train_merged"
 _CHUNK = 2**24
-_PREFIXES = {"model": "model.", "conditioners": "conditioner."}
-"""What the released checkpoints have before the first word of a module path."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +216,7 @@ def _list_changed_tensors(layers: Mapping[str, nn.Module], paths: set[str]) -> d
         for name in ("weight", "bias"):
             tensor = getattr(layers[path], name)
             if isinstance(tensor, Tensor):
-                found[f"{_PREFIXES.get(path.partition('.')[0], '')}{path}.{name}"] = tensor
+                found[f"{get_checkpoint_name(path)}.{name}"] = tensor
     return found
 
 

@@ -118,7 +118,7 @@ def rewrite(component: str, name: str, value: torch.Tensor) -> Callable[[Path], 
     [
         (remove("vae"), "no vae: diffusers has no autoencoder of SAME-S's kind"),
         (remove("transformer", WEIGHTS), f"transformer has no {WEIGHTS}"),
-        (remove("scheduler"), "scheduler_config.json cannot be read"),
+        (remove("scheduler"), "scheduler_config.json is missing"),
         (remove("text_encoder"), "the text encoder is not in"),
         (set_json("model_index.json", _class_name="StableAudioPipeline"), "holds a StableAudioPipeline of diffusers"),
         (set_json("transformer", "config.json", patch_size=2), "patch_size is 2, where 1 is expected"),
