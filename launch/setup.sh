@@ -3,6 +3,7 @@
 #   bash launch/setup.sh          the commands
 #   bash launch/setup.sh --ui     and the studio
 #   bash launch/setup.sh --dev    and the tools of the tests (and Debian's chromium for the browser tests)
+# For Linux and macOS, with Homebrew's Python; for Windows see docs/install.md.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -29,17 +30,18 @@ find_python() {
             return 0
         fi
     done
-    say "Python 3.11 to 3.13 was not found. Install it (Debian/Ubuntu: sudo apt-get install python3 python3-venv)," >&2
-    say "or give its path: PYTHON=/path/to/python3.12 bash launch/setup.sh" >&2
+    say "Python 3.11 to 3.13 was not found. Install it (Debian/Ubuntu: sudo apt-get install python3 python3-venv," >&2
+    say "macOS: brew install python@3.12), or give its path: PYTHON=/path/to/python3.12 bash launch/setup.sh" >&2
     return 1
 }
 
 # .venv/.installed* hold the hash of the files that an installation depends on. [dev] includes [ui].
-wanted=$(cat pyproject.toml constraints.txt | sha256sum | cut -d' ' -f1)
+digest() { if command -v sha256sum >/dev/null; then sha256sum; else shasum -a 256; fi; } # the second on macOS
+wanted=$(cat pyproject.toml constraints.txt | digest | cut -d' ' -f1)
 installed() { [ "$(cat ".venv/.installed$1" 2>/dev/null)" = "$wanted" ]; }
 if [ "$extras" = "[dev]" ] && ! command -v chromium >/dev/null; then
     debian_install chromium || {
-        say "The browser tests need chromium, which could not be installed. Install it and run this script again." >&2
+        say "The browser tests need chromium, which could not be installed. Install it (macOS: brew install --cask chromium) and run this script again." >&2
         exit 1
     }
 fi
@@ -55,5 +57,8 @@ fi
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 say "Installing sa3train${extras} into .venv (the first time takes a few minutes: PyTorch is large) ..."
 .venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${extras}"
+# Python looks for editable packages last, and would find the clone itself in the folder of a script beside it.
+first='import sys; sys.meta_path.sort(key=lambda finder: getattr(finder, "__name__", "") != "_EditableFinder")'
+printf '%s\n' "$first" >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sa3train_first.pth"
 printf '%s' "$wanted" >".venv/.installed$extras"
 say "Installed. Commands are in .venv/bin: sa3-encode sa3-train sa3-generate sa3-adapter sa3-data sa3-bench sa3-quickstart sa3-studio"

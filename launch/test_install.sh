@@ -17,8 +17,11 @@ export PIP_CONSTRAINT=/dev/null PIP_CACHE_DIR="$work/cache" PIP_DISABLE_PIP_VERS
 # A copy of the sources: pip builds in place, and would leave its build folder there.
 mkdir "$work/source"
 git -C "$root" ls-files -coz --exclude-standard -- sa3train conf launch pyproject.toml README.md LICENSE |
-    tar --create --directory "$root" --null --ignore-failed-read --files-from - 2>/dev/null |
-    tar --extract --directory "$work/source"
+    while IFS= read -r -d '' file; do
+        if [ -e "$root/$file" ]; then
+            mkdir -p "$work/source/$(dirname "$file")" && cp "$root/$file" "$work/source/$file"
+        fi
+    done
 
 lower_bounds() { # [NAME]: name==bound of each dependency, or of one
     "${PYTHON:-python3}" - "$root/pyproject.toml" "$@" <<'END'
@@ -32,16 +35,17 @@ END
 }
 
 test_row() { # ROW
-    local row=$1 environment="$work/$1" chosen=()
+    local row=$1 environment="$work/$1" chosen=""
     case "$row" in
-        oldest) mapfile -t chosen < <(lower_bounds torch) ;;
+        oldest) chosen=$(lower_bounds torch | tr '\n' ' ') ;;
         newest) ;;
-        bounds) mapfile -t chosen < <(lower_bounds) ;;
+        bounds) chosen=$(lower_bounds | tr '\n' ' ') ;;
         *) printf 'error: unknown row %s: use oldest, newest or bounds\n' "$row" >&2 && return 2 ;;
     esac
-    printf '\n%s: pip install . %s\n' "$row" "${chosen[*]:-}"
+    printf '\n%s: pip install . %s\n' "$row" "$chosen"
+    # shellcheck disable=SC2086  # requirements without spaces
     "${PYTHON:-python3}" -m venv "$environment" &&
-        "$environment/bin/python" -m pip install --quiet --quiet "$work/source" "${chosen[@]}" &&
+        "$environment/bin/python" -m pip install --quiet --quiet "$work/source" $chosen &&
         "$environment/bin/python" -m pip check &&
         INSTALLED=1 PYTHON="$environment/bin/python" bash "$work/source/launch/smoke.sh"
     local code=$?

@@ -7,11 +7,10 @@
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 [ "$#" -gt 0 ] || set -- runs
-shopt -s globstar nullglob
 found=()
-for folder in "$@"; do
-    found+=("$folder"/**/offline-run-*/)
-done
+while IFS= read -r folder; do
+    found+=("$folder/")
+done < <(find "$@" -type d -name 'offline-run-*' 2>/dev/null | sort)
 if [ "${#found[@]}" -eq 0 ]; then
     echo "error: no offline runs below: $*. Give the folder of a run." >&2
     exit 1

@@ -55,7 +55,7 @@ class StableAudioModel:
 
         Args:
             model_name: Name such as "medium", or a folder.
-            device: Such as "cuda"; None for CUDA or MPS when present, else the CPU.
+            device: Such as "cuda"; None for the best that works.
             model_half: Whether to load it in fp16 on CUDA; elsewhere it is fp32.
 
         Returns:
@@ -203,7 +203,7 @@ class AutoencoderModel:
 
         Args:
             model_name: Name such as "same-l", a whole model's name, or a folder.
-            device: Such as "cuda"; None for CUDA or MPS when present, else the CPU.
+            device: Such as "cuda"; None for the best that works.
 
         Returns:
             The model.
@@ -247,8 +247,7 @@ class AutoencoderModel:
             clip_CN = _read_array(clip, "audio")
             check_audio(clip_CN, int(rate))
             stereo.append(resample(mix_channels(clip_CN), int(rate), self.sample_rate, RELEASED))
-        longest = max(clip_CN.shape[-1] for clip_CN in stereo)
-        audio_BCN = move_to_device(torch.stack([fit(clip_CN, longest) for clip_CN in stereo]), self.device)
+        audio_BCN = move_to_device(_stack_audio(stereo), self.device)
         return self.autoencoder.encode(audio_BCN, chunked=chunked, chunk_size=chunk_size, overlap=overlap)
 
     @torch.inference_mode()

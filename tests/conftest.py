@@ -19,8 +19,8 @@ settings.register_profile("untimed", deadline=None, suppress_health_check=[Healt
 settings.load_profile("untimed")
 
 
-SLOW_FOLDERS = {"integration", "standin_gpu", "studio"}
-"""Folders of tests that run whole commands, the stand-in for a GPU, or a browser."""
+SLOW_FOLDERS = {"integration", "standin_gpu", "standin_mps", "studio"}
+"""Folders of tests that run whole commands, the stand-ins for GPUs, or a browser."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

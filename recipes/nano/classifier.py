@@ -23,7 +23,7 @@ from store import Store
 
 from sa3train.core.files import write_json
 from sa3train.evaluation.attributes import ATTRIBUTES
-from sa3train.evaluation.classifier import Classifier, compute_features, train_classifier
+from sa3train.evaluation.classifier import Classifier, build_network, compute_features
 
 SECONDS = 5  # of each clip that is looked at
 HELD = ("hammond organ", "church organ", "accordion", "string ensemble", "choir", "warm pad", "violin", "trumpet")
@@ -31,6 +31,31 @@ STRUCK = ("piano", "marimba", "harp", "nylon guitar", "steel guitar", "harpsicho
 NOISY = ("snare drum", "hi-hat", "crash cymbal", "riser", "downlifter", "wind", "rock drums", "hand claps")
 CENTRED = ("alarm beeps", "laser zap", "slap bass", "acoustic bass", "kick drum")  # mono whatever was asked for
 DARK, BRIGHT = ("acoustic bass", "kick drum", "drone", "impact", "synth bass", "cello"), ("hi-hat", "crash cymbal")
+
+
+def train_classifier(
+    features_BD: torch.Tensor,
+    labels_B: torch.Tensor,
+    names: list[str],
+    epochs: int = 120,
+    rate: float = 2e-3,
+    seed: int = 0,
+) -> Classifier:
+    """Train a classifier on features of clips; `labels_B` are indices into `names`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        mean_D, deviation_D = features_BD.mean(0), features_BD.std(0).clamp_min(1e-3)
+        standard_BD = (features_BD - mean_D) / deviation_D
+        network = build_network(len(names)).train()
+        optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.05)
+        for _ in range(epochs):
+            for pick in torch.randperm(len(labels_B)).split(64):
+                jittered = standard_BD[pick] + 0.1 * torch.randn_like(standard_BD[pick])
+                loss = torch.nn.functional.cross_entropy(network(jittered), labels_B[pick], label_smoothing=0.05)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+    return Classifier(network.eval().requires_grad_(False), mean_D, deviation_D, names)
 
 
 def dataset(store: Store, count: int) -> tuple[torch.Tensor, torch.Tensor]:

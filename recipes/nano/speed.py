@@ -72,8 +72,13 @@ def _modulated(self: norms.RMSNorm, x: Tensor, gain: Tensor, shift: Tensor) -> T
 
 
 def fast_cpu_layers(layers: nn.ModuleList) -> None:
-    """Patch the autoencoder's layers likewise."""
+    """Patch attention, and compile an autoencoder's layers."""
     blocks.attend = _attend_short
+    compile_layers(layers)
+
+
+def compile_layers(layers: nn.ModuleList) -> None:
+    """Compile layers for training; each new shape is compiled once (1 to 2 minutes; inductor keeps a cache)."""
     torch._dynamo.config.cache_size_limit = 64
     for layer in layers:
         forward: Any = torch.compile(layer.forward, dynamic=False)
@@ -89,7 +94,4 @@ def fast_cpu_blocks(layers: nn.ModuleList) -> None:
     blocks.attend = _attend_short
     norms.RMSNorm.forward = _norm  # type: ignore[method-assign]
     norms.RMSNorm.modulate = _modulated  # type: ignore[method-assign]
-    torch._dynamo.config.cache_size_limit = 64
-    for layer in layers:
-        forward: Any = torch.compile(layer.forward, dynamic=False)
-        layer.forward = forward  # type: ignore[method-assign]
+    compile_layers(layers)

@@ -11,9 +11,23 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, T5GemmaConfig, T5GemmaEncoderModel
 
 from sa3train.models.conditioners import TextEmbedding
-from sa3train.models.nano import MAX_TOKENS, VOCABULARY_SIZE, build_nano_text_config
+from sa3train.models.nano import CONDITION_WIDTH, MAX_TOKENS
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>"]
+VOCABULARY_SIZE = 1024
+ENCODER = {
+    "hidden_size": CONDITION_WIDTH,
+    "intermediate_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "query_pre_attn_scalar": 64,
+    "max_position_embeddings": 512,
+    "sliding_window": 512,
+    "layer_types": ["sliding_attention", "full_attention"],
+}
+"""Keyword arguments of transformers' config."""
 
 
 def train_tokenizer(captions: Iterable[str]) -> PreTrainedTokenizerFast:
@@ -32,7 +46,7 @@ def train_tokenizer(captions: Iterable[str]) -> PreTrainedTokenizerFast:
 
 def new_encoder(pieces: int = VOCABULARY_SIZE) -> T5GemmaEncoderModel:
     """Make an untrained encoder for a vocabulary of that size."""
-    settings = build_nano_text_config() | {"vocab_size": pieces}
+    settings = ENCODER | {"vocab_size": pieces}
     config = T5GemmaConfig(
         encoder=settings,
         decoder=dict(settings),

@@ -18,6 +18,9 @@ from sa3train.core.text import shorten
 PROMPTS = "prompts"
 """Key in the metadata of a JSON list of prompts to try."""
 
+BASE_SAMPLE = "base_sample"
+"""Key in the metadata of values of the base model's weights, by which its copies in other precisions are known."""
+
 MAX_PROMPTS, MAX_PROMPT = 64, 500
 """Prompts that a file may carry, and characters of each; the rest is ignored."""
 

@@ -69,9 +69,9 @@ def iterate_chunks(file: BinaryIO, size: int, kind: ChunkKind, start: int) -> It
         start: Offset of a chunk.
 
     Yields:
-        (first four bytes of the name, offset of the content, size of the content).
+        (first four bytes of the name, offset of the content, size of the content); in RF64 the size that `ds64` has.
     """
-    header = kind.id_bytes + kind.size_bytes
+    header, long_size = kind.id_bytes + kind.size_bytes, 0
     for _ in range(MAX_CHUNKS):
         if start + header > size:
             return
@@ -82,6 +82,10 @@ def iterate_chunks(file: BinaryIO, size: int, kind: ChunkKind, start: int) -> It
         length = int.from_bytes(head[kind.id_bytes :], kind.order)
         if kind.counts_header:
             length = max(0, length - header)
+        if head[:4] == b"ds64":
+            long_size = int.from_bytes(file.read(16)[8:], "little")
+        elif head[:4] == b"data" and length == 0xFFFFFFFF:
+            length = long_size or length
         yield head[:4], start + header, length
         start = kind.find_next(start + header, length)
 
@@ -102,16 +106,8 @@ def read_chunks(
     with io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file:
         kind = CHUNK_KINDS.get(file.read(4))
         size = file.seek(0, 2)
-        data_bytes, start = 0, kind.start if kind else size
-        while kind and start < size:
-            chunks, start = iterate_chunks(file, size, kind, start), size
-            for name, offset, length in chunks:
+        for name, offset, length in iterate_chunks(file, size, kind, kind.start) if kind else ():
+            if name in names and length <= _MAX_BYTES:
                 file.seek(offset)
-                if name in names and length <= _MAX_BYTES:
-                    found.append((name, file.read(length)))
-                elif name == b"ds64":
-                    data_bytes = int.from_bytes(file.read(16)[8:], "little")
-                elif name == b"data" and length == 0xFFFFFFFF and data_bytes:
-                    start = offset + data_bytes + data_bytes % 2
-                    break
+                found.append((name, file.read(length)))
     return kind.order if kind else "little", found

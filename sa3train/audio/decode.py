@@ -63,6 +63,7 @@ class DecodedAudio:
         encoding: Name of the encoding, such as "PCM_16"; "ffmpeg" where ffmpeg decoded the file.
         problems: What is missing, may be missing, or was not read.
         speakers: Speaker of each channel, as `sa3train.audio.layouts.read_speakers` returns.
+        missing: Samples that were stated and not delivered.
     """
 
     audio_CN: Tensor
@@ -71,19 +72,7 @@ class DecodedAudio:
     encoding: str
     problems: tuple[Problem, ...] = ()
     speakers: tuple[str, ...] | None = None
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What a decoder made of one file; `missing` samples were stated and not delivered."""
-
-    samples_NC: np.ndarray[Any, Any]
-    rate: int
-    container: str
-    encoding: str
     missing: int = 0
-    problems: tuple[Problem, ...] = ()
-    speakers: tuple[str, ...] | None = None
 
 
 class _Memory(io.BytesIO):
@@ -195,7 +184,7 @@ def decode_audio(source: Source) -> DecodedAudio:
     return _join(parts)
 
 
-def _decode_file(source: Source, scan: Scan) -> list[_Part]:
+def _decode_file(source: Source, scan: Scan) -> list[DecodedAudio]:
     """Decode a file without those that were joined to it. Its first part has the problems of all."""
     if scan.following:
         source = scan.parts[0]
@@ -209,48 +198,47 @@ def _decode_file(source: Source, scan: Scan) -> list[_Part]:
         parts, errors = [_decode_with_ffmpeg(source, errors[0])], []
     elif (errors or any(part.missing for part in parts)) and shutil.which("ffmpeg"):
         parts = _try_ffmpeg(source, parts)
-    first, held = parts[0], sum(len(part.samples_NC) for part in parts)
+    first, held = parts[0], sum(part.audio_CN.shape[1] for part in parts)
     missing = max(first.missing, math.ceil(scan.lost * held))
-    samples_NC = first.samples_NC
+    audio_CN = first.audio_CN
     if scan.samples is not None and missing and abs(scan.samples - held - missing) < 2 * scan.block:
         missing = scan.samples - held
     elif scan.samples is not None and 0 < held - scan.samples < scan.block:
-        samples_NC = samples_NC[: scan.samples]
+        audio_CN = audio_CN[:, : scan.samples]
     problems = (*scan.problems, *first.problems)
     if errors:
         problems += (Problem("unread_data", f"{len(errors)} of {len(scan.parts)} streams"),)
     if scan.is_known and OPEN_LENGTH not in scan.problems:
         problems = tuple(problem for problem in problems if problem != OPEN_LENGTH)
-    return [replace(first, samples_NC=samples_NC, missing=missing, problems=problems), *parts[1:]]
+    return [replace(first, audio_CN=audio_CN, missing=missing, problems=problems), *parts[1:]]
 
 
-def _join(parts: Sequence[_Part]) -> DecodedAudio:
+def _join(parts: Sequence[DecodedAudio]) -> DecodedAudio:
     """Join the parts that have the first one's rate and channels, and state what is missing."""
     first, shapes = parts[0], [_describe_shape(part) for part in parts]
     equal = [part for part, shape in zip(parts, shapes, strict=True) if shape == shapes[0]]
     problems = [problem for part in equal for problem in part.problems]
     for part, shape in zip(parts, shapes, strict=True):
         if shape != shapes[0]:
-            seconds = len(part.samples_NC) / part.rate
+            seconds = part.audio_CN.shape[1] / part.sample_rate
             problems.append(Problem("unread_data", f"{seconds:.2f} s with {shape}, unlike the first {shapes[0]}"))
-    samples_NC = np.concatenate([part.samples_NC for part in equal]) if len(equal) > 1 else first.samples_NC
-    missing, held = sum(part.missing for part in equal), len(samples_NC)
+    audio_CN, rate = torch.cat([part.audio_CN for part in equal], dim=1).contiguous(), first.sample_rate
+    missing, held = sum(part.missing for part in equal), audio_CN.shape[1]
     if missing:
-        amount = f"{missing / first.rate:.2f} s" if missing >= 0.005 * first.rate else "less than 0.01 s"
-        problems.insert(0, Problem("cut_short", f"{amount} of {(held + missing) / first.rate:.2f} s missing"))
+        amount = f"{missing / rate:.2f} s" if missing >= 0.005 * rate else "less than 0.01 s"
+        problems.insert(0, Problem("cut_short", f"{amount} of {(held + missing) / rate:.2f} s missing"))
     if any(problem.code == "cut_short" for problem in problems):
         problems = [problem for problem in problems if problem != OPEN_LENGTH]
-    audio_CN = torch.from_numpy(np.ascontiguousarray(samples_NC.T))
     details: dict[str, dict[str, None]] = {}
     for problem in problems:
         details.setdefault(problem.code, {})[problem.detail] = None
     merged = tuple(Problem(code, "; ".join(texts)) for code, texts in details.items())
-    return DecodedAudio(audio_CN, first.rate, first.container, first.encoding, merged, first.speakers)
+    return replace(first, audio_CN=audio_CN, problems=merged, missing=missing)
 
 
-def _describe_shape(part: _Part) -> str:
-    channels = part.samples_NC.shape[1]
-    return f"{part.rate} Hz and {channels} channel{'s' if channels > 1 else ''}"
+def _describe_shape(part: DecodedAudio) -> str:
+    channels = len(part.audio_CN)
+    return f"{part.sample_rate} Hz and {channels} channel{'s' if channels > 1 else ''}"
 
 
 def _open(source: str | bytes) -> soundfile.SoundFile:
@@ -260,7 +248,7 @@ def _open(source: str | bytes) -> soundfile.SoundFile:
     return soundfile.SoundFile(_Memory(EMPTY_ID3 + source if is_mpeg else source))
 
 
-def _decode(source: str | bytes) -> _Part:
+def _decode(source: str | bytes) -> DecodedAudio:
     with _open(source) as file:
         claimed, is_known = file.frames, file.frames < UNKNOWN_FRAMES
         try:
@@ -272,7 +260,8 @@ def _decode(source: str | bytes) -> _Part:
         missing = claimed - len(samples_NC) if is_known else 0
         missing = missing if missing > ROUNDING_SECONDS * file.samplerate else 0
         speakers = read_speakers(source, file.channels)
-        return _Part(samples_NC, file.samplerate, file.format, file.subtype, missing, speakers=speakers)
+        audio_CN = torch.from_numpy(samples_NC.T)
+        return DecodedAudio(audio_CN, file.samplerate, file.format, file.subtype, (), speakers, missing)
 
 
 def _salvage(source: str | bytes) -> np.ndarray[Any, Any]:
@@ -293,18 +282,18 @@ def _salvage(source: str | bytes) -> np.ndarray[Any, Any]:
         return np.concatenate(blocks) if blocks else np.zeros((0, file.channels), np.float32)
 
 
-def _try_ffmpeg(source: Source, parts: list[_Part]) -> list[_Part]:
+def _try_ffmpeg(source: Source, parts: list[DecodedAudio]) -> list[DecodedAudio]:
     """Decode with ffmpeg what libsndfile could not read to its end, and keep the longer."""
     try:
         other = _decode_with_ffmpeg(source, None)
     except AudioError:
         return parts
-    held = sum(len(part.samples_NC) for part in parts)
-    missing = max(0, held + sum(part.missing for part in parts) - len(other.samples_NC))
-    return [replace(other, missing=missing, problems=())] if len(other.samples_NC) > held else parts
+    held, longer = sum(part.audio_CN.shape[1] for part in parts), other.audio_CN.shape[1]
+    missing = max(0, held + sum(part.missing for part in parts) - longer)
+    return [replace(other, missing=missing, problems=())] if longer > held else parts
 
 
-def _decode_with_ffmpeg(source: Source, cause: Exception | None) -> _Part:
+def _decode_with_ffmpeg(source: Source, cause: Exception | None) -> DecodedAudio:
     name, program = describe_source(source), shutil.which("ffmpeg")
     if program is None:
         raise AudioError(f"cannot read {name}: {_explain_failure(source)}") from cause
@@ -316,13 +305,16 @@ def _decode_with_ffmpeg(source: Source, cause: Exception | None) -> _Part:
         command = [program, "-nostdin", "-v", "error", "-i", str(path), "-map", "0:a:0"]
         command += ["-c:a", "pcm_f32le", "-rf64", "auto", str(wav)]
         # A session of its own: cut off by a signal to our group, it would leave a file that looks damaged.
-        done = subprocess.run(command, capture_output=True, text=True, check=False, start_new_session=True)
+        flag = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)
+        done = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", start_new_session=True, creationflags=flag
+        )
         if done.returncode != 0 or not wav.exists():
             reason = done.stderr.strip().splitlines()[-1:] or ["no audio in it"]
             raise AudioError(f"cannot read {name}: neither libsndfile nor ffmpeg can ({reason[0]}).") from cause
         part = _decode(str(wav))
         stated = _find_stated_seconds(path)
-    missing = stated - len(part.samples_NC) / part.rate
+    missing = stated - part.audio_CN.shape[1] / part.sample_rate
     complaints = re.sub(r"\[[^\]]* @ [^\]]*\] ", "", done.stderr).strip().splitlines()
     problems = () if stated else (OPEN_LENGTH,)
     if complaints:
@@ -330,7 +322,7 @@ def _decode_with_ffmpeg(source: Source, cause: Exception | None) -> _Part:
         problems = (Problem("cut_short", text),)
     container = "" if isinstance(source, bytes) else Path(source).suffix.lstrip(".").upper()
     if missing > FFMPEG_SECONDS:
-        return replace(part, container=container, encoding="ffmpeg", missing=round(missing * part.rate))
+        return replace(part, container=container, encoding="ffmpeg", missing=round(missing * part.sample_rate))
     return replace(part, container=container, encoding="ffmpeg", problems=problems)
 
 

@@ -116,8 +116,6 @@ def _find_data(file: BinaryIO, size: int) -> _Data | None:
         elif name == b"ds64":
             size_at, size_bytes = start + 8, 8
         elif name in (b"data", b"SSND"):
-            if size_at:
-                length = int.from_bytes(read_at(file, size_at, 8), kind.order)
             return _Data(start, length, size_at or start - size_bytes, size_bytes, kind.order, magic, extra, **facts)
     return None
 

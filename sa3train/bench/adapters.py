@@ -12,12 +12,11 @@ from torch import Tensor
 
 from sa3train.adapters.layers.inject import InjectedAdapter, inject
 from sa3train.adapters.spec import KINDS, AdapterSpec
-from sa3train.bench.checkpoints import make_random_checkpoint
+from sa3train.bench.checkpoints import load_random_model
 from sa3train.bench.figures import Figure, Options
 from sa3train.bench.measure import measure_peak_allocation, time_interleaved, use_threads
 from sa3train.bench.roofline import count_dit_training, measure_rates
-from sa3train.core.dtypes import get_dtype
-from sa3train.models.checkpoint import StableAudio3, load_checkpoint
+from sa3train.models.checkpoint import StableAudio3
 from sa3train.models.conditioners import TextEmbedding
 
 FRAMES, RANK = 258, 16
@@ -37,13 +36,11 @@ def run(options: Options) -> list[Figure]:
     """
     arch = options.arch or "small"
     with use_threads(options.threads):
-        dtype, folder = get_dtype(options.dtype), make_random_checkpoint(arch)
-        frozen = load_checkpoint(folder, options.device, dtype, parts=("dit", "conditioner"))
-        adapted = load_checkpoint(folder, options.device, dtype, parts=("dit", "conditioner"))
+        frozen, adapted = (load_random_model(arch, options, "dit", "conditioner") for _ in range(2))
         batch = make_random_batch(frozen, options)
-        rates = measure_rates(dtype, options.device, options.repeats)
+        rates = measure_rates(options)
         frames, context = batch["data_BCT"].shape[-1], frozen.conditioner.max_length + 1
-        roofline = count_dit_training(frozen.config.dit, frames, context).compute_seconds(rates, dtype.itemsize)
+        roofline = count_dit_training(frozen.config.dit, frames, context).compute_seconds(rates)
         baseline = make_frozen_step(frozen, batch)
         baseline_memory = count_weight_bytes(frozen) + measure_peak_allocation(baseline, options.device)
         has_target = arch == "small" and options.device == "cpu"

@@ -2,13 +2,10 @@
 
 import torch
 
-from sa3train.bench.checkpoints import make_random_checkpoint
+from sa3train.bench.checkpoints import load_random_model
 from sa3train.bench.figures import Figure, Options
 from sa3train.bench.measure import measure_peak_allocation, time_interleaved, use_threads
-from sa3train.bench.roofline import count_same_decode, measure_rates
-from sa3train.core.dtypes import get_dtype
-from sa3train.models.autoencoder import count_computed_frames, plan_chunks
-from sa3train.models.checkpoint import load_checkpoint
+from sa3train.bench.roofline import count_same, measure_rates
 
 TARGET = 0.55
 
@@ -24,26 +21,22 @@ def run(options: Options) -> list[Figure]:
     """
     arch, seconds = options.arch or "small", options.seconds or 30.0
     with use_threads(options.threads), torch.inference_mode():
-        folder, dtype = make_random_checkpoint(arch), get_dtype(options.dtype)
-        fast = load_checkpoint(folder, options.device, dtype, parts=("autoencoder",)).autoencoder
-        exact = load_checkpoint(folder, options.device, torch.float32, parts=("autoencoder",)).autoencoder
+        fast = load_random_model(arch, options, "autoencoder").autoencoder
+        exact = load_random_model(arch, options, "autoencoder", dtype="fp32").autoencoder
         frames = -(-int(seconds * fast.sample_rate) // fast.downsampling_ratio)
         latents_1CT = torch.randn(1, fast.latent_channels, frames, generator=torch.Generator().manual_seed(0))
         latents_1CT = latents_1CT.to(options.device)
-        rates = measure_rates(dtype, options.device, options.repeats)
+        rates = measure_rates(options)
         tasks = {"fast": lambda: fast.decode(latents_1CT), "exact": lambda: exact.decode(latents_1CT)}
         timings = time_interleaved(tasks, options.repeats, options.device)
         memory = measure_peak_allocation(lambda: fast.decode(latents_1CT), options.device)
-    cost = count_same_decode(fast.config, frames)
-    roofline = cost.compute_seconds(rates, dtype.itemsize)
-    resampler = fast.decoder.resampler
-    computed = count_computed_frames(plan_chunks(frames, 128, 32, resampler.reach, resampler.groups_per_chunk))
+    cost = count_same(fast.config, frames, decodes=True)
+    roofline = cost.compute_seconds(rates)
     name = {"medium": "SAME-L", "small": "SAME-S"}.get(arch, f"{arch} SAME")
     what = f"{name} decode of {seconds:g} s, {options.dtype}"
     has_target = arch == "small" and options.device == "cpu" and options.dtype == "bf16"
     note = (
-        f"roofline {roofline:.3f} s = {cost.flops / 1e9:.0f} Gflop at {rates.flops / 1e9:.0f} Gflop/s, each "
-        f"frame once; the chunks of generation overlap and compute {computed / frames:.2f} × the frames"
+        f"roofline {roofline:.3f} s: {cost.flops / 1e9:.0f} Gflop, each frame once, at {rates.flops / 1e9:.0f} Gflop/s"
     )
     return [
         Figure(f"{what}, median of {options.repeats}", timings.median("fast"), "s"),

@@ -14,18 +14,16 @@ from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.apply.stack import AdapterStack
 from sa3train.adapters.layers.inject import inject
 from sa3train.adapters.spec import AdapterSpec
-from sa3train.bench.checkpoints import make_random_checkpoint
+from sa3train.bench.checkpoints import load_random_model, make_random_checkpoint
 from sa3train.bench.figures import Figure, Options
 from sa3train.bench.measure import Timings, measure_peak_allocation, run_in_subprocess, time_interleaved, use_threads
-from sa3train.bench.roofline import Cost, count_dit_conditions, count_dit_step, measure_rates
+from sa3train.bench.roofline import count_dit_sampling, measure_rates
 from sa3train.bench.tasks import measure_generation
-from sa3train.core.dtypes import get_dtype
 from sa3train.diffusion.samplers import SAMPLERS
 from sa3train.diffusion.schedule import build_schedule
 from sa3train.inference import Generator
 from sa3train.inference.resolve import count_generated_frames, count_real_frames
-from sa3train.models.checkpoint import StableAudio3, load_checkpoint
-from sa3train.models.precision import enable_fast_fp32_matmul
+from sa3train.models.checkpoint import StableAudio3
 
 DENOISER_TARGET, ROOFLINE_TARGET, ADAPTER_TARGET = 0.40, 1.6, 1.03
 CUDA_TARGETS: dict[tuple[str, float], tuple[float | None, float | None]] = {
@@ -49,8 +47,7 @@ def run(options: Options) -> list[Figure]:
     """
     arch, seconds = options.arch or "small", options.seconds or 30.0
     with use_threads(options.threads), torch.no_grad():
-        folder = make_random_checkpoint(arch)
-        fast = load_checkpoint(folder, options.device, get_dtype(options.dtype), parts=("dit", "conditioner"))
+        fast = load_random_model(arch, options, "dit", "conditioner")
         figures = _measure_denoiser(options, arch, seconds, fast)
         figures += _measure_with_adapters(options, arch, seconds, fast)
         del fast
@@ -104,26 +101,19 @@ def denoise(model: StableAudio3, start_BCT: Tensor, conditions: dict[str, Tensor
     return sampler(velocity, start_BCT, build_schedule(steps), generator=torch.Generator().manual_seed(0))
 
 
-def _count_denoising(model: StableAudio3, frames: int, steps: int) -> Cost:
-    """Count what `denoise` cannot avoid computing."""
-    context = model.conditioner.max_length + 1
-    step = count_dit_step(model.config.dit, frames, context)
-    return count_dit_conditions(model.config.dit, frames, context) + step * steps
-
-
 def _measure_denoiser(options: Options, arch: str, seconds: float, fast: StableAudio3) -> list[Figure]:
     start_BCT, conditions = make_inputs(fast, seconds, options.device)
-    dtype = get_dtype(options.dtype)
     tasks: dict[str, Callable[[], object]] = {"fast": lambda: denoise(fast, start_BCT, conditions, options.steps)}
     exact = _load_exact_model(options, arch)
     if exact is not None:
         tasks["exact"] = lambda: denoise(exact, start_BCT, conditions, options.steps)
-    before = measure_rates(dtype, options.device, options.repeats)
+    before = measure_rates(options)
     timings = time_interleaved(tasks, options.repeats, options.device)
-    after = measure_rates(dtype, options.device, options.repeats)
+    after = measure_rates(options)
     rates = max(before, after, key=lambda rates: rates.flops)
-    cost = _count_denoising(fast, start_BCT.shape[-1], options.steps)
-    roofline = cost.compute_seconds(rates, dtype.itemsize)
+    frames, context = start_BCT.shape[-1], fast.conditioner.max_length + 1
+    cost = count_dit_sampling(fast.config.dit, frames, context, options.steps)
+    roofline = cost.compute_seconds(rates)
     memory = measure_peak_allocation(lambda: denoise(fast, start_BCT, conditions, 1), options.device)
     what = f"{arch} denoiser, {seconds:g} s, {options.steps} steps, {options.dtype}"
     has_target = arch == "small" and options.device == "cpu"
@@ -131,14 +121,6 @@ def _measure_denoiser(options: Options, arch: str, seconds: float, fast: StableA
     if exact is not None:
         target = DENOISER_TARGET if has_target else None
         figures.append(timings.compare(f"{what} / exact fp32", "fast", "exact", target))
-    if exact is not None and enable_fast_fp32_matmul():
-        step = {
-            "fast": lambda: denoise(fast, start_BCT, conditions, 1),
-            "plain": lambda: _run_with_default_matmul(lambda: denoise(exact, start_BCT, conditions, 1)),
-        }
-        plain = time_interleaved(step, min(options.repeats, 3), options.device)
-        name = f"{arch} denoiser, {seconds:g} s, one step, {options.dtype} / fp32 with torch's default matrix library"
-        figures.append(plain.compare(name, "fast", "plain"))
     note = (
         f"roofline {roofline:.2f} s = {cost.flops / 1e12:.2f} Tflop at {rates.flops / 1e9:.0f} Gflop/s; "
         f"fastest round {timings.best('fast') / roofline:.2f} ×"
@@ -151,21 +133,11 @@ def _measure_denoiser(options: Options, arch: str, seconds: float, fast: StableA
     ]
 
 
-def _run_with_default_matmul(task: Callable[[], object]) -> object:
-    """Run `task` with fp32 matrix products as torch computes them by default."""
-    precision = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        return task()
-    finally:
-        torch.set_float32_matmul_precision(precision)
-
-
 def _load_exact_model(options: Options, arch: str) -> StableAudio3 | None:
     """Load the fp32 model to compare with, if it fits beside the other."""
     if options.dtype == "fp32" or (options.device == "cpu" and psutil.virtual_memory().available < EXACT_BYTES[arch]):
         return None
-    return load_checkpoint(make_random_checkpoint(arch), options.device, torch.float32, parts=("dit", "conditioner"))
+    return load_random_model(arch, options, "dit", "conditioner", dtype="fp32")
 
 
 def _make_random_adapter(model: StableAudio3, adapter_type: str, seed: int) -> Adapter:

@@ -7,7 +7,6 @@ process of their own.
 
 import contextlib
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from sa3train.bench.figures import Figure
+from sa3train.core.device import synchronize
 from sa3train.core.errors import SA3Error
 
 _STATUS = Path("/proc/self/status")
@@ -111,13 +111,12 @@ def time_interleaved(
 
 
 def wait(device: str) -> None:
-    """Wait until a CUDA device has finished its work.
+    """Wait until a device has finished its work.
 
     Args:
-        device: Name of a device; nothing happens for others than CUDA's.
+        device: Name of the device; nothing happens for the CPU.
     """
-    if device.startswith("cuda"):
-        torch.cuda.synchronize(device)
+    synchronize(torch.device(device))
 
 
 def measure_peak_allocation(task: Callable[[], object], device: str = "cpu") -> int:
@@ -205,18 +204,12 @@ def _read_status(*keys: str) -> dict[str, int]:
     return values
 
 
-def run_in_subprocess(
-    task: Callable[..., Any],
-    *arguments: object,
-    environment: Mapping[str, str] | None = None,
-    timeout: float | None = None,
-) -> Any:
+def run_in_subprocess(task: Callable[..., Any], *arguments: object, timeout: float | None = None) -> Any:
     """Call a function in a fresh Python process.
 
     Args:
         task: A function at the top level of a module.
         *arguments: Its positional arguments, of types that JSON has.
-        environment: Environment variables of the process; default: those of this one.
         timeout: Seconds after which the process is stopped.
 
     Returns:
@@ -230,9 +223,8 @@ def run_in_subprocess(
         "print(json.dumps(task(*json.loads(sys.argv[1]))))"
     )
     command = [sys.executable, "-c", program, json.dumps(arguments)]
-    variables = os.environ if environment is None else environment
     try:
-        process = subprocess.run(command, capture_output=True, text=True, env=variables, timeout=timeout, check=False)
+        process = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=timeout, check=False)
     except subprocess.TimeoutExpired as error:
         raise SA3Error(f"stopped after {timeout:g} s") from error
     if process.returncode:

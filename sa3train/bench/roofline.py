@@ -1,16 +1,25 @@
 """The roofline: the least time that a computation can take, from counted work and measured rates.
 
-It is the larger of operations / matmul rate and bytes / copy rate (Williams et al. 2009, "Roofline"), where each weight
-is read once and only matrix products are counted. No implementation can be faster at these rates.
+It is the larger of operations / matmul rate and bytes / copy rate (Williams et al. 2009, "Roofline"). Operations are
+those of the matrix products, as torch counts them on models without memory; each weight is read once in a pass. The
+same passes cannot be faster at these rates.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from sa3train.bench.figures import Options
 from sa3train.bench.measure import time_interleaved
-from sa3train.models.config import AutoencoderConfig, DiTConfig, StackConfig
+from sa3train.core.dtypes import get_dtype
+from sa3train.models.attention import force_backend
+from sa3train.models.autoencoder import Autoencoder
+from sa3train.models.config import AutoencoderConfig, DiTConfig
+from sa3train.models.dit import DiT
 
 _SHAPES = ((452, 1024, 8192), (1024, 1024, 4096), (2048, 2048, 2048))
 _CUDA_SHAPES = ((8192, 8192, 8192), (4096, 8192, 8192))
@@ -28,209 +37,130 @@ class Cost:
     flops: float = 0.0
     weights: float = 0.0
 
-    def __add__(self, other: "Cost") -> "Cost":
-        return Cost(self.flops + other.flops, self.weights + other.weights)
-
-    def __mul__(self, times: float) -> "Cost":
-        """Repeat the work `times` times; the weights are read each time."""
-        return Cost(self.flops * times, self.weights * times)
-
-    def compute_seconds(self, rates: "Rates", itemsize: int) -> float:
+    def compute_seconds(self, rates: "Rates") -> float:
         """Compute the roofline.
 
         Args:
             rates: Rates of the machine.
-            itemsize: Bytes of a weight.
 
         Returns:
             Seconds.
         """
-        return max(self.flops / rates.flops, self.weights * itemsize / rates.bytes)
+        return max(self.flops / rates.flops, self.weights / rates.weights)
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured rates of a machine.
+    """Measured rates of a machine in one dtype.
 
     Attributes:
-        flops: Matmul operations per second in one dtype.
-        bytes: Bytes per second read and written by a copy.
+        flops: Matmul operations per second.
+        weights: Weights per second that a copy reads and writes.
     """
 
     flops: float
-    bytes: float
+    weights: float
 
 
-def measure_rates(dtype: torch.dtype, device: str = "cpu", repeats: int = 5) -> Rates:
+def measure_rates(options: Options) -> Rates:
     """Measure the rates of several matmul shapes and of a 256 MiB copy, and take the best.
 
     Args:
-        dtype: Of the matrices.
-        device: Device to measure.
-        repeats: Measured rounds of each; the fastest counts.
+        options: `dtype`, `device`, and `repeats` of each, of which the fastest counts.
 
     Returns:
         The rates.
     """
-    shapes = _CUDA_SHAPES if device.startswith("cuda") else _SHAPES
+    shapes, dtype = _CUDA_SHAPES if options.is_cuda else _SHAPES, get_dtype(options.dtype)
     best = 0.0
     for rows, inputs, outputs in shapes:
-        x = torch.randn(rows, inputs, device=device).to(dtype)
-        weight = torch.randn(outputs, inputs, device=device).to(dtype)
+        x = torch.randn(rows, inputs, device=options.device).to(dtype)
+        weight = torch.randn(outputs, inputs, device=options.device).to(dtype)
         with torch.inference_mode():
             task = functools.partial(torch.nn.functional.linear, x, weight)
-            timings = time_interleaved({"matmul": task}, repeats, device)
+            timings = time_interleaved({"matmul": task}, options.repeats, options.device)
         best = max(best, 2 * rows * inputs * outputs / timings.best("matmul"))
-    source = torch.ones(2**26, device=device)
+    source = torch.ones(2**26, device=options.device)
     target = torch.empty_like(source)
-    timings = time_interleaved({"copy": lambda: target.copy_(source)}, repeats, device)
-    return Rates(best, 2 * source.nbytes / timings.best("copy"))
+    timings = time_interleaved({"copy": lambda: target.copy_(source)}, options.repeats, options.device)
+    return Rates(best, 2 * source.nbytes / timings.best("copy") / dtype.itemsize)
 
 
-def _linear(rows: float, inputs: int, outputs: int) -> Cost:
-    return Cost(2.0 * rows * inputs * outputs, float(inputs * outputs))
-
-
-def _attention(queries: float, keys: float, width: int, branches: int = 1) -> Cost:
-    """Count QKᵀ and the weighted sum of values; all heads together have `width` channels."""
-    return Cost(4.0 * queries * keys * width * branches)
-
-
-def count_dit_step(config: DiTConfig, frames: int, context: int, batch: int = 1) -> Cost:
-    """Count one velocity with its conditions prepared: what no sampling step can avoid.
+def count_dit_sampling(config: DiTConfig, frames: int, context: int, steps: int) -> Cost:
+    """Count the denoising of one item: its conditions once, then the steps.
 
     Args:
         config: Configuration of the DiT.
         frames: Latent frames.
         context: Context tokens of cross-attention.
-        batch: Items.
+        steps: Sampling steps.
 
     Returns:
         The cost.
     """
-    width, latent = config.width, config.latent_width
-    tokens, rows = batch * (frames + config.memory_tokens), batch * frames
-    branches = 2 if config.differential else 1
-    inner = int(width * config.ff_mult)
-    block = (
-        _linear(tokens, width, (2 * branches + 1) * width)
-        + _attention(tokens, frames + config.memory_tokens, width, branches)
-        + _linear(tokens, width, width)
-        + _linear(tokens, width, branches * width)
-        + _attention(tokens, context, width, branches)
-        + _linear(tokens, width, width)
-        + _linear(tokens, width, 2 * inner)
-        + _linear(tokens, inner, width)
-    )
-    time = _linear(batch, config.features, width) + _linear(batch, width, width)
-    modulation = _linear(batch, width, width) + _linear(batch, width, 6 * width)
-    ends = _linear(rows, latent, width) + _linear(rows, width, latent) + _linear(rows, latent, latent) * 2
-    return block * config.depth + time + modulation + ends
+    dit, x_BCT, t_B, conditions = _make_dit(config, frames, context)
+    prepared = dit.prepare(x_BCT.shape, **conditions)
+    once = _count_flops(lambda: dit.prepare(x_BCT.shape, **conditions))
+    step = _count_flops(lambda: dit.predict_velocity(x_BCT, t_B, prepared))
+    return Cost(once + steps * step, steps * _count_weights(dit))
 
 
-def count_dit_conditions(config: DiTConfig, frames: int, context: int, batch: int = 1, local: bool = True) -> Cost:
-    """Count what a generation computes once: embedded context, keys and values of each block, the local condition.
+def count_dit_training(config: DiTConfig, frames: int, context: int) -> Cost:
+    """Count forward and backward to the input of a frozen DiT, for one item, with its conditions.
 
     Args:
         config: Configuration of the DiT.
         frames: Latent frames.
         context: Context tokens of cross-attention.
-        batch: Items.
-        local: Whether there is a local condition.
 
     Returns:
         The cost.
     """
-    width, rows = config.width, batch * context
-    once = _linear(rows, config.context_width, width) + _linear(rows, width, width)
-    once += _linear(batch, config.global_width, width) + _linear(batch, width, width)
-    block = _linear(rows, width, (3 if config.differential else 2) * width)
-    if local:
-        block += _linear(batch * frames, config.local_width, width) + _linear(batch * frames, width, width)
-    return once + block * config.depth
+    dit, x_BCT, t_B, conditions = _make_dit(config, frames, context)
+    flops = _count_flops(lambda: dit(x_BCT.requires_grad_(), t_B, **conditions).sum().backward())
+    return Cost(flops, 2 * _count_weights(dit))
 
 
-def count_same_encode(config: AutoencoderConfig, frames: int, batch: int = 1) -> Cost:
-    """Count encoding of audio, not in chunks.
+def count_same(config: AutoencoderConfig, frames: int, decodes: bool) -> Cost:
+    """Count encoding of audio, or decoding of latents, not in chunks.
 
     Args:
         config: Configuration of the autoencoder.
         frames: Latent frames.
-        batch: Items.
+        decodes: Whether to count the decoder.
 
     Returns:
         The cost.
     """
-    stack, patch = config.encoder, config.audio_channels * config.patch_size
-    groups = _round_up_groups(stack, frames) * batch
-    mapping = _linear(groups * stack.stride, patch * (3 if stack.conv_mapping else 1), stack.width)
-    return (
-        mapping
-        + _count_layers(stack, groups, batch, ends_in_one=True)
-        + _linear(groups, stack.width, stack.latent_width)
-    )
-
-
-def count_same_decode(config: AutoencoderConfig, frames: int, batch: int = 1) -> Cost:
-    """Count decoding of latents, not in chunks.
-
-    Args:
-        config: Configuration of the autoencoder.
-        frames: Latent frames.
-        batch: Items.
-
-    Returns:
-        The cost.
-    """
-    stack, patch = config.decoder, config.audio_channels * config.patch_size
-    groups = _round_up_groups(stack, frames) * batch
-    mapping = _linear(groups * stack.stride, stack.width * (3 if stack.conv_mapping else 1), patch)
-    return _linear(frames * batch, stack.latent_width, stack.width) + _count_layers(stack, groups, batch) + mapping
-
-
-def _round_up_groups(stack: StackConfig, frames: int) -> int:
-    unit = 1 if stack.chunk_size is None else stack.chunk_size // stack.stride
-    return -(-frames // unit) * unit
-
-
-def _count_layers(stack: StackConfig, groups: int, batch: int, ends_in_one: bool = False) -> Cost:
-    """Count a resampler's transformer over groups of stride + 1 tokens.
-
-    The second half of a chunked one has a chunk more. With `ends_in_one` the last layer computes one token of each
-    group; in a window its attention is that of all.
-    """
-    size, width, inner = stack.stride + 1, stack.width, int(stack.width * stack.ff_mult)
-    tokens = float(groups * size)
-    if stack.window is None:
-        keys = (stack.chunk_size or stack.stride) // stack.stride * size
-        shifted = tokens + batch * keys
+    with torch.device("meta"):
+        autoencoder = Autoencoder(config)
+        latents_BCT = torch.zeros(1, autoencoder.latent_channels, frames)
+        audio_BCN = torch.zeros(1, config.audio_channels, frames * autoencoder.downsampling_ratio)
+    if decodes:
+        flops = _count_flops(lambda: autoencoder.decode(latents_BCT, noise=False, chunked=False))
     else:
-        keys, shifted = 2 * stack.window * size + 1, tokens
-    cost = Cost()
-    for index in range(stack.depth):
-        rows = shifted if index >= stack.depth // 2 else tokens
-        made = rows / size if ends_in_one and index == stack.depth - 1 else rows
-        queries = made if stack.window is None else rows
-        cost += _linear(rows, width, 5 * width) + _attention(queries, keys, width, 2) + _linear(made, width, width)
-        cost += _linear(made, width, 2 * inner) + _linear(made, inner, width)
-    return cost
+        flops = _count_flops(lambda: autoencoder.encode(audio_BCN, noise=False, chunked=False))
+    return Cost(flops, _count_weights(autoencoder.decoder if decodes else autoencoder.encoder))
 
 
-def count_dit_training(config: DiTConfig, frames: int, context: int, batch: int = 1) -> Cost:
-    """Count forward and backward to the input of a frozen DiT, with its conditions.
+def _make_dit(config: DiTConfig, frames: int, context: int) -> tuple[DiT, Tensor, Tensor, dict[str, Tensor]]:
+    """A DiT without memory, and inputs of one item."""
+    with torch.device("meta"):
+        conditions = {
+            "cross_attn_cond_BLD": torch.zeros(1, context, config.context_width),
+            "global_cond_BD": torch.zeros(1, config.global_width),
+            "local_add_cond_BCT": torch.zeros(1, config.local_width, frames),
+        }
+        dit = DiT(config).requires_grad_(False)
+        return dit, torch.zeros(1, config.latent_width, frames), torch.zeros(1), conditions
 
-    Each product of the forward pass comes once more for its input's gradient, the two of attention twice more.
 
-    Args:
-        config: Configuration of the DiT.
-        frames: Latent frames.
-        context: Context tokens of cross-attention.
-        batch: Items.
+def _count_flops(task: Callable[[], object]) -> float:
+    counter = FlopCounterMode(display=False)
+    with counter, force_backend("sdpa"):
+        task()
+    return float(counter.get_total_flops())
 
-    Returns:
-        The cost.
-    """
-    step = count_dit_step(config, frames, context, batch)
-    tokens, branches = batch * (frames + config.memory_tokens), 2 if config.differential else 1
-    scores = _attention(tokens, frames + config.memory_tokens + context, config.width, branches) * config.depth
-    return step * 2 + scores + count_dit_conditions(config, frames, context, batch)
+
+def _count_weights(module: nn.Module) -> float:
+    return float(sum(parameter.numel() for parameter in module.parameters()))

@@ -6,7 +6,6 @@ Imports are inside the functions, so that a process loads what its task needs an
 import importlib
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -148,55 +147,9 @@ def measure_training(arguments: list[str], device: str, waits: list[int]) -> dic
             wait(device)
         times.append(time.perf_counter())
 
-    _replace(LoraModule, on_train_batch_start=mark, on_after_backward=mark)
+    LoraModule.on_train_batch_start = LoraModule.on_after_backward = mark  # type: ignore[assignment]
     with PeakMemory(device) as memory:
-        _run_sa3_train(arguments)
+        # Imported by name: benchmarks lie below the commands that they measure.
+        if code := importlib.import_module("sa3train.cli.train").main(arguments):
+            sys.exit(code)
     return {"times": times, "memory": memory.bytes}
-
-
-def measure_tracking(arguments: list[str], block: int) -> dict[str, list[float]]:
-    """Measure a run of `sa3-train` whose odd blocks of steps are logged to W&B and whose even ones are not.
-
-    Args:
-        arguments: Command line of `sa3-train`.
-        block: Steps of a block.
-
-    Returns:
-        "starts": seconds at the start of each step; "once": seconds that the logger took at the run's start and end.
-    """
-    from sa3train.training.loggers import WandbLogger
-    from sa3train.training.module import LoraModule
-
-    starts: list[float] = []
-    once: list[float] = []
-    log_metrics = WandbLogger.log_metrics
-
-    def add_time(method: Callable[..., None]) -> Callable[..., None]:
-        def run(*given: Any, **named: Any) -> None:
-            start = time.perf_counter()
-            method(*given, **named)
-            once.append(time.perf_counter() - start)
-
-        return run
-
-    def log_in_odd_blocks(self: Any, values: Any, step: int) -> None:
-        if (len(starts) - 1) // block % 2:
-            log_metrics(self, values, step)
-
-    _replace(LoraModule, on_train_batch_start=lambda *_: starts.append(time.perf_counter()))
-    _replace(WandbLogger, log_metrics=log_in_odd_blocks)
-    _replace(WandbLogger, __init__=add_time(WandbLogger.__init__), close=add_time(WandbLogger.close))
-    _run_sa3_train(arguments)
-    return {"starts": starts, "once": once}
-
-
-def _run_sa3_train(arguments: list[str]) -> None:
-    """Run the command, which is imported by name: benchmarks lie below the commands that they measure."""
-    code = importlib.import_module("sa3train.cli.train").main(arguments)
-    if code:
-        sys.exit(code)
-
-
-def _replace(owner: type, **methods: object) -> None:
-    for name, method in methods.items():
-        setattr(owner, name, method)

@@ -16,16 +16,15 @@ from pathlib import Path
 import numpy as np
 
 from sa3train.bench.adapters import FRAMES, RANK, make_frozen_step, make_random_batch
-from sa3train.bench.checkpoints import make_random_checkpoint
+from sa3train.bench.checkpoints import load_random_model, make_random_checkpoint
 from sa3train.bench.figures import Figure, Options
 from sa3train.bench.measure import run_in_subprocess, time_interleaved, use_threads
 from sa3train.bench.roofline import count_dit_training, measure_rates
 from sa3train.bench.tasks import measure_training
-from sa3train.core.dtypes import get_dtype
 from sa3train.core.errors import ConfigError
 from sa3train.data.shards.index import SILENCE_FILE, build_index
 from sa3train.data.shards.writer import ShardWriter
-from sa3train.models.checkpoint import StableAudio3, load_checkpoint
+from sa3train.models.checkpoint import StableAudio3
 
 OVERHEAD_TARGET, CUDA_RATE_TARGET, CUDA_MEMORY_TARGET = 10.0, 60.0, 5.0
 CLIPS, SKIPPED = 16, 2
@@ -65,19 +64,18 @@ def run(options: Options) -> list[Figure]:
     if options.dtype == "fp16":
         raise ConfigError("sa3-train does not support fp16. Use --dtype bf16 or fp32.")
     arch = options.arch or "small"
-    folder = make_random_checkpoint(arch)
     with use_threads(options.threads):
-        model = load_checkpoint(folder, options.device, get_dtype(options.dtype), parts=("dit", "conditioner"))
+        model = load_random_model(arch, options, "dit", "conditioner")
         frames = FRAMES if options.seconds is None else int(options.seconds * 44100) // model.downsampling_ratio
         with tempfile.TemporaryDirectory() as work:
             shards = make_random_shards(Path(work) / "latents", model, frames)
-            flags = list_training_flags(options, folder, shards, frames)
+            flags = list_training_flags(options, make_random_checkpoint(arch), shards, frames)
             measure = _run_on_gpu if options.is_cuda else _run_on_cpu
             measured = measure(options, flags, Path(work) / "run", frames)
             least = _measure_least_memory(options, flags, Path(work) / "lean") if options.is_cuda else None
         step = make_frozen_step(model, make_random_batch(model, options))
         baseline = time_interleaved({"baseline": step}, options.repeats, options.device).median("baseline")
-        rate = measure_rates(get_dtype(options.dtype), options.device, options.repeats).flops
+        rate = measure_rates(options).flops
     flops = measured.rows * count_dit_training(model.config.dit, frames, model.conditioner.max_length + 1).flops
     figures = _make_figures(options, arch, frames, measured, baseline, flops, rate)
     if least is not None:
@@ -199,6 +197,6 @@ def list_training_flags(options: Options, folder: Path, shards: Path, frames: in
         "data.silence_tail_seconds=0",
         f"model.dtype={options.dtype}",
         f"trainer.threads={options.threads}",
-        f"trainer.accelerator={'gpu' if options.is_cuda else 'cpu'}",
+        f"trainer.accelerator={options.device}",
         f"trainer.log_every={10 if options.is_cuda else 1}",
     ]

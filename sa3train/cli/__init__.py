@@ -1,5 +1,6 @@
 """Command-line entry points; the only readers of Hydra configs and command-line flags."""
 
+import io
 import os
 import sys
 from types import TracebackType
@@ -17,3 +18,6 @@ def _end_at_ctrl_c(kind: type[BaseException], error: BaseException, trace: Trace
 
 
 sys.excepthook = _end_at_ctrl_c
+for _stream in (sys.stdout, sys.stderr):  # a terminal or pipe of another encoding has no →, ≤ or name in Japanese
+    if isinstance(_stream, io.TextIOWrapper) and _stream.errors == "strict":
+        _stream.reconfigure(errors="backslashreplace")

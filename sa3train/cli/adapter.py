@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         Exit code: 0 for success, 1 after an error message, 2 for misused flags.
     """
-    arguments = build_parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else argv
+    arguments = build_parser(any(word.startswith(("-o", "--output")) for word in given)).parse_args(given)
     return run_job(lambda: _run(arguments))
 
 
@@ -58,8 +59,11 @@ def _run(arguments: argparse.Namespace) -> int:
     return int(arguments.run(arguments))
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(has_output: bool = False) -> argparse.ArgumentParser:
     """Build the parser of the command line.
+
+    Args:
+        has_output: Whether the output is given with `-o`, where it may also be an argument.
 
     Returns:
         The parser; `run` of the parsed arguments is the command to run.
@@ -69,6 +73,47 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_version(top)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
+    _add_readers(commands)
+    flags = _add_tool(commands, "convert", "convert to another format", "approximate by a lora of this rank")
+    flags.add_argument("source", help="any adapter file, a PEFT folder, or a pickle (.ckpt, .pt, .bin)")
+    output: dict[str, Any] = {"dest": "target", "required": True} if has_output else {}
+    names = ("-o", "--output") if has_output else ("target",)
+    flags.add_argument(*names, **output, help="a .safetensors or .gguf file, or a folder for PEFT and diffusers")
+    text = "default: native for .safetensors, gguf (sa3.cpp) for .gguf, else peft; sa3cpp: .safetensors and .json"
+    flags.add_argument("--to", choices=("native", "peft", "diffusers", "comfy", "sa3cpp", "gguf"), help=text)
+    flags.add_argument("--model", help="base model: measures the error, and is needed for some adapter types")
+    flags.add_argument("--dense", action="store_true", help="full weight deltas, for any version of ComfyUI")
+    flags.add_argument("--svd-bases", metavar="PT", help="svd_bases.pt that an -xs adapter was trained with")
+    text = "merge adapters into a checkpoint (a folder) or into one adapter (a .safetensors file, or --rank)"
+    flags = _add_tool(commands, "merge", text, "rank of the one adapter; in a file the ranks add up without it")
+    flags.add_argument("sources", nargs="*", metavar="FILE[=STRENGTH]", help="adapters and their strengths")
+    flags.add_argument("-o", "--output", dest="target", required=True, help="folder of a checkpoint, or adapter file")
+    flags.add_argument("--model", help="the checkpoint, or the base model of one adapter (not needed for lora)")
+    text = "layout of a checkpoint (default: that of --model; mlx: a DiT pack), also to write --model without adapters"
+    flags.add_argument("--to", choices=("released", "diffusers", "mlx"), help=text)
+    flags.add_argument("--conditioner-strength", type=float, help="strength in the conditioner, for a checkpoint")
+    flags.add_argument("--allow-loss", action="store_true", help=LOSS)
+    flags.add_argument("--allow-partial", action="store_true", help="merge adapters of which only some layers fit")
+    text = "extract the adapter between a fine-tuned checkpoint and its base"
+    flags = _add_tool(commands, "extract", text, "rank of the adapter")
+    flags.add_argument("tuned", help="fine-tuned checkpoint: registry name or folder")
+    flags.add_argument("--base", required=True, help="its base model: registry name or folder")
+    flags.add_argument("-o", "--output", dest="target", required=True, help="the file or folder to write")
+    flags = _add_tool(commands, "resize", "change the rank", "the new rank")
+    flags.add_argument("source", metavar="file", help="an adapter file or PEFT folder")
+    flags.add_argument(*names, **output, metavar="output", help="the file or folder to write")
+    flags.add_argument("--model", help="base model, needed for types other than lora, dora and bora")
+    text = "scale so that strength 1 is what strength FACTOR was"
+    flags = _add_tool(commands, "scale", text, "rank of the lora that approximates types with magnitudes")
+    flags.add_argument("source", metavar="file", help="an adapter file or PEFT folder")
+    flags.add_argument(*names, **output, metavar="output", help="the file or folder to write")
+    flags.add_argument("factor", type=float, help="the factor, such as 1.3")
+    flags.add_argument("--allow-loss", action="store_true", help=LOSS)
+    flags.add_argument("--model", help="base model, needed for types with magnitudes")
+    return top
+
+
+def _add_readers(commands: Any) -> None:
     flags = _add_command(commands, "inspect", "show what a file holds and, with a model, whether it fits", _inspect)
     flags.add_argument("file", help="an adapter file of any tool, a PEFT folder or a run folder")
     flags.add_argument("--model", help="model to check against: registry name or folder")
@@ -81,41 +126,6 @@ def build_parser() -> argparse.ArgumentParser:
     flags.add_argument("--layers", action="store_true", help="list every layer")
     text = "write a model card and a folder for the Hugging Face hub, with audio examples"
     add_card_flags(_add_command(commands, "card", text, write_card))
-    flags = _add_tool(commands, "convert", "convert to another format", "approximate by a lora of this rank")
-    flags.add_argument("source", help="any adapter file, a PEFT folder, or a pickle (.ckpt, .pt, .bin)")
-    flags.add_argument("target", help="a .safetensors or .gguf file, or a folder for PEFT and diffusers")
-    text = "default: native for .safetensors, gguf (sa3.cpp) for .gguf, else peft; sa3cpp: .safetensors and .json"
-    flags.add_argument("--to", choices=("native", "peft", "diffusers", "comfy", "sa3cpp", "gguf"), help=text)
-    flags.add_argument("--model", help="base model: measures the error, and is needed for some adapter types")
-    flags.add_argument("--dense", action="store_true", help="full weight deltas, for any version of ComfyUI")
-    flags.add_argument("--svd-bases", metavar="PT", help="svd_bases.pt that an -xs adapter was trained with")
-    text = "merge adapters into a checkpoint (a folder) or into one adapter (a .safetensors file, or --rank)"
-    flags = _add_tool(commands, "merge", text, "rank of the one adapter; in a file the ranks add up without it")
-    flags.add_argument("sources", nargs="*", metavar="FILE[=STRENGTH]", help="adapters and their strengths")
-    flags.add_argument("-o", "--output", dest="target", required=True, help="folder of a checkpoint, or adapter file")
-    flags.add_argument("--model", help="the checkpoint, or the base model of one adapter (not needed for lora)")
-    text = "layout of a checkpoint (default: that of --model); without adapters, --model is written in it"
-    flags.add_argument("--to", choices=("released", "diffusers"), help=text)
-    flags.add_argument("--conditioner-strength", type=float, help="strength in the conditioner, for a checkpoint")
-    flags.add_argument("--allow-loss", action="store_true", help=LOSS)
-    flags.add_argument("--allow-partial", action="store_true", help="merge adapters of which only some layers fit")
-    text = "extract the adapter between a fine-tuned checkpoint and its base"
-    flags = _add_tool(commands, "extract", text, "rank of the adapter")
-    flags.add_argument("tuned", help="fine-tuned checkpoint: registry name or folder")
-    flags.add_argument("--base", required=True, help="its base model: registry name or folder")
-    flags.add_argument("-o", "--output", dest="target", required=True, help="the file or folder to write")
-    flags = _add_tool(commands, "resize", "change the rank", "the new rank")
-    flags.add_argument("source", metavar="file", help="an adapter file or PEFT folder")
-    flags.add_argument("target", metavar="output", help="the file or folder to write")
-    flags.add_argument("--model", help="base model, needed for types other than lora, dora and bora")
-    text = "scale so that strength 1 is what strength FACTOR was"
-    flags = _add_tool(commands, "scale", text, "rank of the lora that approximates types with magnitudes")
-    flags.add_argument("source", metavar="file", help="an adapter file or PEFT folder")
-    flags.add_argument("target", metavar="output", help="the file or folder to write")
-    flags.add_argument("factor", type=float, help="the factor, such as 1.3")
-    flags.add_argument("--allow-loss", action="store_true", help=LOSS)
-    flags.add_argument("--model", help="base model, needed for types with magnitudes")
-    return top
 
 
 def _add_command(commands: Any, name: str, text: str, run: Callable[..., int]) -> argparse.ArgumentParser:
@@ -186,7 +196,9 @@ def _write(arguments: argparse.Namespace) -> int:
     if "sources" in settings:
         settings["sources"] = [_parse_source(text) for text in arguments.sources]
     into_checkpoint = arguments.tool == "merge_adapters" and settings["truncation"] is None
-    in_memory = arguments.tool == "extract_adapter" or (into_checkpoint and not is_file_name(arguments.target))
+    in_memory = arguments.tool == "extract_adapter" or (
+        into_checkpoint and (arguments.to == "mlx" or not is_file_name(arguments.target))
+    )
     for name in ("model", "tuned", "base"):
         if name in settings:
             settings[name] = _load_model(settings[name], in_memory)
@@ -226,7 +238,7 @@ def _warn(warnings: Iterable[str]) -> None:
 
 
 def _print_json(values: dict[str, Any]) -> None:
-    print(json.dumps(values, indent=2, ensure_ascii=False))
+    print(json.dumps(values, indent=2))
 
 
 def _show_inspection(inspection: "Inspection", every_layer: bool) -> None:

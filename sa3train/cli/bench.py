@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from sa3train.cli.hydra_app import run_job
 from sa3train.cli.version import add_version
+from sa3train.core.config import DEVICES
 from sa3train.core.errors import ConfigError, SA3Error
 
 if TYPE_CHECKING:
@@ -25,16 +26,12 @@ if TYPE_CHECKING:
 BENCHMARKS = {
     "generate": "the denoiser against exact fp32 and its roofline, with adapters, and whole generations",
     "decode": "latents to audio: bf16 against fp32 and the roofline",
-    "encode": "a set of short clips to latents, in one process and in two",
+    "encode": "a set of short clips to latents",
     "precision": "latents of 16-bit generation against fp32's",
     "load": "time and host memory of loading a checkpoint",
-    "startup": "cold start of sa3-generate and of every --help",
     "adapters": "a training step with each adapter type against the frozen-base baseline",
     "train": "the whole training loop against its step",
-    "quantized": "training on a base in 8 and 4 bits against the whole base: step, weights, loss",
-    "tracking": "training steps with a failing W&B server against untracked ones",
     "nano": "how well nano follows its prompts and reconstructs audio",
-    "studio": "first paint of the studio's page (needs the extra dev)",
 }
 UNUSED: dict[str, set[str]] = {
     "generate": {"adapter_types"},
@@ -42,13 +39,9 @@ UNUSED: dict[str, set[str]] = {
     "encode": {"adapter_types", "steps"},
     "precision": {"adapter_types", "repeats"},
     "load": {"adapter_types", "seconds", "steps"},
-    "startup": {"adapter_types", "arch", "device", "dtype", "steps"},
     "adapters": {"steps"},
     "train": {"adapter_types", "steps"},
-    "quantized": {"adapter_types", "steps"},
-    "tracking": {"adapter_types", "seconds", "steps"},
     "nano": {"adapter_types", "arch", "dtype", "repeats", "seconds", "steps"},
-    "studio": {"adapter_types", "arch", "device", "dtype", "seconds", "steps", "threads"},
 }
 """Options that a benchmark does not use, and refuses."""
 TIME_LIMIT = 600
@@ -75,7 +68,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--json", type=Path, default=None, metavar="FILE", help="also write the figures to a JSON file, replacing it")
     add("--update", type=Path, default=None, metavar="FILE", help="update this device's tables in a Markdown file")
     add("--arch", choices=("nano", "small", "medium"), help="default: the one that has targets")
-    add("--device", help="cpu (default), cuda, cuda:0, ...")
+    add("--device", help=f"auto, {DEVICES} (default: cpu)")
     add("--dtype", choices=("bf16", "fp16", "fp32"), help="default: bf16")
     add("--threads", type=int, metavar="N", help="CPU threads (default: 2)")
     add("--repeats", type=int, metavar="N", help="measured rounds (default: 5; for all: 3)")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from sa3train.core.errors import AdapterError
 from sa3train.core.files import check_target
+from sa3train.core.user_files import find_name_problem
 
 if TYPE_CHECKING:
     from sa3train.adapters.adapter import Adapter
@@ -56,8 +57,8 @@ def write_card(arguments: argparse.Namespace) -> int:
     path = Path(arguments.source)
     run = find_run(path)
     name = arguments.name or (run.path.resolve().name if run else path.resolve().stem)
-    if Path(name).name != name:
-        raise AdapterError(f"--name {name!r} is to be the name of a file. Choose one without slashes.")
+    if problem := find_name_problem(name):
+        raise AdapterError(f"--name {name!r} names no file: {problem}. Choose one without slashes.")
     target = Path(arguments.target or f"{name}-hub")
     check_target(target, [path], arguments.overwrite)
     if not is_finite_number(arguments.strength):
@@ -70,7 +71,7 @@ def write_card(arguments: argparse.Namespace) -> int:
     pack_card(target, adapter, options, samples, run, arguments.overwrite)
     files = sorted(str(file.relative_to(target)) for file in target.rglob("*") if file.is_file())
     if arguments.json:
-        print(json.dumps({"written": str(target), "files": files}, indent=2, ensure_ascii=False))
+        print(json.dumps({"written": str(target), "files": files}, indent=2))
         return 0
     print(f"Wrote {target}: {', '.join(files)}")
     if len(files) == 2:

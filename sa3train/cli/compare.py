@@ -11,6 +11,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
+from sa3train.cli.precedence import flatten_settings
 from sa3train.core.errors import ConfigError
 from sa3train.core.user_files import read_file
 from sa3train.reports.run_files import CONFIG_FILE, VALIDATION_FILE, load_settings
@@ -78,12 +79,12 @@ def compare_runs(folder: Path) -> list[dict[str, Any]]:
     runs = []
     for file in sorted(folder.glob(f"**/{VALIDATION_FILE}")):
         validation = json.loads(read_file(file))
-        settings = _flatten(load_settings(file.parent / CONFIG_FILE))
+        settings = flatten_settings(load_settings(file.parent / CONFIG_FILE))
         runs.append((str(file.parent.relative_to(folder)), settings, validation))
     if not runs:
         raise ConfigError(
-            f"{folder} holds no run with a {VALIDATION_FILE}. Runs are validated with "
-            "callbacks.validation.enabled=true."
+            f"{folder} holds no run with a {VALIDATION_FILE}: none got as far as a validation, or "
+            "callbacks.validation.enabled=false."
         )
     varied = [key for key in runs[0][1] if len({repr(settings.get(key)) for _, settings, _ in runs}) > 1]
     rows = []
@@ -115,15 +116,6 @@ def format_table(rows: list[dict[str, Any]]) -> list[str]:
 
 def _format_value(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _flatten(settings: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(settings, dict):
-        return {prefix.rstrip("."): settings}
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flatten(value, f"{prefix}{key}.")
-    return flat
 
 
 if __name__ == "__main__":

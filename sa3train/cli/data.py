@@ -120,8 +120,9 @@ def run_audit_command(arguments: argparse.Namespace) -> int:
     rules = load_rules(arguments.model, *chosen) if arguments.model else AuditRules(*chosen)
     folder = Path(arguments.out or f"audit-{Path(arguments.source.rstrip('/')).stem or 'source'}")
     threads = EncodeSettings(threads=arguments.threads).count_threads()
+    listing = list_clips(arguments.source)
     with write_json_progress(arguments.progress_json), lock_output_dir(folder, Workers()):
-        index = audit_clips(list_clips(arguments.source), rules, get_work_dir(folder), Workers(), threads)
+        index = audit_clips(listing, rules, get_work_dir(folder), Workers(), threads)
         summary = write_audit_report(folder, arguments.source, index.iterate_rows())
     if arguments.progress_json:
         write_json_line(result={"out": str(folder), **summary.as_json()})
@@ -178,7 +179,7 @@ def run_preview_command(arguments: argparse.Namespace) -> int:
             print(f"{key}  [{seconds:.0f} s]  {prompt or '(empty prompt)'}")
     prompts = data.list_prompts()
     count = "too many to list" if prompts is None else str(len(prompts))
-    print(f"\n{sum(map(len, data.train_clips))} training clips, distinct prompts: {count}")
+    print(f"\n{sum(map(len, data.train_clips))} training clips; with the held-out ones, distinct prompts: {count}")
     return 0
 
 

@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from sa3train.cli.hydra_app import run_hydra_job
-from sa3train.core.config import setting
+from sa3train.core.config import DEVICES, setting
 from sa3train.core.log import get_logger, get_rank, write_json_line, write_json_progress
 from sa3train.core.signals import Interrupted
 from sa3train.data.encode.settings import EncodeSettings
-from sa3train.models.hub import check_checkpoint
+from sa3train.models.hub import check_checkpoint, choose_weights
 
 if TYPE_CHECKING:
-    import torch
-
     from sa3train.data.audit.audit import AuditRules
     from sa3train.data.encode.encode import EncodeResult
     from sa3train.data.encode.encoder import Encoder
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
 
 _logger = get_logger(__name__)
 _LISTS = ("fixes", "augmentations")
+_SHORTHAND = {"model": "model.name", "weights": "model.weights"}
 _PATHS = ("source", "out", "reuse")
 
 
@@ -37,6 +36,7 @@ class EncodeModel:
     """Whose autoencoder to use."""
 
     name: str = setting(help="Name or folder of a model, or of an autoencoder.", text="path")
+    weights: Literal["released", "mlx"] = setting(help="Files of a named model: released, or its open fp16 packs.")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = setting(help="Precision it runs in; auto is fp32.")
 
 
@@ -55,7 +55,7 @@ class EncodeConfig(EncodeSettings):
         text="path",
     )
     model: EncodeModel
-    device: str = setting("auto", help="auto, cpu, cuda or cuda:N.", text="filled")
+    device: str = setting("auto", help=f"auto (the best that works), {DEVICES}.", text="filled")
     chunked: bool = setting(
         True,
         help="Encode clips over 11.9 s in chunks, as released models do when they generate; false: whole, however "
@@ -75,9 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    return run_hydra_job(
-        "encode", EncodeConfig, encode, shorthand={"model": "model.name"}, paths=_PATHS, lists=_LISTS, argv=argv
-    )
+    return run_hydra_job("encode", EncodeConfig, encode, shorthand=_SHORTHAND, paths=_PATHS, lists=_LISTS, argv=argv)
 
 
 def encode(config: EncodeConfig) -> int:
@@ -90,13 +88,14 @@ def encode(config: EncodeConfig) -> int:
         The exit code.
     """
     with write_json_progress(config.progress == "json"):
-        check_checkpoint(config.model.name)  # before anything heavy is imported
+        source = choose_weights(config.model.name, config.model.weights)
+        check_checkpoint(source)  # before anything heavy is imported
         from sa3train.data.encode.encode import encode_dataset
         from sa3train.data.encode.plan import list_encoded_keys
 
         workers = join_workers()
-        encoder = load_encoder(config.model.name, config.model.dtype, config.device, config.chunked)
-        rules = load_rules(config.model.name, config.captions, config.allow_promotional)
+        encoder = load_encoder(source, config.model.dtype, config.device, config.chunked)
+        rules = load_rules(source, config.captions, config.allow_promotional)
         try:
             result = encode_dataset(config.source, config.out, encoder, config, rules, workers)
         except Interrupted:
@@ -143,13 +142,13 @@ def load_encoder(name: str, dtype: str, device: str, chunked: bool = True) -> "E
     """
     import torch
 
-    from sa3train.core.device import explain_oom
+    from sa3train.core.device import choose_device, explain_device_errors
     from sa3train.data.encode.encoder import Encoder
     from sa3train.models.checkpoint import load_autoencoder
     from sa3train.models.fp16_check import convert_autoencoder_to_fp16
 
-    chosen = resolve_device(device)
-    with explain_oom(chosen, f"loading the autoencoder of {name}", ["model.dtype=bf16", "another device"]):
+    chosen = choose_device(device)
+    with explain_device_errors(chosen, f"loading the autoencoder of {name}", ["model.dtype=bf16", "another device"]):
         if dtype == "fp16":
             autoencoder = load_autoencoder(name)  # on the CPU: the check moves it
             convert_autoencoder_to_fp16(autoencoder, chosen)
@@ -170,12 +169,11 @@ def load_rules(name: str, captions: str, allow_promotional: bool = False) -> "Au
         Rules for the audit.
     """
     from sa3train.data.audit.audit import AuditRules
-    from sa3train.models.checkpoint import load_checkpoint
-    from sa3train.models.diffusers_layout import read_config
+    from sa3train.models.checkpoint import load_checkpoint, read_config
     from sa3train.models.hub import locate_checkpoint
     from sa3train.models.parse import is_autoencoder
 
-    if is_autoencoder(read_config(locate_checkpoint(name).config)):
+    if is_autoencoder(read_config(locate_checkpoint(name))):
         return AuditRules(captions, allow_promotional)
     model = load_checkpoint(name, parts=("conditioner",))
     return AuditRules(
@@ -185,25 +183,6 @@ def load_rules(name: str, captions: str, allow_promotional: bool = False) -> "Au
         count_tokens=lock_calls(model.conditioner.count_tokens),
         max_tokens=model.conditioner.max_length,
     )
-
-
-def resolve_device(name: str) -> "torch.device":
-    """Resolve the name of a device; several processes on one machine use a GPU each.
-
-    Args:
-        name: "auto", "cpu", "cuda" or "cuda:N".
-
-    Returns:
-        The device.
-    """
-    import torch
-
-    from sa3train.core.device import choose_device
-
-    device = choose_device(name, auto=("cuda",))
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
-    return device
 
 
 def lock_calls(function: Callable[[Sequence[str]], list[int]]) -> Callable[[Sequence[str]], list[int]]:
@@ -234,7 +213,7 @@ def summarize_result(result: "EncodeResult") -> dict[str, Any]:
         Counts of the whole set, and of what this process did.
     """
     index = result.index
-    whole = {name: index.get(name) for name in ("clips", "seconds", "rejected", "splits")}
+    whole = {name: index.get(name) for name in ("clips", "seconds", "rejected", "dropped_duplicates", "splits")}
     own = {name: getattr(result, name) for name in ("encoded", "reused", "padding", "elapsed")}
     return {"out": str(result.folder), **whole, "shards": len(index.get("shards", ())), **own}
 
@@ -249,9 +228,11 @@ def print_result(result: "EncodeResult", world_size: int = 1) -> None:
     index = result.index
     if result.audit is not None:
         print(result.audit.format_table())
-    splits = ", ".join(f"{name} {split['clips']:.0f}" for name, split in sorted(index["splits"].items()))
+    named = {"train": "for training", "heldout": "held out"}.items()
+    splits = ", ".join(f"{index['splits'][key]['clips']:.0f} {name}" for key, name in named if key in index["splits"])
     print(f"\n{result.folder}: {index['clips']:.0f} latents ({splits}), {index['seconds']:.1f} s of audio, ", end="")
-    print(f"{len(index['shards'])} shard(s), {index['rejected']} rejected")
+    dropped = f", {count} dropped as duplicates" if (count := index["dropped_duplicates"]) else ""
+    print(f"{len(index['shards'])} shard(s), {index['rejected']} rejected{dropped}")
     share = "" if world_size == 1 else " by this process"
     if result.encoded:
         speed = result.seconds / max(result.elapsed, 1e-9)

@@ -12,7 +12,6 @@ With --at-a-time, the files of one batch are written while the next is generated
 import argparse
 import contextlib
 import dataclasses
-import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -32,12 +31,12 @@ from sa3train.cli.hydra_app import run_job
 from sa3train.core.errors import DataError, GenerationError, SA3Error
 from sa3train.core.files import hash_file, write_bytes
 from sa3train.core.log import get_logger
-from sa3train.core.text import list_few
+from sa3train.core.text import format_command, list_few
 from sa3train.core.user_files import read_file
 from sa3train.data.sources.text import decode_text
 from sa3train.inference.resolve import resolve_settings
 from sa3train.inference.settings import PER_ITEM_SETTINGS, SETTING_NAMES, GenerationSettings, count_items, is_list
-from sa3train.models.hub import check_checkpoint, list_checkpoints
+from sa3train.models.hub import check_checkpoint, choose_weights, list_checkpoints
 
 if TYPE_CHECKING:
     import torch
@@ -160,6 +159,10 @@ def _run(arguments: argparse.Namespace, given: set[str]) -> int:
     check_paths(arguments)
     if arguments.no_half and arguments.precision not in ("auto", "fp32"):
         raise GenerationError(f"--no-half means --precision fp32, but --precision {arguments.precision} was given.")
+    if arguments.weights is not None:
+        if arguments.sidecar is not None and arguments.model is None:
+            raise GenerationError("--weights with --from needs --model. Name the model.")
+        arguments.model = choose_weights(arguments.model or DEFAULT_MODEL, arguments.weights)
     try:
         return _generate(arguments) if arguments.sidecar is None else _replay(arguments, given)
     except GenerationError as error:
@@ -196,7 +199,7 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 def _list_models() -> int:
     for name, state in list_checkpoints().items():
-        print(f"{name:<18} {state}{' (default)' if name == DEFAULT_MODEL else ''}")
+        print(f"{name:<20} {state}{' (default)' if name == DEFAULT_MODEL else ''}")
     return 0
 
 
@@ -285,7 +288,7 @@ def _offer_prompts(arguments: argparse.Namespace) -> str:
     from sa3train.adapters.formats.io import load_adapter
 
     prompts = [prompt for entry in parse_adapters(arguments) for prompt in load_adapter(entry["adapter"]).prompts]
-    lines = "".join(f"\n  -p {shlex.quote(prompt)}" for prompt in prompts[:OFFERED_PROMPTS])
+    lines = "".join(f"\n  -p {format_command([prompt])}" for prompt in prompts[:OFFERED_PROMPTS])
     return f" Prompts that the adapter was trained with:{lines}" if lines else ""
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 from sa3train.adapters.layer_filter import split_patterns
 from sa3train.adapters.lora_argument import parse_lora
 from sa3train.cli.version import add_version
-from sa3train.core.config import Setting
+from sa3train.core.config import DEVICES, Setting
 from sa3train.core.errors import GenerationError
 from sa3train.inference.settings import (
     PER_ITEM_SETTINGS,
@@ -232,7 +233,7 @@ def parse_output(arguments: argparse.Namespace, default: str = DEFAULT_OUTPUT) -
     """
     output = default if arguments.output is None else arguments.output
     path = Path(output)
-    if output.endswith("/"):
+    if output.endswith(("/", os.sep)):
         raise GenerationError(f"cannot write {output}: it is a folder. Give a file name, such as {path}/out.wav.")
     if arguments.format is None:
         return path, FORMATS["flac" if path.suffix.lower() == ".flac" else "wav"][1]
@@ -269,7 +270,8 @@ def _parse_strength(text: str, where: str) -> float:
 def _add_model(group: Any) -> None:
     add = group.add_argument
     add("--model", help=f"name or folder (default {DEFAULT_MODEL}); nano needs no download")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: CUDA or MPS if available)")
+    add("--weights", choices=("released", "mlx"), help="mlx: open fp16 packs of a named model, without an account")
+    add("--device", help=f"{DEVICES} (default: the best that works)")
     add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default: auto")
     add(
         "--compile", action="store_true", help="compile the denoiser with torch.compile: slow once, then faster; cached"

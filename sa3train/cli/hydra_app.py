@@ -33,12 +33,12 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
 from sa3train.cli.config_files import adapt_options, check_config_dir, find_config_dir, read_config
+from sa3train.cli.hydra_hooks import check_jobs_first, share_help_queries
 from sa3train.cli.precedence import build_composed
 from sa3train.cli.version import describe_version
 from sa3train.core.config import MISSING, describe_unknown_keys, is_known, list_keys
@@ -46,40 +46,13 @@ from sa3train.core.errors import ConfigError, SA3Error
 from sa3train.core.files import get_config_dir
 from sa3train.core.imports import explain_imports
 from sa3train.core.overrides import format_override, format_value, is_quoted, quote_text, unescape_interpolations
-from sa3train.core.signals import Interrupted, handle_signals
+from sa3train.core.signals import Interrupted, handle_signals, watch_stop_file
 
-_HELP_FLAGS = ("--help", "-h")
-
-
-@contextmanager
-def _share_help_queries(arguments: Sequence[str]) -> Iterator[None]:
-    """Let Hydra's queries without overrides share one copy of the configuration while `--help` is printed.
-
-    Hydra lists every group's options by a query of its own, and deep-copies the composed configuration's sources for
-    each: 110 copies took half of the second that `sa3-train --help` needs on a slow core. It has no public switch for
-    that, so its private loader is patched here and nowhere else; a test fails when it changes.
-    """
-    from hydra._internal.config_loader_impl import ConfigLoaderImpl
-
-    name = "_parse_overrides_and_create_caching_repo"
-    original = getattr(ConfigLoaderImpl, name, None)
-    if original is None or not set(_HELP_FLAGS) & set(arguments):  # another Hydra: leave it alone
-        yield
-        return
-    known: dict[int, Any] = {}
-
-    def shared(self: ConfigLoaderImpl, config_name: str | None, overrides: list[str]) -> Any:
-        if config_name is not None or overrides:
-            return original(self, config_name, overrides)
-        if id(self) not in known:
-            known[id(self)] = original(self, config_name, overrides)
-        return known[id(self)]
-
-    setattr(ConfigLoaderImpl, name, shared)
-    try:
-        yield
-    finally:
-        setattr(ConfigLoaderImpl, name, original)
+_VALUE_FLAGS = (
+    "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--info",
+    "-i", "--experimental-rerun",
+)  # fmt: skip
+"""Flags of Hydra that take the next argument."""
 
 
 Schema = TypeVar("Schema")
@@ -107,6 +80,7 @@ def run_job(job: Callable[[], int | None]) -> int:
     limit_thread_spinning()
     try:
         with handle_signals(), explain_imports():
+            watch_stop_file()
             set_up_logging()
             return job() or 0
     except SA3Error as error:
@@ -149,6 +123,7 @@ def run_hydra_job(
     lists: Sequence[str] = (),
     resume: str | None = None,
     suggest: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+    check: Callable[[Schema], object] | None = None,
     argv: Sequence[str] | None = None,
 ) -> int:
     """Run a command with a Hydra configuration.
@@ -166,6 +141,7 @@ def run_hydra_job(
         resume: Key that takes the folder of an earlier run, whose `config.yaml` is then the configuration; further
             overrides act on it.
         suggest: Gives values that suit the others, see `build_composed`; not for a resumed run.
+        check: Checks the settings; for every job of a sweep before the first one starts.
         argv: Command-line arguments; None for `sys.argv`.
 
     Returns:
@@ -177,7 +153,7 @@ def run_hydra_job(
         if "--version" in given:  # Hydra would print its own
             print(describe_version())
             return 0
-        _check_digits(given)
+        _check_form(schema, shorthand or {}, given)
         given.sort(key=_is_override)  # Hydra takes no flags after the first
         folder, is_sweep = find_config_dir(given), not {"-m", "--multirun"}.isdisjoint(given)
         if not is_sweep:
@@ -194,7 +170,7 @@ def run_hydra_job(
         primary = _find_primary_config(config_name, resume, arguments)
         arguments = adapt_options(arguments, shorthand or {}, is_resumed=primary[0] != CONF)
         compose = functools.partial(build_composed, schema, suggest=suggest if primary[0] == CONF else None)
-        return _run_hydra(compose, action, arguments, primary)
+        return _run_hydra(compose, action, arguments, primary, check if check and action is job else lambda _: None)
 
     return run_job(run)
 
@@ -214,6 +190,7 @@ def _run_hydra(
     job: Callable[[Schema], int | None],
     arguments: list[str],
     primary: tuple[str, str, list[str]],
+    check: Callable[[Schema], object],
 ) -> int:
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -230,13 +207,17 @@ def _run_hydra(
     failures: list[SA3Error] = []
     pid, in_sweep = os.getpid(), False
 
+    def build(config: DictConfig) -> Schema:
+        settings = compose(cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True)), config_name)
+        check(settings)
+        return settings
+
     def task(config: DictConfig) -> None:
         nonlocal in_sweep
         in_sweep = is_sweep_job()
         register_resolvers()  # a launcher may run this in a process of its own
         try:
-            values = cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True))
-            codes.append(job(compose(values, config_name)) or 0)
+            codes.append(job(build(config)) or 0)
             if codes[-1] > 128 and os.getpid() == pid and in_sweep:  # stopped: the rest is not to be started
                 raise Interrupted(codes[-1] - 128)
         except SA3Error as error:
@@ -249,7 +230,7 @@ def _run_hydra(
 
     saved, sys.argv = sys.argv, [sys.argv[0], *arguments, *extra]
     try:
-        with _share_help_queries(arguments):
+        with share_help_queries(arguments), check_jobs_first(build):
             hydra.main(version_base="1.3", config_path=config_path, config_name=config_name)(task)()
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, arguments)) from error
@@ -340,10 +321,20 @@ def _bracket_list(argument: str, lists: Sequence[str]) -> str:
     return f"{key}=[{value}]" if key in lists and value and not value.startswith("[") else argument
 
 
-def _check_digits(arguments: Sequence[str]) -> None:
+def _check_form(schema: type, shorthand: Mapping[str, str], arguments: Sequence[str]) -> None:
+    """Check for what Hydra answers with its usage or not at all: settings written as flags, words, endless numbers."""
+    before = ""
     for argument in arguments:
+        key = argument.lstrip("-").partition("=")[0]
         if re.search(r"\d{1000}", argument):  # Python reads no more than 4300, and Hydra does not catch that
-            raise ConfigError(f"{argument.partition('=')[0]} must not have a number of 1000 digits.")
+            raise ConfigError(f"{key} must not have a number of 1000 digits.")
+        name = key.replace("-", "_")
+        if argument.startswith("--") and (name in shorthand or is_known(schema, name)):
+            raise ConfigError(f"{argument} is no flag. Settings are written without dashes: {name}=VALUE.")
+        if "=" not in argument and argument[:1] not in ("-", "~") and before not in _VALUE_FLAGS:
+            meant = f", a value with spaces in quotes: '{before} {argument}'" if "=" in before else ""
+            raise ConfigError(f"cannot use {argument or 'an empty argument'}. Settings are written KEY=VALUE{meant}.")
+        before = argument
 
 
 def _open_mapping(schema: type, argument: str) -> str:
@@ -461,7 +452,7 @@ def get_run_stamp() -> str:
     if job:
         stamp = "-".join(["slurm", job, *filter(None, [os.environ.get("SLURM_ARRAY_TASK_ID")])])
     elif elastic != "none":
-        stamp = elastic
+        stamp = re.sub(r"[^\w.-]+", "-", elastic)
     elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError(
             "several ranks were started without a common run name. "

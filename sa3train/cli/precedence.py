@@ -119,14 +119,23 @@ def _read_option(folders: list[Path], group: str, option: str) -> dict[str, Any]
     for entry in body.pop("defaults", []):
         if isinstance(entry, str) and entry not in ("_self_", "base"):
             found |= _read_option(folders, group, entry)
-    return found | _flatten(body, prefix)
+    return found | flatten_settings(body, prefix)
 
 
-def _flatten(values: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+def flatten_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested settings.
+
+    Args:
+        values: The settings.
+        prefix: What full keys begin with, such as "trainer.".
+
+    Returns:
+        Values by full key.
+    """
     found: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            found |= _flatten(value, f"{prefix}{key}.")
+            found |= flatten_settings(value, f"{prefix}{key}.")
         else:
             found[f"{prefix}{key}"] = value
     return found

@@ -3,7 +3,7 @@
 import argparse
 import itertools
 import math
-import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -16,11 +16,13 @@ from sa3train.cli.version import add_version
 from sa3train.core.config import MAX_COUNT
 from sa3train.core.errors import SA3Error
 from sa3train.core.overrides import format_override
+from sa3train.core.text import format_command
 
 STRENGTHS = (0.0, 0.5, 1.0)
 MODES = ("text", "restyled", "inpainted")
 DURATION = 6.0
-REGION = (2.0, 4.0)
+LONGEST = 12.0
+"""Seconds of text to audio, and at most of what starts from a clip, which is as long as the clip."""
 PROMPT = "Japanese traditional music, koto playing melody in A in-sen, mysterious, calm, 80 BPM, in a quiet hall"
 
 
@@ -123,7 +125,7 @@ def _plan_training(source: Path, out: Path, run_dir: Path, steps: int) -> list[D
         DemoStep(
             "Audit the audio",
             "Finds problems before they cost training time. Each finding has a fix; your files are never changed.",
-            ("sa3-data", "audit", str(source), "--out", str(out / "audit")),
+            ("sa3-data", "audit", str(source), "--model", "nano", "--out", str(out / "audit")),
         ),
         DemoStep(
             "Encode the audio",
@@ -161,18 +163,23 @@ def _plan_training(source: Path, out: Path, run_dir: Path, steps: int) -> list[D
 
 def _plan_playback(source: Path, run_dir: Path, prompt: str) -> list[DemoStep]:
     """Plan generations in all three modes at each strength, with one seed so that only the adapter differs."""
+    from sa3train.audio.io import read_audio_info
     from sa3train.data.sources.listing import list_source
 
     clips = [clip.audio.path for clip in list_source(str(source)).clips if clip.audio.local_path()]
     if not clips:
         raise SA3Error(f"{source} has no audio file. Give a folder of audio with --source.")
     clip = clips[0]
+    info = read_audio_info(clip)
+    length = min(LONGEST, math.ceil(100 * info.samples / info.sample_rate) / 100)
+    start, end = f"{length / 3:.2f}", f"{2 * length / 3:.2f}"
+    duration = ("--duration", f"{length:g}")
     modes: dict[str, tuple[str, tuple[str, ...]]] = {
-        "text": ("Text to audio", ()),
-        "restyled": ("Audio to audio", ("--init-audio", clip, "--init-noise-level", "0.7")),
+        "text": ("Text to audio", ("--duration", f"{DURATION:g}")),
+        "restyled": ("Audio to audio", ("--init-audio", clip, "--init-noise-level", "0.7", *duration)),
         "inpainted": (
-            f"Inpainting from {REGION[0]:g} to {REGION[1]:g} s",
-            ("--inpaint-audio", clip, "--inpaint-start", f"{REGION[0]:g}", "--inpaint-end", f"{REGION[1]:g}"),
+            f"Inpainting from {start} to {end} s",
+            ("--inpaint-audio", clip, "--inpaint-start", start, "--inpaint-end", end, *duration),
         ),
     }
     found = []
@@ -180,7 +187,7 @@ def _plan_playback(source: Path, run_dir: Path, prompt: str) -> list[DemoStep]:
         for strength in STRENGTHS:
             adapter = f"{run_dir / 'adapter.safetensors'}={strength:g}"
             output = str(_get_wav_path(run_dir, mode, strength))
-            basic = ("sa3-generate", "--model", "nano-base", "-p", prompt, "--duration", f"{DURATION:g}", "--seed", "1")
+            basic = ("sa3-generate", "--model", "nano-base", "-p", prompt, "--seed", "1")
             command = (*basic, "--steps", "25", *flags, "--lora", adapter, "-o", output, "--overwrite")
             found.append(DemoStep(f"{title}, adapter at strength {strength:g}", "", command))
     return found
@@ -196,13 +203,13 @@ def _run_step(number: int, total: int, step: DemoStep) -> None:
     print(f"\n{bold}[{number}/{total}] {step.title}{plain}")
     if step.explanation:
         print(step.explanation)
-    print(f"$ {shlex.join(step.command)}", flush=True)
-    program = Path(sys.executable).parent / step.command[0]
-    done = subprocess.run([str(program), *step.command[1:]])
+    print(f"$ {format_command(step.command)}", flush=True)
+    program = shutil.which(step.command[0], path=str(Path(sys.executable).parent)) or step.command[0]
+    done = subprocess.run([program, *step.command[1:]])
     if done.returncode != 0:
         raise SA3Error(
             f"step {number} failed with exit code {done.returncode}; its message is above. "
-            f"To repeat it, run: {shlex.join(step.command)}"
+            f"To repeat it, run: {format_command(step.command)}"
         )
 
 

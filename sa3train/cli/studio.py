@@ -9,15 +9,17 @@ import argparse
 import importlib.util
 import os
 import sys
-import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sa3train.cli.hydra_app import run_job
 from sa3train.cli.version import add_version
+from sa3train.core.config import DEVICES
 from sa3train.core.errors import ConfigError
 from sa3train.core.signals import Interrupted
+from sa3train.models.hub import choose_weights
 
 if TYPE_CHECKING:
     from sa3train.studio.server.jobs import Job
@@ -41,7 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("folders", nargs="*", default=["."], metavar="FOLDER", help="folders of yours to read (default: .)")
     add("--workspace", default="sa3-studio", help="new or earlier folder for all that it makes (default: ./sa3-studio)")
     add("--model", default="nano", help="model selected first, name or folder (default: nano)")
-    add("--device", help="cpu, cuda, cuda:1, mps (default: the best available)")
+    add("--weights", choices=("released", "mlx"), help="mlx: open fp16 packs of that model, without an account")
+    add("--device", help=f"{DEVICES} (default: the best that works)")
     add("--port", type=int, help="default: the first free port from 7860")
     add("--host", default="127.0.0.1", help="address to listen on instead of 127.0.0.1; requires a password")
     add("--share", action="store_true", help="open a public link through Gradio's servers; requires a password")
@@ -66,13 +69,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _serve(arguments: argparse.Namespace) -> None:
     if importlib.util.find_spec("gradio") is None:
         raise ConfigError('The studio needs Gradio. Run: pip install "sa3train[ui]"')
+    model = choose_weights(arguments.model, arguments.weights)
     from sa3train.studio.server.access import AccessSettings
     from sa3train.studio.server.workspace import Workspace
 
     password = arguments.password or os.environ.get(PASSWORD) or None
     access = AccessSettings(arguments.host, arguments.port, arguments.share, password)
     access.check()
-    workspace = Workspace.create(arguments.workspace, arguments.folders, arguments.model, arguments.device)
+    workspace = Workspace.create(arguments.workspace, arguments.folders, model, arguments.device)
     from sa3train.studio.app import describe_work, run_studio  # takes seconds: after the checks
     from sa3train.studio.server.jobs import finish_jobs
 
@@ -82,7 +86,8 @@ def _serve(arguments: argparse.Namespace) -> None:
         try:
             print(f"Studio running at {address}. Press Ctrl-C to stop.\n  reads: {sources}", flush=True)
             print(f"  writes to its workspace: {workspace.folder}", flush=True)
-            threading.Event().wait()
+            while True:  # unlike an event, it is interrupted by Ctrl-C on Windows too
+                time.sleep(1)
         except Interrupted:
             _end_work(describe_work(workspace), finish_jobs())
             raise
@@ -105,7 +110,8 @@ def _end_work(going_on: list[str], unfinished: "list[Job]") -> None:
         print("These continue; sa3-studio finds them again at its next start:", *going_on, sep="\n  ", flush=True)
     for job in unfinished:
         print(f"Finishing {job.title!r}. Press Ctrl-C again to end at once.", flush=True)
-        job.finished.wait()
+        while not job.finished.wait(0.5):  # so that Ctrl-C is noticed on Windows too
+            pass
 
 
 if __name__ == "__main__":

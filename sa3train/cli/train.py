@@ -41,21 +41,48 @@ def main(argv: list[str] | None = None) -> int:
             "decoder",
             DecoderTrainConfig,
             train,
-            shorthand={"model": "model.name"},
+            shorthand={"model": "model.name", "weights": "model.weights"},
             paths=(*paths, "source"),
             resume="resume",
+            check=check_run,
             argv=argv,
         )
     return run_hydra_job(
         "train",
         TrainConfig,
         train,
-        shorthand={"data": "data.dir", "model": "model.name"},
+        shorthand={"data": "data.dir", "model": "model.name", "weights": "model.weights"},
         paths=paths,
         resume="resume",
         suggest=suggest_rate,
+        check=check_run,
         argv=argv,
     )
+
+
+def check_run(config: TrainConfig | DecoderTrainConfig) -> None:
+    """Check what needs neither data nor weights.
+
+    Args:
+        config: The configuration.
+
+    Raises:
+        ConfigError: A setting cannot be used, or the decoder's recipe is one of several in a sweep.
+        CheckpointError: The model is not at hand and cannot be downloaded.
+    """
+    from hydra.core.hydra_config import HydraConfig
+
+    recipe = HydraConfig.get().runtime.choices.get("recipe") if HydraConfig.initialized() else None
+    if recipe == DECODER and isinstance(config, TrainConfig):
+        raise ConfigError(f"recipe={DECODER} trains on audio, which other recipes do not: run it by itself.")
+    if config.resume is None:
+        check_checkpoint(config.model.source)  # before anything heavy is imported
+    from sa3train.cli.train_setup import check_overrides_have_effect, get_overrides
+    from sa3train.training.optim import check_optimization
+    from sa3train.training.trainer import count_ranks
+
+    check_optimization(config)
+    check_overrides_have_effect(config, get_overrides(), count_ranks(config.trainer) * config.trainer.num_nodes)
 
 
 def suggest_rate(values: Mapping[str, Any]) -> dict[str, float]:
@@ -96,19 +123,9 @@ def train(config: TrainConfig | DecoderTrainConfig) -> int:
 
     Returns:
         Exit code: 0, or 128 + the signal that stopped the run.
-
-    Raises:
-        ConfigError: The decoder's recipe is one of several in a sweep.
     """
-    from hydra.core.hydra_config import HydraConfig
-
     from sa3train.cli.train_setup import print_result, requeue
 
-    recipe = HydraConfig.get().runtime.choices.get("recipe") if HydraConfig.initialized() else None
-    if recipe == DECODER and isinstance(config, TrainConfig):
-        raise ConfigError(f"recipe={DECODER} trains on audio, which other recipes do not: run it by itself.")
-    if config.resume is None:
-        check_checkpoint(config.model.name)  # before anything heavy is imported
     result = run_training(config)
     if get_rank() == 0:
         print_result(result)
@@ -134,7 +151,7 @@ def run_training(config: TrainConfig | DecoderTrainConfig) -> "TrainingResult":
     from sa3train.training import step
     from sa3train.training.decoder import clips
     from sa3train.training.distributed import run_on_rank_zero
-    from sa3train.training.trainer import resolve_precisions, uses_gpu
+    from sa3train.training.trainer import choose_training_device, resolve_precisions
 
     run_dir = train_setup.get_run_dir(config)
     table = dataclasses.asdict(config) | {"run_dir": str(run_dir), "resume": None, "allow_resume_changes": []}
@@ -147,7 +164,8 @@ def run_training(config: TrainConfig | DecoderTrainConfig) -> "TrainingResult":
         sources, identity = [config.source], {"draws": str(clips.DRAWS_VERSION)}
     train_setup.check_run_dir(run_dir, sources)
     train_setup.start_ranks(config)
-    dtype, precision = resolve_precisions(config.model.dtype, config.trainer.precision, uses_gpu(config.trainer))
+    device = choose_training_device(config.trainer)
+    dtype, precision = resolve_precisions(config.model.dtype, config.trainer.precision, device)
     config = dataclasses.replace(config, trainer=dataclasses.replace(config.trainer, precision=precision))
     data = None
     if isinstance(config, TrainConfig):
@@ -179,12 +197,13 @@ def _load_latent_training(
 ) -> "tuple[RunDir, Callable[..., TrainingResult], dict[str, str]]":
     """Begin the run; returns it, what trains, and the description of the data for the adapter's metadata."""
     from sa3train import training
+    from sa3train.adapters.adapter import BASE_SAMPLE
     from sa3train.cli.train_setup import describe_training_data
     from sa3train.models.checkpoint import load_checkpoint
     from sa3train.training.distributed import run_on_rank_zero, run_on_rank_zero_first
 
     parts = ("dit", "conditioner")
-    model = run_on_rank_zero_first(lambda: load_checkpoint(config.model.name, dtype=dtype, parts=parts))
+    model = run_on_rank_zero_first(lambda: load_checkpoint(config.model.source, dtype=dtype, parts=parts))
     data.limit_frames(model.max_frames)
     data.check_autoencoder(model.name, model.autoencoder_fingerprint())
     base = model.fingerprint()
@@ -192,25 +211,28 @@ def _load_latent_training(
     text = training.PromptEmbedder(model.conditioner)
     text.prepare(data.list_prompts() or [])
     fit = functools.partial(training.train, model=model, data=data, text=text)
-    return run, fit, describe_training_data(data, config.data.shared_prompts)
+    described = describe_training_data(data, config.data.shared_prompts)
+    return run, fit, {BASE_SAMPLE: model.sample_weights(), **described}
 
 
 def _load_decoder_training(
     config: DecoderTrainConfig, run: "RunDir", dtype: "torch.dtype"
 ) -> "tuple[RunDir, Callable[..., TrainingResult], dict[str, str]]":
     """The same for the autoencoder's decoder."""
+    from sa3train.adapters.adapter import BASE_SAMPLE
     from sa3train.models.checkpoint import load_checkpoint
     from sa3train.reports.card import DATA_SUMMARY, summarize_data
     from sa3train.training.decoder.clips import AudioClips
     from sa3train.training.decoder.run import train_decoder
     from sa3train.training.distributed import run_on_rank_zero, run_on_rank_zero_first
 
-    model = run_on_rank_zero_first(lambda: load_checkpoint(config.model.name, dtype=dtype, parts=("autoencoder",)))
+    model = run_on_rank_zero_first(lambda: load_checkpoint(config.model.source, dtype=dtype, parts=("autoencoder",)))
     clips = AudioClips(config.source, model.sample_rate, config.data.split)
     base, manifest = model.autoencoder_fingerprint(), clips.manifest
     run = run_on_rank_zero(lambda: run.begin(base=base, data=manifest))
     fit = functools.partial(train_decoder, model=model, clips=clips)
-    return run, fit, {DATA_SUMMARY: summarize_data(clips.describe(model.name))}
+    described = summarize_data(clips.describe(model.name))
+    return run, fit, {BASE_SAMPLE: model.sample_weights("decoder"), DATA_SUMMARY: described}
 
 
 if __name__ == "__main__":

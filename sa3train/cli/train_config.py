@@ -6,7 +6,9 @@ from typing import Any, Literal
 from sa3train.adapters.spec import MAX_RANK, MAX_VALUE, AdapterSpec
 from sa3train.core.config import check_settings, describe_unknown_keys, is_known, setting
 from sa3train.core.errors import ConfigError
+from sa3train.core.user_files import find_name_problem
 from sa3train.data.loading.settings import DataSettings
+from sa3train.models.hub import choose_weights
 from sa3train.training.decoder.settings import DecoderSettings
 from sa3train.training.settings import LoggingSettings, TrainingSettings
 
@@ -23,9 +25,17 @@ class ModelSettings:
     """The base model."""
 
     name: str = setting("medium-base", help="Model name, or a folder in the released layout (model=PATH).", text="path")
+    weights: Literal["released", "mlx"] = setting(
+        "released", help="Files of a named model: released, or the open fp16 packs of the MLX builds, without account."
+    )
     dtype: Literal["auto", "fp32", "bf16"] = setting(
         "auto", help="Of the frozen weights. auto: bf16 on a GPU that has it, else fp32."
     )
+
+    @property
+    def source(self) -> str:
+        """The name that stands for these files. `CheckpointError` is raised where there are no packs."""
+        return choose_weights(self.name, self.weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +101,10 @@ class RunSettings:
         """Check name and allowed changes.
 
         Raises:
-            ConfigError: The name has slashes, or a change is of an unknown setting.
+            ConfigError: The name is none for a folder, or a change is of an unknown setting.
         """
-        if self.resume is None and {"/", "\\"} & set(self.name):
-            raise ConfigError(f"name={self.name} must not have slashes. To choose the run folder: run_dir=FOLDER.")
+        if self.resume is None and (problem := find_name_problem(f"{self.name}-stamp")):
+            raise ConfigError(f"name={self.name} names no folder: {problem}. To choose the run folder: run_dir=FOLDER.")
         for key in self.allow_resume_changes:
             if key != "all" and not key.startswith("identity.") and "*" not in key and not is_known(type(self), key):
                 raise ConfigError(f"allow_resume_changes: {describe_unknown_keys(type(self), [key])}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from sa3train.core.errors import ConfigError
 from sa3train.core.log import get_logger, get_rank
-from sa3train.core.signals import describe_signal
+from sa3train.core.signals import REQUEUE_SIGNALS, describe_signal, handle_signals
 from sa3train.reports.run_files import METRICS_FILE
 
 if TYPE_CHECKING:
@@ -32,23 +32,22 @@ def start_ranks(config: "TrainConfig | DecoderTrainConfig") -> None:
     """Start or join the ranks that train together; with several devices, this process becomes torchrun.
 
     Args:
-        config: The configuration, whose overrides are checked first.
+        config: The configuration.
     """
     import torch
 
     from sa3train.core.device import limit_to_cores
     from sa3train.training.distributed import check_world_size, count_started_ranks, join_ranks
-    from sa3train.training.trainer import count_devices, uses_gpu
+    from sa3train.training.trainer import choose_training_device, count_ranks
 
     trainer = config.trainer
     if trainer.threads is not None:
         torch.set_num_threads(limit_to_cores("trainer.threads", trainer.threads))
-    gpu, devices = uses_gpu(trainer), count_devices(trainer)
+    gpu, devices = choose_training_device(trainer).type == "cuda", count_ranks(trainer)
     if count_started_ranks() == 1 and trainer.num_nodes == 1 and devices > 1:
         relaunch_with_torchrun(devices)
     ranks = devices * trainer.num_nodes
     check_world_size(ranks)
-    check_overrides_have_effect(config, get_overrides(), ranks)
     join_ranks(gpu)
 
 
@@ -181,34 +180,23 @@ def locate_inputs(config: AnyTrainConfig, run_dir: Path) -> AnyTrainConfig:
     Returns:
         The configuration with paths from here.
     """
-    from sa3train.cli.train_config import DecoderTrainConfig
+    from sa3train.core.config import build
     from sa3train.models.hub import find_checkpoint
     from sa3train.reports.run_files import CONFIG_FILE, load_settings
     from sa3train.training.run_dir import locate_from_run
 
-    started = load_settings(run_dir / CONFIG_FILE)
-
-    def locate(path: str | None, before: str | None) -> Any:
-        return locate_from_run(run_dir, path) if path and path == before else path
-
-    start_from = locate(config.adapter.start_from, started["adapter"]["start_from"])
-    located: dict[str, Any] = {"adapter": dataclasses.replace(config.adapter, start_from=start_from)}
+    started, values = load_settings(run_dir / CONFIG_FILE), json.loads(json.dumps(dataclasses.asdict(config)))
+    paths = [(values, started, "source"), (values["adapter"], started["adapter"], "start_from")]
+    paths += [(values["data"], started["data"], name) for name in ("dir", "split")]
     if find_checkpoint(config.model.name) is None:
-        name = locate(config.model.name, started["model"]["name"])
-        located["model"] = dataclasses.replace(config.model, name=name)
-    if isinstance(config, DecoderTrainConfig):
-        located["source"] = locate(config.source, started["source"])
-        if isinstance(config.data.split, str):
-            split = locate(config.data.split, started["data"]["split"])
-            located["data"] = dataclasses.replace(config.data, split=split)
-    else:
-        data, before = config.data, [source["path"] for source in started["data"]["more"]]
-        more = [
-            dataclasses.replace(each, path=locate(each.path, each.path if each.path in before else None))
-            for each in data.more
-        ]
-        located["data"] = dataclasses.replace(data, dir=locate(data.dir, started["data"]["dir"]), more=more)
-    return dataclasses.replace(config, **located)
+        paths.append((values["model"], started["model"], "name"))
+    before = {source["path"]: source for source in started["data"].get("more", ())}
+    paths += [(source, before.get(source["path"], {}), "path") for source in values["data"].get("more", ())]
+    for settings, then, name in paths:
+        path = settings.get(name)
+        if isinstance(path, str) and path == then.get(name):
+            settings[name] = locate_from_run(run_dir, path)
+    return build(type(config), values)
 
 
 def make_data_module(settings: "DataSettings", seed: int) -> "LatentDataModule":
@@ -275,8 +263,10 @@ def make_provenance(
     Returns:
         Metadata by name.
     """
+    from sa3train.models.hub import PACKED
+
     return {
-        "base_model": config.model.name,
+        "base_model": config.model.name.removesuffix(PACKED),
         "base_hash": run.identity["base"],
         "data_manifest": run.identity["data"],
         "trigger": table["data"].get("prompts", {}).get("trigger", ""),
@@ -323,7 +313,11 @@ def relaunch_with_torchrun(ranks: int) -> NoReturn:
     arguments = [argument for argument in sys.argv[1:] if argument not in QUIET_OVERRIDES]
     torchrun = ["-m", "sa3train.cli.ranks", "--standalone", f"--nproc-per-node={ranks}"]
     os.environ["PYTHONSAFEPATH"] = "1"  # a folder named sa3train here, such as the clone, would hide the package
-    os.execv(sys.executable, [sys.executable, *torchrun, "-m", "sa3train.cli.train", *arguments])
+    command = [sys.executable, *torchrun, "-m", "sa3train.cli.train", *arguments]
+    if os.name == "nt":  # there exec would give the terminal back while the ranks go on; Ctrl-C reaches them too
+        with handle_signals(lambda _: None):
+            sys.exit(subprocess.run(command).returncode)
+    os.execv(sys.executable, command)
 
 
 def requeue(signal_number: int) -> None:
@@ -332,10 +326,8 @@ def requeue(signal_number: int) -> None:
     Args:
         signal_number: The signal that stopped the run.
     """
-    import signal
-
     job = os.environ.get("SLURM_JOB_ID")
-    if job and signal_number == signal.SIGUSR1 and get_rank() == 0:
+    if job and signal_number in REQUEUE_SIGNALS and get_rank() == 0:
         try:
             subprocess.run(["scontrol", "requeue", job], check=True, timeout=60)
         except (OSError, subprocess.SubprocessError) as error:

@@ -14,6 +14,7 @@ import json
 import math
 import numbers
 import os
+import re
 import types
 import typing
 from collections.abc import Iterable, Mapping
@@ -34,6 +35,9 @@ MAX_SEED = 2**63 - 1
 
 MAX_TEXT = 10_000
 """Most characters of a text."""
+
+DEVICES = "cpu, cuda, cuda:N, xpu or mps; AMD's GPUs are cuda"
+"""Devices that can be named, for help and errors."""
 
 TextForm = typing.Literal["any", "filled", "path"]
 
@@ -126,7 +130,7 @@ class Setting:
         encoded = text.encode("utf-8", "replace")
         if "\0" in text or encoded.decode("utf-8") != text:
             return "be valid text, without NUL characters"
-        longest = max(map(len, encoded.split(b"/"))) if "://" not in text else 0
+        longest = max(map(len, re.split(rb"[/\\]", encoded))) if "://" not in text else 0
         if self.text == "path" and (len(encoded) > _MAX_PATH_BYTES or longest > _MAX_NAME_BYTES):
             return f"be a path: its names may have {_MAX_NAME_BYTES} bytes, the whole {_MAX_PATH_BYTES}"
         return ""

@@ -54,7 +54,7 @@ class GenerationError(SA3Error):
 
 
 class LibraryError(SA3Error):
-    """Raised when an installed library cannot be imported, such as a torchaudio built for another torch."""
+    """Raised when an installed library cannot be imported, or lacks an operator on a device."""
 
 
 class MemoryShortageError(SA3Error):

@@ -1,7 +1,7 @@
 """Atomic writing of files and folders, content hashes, and the folders of cache and configuration."""
 
 import contextlib
-import fcntl
+import errno
 import glob
 import hashlib
 import itertools
@@ -9,14 +9,18 @@ import json
 import os
 import platform
 import re
+import secrets
 import shutil
-import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sa3train.core.errors import SA3Error
 from sa3train.core.user_files import find_special, stat_file
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 MADE_BY = "sa3train"
 """Value of `made_by` in a sidecar."""
@@ -26,6 +30,11 @@ FOLDER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_mod
 _PART = ".part"
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
 _ABANDONED = re.compile(rf"\..*\.{_HOST}-[a-z0-9_]{{8}}{re.escape(_PART)}")
+_LOCK = f".{_HOST}.lock"
+BUSY_SECONDS = 5.0
+"""How long a file that another program has open is waited for."""
+_BUSY = (5, 32, 33)
+"""What Windows says of such a file: access denied, sharing violation, lock violation."""
 _SWEPT: set[Path] = set()
 """Folders in which this process has looked for abandoned staging folders."""
 
@@ -45,6 +54,8 @@ def create_staging_dir(target: Path) -> Iterator[Path]:
     Yields:
         The staging folder. `OSError` is raised when it cannot be made.
     """
+    if reason := find_special(target):
+        raise OSError(errno.EINVAL, reason, str(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     folder = target.parent.absolute()
     if folder not in _SWEPT:
@@ -54,35 +65,73 @@ def create_staging_dir(target: Path) -> Iterator[Path]:
     try:
         yield part
     finally:
-        shutil.rmtree(part, ignore_errors=True)
-        os.close(lock)
+        _remove_part(part, lock)
 
 
-def _create_locked_part(target: Path) -> tuple[Path, int]:
+def _create_locked_part(target: Path) -> tuple[Path, "FileLock"]:
+    from filelock import FileLock  # here, since most commands that only read would wait for it
+
     while True:
-        part = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.{_HOST}-", suffix=_PART, dir=target.parent))
+        part = target.parent / f".{target.name[:100]}.{_HOST}-{secrets.token_hex(4)}{_PART}"
+        part.mkdir()
+        lock = FileLock(part / _LOCK, thread_local=False)
         with contextlib.suppress(FileNotFoundError):  # removed before it was locked: make another
-            lock = os.open(part, os.O_RDONLY)
-            with contextlib.suppress(OSError):  # a file system without locks: nobody can remove it either
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                lock.acquire()
+            except (OSError, NotImplementedError):  # a file system without locks: nobody can remove it either
+                part.stat()
             if part.exists():
                 return part, lock
-            os.close(lock)
 
 
 def _remove_abandoned(folder: Path) -> None:
     """Remove staging folders of this host that nobody locks. What cannot be locked or removed stays."""
-    parts: list[str] = []
+    from filelock import FileLock
+
+    parts: list[Path] = []
     with contextlib.suppress(OSError), os.scandir(folder) as entries:  # one may write where one may not look
-        parts = [entry.path for entry in entries if _ABANDONED.fullmatch(entry.name)]
+        parts = [
+            Path(each.path)
+            for each in entries
+            if _ABANDONED.fullmatch(each.name) and each.is_dir(follow_symlinks=False)
+        ]
     for part in parts:
-        with contextlib.suppress(OSError):
-            lock = os.open(part, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(part)
-            finally:
-                os.close(lock)
+        lock = FileLock(part / _LOCK, thread_local=False)
+        with contextlib.suppress(OSError, NotImplementedError):
+            lock.acquire(blocking=False)
+            _remove_part(part, lock)
+
+
+def _remove_part(part: Path, lock: "FileLock") -> None:
+    """Remove a staging folder and release its lock. Windows removes the locked file, and so the folder, only then."""
+    shutil.rmtree(part, ignore_errors=True)
+    lock.release()
+    with contextlib.suppress(OSError):
+        (part / _LOCK).unlink()
+        part.rmdir()
+
+
+def replace_path(source: Path, target: Path) -> None:
+    """Rename a file over another, or a folder to a free name.
+
+    Windows refuses while another program, such as a virus scanner, has one of them open: then it is tried again.
+
+    Args:
+        source: What is renamed.
+        target: Its new name, in the same file system.
+
+    Raises:
+        OSError: It cannot be renamed, also not within `BUSY_SECONDS`.
+    """
+    end = time.monotonic() + BUSY_SECONDS
+    while True:
+        try:
+            source.replace(target)
+            return
+        except PermissionError as error:
+            if getattr(error, "winerror", None) not in _BUSY or time.monotonic() > end:
+                raise
+            time.sleep(0.05)
 
 
 @contextlib.contextmanager
@@ -100,8 +149,6 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """
     target = Path(path)
     temporary: Path | None = None
-    if reason := find_special(target):
-        raise SA3Error(f"cannot write {target}: {reason}. Choose another name.")
     try:
         with create_staging_dir(target) as folder:
             temporary = folder / target.name  # alone in a folder, since some writers create a file of their own there
@@ -109,8 +156,8 @@ def replace_file(path: str | os.PathLike[str]) -> Iterator[Path]:
             yield temporary
             temporary.chmod(0o666 & ~_get_umask())  # some writers make files that only their owner may read
             _fsync(temporary)
-            temporary.replace(target)
-            _fsync(target.parent)
+            replace_path(temporary, target)
+            _fsync_folder(target.parent)
     except OSError as error:
         own = {str(target), str(temporary), *map(str, (temporary or target).parents)}
         has_begun = temporary is not None  # before that, no code of the caller has run
@@ -298,9 +345,9 @@ def write_files(
                 except FileExistsError:  # another process has just taken the number
                     continue
                 for part, path in zip(parts, paths, strict=True):
-                    part.replace(path)
+                    replace_path(part, path)
                 undo.pop_all()
-                _fsync(paths[0].parent)
+                _fsync_folder(paths[0].parent)
                 return paths
         except OSError as error:
             raise _explain_unwritable(paths[0], error) from error
@@ -328,11 +375,17 @@ def _get_umask() -> int:
 
 
 def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    with path.open("r+b") as file:  # Windows flushes only what it may write
+        os.fsync(file)
+
+
+def _fsync_folder(folder: Path) -> None:
+    with contextlib.suppress(PermissionError):  # Windows opens no folders
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def get_config_dir() -> Path:
@@ -386,8 +439,12 @@ def replace_folder(path: str | os.PathLike[str], is_ours: Callable[[Path], bool]
 
 
 def _explain_unwritable(target: Path, error: OSError) -> SA3Error:
+    if error.errno == errno.EINVAL:
+        return SA3Error(f"cannot write {target}: {error.strerror}. Choose another name.")
+    is_busy = getattr(error, "winerror", None) in _BUSY
+    advice = "Close the program that has it open" if is_busy else "Free disk space"
     return SA3Error(
-        f"cannot write {target}: {error.strerror or error}. Nothing was left behind. Free disk space or choose a "
+        f"cannot write {target}: {error.strerror or error}. Nothing was left behind. {advice} or choose a "
         f"folder you may write to, then run again."
     )
 
@@ -403,14 +460,13 @@ def _restore_interrupted(target: Path) -> None:
 
 def _swap_in(staged: Path, target: Path) -> None:
     """Rename `staged` to `target`; on failure what was there is put back."""
-    if not target.exists():
-        staged.rename(target)
-        return
-    earlier = Path(tempfile.mkdtemp(prefix=f".{target.name[:100]}.", suffix=".old", dir=target.parent))
-    target.rename(earlier)  # onto an empty folder, which POSIX replaces
+    earlier = target.with_name(f".{target.name[:100]}.{secrets.token_hex(4)}.old")
+    if target.exists():
+        replace_path(target, earlier)
     try:
-        staged.rename(target)
+        replace_path(staged, target)
     except OSError:
-        earlier.rename(target)
+        if earlier.exists():
+            earlier.rename(target)
         raise
     shutil.rmtree(earlier, ignore_errors=True)

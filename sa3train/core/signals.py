@@ -6,12 +6,14 @@ it, which terminals, schedulers and service managers send to every process of a 
 still needs them.
 """
 
+import _thread
 import contextlib
 import multiprocessing
 import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from types import FrameType
@@ -23,6 +25,8 @@ STOP_SIGNALS = tuple(
 """What asks any command to stop."""
 REQUEUE_SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1",) if hasattr(signal, name))
 """What schedulers send before a time limit."""
+STOP_FILE_VARIABLE = "SA3_STOP_FILE"
+"""Environment variable that names the file of `watch_stop_file`."""
 
 
 class Interrupted(BaseException):
@@ -129,7 +133,8 @@ def follow_parent() -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, (*STOP_SIGNALS, *REQUEUE_SIGNALS))  # a fork server knows nothing of it
         threading.Thread(target=_wait_for_parent, daemon=True).start()
     else:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in set(STOP_SIGNALS) - {signal.SIGTERM}:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def _wait_for_parent() -> None:
@@ -140,6 +145,21 @@ def _wait_for_parent() -> None:
         if received is not None and received.si_pid == parent.pid:
             break
     os._exit(0)
+
+
+def watch_stop_file() -> None:
+    """Stop this process as by SIGTERM once the file that `SA3_STOP_FILE` names exists; nothing without the variable.
+
+    Whoever started the process asks it to stop that way where no process can send another a signal (Windows).
+    """
+    if path := os.environ.get(STOP_FILE_VARIABLE):
+        threading.Thread(target=_wait_for_file, args=(path,), daemon=True).start()
+
+
+def _wait_for_file(path: str) -> None:
+    while not os.path.exists(path):  # noqa: PTH110
+        time.sleep(_STOP_FILE_SECONDS)
+    _thread.interrupt_main(signal.SIGTERM)
 
 
 def describe_signal(number: int) -> str:
@@ -166,6 +186,8 @@ def write_note(text: str) -> None:
 
 _PARENT_SECONDS = 1.0
 """How often `follow_parent` looks whether the parent is still there."""
+_STOP_FILE_SECONDS = 0.2
+"""How often `watch_stop_file` looks for its file."""
 _received: set[int] = set()
 """Signals that arrived since the outermost `handle_signals`."""
 _depth: list[int] = []

@@ -1,6 +1,9 @@
 """Wording of numbers and lists in messages and tables."""
 
 import math
+import os
+import shlex
+import subprocess
 from collections.abc import Sequence
 
 
@@ -53,6 +56,19 @@ def list_few(names: Sequence[str], count: int = 2) -> str:
         Such as "a, b and 5 more"; empty for no names.
     """
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def format_command(argv: Sequence[str | os.PathLike[str]]) -> str:
+    """Format a command so that it can be pasted into a shell of this system.
+
+    Args:
+        argv: The command, its name first.
+
+    Returns:
+        The command: quoted for cmd.exe on Windows, else for a POSIX shell.
+    """
+    words = [os.fspath(word) for word in argv]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
 def compute_relative_norm(change: float, whole: float) -> float:

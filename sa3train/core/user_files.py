@@ -7,6 +7,7 @@ Every reader of a folder of the user's goes through `stat_file`, `read_file` or 
 import errno
 import functools
 import os
+import re
 import stat
 import threading
 from collections.abc import Callable
@@ -20,6 +21,9 @@ T = TypeVar("T")
 
 DRIVE_TIMEOUT = 20.0
 """Seconds after which a drive counts as gone."""
+IS_WINDOWS = os.name == "nt"
+_FORBIDDEN = re.compile(r'[<>:"/\\|?*\x00-\x1f]')
+_RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[1-9¹²³]) *(\..*)?", re.IGNORECASE)
 
 _SPECIAL = (
     (stat.S_ISDIR, "it is a folder, not a file"),
@@ -45,7 +49,7 @@ def stat_file(path: str | os.PathLike[str]) -> os.stat_result:
     name = os.fspath(path)
     if "\0" in name:
         raise OSError(errno.EINVAL, "its name contains a zero byte", name)
-    if not _is_answering(name.rpartition("/")[0] or "."):
+    if not _is_answering(os.path.dirname(name) or "."):  # noqa: PTH120 (a list may have 100 000 rows)
         raise TimeoutError(errno.ETIMEDOUT, "its drive does not answer", name)
     state = os.lstat(name)
     if stat.S_ISLNK(state.st_mode):  # may lead to another drive
@@ -65,11 +69,29 @@ def find_special(path: str | os.PathLike[str]) -> str:
     Returns:
         What is wrong with it, such as that it is a pipe; empty for a file, a folder and nothing at all.
     """
+    if IS_WINDOWS and (problem := find_name_problem(Path(path).name)):
+        return problem
     try:
         stat_file(path)
     except OSError as error:
         return error.strerror or "" if error.errno == errno.EINVAL else ""
     return ""
+
+
+def find_name_problem(name: str) -> str:
+    """Tell why a name is none for a file on every system. On Windows `take:1.wav` would be a part of the file `take`.
+
+    Args:
+        name: Name of a file or folder, without the path to it.
+
+    Returns:
+        What is wrong with it; empty for nothing.
+    """
+    if forbidden := _FORBIDDEN.search(name):
+        return f"Windows allows no {forbidden[0]!r} in a name"
+    if _RESERVED.fullmatch(name):
+        return "Windows reserves this name for a device"
+    return "on Windows no name may end in a dot or space" if name.endswith((".", " ")) else ""
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:

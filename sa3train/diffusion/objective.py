@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from sa3train.core.device import get_widest_float
+
 TimestepSampler = Callable[[int, torch.Generator | None], Tensor]
 Weighting = Callable[[Tensor], Tensor]
 
@@ -150,7 +152,8 @@ def match_noise(data_BCT: Tensor, noise_BCT: Tensor) -> Tensor:
         Permutation (B,) int64: use `noise_BCT[columns]` as the noise.
     """
     batch = len(data_BCT)
-    cost_BB = torch.cdist(data_BCT.flatten(1).double(), noise_BCT.flatten(1).double()).square()
+    wide = get_widest_float(data_BCT.device)
+    cost_BB = torch.cdist(data_BCT.flatten(1).to(wide), noise_BCT.flatten(1).to(wide)).square()
     log_plan_BB = -cost_BB / cost_BB.mean()
     for _ in range(COUPLING_ROUNDS):
         log_plan_BB = log_plan_BB - log_plan_BB.logsumexp(dim=1, keepdim=True)

@@ -107,43 +107,19 @@ class Classifier:
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name).float() for name in file.keys()}  # noqa: SIM118
             names = json.loads(file.metadata()["names"])
-        network = _build_network(len(names))
+        network = build_network(len(names))
         mean_D, deviation_D = state.pop("mean"), state.pop("spread")
         network.load_state_dict(state)
         return Classifier(network.eval(), mean_D, deviation_D, names)
 
 
-def _build_network(classes: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.GELU(), nn.Dropout(0.3), nn.Linear(HIDDEN, classes))
-
-
-def train_classifier(
-    features_BD: Tensor, labels_B: Tensor, names: list[str], epochs: int = 120, rate: float = 2e-3, seed: int = 0
-) -> Classifier:
-    """Train a classifier.
+def build_network(classes: int) -> nn.Sequential:
+    """Build the layers.
 
     Args:
-        features_BD: Features of each clip.
-        labels_B: Class of each clip, an index into `names`.
-        names: The classes.
-        epochs: Passes over the clips.
-        rate: Learning rate.
-        seed: Seed of initialization, order, dropout and jitter.
+        classes: Number of classes.
 
     Returns:
-        The classifier.
+        The untrained layers.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        mean_D, deviation_D = features_BD.mean(0), features_BD.std(0).clamp_min(1e-3)
-        standard_BD = (features_BD - mean_D) / deviation_D
-        network = _build_network(len(names)).train()
-        optimizer = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=0.05)
-        for _ in range(epochs):
-            for pick in torch.randperm(len(labels_B)).split(64):
-                jittered = standard_BD[pick] + 0.1 * torch.randn_like(standard_BD[pick])
-                loss = nn.functional.cross_entropy(network(jittered), labels_B[pick], label_smoothing=0.05)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-    return Classifier(network.eval().requires_grad_(False), mean_D, deviation_D, names)
+    return nn.Sequential(nn.Linear(FEATURES, HIDDEN), nn.GELU(), nn.Dropout(0.3), nn.Linear(HIDDEN, classes))

@@ -11,7 +11,7 @@ from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.apply.load_report import LoadReport
 from sa3train.adapters.apply.stack import AdapterStack
 from sa3train.adapters.formats.io import load_adapter
-from sa3train.core.device import choose_device, explain_oom, prefetch_noise
+from sa3train.core.device import choose_device, explain_device_errors, prefetch_noise
 from sa3train.core.errors import ConfigError, GenerationError
 from sa3train.core.log import get_logger
 from sa3train.diffusion.samplers import Callback
@@ -19,7 +19,7 @@ from sa3train.inference.decoding import collect_warnings, decode_audio
 from sa3train.inference.input_audio import CHANNELS, load_input_audio
 from sa3train.inference.outputs import GenerationOutput
 from sa3train.inference.resolve import ModelFacts, ResolvedSettings, resolve_settings
-from sa3train.inference.runtime import choose_dtype, suggest_memory_fixes
+from sa3train.inference.runtime import choose_dtype, suggest_generation_fixes
 from sa3train.inference.sampling import Generation, check_intervals, list_noise_shapes, prepare_start, sample_latents
 from sa3train.inference.settings import AUDIO_SETTINGS, SETTING_NAMES, GenerationSettings
 from sa3train.inference.sidecar import describe_adapter, describe_environment
@@ -72,7 +72,7 @@ class Generator:
 
         Args:
             name: Name such as "nano" or "medium-base", or a folder.
-            device: Such as "cpu" or "cuda:1"; None for CUDA or MPS when present, else the CPU.
+            device: "cpu", "cuda", "cuda:1", "xpu" or "mps"; None or "auto" for the best that works.
             precision: "fp32", "bf16", "fp16" (layers that are inaccurate in it stay in fp32, which is logged), or
                 "auto": what the device computes fastest, measured once.
             compiled: Whether to compile the denoiser's blocks, see `compile_blocks`: pays off over many generations.
@@ -90,7 +90,9 @@ class Generator:
         if cuda_graphs and target.type != "cuda":
             raise ConfigError(f"cuda_graphs has no effect on {target.type}. Remove it, or use a CUDA device.")
         chosen, dtype = choose_dtype(precision, target)
-        with explain_oom(target, f"loading {os.fspath(name)} in {chosen}", suggest_memory_fixes(target, chosen)):
+        with explain_device_errors(
+            target, f"loading {os.fspath(name)} in {chosen}", suggest_generation_fixes(target, chosen)
+        ):
             if dtype is torch.float16:
                 model = load_checkpoint(name, "cpu")
                 convert_to_fp16(model, target)
@@ -140,7 +142,9 @@ class Generator:
             AdapterError: When the adapter does not fit the model.
         """
         loaded = adapter if isinstance(adapter, Adapter) else load_adapter(adapter)
-        with explain_oom(self.device, "loading an adapter", suggest_memory_fixes(self.device, self.precision)):
+        with explain_device_errors(
+            self.device, "loading an adapter", suggest_generation_fixes(self.device, self.precision)
+        ):
             report = self.stack.add(
                 loaded,
                 strength,
@@ -264,8 +268,8 @@ class Generator:
         }
         rng = torch.Generator().manual_seed(resolved.seed or 0) if generator is None else generator
         generation = Generation(self.model, self.facts, resolved, inputs, rng)
-        fixes = suggest_memory_fixes(self.device, self.precision, resolved, self.cuda_graphs)
-        with torch.no_grad(), explain_oom(self.device, f"generating {_describe(resolved)}", fixes):
+        fixes = suggest_generation_fixes(self.device, self.precision, resolved, self.cuda_graphs)
+        with torch.no_grad(), explain_device_errors(self.device, f"generating {_describe(resolved)}", fixes):
             _check_memory(resolved, self.facts)
             self.stack.apply(None)  # the decoder's adapters have no noise level, and sampling may be left out
             start = prepare_start(generation)

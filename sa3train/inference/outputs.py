@@ -63,11 +63,7 @@ class GenerationOutput:
         return f"GenerationOutput({seconds} at {self.sample_rate} Hz, seeds={self.seeds}, warnings={self.warnings})"
 
     def save(
-        self,
-        path: str | os.PathLike[str],
-        subtype: str = "PCM_16",
-        item: int | None = None,
-        overwrite: bool = False,
+        self, path: str | os.PathLike[str], subtype: str = "PCM_16", item: int | None = None, overwrite: bool = False
     ) -> list[Path]:
         """Write the audio, each file with its sidecar `NAME.wav.json`; a failed write leaves no partial file.
 
@@ -178,7 +174,7 @@ def list_output_paths(path: str | os.PathLike[str], count: int) -> list[Path]:
         GenerationError: When it is a folder.
     """
     base = Path(path)
-    if str(path).endswith("/") or not base.name or (path_exists(base) and base.is_dir()):
+    if str(path).endswith(("/", os.sep)) or not base.name or (path_exists(base) and base.is_dir()):
         raise GenerationError(f"cannot write {path}: it is a folder. Give a file name, such as {base}/out.wav.")
     if not base.suffix:
         base = base.with_name(base.name + DEFAULT_SUFFIX)

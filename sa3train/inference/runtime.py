@@ -2,6 +2,7 @@
 
 import torch
 
+from sa3train.core.device import find_device_fault
 from sa3train.core.dtypes import DTYPES, get_dtype
 from sa3train.core.errors import ConfigError
 from sa3train.core.log import get_logger
@@ -23,17 +24,19 @@ def choose_dtype(precision: str, device: torch.device) -> tuple[str, torch.dtype
         The precision's name and dtype.
 
     Raises:
-        ConfigError: When the name is unknown.
+        ConfigError: When the name is unknown, or the device does not compute in it.
     """
     if precision == "auto":
         precision, why = choose_precision(device)
         logger.info(f"precision {precision}: {why}")
     if precision not in DTYPES:
         raise ConfigError(f"unknown precision {precision!r}; choose auto, {', '.join(DTYPES)}.")
+    if device.type not in ("cpu", "cuda") and (fault := find_device_fault(device, get_dtype(precision))):
+        raise ConfigError(f"precision={precision} does not run on {device}: {fault}. Use auto or fp32.")
     return precision, get_dtype(precision)
 
 
-def suggest_memory_fixes(
+def suggest_generation_fixes(
     device: torch.device, precision: str, settings: ResolvedSettings | None = None, cuda_graphs: bool = False
 ) -> list[str]:
     """List changes that save memory on a device.

@@ -189,11 +189,7 @@ def list_noise_levels(settings: ResolvedSettings) -> list[float]:
 
 def _build_guidance(settings: ResolvedSettings) -> Guidance:
     return Guidance(
-        settings.cfg_scale,
-        settings.cfg_interval,
-        settings.apg_scale,
-        settings.cfg_norm_threshold,
-        settings.scale_phi,
+        settings.cfg_scale, settings.cfg_interval, settings.apg_scale, settings.cfg_norm_threshold, settings.scale_phi
     )
 
 
@@ -227,11 +223,7 @@ def sample_latents(
 
 
 def _denoise(
-    generation: Generation,
-    stack: AdapterStack,
-    start: SamplingStart,
-    denoiser: "Denoiser",
-    callback: Callback | None,
+    generation: Generation, stack: AdapterStack, start: SamplingStart, denoiser: "Denoiser", callback: Callback | None
 ) -> Tensor:
     settings = generation.settings
     local_BCT = torch.cat((start.kept_B1T, start.masked_BCT), dim=1)

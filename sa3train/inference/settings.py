@@ -99,11 +99,7 @@ class GenerationSettings:
     )
     init_audio: Any = setting(None, help="Audio to start from.", text="path", label="Source audio")
     init_noise_level: float = setting(
-        0.9,
-        help="How much noise is added to init_audio: 0 keeps it, 1 replaces it.",
-        min=0,
-        max=1,
-        label="Noise level",
+        0.9, help="How much noise is added to init_audio: 0 keeps it, 1 replaces it.", min=0, max=1, label="Noise level"
     )
     inpaint_audio: Any = setting(None, help="Audio to inpaint or to continue.", text="path")
     inpaint_mask_start_seconds: float | Sequence[float] | None = setting(
@@ -138,14 +134,12 @@ class GenerationSettings:
             kind, value = VALUE_TYPES.get(field.name), getattr(self, field.name)
             if kind is None or "setting" not in field.metadata or (value is None and field.default is None):
                 continue
-            if is_list(value):
-                optional = field.name == "negative_prompt"
-                value = tuple(
-                    item if item is None and optional else _check_type(field.name, item, kind) for item in value
-                )
-            else:
-                value = _check_type(field.name, value, kind)
-            object.__setattr__(self, field.name, value)
+            optional = field.name == "negative_prompt"
+            items = [
+                item if item is None and optional else _check_type(field.name, item, kind)
+                for item in (value if is_list(value) else [value])
+            ]
+            object.__setattr__(self, field.name, tuple(items) if is_list(value) else items[0])
         check_settings(self, error=GenerationError)
 
     def to_dict(self) -> dict[str, Any]:
@@ -194,6 +188,11 @@ def _find_value_types(schema: type) -> dict[str, type]:
 SETTING_NAMES = tuple(field.name for field in dataclasses.fields(GenerationSettings))
 VALUE_TYPES = _find_value_types(GenerationSettings)
 """The type of a single value (bool, int, float or str) by the setting's name; audio has none."""
+_KINDS: dict[type, tuple[type, str]] = {
+    int: (numbers.Integral, "a whole number"),
+    bool: (bool, "true or false"),
+    str: (str, "text"),
+}
 
 
 def get_default(name: str) -> Any:
@@ -273,20 +272,10 @@ def check_number(name: str, value: Any) -> float:
 def _check_type(name: str, value: Any, kind: type) -> Any:
     if kind is float:
         return check_number(name, value)
-    if kind is int:
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise GenerationError(f"{name} must be a whole number, not {shorten(repr(value))}.")
-        return int(value)
-    if not isinstance(value, kind):
-        raise GenerationError(
-            f"{name} must be {'true or false' if kind is bool else 'text'}, not {shorten(repr(value))}."
-        )
-    if isinstance(value, str):
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise GenerationError(f"{name} is not valid UTF-8 text (at {value[error.start]!r}).") from error
-    return value
+    allowed, words = _KINDS[kind]
+    if not isinstance(value, allowed) or isinstance(value, bool) != (kind is bool):
+        raise GenerationError(f"{name} must be {words}, not {shorten(repr(value))}.")
+    return kind(value)
 
 
 def count_items(settings: GenerationSettings) -> int:

@@ -17,6 +17,7 @@ from sa3train import __version__
 from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.formats.run_dir import locate_adapter
 from sa3train.core.config import Setting, build, check_settings, setting
+from sa3train.core.device import get_device_name
 from sa3train.core.errors import GenerationError, SA3Error
 from sa3train.core.files import FOLDER_FILES, MADE_BY, hash_file, is_sidecar, path_exists, relate_path
 from sa3train.core.text import shorten
@@ -46,7 +47,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "libsndfile": soundfile.__libsndfile_version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "device": get_device_name(device),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
     }
@@ -167,7 +168,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
             another type or out of range.
     """
     beside = path.with_name(f"{path.name}.json")
-    if path.suffix.lower() != ".json" and beside.is_file():
+    if path.suffix.lower() != ".json" and (path.is_file() or beside.is_file()):
         path = beside
     try:
         content = read_file(path, limit=MAX_BYTES).decode("utf-8-sig")  # Windows editors add a byte order mark
@@ -242,8 +243,10 @@ def list_places(path: str, record: Mapping[str, Any], folder: Path) -> list[Path
         Existing paths, the likeliest first; the last may be a file of that name next to the sidecar.
     """
     then = Path(relate_path(Path(os.path.realpath(folder), record.get("directory", ""))))
-    places = (then / path, Path(path), folder / path, folder / Path(path).name)
-    return [place for place in places if path_exists(place)]
+    found: list[Path] = []
+    for each in dict.fromkeys((path, path.replace("\\", "/"))):  # the second: recorded on Windows
+        found += filter(path_exists, (then / each, Path(each), folder / each, folder / Path(each).name))
+    return found
 
 
 def locate_input(recorded: Mapping[str, Any], record: Mapping[str, Any], folder: Path, role: str) -> Path:

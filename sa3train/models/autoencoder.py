@@ -114,18 +114,6 @@ def _find_computed_range(span: range, start: int, stop: int, reach: int, unit: i
     return range(span.start + first, min(span.start + last, span.stop))
 
 
-def count_computed_frames(chunks: Sequence[Chunk]) -> int:
-    """Count the latent frames that chunks compute.
-
-    Args:
-        chunks: The chunks.
-
-    Returns:
-        Frames.
-    """
-    return sum(len(chunk.computed) for chunk in chunks)
-
-
 def patchify(audio_BCN: Tensor, size: int) -> Tensor:
     """Fold audio into patches, channel-major within a patch.
 

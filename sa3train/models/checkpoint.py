@@ -1,4 +1,4 @@
-"""Checkpoints, loaded strictly: `load_checkpoint` (whole models, in either layout), `load_autoencoder` (SAME)."""
+"""Checkpoints, loaded strictly: `load_checkpoint` (whole models, in any layout), `load_autoencoder` (SAME)."""
 
 import contextlib
 import functools
@@ -18,10 +18,11 @@ from sa3train.models.autoencoder import Autoencoder
 from sa3train.models.blocks import compute_rotary_frequencies
 from sa3train.models.conditioners import Conditioner
 from sa3train.models.config import ModelConfig
-from sa3train.models.diffusers_layout import open_pipeline, read_config
+from sa3train.models.diffusers_layout import open_pipeline, read_pipeline_config
 from sa3train.models.dit import DiT
 from sa3train.models.hub import CheckpointFiles, TextEncoderSource, find_text_encoder, locate_checkpoint
-from sa3train.models.parse import is_autoencoder, parse_autoencoder, parse_model
+from sa3train.models.mlx_layout import build_config, find_codec_kind, open_packs
+from sa3train.models.parse import is_autoencoder, parse_autoencoder, parse_model, read_config_file
 from sa3train.models.precision import disable_tf32_convolutions, enable_fast_fp32_matmul
 from sa3train.models.weight_files import WeightFiles, check_tensor_names, open_weight_file
 
@@ -36,7 +37,7 @@ class StableAudio3:
 
     Attributes:
         name: Registry name, or the name of its folder.
-        path: Its folder.
+        path: Its folder; of MLX's packs, that of the DiT.
         config: Its architecture.
         dit: The diffusion transformer.
         conditioner: Prompt and duration.
@@ -118,6 +119,18 @@ class StableAudio3:
         """
         return self.weights.compute_fingerprint((PREFIXES["dit"], PREFIXES["conditioner"]))
 
+    def sample_weights(self, part: Literal["dit", "decoder"] = "dit") -> str:
+        """Sample the weights that the two fingerprints are of, see `WeightFiles.sample`.
+
+        Args:
+            part: What adapters on them change.
+
+        Returns:
+            The sample.
+        """
+        names = ("autoencoder",) if part == "decoder" else ("dit", "conditioner")
+        return self.weights.sample(tuple(PREFIXES[name] for name in names))
+
     def autoencoder_fingerprint(self) -> str:
         """Compute a fingerprint of the file's autoencoder, loaded or not, with which latents must be encoded.
 
@@ -142,8 +155,9 @@ def load_checkpoint(
     read. The text encoder is loaded when it is first used and always runs in its own dtype.
 
     Args:
-        name_or_path: Registry name, found in the cache of huggingface_hub or downloaded, or a folder; the folder or
-            repository of a pipeline of diffusers as well.
+        name_or_path: Registry name, found in the cache of huggingface_hub or downloaded, with `@mlx` in the open packs
+            of the MLX builds, or a folder; the folder or repository of a pipeline of diffusers, and a folder with one
+            DiT pack or that pack, as well.
         device: Where the parts are loaded. On the meta device they have names and shapes only, and `weights` reads the
             tensors one at a time.
         dtype: Dtype of their weights.
@@ -163,21 +177,21 @@ def load_checkpoint(
     if info is not None and info.kind == "autoencoder":
         raise _explain_autoencoder(name_or_path)
     files = locate_checkpoint(name_or_path)
-    raw = read_config(files.config)
+    raw = read_config(files)
     if is_autoencoder(raw):
         raise _explain_autoencoder(name_or_path)
     config = parse_model(raw, str(files.config))
     modules = build_modules(config, find_text_encoder(files, config.conditioner.text))
     modules["autoencoder"].chunked = config.chunked
     lazy = lazy_encoder and "autoencoder" in parts
-    weights = _open_weights(files)
+    weights = _open_weights(files, raw)
     _load_weights(weights, modules, PREFIXES, parts, device, dtype, without=(ENCODER_PREFIX,) if lazy else ())
     modules["autoencoder"].file_fingerprint = _defer_fingerprint(weights, PREFIXES["autoencoder"])
     if lazy:
-        modules["autoencoder"].load_encoder = functools.partial(_read_encoder, files)
+        modules["autoencoder"].load_encoder = functools.partial(_read_encoder, files, raw)
     loaded: Any = {name: module if name in parts else None for name, module in modules.items()}
     sibling = files.info.sibling if files.info is not None else None
-    return StableAudio3(files.name, files.folder, config, **loaded, weights=weights, sibling=sibling)
+    return StableAudio3(files.name, files.path, config, **loaded, weights=weights, sibling=sibling)
 
 
 def load_autoencoder(
@@ -197,7 +211,7 @@ def load_autoencoder(
         CheckpointError: As `load_checkpoint`.
     """
     files = locate_checkpoint(name_or_path)
-    raw = read_config(files.config)
+    raw = read_config(files)
     if is_autoencoder(raw):
         config, prefix = parse_autoencoder(raw, str(files.config)), ""
         with torch.device("meta"), _SkipInit():
@@ -207,7 +221,7 @@ def load_autoencoder(
         model = parse_model(raw, str(files.config))
         modules = build_modules(model, find_text_encoder(files, model.conditioner.text))
         prefixes, prefix = PREFIXES, PREFIXES["autoencoder"]
-    weights = _open_weights(files)
+    weights = _open_weights(files, raw)
     _load_weights(weights, modules, prefixes, ("autoencoder",), device, dtype)
     autoencoder: Autoencoder = modules["autoencoder"]
     autoencoder.file_fingerprint = _defer_fingerprint(weights, prefix)
@@ -266,7 +280,26 @@ def collect_state_dict(modules: Mapping[str, nn.Module], prefixes: Mapping[str, 
     }
 
 
-def _open_weights(files: CheckpointFiles) -> WeightFiles:
+def read_config(files: CheckpointFiles) -> dict[str, Any]:
+    """Read a checkpoint's config in any layout.
+
+    Args:
+        files: The checkpoint.
+
+    Returns:
+        The content of its `model_config.json`, or what that would be.
+
+    Raises:
+        CheckpointError: A file is missing, damaged or of another model.
+    """
+    if files.is_pipeline:
+        return read_pipeline_config(files.folder)
+    return build_config(files.config) if files.config == files.pack else read_config_file(files.config)
+
+
+def _open_weights(files: CheckpointFiles, config: Mapping[str, Any]) -> WeightFiles:
+    if files.pack is not None:
+        return open_packs(files.pack, find_codec_kind(config))
     return open_pipeline(files.folder) if files.is_pipeline else open_weight_file(files.weights)
 
 
@@ -307,9 +340,11 @@ def _read_into(
     module.requires_grad_(False).eval()
 
 
-def _read_encoder(files: CheckpointFiles, encoder: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def _read_encoder(
+    files: CheckpointFiles, raw: Mapping[str, Any], encoder: nn.Module, device: torch.device, dtype: torch.dtype
+) -> None:
     """Read the encoder that was left out."""
-    _read_into(_open_weights(files), ENCODER_PREFIX, encoder, device, dtype)
+    _read_into(_open_weights(files, raw), ENCODER_PREFIX, encoder, device, dtype)
 
 
 def _check_rotary(path: Path, name: str, tensor: Tensor) -> Tensor:

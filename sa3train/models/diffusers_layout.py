@@ -9,6 +9,7 @@ its code leaves out or fixes: the autoencoder's noise and chunks, the longest du
 import math
 import shutil
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,12 +166,20 @@ def open_pipeline(folder: Path) -> WeightFiles:
                 if (component, key) == (DURATION, "freqs"):
                     _check_frequencies(file)
                     continue
-                order = RELEASED_ORDER if is_reordered(name, shape) else None
-                tensors[name] = StoredTensor(shape, file, key, order)
-    return WeightFiles(folder, tensors | dict(_list_constants(tensors)))
+                convert = partial(reorder_rows, order=RELEASED_ORDER) if is_reordered(name, shape) else None
+                tensors[name] = StoredTensor(shape, file, key, convert)
+    return WeightFiles(folder, tensors | dict(list_constants(tensors)))
 
 
-def _list_constants(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, StoredTensor]]:
+def list_constants(tensors: Mapping[str, StoredTensor]) -> Iterator[tuple[str, StoredTensor]]:
+    """List the autoencoder's tensors that only the released layout stores: rotary frequencies, and an empty tensor.
+
+    Args:
+        tensors: The stored tensors by released names.
+
+    Yields:
+        Released name and value.
+    """
     for name, stored in tensors.items():
         if name.endswith(".pre_norm.alpha"):
             rotary = compute_rotary_frequencies("cpu")
@@ -218,18 +227,6 @@ def compute_frequencies(count: int) -> Tensor:
     fixed = _FIXED[DURATION]
     low, high = math.log(fixed["min_freq"]), math.log(fixed["max_freq"])
     return torch.exp(torch.linspace(0.0, 1.0, count) * (high - low) + low)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's config in either layout.
-
-    Args:
-        path: `model_config.json`, or the `model_index.json` of a pipeline.
-
-    Returns:
-        The content of `model_config.json`. `CheckpointError` is raised as by the two functions that read them.
-    """
-    return read_pipeline_config(path.parent) if path.name == INDEX_FILE else read_config_file(path)
 
 
 def read_pipeline_config(folder: Path) -> dict[str, Any]:

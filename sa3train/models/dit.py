@@ -332,9 +332,12 @@ def compile_blocks(dit: DiT, backend: str = "inductor") -> None:
         backend: Backend of `torch.compile`.
 
     Raises:
-        ConfigError: The model is on the CPU and no C++ compiler is installed.
+        ConfigError: The model is on the CPU and no C++ compiler is installed, or it is on one of Apple's GPUs.
     """
-    on_cpu = next(dit.parameters()).device.type == "cpu"
+    device = next(dit.parameters()).device
+    if device.type == "mps":
+        raise ConfigError("compile has no tested support on mps, where torch's compiler is a prototype. Leave it out.")
+    on_cpu = device.type == "cpu"
     if backend == "inductor" and on_cpu and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
         raise ConfigError("compile=True needs a C++ compiler. Install g++, name one in CXX, or leave compile out.")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(get_cache_dir() / "compiled"))

@@ -1,23 +1,29 @@
 """Where a checkpoint's files come from: the registry of names, folders, and huggingface_hub's cache and download."""
 
 import contextlib
-import difflib
 import functools
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from sa3train.core.errors import CheckpointError
 from sa3train.core.files import hash_file, path_exists
+from sa3train.core.log import get_logger
 from sa3train.models.config import TextConfig
+from sa3train.models.hub_messages import HUB, explain_failure, explain_unknown_name
 
-HUB = "https://huggingface.co"
+logger = get_logger(__name__)
+
 CONFIG_FILE = "model_config.json"
 WEIGHTS_FILE = "model.safetensors"
 PIPELINE_FILE = "model_index.json"
+PACKS_REPO = "stabilityai/stable-audio-3-optimized"
+PACKED = "@mlx"
+"""Behind the name of a registered model: its open packs of the MLX builds, in fp16, instead of the released files."""
+_PACKS_FOLDER, _DIT_PACKS, _TEXT_PACK = "MLX", "dit_*.npz", "t5gemma_f16.npz"
 
 
 @dataclass(frozen=True)
@@ -45,8 +51,19 @@ class CheckpointInfo:
         """Page on the hub where the license is accepted."""
         return None if self.repo_id is None else f"{HUB}/{self.repo_id}"
 
+    @property
+    def packs(self) -> tuple[str, ...]:
+        """Files of its packs in `PACKS_REPO`, that of the DiT first; none where there are none."""
+        if self.repo_id is None or self.kind != "model":
+            return ()
+        kind = "l" if self.name.startswith("medium") else "s"
+        sides = (f"same_{kind}_{side}_f32.npz" for side in ("encoder", "decoder"))
+        names = (f"dit_{self.name.replace('small-', 'sm-')}_f16.npz", *sides, _TEXT_PACK)
+        return tuple(f"{_PACKS_FOLDER}/{name}" for name in names)
+
 
 _COMMUNITY = "Stability AI Community License"
+_TERMS = "https://stability.ai/license; the text encoder: Gemma Terms of Use, https://ai.google.dev/gemma/terms"
 _OWN = "Apache-2.0"
 
 
@@ -76,32 +93,15 @@ def find_checkpoint(name: str) -> CheckpointInfo | None:
     """Find a checkpoint in the registry.
 
     Args:
-        name: Registry name or repository.
+        name: Registry name, also with `PACKED`, or repository.
 
     Returns:
         The checkpoint, or None.
     """
-    if name in REGISTRY:
-        return REGISTRY[name]
+    plain = name.removesuffix(PACKED)
+    if plain in REGISTRY and (plain == name or REGISTRY[plain].packs):
+        return REGISTRY[plain]
     return next((info for info in REGISTRY.values() if info.repo_id is not None and info.repo_id == name), None)
-
-
-def explain_unknown_name(name: str) -> CheckpointError:
-    """Explain that a name is neither known nor a folder, with the closest name and the list.
-
-    Args:
-        name: What was given.
-
-    Returns:
-        The error to raise.
-    """
-    close = difflib.get_close_matches(name.lower(), REGISTRY, n=1, cutoff=0.6)
-    guess = f" Did you mean {close[0]}?" if close else ""
-    return CheckpointError(
-        f"no model called '{name}' and no folder of that name.{guess} "
-        f"Known names: {', '.join(REGISTRY)}; or give a folder with {CONFIG_FILE} and {WEIGHTS_FILE}, or a folder or "
-        f"repository of diffusers with {PIPELINE_FILE}."
-    )
 
 
 @dataclass(frozen=True)
@@ -110,13 +110,25 @@ class CheckpointFiles:
 
     Attributes:
         name: Registry name, or the name of the folder.
-        folder: Folder that contains them.
+        folder: Folder that contains them; given a pack, the one where that lies.
         info: Registry entry; None for a folder of the user's.
+        pack: The pack of the DiT, of a model in the layout of the MLX builds.
     """
 
     name: str
     folder: Path
     info: CheckpointInfo | None = None
+    pack: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.folder.suffix == ".npz":
+            object.__setattr__(self, "pack", self.folder)
+            object.__setattr__(self, "folder", self.folder.parent)
+
+    @property
+    def path(self) -> Path:
+        """What names them: the pack, or the folder."""
+        return self.pack or self.folder
 
     @property
     def is_pipeline(self) -> bool:
@@ -125,8 +137,9 @@ class CheckpointFiles:
 
     @property
     def config(self) -> Path:
-        """Path of `model_config.json`, or of diffusers' `model_index.json`."""
-        return self.folder / (PIPELINE_FILE if self.is_pipeline else CONFIG_FILE)
+        """Path of `model_config.json`, of diffusers' `model_index.json`, or of a pack that has no config beside it."""
+        path = self.folder / (PIPELINE_FILE if self.is_pipeline else CONFIG_FILE)
+        return path if self.pack is None or path.is_file() else self.pack
 
     @property
     def weights(self) -> Path:
@@ -138,7 +151,7 @@ def locate_checkpoint(name_or_path: str | os.PathLike[str]) -> CheckpointFiles:
     """Locate the files of a checkpoint, in the cache or by downloading them.
 
     Args:
-        name_or_path: Registry name, folder, or repository in the layout of diffusers.
+        name_or_path: Registry name, folder, pack of the MLX builds, or repository in the layout of diffusers.
 
     Returns:
         The files.
@@ -154,6 +167,9 @@ def locate_checkpoint(name_or_path: str | os.PathLike[str]) -> CheckpointFiles:
         from sa3train.models.nano import ensure_nano_folder
 
         return CheckpointFiles(info.name, ensure_nano_folder(info.name), info)
+    if name.endswith(PACKED):
+        pack, *_ = [fetch_file(PACKS_REPO, file) for file in info.packs]
+        return CheckpointFiles(info.name, pack, info)
     return CheckpointFiles(info.name, fetch_file(info.repo_id, WEIGHTS_FILE).parent, info)
 
 
@@ -172,9 +188,34 @@ def check_checkpoint(name: str) -> CheckpointInfo | None:
     info = find_checkpoint(name)
     if info is None and not _is_repository(name):
         _locate_folder(name)
+    elif info is not None and name.endswith(PACKED):
+        if not _find_cached(name):
+            _download(PACKS_REPO, info.packs[0], info.packs[0], str)
     elif info is not None and info.repo_id is not None:
         fetch_file(info.repo_id, CONFIG_FILE)
     return info
+
+
+def choose_weights(name: str, weights: str | None) -> str:
+    """Choose the files of a model.
+
+    Args:
+        name: Registry name, folder or repository.
+        weights: "mlx" for the open packs of the MLX builds; "released" or None for what the name means by itself.
+
+    Returns:
+        The name that stands for them.
+
+    Raises:
+        CheckpointError: There are no packs of that model.
+    """
+    if weights != "mlx" or name.endswith((PACKED, ".npz")):
+        return name
+    info = find_checkpoint(name)
+    if info is None or not info.packs:
+        packed = ", ".join(each.name for each in REGISTRY.values() if each.packs)
+        raise CheckpointError(f"there are no packs of {name} for --weights mlx (weights=mlx). There are of {packed}.")
+    return f"{info.name}{PACKED}"
 
 
 def _is_repository(name: str) -> bool:
@@ -186,7 +227,9 @@ def _locate_folder(name: str) -> CheckpointFiles:
     with contextlib.suppress(RuntimeError):  # the home of nobody
         folder = folder.expanduser()
     if not name or not path_exists(folder):
-        raise explain_unknown_name(name)
+        raise explain_unknown_name(name, REGISTRY)
+    if folder.suffix == ".npz" and folder.is_file():
+        return CheckpointFiles(folder.stem, folder)
     if not folder.is_dir():
         raise CheckpointError(
             f"{folder} is a file. Give the folder that contains {CONFIG_FILE} and {WEIGHTS_FILE}; "
@@ -194,10 +237,17 @@ def _locate_folder(name: str) -> CheckpointFiles:
         )
     files = CheckpointFiles(folder.resolve().name, folder)
     missing = [path.name for path in (files.config, files.weights) if not path.is_file()]
+    packs = sorted(folder.glob(_DIT_PACKS)) if missing and not files.is_pipeline else []
+    if len(packs) == 1:
+        return replace(files, folder=packs[0])
+    if packs:
+        names = ", ".join(pack.name for pack in packs)
+        raise CheckpointError(f"{folder} holds several packs: {names}. Give one of them, such as {packs[0]}.")
     if missing and not files.is_pipeline:
         raise CheckpointError(
             f"{folder} is not a checkpoint: {' and '.join(missing)} missing. A checkpoint folder contains "
-            f"{CONFIG_FILE} and {WEIGHTS_FILE}, as the released repositories do, or diffusers' {PIPELINE_FILE}."
+            f"{CONFIG_FILE} and {WEIGHTS_FILE}, as the released repositories do, diffusers' {PIPELINE_FILE}, or packs "
+            f"of the MLX builds (dit_….npz)."
         )
     return files
 
@@ -214,7 +264,9 @@ def _fetch_pipeline(repo_id: str) -> CheckpointFiles:
         if not all(any(folder.glob(pattern)) for pattern in (*weights, "tokenizer/tokenizer.*", "scheduler/*.json")):
             folder = Path(_download(repo_id, "*", PIPELINE_FILE, download))
     except CheckpointError as error:
-        raise CheckpointError(f"{explain_unknown_name(repo_id)} As a repository of the hub: {error}") from error
+        raise CheckpointError(
+            f"{explain_unknown_name(repo_id, REGISTRY)} As a repository of the hub: {error}"
+        ) from error
     return CheckpointFiles(repo_id, folder)
 
 
@@ -226,11 +278,13 @@ class TextEncoderSource:
         folders: Folders.
         repositories: Then pairs of repository and subfolder.
         tokenizer: Folder of the tokenizer, where it has one of its own.
+        pack: Then a pack of the MLX builds, which is unpacked.
     """
 
     folders: tuple[Path, ...]
     repositories: tuple[tuple[str, str], ...]
     tokenizer: Path | None = None
+    pack: Path | None = None
 
     def tokenizer_folder(self) -> Path:
         """Find the folder with the tokenizer. `CheckpointError` is raised as by `folder`.
@@ -252,10 +306,15 @@ class TextEncoderSource:
         for folder in self.folders:
             if _is_complete(folder, self.tokenizer):
                 return folder
+        if self.pack is not None and self.pack.is_file():
+            from sa3train.models.mlx_layout import unpack_text_encoder
+
+            return unpack_text_encoder(self.pack)
         if not self.repositories:
             raise CheckpointError(
                 f"the text encoder is not in {self.folders[0]}: config.json, model.safetensors and tokenizer.json "
-                f"belong there. Copy that folder together with the checkpoint."
+                f"belong there. Copy that folder together with the checkpoint"
+                f"{f', or {self.pack.name} beside the packs' if self.pack is not None else ''}."
             )
         import huggingface_hub
 
@@ -287,12 +346,13 @@ def find_text_encoder(files: CheckpointFiles, config: TextConfig) -> TextEncoder
     """
     if files.is_pipeline:
         return TextEncoderSource((files.folder / "text_encoder",), (), files.folder / "tokenizer")
+    pack = files.folder / _TEXT_PACK if files.pack is not None else None
     if config.model_path is not None:
-        return TextEncoderSource((files.folder / config.model_path,), ())
+        return TextEncoderSource((files.folder / config.model_path,), (), pack=pack)
     subfolder = config.subfolder or ""
     own = files.info.repo_id if files.info is not None else None
     repositories = dict.fromkeys(repo for repo in (own, config.repo_id) if repo)
-    return TextEncoderSource((files.folder / subfolder,), tuple((repo, subfolder) for repo in repositories))
+    return TextEncoderSource((files.folder / subfolder,), tuple((repo, subfolder) for repo in repositories), pack=pack)
 
 
 def _is_complete(folder: Path, tokenizer: Path | None = None) -> bool:
@@ -350,84 +410,91 @@ def _download(repo_id: str, what: str, probe: str, download: Callable[[], str]) 
     try:
         url = huggingface_hub.hf_hub_url(repo_id, probe)
         huggingface_hub.get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        _state_license(repo_id)
         return download()
     except Exception as error:  # the HTTP library and hf_xet raise classes that the hub neither documents nor keeps
-        raise _explain_failure(repo_id, what, error) from error
+        at_hand = f"Models at hand without the hub: {', '.join(list_cached_names())}."
+        raise explain_failure(repo_id, what, error, at_hand, _offer_packs(repo_id)) from error
 
 
-def _explain_failure(repo_id: str, what: str, error: Exception) -> CheckpointError:
-    from huggingface_hub import constants, errors
-    from huggingface_hub.utils import httpx  # the HTTP library that this version of the hub uses
+@functools.cache
+def _state_license(repo_id: str) -> None:
+    info = find_checkpoint(repo_id)
+    name = info.license if info is not None else _COMMUNITY if repo_id == PACKS_REPO else "see its page"
+    logger.info(f"fetching from {HUB}/{repo_id}; license: {name}{f' ({_TERMS})' if name == _COMMUNITY else ''}")
 
-    cause = error.__cause__ if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__ else error
-    page, status = f"{HUB}/{repo_id}", getattr(getattr(cause, "response", None), "status_code", None)
-    log_in = "log in with `hf auth login` (or set HF_TOKEN to a token of that account)"
-    at_hand = f"Models at hand without the hub: {', '.join(list_cached_names())}."
-    if isinstance(cause, errors.GatedRepoError):
-        return CheckpointError(
-            f"{repo_id} is gated: accept its license at {page}, then {log_in} and run again. "
-            f"If you have the files already, give their folder instead of the name."
-        )
-    no_access = errors.RepositoryNotFoundError | errors.DisabledRepoError | UnicodeEncodeError  # the last: of the token
-    if isinstance(cause, no_access) or status in (401, 403):
-        return CheckpointError(
-            f"the hub does not show {repo_id}: it may be private or gated, or the token may be wrong. "
-            f"See {page}, then {log_in}, or give a local folder."
-        )
-    if status == 404:
-        return CheckpointError(f"{repo_id} has no {what}. See {page}, or give a local folder.")
-    if status == 429:
-        return CheckpointError(
-            f"the hub has received too many requests from here. Wait some minutes, or {log_in}, then run the same "
-            f"command again; complete files are kept. {at_hand}"
-        )
-    no_answer = (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx.ConnectError, httpx.ProxyError)
-    if isinstance(cause, (*no_answer, httpx.ConnectTimeout, httpx.UnsupportedProtocol)):
-        reason = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{cause}".partition("\n")[0]
-        return CheckpointError(
-            f"{what} of {repo_id} is not in the cache and the hub cannot be reached ({reason}). "
-            f"Connect and run again, or give a local folder. {at_hand}"
-        )
-    reason = f"{cause}".strip().partition("\n")[0].rstrip(".") or type(cause).__name__
-    return CheckpointError(
-        f"downloading {what} of {repo_id} failed: {reason}. Check the connection and the free disk space, then run "
-        f"the same command again; complete files are kept. Or give a local folder. {at_hand}"
+
+def _offer_packs(repo_id: str) -> str:
+    info = find_checkpoint(repo_id)
+    if info is None or not info.packs:
+        return ""
+    return (
+        f" Without an account: {info.name}{PACKED} as the model's name (or --weights mlx, weights=mlx, where a command "
+        f"has it) takes the same model from the open packs of {HUB}/{PACKS_REPO}, in fp16."
     )
+
+
+def _list_names() -> dict[str, CheckpointInfo]:
+    """The checkpoints by every name that they have: that of the registry, and that of their packs."""
+    return {f"{name}{end}": info for end in ("", PACKED) for name, info in REGISTRY.items() if not end or info.packs}
 
 
 def list_cached_names() -> list[str]:
     """List the checkpoints that load without a network.
 
     Returns:
-        Registry names.
+        Names.
     """
-    return [info.name for info in REGISTRY.values() if info.repo_id is None or _find_cached(info.repo_id)]
+    return [name for name, info in _list_names().items() if info.repo_id is None or _find_cached(name)]
 
 
-def _find_cached(repo_id: str) -> Path | None:
-    """The weights of a repository in the cache, where they and the config are."""
+def _find_cached(name: str) -> list[Path]:
+    """The files of a checkpoint of the registry in the cache, where all are."""
     import huggingface_hub
 
-    found = [huggingface_hub.try_to_load_from_cache(repo_id, name) for name in (CONFIG_FILE, WEIGHTS_FILE)]
-    return Path(found[1]) if isinstance(found[0], str) and isinstance(found[1], str) else None
+    info, is_packed = _list_names()[name], name.endswith(PACKED)
+    repo_id, files = (PACKS_REPO, info.packs) if is_packed else (info.repo_id or "", (CONFIG_FILE, WEIGHTS_FILE))
+    found = [huggingface_hub.try_to_load_from_cache(repo_id, file) for file in files]
+    paths = [Path(path) for path in found if isinstance(path, str)]
+    return paths if len(paths) == len(files) else []
+
+
+def list_model_names() -> list[str]:
+    """List the models that can be named.
+
+    Returns:
+        Names.
+    """
+    return [name for name, info in _list_names().items() if info.kind == "model"]
+
+
+def describe_place(name: str) -> str:
+    """Describe where a checkpoint is.
+
+    Args:
+        name: One of the registry.
+
+    Returns:
+        Such as "in the cache, 2.61 GB".
+    """
+    info = _list_names()[name]
+    if info.repo_id is None:
+        return "comes with sa3train"
+    if found := _find_cached(name):
+        return f"in the cache, {sum(path.stat().st_size for path in found) / 1e9:.2f} GB"
+    where = f"without an account from {HUB}/{PACKS_REPO}" if name.endswith(PACKED) else f"from {info.page}"
+    return f"to be downloaded {where} (license: {info.license})"
 
 
 def list_checkpoints() -> dict[str, str]:
     """List the models that can be named, and folders with a model in the working directory.
 
     Returns:
-        Where each is, in words, by registry name or folder.
+        Where each is, in words, by name or folder.
     """
-    states = {}
-    for info in REGISTRY.values():
-        if info.kind != "model":
-            continue
-        if info.repo_id is None:
-            states[info.name] = "comes with sa3train"
-        elif weights := _find_cached(info.repo_id):
-            states[info.name] = f"in the cache, {weights.stat().st_size / 1e9:.2f} GB"
-        else:
-            states[info.name] = f"to be downloaded from {info.page} ({info.license})"
+    states = {name: describe_place(name) for name in list_model_names()}
     configs = [path for name in (CONFIG_FILE, PIPELINE_FILE) for path in Path().glob(f"*/{name}")]
-    found = [CheckpointFiles(path.parent.name, path.parent) for path in sorted(configs)]
-    return states | {f"./{each.folder}": "folder" for each in found if each.is_pipeline or each.weights.is_file()}
+    found = [CheckpointFiles(path.parent.name, path.parent) for path in configs]
+    folders = {each.folder for each in found if each.is_pipeline or each.weights.is_file()}
+    folders |= {pack.parent for pack in Path().glob(f"*/{_DIT_PACKS}")}
+    return states | {f"./{folder}": "folder" for folder in sorted(folders)}

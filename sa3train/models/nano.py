@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from sa3train.core.errors import SA3Error
-from sa3train.core.files import create_staging_dir, get_cache_dir
+from sa3train.core.files import create_staging_dir, get_cache_dir, replace_path
 from sa3train.core.log import get_logger
 from sa3train.models.blocks import compute_rotary_frequencies
 from sa3train.models.config import HEAD_WIDTH
@@ -32,7 +32,6 @@ TEXT_FOLDER = "t5gemma"
 LATENT_WIDTH = 128
 CONDITION_WIDTH = 128
 MAX_TOKENS = 64
-VOCABULARY_SIZE = 1024
 MASK_NOISE = 0.003  # of the decoder's new tokens; noisy sounds are made from it
 SAMPLE_SIZE = 5_292_032  # 120 s, as the small models
 
@@ -182,27 +181,6 @@ def build_nano_autoencoder_config() -> dict[str, Any]:
     return build_same_config(LATENT_WIDTH, 2, encoder, {**decoder, "mask_noise": MASK_NOISE})
 
 
-def build_nano_text_config() -> dict[str, Any]:
-    """Build the config of nano's T5Gemma encoder.
-
-    Returns:
-        Keyword arguments of transformers' config.
-    """
-    return {
-        "vocab_size": VOCABULARY_SIZE,
-        "hidden_size": CONDITION_WIDTH,
-        "intermediate_size": 384,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "head_dim": 64,
-        "query_pre_attn_scalar": 64,
-        "max_position_embeddings": 512,
-        "sliding_window": 512,
-        "layer_types": ["sliding_attention", "full_attention"],
-    }
-
-
 def ensure_nano_folder(name: str) -> Path:
     """Ensure that nano's models are in the cache. Any number of processes may call this at once.
 
@@ -259,7 +237,7 @@ def _write_once(final: Path) -> None:
 
 def _rename(staged: Path, final: Path) -> None:
     try:
-        staged.rename(final)
+        replace_path(staged, final)
     except OSError:
         if not final.is_dir():
             raise

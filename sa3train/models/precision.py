@@ -1,7 +1,8 @@
 """The precision in which a device computes fastest, by measuring; and exact fp32 products by the faster library.
 
 Rates are measured on products of the DiT's own shapes. A decision is cached, so that a machine always decides alike
-however busy it is, and one seed gives one result.
+however busy it is, and one seed gives one result. Whether a device computes in bf16 at all depends on its age and, on a
+Mac, on the system's, so it is tried.
 """
 
 import functools
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sa3train.core.device import find_device_fault, get_device_name, synchronize
 from sa3train.core.errors import SA3Error
 from sa3train.core.files import get_cache_dir, write_text
 from sa3train.core.log import get_logger
@@ -21,6 +23,7 @@ logger = get_logger(__name__)
 
 MIN_SPEEDUP = 1.3  # below it, rounding to bf16 is not worth the time it saves
 _ROWS, _INNER, _OUTER = 256, 1024, 1024
+_GPU_ROWS = 8192  # so that the product takes longer than its launch
 _EXACT = 1e-5  # of the largest value: fp32 products stay a hundred times below, bf16 ones lie a hundred times above
 _VERSION = 1
 
@@ -28,7 +31,8 @@ _VERSION = 1
 def choose_precision(device: torch.device) -> tuple[str, str]:
     """Choose the fastest precision of a device.
 
-    bf16 on GPUs that compute it and on CPUs where it is at least 1.3 times as fast as fp32; fp32 elsewhere.
+    bf16 on GPUs of the type cuda that compute it, and on other devices where it is at least 1.3 times as fast as fp32;
+    fp32 elsewhere.
 
     Args:
         device: Where the model computes.
@@ -40,28 +44,31 @@ def choose_precision(device: torch.device) -> tuple[str, str]:
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16", "this GPU supports bf16"
         return "fp32", "this GPU does not support bf16"
-    if device.type != "cpu":
-        return "fp32", f"bf16 is not measured on {device.type}"
-    gain = get_bf16_speedup()
-    text = f"bf16 matmuls are {gain:.1f} times as fast as fp32 on this CPU"
+    if fault := find_device_fault(device, torch.bfloat16):
+        return "fp32", f"bf16 does not run on {device} ({fault})"
+    gain = get_bf16_speedup(device)
+    text = f"bf16 matmuls are {gain:.1f} times as fast as fp32 on this {'CPU' if device.type == 'cpu' else 'GPU'}"
     return (
         ("bf16", text) if gain >= MIN_SPEEDUP else ("fp32", f"{text}; below {MIN_SPEEDUP} it is not worth the rounding")
     )
 
 
 @functools.cache
-def get_bf16_speedup() -> float:
-    """Get bf16's matmul rate over fp32's on this CPU, measured once per machine and torch version.
+def get_bf16_speedup(device: torch.device) -> float:
+    """Get bf16's matmul rate over fp32's on a device, measured once per machine and torch version.
+
+    Args:
+        device: The device.
 
     Returns:
         The ratio.
     """
-    path = get_cache_dir() / "precision" / f"v{_VERSION}-torch{torch.__version__}-{_identify_processor()}.json"
+    path = get_cache_dir() / "precision" / f"v{_VERSION}-torch{torch.__version__}-{_identify_processor(device)}.json"
     try:
         return float(json.loads(path.read_text(encoding="utf-8"))["bf16_over_fp32"])
     except (OSError, ValueError, KeyError, TypeError):
         pass  # not measured yet, or not by this version
-    gain = measure_bf16_speedup()
+    gain = measure_bf16_speedup(device)
     try:
         write_text(path, json.dumps({"bf16_over_fp32": round(gain, 3)}))
     except SA3Error as error:
@@ -69,25 +76,30 @@ def get_bf16_speedup() -> float:
     return gain
 
 
-def measure_bf16_speedup(rounds: int = 5) -> float:
+def measure_bf16_speedup(device: torch.device, rounds: int = 5) -> float:
     """Measure bf16's matmul rate over fp32's, each by its fastest round, in turn; takes about a tenth of a second.
 
     Args:
+        device: The device.
         rounds: Rounds.
 
     Returns:
         The ratio.
     """
-    x, weight = torch.ones(_ROWS, _INNER), torch.full((_OUTER, _INNER), 0.5)
+    rows = _ROWS if device.type == "cpu" else _GPU_ROWS
+    x, weight = torch.ones(rows, _INNER, device=device), torch.full((_OUTER, _INNER), 0.5, device=device)
     x16, weight16 = x.bfloat16(), weight.bfloat16()
-    enable_fast_fp32_matmul()
+    if device.type == "cpu":
+        enable_fast_fp32_matmul()
     pairs = [(_time_linear(x16, weight16), _time_linear(x, weight)) for _ in range(rounds + 1)][1:]
     return min(exact for _, exact in pairs) / min(half for half, _ in pairs)
 
 
 def _time_linear(x: Tensor, weight: Tensor) -> float:
+    synchronize(x.device)
     start = time.perf_counter()
     torch.nn.functional.linear(x, weight)
+    synchronize(x.device)
     return time.perf_counter() - start
 
 
@@ -155,9 +167,10 @@ def measure_matmul_error() -> float:
     return max(errors)
 
 
-def _identify_processor() -> str:
-    """Return the processor's model as part of a file name."""
-    name = "-".join(_read_cpu_field(key) for key in ("vendor_id", "cpu family", "model", "stepping"))
+def _identify_processor(device: torch.device) -> str:
+    """Return the processor's or GPU's model as part of a file name."""
+    fields = ("vendor_id", "cpu family", "model", "stepping")
+    name = "-".join(map(_read_cpu_field, fields)) if device.type == "cpu" else get_device_name(device)
     return "".join(letter if letter.isalnum() or letter == "-" else "_" for letter in name)
 
 

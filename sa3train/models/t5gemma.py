@@ -215,12 +215,12 @@ def load_encoder(folder: Path) -> T5GemmaEncoder:
                 prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), None)
                 if prefix is not None:
                     weights[name.removeprefix(prefix)] = file.get_tensor(name)
-    if missing := [name for name in _list_names(config) if name not in weights]:
+    if missing := [name for name in list_names(config) if name not in weights]:
         raise CheckpointError(
             f"the text encoder in {folder} lacks {len(missing)} tensors of a T5Gemma encoder, such as "
             f"encoder.{missing[0]}. Copy the released folder."
         )
-    return T5GemmaEncoder(config, {name: weights[name] for name in _list_names(config)})
+    return T5GemmaEncoder(config, {name: weights[name] for name in list_names(config)})
 
 
 def _list_weight_files(folder: Path) -> list[Path]:
@@ -232,7 +232,15 @@ def _list_weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(set(files.values()))]
 
 
-def _list_names(config: T5GemmaConfig) -> list[str]:
+def list_names(config: T5GemmaConfig) -> list[str]:
+    """List the tensors that an encoder has.
+
+    Args:
+        config: Its sizes.
+
+    Returns:
+        Names without prefix.
+    """
     parts = [*_LINEARS, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", *(f"{norm}_layernorm" for norm in _NORMS)]
     layers = [f"layers.{index}.{part}.weight" for index in range(len(config.windows)) for part in parts]
     return [EMBEDDING, "norm.weight", *layers]

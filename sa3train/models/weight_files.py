@@ -1,9 +1,11 @@
 """Weight files: names and shapes, reading straight to a device and dtype, writing, and fingerprints of weights.
 
 `WeightFiles` gives the tensors of a checkpoint their released names, whatever layout they are stored in: the released
-one is read by `open_weight_file`, that of diffusers by `sa3train.models.diffusers_layout.open_pipeline`.
+one is read by `open_weight_file`, that of diffusers by `sa3train.models.diffusers_layout.open_pipeline`, that of the
+MLX builds by `sa3train.models.mlx_layout.open_packs`.
 """
 
+import base64
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -21,10 +24,12 @@ from sa3train.core.files import get_cache_dir, write_json, write_text
 from sa3train.core.log import get_logger
 from sa3train.core.safetensors_file import hash_tensors, write_tensors
 from sa3train.core.text import list_few
+from sa3train.models.npz_file import iterate_npz
 from sa3train.models.parse import complete_config
 
 logger = get_logger(__name__)
 
+_SAMPLED, _SAMPLES, _SPREAD = 64, 4, 7919  # at least so many matrices, values of each, and a prime to spread them
 _RELEASE_AFTER = 256 * 1024**2  # bytes of a mapped file that may stay in memory while it is converted
 
 
@@ -67,14 +72,14 @@ class StoredTensor:
         shape: Its shape.
         file: File that holds it.
         key: Its name in the file.
-        order: Which of the equal parts of the file's rows come first, second, …; None where they are in order.
+        convert: Makes the tensor of the file's; None where it is the same.
         constant: The value of a tensor that the layout leaves out because it is the same in every model.
     """
 
     shape: tuple[int, ...]
     file: Path
     key: str = ""
-    order: tuple[int, ...] | None = None
+    convert: Callable[[Tensor], Tensor] | None = None
     constant: Tensor | None = None
 
 
@@ -118,7 +123,7 @@ class WeightFiles:
                     yield name, stored.constant.to(device, dtype)
                     continue
                 tensor = next(values)[1]
-                yield name, tensor if stored.order is None else reorder_rows(tensor, stored.order)
+                yield name, tensor if stored.convert is None else stored.convert(tensor)
 
     def compute_fingerprint(self, prefixes: tuple[str, ...], strip: str = "") -> str:
         """Compute the fingerprint of some tensors, see the function of that name. Cached while the files stay.
@@ -138,6 +143,46 @@ class WeightFiles:
 
         files = sorted({self.tensors[name].file for name in names})
         return cache_fingerprint(files, ",".join(prefixes), compute)
+
+    def sample(self, prefixes: tuple[str, ...]) -> str:
+        """Sample values of matrices, by which copies of one model in other precisions know each other. Cached.
+
+        Args:
+            prefixes: Beginnings of the matrices' names.
+
+        Returns:
+            Text for `are_rounded_alike`.
+        """
+        matrices = {name for name, stored in self.tensors.items() if len(stored.shape) == 2}
+        names = sorted(name for name in matrices if name.startswith(prefixes))
+        chosen = names[:: max(1, len(names) // _SAMPLED)]
+
+        def compute() -> str:
+            values = [
+                tensor.flatten()[torch.arange(_SAMPLES) * _SPREAD % tensor.numel()].float()
+                for _, tensor in self.iterate(chosen)
+            ]
+            return base64.b64encode(torch.cat(values).numpy().astype("<f4").tobytes()).decode()
+
+        files = sorted({self.tensors[name].file for name in chosen})
+        return cache_fingerprint(files, f"sample {','.join(prefixes)}", compute)
+
+
+def are_rounded_alike(first: str, second: str) -> bool:
+    """Tell whether two samples are of the same weights, each in fp32, fp16 or bf16.
+
+    Args:
+        first: From `WeightFiles.sample`.
+        second: From the same matrices.
+
+    Returns:
+        Whether every value is within what rounding makes of it: 2⁻⁸ of the value, or 2⁻²⁴ near zero.
+    """
+    try:
+        a, b = (np.frombuffer(base64.b64decode(each, validate=True), "<f4") for each in (first, second))
+    except ValueError:  # the text of a file that anyone may have written
+        return False
+    return a.shape == b.shape and bool(np.all(np.abs(a - b) <= 2.0**-8 * np.maximum(np.abs(a), np.abs(b)) + 2.0**-24))
 
 
 def open_weight_file(path: Path) -> WeightFiles:
@@ -173,10 +218,11 @@ def iterate_tensors(
     """Iterate tensors of a file.
 
     A CPU tensor that is in `dtype` already stays a view of the mapped file (copied only where written to), so loading
-    costs no memory of its own. The file is mapped anew every 256 MiB, so only what is kept of it stays in memory.
+    costs no memory of its own. The file is mapped anew every 256 MiB, so only what is kept of it stays in memory. An
+    .npz file cannot be mapped: its arrays are read one by one.
 
     Args:
-        path: Safetensors file.
+        path: Safetensors or .npz file.
         names: Names of the tensors.
         device: Where they go.
         dtype: Their dtype; None keeps that of the file.
@@ -185,6 +231,9 @@ def iterate_tensors(
         Name and tensor.
     """
     target = torch.device(device)
+    if path.suffix == ".npz":
+        yield from ((name, tensor.to(target, dtype)) for name, tensor in iterate_npz(path, names))
+        return
     pending = list(names)
     while pending:
         seen, done = 0, 0

@@ -10,8 +10,9 @@ from typing import Any
 
 import yaml
 
-from sa3train.adapters.adapter import PROMPTS, Adapter
+from sa3train.adapters.adapter import BASE_SAMPLE, PROMPTS, Adapter
 from sa3train.adapters.formats.io import load_adapter, save_adapter
+from sa3train.adapters.formats.native import unify_scales
 from sa3train.core.files import check_target, replace_folder, write_text
 from sa3train.models.hub import CheckpointInfo, find_checkpoint
 from sa3train.reports.curves import is_decoder_run
@@ -165,14 +166,14 @@ def pack_card(
         demos = list_demo_samples(run, shows_prompts=bool(adapter.prompts))
         named = [replace(demo, file=f"{number}{Path(demo.file).suffix}") for number, demo in enumerate(demos, 1)]
         samples = [(new, (run.path / old.file).read_bytes()) for new, old in zip(named, demos, strict=True)]
-    hidden = {TRAINING_CONFIG} if options.shows_prompts else {TRAINING_CONFIG, PROMPTS}
+    hidden = {TRAINING_CONFIG, BASE_SAMPLE, *([] if options.shows_prompts else [PROMPTS])}
     shared = {key: text for key, text in adapter.metadata.items() if key not in hidden}
     if _find_base(adapter) is None and "base_model" in shared:
         shared["base_model"] = Path(shared["base_model"]).name
     file = f"{options.name}.safetensors"
     shown = [replace(sample, file=f"{SAMPLES_DIR}/{sample.file}") for sample, _ in samples]
     with replace_folder(target, _is_ours) as staging:
-        save_adapter(staging / file, replace(adapter, metadata=shared), dtype=None)
+        save_adapter(staging / file, unify_scales(replace(adapter, metadata=shared)), dtype=None)
         write_text(staging / CARD_FILE, render_card(adapter, file, options, shown, run))
         for sample, (_, content) in zip(shown, samples, strict=True):
             (staging / sample.file).parent.mkdir(exist_ok=True)

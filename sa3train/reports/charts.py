@@ -15,7 +15,9 @@ Point = tuple[float, float]
 
 MAX_POINTS = 400
 MAX_DOTS = 30
-MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 46.0, 12.0, 10.0, 26.0
+MARGIN_LEFT, MARGIN_RIGHT, MARGIN_TOP, MARGIN_BOTTOM = 46.0, 20.0, 10.0, 26.0
+LETTER_WIDTH = 6.7
+"""Pixels that a letter of a label may take; the left margin grows with the labels."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class _Frame:
     y: tuple[float, float]
     size: tuple[float, float]
 
-    left = MARGIN_LEFT
+    left: float = MARGIN_LEFT
 
     @property
     def right(self) -> float:
@@ -93,11 +95,14 @@ def render_line_chart(
     if not shown:
         return ""
     frame = _fit_frame([point for line in shown for point in line.points], baseline, min_range, size)
+    heights, widths = compute_ticks(*frame.y), compute_ticks(*frame.x)
+    labels = [_format_tick(y, heights) for y in heights]
+    longest = max(len(x_label) + 1, *(len(label + unit) for label in labels))
+    frame = replace(frame, left=max(MARGIN_LEFT, LETTER_WIDTH * longest + 6))
     curves = []
     for line in sorted(shown, key=lambda line: not line.faint):
         pixels = [(frame.x_to_pixels(x), frame.y_to_pixels(y)) for x, y in line.points]
         curves.append((line, pixels, not line.faint and len(pixels) <= MAX_DOTS))
-    heights, widths = compute_ticks(*frame.y), compute_ticks(*frame.x)
     if len(steps := {x for line in shown for x, _ in line.points}) == 1:
         widths = list(steps)
     elif all(float(x).is_integer() for x in frame.x):
@@ -112,7 +117,7 @@ def render_line_chart(
         unit=unit,
         x_label=x_label,
         x_ticks=[(frame.x_to_pixels(x), f"{x:.6g}") for x in widths],
-        y_ticks=[(frame.y_to_pixels(y), _format_tick(y, heights)) for y in heights],
+        y_ticks=[(frame.y_to_pixels(y), label) for y, label in zip(heights, labels, strict=True)],
         baseline=baseline,
         level=None if baseline is None else frame.y_to_pixels(baseline[0]),
         curves=curves,
@@ -185,7 +190,7 @@ def smooth_points(points: Sequence[Point], window: int) -> list[Point]:
 
 
 def compute_ticks(low: float, high: float, about: int = 4) -> list[float]:
-    """Compute round numbers in a range: multiples of 1, 2 or 5 times a power of ten.
+    """Compute round numbers in a range, two at least: multiples of 1, 2 or 5 times a power of ten.
 
     Args:
         low: Start of the range.
@@ -197,7 +202,7 @@ def compute_ticks(low: float, high: float, about: int = 4) -> list[float]:
     """
     raw = (high - low) / about
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= 0.7 * raw)
     first = math.ceil(low / step - 1e-9)
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
 

@@ -59,7 +59,8 @@ def format_measures(demo: DemoFile) -> str:
         Text such as "-14.0 LUFS · 400 Hz".
     """
     values = {name: demo.measures.get(name) for name in MEASURE_FORMATS}
-    values["clipped_share"] = values["clipped_share"] or None
+    if (values["clipped_share"] or 0) < 0.0005:  # 0.0%
+        values["clipped_share"] = None
     return " · ".join(MEASURE_FORMATS[name].format(value) for name, value in values.items() if value is not None)
 
 
@@ -100,7 +101,7 @@ def render_change_tile(change: LossChange | None, label: str) -> str:
     """Render a relative change of a loss as a key figure.
 
     Args:
-        change: The change, or None.
+        change: The change, or None; only a significant one is good or bad.
         label: What it is.
 
     Returns:
@@ -109,7 +110,8 @@ def render_change_tile(change: LossChange | None, label: str) -> str:
     if change is None:
         return ""
     label = f"{label} ({change.describe_sample()})"
-    return render_tile(f"{change.change:+.1%}", label, "good" if change.change < 0 else "bad")
+    mood = "good" if change.change < 0 else "bad"
+    return render_tile(f"{change.change:+.1%}", label, mood if change.is_significant else "")
 
 
 def render_table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:

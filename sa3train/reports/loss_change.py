@@ -43,10 +43,11 @@ class LossChange:
         """Describe what the change is measured on.
 
         Returns:
-            Text such as "±3.1%, 16 clips".
+            Text such as "±3.1%, 16 clips", and whether that is too little to tell the change from 0.
         """
-        clips = "1 clip" if self.clips == 1 else f"{self.clips} clips"
-        return clips if self.margin is None else f"±{self.margin:.1%}, {clips}"
+        if self.margin is None:
+            return "1 clip: too few to tell"
+        return f"±{self.margin:.1%}, {self.clips} clips{'' if self.is_significant else ': within noise'}"
 
 
 def compute_loss_change(validation: Mapping[str, Any], part: str) -> LossChange | None:

@@ -29,12 +29,13 @@ from typing import Any
 
 import yaml
 
-from sa3train.adapters.formats.run_dir import ADAPTER_FILE, CHECKPOINTS_DIR, RECORD_FILE
+from sa3train.adapters.formats.run_dir import ADAPTER_FILE, CHECKPOINTS_DIR
 from sa3train.core.overrides import escape_interpolations, unescape_interpolations
 from sa3train.core.user_files import read_file, read_text
+from sa3train.data.sources.own_folders import CONFIG_FILE, RECORD_FILE
 from sa3train.reports.loss_change import compute_loss_change
 
-CONFIG_FILE, METRICS_FILE = "config.yaml", "metrics.csv"
+METRICS_FILE = "metrics.csv"
 VALIDATION_FILE, MEMORIZATION_FILE = "validation.json", "memorization.json"
 DATA_FILE, ADAPTER_STATS_FILE, SYSTEM_FILE = "data.json", "adapter_stats.json", "system.json"
 DEMOS_DIR, DEMOS_FILE = "demos", "demos.json"

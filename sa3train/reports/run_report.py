@@ -1,6 +1,6 @@
 """The run report: `report.html`, made from the files of a run folder alone, to open anywhere without a network.
 
-Its text and layout are in `assets/report.html`.
+Its text and layout are in `reports/assets/report.html`.
 """
 
 from collections.abc import Mapping

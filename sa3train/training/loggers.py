@@ -11,7 +11,7 @@ Every logger gets the same metrics under the same names:
 - `demos/MODEL/STRENGTH/MEASURE` (loudness and the like, means over demos), and per demo the audio
   `demos/MODEL/DEMO/STRENGTH` with its spectrogram `…/mel`.
 
-W&B artifacts: inputs `latents-<manifest>` (type dataset) and `base-<hash>` (type model), output `adapter-<run id>`
+W&B artifacts: inputs `data-<hash>` (type dataset) and `base-<hash>` (type model), output `adapter-<run id>`
 (type adapter; aliases `latest` and `step-N`).
 
 No logger stops a run: when a server does not answer, training continues and the records stay on disk. wandb is

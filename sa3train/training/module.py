@@ -85,6 +85,13 @@ class AdapterModule(lightning.LightningModule):
         scheduler = LambdaLR(optimizer, self._lr_lambda)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def on_train_start(self) -> None:
+        """Set the learning rate by the schedule: the rate that a resumed run has saved is that of an earlier one."""
+        scheduler = self.lr_schedulers()
+        assert isinstance(scheduler, LambdaLR)
+        for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
+            group["lr"] = base * self._lr_lambda(scheduler.last_epoch)
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Average the adapter's gradients over ranks where the base is sharded; otherwise DDP does."""
         strategy = self.trainer.strategy

@@ -15,10 +15,7 @@ from torch.optim import Optimizer
 
 from sa3train.core.config import check_choice, find_closest
 from sa3train.core.errors import ConfigError
-from sa3train.core.log import get_logger
-from sa3train.training.settings import OptimizerSettings, SchedulerSettings
-
-_logger = get_logger(__name__)
+from sa3train.training.settings import OptimizationSettings, OptimizerSettings, SchedulerSettings
 
 OPTIMIZERS = {
     "adamw": ("torch.optim", "AdamW", ""),
@@ -33,6 +30,20 @@ OPTIMIZERS = {
 _NO_OPTIONS = ("params", "kwargs", "progress", "total", "lr", "betas", "weight_decay")
 """Parameters of optimizers and schedules that are not options: those that are given or are settings of their own."""
 _Group = dict[str, Any]
+
+
+def check_optimization(settings: OptimizationSettings) -> None:
+    """Check optimizer and schedule as far as that needs neither model nor data.
+
+    Args:
+        settings: Their settings.
+
+    Raises:
+        ConfigError: A name or option is unknown, or the optimizer's library is not installed.
+    """
+    check_choice("optimizer.name", settings.optimizer.name, OPTIMIZERS)
+    _check_options("optimizer", settings.optimizer, _load_class(settings.optimizer.name))
+    make_lr_lambda(settings.scheduler, settings.trainer.max_steps)
 
 
 def make_optimizer(settings: OptimizerSettings, parameters: Iterable[tuple[str, nn.Parameter]]) -> Optimizer:
@@ -167,21 +178,11 @@ def make_lr_lambda(settings: SchedulerSettings, total_steps: int) -> Callable[[i
         A function of the step for `torch.optim.lr_scheduler.LambdaLR`.
 
     Raises:
-        ConfigError: The name or an option is unknown or out of range, or cosine has no steps left after the warm-up.
+        ConfigError: The name or an option is unknown or out of range.
     """
     check_choice("scheduler.name", settings.name, SCHEDULES)
     decay, warmup_steps = SCHEDULES[settings.name], settings.warmup_steps
     options = _check_options("scheduler", settings, decay)
-    if settings.name == "cosine" and total_steps <= warmup_steps:
-        raise ConfigError(
-            f"scheduler.warmup_steps={warmup_steps} must be below trainer.max_steps={total_steps}. "
-            f"Set scheduler.warmup_steps={total_steps // 10}, or scheduler.name=constant."
-        )
-    if warmup_steps >= total_steps:
-        _logger.warning(
-            "scheduler.warmup_steps=%d is not below trainer.max_steps=%d: the learning rate stays below optimizer.lr.",
-            warmup_steps, total_steps,
-        )  # fmt: skip
     try:
         factors = [decay(step, total_steps - warmup_steps, **options) for step in (0, 1, total_steps)]
     except ArithmeticError:

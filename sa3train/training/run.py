@@ -17,9 +17,10 @@ from torch.utils.data import IterableDataset
 
 from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.formats.io import load_adapter
+from sa3train.adapters.formats.native import has_several_scales
 from sa3train.adapters.layers.inject import InjectedAdapter, inject
 from sa3train.adapters.spec import AdapterSpec
-from sa3train.core.device import explain_oom
+from sa3train.core.device import explain_device_errors
 from sa3train.core.files import write_bytes
 from sa3train.core.log import get_logger
 from sa3train.data.loading.datamodule import LatentDataModule
@@ -28,7 +29,7 @@ from sa3train.reports.run_files import ADAPTER_FILE, BEST_ADAPTER_FILE
 from sa3train.reports.run_report import write_report
 from sa3train.training.callbacks.checkpoint import CheckpointCallback
 from sa3train.training.callbacks.demos import DemoCallback, FixedDemoCallback, list_demo_models
-from sa3train.training.callbacks.memory_plan import MemoryPlanCallback, suggest_memory_fixes
+from sa3train.training.callbacks.memory_plan import MemoryPlanCallback, suggest_training_fixes
 from sa3train.training.callbacks.metrics import MetricsCallback, measure_peak_memory
 from sa3train.training.callbacks.report import ReportCallback, describe_data
 from sa3train.training.callbacks.validation import (
@@ -44,7 +45,7 @@ from sa3train.training.module import AdapterModule, LoraModule, TextSource
 from sa3train.training.quantization import round_weights
 from sa3train.training.run_dir import RunDir
 from sa3train.training.settings import TrainerSettings, TrainingSettings
-from sa3train.training.trainer import make_trainer, uses_gpu
+from sa3train.training.trainer import choose_training_device, make_trainer
 
 _logger = get_logger(__name__)
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # hide its tips and device lists
@@ -189,7 +190,7 @@ def train(
                 list_training_clips(data, ALL_CLIPS),
                 list_heldout_clips(data, ALL_CLIPS),
                 demos,
-                "cuda" if uses_gpu(settings.trainer) else "cpu",  # not the module's: Lightning moved it to the CPU
+                choose_training_device(settings.trainer),  # not the module's: Lightning moved it to the CPU
             )
 
     return end_run(run, trainer, module, callbacks, loggers, started, evaluate)
@@ -281,6 +282,11 @@ def start_adapter(root: nn.Module, spec: AdapterSpec, seed: int, start_from: Ada
     """
     torch.manual_seed(seed)
     injected = inject(root, spec)
+    if has_several_scales(spec.adapter_type, map(spec.get_scale, injected.layers)):
+        _logger.warning(
+            "with these ranks and alphas, layers have several scales, and other tools know one. Before you play the "
+            "adapter elsewhere: sa3-adapter convert RUN NEW.safetensors (-xs types: --to sa3cpp --model NAME)"
+        )
     if start_from is not None:
         injected.load(start_from)
     return injected
@@ -299,7 +305,7 @@ def _build_callbacks(
     checkpoint = CheckpointCallback(run_dir, every=saving.every, keep_last=saving.keep_last, metadata=provenance)
     frames = data.longest_crop + data.tail if data.settings.pack_frames is None else data.settings.pack_frames
     prompt = list_training_clips(data, 1)[0].prompts[0]
-    suggest = functools.partial(suggest_memory_fixes, data, trainer)
+    suggest = functools.partial(suggest_training_fixes, data, trainer)
     heldout = list_heldout_clips(data, wanted.validation.clips)
     validation = demos = None
     if wanted.validation.enabled:
@@ -311,7 +317,7 @@ def _build_callbacks(
         if not heldout and (wanted.demos.heldout_prompts or wanted.demos.inpaint):
             _logger.warning("no clips are held out: demos play callbacks.demos.prompts only. Encode with split=0.1.")
         models = list_demo_models(model, str(model.path), wanted.demos.also_post_trained)
-        device = "cuda" if uses_gpu(trainer) else "cpu"
+        device = str(choose_training_device(trainer))
         demos = DemoCallback(run_dir, loggers, wanted.demos, heldout, models, device, checkpoint.is_stopping)
     return TrainingCallbacks(
         MemoryPlanCallback(trainer, settings.optimizer.name, frames, data.settings.batch_size, prompt, suggest),
@@ -330,10 +336,10 @@ def _fit(
     data.trainer = trainer  # the loader asks it for rank and world size
     plan = callbacks.memory_plan
     assert plan is not None
-    device = "cuda" if uses_gpu(settings) else "cpu"
+    device = choose_training_device(settings)
     with (
         contextlib.closing(data.train_dataloader()) as loader,  # ends its workers
-        explain_oom(device, f"training on {plan.rows} x {plan.frames} latent frames", plan.suggest_savings),
+        explain_device_errors(device, f"training on {plan.rows} x {plan.frames} latent frames", plan.suggest_savings),
     ):
         batches = EndlessBatches(loader, settings.max_steps * settings.accumulate)
         trainer.fit(module, train_dataloaders=batches, ckpt_path=run.state[1] if run.state else None)

@@ -12,7 +12,6 @@ import fnmatch
 import json
 import os
 import platform
-import shlex
 import shutil
 import uuid
 from collections.abc import Mapping, Sequence
@@ -28,7 +27,8 @@ from sa3train.core.errors import ConfigError, SA3Error
 from sa3train.core.files import path_exists, relate_path, write_json, write_text
 from sa3train.core.log import get_logger, get_rank
 from sa3train.core.signals import Interrupted
-from sa3train.core.user_files import check_folder, read_file
+from sa3train.core.text import format_command
+from sa3train.core.user_files import IS_WINDOWS, check_folder, read_file
 from sa3train.reports.run_files import (
     ADAPTER_FILE,
     BEST_ADAPTER_FILE,
@@ -56,7 +56,8 @@ STORED_SETTINGS = ("trainer.activation_checkpointing",)
 """Those of them that later resumes keep, as they make the run fit into memory."""
 
 REASONS = {
-    "identity.draws": "this version of sa3train draws clips or noise differently, so the run could not continue exactly"
+    "identity.data": "the latents were encoded anew, or others lie there",
+    "identity.draws": "this version draws clips or noise differently, so the run could not continue exactly",
 }
 """Why a difference matters, where its name does not say it."""
 
@@ -157,7 +158,7 @@ class RunDir:
             ]  # fmt: skip
             raise ConfigError(
                 f"cannot resume {self.path}: this differs from the run as it was started:\n{''.join(lines)}"
-                f"       Leave it as it was, or allow it: allow_resume_changes=[{','.join(refused)}]"
+                f"       Leave it as it was, or allow it: allow_resume_changes=[{','.join((*self.allowed, *refused))}]"
             )
         return differences
 
@@ -222,7 +223,7 @@ def format_resume_command(run_dir: Path) -> str:
     Returns:
         The command, quoted for a shell.
     """
-    return shlex.join(["sa3-train", f"resume={run_dir}"])
+    return format_command(["sa3-train", f"resume={run_dir}"])
 
 
 def is_requeued() -> bool:
@@ -295,7 +296,10 @@ def _lock(run_dir: Path) -> FileLock:
 
 def _unlock(run_dir: Path, lock: FileLock) -> None:
     """Release the lock; where there is no run, its file goes, and the folder if it is empty then."""
-    if not holds_run(run_dir):
+    is_left = not holds_run(run_dir)
+    if IS_WINDOWS:  # where a file in use cannot be removed, also not by another process
+        lock.release()
+    if is_left:
         with contextlib.suppress(OSError):
             (run_dir / LOCK_FILE).unlink()
             run_dir.rmdir()

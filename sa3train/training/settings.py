@@ -7,7 +7,7 @@ Nothing heavy is imported, so that command lines can use this module.
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sa3train.core.config import MAX_COUNT, MAX_SEED, check_choice, check_settings, setting
+from sa3train.core.config import DEVICES, MAX_COUNT, MAX_SEED, check_choice, check_settings, setting
 from sa3train.core.errors import ConfigError, ConflictError
 
 Precision = Literal["auto", "fp32", "bf16-mixed"]
@@ -139,11 +139,17 @@ class TrainerSettings:
         None, help="Decay of the adapter's EMA, such as 0.99; null: off.", above=0, below=1
     )
     log_every: int = setting(10, help="Optimizer steps per line of metrics.", min=1, max=MAX_COUNT)
-    precision: Precision = setting("auto", help="auto: bf16-mixed on a GPU that has it or a bf16 base, else fp32.")
+    precision: Precision = setting(
+        "auto", help="auto: bf16-mixed on a GPU that gains from it or a bf16 base, else fp32."
+    )
     quantize: Literal["none", "int8", "fp8", "nf4"] = setting("none", help="Quantization of the frozen base.")
-    accelerator: Literal["auto", "cpu", "gpu"] = setting("auto", help="auto: CUDA if available, else the CPU.")
+    accelerator: str = setting(
+        "auto",
+        help=f"auto (the best that works), gpu (the same, but no CPU), {DEVICES}.",
+        text="filled",
+    )
     devices: int | Literal["auto"] = setting(
-        "auto", help="Ranks per node; auto: all GPUs, or one CPU rank.", min=1, max=1024
+        "auto", help="Ranks per node; auto: all GPUs of CUDA, or one rank.", min=1, max=1024
     )
     num_nodes: int = setting(1, help="Nodes that train together.", min=1, max=10_000)
     strategy: Literal["auto", "ddp", "fsdp"] = setting(
@@ -281,6 +287,12 @@ class OptimizationSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        steps, warmup = self.trainer.max_steps, self.scheduler.warmup_steps
+        if warmup >= steps:
+            raise ConflictError(
+                f"scheduler.warmup_steps={warmup} must be below trainer.max_steps={steps}. Set it to {steps // 10}.",
+                {"scheduler.warmup_steps": steps // 10, "trainer.max_steps": ...},
+            )
         if self.trainer.ema_decay is not None and self.optimizer.name == "schedule-free":
             raise ConflictError(
                 f"trainer.ema_decay={self.trainer.ema_decay} replaces schedule-free's own average, which then has no "

@@ -248,7 +248,7 @@ def test_encode_refuses_too(
         ("optimizer.options.eps=1e-6", lambda config: config.optimizer.options, {"eps": 1e-6}),
         ("adapter.rank_pattern={to_q:4}", lambda config: config.adapter.rank_pattern, {"to_q": 4}),
         ('adapter.rank_pattern={"layers[0-1]": 4}', lambda config: config.adapter.rank_pattern, {"layers[0-1]": 4}),
-        (r'optimizer.options={note: "\${b}"}', lambda config: config.optimizer.options, {"note": "${b}"}),
+        (r'callbacks.demos.prompts=["\${b}"]', lambda config: list(config.callbacks.demos.prompts), ["${b}"]),
         ("adapter.alpha_pattern={}", lambda config: config.adapter.alpha_pattern, {}),
         ("loss.inpainting={full: 1}", lambda config: config.loss.inpainting, {"full": 1.0}),
         ("loss.inpainting.full=0.5", lambda config: config.loss.inpainting["segments"], 0.1),
@@ -260,5 +260,5 @@ def test_numbers_and_mappings_are_set_as_people_write_them(
     seen: list[TrainConfig] = []
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "train", lambda config: seen.append(config))
-    assert train.main(["data=latents", "run_dir=out", override]) == 0
+    assert train.main(["data=latents", "model=nano-base", "run_dir=out", override]) == 0
     assert find(seen[0]) == expected

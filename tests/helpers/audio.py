@@ -1,12 +1,15 @@
 """Synthetic audio for tests. Samples are float32 (samples, channels); full scale is ±1."""
 
+import io
 import math
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
+from mutagen.ogg import OggPage
 
 
 def tone(
@@ -22,6 +25,25 @@ def noise(seconds: float, sample_rate: int = 44100, channels: int = 2, peak: flo
     """Uniform white noise as float32 (samples, channels)."""
     generator = np.random.default_rng(seed)
     return generator.uniform(-peak, peak, (round(seconds * sample_rate), channels)).astype(np.float32)
+
+
+def encode(
+    samples: np.ndarray, container: str = "WAV", subtype: str | None = None, rate: int = 44100, **settings: Any
+) -> bytes:
+    """Encode samples (samples, channels) as the bytes of a file, by libsndfile."""
+    buffer = io.BytesIO()
+    soundfile.write(buffer, samples, rate, format=container, subtype=subtype, **settings)
+    return buffer.getvalue()
+
+
+def split_pages(content: bytes) -> list[bytes]:
+    """Split an Ogg file into its pages."""
+    file, pages = io.BytesIO(content), []
+    while file.tell() < len(content):
+        start = file.tell()
+        OggPage(file)
+        pages.append(content[start : file.tell()])
+    return pages
 
 
 def sweep(

@@ -11,6 +11,8 @@ from sa3train.adapters.spec import AdapterSpec
 
 WIDTH, HIDDEN = 12, 20
 LAYERS = (0, 1, 10, 11)
+PEFT_OPTIONS = {"fourierft": {"n_frequency": 50}, "waveft": {"n_frequency": 50}, "c3a": {"block_size": 4}}
+"""Options of PEFT's methods whose defaults want larger layers than those of the small model."""
 
 
 class Small(nn.ModuleDict):

@@ -36,6 +36,14 @@ def test_files_and_functions_are_short(path: Path) -> None:
     assert {name: length for name, length in lengths.items() if length > LONGEST_FUNCTION} == {}
 
 
+def test_output_of_other_programs_is_read_in_a_named_encoding() -> None:
+    trees = [ast.parse(path.read_text("utf-8")) for path in FILES]
+    calls = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    of_programs = [call for call in calls if ast.unparse(call.func).startswith("subprocess.")]
+    unnamed = [call for call in of_programs if {word.arg for word in call.keywords} & {"text", "universal_newlines"}]
+    assert of_programs and not [ast.unparse(call) for call in unnamed]
+
+
 def test_public_names_say_what_they_are() -> None:
     names = list(list_public_names())
     functions = [name for _, name, is_function in names if is_function]

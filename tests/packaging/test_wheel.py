@@ -76,3 +76,10 @@ def test_every_command_helps(command: str) -> None:
 def test_no_folder_of_the_outline_is_a_package() -> None:
     for folder in ("datasets", "recipes", "inference", "launch"):
         assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_a_script_beside_the_clone_finds_the_package(tmp_path: Path) -> None:
+    (tmp_path / "sa3train").mkdir()
+    (tmp_path / "script.py").write_text("import sa3train.conf; from sa3train import Generator")
+    done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, f"run launch/setup.sh again: {done.stderr}"

@@ -199,7 +199,7 @@ def test_a_failed_encode_is_dismissed(page: Page, root: Path) -> None:
     open_tab(page, "Encode")
     (root / "audio" / "mono.wav").write_text("no audio")
     page.locator("#encode-start").click()
-    expect(page.locator("#encode-status .notice.error")).to_contain_text("max_rejected")
+    expect(page.locator("#encode-status .notice.error")).to_contain_text("Max rejected")
     page.locator("#encode-dismiss").click()
     expect(page.locator("#encode-status .notice.error")).to_have_count(0)
     expect(page.locator("#encode-dismiss")).to_be_hidden()

@@ -15,7 +15,7 @@ from playwright.sync_api import Page, expect
 from helpers.studio_page import close_error
 from sa3train.adapters.formats.io import load_adapter, save_adapter
 from sa3train.studio.app import run_studio
-from sa3train.studio.play import page as play_page
+from sa3train.studio.play import form
 from sa3train.studio.server.access import AccessSettings
 from sa3train.studio.server.jobs import Job
 from sa3train.studio.server.workspace import Workspace
@@ -138,14 +138,14 @@ def test_a_late_answer_leaves_drawn_regions_alone(page: Page, monkeypatch: pytes
     expect(page.locator("#play-duration input")).to_have_value("2")
     expect(page.get_by_label("region 1, end in seconds")).to_have_value("1.33")
     settle(page)
-    asked, answer, drawing = threading.Event(), threading.Event(), play_page.describe_waveform
+    asked, answer, drawing = threading.Event(), threading.Event(), form.describe_waveform
 
     def slow(*arguments: Any) -> Any:
         asked.set()
         assert answer.wait(600)
         return drawing(*arguments)
 
-    monkeypatch.setattr(play_page, "describe_waveform", slow)
+    monkeypatch.setattr(form, "describe_waveform", slow)
     page.fill("#play-duration input", "30")
     assert asked.wait(600)
     add.click()

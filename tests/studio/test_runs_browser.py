@@ -145,7 +145,7 @@ def test_a_run_outlives_the_server_and_is_found_again(page: Page, studio: Studio
     assert steps(root / "runs" / "lasting") == 30
     assert (root / "runs" / "lasting" / "adapter.safetensors").is_file()
     expect(page.locator("#run-curves")).to_contain_text("Training loss")
-    expect(page.locator("#run-command")).to_contain_text("sa3-train recipe=instrument")
+    expect(page.locator("#run-command")).to_contain_text("sa3-train recipe=style")
     assert find_serious_violations(page) == []
     page.screenshot(path=artefacts / "runs.png", full_page=True)
 
@@ -224,10 +224,10 @@ def test_bad_requests_are_refused_with_a_message(
 def test_a_wrong_number_is_explained_where_it_is_typed(page: Page, root: Path) -> None:
     fill(page, "runs/${oc.env:HOME}", -1)
     page.get_by_label("Steps (0: recipe)").blur()
-    expect(page.locator("#run-form")).to_contain_text("max_steps must be from 1")
+    expect(page.locator("#run-form")).to_contain_text("Steps must be from 1")
     page.get_by_label("Steps (0: recipe)").fill("3")
     page.get_by_label("Further settings").focus()
-    expect(page.locator("#run-form")).not_to_contain_text("max_steps must be from 1")
+    expect(page.locator("#run-form")).not_to_contain_text("Steps must be from 1")
     page.locator("#run-plan").click()
     expect(page.locator("#run-plan-shown")).to_contain_text("3 with a batch of 2 clips")
     command = page.locator("#run-plan-shown code").text_content() or ""

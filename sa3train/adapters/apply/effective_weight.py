@@ -79,10 +79,11 @@ def _get_factors(kind: Kind, params: Mapping[str, Tensor]) -> tuple[Tensor, Tens
 
 
 def _renormalize(kind: Kind, V_OI: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+    multiply = Tensor.mul if torch.is_grad_enabled() else Tensor.mul_  # a weight of medium has 75 MB
     if kind.rows:
-        V_OI = V_OI * _compute_gain(V_OI, params["magnitude_r" if kind.cols else "magnitude"], dim=1)
+        V_OI = multiply(V_OI, _compute_gain(V_OI, params["magnitude_r" if kind.cols else "magnitude"], dim=1))
     if kind.cols:
-        V_OI = V_OI * _compute_gain(V_OI, params["magnitude_c" if kind.rows else "magnitude"], dim=0)
+        V_OI = multiply(V_OI, _compute_gain(V_OI, params["magnitude_c" if kind.rows else "magnitude"], dim=0))
     return V_OI
 
 

@@ -9,12 +9,13 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from sa3train.adapters.adapter import DECODER, Adapter, Part, hash_architecture
+from sa3train.adapters.adapter import BASE_SAMPLE, DECODER, Adapter, Part, hash_architecture
 from sa3train.adapters.apply.layer_weight import LayerAdapter, get_layer_adapter
 from sa3train.adapters.apply.products import check_product, is_product
 from sa3train.adapters.spec import BIAS_CHANGE, KINDS, PEFT_METHODS, get_layer_type
 from sa3train.core.errors import AdapterError
 from sa3train.core.text import compute_relative_norm
+from sa3train.models.weight_files import are_rounded_alike
 
 NO_EFFECT = 1e-3
 """‖W' − W‖ / ‖W‖ below which an adapter without low-rank products counts as untrained: F16 magnitudes round by less."""
@@ -57,6 +58,16 @@ class BaseModel(Protocol):
 
         Returns:
             The hash.
+        """
+
+    def sample_weights(self, part: Part) -> str:
+        """Sample the weights, for copies in other precisions; only asked for where hashes differ.
+
+        Args:
+            part: What adapters on them change.
+
+        Returns:
+            The sample.
         """
 
 
@@ -117,7 +128,7 @@ class LoadReport:
     @property
     def summary(self) -> str:
         """One line: type, rank, how many layers fit, how much they change."""
-        effect = f", changes the weights by {self.effect['all']:.1%}" if "all" in self.effect else ""
+        effect = f", changes the weights by {self.effect['all']:.1%} at strength 1" if "all" in self.effect else ""
         absent = f", {len(self.missing)} included layers are missing" if self.missing else ""
         where = " on the autoencoder's decoder" if self.part == "decoder" else ""
         counts = f"{len(self.matched)} of {self.layer_count} layers fit"
@@ -252,7 +263,7 @@ def _match(
         for name, key in (("name", "base_model"), ("architecture", "base_architecture"), ("hash", "base_hash"))
         if adapter.metadata.get(key)
     }
-    loaded, is_sibling = {"architecture": hash_architecture(layers)}, False
+    loaded, is_sibling, rounded = {"architecture": hash_architecture(layers)}, False, dict[str, str]()
     if isinstance(base, str):
         loaded["hash"] = base
     elif base is not None:
@@ -260,6 +271,9 @@ def _match(
         in_decoder = adapter.part == "decoder"
         base_hash = base.autoencoder_fingerprint() if in_decoder else base.fingerprint()
         loaded |= {"name": str(base.name), "hash": base_hash}
+        sample = "" if base_hash == recorded.get("hash") else adapter.metadata.get(BASE_SAMPLE, "")
+        if sample and are_rounded_alike(sample, base.sample_weights(adapter.part)):
+            rounded = {name: recorded[name] for name in ("name", "hash") if name in recorded}
     dtype: Any = next(iter(layers.values())).weight.dtype
     return LoadReport(
         source=adapter.source,
@@ -276,7 +290,7 @@ def _match(
         base=recorded,
         base_loaded=loaded,
         part=adapter.part,
-        warnings=_list_warnings(adapter, recorded, {} if is_sibling else loaded, dtype),
+        warnings=_list_warnings(adapter, recorded, {} if is_sibling else loaded | rounded, dtype),
     )
 
 

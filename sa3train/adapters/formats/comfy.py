@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.apply.products import LOHA, LOKR, OFT, check_product, get_product_rank, is_product
-from sa3train.adapters.formats.naming import FLAT_PREFIXES, collect_layers, strip_adapter_name
+from sa3train.adapters.formats.naming import FLAT_PREFIXES, collect_layers, split_names
 from sa3train.adapters.formats.native import build_spec, check_tensors
 from sa3train.adapters.spec import BIAS_CHANGE, AdapterSpec
 from sa3train.core.errors import AdapterError
@@ -72,14 +72,7 @@ def read_comfy(source: str, tensors: Mapping[str, Tensor], metadata: Mapping[str
     Raises:
         AdapterError: If a tensor is none of these.
     """
-    named = []
-    for key, tensor in tensors.items():
-        bare = strip_adapter_name(key)
-        ending = next((ending for ending in ENDINGS if bare.endswith("." + ending)), None)
-        if ending is None:
-            raise AdapterError(f"{source}: {_explain_unsupported(bare)}")
-        named.append((bare.removesuffix("." + ending), ENDINGS[ending], tensor))
-    layers = collect_layers(source, named)
+    layers = collect_layers(source, split_names(source, tensors, ENDINGS, _explain_unsupported))
     alphas = {path: _pop_alpha(path, params) for path, params in layers.items()}
     is_flat = any(key.startswith(tuple(FLAT_PREFIXES)) for key in tensors)
     types = {path: _check_layer(path, params, is_flat) for path, params in layers.items()}

@@ -64,7 +64,8 @@ def write_comfy(path: str | os.PathLike[str], adapter: Adapter, dtype: torch.dty
 def _list_tensors(adapter: Adapter, path: str) -> list[tuple[str, str, str]]:
     """List the tensors of a layer: key in the file, module path and name."""
     params, key = adapter.tensors[path], PREFIX + path.removeprefix(DIT)
-    names = (*params, "alpha") if get_product_rank(params) else params
+    has_scale = get_product_rank(params) and adapter.spec.get_scale(path) != 1  # which ComfyUI takes to be 1 otherwise
+    names = (*params, "alpha") if has_scale else params
     return [(f"{key}.{NAMES.get(name, name)}", path, name) for name in names]
 
 

@@ -7,7 +7,7 @@ another order of the rows of differential self-attention (see `sa3train.models.d
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -98,16 +98,31 @@ def identify_format(source: str, keys: Iterable[str]) -> str:
     return next(iter(found))
 
 
-def strip_adapter_name(key: str) -> str:
-    """Strip the name that PEFT gives an adapter in memory, as in `….lora_A.default.weight`.
+def split_names(
+    source: str, tensors: Mapping[str, Tensor], endings: Mapping[str, str], explain: Callable[[str], str]
+) -> list[tuple[str, str, Tensor]]:
+    """Split the names of a file's tensors by their endings, without the name that PEFT gives an adapter in memory.
 
     Args:
-        key: Name of a tensor.
+        source: The file's name, for messages.
+        tensors: Its tensors by key, such as `….lora_A.default.weight`.
+        endings: Names of tensors in this package by how keys end.
+        explain: What is wrong with a key of another ending.
 
     Returns:
-        The name that PEFT's files have.
+        What `collect_layers` takes.
+
+    Raises:
+        AdapterError: If a key has none of the endings.
     """
-    return _ADAPTER_NAME.sub(r".\1.weight", key)
+    named = []
+    for key, tensor in tensors.items():
+        bare = _ADAPTER_NAME.sub(r".\1.weight", key)
+        ending = next((ending for ending in endings if bare.endswith("." + ending)), None)
+        if ending is None:
+            raise AdapterError(f"{source}: {explain(bare)}")
+        named.append((bare.removesuffix("." + ending), endings[ending], tensor))
+    return named
 
 
 def collect_layers(source: str, tensors: Iterable[tuple[str, str, Tensor]]) -> dict[str, dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -172,6 +172,33 @@ def unify_ranks(adapter: Adapter) -> Adapter:
     settings = {name: getattr(spec, name) for name in ("dropout", "include", "exclude")}
     unified = AdapterSpec(spec.adapter_type, rank=rank, alpha=scale * rank, **settings)
     return replace(adapter, spec=unified, tensors=layers)
+
+
+def has_several_scales(adapter_type: str, scales: Iterable[float]) -> bool:
+    """Check whether tools that know one alpha would play some layers too loud or too soft.
+
+    Args:
+        adapter_type: The adapter's type.
+        scales: The scale of each layer.
+
+    Returns:
+        Whether it has free or frozen bases and more than one scale.
+    """
+    return adapter_type in KINDS and len(set(scales)) > 1
+
+
+def unify_scales(adapter: Adapter) -> Adapter:
+    """Give an adapter with free factors and several scales one rank and one scale, see `unify_ranks`.
+
+    Args:
+        adapter: Any adapter.
+
+    Returns:
+        The adapter, itself where other tools play it as it is, or it is of an -xs type.
+    """
+    spec, scales = adapter.spec, map(adapter.spec.get_scale, adapter.tensors)
+    is_free = not spec.adapter_type.endswith("-xs")
+    return unify_ranks(adapter) if is_free and has_several_scales(spec.adapter_type, scales) else adapter
 
 
 def check_tensors(adapter: Adapter) -> Adapter:

@@ -21,10 +21,11 @@ from sa3train.adapters.formats.naming import (
     collect_layers,
     get_module_path,
     identify_format,
-    strip_adapter_name,
+    split_names,
 )
 from sa3train.adapters.formats.native import build_native_metadata, build_spec, check_tensors
 from sa3train.adapters.formats.peft_initial import get_initialization, subtract_initial
+from sa3train.adapters.formats.run_dir import ADAPTER_FILE
 from sa3train.adapters.spec import BIAS_CHANGE, PEFT_METHODS, AdapterSpec
 from sa3train.core.errors import AdapterError
 from sa3train.core.files import replace_folder, write_text
@@ -67,12 +68,11 @@ def read_peft_folder(folder: Path, weights: str = WEIGHTS, base: Mapping[str, Te
     """
     file = folder / weights
     if not file.is_file():
-        pickled = (folder / "adapter_model.bin").is_file()
-        advice = (
-            f"It holds a pickle. Convert it: sa3-adapter convert {folder / 'adapter_model.bin'} NEW.safetensors"
-            if pickled
-            else f"A PEFT folder holds {CONFIG} and {WEIGHTS}."
-        )
+        advice, pickled = f"A PEFT folder holds {CONFIG} and {WEIGHTS}.", folder / "adapter_model.bin"
+        if pickled.is_file():
+            advice = f"It holds a pickle. Convert it: sa3-adapter convert {pickled} NEW.safetensors"
+        elif found := [str(path) for form in ("*.safetensors", f"*/{ADAPTER_FILE}") for path in folder.glob(form)]:
+            advice = f"Give one of the files in it: {', '.join(sorted(found)[:5])}{', …' if found[5:] else ''}."
         raise AdapterError(f"{folder} is no PEFT adapter: {weights} is missing. {advice}")
     header = read_header(file)
     metadata = {key: value for key, value in header.metadata.items() if key != "format"}
@@ -150,16 +150,10 @@ def parse_peft_tensors(
         return _parse_method(source, tensors, config, metadata)
     names = {stored: name for name, stored in NAMES.items()}
     names |= {"lora_magnitude_vector": "magnitude", "lora_B.bias": BIAS_CHANGE}
-    named = []
-    for key, tensor in tensors.items():
-        bare = strip_adapter_name(key)
-        ending = next((ending for ending in names if bare.endswith("." + ending)), None)
-        if ending is None:
-            raise AdapterError(f"{source}: {key} is not supported, only weights of lora_A, lora_B and DoRA.")
-        value = tensor.reshape(-1) if names[ending] == "magnitude" else tensor.flatten(1) if tensor.ndim > 2 else tensor
-        named.append((bare.removesuffix("." + ending), names[ending], value))
-    layers = collect_layers(source, named)
-    names_in_peft = {get_module_path(source, name): name.removeprefix(PEFT_PREFIX) for name, _, _ in named}
+    found = split_names(source, tensors, names, "{} is not supported, only weights of lora_A, lora_B and DoRA.".format)
+    flat = ((layer, name, x.reshape(-1) if name == "magnitude" else x) for layer, name, x in found)
+    layers = collect_layers(source, ((layer, name, x.flatten(1) if x.ndim > 2 else x) for layer, name, x in flat))
+    names_in_peft = {get_module_path(source, layer): layer.removeprefix(PEFT_PREFIX) for layer, _, _ in found}
     spec = _build_lora_spec(source, layers, names_in_peft, config, metadata)
     for path, params in layers.items():
         if BIAS_CHANGE in params:  # PEFT scales the bias of lora_B as it scales its weight

@@ -5,8 +5,9 @@ from pathlib import Path
 
 from sa3train.core.errors import AdapterError
 from sa3train.core.files import path_exists
+from sa3train.data.sources.own_folders import RECORD_FILE
 
-RECORD_FILE, ADAPTER_FILE, CHECKPOINTS_DIR = "run.json", "adapter.safetensors", "checkpoints"
+ADAPTER_FILE, CHECKPOINTS_DIR = "adapter.safetensors", "checkpoints"
 _STEP = re.compile(r"(.+)@([0-9]{1,8})", re.DOTALL)
 _STATE_NAME = re.compile(r"step-(\d{8})\.safetensors")
 

@@ -5,7 +5,7 @@ With the gains g = magnitude / ‖W + sBA‖ of each row, W' = g ⊙ (W + sBA), 
     W + Σ fᵢ (Wᵢ' − W) = q ⊙ W + P   with   q = 1 + Σ fᵢ (gᵢ − 1)   and   P = Σ fᵢ gᵢ ⊙ sᵢ BᵢAᵢ.
 
 That is a dora-rows adapter: ranks add up, B = P_B / q, and the magnitudes are q · ‖W + BA‖. Columns likewise, and a
-lora has gains of 1. Shape suffixes: O rows (out), I columns (in).
+lora has gains of 1. Shape suffixes: O rows (out), I columns (in), N some of the rows.
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,8 @@ from sa3train.adapters.tools.low_rank import ErrorByLayer, Truncation, truncate_
 
 SMALLEST_GAIN = 1e-3
 """Below this |q| a row is made of the low-rank product alone, which no magnitude gives."""
+
+_ROWS = 1024  # of a weight that are in float64 at once
 
 
 def find_axis(adapters: Sequence[Adapter]) -> str | None:
@@ -103,10 +105,9 @@ def _combine_layer(
     path: str, active: Sequence[tuple[Adapter, float]], W: Tensor, axis: str, truncation: Truncation | None
 ) -> tuple[dict[str, Tensor], tuple[float, float]] | None:
     """Combine one layer, in float64: its tensors, with the squares of error and change; `active` may be empty."""
-    W_OI = flatten_weight(W).double()
-    W_OI = W_OI if axis == "rows" else W_OI.T  # columns are the rows of the transposed weight
-    q_O = torch.ones_like(W_OI[:, 0])
-    factors = [] if active else [(W_OI.new_zeros(len(W_OI), 1), W_OI.new_zeros(1, W_OI.shape[1]))]
+    W_OI = flatten_weight(W) if axis == "rows" else flatten_weight(W).T  # columns are the rows of the transposed weight
+    q_O = torch.ones(len(W_OI), dtype=torch.float64, device=W.device)
+    factors = [] if active else [(q_O.new_zeros(len(q_O), 1), q_O.new_zeros(1, W_OI.shape[1]))]
     for adapter, strength in active:
         B_OR, A_RI, gain_O = _get_part(adapter, path, W, W_OI, axis)
         q_O += strength * (gain_O - 1)
@@ -114,16 +115,27 @@ def _combine_layer(
     if q_O.abs().min() < SMALLEST_GAIN:
         return None
     B_OR, A_RI = torch.cat([B for B, _ in factors], 1), torch.cat([A for _, A in factors])
-    total = float(((q_O - 1).unsqueeze(1) * W_OI).addmm_(B_OR, A_RI).square().sum())
+    total = float(_measure_rows(W_OI, B_OR, A_RI, q_O - 1).square().sum())
     lost = 0.0
     if truncation is not None:
         part = truncate_product(B_OR, A_RI, truncation)
         B_OR, A_RI, lost = part.B_OR, part.A_RI, part.error
     B_OR = B_OR / q_O.unsqueeze(1)
-    magnitude = q_O * (torch.linalg.vector_norm(torch.addmm(W_OI, B_OR, A_RI), dim=1) + EPSILON)
+    magnitude = q_O * (_measure_rows(W_OI, B_OR, A_RI) + EPSILON)
     B_OR, A_RI = (B_OR, A_RI) if axis == "rows" else (A_RI.T, B_OR.T)
     tensors = {"lora_A": A_RI, "lora_B": B_OR, "magnitude": magnitude}
     return {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}, (lost, total)
+
+
+def _measure_rows(W_OI: Tensor, B_OR: Tensor, A_RI: Tensor, factor_O: Tensor | None = None) -> Tensor:
+    """Norm of each row of factor ⊙ W + BA, a few rows at a time: a weight of medium in float64 has 150 MB."""
+    found = []
+    for start in range(0, len(W_OI), _ROWS):
+        rows = slice(start, start + _ROWS)
+        some_NI = W_OI[rows].to(torch.float64, copy=True)
+        some_NI = some_NI if factor_O is None else some_NI.mul_(factor_O[rows].unsqueeze(1))
+        found.append(torch.linalg.vector_norm(some_NI.addmm_(B_OR[rows], A_RI), dim=1))
+    return torch.cat(found)
 
 
 def _get_part(adapter: Adapter, path: str, W: Tensor, W_OI: Tensor, axis: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,8 +145,7 @@ def _get_part(adapter: Adapter, path: str, W: Tensor, W_OI: Tensor, axis: str) -
     B = B * adapter.spec.get_scale(path)
     B, A = (B, A) if axis == "rows" else (A.T, B.T)
     if "magnitude" not in params:
-        return B, A, torch.ones_like(W_OI[:, 0])
+        return B, A, torch.ones_like(B[:, 0])
     is_comfy = adapter.spec.adapter_type == "comfy"
-    divisor_OI = W_OI if is_comfy and axis == "rows" else torch.addmm(W_OI, B, A)
-    norm_O = torch.linalg.vector_norm(divisor_OI, dim=1) + (COMFY_EPSILON if is_comfy else EPSILON)
-    return B, A, params["magnitude"].reshape(-1) / norm_O
+    norm_O = _measure_rows(W_OI, torch.zeros_like(B) if is_comfy and axis == "rows" else B, A)
+    return B, A, params["magnitude"].reshape(-1) / (norm_O + (COMFY_EPSILON if is_comfy else EPSILON))

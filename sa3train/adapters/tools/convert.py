@@ -25,7 +25,7 @@ from sa3train.adapters.formats.io import (
     save_adapter,
 )
 from sa3train.adapters.formats.naming import NATIVE, NATIVE_KEY, PEFT, identify_format
-from sa3train.adapters.formats.native import read_native, unify_ranks
+from sa3train.adapters.formats.native import read_native, unify_scales
 from sa3train.adapters.formats.peft import parse_peft_tensors, read_peft_config
 from sa3train.adapters.formats.sa3cpp import (
     GGUF_DTYPES,
@@ -42,7 +42,7 @@ from sa3train.adapters.tools.comfy_export import can_export, make_for_comfy
 from sa3train.adapters.tools.edit import drop_bias_changes, expand_bases, has_own_bases, merge
 from sa3train.adapters.tools.history import append_history
 from sa3train.adapters.tools.low_rank import Truncation
-from sa3train.adapters.tools.measure import measure_file, measure_tensors
+from sa3train.adapters.tools.measure import measure_written
 from sa3train.adapters.tools.results import EditResult
 from sa3train.core.dtypes import DTYPES, get_dtype
 from sa3train.core.errors import AdapterError
@@ -129,12 +129,8 @@ def convert_adapter(
         adapter = _make_portable(original, to, weights, truncation, notes, warnings)
     adapter = replace(adapter, metadata=append_history(adapter, "convert", to=to, of=Path(source).name))
     adapter, left_out = _write(target, to, adapter, dtype, notes, warnings)
-    original = _remove_layers(original, left_out)
-    if weights is None:
-        error = measure_tensors(adapter, load_adapter(target))
-        return EditResult(target, adapter, notes, warnings, error, "measured error of the written tensors")
-    error = measure_file(original, target, weights)
-    return EditResult(target, adapter, notes, warnings, error, "measured error of the written file")
+    error = measure_written(_remove_layers(original, left_out), adapter, target, weights)
+    return EditResult(target, adapter, notes, warnings, **error)
 
 
 def _write(
@@ -226,10 +222,10 @@ def _make_portable(
             notes.append(
                 f"among tools that read native files only sa3train supports {name}; for others set --model and --rank"
             )
-        if to == "native" and adapter.spec.rslora and adapter.spec.rank_pattern and name in KINDS and "-xs" not in name:
+        unified = unify_scales(adapter) if to == "native" else adapter
+        if unified is not adapter:
             notes.append("other tools know one rank and one alpha: smaller ranks are filled up, scales multiplied in")
-            return unify_ranks(adapter)
-        return adapter
+        return unified
     as_lora = "approximated by a lora of --rank R (or --explained-variance SHARE), with its error reported."
     free = name.removesuffix("-xs")
     is_expandable = free != name and free in EXACT[to]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sa3train.adapters.adapter import PROMPTS, Adapter
+from sa3train.adapters.adapter import BASE_SAMPLE, PROMPTS, Adapter
 from sa3train.adapters.apply.effective_weight import flatten_weight
 from sa3train.adapters.apply.layer_weight import get_layer_adapter
 from sa3train.adapters.apply.load_report import LoadReport, check_fit, get_layer_group, list_non_finite
@@ -123,7 +123,7 @@ class Inspection:
     @property
     def provenance(self) -> dict[str, str]:
         """The metadata and the history in words, by name."""
-        hidden = (HISTORY, PROMPTS)
+        hidden = (HISTORY, PROMPTS, BASE_SAMPLE)
         metadata = {key: shorten(value, 160) for key, value in self.metadata.items() if key not in hidden}
         metadata["prompts to try"] = "\n".join(self.prompts)
         return metadata | {f"step {number}": shorten(str(entry), 160) for number, entry in enumerate(self.history, 1)}

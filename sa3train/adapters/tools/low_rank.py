@@ -13,6 +13,9 @@ from sa3train.adapters.spec import MAX_RANK
 from sa3train.core.errors import AdapterError
 from sa3train.core.text import compute_relative_norm
 
+SHOWN = 1e-6
+"""Smallest error that is shown as a number."""
+
 
 @dataclass(frozen=True)
 class Truncation:
@@ -104,7 +107,9 @@ class ErrorByLayer:
     def summary(self) -> str:
         """The errors in words."""
         path, worst = self.worst
-        return f"{self.relative:.4%} of the change over all layers, at most {worst:.4%} ({path})" if worst else "none"
+        if worst < SHOWN:
+            return f"below {SHOWN:.4%} of the change" if worst else "none"
+        return f"{self.relative:.4%} of the change over all layers, at most {worst:.4%} ({path})"
 
 
 Product = tuple[Tensor, Tensor | None]

@@ -2,8 +2,10 @@
 
 import os
 from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.apply.layer_weight import get_layer_adapter
@@ -11,7 +13,8 @@ from sa3train.adapters.formats.io import load_adapter
 from sa3train.adapters.tools.base_weights import Weights, get_weight
 from sa3train.adapters.tools.low_rank import ErrorByLayer
 
-_LAYERS = 4  # whose tensors may stay in memory while a file is read again
+_LAYERS = 2  # whose tensors may stay in memory while a file is read again
+_ROWS = 1024  # of a weight whose difference is computed at once
 
 
 @torch.no_grad()
@@ -26,38 +29,22 @@ def measure_difference(before: Adapter, after: Adapter, weights: Weights) -> Err
     Returns:
         The error; a layer that only one of them has counts with its whole change.
     """
-    error = ErrorByLayer()
-    for path in dict.fromkeys((*before.tensors, *after.tensors)):
-        error.layers[path] = _measure_layer(before, after, weights, path)
-    return error
+    paths = dict.fromkeys((*before.tensors, *after.tensors))
+    return ErrorByLayer({path: _measure_layer(before, after, weights, path) for path in paths})
 
 
 def _measure_layer(before: Adapter, after: Adapter, weights: Weights, path: str) -> tuple[float, float]:
     W = get_weight(before if path in before.tensors else after, weights, path).float()
     one = get_layer_adapter(before, path, W).weight(W) if path in before.tensors else W
-    change = float(torch.linalg.vector_norm(one - W))
+    change = _measure_distance(one, W)
     other = get_layer_adapter(after, path, W).weight(W) if path in after.tensors else W
-    del W  # a weight of medium has 75 MB
-    return float(torch.linalg.vector_norm(one - other)) ** 2, change**2
+    return _measure_distance(one, other), change
 
 
-def measure_file(before: Adapter, file: str | os.PathLike[str], weights: Weights) -> ErrorByLayer:
-    """Measure how far the weights of a file are from those of an adapter, a few layers at a time.
-
-    Args:
-        before: The original adapter.
-        file: The file or folder that was written from it.
-        weights: The base model's weights.
-
-    Returns:
-        The error, see `measure_difference`.
-    """
-    error = ErrorByLayer()
-    paths = list(dict.fromkeys((*before.tensors, *load_adapter(file).tensors)))
-    for start in range(0, len(paths), _LAYERS):
-        some = [_select_layers(each, paths[start : start + _LAYERS]) for each in (before, load_adapter(file))]
-        error.layers |= measure_difference(some[0], some[1], weights).layers
-    return error
+def _measure_distance(one: Tensor, other: Tensor) -> float:
+    """‖one − other‖², a few rows at a time: a weight of medium has 75 MB."""
+    parts = zip(one.split(_ROWS), other.split(_ROWS), strict=True)
+    return sum(float(torch.linalg.vector_norm(some - others)) ** 2 for some, others in parts)
 
 
 def measure_tensors(written: Adapter, read: Adapter) -> ErrorByLayer:
@@ -83,6 +70,30 @@ def measure_tensors(written: Adapter, read: Adapter) -> ErrorByLayer:
             total += float(one.square().sum())
         error.layers[path] = (apart, total)
     return error
+
+
+def measure_written(
+    before: Adapter, written: Adapter, file: str | os.PathLike[str], weights: Weights | None
+) -> dict[str, Any]:
+    """Measure the error of what was written, by reading it again, a few layers at a time.
+
+    Args:
+        before: What it was made of.
+        written: The adapter that was written.
+        file: The file or folder.
+        weights: The base model's weights; without them the stored tensors are compared with those of `written`.
+
+    Returns:
+        `written` and `measured` of an `EditResult`.
+    """
+    if weights is None:
+        return {"written": measure_tensors(written, load_adapter(file)), "measured": "tensors"}
+    error = ErrorByLayer()
+    paths = list(dict.fromkeys((*before.tensors, *load_adapter(file).tensors)))
+    for start in range(0, len(paths), _LAYERS):
+        some = [_select_layers(each, paths[start : start + _LAYERS]) for each in (before, load_adapter(file))]
+        error.layers |= measure_difference(some[0], some[1], weights).layers
+    return {"written": error, "measured": "file"}
 
 
 def _select_layers(adapter: Adapter, paths: list[str]) -> Adapter:

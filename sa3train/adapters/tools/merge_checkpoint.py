@@ -1,9 +1,7 @@
-"""Merge adapters into a checkpoint, in the released layout or that of diffusers."""
+"""Merge adapters into a checkpoint, in the released layout, that of diffusers, or a DiT pack of the MLX builds."""
 
 import json
-import os
 import shutil
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,27 +16,28 @@ from sa3train.adapters.apply.stack import AdapterStack
 from sa3train.adapters.tools.base_weights import LoadedModel, find_layers
 from sa3train.adapters.tools.history import describe_source
 from sa3train.adapters.tools.results import CheckpointResult
-from sa3train.core.dtypes import SAFETENSORS_DTYPES, get_dtype
 from sa3train.core.errors import AdapterError
 from sa3train.core.files import replace_folder, write_json
-from sa3train.core.safetensors_file import SafetensorsHeader, TensorInfo, read_header, write_tensors
+from sa3train.core.safetensors_file import read_header, write_tensor_stream
+from sa3train.models.checkpoint import read_config
 from sa3train.models.diffusers_layout import (
     CLASSES,
     TRANSFORMER,
     explain_missing_autoencoder,
-    read_config,
     write_pipeline,
     write_text_encoder,
 )
 from sa3train.models.diffusers_layout import WEIGHTS as PIPELINE_WEIGHTS
 from sa3train.models.hub import CheckpointFiles
+from sa3train.models.mlx_layout import write_dit_pack
 from sa3train.models.nano import TEXT_FOLDER
 from sa3train.models.parse import complete_config
+from sa3train.models.weight_files import WeightFiles
 
+_PACK_NOTE = "the autoencoder and the text encoder, which lie in packs of their own beside it"
 CONFIG = "model_config.json"
 WEIGHTS = "model.safetensors"
 MERGED = "sa3train_merged"
-_CHUNK = 2**24
 
 
 @dataclass(frozen=True)
@@ -81,10 +80,12 @@ def merge_into_checkpoint(
 
     Args:
         model: The checkpoint, loaded in fp32; its weights are the same afterwards.
-        target: The folder to write. An existing one is replaced only if it was written by this function.
+        target: The folder to write, or the pack. An existing folder is replaced only if it was written by this
+            function.
         adapters: The adapters.
         allow_partial: Accept adapters of which only some layers fit.
-        to: Layout to write, "released" or "diffusers"; None means that of the model.
+        to: Layout to write, "released", "diffusers", or "mlx" for a pack of the DiT and the conditioner in fp16; None
+            means that of the model, which for packs is "released".
 
     Returns:
         What was written.
@@ -103,19 +104,31 @@ def merge_into_checkpoint(
         stack.apply()
         changed = _list_changed_tensors(layers, {path for report in reports for path in report.matched})
         metadata = {MERGED: json.dumps([item.describe() for item in adapters])}
+        if to == "mlx":
+            _check_pack(target, [name for name in changed if name.startswith("pretransform.")])
+            write_dit_pack(Path(target), model.weights, changed, json.dumps(metadata))
+            return CheckpointResult(target, model.name, reports, [_PACK_NOTE])
         with replace_folder(target, _is_ours) as staging:
-            config = complete_config(read_config(files.config), str(files.config))
+            config = complete_config(read_config(files), str(files.config))
             if to == "diffusers":
                 not_carried = _write_pipeline(model, staging, changed, config, metadata)
-            elif files.is_pipeline:
+            elif files.is_pipeline or files.pack is not None:
                 _write_released(model, staging, changed, config, metadata)
             else:
-                rewrite_tensors(files.weights, staging / WEIGHTS, changed, metadata)
+                metadata = read_header(files.weights).metadata | metadata
+                rewrite_tensors(model.weights, staging / WEIGHTS, changed, metadata)
                 write_json(staging / CONFIG, config)
                 _copy_rest(model.path, staging)
     finally:
         stack.clear()
     return CheckpointResult(target, model.name, reports, not_carried)
+
+
+def _check_pack(target: str | Path, of_autoencoder: Sequence[str]) -> None:
+    if Path(target).suffix != ".npz":
+        raise AdapterError(f"{target} is no name of a pack. Choose one such as dit_sm-music_f16.npz.")
+    if of_autoencoder:
+        raise AdapterError("A pack holds the DiT and the conditioner. Leave adapters on the autoencoder's decoder out.")
 
 
 def _write_pipeline(
@@ -129,7 +142,7 @@ def _write_pipeline(
     write_pipeline(folder, model.weights, _cast_changed(model, changed), model.config, config, metadata)
     encoder = model.conditioner.text_encoder
     write_text_encoder(folder, encoder.source.folder(), encoder.source.tokenizer_folder(), encoder.max_length)
-    _copy_licenses(model.path, folder)
+    _copy_licenses(_get_folder(model), folder)
     reason = explain_missing_autoencoder(model.config)
     load = f'{CLASSES[TRANSFORMER]}.from_pretrained(FOLDER, subfolder="{TRANSFORMER}")'
     return [] if reason is None else [f"the autoencoder: {reason}. Load what was written with diffusers' {load}"]
@@ -143,15 +156,14 @@ def _write_released(
     metadata: Mapping[str, str],
 ) -> None:
     """Write a model that was loaded from the layout of diffusers in the released one."""
-    tensors = dict(model.weights.iterate(model.weights.tensors)) | _cast_changed(model, changed)
-    write_tensors(folder / WEIGHTS, tensors, metadata)
+    rewrite_tensors(model.weights, folder / WEIGHTS, changed, metadata)
     prompt = next(entry for entry in config["model"]["conditioning"]["configs"] if entry["id"] == "prompt")
     prompt["config"] |= {"model_path": TEXT_FOLDER, "repo_id": None, "subfolder": None}
     write_json(folder / CONFIG, config)
     source = model.conditioner.text_encoder.source
     for each in (source.folder(), source.tokenizer_folder()):
         shutil.copytree(each, folder / TEXT_FOLDER, dirs_exist_ok=True)
-    _copy_licenses(model.path, folder)
+    _copy_licenses(_get_folder(model), folder)
 
 
 def _cast_changed(model: LoadedModel, changed: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -160,47 +172,25 @@ def _cast_changed(model: LoadedModel, changed: Mapping[str, Tensor]) -> dict[str
     return {name: _cast(model.path, name, changed[name], dtype) for name, dtype in dtypes}
 
 
-def rewrite_tensors(source: Path, target: Path, changed: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Copy a safetensors file with other values of some tensors and more metadata.
-
-    Names, shapes, dtypes and order stay, and only the changed tensors need memory. Raises `AdapterError` if a changed
-    tensor is not in the file, or is not finite in the file's dtype.
+def rewrite_tensors(
+    weights: WeightFiles, target: Path, changed: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write the tensors of a model, some with other values, one at a time. Names, shapes, dtypes and order stay.
 
     Args:
-        source: The file to copy.
-        target: The file to write.
-        changed: New values by key of the file.
-        metadata: Metadata to add.
+        weights: The model's tensors.
+        target: The safetensors file to write.
+        changed: New values by name.
+        metadata: Its metadata.
+
+    Raises:
+        AdapterError: If a value is not finite in the dtype of its tensor.
     """
-    header = read_header(source)
-    listing: dict[str, Any] = {"__metadata__": header.metadata | dict(metadata)}
-    for key, entry in header.entries.items():
-        listing[key] = {"dtype": entry.dtype, "shape": entry.shape, "data_offsets": (entry.begin, entry.end)}
-    text = json.dumps(listing, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with source.open("rb") as old, target.open("wb") as new:
-        (length,) = struct.unpack("<Q", old.read(8))
-        old.seek(8 + length)
-        new.write(struct.pack("<Q", len(text)) + text)
-        shutil.copyfileobj(old, new, _CHUNK)
-        for key, tensor in changed.items():
-            new.seek(8 + len(text) + _find_tensor(source, header, key, tensor).begin)
-            new.write(_convert_to_bytes(source, key, tensor, get_dtype(header.entries[key].dtype)))
-        new.flush()
-        os.fsync(new.fileno())
-
-
-def _find_tensor(source: Path, header: SafetensorsHeader, key: str, tensor: Tensor) -> TensorInfo:
-    entry = header.entries.get(key)
-    if entry is None or entry.shape != tuple(tensor.shape) or entry.dtype not in SAFETENSORS_DTYPES:
-        raise AdapterError(
-            f"{source} has no tensor {key} of shape {tuple(tensor.shape)}; it is not the model that is loaded."
-        )
-    return entry
-
-
-def _convert_to_bytes(source: Path, key: str, tensor: Tensor, dtype: torch.dtype) -> bytes:
-    return _cast(source, key, tensor, dtype).reshape(-1).view(torch.uint8).numpy().tobytes()
+    tensors = (
+        _cast(weights.path, name, changed[name], stored.dtype) if name in changed else stored
+        for name, stored in weights.iterate(weights.tensors)
+    )
+    write_tensor_stream(target, weights.tensors, tensors, metadata)
 
 
 def _cast(source: Path, key: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -232,6 +222,10 @@ def _copy_rest(folder: Path, staging: Path) -> None:
         if item.is_dir() and (item / "config.json").is_file():
             shutil.copytree(item, staging / item.name)
     _copy_licenses(folder, staging)
+
+
+def _get_folder(model: LoadedModel) -> Path:
+    return CheckpointFiles(model.name, model.path).folder
 
 
 def _copy_licenses(folder: Path, staging: Path) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,31 @@ class EditResult:
         adapter: What it holds.
         notes: What was done.
         warnings: What may make it sound different than intended.
-        error: How far it is from the original; None where not measured.
-        error_name: What kind of error that is.
+        truncation: What truncation to a rank lost; None where nothing was truncated.
+        written: How far what was written is from what it was made of, rounding included, found by reading it again.
+        measured: What `written` compares: "file", the weights' change, or "tensors", where there is no base model.
     """
 
     target: str | Path
     adapter: Adapter
     notes: Sequence[str] = ()
     warnings: Sequence[str] = ()
-    error: ErrorByLayer | None = None
-    error_name: str = "truncation error"
+    truncation: ErrorByLayer | None = None
+    written: ErrorByLayer = field(default_factory=ErrorByLayer)
+    measured: str = "file"
+
+    @property
+    def error(self) -> ErrorByLayer:
+        """The larger of the two errors."""
+        return max(self.truncation or self.written, self.written, key=lambda error: error.relative)
 
     @property
     def facts(self) -> dict[str, str]:
         """Type, rank, number of layers and error, by name."""
         spec, paths = self.adapter.spec, self.adapter.tensors
         facts = {"adapter type": spec.adapter_type, "rank": spec.format_rank(paths), "layers": str(len(paths))}
-        return facts if self.error is None else {**facts, self.error_name: self.error.summary}
+        lost = {} if self.truncation is None else {"truncation error": self.truncation.summary}
+        return {**facts, **lost, f"measured error of the written {self.measured}": self.written.summary}
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain values for JSON.
@@ -52,9 +60,9 @@ class EditResult:
             "layers": len(paths),
             "notes": list(self.notes),
             "warnings": list(self.warnings),
-            "error": None if error is None else error.relative,
-            "worst_layer": None if error is None else dict(zip(("layer", "error"), error.worst, strict=True)),
-            "not_carried": [] if error is None else error.not_carried,
+            "error": error.relative,
+            "worst_layer": dict(zip(("layer", "error"), error.worst, strict=True)),
+            "not_carried": [] if self.truncation is None else self.truncation.not_carried,
         }
 
 

@@ -7,7 +7,7 @@ adapter that does not fit the model, and a setting that is missing.
 from collections.abc import Sequence
 from pathlib import Path
 
-from sa3train.adapters.adapter import Adapter, hash_architecture
+from sa3train.adapters.adapter import BASE_SAMPLE, Adapter, hash_architecture
 from sa3train.adapters.formats.io import is_file_name, load_adapter, save_adapter
 from sa3train.adapters.tools.base_weights import LoadedModel, Weights, get_base_weights, get_weights
 from sa3train.adapters.tools.combine import combine, find_axis
@@ -21,6 +21,7 @@ from sa3train.adapters.tools.edit import (
     scale,
 )
 from sa3train.adapters.tools.low_rank import ErrorByLayer, Truncation
+from sa3train.adapters.tools.measure import measure_written
 from sa3train.adapters.tools.merge_checkpoint import WeightedAdapter, merge_into_checkpoint
 from sa3train.adapters.tools.results import CheckpointResult, EditResult
 from sa3train.core.dtypes import get_dtype
@@ -56,7 +57,8 @@ def merge_adapters(
         dtype: Dtype of the adapter file; None means fp16. A checkpoint keeps its own.
         conditioner_strength: Strength in the conditioner, for a checkpoint; None means each adapter's strength.
         allow_partial: Accept adapters of which only some layers fit, for a checkpoint.
-        to: Layout of a checkpoint, "released" or "diffusers", also without adapters; None means that of the model.
+        to: Layout of a checkpoint, "released", "diffusers" or "mlx" (a .npz file), also without adapters; None means
+            that of the model.
         overwrite: Replace what exists at the target, but never a source.
         allow_loss: Accept that one adapter cannot hold the change of adapters with magnitudes.
 
@@ -70,7 +72,7 @@ def merge_adapters(
     check_target(target, read if model is None else [*read, model.path], overwrite)
     if 0 in strengths and not conditioner_strength:
         raise AdapterError(f"{read[strengths.index(0)]} has no effect at strength 0. Leave it out of the merge.")
-    into_checkpoint = truncation is None and not is_file_name(target)
+    into_checkpoint = truncation is None and (to == "mlx" or not is_file_name(target))
     if into_checkpoint and (dtype is not None or allow_loss):
         raise AdapterError(
             "A checkpoint keeps the dtypes of its model, and loses nothing. Remove --dtype and --allow-loss, or set "
@@ -91,7 +93,7 @@ def merge_adapters(
         raise AdapterError("--conditioner-strength, --allow-partial and --to are for checkpoints, not for one adapter.")
     weights, warnings = get_base_weights(adapters, model)
     adapter, error = _merge(adapters, strengths, truncation, weights, "merge", allow_loss)
-    return _save(target, adapter, dtype or "fp16", error, warnings)
+    return _save(target, adapter, dtype or "fp16", error, weights, warnings)
 
 
 def _merge(
@@ -146,13 +148,15 @@ def extract_adapter(
     provenance = {
         "base_model": base.name,
         "base_hash": base.fingerprint(),
+        BASE_SAMPLE: base.sample_weights("dit"),
         "base_architecture": hash_architecture(base.get_adapter_root()),
         "extracted_from": tuned.name,
     }
     source = f"{tuned.name} − {base.name}"
-    adapter, error = extract(get_weights(tuned), get_weights(base), require_rank(truncation), provenance, source)
+    weights = get_weights(base)
+    adapter, error = extract(get_weights(tuned), weights, require_rank(truncation), provenance, source)
     error.not_carried += list_not_extracted(tuned.get_adapter_root(), base.get_adapter_root())
-    return _save(target, adapter, dtype, error)
+    return _save(target, adapter, dtype, error, weights)
 
 
 def resize_adapter(
@@ -181,7 +185,9 @@ def resize_adapter(
     weights, warnings = get_base_weights([original], model)
     adapter, error = resize(original, truncation, weights)
     before, after = original.spec.adapter_type, adapter.spec.adapter_type
-    return _save(target, adapter, dtype, error, warnings, [] if before == after else [f"{before} became {after}"])
+    return _save(
+        target, adapter, dtype, error, weights, warnings, [] if before == after else [f"{before} became {after}"]
+    )
 
 
 def scale_adapter(
@@ -218,7 +224,7 @@ def scale_adapter(
     else:
         check_factor(factor)
         adapter, error = _merge([original], [factor], truncation, weights, "scale", allow_loss)
-    return _save(target, adapter, dtype, error, warnings)
+    return _save(target, adapter, dtype, error, weights, warnings)
 
 
 def require_rank(truncation: Truncation | None) -> Truncation:
@@ -243,6 +249,7 @@ def _save(
     adapter: Adapter,
     dtype: str,
     error: ErrorByLayer | None,
+    weights: Weights | None,
     warnings: Sequence[str] = (),
     notes: Sequence[str] = (),
 ) -> EditResult:
@@ -250,8 +257,9 @@ def _save(
         adapter, dropped = drop_bias_changes(adapter)
         error.not_carried += dropped
     save_adapter(target, adapter, get_dtype(dtype))
-    lost = [] if error is None else error.not_carried
-    return EditResult(target, adapter, notes, [*warnings, *(f"not carried over: {what}" for what in lost)], error)
+    lost = [] if error is None else [f"not carried over: {what}" for what in error.not_carried]
+    found = measure_written(adapter, adapter, target, weights)
+    return EditResult(target, adapter, notes, [*warnings, *lost], error, **found)
 
 
 def _check_target(target: AnyPath, inputs: Sequence[AnyPath], overwrite: bool) -> None:

@@ -133,8 +133,8 @@ def _audit_latents(clip: Clip, rules: AuditRules, findings: list[dict[str, Any]]
     if rules.longest_seconds is not None and imported.seconds > rules.longest_seconds:
         findings.append(make_finding("long", f"{imported.seconds:.0f} s"))
     fingerprint = hashlib.sha512(imported.content.encode()).hexdigest()[: FINGERPRINT_BITS // 4]
-    measured = {"seconds": imported.seconds, "sample_rate": RATE, "channels": 2, "lufs": None, "peak_db": None}
-    described = {"path": imported.path, "latent_channels": channels}
+    measured = dict.fromkeys(("seconds", "sound_seconds"), imported.seconds) | dict.fromkeys(("lufs", "peak_db"))
+    described = {"sample_rate": RATE, "channels": 2, "path": imported.path, "latent_channels": channels}
     return {**measured, **described, "content": imported.content, "fingerprint": fingerprint, "thumb": ""}
 
 
@@ -237,8 +237,8 @@ class AuditIndex:
         seconds: Length of each clip in seconds.
         rejected: Whether each clip has an error.
         content: First 16 bytes of each clip's audio hash.
-        original: Index of the first clip with the same audio, of the captioned ones if there are any; a clip's own
-            index where there is none.
+        original: Index of the first clip with the same audio, of the accepted and captioned ones if there are any; a
+            clip's own index where there is none.
         similar: Index of the first clip that sounds the same; a clip's own index where there is none.
     """
 
@@ -257,13 +257,13 @@ class AuditIndex:
         columns, sources = self._load(stamps)
         order = sorted(range(len(sources)), key=sources.__getitem__)
         self.sources = [sources[index] for index in order]
-        self._file, self._offset, self.seconds, self.rejected, has_caption, self.content, fingerprints = (
+        self._file, self._offset, self.seconds, sound, self.rejected, has_caption, self.content, fingerprints = (
             column[order] for column in columns
         )
-        comparable = ~self.rejected & (self.content != np.zeros(1, self.content.dtype))
-        self.original = find_duplicates(self.content, comparable, has_caption)
+        comparable = self.content != np.zeros(1, self.content.dtype)
+        self.original = find_duplicates(self.content, comparable, 2 * self.rejected + ~has_caption)
         distinct = comparable & (self.original == np.arange(len(self)))
-        self.similar = find_near_duplicates(fingerprints, self.seconds, distinct)
+        self.similar = find_near_duplicates(fingerprints, sound, distinct)
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -316,7 +316,7 @@ class AuditIndex:
         indices: dict[str, int] = {}
         count = len(stamps) + len(self._extra)
         file, offset = np.full(count, -1, np.int16), np.zeros(count, np.int64)
-        seconds, rejected, has_caption = np.zeros(count, np.float64), np.zeros(count, bool), np.zeros(count, bool)
+        seconds, sound, rejected, has_caption = (np.zeros(count, kind) for kind in (np.float64, np.float64, bool, bool))
         content, fingerprints = np.zeros(count, "V16"), np.zeros((count, FINGERPRINT_BITS // 8), np.uint8)
         numbers = {journal: number for number, journal in enumerate(self._journals)}
         for journal, start, row in _read_rows(self._journals):
@@ -327,11 +327,12 @@ class AuditIndex:
             seconds[index], rejected[index] = row.get("seconds", 0.0), is_rejected(row)
             has_caption[index] = bool(row.get("caption"))
             if "content" in row:
+                sound[index] = row["sound_seconds"]
                 content[index] = np.void(bytes.fromhex(row["content"][:32]))
                 fingerprints[index] = np.frombuffer(bytes.fromhex(row["fingerprint"]), np.uint8)
         sources = list(indices)
         for number, row in enumerate(self._extra):
             offset[len(sources)], rejected[len(sources)] = number, True
             sources.append(row["source"])
-        columns: list[np.ndarray] = [file, offset, seconds, rejected, has_caption, content, fingerprints]
+        columns: list[np.ndarray] = [file, offset, seconds, sound, rejected, has_caption, content, fingerprints]
         return [column[: len(sources)] for column in columns], sources

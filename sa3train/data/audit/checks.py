@@ -43,7 +43,14 @@ THUMBNAIL_COLUMNS = 96
 _DIGITS = "0123456789abcdefghijklmnopqrstuvwxyz"
 
 FINGERPRINT_BITS = 240
-_BANDS, _SEGMENTS, _LOWEST_HZ = 72, 16, 110.0
+_BANDS, _SEGMENTS = 72, 16
+_CORNER_HZ, _LOWEST_HZ = 110.0, 20.0
+"""Band 12 log₂(1 + f / 110 Hz): semitones far above the first, never narrower than the windows resolve below it, where
+kicks and basses differ.
+"""
+
+_SOUND_LEVEL = 1e-4
+"""Share of the greatest power (-40 dB) above which 5 ms count as sound, so that silence around it changes nothing."""
 
 _NEAR_FULL_SCALE = 0.98
 _TOP, _BELOW = 0.9999, 0.01
@@ -53,12 +60,13 @@ _FEWEST_CLIPPED = 8
 """
 
 _NEAR_BITS = 18
-"""Most fingerprint bits in which near duplicates differ: other encodings of one sound differ in up to 10, two
-recordings of the same instrument in 45 or more (measured on datasets/sample).
+"""Most fingerprint bits in which near duplicates differ. Measured on 323 clips of two public packs, the sample set and
+made ones: 98 of 100 copies (MP3, Ogg, other rates and levels, silence added or cut) differ in up to 18 bits, kicks two
+semitones apart in 23 or more.
 """
 
 _NEAR_SECONDS = 0.05
-"""Largest relative difference in length of near duplicates."""
+"""Largest relative difference of near duplicates in how long they sound."""
 
 _WORD_BITS = 20
 """Bits of a hash word. Fingerprints that differ in 18 bits share one of the 12 words with a probability of 96 %."""
@@ -81,21 +89,17 @@ class FindingType:
     title: str
     remedy: str
 
-    @property
-    def fix(self) -> str:
-        """Name of the fix that the remedy advises; empty for none."""
-        return self.remedy.rpartition("fixes=")[2] if "fixes=" in self.remedy else ""
-
-    def after(self, fixes: Collection[str]) -> "FindingType":
-        """Describe the finding for an encode that applies fixes.
+    def after(self, applied: Collection[str]) -> "FindingType":
+        """Describe the finding for an encode that applies remedies.
 
         Args:
-            fixes: Fixes that are applied.
+            applied: Settings such as "fixes=dc" that remedies advise.
 
         Returns:
-            A note that the fix was applied where the remedy advises one of them; otherwise the type itself.
+            A note where the remedy advises one of them; otherwise the type itself.
         """
-        return FindingType(NOTE, self.title, f"fixes={self.fix} was applied") if self.fix in fixes else self
+        advised = self.remedy.rpartition("encode with ")[2]
+        return FindingType(NOTE, self.title, f"{advised} was applied") if advised in applied else self
 
 
 FINDING_TYPES: dict[str, FindingType] = {
@@ -272,6 +276,7 @@ def measure(audio_CN: np.ndarray, rate: int, speakers: Sequence[str] | None = No
     loud_N = centered_CN.max(axis=0) > SILENCE_AMPLITUDE
     first, last = (int(loud_N.argmax()), int(samples - loud_N[::-1].argmax())) if loud_N.any() else (samples, samples)
     peak = float(mix_CN.abs().max())
+    sound_N = cut_sound((audio_CN - offset_C1).mean(axis=0), rate)
     return {
         "seconds": round(samples / rate, 6),
         "samples": samples,
@@ -289,7 +294,8 @@ def measure(audio_CN: np.ndarray, rate: int, speakers: Sequence[str] | None = No
         "silent_channels": int((centered_CN.max(axis=1) <= SILENCE_AMPLITUDE).sum()),
         "silent": bool((mix_CN - measure_offset(mix_CN)).abs().max() <= SILENCE_AMPLITUDE),
         "content": hash_audio(audio_CN, rate, speakers),
-        "fingerprint": compute_fingerprint(audio_CN, rate),
+        "sound_seconds": round(len(sound_N) / rate, 6),
+        "fingerprint": compute_fingerprint(sound_N, rate),
         "thumb": make_thumbnail(audio_CN),
     }
 
@@ -364,36 +370,51 @@ def make_thumbnail(audio_CN: np.ndarray) -> str:
     return "".join(_DIGITS[int(level)] for level in np.minimum(np.round(columns * 35), 35))
 
 
-def compute_fingerprint(audio_CN: np.ndarray, rate: int) -> str:
-    """Compute 240 bits that hardly change with level, sample rate or encoding.
-
-    Energies in semitone bands from 110 Hz over 16 stretches of time, in dB over a floor, less their mean; each bit is
-    the side of a fixed random plane (SimHash, Charikar 2002), so the share of unequal bits grows with the angle between
-    two clips' energies.
+def cut_sound(mono_N: np.ndarray, rate: int) -> np.ndarray:
+    """Cut off what is far softer than the rest before and after a sound.
 
     Args:
-        audio_CN: (C, N) samples.
+        mono_N: (N,) samples.
+        rate: Sample rate in Hz.
+
+    Returns:
+        The part between, in whole blocks of 5 ms; all of a silent clip.
+    """
+    block = max(1, round(0.005 * rate))
+    power = np.add.reduceat(np.square(mono_N), np.arange(0, len(mono_N), block))
+    loud = np.flatnonzero(power > _SOUND_LEVEL * power.max())
+    return mono_N[loud[0] * block : (loud[-1] + 1) * block] if loud.size else mono_N
+
+
+def compute_fingerprint(sound_N: np.ndarray, rate: int) -> str:
+    """Compute 240 bits that hardly change with level, sample rate or encoding.
+
+    Fourth roots of the energies in 72 bands over 16 stretches of time, less their mean; each bit is the side of a fixed
+    random plane (SimHash, Charikar 2002), so the share of unequal bits grows with the angle between two clips.
+
+    Args:
+        sound_N: (N,) samples, as `cut_sound` returns.
         rate: Sample rate in Hz.
 
     Returns:
         The bits in hex.
     """
-    energy_FS = _measure_band_energies(audio_CN.mean(axis=0), rate)
-    decibels_FS = 10 * np.log10(energy_FS + energy_FS.max() * 1e-5 + 1e-20)
-    signs = (decibels_FS - decibels_FS.mean()).ravel() @ _get_planes() > 0
+    level_FS = _measure_band_energies(sound_N, rate) ** 0.25
+    signs = (level_FS - level_FS.mean()).ravel() @ _get_planes() > 0
     return np.packbits(signs).tobytes().hex()
 
 
 def _measure_band_energies(mono_N: np.ndarray, rate: int) -> np.ndarray:
     """(F, S) mean power of each band, from six windows per stretch, so that long files cost no more."""
-    size = min(1 << round(math.log2(rate * 0.19)), 1 << max(5, len(mono_N).bit_length()))
+    size = min(round(rate * 0.19), max(32, len(mono_N)))
     padded_N = np.pad(mono_N, (0, max(0, size - len(mono_N))))
     starts = np.linspace(0, len(padded_N) - size, _SEGMENTS * 6).astype(int)
     windows = padded_N[starts[:, None] + np.arange(size)] * np.hanning(size).astype(np.float32)
     power = np.abs(np.fft.rfft(windows, axis=1)) ** 2
-    bands = np.floor(12 * np.log2(np.maximum(np.fft.rfftfreq(size, 1 / rate), 1) / _LOWEST_HZ) + 0.5).astype(int)
+    frequencies = np.fft.rfftfreq(size, 1 / rate)
+    bands = np.floor(12 * np.log2(1 + frequencies / _CORNER_HZ)).astype(int)
     energy_FS = np.zeros((_BANDS, _SEGMENTS))
-    inside = (bands >= 0) & (bands < _BANDS)
+    inside = (frequencies > _LOWEST_HZ) & (bands < _BANDS)
     by_segment = power.reshape(_SEGMENTS, -1, power.shape[1]).mean(axis=1)
     np.add.at(energy_FS, bands[inside], by_segment[:, inside].T)
     return energy_FS / np.maximum(np.bincount(bands[inside], minlength=_BANDS), 1)[:, None]
@@ -404,20 +425,20 @@ def _get_planes() -> np.ndarray:
     return np.random.default_rng(0).standard_normal((_BANDS * _SEGMENTS, FINGERPRINT_BITS)).astype(np.float32)
 
 
-def find_duplicates(content: np.ndarray, comparable: np.ndarray, has_caption: np.ndarray) -> np.ndarray:
+def find_duplicates(content: np.ndarray, comparable: np.ndarray, rank: np.ndarray) -> np.ndarray:
     """Find clips with the same audio.
 
     Args:
         content: (n,) audio hashes.
         comparable: (n,) bool, which clips to compare.
-        has_caption: (n,) bool, which clips count as the original before others.
+        rank: (n,) clips of a lower rank count as the original before others.
 
     Returns:
         (n,) index of the first clip with the same audio, a clip's own index where not comparable.
     """
     originals = np.arange(len(content))
     chosen = np.flatnonzero(comparable)
-    chosen = chosen[np.argsort(~has_caption[chosen], kind="stable")]
+    chosen = chosen[np.argsort(rank[chosen], kind="stable")]
     if chosen.size:
         _, first, inverse = np.unique(content[chosen], return_index=True, return_inverse=True)
         originals[chosen] = chosen[first[inverse]]
@@ -429,7 +450,7 @@ def find_near_duplicates(fingerprints: np.ndarray, seconds: np.ndarray, comparab
 
     Args:
         fingerprints: (n, 30) uint8.
-        seconds: (n,) lengths in seconds.
+        seconds: (n,) how long the clips sound, in seconds.
         comparable: (n,) bool, which clips to compare.
 
     Returns:

@@ -1,6 +1,5 @@
-"""Present an audit: a table for the screen, `audit.json`, and a page with waveforms."""
+"""Present an audit: a table for the screen, `audit.json`, and a page with waveforms (`assets/audit.html`)."""
 
-import html
 import json
 import os
 from collections import Counter
@@ -9,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+
+from jinja2 import Environment, FileSystemLoader
 
 from sa3train.core.files import path_exists, replace_file
 from sa3train.data.audit.checks import (
@@ -24,8 +25,6 @@ from sa3train.data.sources.listing import OWN
 _PAGE_ROWS = 2000
 """Number of clips on the page, worst first; audit.json has all."""
 
-_COLORS = {"error": "#b3261e", "warning": "#8a5a00", "note": "#3b5b8c"}
-
 
 @dataclass
 class AuditSummary:
@@ -37,7 +36,7 @@ class AuditSummary:
         rejected: Number of clips with an error.
         seconds: Length of the accepted clips in seconds.
         findings: Number of clips with each finding.
-        fixes: Fixes that the encode applies; empty for an audit alone.
+        applied: Remedies that the encode applies, such as "fixes=dc"; empty for an audit alone.
     """
 
     source: str
@@ -45,7 +44,7 @@ class AuditSummary:
     rejected: int = 0
     seconds: float = 0.0
     findings: Counter[str] = field(default_factory=Counter)
-    fixes: Sequence[str] = ()
+    applied: Sequence[str] = ()
 
     def add(self, row: dict[str, Any]) -> None:
         """Count one clip, or only the findings of a row that is of no clip.
@@ -82,7 +81,7 @@ class AuditSummary:
         Returns:
             Several lines: findings with their remedies, worst first.
         """
-        head = f"{self.source}: {self._count_clips()}"
+        head = f"{self.source}: {self.count_clips()}"
         if not self.findings:
             return f"{head}\nno problems found"
         rows = [("", "clips", "finding", "remedy")]
@@ -92,30 +91,6 @@ class AuditSummary:
             f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:<{widths[2]}}  {row[3]}".rstrip() for row in rows
         ]
         return "\n".join([head, *lines])
-
-    def format_page(self, rows: list[dict[str, Any]]) -> str:
-        """Format the audit as an HTML page.
-
-        Args:
-            rows: Audit rows to list, worst first.
-
-        Returns:
-            The page.
-        """
-        findings = "".join(
-            f'<tr><td class="{kind.severity}">{kind.severity}</td><td>{count}</td>'
-            f"<td>{html.escape(kind.title)}</td><td>{html.escape(kind.remedy)}</td></tr>"
-            for _, count, kind in self.sort_findings()
-        )
-        rest = f"<p>The {len(rows)} worst of {self.clips} clips; audit.json lists all.</p>"
-        return _PAGE.format(
-            source=html.escape(self.source),
-            colors=" ".join(f".{name} {{ color: {color}; font-weight: 600 }}" for name, color in _COLORS.items()),
-            counts=self._count_clips(),
-            findings=findings,
-            rest=rest if len(rows) < self.clips else "",
-            rows="".join(self._format_page_row(row) for row in rows),
-        )
 
     def sort_findings(self) -> list[tuple[str, int, FindingType]]:
         """Sort the findings by severity, then by frequency.
@@ -127,7 +102,7 @@ class AuditSummary:
         return sorted(found, key=lambda entry: (SEVERITIES.index(entry[2].severity), -entry[1]))
 
     def describe_finding(self, code: str) -> FindingType:
-        """Describe a finding, whose remedy may be among the fixes that are applied.
+        """Describe a finding, whose remedy may be one that is applied.
 
         Args:
             code: Key of `FINDING_TYPES`.
@@ -135,29 +110,19 @@ class AuditSummary:
         Returns:
             Its severity, title and remedy.
         """
-        return FINDING_TYPES[code].after(self.fixes)
+        return FINDING_TYPES[code].after(self.applied)
 
-    def _format_page_row(self, row: dict[str, Any]) -> str:
-        findings = ""
-        for finding in row["findings"]:
-            kind = self.describe_finding(finding["code"])
-            findings += (
-                f'<div><span class="{finding["severity"]}">{html.escape(kind.title)}</span> '
-                f'{html.escape(finding["detail"])}<br><span class="small">{html.escape(kind.remedy)}</span></div>'
-            )
-        about = f"{format_measurements(row)}<br>{html.escape(row.get('caption', '')[:300])}"
-        player = _PLAYER.format(html.escape(row["audio"])) if row.get("audio") else ""
-        return (
-            f"<tr><td>{draw_waveform(row.get('thumb', ''))}{player}<td>{html.escape(row['source'])}"
-            f'<div class="small">{about}</div><td>{findings}</tr>\n'
-        )
+    def count_clips(self) -> str:
+        """Count the clips in words.
 
-    def _count_clips(self) -> str:
+        Returns:
+            Text such as "3 clips, 1 rejected, 9.0 s of usable audio".
+        """
         return f"{self.clips} clips, {self.rejected} rejected, {_format_duration(self.seconds)} of usable audio"
 
 
 def write_audit_report(
-    folder: Path, source: str, rows: Iterable[dict[str, Any]], fixes: Sequence[str] = ()
+    folder: Path, source: str, rows: Iterable[dict[str, Any]], applied: Sequence[str] = ()
 ) -> AuditSummary:
     """Write `audit.json` and `audit.html`.
 
@@ -165,12 +130,12 @@ def write_audit_report(
         folder: Folder for the two files.
         source: Name of the source.
         rows: Audit rows; they are streamed to the file, one per line.
-        fixes: Fixes that the encode applies. Findings that they remedy become notes.
+        applied: Remedies that the encode applies, such as "fixes=dc". Findings that they remedy become notes.
 
     Returns:
         Counts over all rows.
     """
-    summary = AuditSummary(source, fixes=fixes)
+    summary = AuditSummary(source, applied=applied)
     groups: list[list[dict[str, Any]]] = [[] for _ in range(len(SEVERITIES) + 1)]
     with replace_file(folder / "audit.json") as path, path.open("w", encoding="utf-8") as file:
         file.write('{"clips": [\n')
@@ -187,7 +152,8 @@ def write_audit_report(
     worst_first = [row for group in groups for row in group][:_PAGE_ROWS]
     worst_first = [row | {"audio": _make_audio_link(folder, source, row["source"])} for row in worst_first]
     with replace_file(folder / "audit.html") as path:
-        path.write_text(summary.format_page(worst_first), encoding="utf-8", errors="replace")
+        page = _templates.get_template("audit.html").render(summary=summary, rows=worst_first)
+        path.write_text(page, encoding="utf-8", errors="replace")
     return summary
 
 
@@ -231,11 +197,11 @@ def format_measurements(row: Mapping[str, Any]) -> str:
     return f"{row['seconds']:.2f} s · {row['sample_rate']} Hz · {row['channels']} ch{peak}{lufs}"
 
 
-def draw_waveform(thumbnail: str) -> str:
+def draw_waveform(thumbnail: str | None) -> str:
     """Draw the outline of a clip.
 
     Args:
-        thumbnail: What `sa3train.data.audit.checks.make_thumbnail` returned; may be empty.
+        thumbnail: What `sa3train.data.audit.checks.make_thumbnail` returned; may be empty or None.
 
     Returns:
         SVG; empty without a thumbnail.
@@ -249,30 +215,14 @@ def draw_waveform(thumbnail: str) -> str:
     return f'<svg viewBox="0 0 {THUMBNAIL_COLUMNS} 72" preserveAspectRatio="none"><path d="{outline}"/></svg>'
 
 
-_PLAYER = """<audio controls preload="none" src="{}" onerror="this.replaceWith('cannot be played: the file was moved, \
-or this browser does not know its format')"></audio>"""
-
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
-<title>Audit of {source}</title>
-<style>
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem; padding: 0 1rem; color: #1d1d1f }}
-table {{ border-collapse: collapse; width: 100%; margin: 1rem 0 }}
-td, th {{ text-align: left; vertical-align: top; padding: .35rem .6rem; border-bottom: 1px solid #ddd }}
-svg {{ display: block; width: 12rem; height: 2.5rem; background: #f4f4f6 }} path {{ fill: #5b6b8c }}
-audio {{ display: block; width: 12rem; height: 2rem }}
-{colors}
-.small {{ color: #555; font-size: 13px }}
-</style>
-<h1>Audit of {source}</h1>
-<p>{counts}.</p>
-<table><tr><th>severity<th>clips<th>finding<th>remedy</tr>{findings}</table>{rest}
-<table><tr><th>waveform<th>clip<th>findings</tr>
-{rows}</table></html>
-"""
-
-
 def _format_duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+_templates = Environment(
+    loader=FileSystemLoader(Path(__file__).parent / "assets"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+)
+_templates.filters["measurements"] = format_measurements
+_templates.filters["waveform"] = draw_waveform

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jinja2 import Template
 
 from sa3train.core.errors import DataError
 from sa3train.core.files import replace_file, write_bytes, write_text
@@ -49,6 +50,7 @@ from sa3train.data.sources.listing import Listing, list_source
 from sa3train.data.sources.storage import is_url
 
 _logger = get_logger(__name__)
+_CARD = Path(__file__).parents[2] / "assets" / "latents.md"
 
 
 @dataclass
@@ -104,8 +106,8 @@ def encode_dataset(
     workers, folder = workers or Workers(), Path(out)
     basis = collect_latent_settings(encoder, settings)
     _check_named_files(settings)
+    listing = list_clips(source, folder)
     with lock_output_dir(folder, workers):
-        listing = list_clips(source, folder)
         if any(clip.is_latents for clip in listing.clips):
             check_imported(listing, encoder, settings, source)
             basis |= {"precision": "imported", "chunked": None}
@@ -206,13 +208,13 @@ def audit_clips(listing: Listing, rules: AuditRules, work_dir: Path, workers: Wo
 
 
 def _check_rejected(source: str, folder: Path, plan: EncodePlan, workers: Workers) -> None:
-    total, rejected = len(plan.index), int((~plan.accepted).sum())
+    total, rejected = len(plan.index), int(plan.index.rejected.sum())
     if rejected < total and rejected <= plan.settings.max_rejected * total:
         return
     if workers.is_main:
         _write_rejected(folder, plan.iterate_rejected())
-        write_audit_report(folder, source, plan.index.iterate_rows(), plan.settings.fixes)
-    first = next(plan.iterate_rejected())
+        write_audit_report(folder, source, plan.index.iterate_rows(), _list_applied(plan.settings))
+    first = plan.index.row(int(plan.index.rejected.argmax()))
     code = next(finding["code"] for finding in first["findings"] if finding["severity"] == ERROR)
     raise DataError(
         f"{rejected} of {total} clips of {source} are rejected, more than max_rejected={plan.settings.max_rejected:g} "
@@ -220,6 +222,11 @@ def _check_rejected(source: str, folder: Path, plan: EncodePlan, workers: Worker
         f"{folder / 'rejected.jsonl'}, with waveforms in {folder / 'audit.html'}. Fix them "
         f"({FINDING_TYPES[code].remedy}), or raise max_rejected."
     )
+
+
+def _list_applied(settings: EncodeSettings) -> list[str]:
+    """The settings that remedies of findings advise."""
+    return [f"duplicates={settings.duplicates}", *(f"fixes={name}" for name in settings.fixes)]
 
 
 def _write_rejected(folder: Path, rows: Iterable[dict[str, Any]]) -> int:
@@ -268,8 +275,10 @@ def _write_descriptions(source: str, folder: Path, plan: EncodePlan, encoder: En
         return row | {"findings": [*row["findings"], *failed.get(row["source"], [])]}
 
     failed_rows = (add_failures(plan.index.row(n)) for n, name in enumerate(plan.index.sources) if name in failed)
-    count = _write_rejected(folder, itertools.chain(plan.iterate_rejected(), failed_rows))
-    result.audit = write_audit_report(folder, source, map(add_failures, plan.index.iterate_rows()), plan.settings.fixes)
+    dropped = int(plan.dropped.sum())
+    count = _write_rejected(folder, itertools.chain(plan.iterate_rejected(), failed_rows)) - dropped
+    applied = _list_applied(plan.settings)
+    result.audit = write_audit_report(folder, source, map(add_failures, plan.index.iterate_rows()), applied)
     buffer = io.BytesIO()
     np.save(buffer, encoder.encode_silence(), allow_pickle=False)
     write_bytes(folder / SILENCE_FILE, buffer.getvalue())
@@ -279,6 +288,7 @@ def _write_descriptions(source: str, folder: Path, plan: EncodePlan, encoder: En
         "made_by": f"sa3train {version('sa3train')}",
         "source": source,
         "rejected": count,
+        "dropped_duplicates": dropped,
         "silence": {"file": SILENCE_FILE, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()},
     }
     result.index = build_index(folder, {"model": encoder.model, "settings": latent_settings | chosen}, described)
@@ -313,38 +323,5 @@ def write_card(folder: Path, index: dict[str, Any], audit: AuditSummary) -> None
         index: Content of `index.json`.
         audit: Counts of the audit.
     """
-    model, settings = index["model"], index["settings"]
-    splits = "\n".join(
-        f"| {name} | {split['clips']:.0f} | {split['seconds'] / 60:.1f} |"
-        for name, split in sorted(index["splits"].items())
-    )
-    findings = "\n".join(f"- {code}: {count}" for code, count in sorted(audit.findings.items())) or "- none"
-    listed = "\n".join(f"| {name} | {value} |" for name, value in settings.items())
-    write_text(
-        folder / "README.md",
-        f"""# Latents of {index["source"]}
-
-{index["clips"]:.0f} latents, {index["seconds"] / 60:.1f} minutes, for training Stable Audio 3 adapters with sa3train.
-{index["rejected"]} clips were rejected (`rejected.jsonl`); the audit is in `audit.html` and `audit.json`.
-
-| split | latents | minutes |
-|---|---|---|
-{splits}
-
-Made by {index["made_by"]} with the autoencoder of `{model["name"]}` (weights {model["fingerprint"][:16]}),
-{model["latent_channels"]} channels, {model["downsampling_ratio"]} samples per frame.
-
-| setting | value |
-|---|---|
-{listed}
-
-Audit findings (clips):
-
-{findings}
-
-The shards are WebDataset tars: `<key>.npy` (float16 latents, channels × frames) and `<key>.json` (caption, tags,
-seconds, source, hashes). `index.json` describes them. Manifest hash: `{index["manifest"]}`.
-
-The latents can be decoded back to audio: the license and terms of the source recordings apply to them too.
-""",
-    )
+    template = Template(_CARD.read_text(encoding="utf-8"), keep_trailing_newline=True)
+    write_text(folder / "README.md", template.render(index=index, findings=audit.findings))

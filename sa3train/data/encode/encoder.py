@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sa3train.core.device import explain_oom, is_out_of_memory, move_to_device
+from sa3train.core.device import (
+    empty_cache,
+    explain_device_errors,
+    is_out_of_memory,
+    measure_device_memory,
+    move_to_device,
+)
 from sa3train.core.errors import ConfigError
 from sa3train.models.autoencoder import CHUNK_SIZE
 
@@ -105,7 +111,7 @@ class Encoder:
             *(["model.dtype=bf16"] if self.precision == "float32" else []),
             "another device",
         ]
-        with explain_oom(self.device, f"encoding a clip of {longest:.0f} s", remedies):
+        with explain_device_errors(self.device, f"encoding a clip of {longest:.0f} s", remedies):
             single: dict[int, torch.Tensor] = {}
             for index, (clip, seed) in enumerate(zip(clips, seeds, strict=True)):
                 chunked = self.chunked and self.count_frames(clip.shape[1]) > CHUNK_SIZE
@@ -142,9 +148,9 @@ class Encoder:
         Returns:
             Seconds: 60 on the CPU, what half of the free memory holds on a GPU.
         """
-        if self.device.type != "cuda":
+        if self.device.type == "cpu":
             return 60.0
-        free, _ = torch.cuda.mem_get_info(self.device)
+        free = measure_device_memory(self.device).free
         width = int(self.autoencoder.config.encoder.width)
         per_frame = 17 * width * 40 * self.autoencoder.dtype.itemsize  # about forty live vectors a token in a layer
         seconds = 0.5 * free / per_frame * self.autoencoder.downsampling_ratio / self.autoencoder.sample_rate
@@ -167,7 +173,7 @@ class Encoder:
         except RuntimeError as error:
             if len(clips) == 1 or not is_out_of_memory(error):
                 raise
-        torch.cuda.empty_cache()
+        empty_cache(self.device)
         middle = len(clips) // 2
         return [*self._encode_batch(clips[:middle]), *self._encode_batch(clips[middle:])]
 

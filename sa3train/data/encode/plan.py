@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from sa3train.core.errors import DataError
+from sa3train.core.files import replace_path
 from sa3train.core.log import get_logger
 from sa3train.core.user_files import read_file
 from sa3train.data.audit.audit import AuditIndex
-from sa3train.data.audit.checks import is_rejected, make_finding
+from sa3train.data.audit.checks import make_finding
 from sa3train.data.encode.settings import EncodeSettings
 from sa3train.data.shards.index import list_outdated_shards, list_shards, mark_outdated
 from sa3train.data.shards.writer import (
@@ -136,6 +137,7 @@ class EncodePlan:
         index: The audit.
         settings: Settings of the encode.
         basis: What every latent depends on besides its audio, as JSON.
+        dropped: (n,) bool, duplicates of other clips that are not to be encoded.
         accepted: (n,) bool, clips to encode.
         heldout: (n,) bool, clips to hold out.
     """
@@ -149,9 +151,9 @@ class EncodePlan:
             basis: What every latent depends on besides its audio, as JSON.
         """
         self.index, self.settings, self.basis = index, settings, basis
-        self.accepted = ~index.rejected
-        if settings.duplicates == "drop":
-            self.accepted &= index.original == np.arange(len(index))
+        drops = settings.duplicates == "drop"
+        self.dropped = ~index.rejected & (index.original != np.arange(len(index))) & drops
+        self.accepted = ~index.rejected & ~self.dropped
         self.heldout = select_heldout(settings.split, index.sources, index.content, index.find_groups(), self.accepted)
 
     def iterate_rejected(self) -> Iterator[dict[str, Any]]:
@@ -162,7 +164,7 @@ class EncodePlan:
         """
         for number in np.flatnonzero(~self.accepted).tolist():
             row = self.index.row(number)
-            if not is_rejected(row):
+            if self.dropped[number]:
                 original = self.index.sources[self.index.original[number]]
                 row["findings"].append(make_finding("dropped_duplicate", f"of {original}"))
             yield row
@@ -317,7 +319,7 @@ def _set_aside(part: Path) -> None:
     number = 0
     while (target := part.with_name(f"{base}-{number}{STALE}")).exists():
         number += 1
-    part.replace(target)
+    replace_path(part, target)
 
 
 def list_encoded_keys(folder: Path) -> set[str]:

@@ -53,10 +53,7 @@ class EncodeSettings:
     )
     shard_mb: int = setting(512, help="Largest shard.", unit="megabytes", min=1, max=512)
     threads: int | None = setting(
-        None,
-        help="Threads per process that read and measure audio; null: as many as cores, up to 8.",
-        min=1,
-        max=1024,
+        None, help="Threads per process that read and measure audio; null: as many as cores, up to 8.", min=1, max=1024
     )
     reuse: str | None = setting(
         None,

@@ -14,8 +14,8 @@ from sa3train.core.errors import ConfigError, DataError
 from sa3train.core.files import hash_file, write_json
 from sa3train.core.user_files import read_file
 from sa3train.data.shards.writer import ShardEntry, get_listing_path, read_listing
+from sa3train.data.sources.own_folders import INDEX_FILE
 
-INDEX_FILE = "index.json"
 SILENCE_FILE = "silence.npy"
 
 _FORMAT = "sa3train-latents"

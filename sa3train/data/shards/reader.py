@@ -18,10 +18,14 @@ import fsspec
 import numpy as np
 from fsspec.implementations.local import LocalFileSystem
 
+from sa3train.audio.io import AUDIO_SUFFIXES
 from sa3train.core.errors import DataError
 from sa3train.core.log import get_logger
+from sa3train.core.overrides import format_override
+from sa3train.core.text import format_command
 from sa3train.core.user_files import read_file, stat_file
-from sa3train.data.shards.index import INDEX_FILE, SILENCE_FILE, parse_index
+from sa3train.data.shards.index import SILENCE_FILE, parse_index
+from sa3train.data.sources.own_folders import INDEX_FILE
 from sa3train.data.sources.storage import read_remote_file, translate_errors
 
 _logger = get_logger(__name__)
@@ -339,7 +343,7 @@ class LatentStore:
         try:
             with translate_errors("cannot be read"):
                 if self._is_local:
-                    content = os.pread(self._get_descriptor(number), size, start)
+                    content = self._read_local(number, start, size)
                 else:
                     path = f"{self._root}/{self.shards[number]}"
                     content = self._open_file_system()[0].cat_file(path, start=start, end=start + size)
@@ -350,6 +354,11 @@ class LatentStore:
         if len(content) < size:
             raise self._make_error(row, f"received {len(content)} of {size} bytes")
         return bytes(content)
+
+    def _read_local(self, number: int, start: int, size: int) -> bytes:
+        if not hasattr(os, "pread"):  # Windows, where a file that stays open could not be replaced either
+            return read_file(Path(self._root) / self.shards[number], start, size)
+        return os.pread(self._get_descriptor(number), size, start)
 
     def _open_file_system(self) -> tuple[Any, str]:
         """The file system and the folder's path in it, one for each process: fsspec's do not survive a fork."""
@@ -373,9 +382,12 @@ class LatentStore:
                 path = f"{self._root}/{name}"
                 return read_file(path) if self._is_local else read_remote_file(self._open_file_system()[0], path)
         except DataError as error:
-            raise DataError(
-                f"{error}. Give a folder of latent shards made by sa3-encode; if that was interrupted, run it again."
-            ) from error
+            advice = "Give a folder of latent shards made by sa3-encode; if that was interrupted, run it again."
+            folder = Path(self.path)
+            if self._is_local and any(path.suffix.lower() in AUDIO_SUFFIXES for path in folder.glob("*")):
+                words = ["sa3-encode", format_override("source", folder), "out=latents", "model=MODEL"]
+                advice = f"It is a folder of audio. Encode that first: {format_command(words)}"
+            raise DataError(f"{error}. {advice}") from error
 
     def _join(self, name: str) -> str:
         return f"{self.path.rstrip('/')}/{name}"

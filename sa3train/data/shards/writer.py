@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 
 from sa3train.core.errors import DataError
-from sa3train.core.files import replace_file
+from sa3train.core.files import replace_file, replace_path
 
 _BLOCK = 512
 _MAX_BYTES = 512_000_000
@@ -190,7 +190,7 @@ def finish_shard(part: Path, entries: list[ShardEntry] | None = None) -> Path | 
             file.flush()
             os.fsync(file.fileno())
         write_listing(target, found)
-        part.replace(target)
+        replace_path(part, target)
     except OSError as error:
         raise _describe_write_error(part.parent, error) from error
     return target

@@ -6,6 +6,7 @@
 import functools
 import hashlib
 import itertools
+import os
 import posixpath
 import re
 from collections import Counter
@@ -193,7 +194,7 @@ class _Folder:
 
     def __init__(self, storage: LocalStorage, files: Files, listing: Listing) -> None:
         self.storage, self.files, self.listing, self.names = storage, files, listing, files.stamps
-        self.root = f"{storage.root if is_url(storage.root) else Path(storage.root).absolute()}/"
+        self.root = f"{storage.root if is_url(storage.root) else Path(storage.root).absolute().as_posix()}/"
         self.spellings: dict[str, list[str]] = {}  # names by key, where they are not called like their key
         text_folders: dict[str, set[str]] = {suffix: set() for suffix in _TEXT}
         for name in self.names:
@@ -306,10 +307,10 @@ class _Folder:
             if path in self.names:
                 self.add_clip(path, entry)
                 continue
-            is_whole = is_url(path) or path.startswith("/")
+            is_whole = _is_whole(path)
             audio = Blob(path if is_whole else f"{self.root}{path}", name=path)
             stamp = f"{audio.compute_stamp()}|{_hash_text(entry.text)}"
-            source = _show(path.rpartition("://")[2].lstrip("/"))
+            source = _show(path.rpartition("://")[2].replace(os.sep, "/").lstrip("/"))
             row, row_name, notes = entry.text, entry.name, entry.notes
             self.listing.clips.append(Clip(source, audio, row=row, row_name=row_name, notes=notes, stamp=stamp))
 
@@ -371,7 +372,7 @@ class _Folder:
         if not row.paths:
             raise DataError(f"names no file; one of {', '.join(PATH_FIELDS)} is needed")
         given = strip_file_scheme(row.paths[0].strip())
-        if alone and (is_url(given) or given.startswith("/")):
+        if alone and _is_whole(given):
             return given, ""
         path = posixpath.normpath(posixpath.join(base, given))
         if not alone or is_url(self.root):
@@ -384,8 +385,9 @@ class _Folder:
         """Find the files that a path in a list may mean, and the start of that path where it is of another machine."""
         bare = strip_file_scheme(given.strip().strip("\"'").strip())
         slashed = bare.replace("\\", "/")
-        if bare.startswith(self.root):
-            return self.match(bare.removeprefix(self.root)), ""
+        for path in (bare, slashed):
+            if path.startswith(self.root):
+                return self.match(path.removeprefix(self.root)), ""
         if not _ABSOLUTE.match(slashed):
             spellings = dict.fromkeys((given, bare, slashed))
             return next(filter(None, (self.match(posixpath.join(base, path)) for path in spellings)), []), ""
@@ -411,6 +413,11 @@ class _Folder:
             return [full]
         matches = self.look_up(full)
         return [name for name in matches if compose(name) == compose(full)] or matches
+
+
+def _is_whole(path: str) -> bool:
+    """Tell whether a path is one of this machine, or a URL, wherever its list lies."""
+    return is_url(path) or Path(path).is_absolute()
 
 
 @functools.lru_cache(maxsize=1)

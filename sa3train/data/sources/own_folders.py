@@ -8,10 +8,9 @@ from sa3train.core.errors import DataError
 STUDIO, RUN, LATENTS = "the workspace of a studio", "a training run", "latents"
 STUDIO_HOME, STUDIO_RESULTS = ".sa3-studio", "results"
 """Folders by which the workspace of a studio is known."""
-RUN_FILES = ("run.json", "config.yaml")
-INDEX_FILE = "index.json"
+RECORD_FILE, CONFIG_FILE, INDEX_FILE = "run.json", "config.yaml", "index.json"
 INDEX_LIMIT = 64 << 20
-_MARKS = ((RUN, RUN_FILES, b'"identity"'), (LATENTS, (INDEX_FILE,), b'"format": "sa3train-'))
+_MARKS = ((RUN, (RECORD_FILE, CONFIG_FILE), b'"identity"'), (LATENTS, (INDEX_FILE,), b'"format": "sa3train-'))
 """Kind, files that are there, and what the first of them says: others call their files like this too."""
 
 

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import tarfile
 from collections import deque
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ def is_url(path: str) -> bool:
     Returns:
         False for a path on this machine.
     """
-    return "://" in path or "::" in path
+    return re.search(r"[A-Za-z0-9+.-]{2,}://|::", path) is not None  # `C://` is a drive
 
 
 def strip_file_scheme(path: str) -> str:
@@ -46,7 +47,8 @@ def strip_file_scheme(path: str) -> str:
     scheme, mark, rest = path.partition("://")
     if not mark or scheme.lower() not in ("file", "local"):
         return path
-    return unquote(rest.removeprefix("localhost")) if scheme.lower() == "file" else rest
+    path = unquote(rest.removeprefix("localhost")) if scheme.lower() == "file" else rest
+    return re.sub(r"^/(?=[A-Za-z]:[/\\])", "", path)  # file:///C:/clips
 
 
 @dataclass(frozen=True, slots=True)

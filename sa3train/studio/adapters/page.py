@@ -11,25 +11,18 @@ from sa3train.adapters.tools import CheckpointResult, EditResult, Truncation
 from sa3train.adapters.tools.inspect import Comparison, Inspection
 from sa3train.core.dtypes import DTYPES
 from sa3train.core.text import format_number, list_few
+from sa3train.reports.html import render_details, render_facts
 from sa3train.studio.adapters import actions
-from sa3train.studio.adapters.actions import Output
-from sa3train.studio.play.cards import render_load_report, render_table
-from sa3train.studio.server.folders import list_adapters, list_models
-from sa3train.studio.server.widgets import (
-    build_optional_number,
-    explain_value,
-    fill_when_shown,
-    parse_optional_int,
-    parse_optional_number,
-    render_command,
-    render_notice,
-    render_placeholder,
-    show_errors,
-)
+from sa3train.studio.play.cards import render_load_report
+from sa3train.studio.server import widgets as ui
+from sa3train.studio.server.folders import list_adapters, list_models, name_adapter
 from sa3train.studio.server.workspace import Workspace
 
 SHOWN_LAYERS = 15
-NO_MODEL = "no model"
+FORMATS = [
+    ("native (.safetensors)", "native"), ("ComfyUI (.safetensors)", "comfy"), ("sa3.cpp (.gguf)", "gguf"),
+    ("PEFT (a folder)", "peft"), ("diffusers (a folder)", "diffusers"),
+]  # fmt: skip
 NOTHING_YET = "Choose an adapter on the left. What it holds, how it fits, or what was written appears here."
 Tool = tuple[Callable[..., str], list[Any], list[gr.Dropdown]]
 """A tool's handler, inputs, and the inputs that choose adapters."""
@@ -50,16 +43,16 @@ def render_inspection(workspace: Workspace, inspection: Inspection, plot: Path |
     report = inspection.load_report
     groups = [[name, str(group.layers), format_number(group.norm)] for name, group in inspection.groups.items()]
     parts = [
-        *(render_notice(text, "warning") for text in inspection.problems),
+        *(ui.render_notice(text, "warning") for text in inspection.problems),
         _render_facts(inspection.settings, "Settings"),
         _render_facts(inspection.provenance, "Provenance"),
-        render_table(["group", "layers", "norm of the change"], groups, "Groups of layers"),
+        ui.render_text_table("Groups of layers", ["group", "layers", "norm of the change"], groups),
     ]
     if plot is not None:
         url = escape(workspace.get_url(plot), quote=True)
         image = f'<img class="plot" alt="change by layer" src="{url}">'
-        parts.append(f"<details><summary>Every layer</summary>{image}</details>")
-    card = _render_card(escape(workspace.shorten(inspection.source)), parts, command)
+        parts.append(render_details("Every layer", image))
+    card = _render_card(escape(name_adapter(workspace.shorten(inspection.source))), parts, command)
     return card + ("" if report is None else render_load_report(report.to_dict(), report.summary, report.refusal))
 
 
@@ -79,15 +72,17 @@ def render_comparison(comparison: Comparison, command: list[str], names: tuple[s
     layers = comparison.list_differences(SHOWN_LAYERS)
     title = f"{comparison.compared}: the {len(layers)} most different of {len(comparison.layers)} shared layers"
     parts = [
-        *(render_notice(text, "warning") for text in comparison.warnings),
-        render_notice("The two have the same type, scales and tensors, bit for bit.") if comparison.identical else "",
-        render_table(["differs", *names], changed, "Settings and provenance") if changed else "",
+        *(ui.render_notice(text, "warning") for text in comparison.warnings),
+        ui.render_notice("The two have the same type, scales and tensors, bit for bit.")
+        if comparison.identical
+        else "",
+        ui.render_text_table("Settings and provenance", ["differs", *names], changed),
         *(
-            render_notice(f"only in {name}: {len(paths)} layers, such as {list_few(paths)}")
+            ui.render_notice(f"only in {name}: {len(paths)} layers, such as {list_few(paths)}")
             for name, paths in only
             if paths
         ),
-        render_table(["layer", "relative difference", "cosine"], layers, title) if layers else "",
+        ui.render_text_table(title, ["layer", "relative difference", "cosine"], layers),
     ]
     return _render_card(" and ".join(escape(name) for name in names), parts, command)
 
@@ -105,8 +100,8 @@ def render_result(workspace: Workspace, result: EditResult | CheckpointResult, c
     """
     parts = [
         _render_facts(result.facts, "Written"),
-        *(render_notice(text, "warning") for text in result.warnings),
-        *(render_notice(text) for text in result.notes),
+        *(ui.render_notice(text, "warning") for text in result.warnings),
+        *(ui.render_notice(text) for text in result.notes),
     ]
     title = f"Written: {escape(workspace.shorten(result.target))}"
     return _render_card(title, parts, command, ' role="status"')
@@ -121,15 +116,14 @@ def build_adapters_page(workspace: Workspace) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=380), gr.Tabs(elem_id="adapter-tools"):
             tools = []
-            for build in (_inspect, _compare, _convert, _merge, _resize):
-                name = build.__name__.strip("_")
+            for name, build in TABS.items():
                 with gr.Tab(name.capitalize()):
                     tool = build(workspace)
                     button = gr.Button(name.capitalize(), variant="primary", elem_id=f"{name}-run")
                 tools.append((button, *tool))
         with gr.Column(scale=7, min_width=420):
             gr.HTML("<h2>Result</h2>", elem_classes="studio-title", apply_default_css=False)
-            result = gr.HTML(render_placeholder(NOTHING_YET), elem_id="adapters-result", apply_default_css=False)
+            result = gr.HTML(ui.render_placeholder(NOTHING_YET), elem_id="adapters-result", apply_default_css=False)
     choosers = [chooser for *_, own in tools for chooser in own]
 
     def refresh() -> list[Any]:
@@ -138,79 +132,93 @@ def build_adapters_page(workspace: Workspace) -> None:
 
     quiet: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 1, "concurrency_id": "adapter-tools"}
     for button, run, inputs, _ in tools:
-        button.click(show_errors(run), inputs, result, **quiet).success(
+        button.click(ui.show_errors(run), inputs, result, **quiet).success(
             refresh, None, choosers, show_progress="hidden", **quiet
         )
-    fill_when_shown(refresh, choosers)
+    ui.fill_when_shown(refresh, choosers)
 
 
-def _inspect(workspace: Workspace) -> Tool:
-    inputs = [_choose_adapter("inspect"), _choose_model(workspace, "Check against a model")]
+def _choose_inspection(workspace: Workspace) -> Tool:
+    inputs = [
+        _choose_adapter("inspect"),
+        _choose_model(workspace, "Shows whether the adapter fits, and how much it changes."),
+    ]
 
     def run(path: str | None, model: str) -> str:
-        return render_inspection(workspace, *actions.inspect(workspace, path or "", _get_model(model)))
+        return render_inspection(workspace, *actions.inspect(workspace, path or "", model))
 
     return run, inputs, inputs[:1]
 
 
-def _compare(workspace: Workspace) -> Tool:
+def _choose_comparison(workspace: Workspace) -> Tool:
     choosers = [_choose_adapter("first", "First adapter"), _choose_adapter("second", "Second adapter")]
-    model = _choose_model(workspace, "Compare changes of a model's weights")
+    model = _choose_model(workspace, "Compares the changes of its weights, whatever the types.")
 
     def run(first: str | None, second: str | None, model: str) -> str:
-        compared = actions.compare(workspace, first or "", second or "", _get_model(model))
+        compared = actions.compare(workspace, first or "", second or "", model)
         return render_comparison(*compared, (str(first), str(second)))
 
     return run, [*choosers, model], choosers
 
 
-def _convert(workspace: Workspace) -> Tool:
-    path = _choose_adapter("convert", "Adapter, or a pickle (.ckpt, .pt)")
-    to = gr.Radio(list(actions.FORMATS), value=next(iter(actions.FORMATS)), label="To", elem_id="convert-to")
-    output = [
-        *_choose_target("convert", "such as adapters/style_comfy.safetensors; a folder for PEFT"),
-        _choose_model(workspace, "Base model: measures the error, and is needed for some types"),
-        *_choose_rank("convert", "If the format cannot carry the type: approximate by a lora of"),
-    ]
-
-    def run(path: Any, to: str, *output: Any) -> str:
-        form = actions.FORMATS[to]
-        return render_result(workspace, *actions.convert(workspace, path or "", form, _build_output(*output)))
-
-    return run, [path, to, *output], [path]
+def _choose_conversion(workspace: Workspace) -> Tool:
+    source = _choose_adapter("convert", "Adapter, or a pickle (.ckpt, .pt)")
+    to = gr.Radio(FORMATS, value="native", label="To", elem_id="convert-to")
+    target = _choose_target("convert", "such as adapters/style_comfy.safetensors; a folder for PEFT and diffusers")
+    model = _choose_model(workspace, "Measures the error, and is needed for some types.")
+    rank = _choose_rank("convert", "If the format cannot carry the type: approximate by a lora of", "q8_0")
+    dense = gr.Checkbox(label=ui.FLAG_LABELS["--dense"], info="For any version of ComfyUI. Needs the base model.")
+    return _build_writer(
+        workspace, "convert", {"sources": source, "to": to, **target, "model": model, **rank, "dense": dense}
+    )
 
 
-def _merge(workspace: Workspace) -> Tool:
-    paths = gr.Dropdown([], multiselect=True, label="Adapters", allow_custom_value=True, elem_id="merge-paths")
+def _choose_merge(workspace: Workspace) -> Tool:
+    sources = gr.Dropdown([], multiselect=True, label="Adapters", allow_custom_value=True, elem_id="merge-paths")
     strengths = gr.Textbox(
         "", label="Strengths in the same order, with commas (empty: 1 each)", elem_id="merge-strengths"
     )
-    output = [
-        *_choose_target("merge", "a .safetensors file for one adapter; a folder for a checkpoint"),
-        _choose_model(workspace, "The checkpoint, or the adapters' base model"),
-        *_choose_rank("merge", "Merge into one adapter of this rank; leave empty to merge into a checkpoint"),
-    ]
+    target = _choose_target("merge", "a .safetensors file for one adapter; a folder for a checkpoint")
+    model = _choose_model(workspace, "The checkpoint to merge into, or what the adapters were trained on.")
+    rank = _choose_rank("merge", "Rank of the one adapter; without it ranks add up, and a folder gets a checkpoint")
+    loss = gr.Checkbox(
+        label=ui.FLAG_LABELS["--allow-loss"], info="Accept what one adapter cannot hold of types with magnitudes."
+    )
+    partial = gr.Checkbox(
+        label=ui.FLAG_LABELS["--allow-partial"], info="Merge adapters of which only some layers fit the checkpoint."
+    )
+    fields = {"sources": sources, "strengths": strengths, **target, "model": model, **rank}
+    return _build_writer(workspace, "merge", fields | {"allow_loss": loss, "allow_partial": partial})
 
-    def run(paths: list[str] | None, strengths: str, *output: Any) -> str:
-        chosen = paths or []
-        adapters = list(zip(chosen, actions.parse_strengths(strengths, len(chosen)), strict=True))
-        return render_result(workspace, *actions.merge(workspace, adapters, _build_output(*output)))
 
-    return run, [paths, strengths, *output], [paths]
+def _choose_resize(workspace: Workspace) -> Tool:
+    source = _choose_adapter("resize")
+    target = _choose_target("resize", "such as adapters/style_r4.safetensors")
+    model = _choose_model(workspace, "Needed for types other than lora, dora and bora.")
+    return _build_writer(
+        workspace, "resize", {"sources": source, **target, "model": model, **_choose_rank("resize", "New rank")}
+    )
 
 
-def _resize(workspace: Workspace) -> Tool:
-    path = _choose_adapter("resize")
-    output = [
-        *_choose_target("resize", "such as adapters/style_r4.safetensors"),
-        _choose_model(workspace, "Base model (needed for types other than lora, dora and bora)"),
-        *_choose_rank("resize", "New rank"),
-    ]
+TABS: dict[str, Callable[[Workspace], Tool]] = {
+    "inspect": _choose_inspection, "compare": _choose_comparison, "convert": _choose_conversion, "merge": _choose_merge,
+    "resize": _choose_resize,
+}  # fmt: skip
 
-    def run(path: Any, *output: Any) -> str:
-        return render_result(workspace, *actions.resize(workspace, path or "", _build_output(*output)))
 
-    return run, [path, *output], [path]
+def _build_writer(workspace: Workspace, tool: str, fields: dict[str, Any]) -> Tool:
+    """Make the handler of a tool that writes: the fields have the names of the flags of `sa3-adapter`."""
+
+    def run(*values: Any) -> str:
+        given = dict(zip(fields, values, strict=True))
+        chosen = given.pop("sources") or []
+        paths = [chosen] if isinstance(chosen, str) else chosen
+        strengths = actions.parse_strengths(given.pop("strengths", ""), len(paths))
+        given |= {name: parse(given[name]) for name, parse in NUMBERS.items()}
+        adapters = list(zip(paths, strengths, strict=True))
+        return render_result(workspace, *actions.write(workspace, tool, adapters, given.pop("target"), **given))
+
+    return run, list(fields.values()), [fields["sources"]]
 
 
 def _choose_adapter(name: str, label: str = "Adapter") -> gr.Dropdown:
@@ -218,49 +226,54 @@ def _choose_adapter(name: str, label: str = "Adapter") -> gr.Dropdown:
     return gr.Dropdown([], value=None, label=label, allow_custom_value=True, elem_id=f"{name}-adapter")
 
 
-def _choose_model(workspace: Workspace, label: str) -> gr.Dropdown:
-    return gr.Dropdown([(NO_MODEL, NO_MODEL), *list_models(workspace)], value=NO_MODEL, label=label, filterable=False)
+def _choose_model(workspace: Workspace, info: str) -> gr.Dropdown:
+    choices = [("no model", ""), *list_models(workspace)]
+    return gr.Dropdown(choices, value="", label=ui.FLAG_LABELS["--model"], info=info, filterable=False)
 
 
-def _choose_target(name: str, example: str) -> tuple[gr.Textbox, gr.Checkbox]:
+def _choose_target(name: str, example: str) -> dict[str, Any]:
     target = gr.Textbox(label="Write to", placeholder=example, elem_id=f"{name}-target")
-    return target, gr.Checkbox(label="Overwrite", elem_id=f"{name}-overwrite")
+    return {
+        "target": target,
+        "overwrite": gr.Checkbox(label=ui.FLAG_LABELS["--overwrite"], elem_id=f"{name}-overwrite"),
+    }
 
 
-def _choose_rank(name: str, label: str) -> tuple[gr.Textbox, gr.Textbox, gr.Dropdown]:
+def _choose_rank(name: str, label: str, *dtypes: str) -> dict[str, Any]:
     gr.Markdown(label, elem_classes="soft")
     with gr.Row():
-        rank = build_optional_number("Rank", elem_id=f"{name}-rank")
-        explain_value(rank, lambda text: _parse_truncation(text, None))
-        variance = build_optional_number("or explained variance", placeholder="such as 0.95")
-        explain_value(variance, lambda text: _parse_truncation(None, text))
-        dtype = gr.Dropdown(list(DTYPES), value="fp16", label="Dtype", filterable=False, min_width=90)
-    return rank, variance, dtype
+        rank = ui.build_optional_number(ui.FLAG_LABELS["--rank"], elem_id=f"{name}-rank")
+        variance = ui.build_optional_number(ui.FLAG_LABELS["--explained-variance"], placeholder="such as 0.95")
+        dtype = gr.Dropdown(
+            [("default", ""), *DTYPES, *dtypes],
+            value="",
+            label=ui.FLAG_LABELS["--dtype"],
+            filterable=False,
+            min_width=90,
+        )
+    ui.explain_value(rank, NUMBERS["rank"])
+    ui.explain_value(variance, NUMBERS["explained_variance"])
+    return {"rank": rank, "explained_variance": variance, "dtype": dtype}
 
 
-def _get_model(model: str | None) -> str | None:
-    return None if model in (None, "", NO_MODEL) else model
+def _parse_rank(text: str | None) -> int | None:
+    rank: int | None = ui.parse_optional_number("Rank", text, is_integer=True)
+    return None if rank is None else Truncation(rank).rank
 
 
-def _build_output(target: str, tick: bool, model: str, rank: str | None, variance: str | None, dtype: str) -> Output:
-    return Output(target, _get_model(model), _parse_truncation(rank, variance), dtype, bool(tick))
+def _parse_variance(text: str | None) -> float | None:
+    variance: float | None = ui.parse_optional_number("Explained variance", text)
+    return None if variance is None else Truncation(explained_variance=variance).explained_variance
 
 
-def _parse_truncation(rank: str | None, variance: str | None) -> Truncation | None:
-    settings = parse_optional_int("rank", rank), parse_optional_number("explained variance", variance)
-    return None if settings == (None, None) else Truncation(*settings)
+NUMBERS: dict[str, Callable[[str | None], Any]] = {"rank": _parse_rank, "explained_variance": _parse_variance}
 
 
 def _render_card(title: str, parts: list[str], command: list[str], attributes: str = "") -> str:
-    body = "".join((*parts, render_command(command)))
-    return f'<article class="card"><h3{attributes}>{title}</h3>{body}</article>'
+    body = "".join((*parts, ui.render_command(command)))
+    return ui.render_panel(f'<article class="card"><h3{attributes}>{title}</h3>{body}</article>')
 
 
-def _render_facts(facts: Mapping[str, str], caption: str) -> str:
-    rows = "".join(
-        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>'
-        for name, value in facts.items()
-        if value
-    )
-    table = f"<table><caption>{escape(caption)}</caption><tbody>{rows}</tbody></table>"
-    return f'<div class="studio-table">{table}</div>' if rows else ""
+def _render_facts(facts: Mapping[str, str], title: str) -> str:
+    rows = [(name, value) for name, value in facts.items() if value]
+    return f"<h4>{title}</h4>{render_facts(rows)}" if rows else ""

@@ -1,4 +1,5 @@
-/* The list of adapters. props.value: {rows: [{path, strength, conditioner, low, high, exclude, partial}]}.
+/* The list of adapters. props.value: {rows: [{path, strength, conditioner_strength, low, high, exclude_layers,
+   allow_partial}]}.
    The page's datalist #adapter-files has the files to choose from. */
 sa3.rack = (element, props, watch, upload) => {
   const {make} = sa3;
@@ -10,7 +11,7 @@ sa3.rack = (element, props, watch, upload) => {
   const files = () => [...document.querySelectorAll('#adapter-files option')].map(option => option.value);
   const put = next => { props.value = {...value(), rows: next}; };
   const change = next => { put(next); draw(); };
-  const fresh = path => ({path, strength: 1, conditioner: null, low: 0, high: 1, exclude: '', partial: false});
+  const fresh = path => ({path, strength: 1, conditioner_strength: null, low: 0, high: 1, exclude_layers: '', allow_partial: false});
   const add = make('button', {type: 'button', class: 'small', onclick: () => {
     const used = all().map(row => row.path), free = files().find(path => !used.includes(path));
     change([...all(), fresh(free || '')]);
@@ -44,8 +45,14 @@ sa3.rack = (element, props, watch, upload) => {
   const fields = (row, index) => make('fieldset', {},
     make('legend', {}, `Adapter ${index + 1}`),
     make('label', {class: 'wide'}, make('span', {}, 'File'), make('input', {
-      type: 'text', list: 'adapter-files', value: row.path, spellcheck: 'false', placeholder: 'path of a .safetensors file',
-      onchange: event => put(all().map((old, other) => other === index ? {...old, path: event.target.value} : old))})),
+      type: 'text', list: 'adapter-files', value: row.path, spellcheck: 'false', placeholder: 'file, run folder or RUN@STEP',
+      onchange: event => {
+        put(all().map((old, other) => other === index ? {...old, path: event.target.value} : old));
+        event.target.closest('fieldset').querySelector('.soft').hidden = Boolean(event.target.value);
+      }})),
+    make('p', {class: 'soft wide', hidden: Boolean(row.path)}, files().length
+      ? 'Choose a file from the list, or enter its path.'
+      : 'No adapter found yet. Train one on the Runs page, or upload a file.'),
     number(index, 'strength', 'Strength'),
     make('input', {type: 'range', min: 0, max: 2, step: 0.05, value: row.strength, 'data-of': 'strength',
       'aria-label': `strength of adapter ${index + 1}`,
@@ -54,14 +61,14 @@ sa3.rack = (element, props, watch, upload) => {
         field.value = event.target.value; field.dispatchEvent(new Event('input'));
       }}),
     make('details', {}, make('summary', {}, 'Conditioner, noise levels, layers'), make('div', {class: 'more'},
-      number(index, 'conditioner', 'Conditioner strength', {placeholder: 'same as strength'}),
+      number(index, 'conditioner_strength', 'Conditioner strength', {placeholder: 'same as strength'}),
       number(index, 'low', 'Min noise level', {min: 0, max: 1}),
       number(index, 'high', 'Max noise level', {min: 0, max: 1}),
       make('label', {class: 'wide'}, make('span', {}, 'Exclude layers'), make('input', {
-        type: 'text', value: row.exclude, placeholder: 'for example cross_attn, layers.[0-5]',
-        onchange: event => put(all().map((old, other) => other === index ? {...old, exclude: event.target.value} : old))})),
-      make('label', {class: 'tick wide'}, make('input', {type: 'checkbox', checked: row.partial,
-        onchange: event => put(all().map((old, other) => other === index ? {...old, partial: event.target.checked} : old))}),
+        type: 'text', value: row.exclude_layers, placeholder: 'for example cross_attn, layers.[0-5]',
+        onchange: event => put(all().map((old, other) => other === index ? {...old, exclude_layers: event.target.value} : old))})),
+      make('label', {class: 'tick wide'}, make('input', {type: 'checkbox', checked: row.allow_partial,
+        onchange: event => put(all().map((old, other) => other === index ? {...old, allow_partial: event.target.checked} : old))}),
         make('span', {}, 'Allow partial load')))),
     make('button', {type: 'button', class: 'small', 'aria-label': `remove adapter ${index + 1}`,
       onclick: () => { change(all().filter((_, other) => other !== index)); add.focus(); }}, 'Remove'));

@@ -44,6 +44,7 @@ window.sa3 = (() => {
   document.addEventListener('click', event => {
     const button = event.target.closest('button.copy');
     if (button) copy(button);
+    if (event.target.closest('button.primary')) for (const one of document.querySelectorAll('.toast-close')) one.click();
     const picture = event.target.closest('.take .picture');
     const audio = picture && picture.closest('.take').querySelector('audio');
     if (audio) {

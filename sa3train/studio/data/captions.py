@@ -4,7 +4,6 @@ Every save is logged before a file is touched, with the content of each file bef
 interrupted save can be undone like any other, and nothing that another program wrote meanwhile is overwritten.
 """
 
-import base64
 import datetime
 import hashlib
 import json
@@ -278,21 +277,16 @@ def _write_log(workspace: Workspace, folder: Path, log: Sequence[dict[str, Any]]
 
 
 def _make_log_entry(changes: Sequence[Change]) -> dict[str, Any]:
-    files = [
-        {"path": str(change.path), "before": _encode_content(change.before), "after": _encode_content(change.after)}
-        for change in changes
-    ]
+    files = [{name: _encode_content(value) for name, value in vars(change).items()} for change in changes]
     return {"at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "files": files}
 
 
 def _parse_change(workspace: Workspace, file: dict[str, str | None]) -> Change:
     before = file["before"]
-    return Change(
-        workspace.resolve(str(file["path"])),
-        None if before is None else base64.b64decode(before),
-        base64.b64decode(str(file["after"])),
-    )
+    content = None if before is None else before.encode("latin-1")
+    return Change(workspace.resolve(str(file["path"])), content, str(file["after"]).encode("latin-1"))
 
 
-def _encode_content(content: bytes | None) -> str | None:
-    return None if content is None else base64.b64encode(content).decode("ascii")
+def _encode_content(value: Path | bytes | None) -> str | None:
+    """A path, or the content of a file, whose bytes become characters one by one, whatever its encoding."""
+    return value.decode("latin-1") if isinstance(value, bytes) else None if value is None else str(value)

@@ -8,18 +8,12 @@ from typing import Any
 
 import gradio as gr
 
+from sa3train.core.text import list_few
 from sa3train.data.sources.listing import Clip
 from sa3train.studio.data import captions
 from sa3train.studio.data.captions import Change, Edit, get_caption, list_clips
 from sa3train.studio.data.jobs_tabs import render_player
-from sa3train.studio.server.widgets import (
-    parse_optional_int,
-    render_command,
-    render_notice,
-    render_panel,
-    render_placeholder,
-    show_errors,
-)
+from sa3train.studio.server import widgets as ui
 from sa3train.studio.server.workspace import StudioError, Workspace
 
 PAGE = 40
@@ -60,7 +54,7 @@ def _build_controls() -> _Controls:
                 words = gr.Textbox("", label="Search clips and captions", scale=3, min_width=160)
                 page = gr.Number(1, label="Page", scale=1, min_width=80)
                 bare = gr.Checkbox(False, label="Without caption only", scale=1, min_width=150)
-            count = gr.HTML(render_placeholder(CHOOSE), elem_id="captions-count")
+            count = gr.HTML(ui.render_placeholder(CHOOSE), elem_id="captions-count")
             table = gr.Dataframe(
                 [], headers=["clip", "caption"], column_count=2, static_columns=[0], type="array", datatype="str",
                 wrap=True, interactive=True, max_height=520, column_widths=["32%", "68%"], label="Captions",
@@ -72,7 +66,7 @@ def _build_controls() -> _Controls:
                 undo = gr.Button("Undo", elem_id="captions-undo", min_width=80)
                 reload = gr.Button("Reload", elem_id="captions-reload", min_width=80)
             status = gr.HTML("", elem_id="captions-status")
-            player = gr.HTML(render_placeholder(LISTEN), elem_id="captions-player")
+            player = gr.HTML(ui.render_placeholder(LISTEN), elem_id="captions-player")
     return _Controls(words, bare, page, table, count, status, player, save, undo, reload)
 
 
@@ -87,39 +81,39 @@ def build_captions_tab(workspace: Workspace, folder: gr.Dropdown) -> None:
 
     def show_rows(path: str | None, text: str, only: bool, number: float) -> tuple[Any, ...]:
         if not path:
-            return NOTHING, [], render_placeholder(CHOOSE), 1, render_placeholder(LISTEN)
-        source, wanted = workspace.resolve_folder(path), parse_optional_int("page", number) or 1
-        rows, total, number = list_rows(workspace, source, text, only, wanted)
+            return NOTHING, [], ui.render_placeholder(CHOOSE), 1, ui.render_placeholder(LISTEN)
+        source, wanted = workspace.resolve_folder(path), ui.parse_optional_number("Page", number, is_integer=True)
+        rows, total, number = list_rows(workspace, source, text, only, wanted or 1)
         pages, undoable = max(1, -(-total // PAGE)), captions.count_saves(workspace, source)
         line = f"{total:,} clip{'s' * (total != 1)}, page {number} of {pages}; saves that can be undone: {undoable}"
-        return (path, dict(rows)), rows, render_panel(f'<p class="soft">{line}</p>'), number, render_placeholder(LISTEN)
+        count = ui.render_panel(f'<p class="soft">{line}</p>')
+        return (path, dict(rows)), rows, count, number, ui.render_placeholder(LISTEN)
 
-    @show_errors
+    @ui.show_errors
     def turn_page(path: str, text: str, only: bool, number: float, before: Shown, rows: Rows) -> tuple[Any, ...]:
         _refuse_unsaved(before, rows)
         return show_rows(path, text, only, number)
 
-    @show_errors
+    @ui.show_errors
     def save_edits(path: str, text: str, only: bool, number: float, before: Shown, rows: Rows) -> tuple[Any, ...]:
         edits = find_edits(before[1], rows)
         changes = captions.save_captions(workspace, resolve_shown_folder(workspace, before), edits)
         if not changes:
-            return *(gr.skip(),) * 5, render_notice("Nothing to save: no caption was changed.")
-        names = ", ".join(workspace.shorten(change.path) for change in changes[:5])
-        more = f" and {len(changes) - 5} more" if len(changes) > 5 else ""
-        box = render_command(build_commands(changes))
-        return *show_rows(path, text, only, number), render_notice(f"Saved {names}{more}.") + box
+            return *(gr.skip(),) * 5, ui.render_notice("Nothing to save: no caption was changed.")
+        names = list_few([workspace.shorten(change.path) for change in changes], 5)
+        box = ui.render_command(build_commands(changes))
+        return *show_rows(path, text, only, number), ui.render_notice(f"Saved {names}.") + box
 
-    @show_errors
+    @ui.show_errors
     def undo_edits(path: str, text: str, only: bool, number: float, before: Shown, rows: Rows) -> tuple[Any, ...]:
         _refuse_unsaved(before, rows)
         names = captions.undo_save(workspace, resolve_shown_folder(workspace, before))
-        return *show_rows(path, text, only, number), render_notice(f"Restored: {', '.join(names[:5])}.")
+        return *show_rows(path, text, only, number), ui.render_notice(f"Restored: {', '.join(names[:5])}.")
 
-    @show_errors
+    @ui.show_errors
     def select_clip(before: Shown, chosen: gr.SelectData) -> str:
         if not chosen.row_value:
-            return render_placeholder(LISTEN)
+            return ui.render_placeholder(LISTEN)
         return render_clip(workspace, resolve_shown_folder(workspace, before), str(chosen.row_value[0]))
 
     inputs = [folder, tab.words, tab.bare, tab.page]
@@ -127,7 +121,7 @@ def build_captions_tab(workspace: Workspace, folder: gr.Dropdown) -> None:
     held: dict[str, Any] = {"js": HOLD, "show_progress": "hidden"}
     listeners = (folder.change, tab.words.submit, tab.bare.input, tab.page.submit)
     events = [listen(turn_page, both, outputs, **held) for listen in listeners]
-    events.append(tab.reload.click(show_errors(show_rows), inputs, outputs, **held))
+    events.append(tab.reload.click(ui.show_errors(show_rows), inputs, outputs, **held))
     events.append(tab.save.click(save_edits, both, [*outputs, tab.status], **held))
     events.append(tab.undo.click(undo_edits, both, [*outputs, tab.status], **held))
     for event in events:
@@ -246,7 +240,7 @@ def render_clip(workspace: Workspace, folder: Path, source: str) -> str:
     path = workspace.resolve_file(folder / source, "clip")
     decoded = read_whole(path)
     row = measure(decoded.audio_CN.numpy(), decoded.sample_rate, decoded.speakers)
-    return render_panel(
+    return ui.render_panel(
         f'<div class="tile"><b>{escape(Path(source).name)}</b>'
         f'<div class="wave wide">{draw_waveform(row["thumb"])}</div>{render_player(workspace, path)}'
         f"<span>{format_measurements(row)}</span></div>"

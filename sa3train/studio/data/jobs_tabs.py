@@ -1,7 +1,7 @@
 """The Audit and Encode tabs: each starts a command in a process of its own, and shows its progress and result."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
@@ -10,42 +10,39 @@ from typing import Any
 import gradio as gr
 
 from sa3train.core.errors import DataError, SA3Error
-from sa3train.core.user_files import stat_file
+from sa3train.core.user_files import read_file
 from sa3train.data.audit.checks import FINDING_TYPES, SEVERITIES, find_worst_severity
 from sa3train.data.audit.report import draw_waveform, format_measurements
-from sa3train.data.encode.settings import AUGMENTATIONS, FIX_NAMES, EncodeSettings
+from sa3train.data.encode.settings import EncodeSettings
 from sa3train.data.shards.index import INDEX_FILE, summarize_data
 from sa3train.reports.html import format_duration, render_details, render_table, render_tile
 from sa3train.studio.data import jobs
 from sa3train.studio.data.captions import list_clips
 from sa3train.studio.data.jobs import STATES, DataJob
+from sa3train.studio.server import widgets as ui
 from sa3train.studio.server.folders import list_models, resolve_model_name
-from sa3train.studio.server.widgets import render_command, render_notice, render_panel, render_placeholder, show_errors
 from sa3train.studio.server.workspace import StudioError, Workspace
 
 MAX_ROWS = 60
 """Clips shown of an audit, worst first."""
-ANY_MODEL = "any"
 LOG_LINES = 12
-NO_AUDIT = "An audit decodes and measures every clip, and lists problems with their remedies. It changes nothing."
-NO_ENCODE = "Encoding turns each clip, at its own length, into latents for training. It can be stopped and resumed."
+ENCODE_FIELDS: dict[str, dict[str, Any]] = {
+    "captions": {"info": "Clips without a caption: reject them, or encode them for the empty prompt."},
+    "fixes": {"info": "Applied while encoding, never to your files. loudness: -14 LUFS, peaks at most -1 dBFS."},
+    "augmentations": {},
+    "split": {"widget": gr.Slider, "maximum": 0.5, "step": 0.01, "info": "Share of the clips to hold out."},
+    "duplicates": {},
+    "max_rejected": {"widget": gr.Slider, "step": 0.01, "info": "Stop if more than this share is rejected."},
+}
+"""Settings of an encode with a field each, and what their fields differ in from the usual ones."""
 
 
-@dataclass(frozen=True)
-class AuditReport:
-    """An audit.
-
-    Attributes:
-        summary: Its counts.
-        rows: The rows of its worst clips.
-    """
-
-    summary: Mapping[str, Any]
-    rows: Sequence[Mapping[str, Any]]
+Audit = tuple[Mapping[str, Any], Sequence[Mapping[str, Any]]]
+"""The counts of an audit, and the rows of its worst clips."""
 
 
-def read_audit(path: Path, max_rows: int = MAX_ROWS) -> AuditReport:
-    """Read an `audit.json`, one line at a time.
+def read_audit(path: Path, max_rows: int = MAX_ROWS) -> Audit:
+    """Read an `audit.json`.
 
     Args:
         path: Path of the file.
@@ -57,27 +54,14 @@ def read_audit(path: Path, max_rows: int = MAX_ROWS) -> AuditReport:
     Raises:
         DataError: When the file is damaged.
     """
-    groups: list[list[dict[str, Any]]] = [[] for _ in range(len(SEVERITIES) + 1)]
-    summary = ""
     try:
-        stat_file(path)
-        with path.open(encoding="utf-8") as file:
-            for line in file:
-                if line.startswith('{"source"'):
-                    row = json.loads(line.rstrip().rstrip(","))
-                    group = groups[find_worst_severity(row)]
-                    if len(group) < max_rows:
-                        group.append(row)
-                elif summary or line.startswith('"summary"'):
-                    summary += line
-        # The file ends with the object that began on its first line.
-        found = json.loads("{" + summary)["summary"]
+        found = json.loads(read_file(path))
+        return found["summary"], sorted(found["clips"], key=find_worst_severity)[:max_rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}): audit the folder again.") from error
-    return AuditReport(found, [row for group in groups for row in group][:max_rows])
 
 
-def render_audit(workspace: Workspace, audit: AuditReport, source: Path) -> str:
+def render_audit(workspace: Workspace, audit: Audit, source: Path) -> str:
     """Render an audit.
 
     Args:
@@ -88,7 +72,7 @@ def render_audit(workspace: Workspace, audit: AuditReport, source: Path) -> str:
     Returns:
         HTML.
     """
-    summary = audit.summary
+    summary, clips = audit
     tiles = [
         render_tile(f"{summary['clips']:,}", "clips"),
         render_tile(f"{summary['rejected']:,}", "rejected", "bad" if summary["rejected"] else "good"),
@@ -96,17 +80,17 @@ def render_audit(workspace: Workspace, audit: AuditReport, source: Path) -> str:
     ]
     findings = [
         [f'<span class="{item["severity"]}">{escape(item["severity"])}</span>', f"{item['clips']:,}",
-         escape(FINDING_TYPES[code].title), escape(item["remedy"])]
+         escape(FINDING_TYPES[code].title), escape(ui.name_fields(item["remedy"]))]
         for code, item in summary["findings"].items()
     ]  # fmt: skip
     table = render_table(("", "clips", "finding", "remedy"), findings, numbers=(1,))
-    rows = [_render_row(workspace, source, row) for row in audit.rows]
-    clips = render_table(("waveform", "clip", "findings", "listen"), rows)
+    rows = [_render_row(workspace, source, row) for row in clips]
+    listed = render_table(("waveform", "clip", "findings", "listen"), rows)
     left = summary["clips"] - len(rows)
     more = f'<p class="soft">and {left:,} more: all are in audit.json.</p>' if left > 0 else ""
-    return render_panel(
-        f'<div class="tiles">{"".join(tiles)}</div>{table if findings else render_notice("No problems found.")}'
-        f"<h3>Clips, worst first</h3>{clips}{more}"
+    return ui.render_panel(
+        f'<div class="tiles">{"".join(tiles)}</div>{table if findings else ui.render_notice("No problems found.")}'
+        f"<h3>Clips, worst first</h3>{listed}{more}"
     )
 
 
@@ -139,108 +123,118 @@ def render_player(workspace: Workspace, path: Path) -> str:
     return f'<audio controls preload="none" src="{escape(url)}" aria-label="{escape(path.name)}"></audio>'
 
 
-def build_audit_tab(workspace: Workspace, folder: gr.Dropdown, tick: gr.Timer) -> None:
-    """Build the Audit tab.
+@dataclass(frozen=True)
+class JobTab:
+    """What one of the tabs has of its own.
+
+    Attributes:
+        kind: "audit" or "encode".
+        hint: What is shown while there is no result.
+        build_fields: Builds the fields, by name.
+        build_command: Makes the output folder and the command, from the folder of audio and the fields' values.
+        find_result: The file that shows a result, which need not exist.
+        render_result: Renders it.
+    """
+
+    kind: str
+    hint: str
+    build_fields: Callable[[Workspace], dict[str, Any]]
+    build_command: Callable[[Workspace, Path, Mapping[str, Any]], tuple[Path, list[str]]]
+    find_result: Callable[[Workspace, Path, DataJob | None], Path | None]
+    render_result: Callable[[Workspace, Path, Path], str]
+
+
+def build_job_tab(workspace: Workspace, folder: gr.Dropdown, tick: gr.Timer, tab: JobTab) -> None:
+    """Build a tab that starts jobs.
 
     Args:
         workspace: The studio's folders.
         folder: The chosen folder of audio.
         tick: Refreshes the tab.
+        tab: What it has of its own.
     """
+    kind = tab.kind
     with gr.Row():
-        captions = gr.Radio(["required", "optional"], value="required", label="Captions", scale=2)
-        choices = [("any model", ANY_MODEL), *list_models(workspace)]
-        model = gr.Dropdown(choices, value=ANY_MODEL, label="Check against model", allow_custom_value=True, scale=2)
-        begin = gr.Button("Audit", variant="primary", elem_id="audit-start", min_width=100)
-        stop = gr.Button("Stop", elem_id="audit-stop", min_width=80)
-    status = gr.HTML("", elem_id="audit-status")
-    dismiss = _build_dismiss("audit")
-    result = gr.HTML(render_placeholder(NO_AUDIT), elem_id="audit-result")
-    seen = gr.State(None)
+        fields = tab.build_fields(workspace)
+    with gr.Row():
+        begin = gr.Button(kind.capitalize(), variant="primary", elem_id=f"{kind}-start", scale=0, min_width=160)
+        stop = gr.Button("Stop", interactive=False, elem_id=f"{kind}-stop", scale=0, min_width=100)
+        dismiss = gr.Button("Dismiss", visible=False, elem_id=f"{kind}-dismiss", scale=0, min_width=100)
+    status = gr.HTML("", elem_id=f"{kind}-status")
+    result = gr.HTML(ui.render_placeholder(tab.hint), elem_id=f"{kind}-result")
+    seen, outputs = gr.State(None), [status, dismiss, stop]
+    quiet: dict[str, Any] = {"show_progress": "hidden"}
 
-    @show_errors
-    def start_audit(path: str | None, rule: str, name: str) -> str:
+    def show(path: str | None) -> tuple[Any, ...]:
+        job = _find_job(workspace, kind, path)
+        is_over = job is not None and job.state in ("failed", "stopped")
+        return render_job(job), gr.update(visible=is_over), gr.update(interactive=job is not None and job.is_running)
+
+    def on_start(path: str | None, *values: Any) -> tuple[Any, ...]:
         source = resolve_source(workspace, path)
-        limits = None if name in ("", ANY_MODEL) else resolve_model_name(workspace, name)
-        command = jobs.build_audit_command(workspace, source, rule, limits)
-        jobs.start_job(workspace, "audit", source, jobs.get_audit_dir(workspace, source), command)
-        return render_job(_find_job(workspace, "audit", path))
+        out, command = tab.build_command(workspace, source, dict(zip(fields, values, strict=True)))
+        jobs.start_job(workspace, kind, source, out, command)
+        return show(path)
 
-    @show_errors
+    def make_handler(act: Callable[[DataJob], None]) -> Callable[[str | None], tuple[Any, ...]]:
+        def on_click(path: str | None) -> tuple[Any, ...]:
+            if (job := _find_job(workspace, kind, path)) is not None:
+                act(job)
+            return show(path)
+
+        return on_click
+
     def refresh(path: str | None, before: Any) -> tuple[Any, ...]:
-        source, job = _resolve_known(workspace, path), _find_job(workspace, "audit", path)
-        file = jobs.get_audit_dir(workspace, source) / jobs.AUDIT_FILE if source else None
+        source, job = _resolve_known(workspace, path), _find_job(workspace, kind, path)
+        file = tab.find_result(workspace, source, job) if source else None
         stamp = file.stat().st_mtime_ns if file is not None and file.is_file() else 0
         now = (path, stamp, job)
         if now == before:
-            return (gr.skip(),) * 4
+            return (gr.skip(),) * 5
+        if before is not None and before[:2] == now[:2]:  # what plays goes on
+            return *show(path), gr.skip(), now
         if source is None or file is None or not stamp:
-            return render_job(job), _show_dismiss(job), render_placeholder(NO_AUDIT), now
-        same = before is not None and before[:2] == now[:2]
-        shown = gr.skip() if same else render_audit_file(workspace, file, source)
-        return render_job(job), _show_dismiss(job), shown, now
+            return *show(path), ui.render_placeholder(tab.hint), now
+        return *show(path), tab.render_result(workspace, file, source), now
 
-    begin.click(start_audit, [folder, captions, model], status, show_progress="hidden")
-    _connect_buttons(workspace, "audit", folder, stop, dismiss, status)
-    tick.tick(refresh, [folder, seen], [status, dismiss, result, seen], show_progress="hidden")
+    begin.click(ui.show_errors(on_start), [folder, *fields.values()], outputs, **quiet)
+    stop.click(ui.show_errors(make_handler(jobs.stop_job)), folder, outputs, **quiet)
+    dismiss.click(ui.show_errors(make_handler(jobs.dismiss_job)), folder, outputs, **quiet)
+    tick.tick(ui.show_errors(refresh), [folder, seen], [*outputs, result, seen], **quiet)
 
 
-def build_encode_tab(workspace: Workspace, folder: gr.Dropdown, tick: gr.Timer) -> None:
-    """Build the Encode tab.
+def _build_audit_fields(workspace: Workspace) -> dict[str, Any]:
+    choices = [("any model", ""), *list_models(workspace)]
+    return {
+        "captions": ui.build_field(EncodeSettings, "captions", info="Whether a clip without a caption is an error."),
+        "model": gr.Dropdown(choices, value="", label="Check against model", info="Its maximum duration."),
+    }
 
-    Args:
-        workspace: The studio's folders.
-        folder: The chosen folder of audio.
-        tick: Refreshes the tab.
-    """
-    with gr.Row(equal_height=False):
-        with gr.Column(scale=3, min_width=360):
-            with gr.Row():
-                model = gr.Dropdown(
-                    list_models(workspace), value=workspace.model, label="Autoencoder of", allow_custom_value=True
-                )
-                out = gr.Textbox("", label="Folder for the latents", placeholder="latents/NAME")
-            with gr.Row():
-                fixes = gr.CheckboxGroup(list(FIX_NAMES), label="Fixes")
-                augmentations = gr.CheckboxGroup(list(AUGMENTATIONS), label="Augmentations")
-            with gr.Row():
-                split = gr.Slider(0, 0.5, value=0.05, step=0.01, label="Validation split")
-                rejected = gr.Slider(0, 1, value=0.1, step=0.01, label="Max rejected")
-            with gr.Row():
-                captions = gr.Radio(["required", "optional"], value="required", label="Captions")
-                duplicates = gr.Radio(["keep", "drop"], value="keep", label="Duplicates")
-            with gr.Row():
-                begin = gr.Button("Encode", variant="primary", elem_id="encode-start")
-                stop = gr.Button("Stop", elem_id="encode-stop")
-        with gr.Column(scale=3, min_width=320):
-            status = gr.HTML("", elem_id="encode-status")
-            dismiss = _build_dismiss("encode")
-            result = gr.HTML(render_placeholder(NO_ENCODE), elem_id="encode-result")
-    seen = gr.State(None)
 
-    @show_errors
-    def start_encode(path: str | None, name: str, target: str, *values: Any) -> str:
-        source = resolve_source(workspace, path)
-        folder_out = workspace.resolve_output(target or f"latents/{source.name}")
-        names = ("fixes", "augmentations", "split", "max_rejected", "captions", "duplicates")
-        settings = EncodeSettings(**dict(zip(names, values, strict=True)))
-        command = jobs.build_encode_command(source, folder_out, resolve_model_name(workspace, name), settings)
-        jobs.start_job(workspace, "encode", source, folder_out, command)
-        return render_job(_find_job(workspace, "encode", path))
+def _build_audit_command(workspace: Workspace, source: Path, values: Mapping[str, Any]) -> tuple[Path, list[str]]:
+    model = resolve_model_name(workspace, values["model"]) if values["model"] else None
+    command = jobs.build_audit_command(workspace, source, values["captions"], model)
+    return jobs.get_audit_dir(workspace, source), command
 
-    @show_errors
-    def refresh(path: str | None, before: Any) -> tuple[Any, ...]:
-        job = _find_job(workspace, "encode", path)
-        now = (path, job)
-        if now == before:
-            return (gr.skip(),) * 4
-        shown = render_placeholder(NO_ENCODE) if job is None else render_latents(workspace, job)
-        return render_job(job), _show_dismiss(job), shown, now
 
-    fields = [folder, model, out, fixes, augmentations, split, rejected, captions, duplicates]
-    begin.click(start_encode, fields, status, show_progress="hidden")
-    _connect_buttons(workspace, "encode", folder, stop, dismiss, status)
-    tick.tick(refresh, [folder, seen], [status, dismiss, result, seen], show_progress="hidden")
+def _build_encode_fields(workspace: Workspace) -> dict[str, Any]:
+    fields = {
+        "model": gr.Dropdown(
+            list_models(workspace), value=workspace.model, label="Autoencoder of", allow_custom_value=True,
+            info="A model and its base share one.",
+        ),
+        "out": gr.Textbox("", label="Folder for the latents", placeholder="latents/NAME", info="In the workspace."),
+    }  # fmt: skip
+    return fields | {
+        name: ui.build_field(EncodeSettings, name, **{"min_width": 260} | options)
+        for name, options in ENCODE_FIELDS.items()
+    }
+
+
+def _build_encode_command(workspace: Workspace, source: Path, values: Mapping[str, Any]) -> tuple[Path, list[str]]:
+    out = workspace.resolve_output(values["out"] or f"latents/{source.name}")
+    settings = EncodeSettings(**{name: values[name] for name in ENCODE_FIELDS})
+    return out, jobs.build_encode_command(source, out, resolve_model_name(workspace, values["model"]), settings)
 
 
 def resolve_source(workspace: Workspace, path: str | None) -> Path:
@@ -277,7 +271,7 @@ def render_audit_file(workspace: Workspace, file: Path, source: Path) -> str:
     try:
         return render_audit(workspace, read_audit(file), source)
     except SA3Error as error:
-        return render_notice(str(error), "error")
+        return ui.render_notice(str(error), "error")
 
 
 def render_job(job: DataJob | None) -> str:
@@ -294,34 +288,32 @@ def render_job(job: DataJob | None) -> str:
     share = f' value="{job.share:.4f}"' if job.share is not None else ""
     bar = f'<progress max="1"{share} aria-label="{job.kind} progress"></progress>' if job.is_running else ""
     line = f"{job.kind}: {STATES[job.state]}" + (f"; {job.progress}" if job.progress else "")
-    error = render_notice(job.error, "error") if job.error else ""
+    error = ui.render_notice(ui.name_fields(job.error), "error") if job.error else ""
     log = jobs.read_log(job.folder, LOG_LINES)
     details = render_details("Log", f'<pre tabindex="0" aria-label="log">{escape(log)}</pre>') if log else ""
     mark = {"finished": "done", "failed": "bad"}.get(job.state, "work" if job.is_running else "rest")
     state = f'<p><span class="state {mark}" role="status">{escape(line)}</span></p>'
-    return render_panel(state + bar + error + details) + render_command(job.command)
+    return ui.render_panel(state + bar + error + details) + ui.render_command(job.command)
 
 
-def render_latents(workspace: Workspace, job: DataJob) -> str:
+def render_latents(workspace: Workspace, index: Path, source: Path) -> str:
     """Render the latents that an encode has made.
 
     Args:
         workspace: The studio's folders.
-        job: The encode.
+        index: Path of their `index.json`.
+        source: Folder of audio.
 
     Returns:
         HTML.
     """
-    if job.is_running or not (job.out / INDEX_FILE).is_file():
-        return render_panel(f'<p class="soft">Output folder: {escape(workspace.shorten(job.out))}</p>')
-    found = summarize_data(job.out)
+    found, card = summarize_data(index.parent), index.with_name("README.md")
     heldout = f", {found.heldout} held out" if found.heldout else ""
     rejected = f"; {found.rejected} rejected (rejected.jsonl)" if found.rejected else ""
-    card = job.out / "README.md"
+    clips = f"{found.clips} training clips of {source.name}, {format_duration(found.seconds)}"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    clips = f"{found.clips} training clips, {format_duration(found.seconds)}"
-    return render_panel(
-        f"<p><b>{escape(workspace.shorten(job.out))}</b>: {clips}{heldout}{rejected}.</p>"
+    return ui.render_panel(
+        f"<p><b>{escape(workspace.shorten(index.parent))}</b>: {escape(clips)}{heldout}{rejected}.</p>"
         "<p>Start training on the Runs page.</p>"
         + (render_details("Card", f"<pre>{escape(text)}</pre>") if text else "")
     )
@@ -342,33 +334,19 @@ def _find_job(workspace: Workspace, kind: str, path: str | None) -> DataJob | No
     return next((job for job in found if job.kind == kind and job.source == source), None)
 
 
-def _build_dismiss(kind: str) -> gr.Button:
-    return gr.Button("Dismiss", size="sm", visible=False, elem_id=f"{kind}-dismiss", elem_classes="small-button")
-
-
-def _show_dismiss(job: DataJob | None) -> Any:
-    return gr.update(visible=job is not None and job.state in ("failed", "stopped"))
-
-
-def _connect_buttons(
-    workspace: Workspace, kind: str, folder: gr.Dropdown, stop: gr.Button, dismiss: gr.Button, status: gr.HTML
-) -> None:
-    def find(path: str | None) -> DataJob:
-        job = _find_job(workspace, kind, path)
-        if job is None:
-            raise StudioError(f"no {kind} of this folder is running.")
-        return job
-
-    @show_errors
-    def on_stop(path: str | None) -> str:
-        job = find(path)
-        jobs.stop_job(job)
-        return render_job(jobs.read_job(job.folder))
-
-    @show_errors
-    def on_dismiss(path: str | None) -> tuple[str, Any]:
-        jobs.dismiss_job(find(path))
-        return "", _show_dismiss(None)
-
-    stop.click(on_stop, folder, status, show_progress="hidden")
-    dismiss.click(on_dismiss, folder, [status, dismiss], show_progress="hidden")
+AUDIT = JobTab(
+    "audit",
+    "An audit decodes and measures every clip, and lists problems with their remedies. It changes nothing.",
+    _build_audit_fields,
+    _build_audit_command,
+    lambda workspace, source, job: jobs.get_audit_dir(workspace, source) / jobs.AUDIT_FILE,
+    render_audit_file,
+)
+ENCODE = JobTab(
+    "encode",
+    "Encoding turns each clip, at its own length, into latents for training. It can be stopped and resumed.",
+    _build_encode_fields,
+    _build_encode_command,
+    lambda workspace, source, job: None if job is None or job.is_running else job.out / INDEX_FILE,
+    render_latents,
+)

@@ -3,7 +3,7 @@
 import gradio as gr
 
 from sa3train.studio.data.captions_tab import build_captions_tab
-from sa3train.studio.data.jobs_tabs import build_audit_tab, build_encode_tab
+from sa3train.studio.data.jobs_tabs import AUDIT, ENCODE, build_job_tab
 from sa3train.studio.data.prompts_tab import build_prompts_tab
 from sa3train.studio.server.folders import find_folders, name_folders
 from sa3train.studio.server.widgets import build_timer, refresh_choices
@@ -20,34 +20,15 @@ def build_data_page(workspace: Workspace) -> None:
         workspace: The studio's folders.
     """
     tick = build_timer(REFRESH_SECONDS)
-    folder = gr.Dropdown(
-        list_audio_folders(workspace),
-        value=None,
-        label="Folder of audio",
-        info=CHOOSE,
-        allow_custom_value=True,
-        elem_id="data-folder",
-    )
+    folder = gr.Dropdown([], label="Folder of audio", info=CHOOSE, allow_custom_value=True, elem_id="data-folder")
     with gr.Tabs():
         with gr.Tab("Captions"):
             build_captions_tab(workspace, folder)
         with gr.Tab("Audit"):
-            build_audit_tab(workspace, folder, tick)
+            build_job_tab(workspace, folder, tick, AUDIT)
         with gr.Tab("Encode"):
-            build_encode_tab(workspace, folder, tick)
+            build_job_tab(workspace, folder, tick, ENCODE)
         with gr.Tab("Prompts"):
             build_prompts_tab(workspace, folder, tick)
 
-    refresh_choices(tick, folder, lambda: list_audio_folders(workspace))
-
-
-def list_audio_folders(workspace: Workspace) -> list[tuple[str, str]]:
-    """List the folders that contain audio.
-
-    Args:
-        workspace: The studio's folders.
-
-    Returns:
-        (name, path) choices.
-    """
-    return name_folders(workspace, find_folders(workspace).audio)
+    refresh_choices(tick, folder, lambda: name_folders(workspace, find_folders(workspace).audio))

@@ -4,7 +4,7 @@ import random
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gradio as gr
 
@@ -16,16 +16,8 @@ from sa3train.data.shards.reader import LatentStore
 from sa3train.data.sources.captions import read_clip_text
 from sa3train.reports.html import render_table
 from sa3train.studio.data.captions import list_clips
+from sa3train.studio.server import widgets as ui
 from sa3train.studio.server.folders import find_folders, name_folders
-from sa3train.studio.server.widgets import (
-    explain_value,
-    parse_setting,
-    refresh_choices,
-    render_command,
-    render_panel,
-    render_placeholder,
-    show_errors,
-)
 from sa3train.studio.server.workspace import StudioError, Workspace
 
 CLIPS = 12
@@ -35,46 +27,36 @@ MAX_READ = 2000
 HINT = "Templates consist of text and fields: {caption}, any tag such as {genre}, {folder}, {stem}, {path[0]}."
 
 
-def build_settings(
-    templates: str,
-    trigger: str = "",
-    probability: float = 1.0,
-    position: Literal["front", "back"] = "front",
-    shuffle: bool = False,
-    dropout: float = 0.0,
-    keep: float = 0,
-    caption_dropout: float = 0.0,
-) -> PromptSettings:
+FIELDS: dict[str, dict[str, Any]] = {
+    "trigger": {}, "trigger_probability": {"widget": gr.Slider, "step": 0.05}, "trigger_position": {},
+    "shuffle_tags": {}, "tag_dropout": {"widget": gr.Slider, "step": 0.05}, "keep_tags": {},
+    "caption_dropout": {"widget": gr.Slider, "step": 0.05},
+}  # fmt: skip
+"""Settings with a field each, and what their fields differ in from the usual ones."""
+NEEDS = {
+    "trigger_probability": ("trigger",),
+    "trigger_position": ("trigger",),
+    "keep_tags": ("shuffle_tags", "tag_dropout"),
+}
+"""Settings that stay at their default, as long as none of these is set."""
+
+
+def build_settings(templates: str, **values: Any) -> PromptSettings:
     """Build prompt settings from the page's fields.
 
     Args:
         templates: One per line, each `TEXT` or `TEXT=WEIGHT`.
-        trigger: Trigger word.
-        probability: Trigger probability.
-        position: Trigger position.
-        shuffle: Shuffle tags.
-        dropout: Tag dropout.
-        keep: Keep the first N tags.
-        caption_dropout: Caption dropout.
+        **values: Values of `FIELDS`.
 
     Returns:
         The settings; those without effect keep their default.
     """
     lines = [line.strip() for line in templates.splitlines() if line.strip()] or ["{caption}"]
-    return PromptSettings(
-        tuple(map(Template.parse, lines)),
-        trigger=trigger.strip(),
-        trigger_probability=float(probability) if trigger.strip() else 1.0,
-        trigger_position=position if trigger.strip() else "front",
-        shuffle_tags=shuffle,
-        tag_dropout=float(dropout),
-        keep_tags=_parse_keep(keep) if shuffle or dropout else 0,
-        caption_dropout=float(caption_dropout),
-    )
-
-
-def _parse_keep(value: Any) -> int:
-    return parse_setting(PromptSettings, "keep_tags", value, is_integer=True) or 0
+    given = values | {"trigger": str(values.get("trigger", "")).strip()}
+    keep = ui.parse_setting(PromptSettings, "keep_tags", given.get("keep_tags"))
+    given = {name: value for name, value in (given | {"keep_tags": keep or 0}).items()
+             if any(given.get(needed) for needed in NEEDS.get(name, (name,)))}  # fmt: skip
+    return PromptSettings(tuple(map(Template.parse, lines)), **given)
 
 
 def read_records(workspace: Workspace, folder: Path) -> list[dict[str, Any]]:
@@ -126,7 +108,7 @@ def render_preview(records: Sequence[Mapping[str, Any]], settings: PromptSetting
         rows.append([f"<code>{escape(str(record['source']))}</code>", shown, escape(builder.build_fixed(record))])
     prompts = list_distinct_prompts(builder, records)
     total = "too many to list" if prompts is None else f"{len(prompts):,}"
-    return render_panel(
+    return ui.render_panel(
         render_table(("clip", f"training ({DRAWS} draws)", "validation"), rows)
         + f'<p class="soft">{len(records):,} clips read, distinct prompts: {total}</p>'
     )
@@ -186,52 +168,31 @@ def build_prompts_tab(workspace: Workspace, folder: gr.Dropdown, tick: gr.Timer)
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=330):
             latents = gr.Dropdown(
-                list_choices(workspace),
-                value="",
-                label="Latents (none: the folder of audio above)",
-                allow_custom_value=True,
+                [("none", "")], value="", label="Latents (none: the folder of audio above)", allow_custom_value=True
             )
             templates = gr.Textbox(
                 "{caption}", lines=3, label="Templates, one per line: TEXT or TEXT=WEIGHT", info=HINT
             )
-            with gr.Row():
-                trigger = gr.Textbox("", label="Trigger word", min_width=130)
-                probability = gr.Slider(0, 1, value=1, step=0.05, label="Trigger probability", min_width=130)
-            position = gr.Radio(["front", "back"], value="front", label="Trigger position")
-            shuffle = gr.Checkbox(False, label="Shuffle tags")
-            with gr.Row():
-                dropout = gr.Slider(0, 1, value=0, step=0.05, label="Tag dropout", min_width=130)
-                keep = explain_value(gr.Number(0, label="Keep first N tags", min_width=130), _parse_keep)
-            caption_dropout = gr.Slider(0, 1, value=0, step=0.05, label="Caption dropout")
+            fields = {
+                name: ui.build_field(PromptSettings, name, info=None, **options) for name, options in FIELDS.items()
+            }
             show = gr.Button("Show prompts", variant="primary", elem_id="prompts-show")
         with gr.Column(scale=4, min_width=420):
-            shown = gr.HTML(render_placeholder("The prompts of some clips appear here."), elem_id="prompts-shown")
+            shown = gr.HTML(ui.render_placeholder("The prompts of some clips appear here."), elem_id="prompts-shown")
             line = gr.HTML("", elem_id="prompts-command")
 
-    @show_errors
-    def preview(chosen: str | None, source: str | None, *values: Any) -> tuple[str, str]:
+    @ui.show_errors
+    def preview(chosen: str | None, source: str | None, text: str, *values: Any) -> tuple[str, str]:
         path = chosen or source
         if not path:
             raise StudioError("choose latents, or a folder of audio above.")
-        where, settings = workspace.resolve_folder(path), build_settings(*values)
+        where = workspace.resolve_folder(path)
+        settings = build_settings(text, **dict(zip(fields, values, strict=True)))
         html = render_preview(read_records(workspace, where), settings, CLIPS)
         return html, render_commands(workspace, where, settings)
 
-    fields = [templates, trigger, probability, position, shuffle, dropout, keep, caption_dropout]
-    show.click(preview, [latents, folder, *fields], [shown, line], show_progress="hidden")
-    refresh_choices(tick, latents, lambda: list_choices(workspace))
-
-
-def list_choices(workspace: Workspace) -> list[tuple[str, str]]:
-    """List the folders of latents.
-
-    Args:
-        workspace: The studio's folders.
-
-    Returns:
-        (name, path) choices, beginning with none.
-    """
-    return [("none", ""), *name_folders(workspace, find_folders(workspace).latents)]
+    show.click(preview, [latents, folder, templates, *fields.values()], [shown, line], show_progress="hidden")
+    ui.refresh_choices(tick, latents, lambda: [("none", ""), *name_folders(workspace, find_folders(workspace).latents)])
 
 
 def render_commands(workspace: Workspace, folder: Path, settings: PromptSettings) -> str:
@@ -245,8 +206,7 @@ def render_commands(workspace: Workspace, folder: Path, settings: PromptSettings
     Returns:
         HTML.
     """
-    found = ""
-    if (folder / INDEX_FILE).is_file():
-        found = render_command(build_preview_command(folder, settings, CLIPS))
+    is_data = (folder / INDEX_FILE).is_file()
+    found = ui.render_command(build_preview_command(folder, settings, CLIPS)) if is_data else ""
     wanted = list_training_settings(settings)
-    return found + (render_command("\n".join(wanted), "Settings for a run, one per line") if wanted else "")
+    return found + (ui.render_command("\n".join(wanted), "Settings for a run, one per line") if wanted else "")

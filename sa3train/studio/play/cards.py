@@ -1,16 +1,16 @@
 """Results, jobs and load reports as HTML. Every text from elsewhere is escaped here."""
 
-import re
 from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from sa3train.adapters.apply.load_report import LoadReport
 from sa3train.inference.replay import build_command
+from sa3train.reports.html import render_details
 from sa3train.studio.play.history import Result
 from sa3train.studio.play.settings import shorten_name
+from sa3train.studio.server import widgets as ui
 from sa3train.studio.server.jobs import Job
-from sa3train.studio.server.widgets import render_command, render_notice, render_placeholder
 from sa3train.studio.server.workspace import Workspace
 
 MODE_NAMES = {"text": "text to audio", "restyle": "audio to audio", "inpaint": "inpainted", "continue": "continued"}
@@ -20,7 +20,6 @@ ACTIONS = (
     ("inpaint", "Inpaint", "Inpaint this result"),
     ("continue", "Continue", "Continue this result"),
 )
-NUMBER = re.compile(r"[-+]?[\d.,]+(e[-+]?\d+)?\s?%?")
 LAYER_COUNTS = ("matched", "missing", "unexpected", "mismatched")
 NO_RESULTS = "No results yet. Enter a prompt and press Generate. Results appear here and are saved to disk."
 
@@ -36,7 +35,7 @@ def list_cards(workspace: Workspace, groups: Sequence[Sequence[Result]]) -> list
         `key` and `html` of each card.
     """
     if not groups:
-        return [{"key": "nothing", "html": render_placeholder(NO_RESULTS)}]
+        return [{"key": "nothing", "html": ui.render_placeholder(NO_RESULTS)}]
     return [{"key": group[0].group, "html": render_card(workspace, group)} for group in groups]
 
 
@@ -58,7 +57,7 @@ def render_card(workspace: Workspace, group: Sequence[Result]) -> str:
         f'<article class="card" aria-label="result {escape(first.group)}">'
         f"<h3>{escape(prompt)}</h3>"
         f'<p class="facts">{escape(describe_result(first))}</p>{_open_grid(group)}{takes}</div>'
-        f"{''.join(render_notice(text, 'warning') for text in warnings)}</article>"
+        f"{''.join(ui.render_notice(text, 'warning') for text in warnings)}</article>"
     )
 
 
@@ -108,7 +107,7 @@ def _render_take(workspace: Workspace, result: Result, many: bool) -> str:
         f'<audio controls preload="metadata" aria-label="{alt}" src="{audio}"></audio>'
         f"<small>{escape(describe_levels(result))}</small>"
         f'<div class="actions">{buttons}<a href="{audio}" download="{name}.wav">Download</a></div>'
-        f"{_render_adapters(result)}{render_command(command)}</div>"
+        f"{_render_adapters(result)}{ui.render_command(command)}</div>"
     )
 
 
@@ -134,7 +133,7 @@ def _render_adapters(result: Result) -> str:
         return ""
     names = [shorten_name(adapter["path"] or "") for adapter in result.record["adapters"]]
     lines = [f"<li>{escape(name)}: {escape(one['summary'])}</li>" for name, one in zip(names, reports, strict=False)]
-    return f"<details><summary>Adapters</summary><ul>{''.join(lines)}</ul></details>"
+    return render_details("Adapters", f"<ul>{''.join(lines)}</ul>")
 
 
 def _list_warnings(result: Result) -> list[str]:
@@ -156,7 +155,7 @@ def render_status(jobs: Sequence[Job]) -> str:
     last = jobs[-1] if jobs else None
     if last is not None and last.state == "failed":
         dismiss = f'<button type="button" class="small" data-cancel="{last.number}">Dismiss</button>'
-        lines.append(render_notice(f"{last.title}: {last.message}", "error", dismiss))
+        lines.append(ui.render_notice(f"{last.title}: {last.message}", "error", dismiss))
     return "".join(lines)
 
 
@@ -203,35 +202,11 @@ def render_load_report(report: dict[str, Any], summary: str, refused: str | None
     effects = [[group, f"{value:.3%}"] for group, value in report["effect"].items()]
     counts = [str(len(report[name])) for name in LAYER_COUNTS]
     parts = [
-        render_notice(refused, "error") if refused else "",
-        *(render_notice(text, "warning") for text in report["warnings"]),
-        render_table(LAYER_COUNTS, [counts], "Layers of the adapter"),
-        render_table(["", "trained on", "loaded"], bases, "Base model"),
-        render_table(["group", "‖W' − W‖ / ‖W‖"], effects, "Change of the weights at strength 1") if effects else "",
+        ui.render_notice(refused, "error") if refused else "",
+        *(ui.render_notice(text, "warning") for text in report["warnings"]),
+        ui.render_text_table("Layers of the adapter", LAYER_COUNTS, [counts]),
+        ui.render_text_table("Base model", ["", "trained on", "loaded"], bases),
+        ui.render_text_table("Change of the weights at strength 1", ["group", "‖W' − W‖ / ‖W‖"], effects),
     ]
-    name = escape(shorten_name(report["source"]))
-    return f'<div class="card"><h3>{name}</h3><p class="facts">{escape(summary)}</p>{"".join(parts)}</div>'
-
-
-def render_table(heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str) -> str:
-    """Render a table of plain texts; numbers after the first column are right-aligned.
-
-    Args:
-        heads: Names of the columns.
-        rows: Cells of each row.
-        caption: The caption.
-
-    Returns:
-        HTML.
-    """
-    top = "".join(f'<th scope="col">{escape(head)}</th>' if head else "<td></td>" for head in heads)
-    body = "".join(f"<tr>{''.join(_render_cell(cell, column) for column, cell in enumerate(row))}</tr>" for row in rows)
-    return (
-        f'<div class="studio-table" tabindex="0" role="region" aria-label="{escape(caption)}">'
-        f"<table><caption>{escape(caption)}</caption><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table></div>"
-    )
-
-
-def _render_cell(text: str, column: int) -> str:
-    mark = ' class="n"' if column > 0 and NUMBER.fullmatch(text) else ""
-    return f"<td{mark}>{escape(text)}</td>"
+    head = f'<h3>{escape(shorten_name(report["source"]))}</h3><p class="facts">{escape(summary)}</p>'
+    return ui.render_panel(f'<div class="card">{head}{"".join(parts)}</div>')

@@ -16,14 +16,8 @@ from sa3train.core.errors import SA3Error
 from sa3train.inference.settings import VALUE_TYPES, GenerationSettings, get_default
 from sa3train.studio.play.history import compute_waveform
 from sa3train.studio.play.settings import MODES, AdapterSettings, PlaySettings, parse_regions, select_source
-from sa3train.studio.server.folders import describe_model, list_adapters, list_models
-from sa3train.studio.server.widgets import (
-    build_optional_number,
-    explain_value,
-    parse_optional_int,
-    parse_optional_number,
-    parse_setting,
-)
+from sa3train.studio.server import widgets as ui
+from sa3train.studio.server.folders import describe_model, list_adapters, list_models, name_adapter, resolve_adapter
 from sa3train.studio.server.workspace import Workspace
 
 DEFAULT_DURATION = 10.0
@@ -124,7 +118,7 @@ def _build_more(fields: dict[str, Any]) -> None:
             fields["steps"] = _build_field("steps")
             fields["cfg_scale"] = _build_field("cfg_scale")
         with gr.Row():
-            label = list_settings(GenerationSettings)["cfg_interval"].label
+            label = ui.get_label(GenerationSettings, "cfg_interval")
             for end, value in zip(("min", "max"), GenerationSettings.cfg_interval, strict=True):
                 options = {"label": f"{label}, {end}", "elem_id": f"play-cfg-interval-{end}", "step": 0.05}
                 fields[f"cfg_interval_{end}"] = _build_field("cfg_interval", value=value, **options)
@@ -146,27 +140,24 @@ def _build_more(fields: dict[str, Any]) -> None:
             )
 
 
-def _build_field(name: str, number: Any = gr.Number, **options: Any) -> Any:
-    """Build the field of a setting: label, help, range, choices and default are the setting's."""
-    declared, default, kind = list_settings(GenerationSettings)[name], get_default(name), VALUE_TYPES[name]
-    label = declared.label or name.replace("_", " ").capitalize()
-    elem_id = f"play-{name.replace('_', '-')}"
-    check = functools.partial(parse_setting, GenerationSettings, name, is_integer=kind is int)
-    if kind in (int, float) and default is None:
-        return explain_value(build_optional_number(label, elem_id, info=declared.help), check)
-    common: dict[str, Any] = {"label": label, "elem_id": elem_id, "info": declared.help} | options
-    if declared.choices or name == "chunked_decode":
-        choices = list(DECODING) if name == "chunked_decode" else [MODEL_DEFAULT, *declared.choices]
-        return gr.Dropdown(choices, value=MODEL_DEFAULT, filterable=False, **common)
-    if kind is bool:
-        return gr.Checkbox(default, **common)
-    if kind is str:
-        return gr.Textbox(**common)
-    if number is gr.Slider:
-        limits: dict[str, Any] = {"minimum": declared.min, "maximum": declared.max}
-        return number(value=default, **limits, **common)
-    # Without Gradio's own limits, whose message does not name the field.
-    return explain_value(number(**{"value": default, "min_width": 90} | common), check)
+def _build_field(name: str, widget: Any = None, **options: Any) -> Any:
+    """Build the field of a setting, which may be empty where the model has its own default."""
+    options = {"elem_id": f"play-{name.replace('_', '-')}"} | options
+    choices = list(DECODING) if name == "chunked_decode" else list_settings(GenerationSettings)[name].choices
+    if choices:
+        options |= {
+            "choices": list(dict.fromkeys((MODEL_DEFAULT, *choices))),
+            "value": MODEL_DEFAULT,
+            "filterable": False,
+        }
+        return ui.build_field(GenerationSettings, name, gr.Dropdown, **options)
+    if VALUE_TYPES[name] is str:
+        return ui.build_field(GenerationSettings, name, gr.Textbox, **options)
+    if get_default(name) is None:
+        options |= {"value": "", "max_lines": 1, "min_width": 90}  # gr.Number turns an empty field into 0
+        field = ui.build_field(GenerationSettings, name, gr.Textbox, **options)
+        return ui.explain_value(field, functools.partial(ui.parse_setting, GenerationSettings, name))
+    return ui.build_field(GenerationSettings, name, widget, **options)
 
 
 def _build_scripted(elem_id: str, classes: str, script: str, value: dict[str, Any], visible: bool = True) -> gr.HTML:
@@ -209,7 +200,7 @@ def list_offered_prompts(workspace: Workspace, rack: Mapping[str, Any] | None) -
     prompts: list[str] = []
     for row in (rack or {}).get("rows") or []:
         with contextlib.suppress(SA3Error):
-            prompts += load_adapter(workspace.resolve_existing(row["path"], "adapter")).prompts
+            prompts += load_adapter(resolve_adapter(workspace, row["path"])).prompts
     return list(dict.fromkeys(prompts))
 
 
@@ -231,8 +222,8 @@ def read_form(values: Mapping[str, Any]) -> PlaySettings:
     regions = parse_regions((values["regions"] or {}).get("regions") or [])
     given |= select_source(mode, values["source"], regions)
     settings = GenerationSettings(**{name: value for name, value in given.items() if value is not None})
-    rows = (values["rack"] or {}).get("rows") or []
-    adapters = tuple(AdapterSettings.from_row(row) for row in rows)
+    rows = enumerate((values["rack"] or {}).get("rows") or [], 1)
+    adapters = tuple(AdapterSettings.from_row(row, number) for number, row in rows)
     return PlaySettings(values["model"], settings, mode, values["precision"], adapters)
 
 
@@ -247,7 +238,7 @@ def _parse_value(name: str, value: Any) -> Any:
         return None if value == MODEL_DEFAULT else (value or "").strip() or None
     if kind is bool:
         return value
-    return parse_optional_int(name, value) if kind is int else parse_optional_number(name, value)
+    return ui.parse_optional_number(ui.get_label(GenerationSettings, name), value, kind is int)
 
 
 def fill_form(workspace: Workspace, request: PlaySettings) -> dict[str, Any]:
@@ -271,7 +262,9 @@ def fill_form(workspace: Workspace, request: PlaySettings) -> dict[str, Any]:
         "precision": request.precision,
         "source": None if request.source is None else workspace.shorten(request.source),
         "regions": describe_waveform(workspace, request.source, request.mode, values["duration"], regions),
-        "rack": {"rows": [row.to_row() | {"path": workspace.shorten(row.path)} for row in request.adapters]},
+        "rack": {
+            "rows": [row.to_row() | {"path": name_adapter(workspace.shorten(row.path))} for row in request.adapters]
+        },
     }
 
 

@@ -12,15 +12,7 @@ import gradio as gr
 
 from sa3train.inference.settings import MODEL_DEFAULTS
 from sa3train.studio.play import cards, history
-from sa3train.studio.play.form import (
-    Form,
-    build_form,
-    describe_waveform,
-    fill_form,
-    list_offered_prompts,
-    read_form,
-    render_adapter_files,
-)
+from sa3train.studio.play import form as forms
 from sa3train.studio.play.player import Player, find_missing_contrast
 from sa3train.studio.play.settings import MODES, PlaySettings, parse_strengths
 from sa3train.studio.server.folders import describe_model, list_audio, list_models, load_model_config
@@ -162,7 +154,7 @@ def build_play_page(workspace: Workspace) -> None:
     page = PlayPage(workspace, Player(workspace), Worker())
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=380):
-            form = build_form(workspace)
+            form = forms.build_form(workspace)
             generate = gr.Button("Generate", variant="primary", elem_id="play-generate")
             with gr.Accordion("Compare, same seed", open=False, elem_id="play-compare-box"):
                 strengths = gr.Textbox(
@@ -182,7 +174,7 @@ def build_play_page(workspace: Workspace) -> None:
     _connect_results(page, form, results)
 
     def read(values: tuple[Any, ...]) -> PlaySettings:
-        return read_form(dict(zip(form.inputs, values, strict=True)))
+        return forms.read_form(dict(zip(form.inputs, values, strict=True)))
 
     def on_generate(shown: int, *values: Any) -> tuple[Any, ...]:
         _notify_queued(page, page.submit(read(values)))
@@ -223,7 +215,7 @@ def _build_results(page: PlayPage) -> Results:
     return Results(status, items, more, gr.State(PER_PAGE), gr.State(""), gr.Timer(POLL_SECONDS))
 
 
-def _connect_form(workspace: Workspace, form: Form) -> None:
+def _connect_form(workspace: Workspace, form: forms.Form) -> None:
     fields = form.inputs
 
     def on_model(model: str) -> tuple[Any, ...]:
@@ -244,7 +236,9 @@ def _connect_form(workspace: Workspace, form: Form) -> None:
         is_same = bool(source) and before.get("url") == workspace.get_url(source or "") and not before.get("fixed")
         regions = before.get("regions", []) if is_same else []
         # `edited` tells the script whether an answer belongs to what is drawn now or to what was drawn before.
-        found = describe_waveform(workspace, source, code, duration, regions) | {"edited": before.get("edited", 0)}
+        found = forms.describe_waveform(workspace, source, code, duration, regions) | {
+            "edited": before.get("edited", 0)
+        }
         if is_same or not source or code != "inpaint":
             return gr.skip(), found
         config = load_model_config(workspace, model)
@@ -255,13 +249,13 @@ def _connect_form(workspace: Workspace, form: Form) -> None:
 
     def list_files() -> tuple[Any, ...]:
         models, audio = list_models(workspace), list_audio(workspace)
-        return gr.update(choices=models), gr.update(choices=audio), render_adapter_files(workspace)
+        return gr.update(choices=models), gr.update(choices=audio), forms.render_adapter_files(workspace)
 
     def on_rack(rack: dict[str, Any] | None, seen: list[str]) -> tuple[Any, ...]:
         paths = [row["path"] for row in (rack or {}).get("rows") or []]
         if paths == seen:
             return gr.skip(), gr.skip()
-        prompts = list_offered_prompts(workspace, rack)
+        prompts = forms.list_offered_prompts(workspace, rack)
         return gr.update(choices=prompts, value=None, visible=bool(prompts)), paths
 
     seen = gr.State([])
@@ -279,7 +273,7 @@ def _connect_form(workspace: Workspace, form: Form) -> None:
     form.upload.upload(lambda path: path, form.upload, fields["source"], **QUIET)
 
 
-def _connect_results(page: PlayPage, form: Form, results: Results) -> None:
+def _connect_results(page: PlayPage, form: forms.Form, results: Results) -> None:
     workspace = page.workspace
 
     def on_tick(shown: int, seen: str) -> tuple[Any, ...]:
@@ -303,7 +297,7 @@ def _connect_results(page: PlayPage, form: Form, results: Results) -> None:
             request = PlaySettings.from_result(result.record, result.audio, event.action)
         else:
             raise StudioError(f"There is no action {event.action!r} for a result.")
-        values = fill_form(workspace, request)
+        values = forms.fill_form(workspace, request)
         return [values[name] for name in form.inputs]
 
     results.timer.tick(show_errors(on_tick), [results.shown, results.seen], results.outputs, **QUIET)

@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from sa3train.adapters.apply.load_report import LoadReport
+from sa3train.adapters.formats.run_dir import locate_adapter
 from sa3train.inference.generator import Generator
 from sa3train.inference.outputs import GenerationOutput
-from sa3train.models.hub import REGISTRY
+from sa3train.models.hub import find_checkpoint
 from sa3train.studio.play.history import Result, make_name, save_results
 from sa3train.studio.play.settings import MODEL_SPECIFIC, AdapterSettings, PlaySettings
 from sa3train.studio.server.jobs import Job
@@ -184,7 +185,7 @@ def find_missing_contrast(request: PlaySettings, factors: Sequence[float], with_
     if len(plan_comparison(request, factors, with_sibling)) > 1:
         return None
     if not request.adapters and not with_sibling:
-        sibling = " or select the model's sibling" if request.model in REGISTRY else ""
+        sibling = " or select the model's sibling" if find_checkpoint(request.model) else ""
         return f"There is nothing to compare. Add an adapter{sibling}."
     return "There is nothing to compare. Give two strength multipliers or more."
 
@@ -196,7 +197,7 @@ def _remove_adapters(generator: Generator) -> None:
 
 def _identify(adapter: AdapterSettings) -> tuple[Any, ...]:
     """What decides whether a loaded adapter can stay."""
-    path = Path(adapter.path)
+    path = locate_adapter(adapter.path)
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     stamps = tuple((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files)
     return (adapter.path, stamps, adapter.interval, adapter.exclude_layers, adapter.allow_partial)

@@ -2,14 +2,14 @@
 
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from sa3train.audio.io import read_audio_info
 from sa3train.inference.settings import GUIDANCE_SETTINGS, GenerationSettings, check_number
 from sa3train.inference.sidecar import list_places
-from sa3train.studio.server.folders import get_sibling, resolve_model_name
+from sa3train.studio.server import folders
 from sa3train.studio.server.widgets import parse_numbers, parse_optional_number
 from sa3train.studio.server.workspace import StudioError, Workspace
 
@@ -46,11 +46,12 @@ class AdapterSettings:
     allow_partial: bool = False
 
     @classmethod
-    def from_row(cls, row: Mapping[str, Any]) -> "AdapterSettings":
+    def from_row(cls, row: Mapping[str, Any], number: int = 1) -> "AdapterSettings":
         """Read a row of the adapter list.
 
         Args:
             row: Values by field, as `assets/rack.js` has them.
+            number: Number of the row, for messages.
 
         Returns:
             The adapter.
@@ -58,19 +59,17 @@ class AdapterSettings:
         Raises:
             StudioError: When no file is chosen.
         """
-        path = str(row.get("path") or "")
+        path, name = str(row.get("path") or ""), f"of adapter {number}"
         if not path.strip():
-            raise StudioError("An adapter has no file. Choose one, or remove the adapter.")
+            raise StudioError(f"Adapter {number} has no file. Choose one from the list, upload one, or press Remove.")
+        low, high = (parse_number(f"a noise level {name}", row.get(end), top) for end, top in (("low", 0), ("high", 1)))
         return cls(
             path,
-            parse_number(f"the strength of {path}", row.get("strength"), 1.0),
-            parse_optional_number(f"the conditioner strength of {path}", row.get("conditioner")),
-            (
-                parse_number(f"the interval of {path}", row.get("low"), 0.0),
-                parse_number(f"the interval of {path}", row.get("high"), 1.0),
-            ),
-            str(row.get("exclude") or ""),
-            bool(row.get("partial")),
+            parse_number(f"the strength {name}", row.get("strength"), 1.0),
+            parse_optional_number(f"the conditioner strength {name}", row.get("conditioner_strength")),
+            (low, high),
+            str(row.get("exclude_layers") or ""),
+            bool(row.get("allow_partial")),
         )
 
     @classmethod
@@ -84,15 +83,9 @@ class AdapterSettings:
         Returns:
             The adapter.
         """
-        low, high = entry["interval"]
-        return cls(
-            path,
-            entry["strength"],
-            entry["conditioner_strength"],
-            (low, high),
-            ", ".join(entry["exclude_layers"]),
-            entry["allow_partial"],
-        )
+        known = {name: entry[name] for name in ("strength", "conditioner_strength", "allow_partial")}
+        layers = ", ".join(entry["exclude_layers"])
+        return cls(path, interval=tuple(entry["interval"]), exclude_layers=layers, **known)
 
     def to_row(self) -> dict[str, Any]:
         """Return a row of the adapter list.
@@ -100,15 +93,9 @@ class AdapterSettings:
         Returns:
             Values by field, as `assets/rack.js` has them.
         """
-        return {
-            "path": self.path,
-            "strength": self.strength,
-            "conditioner": self.conditioner_strength,
-            "low": self.interval[0],
-            "high": self.interval[1],
-            "exclude": self.exclude_layers,
-            "partial": self.allow_partial,
-        }
+        row = asdict(self)
+        low, high = row.pop("interval")
+        return row | {"low": low, "high": high}
 
     def resolve(self, workspace: Workspace) -> "AdapterSettings":
         """Return a copy with its full path.
@@ -119,7 +106,7 @@ class AdapterSettings:
         Returns:
             The adapter. A path that does not exist is refused as by `Workspace.resolve_existing`.
         """
-        return replace(self, path=str(workspace.resolve_existing(self.path, "adapter")))
+        return replace(self, path=str(folders.resolve_adapter(workspace, self.path)))
 
     def scale(self, factor: float) -> "AdapterSettings":
         """Return a copy with its strengths multiplied.
@@ -187,7 +174,7 @@ class PlaySettings:
             changes |= {"inpaint_mask_start_seconds": seconds, "inpaint_mask_end_seconds": duration}
         return replace(
             self,
-            model=resolve_model_name(workspace, self.model),
+            model=folders.resolve_model_name(workspace, self.model),
             settings=replace(settings, **changes),
             adapters=tuple(adapter.resolve(workspace) for adapter in self.adapters),
         )
@@ -210,7 +197,7 @@ class PlaySettings:
             The settings.
         """
         defaults = {name: getattr(GenerationSettings, name) for name in MODEL_SPECIFIC}
-        return replace(self, model=get_sibling(self.model), settings=replace(self.settings, **defaults))
+        return replace(self, model=folders.get_sibling(self.model), settings=replace(self.settings, **defaults))
 
     @classmethod
     def from_record(cls, record: Mapping[str, Any], folder: Path) -> "PlaySettings":
@@ -342,7 +329,8 @@ def shorten_name(path: str | Path) -> str:
         path: The path.
 
     Returns:
-        The file's name, or its folder's where the file is called `adapter`, as every run calls it.
+        The file's or folder's name, or its folder's where the file is called `adapter`, as every run calls it.
     """
-    file = Path(path)
-    return file.parent.name if file.stem == "adapter" and file.parent.name else file.stem
+    file = Path(folders.name_adapter(str(path)))
+    name = file.stem if file.suffix in folders.ADAPTER_SUFFIXES else file.name  # RUN.2@300 has no suffix
+    return file.parent.name if name == "adapter" and file.parent.name else name

@@ -16,12 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from sa3train.core.files import get_cache_dir, get_config_dir
 from sa3train.core.overrides import format_override
 from sa3train.data.shards.index import DataSummary
+from sa3train.data.shards.reader import LatentStore
 from sa3train.reports import run_files
 from sa3train.reports.html import format_bytes, format_duration
-from sa3train.studio.server.processes import find_program
+from sa3train.studio.server.processes import find_program, make_environment
 from sa3train.studio.server.workspace import StudioError
 
 TRIAL_STEPS = 4
@@ -108,6 +111,16 @@ def list_recipes() -> dict[str, str]:
         Their descriptions by name.
     """
     return {name: text for name, text in list_options("recipe").items() if name not in ("sweep", "decoder")}
+
+
+def get_default_recipe() -> str:
+    """Get the recipe that `sa3-train` takes when none is given.
+
+    Returns:
+        Its name.
+    """
+    defaults = yaml.safe_load((get_config_dir() / "train.yaml").read_text(encoding="utf-8"))["defaults"]
+    return next(str(entry["recipe"]) for entry in defaults if isinstance(entry, dict) and "recipe" in entry)
 
 
 @functools.cache
@@ -226,8 +239,9 @@ def _run(command: Sequence[str], seconds: float) -> str:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            text=True,
+            encoding="utf-8",
             errors="replace",
+            env=make_environment(),
         )
     except OSError as error:
         raise StudioError(f"Cannot start {command[0]}: {error.strerror or error}.") from error
@@ -251,12 +265,25 @@ def _find_error(text: str) -> str:
     return " ".join(message.split()) if found else "".join(text.strip().splitlines()[-1:])
 
 
-def describe_plan(config: Mapping[str, Any], data: DataSummary) -> list[tuple[str, str]]:
+def count_uncaptioned(folder: Path) -> int:
+    """Count the clips without a caption.
+
+    Args:
+        folder: Folder of latents.
+
+    Returns:
+        The number, of training and held-out clips alike.
+    """
+    return sum(not record.get("caption") for _, record in LatentStore(folder).iterate_records())
+
+
+def describe_plan(config: Mapping[str, Any], data: DataSummary, uncaptioned: int = 0) -> list[tuple[str, str]]:
     """Describe what is known before a trial.
 
     Args:
         config: The composed configuration.
         data: Summary of the latents.
+        uncaptioned: Number of clips without a caption.
 
     Returns:
         (name, text) of each line.
@@ -273,6 +300,9 @@ def describe_plan(config: Mapping[str, Any], data: DataSummary) -> list[tuple[st
     if data.clips and not packed:
         epochs = steps * rows / data.clips
         found.append(("Epochs", f"{epochs:,.0f}" if epochs >= 10 else f"{epochs:.2g}"))
+    if uncaptioned:
+        total = _format_clips(data.clips + data.heldout)
+        found.append(("Note", f"{uncaptioned} of {total} have no caption: they train on the empty prompt."))
     if not data.heldout:
         found.append(("Note", "No clips are held out: validation cannot show overfitting."))
     return found

@@ -13,14 +13,8 @@ from sa3train.reports.run_files import RunFiles
 from sa3train.studio.runs import runs, view
 from sa3train.studio.runs.start_form import build_start_form
 from sa3train.studio.server import processes
+from sa3train.studio.server import widgets as ui
 from sa3train.studio.server.folders import name_folders
-from sa3train.studio.server.widgets import (
-    build_timer,
-    render_command,
-    render_notice,
-    render_placeholder,
-    show_errors,
-)
 from sa3train.studio.server.workspace import StudioError, Workspace
 
 SECONDS = 2.0
@@ -50,17 +44,17 @@ def build_runs_page(workspace: Workspace) -> None:
     Args:
         workspace: The workspace.
     """
-    tick = build_timer(SECONDS)
+    tick = ui.build_timer(SECONDS)
     seen = gr.State({})
     widgets = _build_widgets(workspace, tick)
 
-    @show_errors
+    @ui.show_errors
     def on_refresh(path: str | None, before: dict[str, Any]) -> dict[Any, Any]:
         values, after = _refresh(workspace, path, before)
         return {widgets[name]: value for name, value in values.items()} | {seen: after}
 
     def make_handler(act: Callable[[Path], Any]) -> Callable[..., dict[Any, Any]]:
-        @show_errors
+        @ui.show_errors
         def on_click(path: str | None, before: dict[str, Any]) -> Any:
             act(resolve_run_dir(workspace, path))
             return on_refresh(path, before)
@@ -86,7 +80,7 @@ def _build_widgets(workspace: Workspace, tick: gr.Timer) -> dict[str, Any]:
             chosen = gr.Radio(
                 [], label="Run", elem_classes="run-list", elem_id="run-list", show_label=False, visible=False
             )
-            hint = render_placeholder("No runs yet. Start one above.")
+            hint = ui.render_placeholder("No runs yet. Start one above.")
             widgets |= {"chosen": chosen, "none": gr.HTML(hint, elem_id="run-none", visible=False)}
             with form:
                 build_start_form(workspace, chosen, tick)
@@ -107,9 +101,9 @@ def _build_widgets(workspace: Workspace, tick: gr.Timer) -> dict[str, Any]:
                 with gr.Tab("Report"):
                     open_report = gr.Button("Show report", elem_id="run-report-open", scale=0)
                     report = gr.HTML(elem_id="run-report")
-    compare = show_errors(lambda path, second: render_comparison(workspace, path, second))
+    compare = ui.show_errors(lambda path, second: render_comparison(workspace, path, second))
     other.input(compare, [chosen, other], differences)
-    open_report.click(show_errors(lambda path: render_report(workspace, path)), chosen, report)
+    open_report.click(ui.show_errors(lambda path: render_report(workspace, path)), chosen, report)
     return widgets | {"other": other}
 
 
@@ -191,7 +185,7 @@ def render_parts(
             files, problem = run_files.read_run(run.path), ""
         except (OSError, ValueError, KeyError, TypeError) as error:  # raised, it would come back with every tick
             text = f"A file in {run.path} is damaged ({error}). Restore or delete it."
-            files, problem = RunFiles(run.path), render_notice(text, "error")
+            files, problem = RunFiles(run.path), ui.render_notice(text, "error")
         html["head"] = view.render_head(workspace, run, files) + problem
         html["commands"] = _render_commands(run)
         views: dict[str, Callable[[RunFiles], str]] = {
@@ -210,11 +204,11 @@ def render_parts(
 def _render_commands(run: runs.Run) -> str:
     """Render commands that do what the buttons do."""
     pid, command = processes.get_running_pid(run.path), processes.read_record(run.path).get("command")
-    found = render_command(command, "Start command") if command else ""
-    if pid is not None:
-        found += render_command(f"kill -TERM {pid}", "Stop command")
-    elif run.is_resumable:
-        found += render_command(runs.build_resume_command(run.path), "Resume command")
+    found = ui.render_command(command, "Start command") if command else ""
+    if pid is not None and processes.SENDS_SIGNALS:
+        found += ui.render_command(f"kill -TERM {pid}", "Stop command")
+    elif pid is None and run.is_resumable:
+        found += ui.render_command(runs.build_resume_command(run.path), "Resume command")
     return found
 
 
@@ -231,7 +225,7 @@ def render_comparison(workspace: Workspace, path: str | None, second: str | None
     """
     one, other = resolve_run_dir(workspace, path), resolve_run_dir(workspace, second)
     differences = runs.compare_settings(one, other)
-    command = render_command(["diff", one / run_files.CONFIG_FILE, other / run_files.CONFIG_FILE])
+    command = ui.render_command(["diff", one / run_files.CONFIG_FILE, other / run_files.CONFIG_FILE])
     return view.render_differences(differences, workspace.shorten(one), workspace.shorten(other)) + command
 
 
@@ -251,7 +245,7 @@ def render_report(workspace: Workspace, path: str | None) -> str:
     report = folder / run_files.REPORT_FILE
     if not report.is_file():
         if not (folder / run_files.RECORD_FILE).is_file():
-            return render_notice("There is nothing to report yet.")
+            return ui.render_notice("There is nothing to report yet.")
         report = workspace.home / "reports" / f"{folder.name}.html"
         write_text(report, render_page(run_files.read_run(folder)))
     return view.render_report_frame(workspace.get_url(report), workspace.shorten(report))

@@ -278,11 +278,7 @@ def dismiss_run(folder: Path) -> None:
     Raises:
         DataError: There is more in it than the record and log of the process.
     """
-    if not {path.name for path in folder.iterdir()} <= {
-        processes.PROCESS_FILE,
-        processes.LOG_FILE,
-        processes.LOCK_FILE,
-    }:
+    if not {path.name for path in folder.iterdir()} <= processes.FILES:
         raise DataError(f"{folder} holds more than the log of a failed start. Remove it yourself.")
     shutil.rmtree(folder)
 

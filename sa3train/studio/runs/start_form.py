@@ -11,28 +11,13 @@ from sa3train.data.shards.index import summarize_data
 from sa3train.reports.html import render_facts
 from sa3train.studio.runs import estimate, runs, view
 from sa3train.studio.runs.estimate import RunRequest
-from sa3train.studio.server.folders import (
-    find_folders,
-    get_sibling,
-    list_adapters,
-    list_models,
-    name_folders,
-    resolve_model_name,
-)
-from sa3train.studio.server.widgets import (
-    explain_value,
-    parse_setting,
-    refresh_choices,
-    render_command,
-    render_notice,
-    render_panel,
-    render_placeholder,
-    show_errors,
-)
+from sa3train.studio.server import folders
+from sa3train.studio.server import widgets as ui
 from sa3train.studio.server.workspace import StudioError, Workspace
 from sa3train.training.settings import TrainerSettings
 
 RUNS = "runs"
+DATA_HINT = "Made on the Data page, by Encode."
 PLAN_HINT = "Plan shows what the run trains on, and estimates time and memory from a few real steps."
 
 
@@ -75,11 +60,11 @@ def parse_request(
     return RunRequest(
         recipe,
         workspace.resolve_folder(data, "folder of latents"),
-        resolve_model_name(workspace, model),
+        folders.resolve_model_name(workspace, model),
         workspace.resolve_output(folder or f"{RUNS}/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"),
         _parse_steps(steps),
         estimate.parse_settings(settings or ""),
-        workspace.resolve_file(adapter, "adapter") if recipe == "continue" else None,
+        folders.resolve_adapter(workspace, adapter) if recipe == "continue" else None,
     )
 
 
@@ -91,15 +76,18 @@ def build_start_form(workspace: Workspace, chosen: gr.Radio, tick: gr.Timer) -> 
         chosen: The list of runs, in which a started run is selected.
         tick: Timer that updates the list of latents.
     """
-    recipes, latents = estimate.list_recipes(), _list_latents(workspace)
-    models = [choice for choice in list_models(workspace) if choice[1] != workspace.model]
-    recipe = gr.Dropdown(list(recipes), value="instrument", label="Recipe", info=recipes["instrument"])
-    data = gr.Dropdown(latents, label="Latents", allow_custom_value=True)
+    recipes, usual = estimate.list_recipes(), estimate.get_default_recipe()
+    models = [choice for choice in folders.list_models(workspace) if choice[1] != workspace.model]
+    recipe = gr.Dropdown(list(recipes), value=usual, label="Recipe", info=recipes[usual])
+    data = gr.Dropdown([], label="Latents", info=DATA_HINT, allow_custom_value=True)
     base = _get_trainable_model(workspace)
     model = gr.Dropdown(models, value=base, label="Base model", allow_custom_value=True)
     with gr.Row():
-        steps = explain_value(gr.Number(0, label="Steps (0: recipe)", min_width=130), _parse_steps)
-        folder = gr.Textbox("", label="Run folder", placeholder="runs/RECIPE-TIME", min_width=130)
+        steps = gr.Number(0, label="Steps (0: recipe)", info="Optimizer steps.", min_width=130)
+        ui.explain_value(steps, _parse_steps)
+        folder = gr.Textbox(
+            "", label="Run folder", info="In the workspace.", placeholder="runs/RECIPE-TIME", min_width=130
+        )
     adapter = gr.Dropdown([], label="Start from adapter", allow_custom_value=True, visible=False)
     settings = gr.Textbox(
         "", lines=2, label="Further settings, one per line", placeholder="optimizer.lr=1e-3\nadapter.rank=8"
@@ -107,26 +95,26 @@ def build_start_form(workspace: Workspace, chosen: gr.Radio, tick: gr.Timer) -> 
     with gr.Row():
         plan = gr.Button("Plan", elem_id="run-plan")
         start = gr.Button("Start", variant="primary", elem_id="run-start")
-    shown = gr.HTML(render_placeholder(PLAN_HINT), elem_id="run-plan-shown")
+    shown = gr.HTML(ui.render_placeholder(PLAN_HINT), elem_id="run-plan-shown")
     fields = [recipe, data, model, steps, folder, settings, adapter]
 
-    @show_errors
+    @ui.show_errors
     def on_plan(*values: Any) -> Iterator[tuple[Any, ...]]:
         yield from _keep_error(stream_plan(workspace, *values), 2)
 
-    @show_errors
+    @ui.show_errors
     def on_start(*values: Any) -> Iterator[tuple[Any, ...]]:
         yield from _keep_error(stream_start(workspace, *values), 3)
 
     def on_recipe(name: str) -> tuple[Any, Any]:
         is_continue = name == "continue"
-        adapters = list_adapters(workspace) if is_continue else []
+        adapters = folders.list_adapters(workspace) if is_continue else []
         return gr.update(info=recipes.get(name, "")), gr.update(visible=is_continue, choices=adapters)
 
     recipe.change(on_recipe, recipe, [recipe, adapter], show_progress="hidden")
     plan.click(on_plan, fields, [folder, shown], show_progress="hidden")
     start.click(on_start, fields, [folder, shown, chosen], show_progress="hidden")
-    refresh_choices(tick, data, lambda: _list_latents(workspace))
+    ui.refresh_choices(tick, data, lambda: folders.name_folders(workspace, folders.find_folders(workspace).latents))
 
 
 def stream_plan(workspace: Workspace, *values: Any) -> Iterator[tuple[Any, ...]]:
@@ -140,14 +128,14 @@ def stream_plan(workspace: Workspace, *values: Any) -> Iterator[tuple[Any, ...]]
         (run folder, HTML).
     """
     request = parse_request(workspace, *values)
-    folder, command = workspace.shorten(request.run_dir), render_command(request.build_command())
-    yield folder, render_notice("Composing settings…")
+    folder, command = workspace.shorten(request.run_dir), ui.render_command(request.build_command())
+    yield folder, ui.render_notice("Composing settings…")
     config, data = estimate.compose_config(request), summarize_data(request.data)
-    rows = estimate.describe_plan(config, data)
-    progress = render_notice(f"Running {estimate.TRIAL_STEPS} trial steps…")
-    yield folder, render_panel(render_facts(rows)) + progress + command
+    rows = estimate.describe_plan(config, data, estimate.count_uncaptioned(request.data))
+    progress = ui.render_notice(f"Running {estimate.TRIAL_STEPS} trial steps…")
+    yield folder, ui.render_panel(render_facts(rows)) + progress + command
     rows += estimate.describe_trial(config, data, estimate.run_trial(request))
-    yield folder, render_panel(render_facts(rows)) + command
+    yield folder, ui.render_panel(render_facts(rows)) + command
 
 
 def stream_start(workspace: Workspace, *values: Any) -> Iterator[tuple[Any, ...]]:
@@ -162,19 +150,19 @@ def stream_start(workspace: Workspace, *values: Any) -> Iterator[tuple[Any, ...]
     """
     request = parse_request(workspace, *values)
     folder = workspace.shorten(request.run_dir)
-    yield folder, render_notice("Composing settings…"), gr.skip()
+    yield folder, ui.render_notice("Composing settings…"), gr.skip()
     estimate.compose_config(request)  # a setting that is refused should be refused here, not in a log
     summarize_data(request.data)
     runs.start_run(request.run_dir, request.build_command())
-    started = render_notice(f"Started {folder}. It continues when this page is closed.")
+    started = ui.render_notice(f"Started {folder}. It continues when this page is closed.")
     choices = [(view.format_label(workspace, run), str(run.path)) for run in runs.find_runs(workspace, request.run_dir)]
     update = gr.update(value=str(request.run_dir), choices=choices, visible=True)
-    yield "", started + render_command(request.build_command()), update  # the next run gets a folder of its own
+    yield "", started + ui.render_command(request.build_command()), update  # the next run gets a folder of its own
 
 
 def _parse_steps(value: Any) -> int | None:
     """Parse the number of steps; None for the recipe's."""
-    steps = parse_setting(TrainerSettings, "max_steps", value or None, is_integer=True)
+    steps = ui.parse_setting(TrainerSettings, "max_steps", value or None)
     return cast("int | None", steps)
 
 
@@ -183,18 +171,14 @@ def _keep_error(updates: Iterator[tuple[Any, ...]], outputs: int) -> Iterator[tu
     try:
         yield from updates
     except SA3Error as error:
-        yield gr.skip(), render_notice(str(error), "error"), *(gr.skip(),) * (outputs - 2)
+        yield gr.skip(), ui.render_notice(str(error), "error"), *(gr.skip(),) * (outputs - 2)
         raise
 
 
 def _get_trainable_model(workspace: Workspace) -> str:
     """Return the base model of the studio's model, which is its own if it is a base or has none."""
     try:
-        sibling = get_sibling(workspace.model)
+        sibling = folders.get_sibling(workspace.model)
     except StudioError:
         return workspace.model
     return workspace.model if workspace.model.endswith("-base") else sibling
-
-
-def _list_latents(workspace: Workspace) -> list[tuple[str, str]]:
-    return name_folders(workspace, find_folders(workspace).latents)

@@ -4,17 +4,8 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from sa3train.reports import audio, curves
+from sa3train.reports import audio, curves, html
 from sa3train.reports.audio import Media
-from sa3train.reports.html import (
-    GIB,
-    format_bytes,
-    format_duration,
-    render_change_tile,
-    render_table,
-    render_template,
-    render_tile,
-)
 from sa3train.reports.loss_change import compute_loss_change
 from sa3train.reports.run_files import CONFIG_FILE, DemoFile, RunFiles, summarize_run
 from sa3train.studio.runs.runs import STATES, Run
@@ -38,7 +29,7 @@ def format_label(workspace: Workspace, run: Run) -> str:
         Two lines of text.
     """
     steps = f"{run.step:,} of {run.total:,} steps" if run.total else f"{run.step:,} steps"
-    left = f", {format_duration(run.seconds_left)} left" if run.seconds_left is not None else ""
+    left = f", {html.format_duration(run.seconds_left)} left" if run.seconds_left is not None else ""
     return f"{workspace.shorten(run.path)}\n{STATES[run.state]} · {steps}{left}"
 
 
@@ -69,19 +60,19 @@ def render_head(workspace: Workspace, run: Run | None, files: RunFiles) -> str:
 
 
 def _render_tiles(run: Run, files: RunFiles) -> list[str]:
-    found = [render_tile(f"{run.step:,}" + (f" / {run.total:,}" if run.total else ""), "steps")]
+    found = [html.render_tile(f"{run.step:,}" + (f" / {run.total:,}" if run.total else ""), "steps")]
     if run.loss is not None:
-        found.append(render_tile(f"{run.loss:.4f}", "training loss"))
+        found.append(html.render_tile(f"{run.loss:.4f}", "training loss"))
     for part, label in (("val", "validation loss vs. base"), ("train_eval", "loss on training clips vs. base")):
-        found.append(render_change_tile(compute_loss_change(files.validation, part), label))
+        found.append(html.render_change_tile(compute_loss_change(files.validation, part), label))
     if run.is_alive and run.speed:
-        found.append(render_tile(f"{run.speed:.3g}", "steps per second"))
+        found.append(html.render_tile(f"{run.speed:.3g}", "steps per second"))
     if run.seconds_left is not None:
-        found.append(render_tile(format_duration(run.seconds_left), "left"))
+        found.append(html.render_tile(html.format_duration(run.seconds_left), "left"))
     elif files.seconds:
-        found.append(render_tile(format_duration(files.seconds), "in the training loop"))
+        found.append(html.render_tile(html.format_duration(files.seconds), "in the training loop"))
     if files.peak_memory_gib:
-        found.append(render_tile(format_bytes(int(files.peak_memory_gib * GIB)), "peak memory"))
+        found.append(html.render_tile(html.format_bytes(int(files.peak_memory_gib * html.GIB)), "peak memory"))
     return found
 
 
@@ -139,7 +130,7 @@ def render_data(files: RunFiles) -> str:
     if not files.data:
         hint = "The data is listed here once training has started (callbacks.report=true)."
         return render_panel(render_placeholder(hint))
-    return render_panel(render_template("data.html", data=files.data))
+    return render_panel(html.render_template("data.html", data=files.data))
 
 
 def render_differences(rows: Sequence[tuple[str, str, str]], one: str, other: str) -> str:
@@ -156,7 +147,7 @@ def render_differences(rows: Sequence[tuple[str, str, str]], one: str, other: st
     if not rows:
         return render_panel(render_notice("All settings are the same."))
     cells = [[f"<code>{escape(key)}</code>", escape(a), escape(b)] for key, a, b in rows]
-    return render_panel(render_table(("setting", one, other), cells))
+    return render_panel(html.render_table(("setting", one, other), cells))
 
 
 def render_config(folder: Path) -> str:

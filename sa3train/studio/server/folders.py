@@ -4,25 +4,28 @@ Listings are bounded, since a source may be a whole home folder.
 """
 
 import functools
+import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
+from sa3train.adapters.formats.run_dir import ADAPTER_FILE, CHECKPOINTS_DIR, list_checkpoints, locate_adapter
 from sa3train.audio.io import AUDIO_SUFFIXES
 from sa3train.core.errors import SA3Error
 from sa3train.core.user_files import is_file, read_file, scan_folder
 from sa3train.data.sources.own_folders import INDEX_LIMIT, LATENTS, RUN, STUDIO, identify_own_folder
 from sa3train.inference.settings import MODEL_DEFAULTS
 from sa3train.models import hub
+from sa3train.models.checkpoint import read_config
 from sa3train.models.config import ModelConfig
-from sa3train.models.diffusers_layout import read_config
 from sa3train.models.parse import parse_model
 from sa3train.studio.server.processes import PROCESS_FILE
 from sa3train.studio.server.workspace import StudioError, Workspace
 
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_SUFFIXES = "adapter_config.json", (".safetensors", ".gguf")
+_STATE_NAME = re.compile(r"step-(\d{8})\.safetensors")
 MAX_FOLDERS = 4000
 MAX_DEPTH = 8
 MAX_LISTED = 400
@@ -94,28 +97,63 @@ def is_text(name: str) -> bool:
 
 
 def list_adapters(workspace: Workspace) -> list[str]:
-    """List adapter files and PEFT folders.
+    """List adapter files, PEFT folders, and runs with their checkpoints.
 
     Args:
         workspace: The workspace.
 
     Returns:
-        Short paths (`Workspace.shorten`), newest first.
+        Short paths (`Workspace.shorten`), newest first; RUN_FOLDER@STEP for a checkpoint.
     """
-    found = []
-    for folder, files, _ in iterate_folders(workspace):
-        if ADAPTER_CONFIG in files:
-            found.append(folder)
-            continue
-        if "config.json" in files:  # a text encoder, or a component of a pipeline of diffusers
-            continue
-        is_model = hub.CONFIG_FILE in files
-        found += [
-            folder / name
-            for name in files
-            if name.endswith(".safetensors") and not (is_model and name == hub.WEIGHTS_FILE)
-        ]
+    found: dict[str, Path] = {}
+    states: set[Path] = set()
+    for folder, files, own in iterate_folders(workspace):
+        if own == RUN:
+            states.add(folder / CHECKPOINTS_DIR)
+            steps = sorted(list_checkpoints(folder), reverse=True)
+            names = [str(folder)] * (ADAPTER_FILE in files) + [f"{folder}@{step}" for step in steps]
+            found |= dict.fromkeys(names, folder)  # dated alike, so that they stay together
+        elif ADAPTER_CONFIG in files:
+            found[str(folder)] = folder
+        elif "config.json" not in files and folder not in states:  # a text encoder, or a component of a pipeline
+            model = hub.WEIGHTS_FILE if hub.CONFIG_FILE in files else ""
+            adapters = [name for name in files if name.endswith(ADAPTER_SUFFIXES) and name != model]
+            found |= {str(folder / name): folder / name for name in adapters}
     return _sort_by_age(workspace, found)
+
+
+def resolve_adapter(workspace: Workspace, path: str | None) -> Path:
+    """Find an adapter inside the studio's folders.
+
+    Args:
+        workspace: The workspace.
+        path: A file, a PEFT or run folder, or RUN_FOLDER@STEP.
+
+    Returns:
+        Its path, in the same form. One that is missing or outside is refused as by `Workspace.resolve_existing`.
+
+    Raises:
+        StudioError: If none is chosen.
+    """
+    if not (path or "").strip():
+        raise StudioError("Choose an adapter: a file from the list, or its path.")
+    found = workspace.resolve(path or "")
+    workspace.resolve_existing(locate_adapter(found), "adapter")
+    return found
+
+
+def name_adapter(path: str) -> str:
+    """Name an adapter as `list_adapters` does.
+
+    Args:
+        path: Its path.
+
+    Returns:
+        RUN_FOLDER@STEP for the file of a checkpoint, the path itself for anything else.
+    """
+    file = Path(path)
+    step = _STATE_NAME.fullmatch(file.name) if file.parent.name == CHECKPOINTS_DIR else None
+    return f"{file.parent.parent}@{int(step[1])}" if step else path
 
 
 def list_audio(workspace: Workspace) -> list[str]:
@@ -128,7 +166,7 @@ def list_audio(workspace: Workspace) -> list[str]:
         Short paths (`Workspace.shorten`), newest first.
     """
     found = [folder / name for folder, files, _ in iterate_folders(workspace) for name in files if _is_audio(name)]
-    return _sort_by_age(workspace, found)
+    return _sort_by_age(workspace, {str(path): path for path in found})
 
 
 def list_models(workspace: Workspace) -> list[tuple[str, str]]:
@@ -141,7 +179,7 @@ def list_models(workspace: Workspace) -> list[tuple[str, str]]:
         (label, value) of each.
     """
     available = {"nano", "nano-base", *hub.list_cached_names()}
-    names = [entry.name for entry in hub.REGISTRY.values() if entry.kind == "model"]
+    names = hub.list_model_names()
     choices = [(name if name in available else f"{name} (not downloaded yet)", name) for name in names]
     for folder, files, _ in iterate_folders(workspace):
         if hub.PIPELINE_FILE in files or (hub.CONFIG_FILE in files and hub.WEIGHTS_FILE in files):
@@ -161,7 +199,7 @@ def resolve_model_name(workspace: Workspace, name: str) -> str:
     Returns:
         The name, or the absolute path of the folder. A path outside the roots is refused as by `Workspace.resolve`.
     """
-    if name in hub.REGISTRY or name == workspace.model:
+    if name in hub.list_model_names() or name == workspace.model:
         return name
     return str(workspace.resolve_folder(name, "model folder"))
 
@@ -177,11 +215,11 @@ def load_model_config(workspace: Workspace, name: str) -> ModelConfig | None:
         The configuration, or None for a model that has not been downloaded yet.
     """
     name = resolve_model_name(workspace, name)
-    entry = hub.REGISTRY.get(name)
+    entry = hub.find_checkpoint(name)
     if entry is not None and entry.repo_id is not None and name not in hub.list_cached_names():
         return None
     files = hub.locate_checkpoint(name)
-    return parse_model(read_config(files.config), str(files.config))
+    return parse_model(read_config(files), str(files.config))
 
 
 def describe_model(workspace: Workspace, name: str) -> str:
@@ -199,8 +237,7 @@ def describe_model(workspace: Workspace, name: str) -> str:
     except SA3Error as error:
         return str(error)
     if config is None:
-        entry = hub.REGISTRY[name]
-        return f"{name} is downloaded on first use. License: {entry.license}, {entry.page}."
+        return f"{name} is {hub.describe_place(name)}."
     kind = "base model" if config.objective == "rectified_flow" else "post-trained model"
     longest = config.sample_size / config.sample_rate
     defaults = MODEL_DEFAULTS[config.objective]
@@ -220,10 +257,10 @@ def get_sibling(name: str) -> str:
     Raises:
         StudioError: The model has none.
     """
-    entry = hub.REGISTRY.get(name)
+    entry = hub.find_checkpoint(name)
     if entry is None or entry.sibling is None:
         raise StudioError(f"{name} has no known sibling. Choose a named model to compare base and post-trained.")
-    return entry.sibling
+    return f"{entry.sibling}{hub.PACKED}" if name.endswith(hub.PACKED) else entry.sibling
 
 
 @dataclass(frozen=True)
@@ -298,6 +335,6 @@ def _is_source(name: str) -> bool:
     return _is_audio(name) or name.lower().endswith(".tar")
 
 
-def _sort_by_age(workspace: Workspace, paths: list[Path]) -> list[str]:
-    dated = sorted(((path.stat().st_mtime, path) for path in paths if path.exists()), reverse=True)
-    return [workspace.shorten(path) for _, path in dated[:MAX_LISTED]]
+def _sort_by_age(workspace: Workspace, paths: Mapping[str, Path]) -> list[str]:
+    dated = {name: path.stat().st_mtime for name, path in paths.items() if path.exists()}
+    return [workspace.shorten(name) for name in sorted(dated, key=dated.__getitem__, reverse=True)[:MAX_LISTED]]

@@ -1,12 +1,13 @@
 """Commands that outlive the page and the server: each in its own session, its record and log in a folder.
 
-`process.json` says what was started, with the process ID and its start time since boot. A process counts as the one
-that was started when ID, start time and boot agree: the system may reuse an ID for another process.
+`process.json` says what was started, with the process ID and its start time. A process counts as the one that was
+started when both agree: the system may reuse an ID for another process.
 """
 
 import contextlib
 import datetime
 import json
+import os
 import shlex
 import shutil
 import signal
@@ -22,16 +23,19 @@ from filelock import FileLock
 
 from sa3train.core.errors import SA3Error
 from sa3train.core.files import write_json
+from sa3train.core.signals import STOP_FILE_VARIABLE
 from sa3train.core.user_files import check_folder, read_file, stat_file
 
-PROCESS_FILE, LOG_FILE, LOCK_FILE = "process.json", "process.log", "process.lock"
-BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+PROCESS_FILE, LOG_FILE, LOCK_FILE, STOP_FILE = "process.json", "process.log", "process.lock", "process.stop"
+FILES = {PROCESS_FILE, LOG_FILE, LOCK_FILE, STOP_FILE}
 TAIL_BYTES = 64_000
 START_TOLERANCE = 0.005
 """Seconds; the kernel counts start times in ticks of 10 ms."""
 
-_POLITE_SIGNAL = getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM)
-_NEW_GROUP: int = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # on Windows, which has no sessions
+SENDS_SIGNALS = hasattr(signal, "SIGHUP")
+"""Whether a process can ask another to stop by a signal. On Windows it is asked by `STOP_FILE`: Ctrl-Break reaches only
+processes of the same console, which a studio that was started again does not share."""
+_NO_CONSOLE: int = getattr(subprocess, "CREATE_NO_WINDOW", 0)  # on Windows, which has no sessions
 
 _children: list[subprocess.Popen[bytes]] = []
 _lock = threading.Lock()
@@ -78,13 +82,15 @@ def start(folder: Path, argv: Sequence[str], **facts: Any) -> int:
             pid = get_running_pid(folder)
             if pid is not None:
                 raise SA3Error(f"A process is already running in {folder} (PID {pid}). Wait for it or stop it.")
-            record = {"command": list(argv), "at": _get_utc_time(), "boot": _get_boot_id(), "stop_asked": None, **facts}
+            record = {"command": list(argv), "at": _get_utc_time(), "stop_asked": None, **facts}
+            (folder / STOP_FILE).unlink(missing_ok=True)
             write_json(folder / PROCESS_FILE, record)
             log.write(f"$ {shlex.join(argv)}\n".encode())
             log.flush()
-            # A session of its own: Ctrl-C in the terminal is for the studio.
-            group: dict[str, Any] = {"start_new_session": True, "creationflags": _NEW_GROUP}
-            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **group)
+            # A session or console of its own: Ctrl-C in the terminal is for the studio.
+            options: dict[str, Any] = {"start_new_session": True, "creationflags": _NO_CONSOLE}
+            options["env"] = make_environment(None if SENDS_SIGNALS else folder / STOP_FILE)
+            child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **options)
             with _lock:
                 _children.append(child)
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -95,6 +101,19 @@ def start(folder: Path, argv: Sequence[str], **facts: Any) -> int:
     return child.pid
 
 
+def make_environment(stop_file: Path | None = None) -> dict[str, str]:
+    """Make the environment of a command of ours: its output is UTF-8 everywhere.
+
+    Args:
+        stop_file: File whose existence asks the command to stop, for systems without signals.
+
+    Returns:
+        The variables.
+    """
+    stop = {} if stop_file is None else {STOP_FILE_VARIABLE: str(stop_file)}
+    return os.environ | {"PYTHONUTF8": "1"} | stop
+
+
 def record_this_process(folder: Path, **facts: Any) -> None:
     """Record this process in a folder, as `start` records another.
 
@@ -103,7 +122,7 @@ def record_this_process(folder: Path, **facts: Any) -> None:
         **facts: What else to record.
     """
     process = psutil.Process()
-    record = {"command": process.cmdline(), "at": _get_utc_time(), "boot": _get_boot_id(), "stop_asked": None}
+    record = {"command": process.cmdline(), "at": _get_utc_time(), "stop_asked": None}
     write_json(folder / PROCESS_FILE, record | {"pid": process.pid, "started": _get_start_time(process), **facts})
 
 
@@ -125,8 +144,8 @@ def stop(folder: Path, *, at_once: bool = False, grace_seconds: float | None = N
 
     Args:
         folder: Folder of the process.
-        at_once: Kill the process and its children. Otherwise ask it to save and exit (SIGTERM); its children end with
-            it, as a loader's workers must not die before it.
+        at_once: Kill the process and its children. Otherwise ask it to save and exit; its children end with it, as a
+            loader's workers must not die before it.
         grace_seconds: Time after which a process that was asked, or a child that it left, is killed. None: never.
 
     Returns:
@@ -141,7 +160,10 @@ def stop(folder: Path, *, at_once: bool = False, grace_seconds: float | None = N
         if at_once:
             _kill(tree)
         else:
-            process.send_signal(_POLITE_SIGNAL)
+            if SENDS_SIGNALS:
+                process.send_signal(signal.SIGTERM)
+            else:
+                (folder / STOP_FILE).touch()
             if grace_seconds is not None:
                 threading.Thread(target=_kill_late, args=(tree, grace_seconds), daemon=True).start()
     return True
@@ -164,7 +186,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         folder: Folder of the process.
 
     Returns:
-        The record: command, at, boot, pid, started, stop_asked and the facts given to `start`; empty without one.
+        The record: command, at, pid, started, stop_asked and the facts given to `start`; empty without one.
     """
     return read_json(folder / PROCESS_FILE)
 
@@ -239,17 +261,12 @@ def _find_process(folder: Path) -> psutil.Process | None:
         is_alive = process.status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     except (psutil.Error, KeyError, TypeError, ValueError):
         return None
-    return process if is_same and is_alive and record.get("boot") == _get_boot_id() else None
+    return process if is_same and is_alive else None
 
 
 def _get_start_time(process: psutil.Process) -> float:
-    """Return seconds since boot, which a change of the system's clock leaves as they are."""
-    return process.create_time() - psutil.boot_time()
-
-
-def _get_boot_id() -> str:
-    """Return what Linux calls this boot of the machine; empty elsewhere."""
-    return BOOT_ID.read_text(encoding="ascii").strip() if BOOT_ID.is_file() else ""
+    """Return seconds that a change of the clock leaves as they are: Linux counts from boot, others note the time."""
+    return process.create_time() - (psutil.boot_time() if psutil.LINUX else 0.0)
 
 
 def _get_utc_time() -> str:

@@ -1,14 +1,14 @@
 """Widgets and error handling that several pages of the studio share."""
 
+import dataclasses
 import functools
 import inspect
 import re
-import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar, cast, get_type_hints
 
 import gradio as gr
 from gradio.context import Context
@@ -16,13 +16,29 @@ from gradio.context import Context
 from sa3train.core.config import list_settings
 from sa3train.core.errors import GenerationError, SA3Error
 from sa3train.core.log import get_logger
-from sa3train.core.text import shorten
-from sa3train.inference.settings import check_number
+from sa3train.core.text import format_command, shorten
+from sa3train.data.encode.settings import EncodeSettings
+from sa3train.data.loading.prompts import PromptSettings
+from sa3train.inference.settings import GenerationSettings, check_number
+from sa3train.reports.html import render_table
 from sa3train.studio.server.workspace import StudioError
 
 logger = get_logger(__name__)
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 TOAST_SECONDS = 20.0
+FLAG_LABELS = {
+    "--rank": "Rank", "--explained-variance": "Explained variance", "--dtype": "Dtype", "--overwrite": "Overwrite",
+    "--dense": "Full weight deltas", "--allow-loss": "Allow loss", "--allow-partial": "Allow partial", "--to": "To",
+    "--model": "Base model",
+}  # fmt: skip
+"""Labels of the fields for flags of `sa3-adapter`."""
+LABELS = {
+    "keep_tags": "Keep first N tags",
+    "trigger": "Trigger word",
+    "split": "Validation split",
+    "max_steps": "Steps",
+}
+"""Labels of settings whose own name says too little."""
 
 
 def show_errors(handler: Handler) -> Handler:
@@ -66,10 +82,10 @@ def get_error_message(error: BaseException) -> str:
         error: What was raised.
 
     Returns:
-        The message of an `SA3Error`; for anything else its type and text, and that it is a bug.
+        The message of an `SA3Error`, by `name_fields`; for anything else its type and text, and that it is a bug.
     """
     if isinstance(error, SA3Error):
-        return str(error)
+        return name_fields(str(error))
     return f"{type(error).__name__}: {error}. This is a bug in the studio. See the server's log for details."
 
 
@@ -110,7 +126,7 @@ def render_command(command: str | Sequence[str | Path], label: str = "Copy as co
     Returns:
         HTML.
     """
-    line = escape(command if isinstance(command, str) else shlex.join(map(str, command)))
+    line = escape(command if isinstance(command, str) else format_command(command))
     return (
         f'<details class="command"><summary>{escape(label)}</summary><div class="line"><code>{line}</code>'
         f'<button type="button" class="copy" data-copy="{line}">Copy</button></div></details>'
@@ -129,21 +145,101 @@ def render_panel(body: str) -> str:
     return f'<div class="run-view">{body}</div>'
 
 
-def build_optional_number(
-    label: str, elem_id: str | None = None, placeholder: str = "", info: str | None = None
-) -> gr.Textbox:
+def render_text_table(title: str, head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Render a table of texts with a heading.
+
+    Args:
+        title: Text of the heading.
+        head: Names of the columns.
+        rows: Cells of each row.
+
+    Returns:
+        HTML; empty without rows.
+    """
+    cells = [[escape(cell) for cell in row] for row in rows]
+    return f"<h4>{escape(title)}</h4>{render_table(head, cells)}" if cells else ""
+
+
+def build_optional_number(label: str, **options: Any) -> gr.Textbox:
     """Build a text field for a number that may be empty, which `gr.Number` turns into 0.
 
     Args:
         label: Label of the field.
-        elem_id: Id of its HTML element.
-        placeholder: Text shown while it is empty.
-        info: Help below the label.
+        **options: Further options of the field.
 
     Returns:
-        The field. `parse_optional_number` and `parse_optional_int` read its value.
+        The field. `parse_optional_number` reads its value.
     """
-    return gr.Textbox("", label=label, info=info, placeholder=placeholder, max_lines=1, min_width=90, elem_id=elem_id)
+    return gr.Textbox("", label=label, max_lines=1, min_width=90, **options)
+
+
+def build_field(schema: type, name: str, widget: Any = None, **options: Any) -> Any:
+    """Build the field of a setting: label, help, range, choices and default are those that its dataclass declares.
+
+    Args:
+        schema: The dataclass.
+        name: Name of the setting.
+        widget: Class of the field. None: by the kind of the default.
+        **options: Options of the field that differ from the declared ones.
+
+    Returns:
+        The field.
+    """
+    declared, default = list_settings(schema)[name], _get_default(schema, name)
+    common = {"value": default, "label": get_label(schema, name), "info": name_fields(declared.help)} | options
+    if declared.choices:
+        widget = widget or (gr.CheckboxGroup if isinstance(default, list) else gr.Radio)
+        return widget(**{"choices": list(declared.choices)} | common)
+    if widget is gr.Slider:
+        return gr.Slider(**{"minimum": declared.min, "maximum": declared.max} | common)
+    if widget is not None or isinstance(default, bool | str):
+        return (widget or (gr.Checkbox if isinstance(default, bool) else gr.Textbox))(**common)
+    # Without Gradio's own limits, whose message does not name the field.
+    return explain_value(gr.Number(**{"min_width": 90} | common), functools.partial(parse_setting, schema, name))
+
+
+def _get_default(schema: type, name: str) -> Any:
+    (field,) = (field for field in dataclasses.fields(schema) if field.name == name)
+    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    return None if default is dataclasses.MISSING else default
+
+
+def get_label(schema: type, name: str) -> str:
+    """Get the label of a setting's field.
+
+    Args:
+        schema: The dataclass that declares it.
+        name: Name of the setting.
+
+    Returns:
+        The declared label, or the name as words.
+    """
+    return list_settings(schema)[name].label or LABELS.get(name) or name.replace("_", " ").capitalize()
+
+
+def name_fields(text: str) -> str:
+    """Name the fields of the page in a message that names flags and settings of the commands.
+
+    Args:
+        text: The message.
+
+    Returns:
+        The message with labels instead.
+    """
+
+    def replace(found: re.Match[str]) -> str:
+        label, value = _LABELS_BY_NAME[found[1]], found[2]
+        return f"{label}: {value}" if value else label if "_" in found[1] or found[1][:2] == "--" else found[0]
+
+    return _NAMES.sub(replace, text)
+
+
+_LABELS_BY_NAME = FLAG_LABELS | {
+    name: get_label(schema, name)
+    for schema in (EncodeSettings, PromptSettings, GenerationSettings)
+    for name in list_settings(schema)
+}
+_NAMES = re.compile(rf"(?<![\w./-])({'|'.join(_LABELS_BY_NAME)})(?![\w.-]*[\w/-])(?:=(\[[^]]*\]|[\w-]+(?:\.\d+)?))?")
 
 
 def explain_value(field: Any, check: Callable[[Any], Any]) -> Any:
@@ -168,14 +264,13 @@ def explain_value(field: Any, check: Callable[[Any], Any]) -> Any:
     return field
 
 
-def parse_setting(schema: type, name: str, value: str | float | None, *, is_integer: bool = False) -> Any:
+def parse_setting(schema: type, name: str, value: str | float | None) -> Any:
     """Parse the field of a number that a settings dataclass declares, and check it against the declared range.
 
     Args:
         schema: The dataclass.
         name: Name of the setting.
         value: Value of the field.
-        is_integer: Whether the setting is an integer.
 
     Returns:
         The number, or None for an empty field.
@@ -183,34 +278,39 @@ def parse_setting(schema: type, name: str, value: str | float | None, *, is_inte
     Raises:
         StudioError: The number is not allowed.
     """
-    number = parse_optional_int(name, value) if is_integer else parse_optional_number(name, value)
+    label = get_label(schema, name)
+    number = parse_optional_number(label, value, get_type_hints(schema)[name] in (int, int | None))
     problem = None if number is None else list_settings(schema)[name].find_problem(number)
     if problem:
-        raise StudioError(f"{name} must {problem}, not {number:g}.")
+        raise StudioError(f"{label} must {problem}, not {number:g}.")
     return number
 
 
-def parse_optional_number(name: str, text: str | float | None) -> float | None:
+def parse_optional_number(name: str, text: str | float | None, is_integer: bool = False) -> Any:
     """Parse the value of an optional number field.
 
     Args:
-        name: Name of the setting, for the error message.
+        name: Label of the field, for the error message.
         text: Value of the field.
+        is_integer: Whether it must be an integer.
 
     Returns:
         The number, or None for an empty field.
 
     Raises:
-        GenerationError: The text is not a number.
+        GenerationError: The text is not a number, or not an integer.
     """
     if text is None or str(text).strip() == "":
         return None
     try:
-        return check_number(name, float(text) if isinstance(text, str) else text)
+        number = check_number(name, float(text) if isinstance(text, str) else text)
     except ValueError as error:
         raise GenerationError(
             f"{name} must be a number, not {shorten(repr(text))}. Correct it or leave it empty."
         ) from error
+    if is_integer and number != int(number):
+        raise GenerationError(f"{name} must be an integer, not {number:g}.")
+    return int(number) if is_integer else number
 
 
 def parse_numbers(text: str) -> list[float]:
@@ -232,27 +332,6 @@ def parse_numbers(text: str) -> list[float]:
     except ValueError as error:
         message = f"{shorten(repr(text))} is not a list of numbers. Write them with commas, such as 0, 0.5, 1."
         raise StudioError(message) from error
-
-
-def parse_optional_int(name: str, text: str | float | None) -> int | None:
-    """Parse the value of an optional number field that must be an integer.
-
-    Args:
-        name: Name of the setting, for the error message.
-        text: Value of the field.
-
-    Returns:
-        The integer, or None for an empty field.
-
-    Raises:
-        GenerationError: The text is not an integer.
-    """
-    value = parse_optional_number(name, text)
-    if value is None:
-        return None
-    if value != int(value):
-        raise GenerationError(f"{name} must be an integer, not {value:g}.")
-    return int(value)
 
 
 def build_timer(seconds: float) -> gr.Timer:
@@ -283,11 +362,14 @@ def refresh_choices(tick: gr.Timer, box: gr.Dropdown, list_choices: Callable[[],
     """Keep the choices of a dropdown up to date; while nothing is chosen, the first is.
 
     Args:
-        tick: When to look for changes.
+        tick: When to look for changes, besides when the tab being built is selected.
         box: The dropdown.
         list_choices: Lists (label, value) of each choice.
     """
-    known = gr.State([])
+    found: list[Any] = list_choices()
+    box.choices = found  # on the page from its start
+    box.value = box.value or (found[0][1] if found else None)
+    known = gr.State(found)
 
     def refresh(before: list[Any], chosen: str | None) -> tuple[Any, Any]:
         choices = list_choices()
@@ -297,7 +379,9 @@ def refresh_choices(tick: gr.Timer, box: gr.Dropdown, list_choices: Callable[[],
         first: dict[str, Any] = {} if chosen or not choices else {"value": choices[0][1]}
         return gr.update(choices=choices, **first), choices
 
-    tick.tick(refresh, [known, box], [box, known], show_progress="hidden")
+    tab = _find_tab()
+    triggers = [tick.tick, *([] if tab is None else [tab.select])]
+    gr.on(triggers, refresh, [known, box], [box, known], show_progress="hidden")
 
 
 def fill_when_shown(fill: Callable[[], Any], outputs: Sequence[Any]) -> None:

@@ -40,11 +40,7 @@ class Workspace:
 
     @classmethod
     def create(
-        cls,
-        folder: str | Path,
-        sources: Iterable[str | Path] = (),
-        model: str = "nano",
-        device: str | None = None,
+        cls, folder: str | Path, sources: Iterable[str | Path] = (), model: str = "nano", device: str | None = None
     ) -> "Workspace":
         """Create the folder of a workspace, or open one that exists.
 

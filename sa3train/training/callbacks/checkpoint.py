@@ -320,7 +320,8 @@ class CheckpointCallback(StepCallback):
         self._saved, self._is_whole = step, True
         if trainer.is_global_zero:
             for old in list(list_checkpoints(self.run_dir).values())[: -self.keep_last]:
-                old.unlink(missing_ok=True)
+                with contextlib.suppress(PermissionError):  # Windows, while it is read: goes with the next
+                    old.unlink(missing_ok=True)
         for action in self.after_save:
             action(trainer, module)
         if trainer.is_global_zero:

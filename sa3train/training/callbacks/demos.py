@@ -21,12 +21,13 @@ from typing_extensions import override
 from sa3train.adapters.adapter import Adapter
 from sa3train.audio.io import encode_audio
 from sa3train.audio.metrics import measure, plot_mel_spectrogram
+from sa3train.core.device import empty_cache
 from sa3train.core.errors import MemoryShortageError, SA3Error
 from sa3train.core.files import write_bytes, write_json
 from sa3train.core.log import get_logger
 from sa3train.inference import Generator
 from sa3train.models.checkpoint import StableAudio3
-from sa3train.models.hub import list_cached_names
+from sa3train.models.hub import PACKED, list_cached_names
 from sa3train.reports.run_files import DEMOS_DIR, DEMOS_FILE, DemoFile
 from sa3train.training.batch import ClipBatch
 from sa3train.training.loggers import LoggerCollection
@@ -92,10 +93,11 @@ def list_demo_models(model: StableAudio3, source: str, also_sibling: bool) -> li
     """
     if not also_sibling or model.sibling is None:
         return [source]
-    if model.sibling not in list_cached_names():
-        _logger.info("demos are played on %s only: its sibling %s is not downloaded", model.name, model.sibling)
+    sibling = f"{model.sibling}{PACKED}" if source.endswith(".npz") else model.sibling
+    if sibling not in list_cached_names():
+        _logger.info("demos are played on %s only: its sibling %s is not downloaded", model.name, sibling)
         return [source]
-    return [source, model.sibling]
+    return [source, sibling]
 
 
 class _Stopping(Exception):
@@ -263,8 +265,7 @@ class DemoCallback(FixedDemoCallback):
                 with _silence_logger("sa3train.adapters"), _silence_logger("sa3train.inference"):
                     files += self._play_on(generator, adapter, step, is_trained=number == 0)
                 del generator
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        empty_cache(torch.device(self.device))
         self.write_list(files, step)
         return files
 

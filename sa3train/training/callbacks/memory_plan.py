@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 
-from sa3train.core.device import GIB
+from sa3train.core.device import GIB, measure_device_memory, measure_peak_bytes
 from sa3train.core.log import get_logger
 from sa3train.data.loading.datamodule import SAMPLE_RATE, SAMPLES_PER_FRAME, LatentDataModule
 from sa3train.models import norms
@@ -228,10 +228,8 @@ def measure_free_memory(device: torch.device) -> int:
     Returns:
         Bytes; the weights are already there.
     """
-    if device.type == "cuda":  # what torch has reserved and does not use is free, too
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    return int(psutil.virtual_memory().available)
+    memory = measure_device_memory(device)
+    return memory.free + memory.reserved - memory.allocated  # what torch has reserved and does not use is free, too
 
 
 def compare_memory(plan: MemoryPlan, device: torch.device) -> str | None:
@@ -242,11 +240,11 @@ def compare_memory(plan: MemoryPlan, device: torch.device) -> str | None:
         device: Where the run was.
 
     Returns:
-        One line, or None on other devices, where the run's share is not known.
+        One line, or None on the CPU, where the run's share is not known.
     """
-    if device.type != "cuda":
+    measured = measure_peak_bytes(device)
+    if not measured:
         return None
-    measured = torch.cuda.max_memory_allocated(device)
     error = 100 * (plan.total - measured) / measured
     return f"memory: planned {plan.total / GIB:.2f} GiB, used {measured / GIB:.2f} GiB (plan off by {error:+.0f}%)"
 
@@ -343,7 +341,7 @@ def compile_for_training(module: LoraModule, backend: str = "inductor") -> None:
     compile_blocks(module.model.dit, backend)
 
 
-def suggest_memory_fixes(data: LatentDataModule, settings: TrainerSettings, is_recomputing: bool) -> list[str]:
+def suggest_training_fixes(data: LatentDataModule, settings: TrainerSettings, is_recomputing: bool) -> list[str]:
     """Suggest settings that save memory.
 
     Args:

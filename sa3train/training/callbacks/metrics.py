@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
+import psutil
 import torch
 from torch import Tensor
 
-from sa3train.core.device import GIB
+from sa3train.core.device import GIB, GPU_TYPES, count_devices, measure_peak_bytes
 from sa3train.core.log import get_logger, get_rank
 from sa3train.training.distributed import all_reduce_sum
 from sa3train.training.loggers import LoggerCollection
@@ -46,16 +47,18 @@ def measure_peak_memory() -> float:
     """Measure the most memory that this process has held so far.
 
     Returns:
-        GiB: on the GPU if there is one, else resident.
+        GiB: on the GPU if it used one, else resident; where the system keeps no high-water mark (macOS), what is
+        resident now.
     """
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / GIB
-    status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would count the peak of the process that started this one
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line[:5] == "VmHWM") / 2**20
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (GIB if sys.platform == "darwin" else 2**20)
+    gpus = [torch.device(name) for name in GPU_TYPES if count_devices(name)]
+    if peak := max((measure_peak_bytes(gpu) or 0 for gpu in gpus), default=0):
+        return peak / GIB
+    try:  # psutil has Linux's high-water mark not; ru_maxrss counts the peak of the process that started this one
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) for line in lines if line[:5] == "VmHWM") / 2**20
+    except OSError:
+        held = psutil.Process().memory_info()
+        return int(getattr(held, "peak_wset", held.rss)) / GIB  # Windows has the first
 
 
 class MetricsCallback(lightning.Callback):

@@ -1,4 +1,4 @@
-"""Files of the run folder about its data, adapter and system, so that the report needs nothing else; the report."""
+"""Files of a run folder about its data, adapter and system, and writing the report (drawn in `sa3train.reports`)."""
 
 import dataclasses
 import math
@@ -14,6 +14,7 @@ from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.apply.layer_weight import get_layer_adapter
 from sa3train.adapters.apply.load_report import measure_effect
 from sa3train.adapters.layers.inject import InjectedAdapter
+from sa3train.core.device import get_device_name
 from sa3train.core.errors import SA3Error
 from sa3train.core.files import write_json
 from sa3train.core.log import get_logger
@@ -141,7 +142,7 @@ def describe_system(trainer: lightning.Trainer, device: torch.device) -> dict[st
     Returns:
         The content of `system.json`: device and ranks, the memory plan in bytes, and its accuracy once known.
     """
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU (threads: {torch.get_num_threads()})"
+    name = f"CPU (threads: {torch.get_num_threads()})" if device.type == "cpu" else get_device_name(device)
     found: dict[str, Any] = {"device": f"{trainer.world_size} × {name}", "plan": None, "plan_accuracy": None}
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, MemoryPlanCallback) and callback.plan is not None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from sa3train.core.device import move_to_device
+from sa3train.core.device import get_widest_float, move_to_device
 from sa3train.core.errors import ConfigError
 from sa3train.core.files import write_json
 from sa3train.core.log import get_logger
@@ -128,17 +128,17 @@ def measure_losses(
     """
     rank, world_size = get_rank_and_world_size()
     device = module.device
-    loss_IN = torch.zeros(len(clips), len(levels), dtype=torch.float64, device=device)
+    loss_IN = torch.zeros(len(clips), len(levels), dtype=get_widest_float(device), device=device)
     per_pass = max(1, batch_size // len(levels))
     mine = list(range(rank, len(clips), world_size))
     with module.start_evaluation():
         for start in range(0, -(-len(clips) // world_size), per_pass):
             numbers = mine[start : start + per_pass]
             # A rank with nothing left computes along: with a sharded base every forward pass needs all ranks.
-            part_IN = _compute_losses(module, [clips[n] for n in numbers or [0]], seed, levels).double()
+            part_IN = _compute_losses(module, [clips[n] for n in numbers or [0]], seed, levels).to(loss_IN)
             if numbers:
                 loss_IN.index_copy_(0, move_to_device(torch.tensor(numbers), device), part_IN)
-    return all_reduce_sum(loss_IN).cpu()
+    return all_reduce_sum(loss_IN).cpu().double()
 
 
 def _compute_losses(module: LoraModule, clips: Sequence[ClipBatch], seed: int, levels: Sequence[float]) -> Tensor:

@@ -8,7 +8,7 @@ import lightning.pytorch as lightning
 
 from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.spec import AdapterSpec
-from sa3train.core.device import explain_oom
+from sa3train.core.device import explain_device_errors
 from sa3train.core.log import get_logger, get_rank
 from sa3train.models.checkpoint import StableAudio3
 from sa3train.training.callbacks.checkpoint import CheckpointCallback
@@ -21,7 +21,7 @@ from sa3train.training.decoder.settings import DecoderSettings
 from sa3train.training.loggers import LoggerCollection
 from sa3train.training.run import EndlessBatches, TrainingCallbacks, TrainingResult, end_run, start_adapter
 from sa3train.training.run_dir import RunDir
-from sa3train.training.trainer import make_trainer, uses_gpu
+from sa3train.training.trainer import choose_training_device, make_trainer
 
 _logger = get_logger(__name__)
 
@@ -101,7 +101,9 @@ def _fit(run: RunDir, module: DecoderModule, clips: AudioClips, callbacks: Train
         f"data.batch_size={max(1, data.batch_size // 2)} trainer.accumulate={2 * settings.accumulate}",
         f"data.crop_seconds={data.crop_seconds / 2:g}",
     ]
-    device = "cuda" if uses_gpu(settings) else "cpu"
-    with explain_oom(device, f"training on {data.batch_size} crops of {data.crop_seconds:g} s", lambda: fixes):
+    device = choose_training_device(settings)
+    with explain_device_errors(
+        device, f"training on {data.batch_size} crops of {data.crop_seconds:g} s", lambda: fixes
+    ):
         trainer.fit(module, train_dataloaders=batches, ckpt_path=run.state[1] if run.state else None)
     return trainer

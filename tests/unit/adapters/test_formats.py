@@ -188,7 +188,11 @@ def test_damaged_peft_folders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AdapterError, match="is not supported"):
         load_adapter(tmp_path / "peft" / "x.st")
     (tmp_path / "peft" / "adapter_model.safetensors").unlink()
-    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors is missing"):
+    with pytest.raises(AdapterError, match=r"adapter_model\.safetensors is missing\. A PEFT folder"):
+        load_adapter(tmp_path / "peft")
+    for name in ("a", "b"):
+        save_file(tensors, tmp_path / "peft" / f"{name}.safetensors")
+    with pytest.raises(AdapterError, match=r"one of the files in it: .*a\.safetensors, .*b\.safetensors"):
         load_adapter(tmp_path / "peft")
 
 
@@ -215,9 +219,8 @@ def test_comfy_keeps_a_lora_s_bits_and_scale_and_leaves_the_embedder_out(tmp_pat
         write_comfy(tmp_path / "a.safetensors", original, None)
         stored = load_file(tmp_path / "a.safetensors")
         assert all(key.startswith("diffusion_model.") for key in stored)
-        assert {
-            f"diffusion_model.preprocess_conv.{name}" for name in ("lora_up.weight", "lora_down.weight", "alpha")
-        } <= (stored.keys())
+        names = {key.removeprefix("diffusion_model.preprocess_conv.") for key in stored if ".preprocess_conv." in key}
+        assert names == {"lora_up.weight", "lora_down.weight", *(["alpha"] if given_scale else [])}
         back = load_adapter(tmp_path / "a.safetensors")
         assert back.tensors.keys() == original.tensors.keys() - {EMBEDDER}
         for path, params in back.tensors.items():
@@ -236,7 +239,6 @@ def test_native_to_comfy_to_our_own_play_of_it_is_the_same_within_a_thousandth(
     original = load_adapter(golden(kind))
     has_embedder = EMBEDDER in original.tensors
     assert any("not carried over" in text and EMBEDDER in text for text in done.warnings) == has_embedder
-    assert done.error is not None
     assert done.error.relative < 1e-3
 
     torch.manual_seed(0)
@@ -277,7 +279,6 @@ def test_an_approximation_states_the_error_that_the_file_then_has(model: StableA
     for rank in (2, 16, 64):
         done = convert_adapter(golden("bora"), tmp_path / f"{rank}", "peft", model, Truncation(rank))
         assert done.adapter.spec.adapter_type == "lora"
-        assert done.error is not None
         stated = next(note for note in done.notes if "approximated" in note)
         assert f"{done.error.relative:.2%}"[:-2] in stated
         errors.append(done.error.relative)
@@ -291,7 +292,6 @@ def test_an_approximation_states_the_error_that_the_file_then_has(model: StableA
 def test_frozen_bases_are_multiplied_in_for_peft(kind: str, model: StableAudio3, tmp_path: Path) -> None:
     done = convert_adapter(golden(kind), tmp_path / "folder", "peft", model, dtype="fp32")
     assert load_adapter(tmp_path / "folder").spec.adapter_type == kind.removesuffix("-xs")
-    assert done.error is not None
     assert done.error.relative < 1e-5
 
 

@@ -15,6 +15,7 @@ from sa3train.adapters.layers.peft_layers import SA3LoraLayer
 from sa3train.adapters.spec import KINDS, AdapterSpec
 from sa3train.core.errors import AdapterError
 from sa3train.core.files import get_cache_dir
+from sa3train.training.run import start_adapter
 
 BLOCK = "model.transformer.layers.{}.ff.{}"
 WITH_A = [name for name, kind in KINDS.items() if not kind.xs]
@@ -104,6 +105,14 @@ class TestScales:
         for path in adapter.tensors:
             assert loaded.spec.get_rank(path) == spec.get_rank(path)
             assert loaded.spec.get_scale(path) == pytest.approx(spec.get_scale(path), rel=1e-12)
+
+    @pytest.mark.parametrize(("rslora", "says"), [(True, True), (False, False)])
+    def test_several_scales_are_said_at_the_start(
+        self, rslora: bool, says: bool, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        spec = AdapterSpec("lora", 4, rslora=rslora, rank_pattern={"layers.1": 2})
+        start_adapter(Small(), spec, 0, None)
+        assert ("other tools know one" in caplog.text) == says
 
     @pytest.mark.parametrize(
         "settings",

@@ -155,7 +155,7 @@ def test_ctrl_c_leaves_nothing_half_written(what: str, tmp_path: Path, monkeypat
         raise KeyboardInterrupt
 
     monkeypatch.setattr(safetensors_file, "save_file", interrupt)
-    monkeypatch.setattr(merge_checkpoint.shutil, "copyfileobj", interrupt)
+    monkeypatch.setattr(merge_checkpoint, "write_tensor_stream", lambda target, *rest: interrupt(rest, target))
     with pytest.raises(KeyboardInterrupt):
         if what == "merge":
             merge_adapters([(one, 1.0), (two, 1.0)], tmp_path / "m.safetensors", truncation=Truncation(2))

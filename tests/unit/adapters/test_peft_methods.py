@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from helpers.small_model import Small, train, train_adapter
+from helpers.small_model import PEFT_OPTIONS, Small, train, train_adapter
 from sa3train.adapters.apply.stack import AdapterStack
 from sa3train.adapters.formats.io import load_adapter, save_adapter
 from sa3train.adapters.layer_filter import find_adaptable_layers
@@ -19,12 +19,6 @@ from sa3train.core.errors import AdapterError
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CLOSE = {"fp32": 1e-5, "bf16": 3e-2}
 """Largest difference of outputs, relative to the largest: bf16 has 8 bits, and nine layers follow one another."""
-OPTIONS: dict[str, dict[str, Any]] = {
-    "fourierft": {"n_frequency": 50},
-    "waveft": {"n_frequency": 50},
-    "c3a": {"block_size": 4},
-}
-"""Where PEFT's defaults want larger layers than those of the small model."""
 CASES = [(kind, "linear", "fp32") for kind in PEFT_METHODS]
 CASES += [(kind, "conv1d", "fp32") for kind in ("lokr", "loha", "hira")]
 CASES += [(kind, "linear", "bf16") for kind in ("lokr", "loha", "oft")]
@@ -40,7 +34,7 @@ def test_trained_saved_loaded_and_played(tmp_path: Path, kind: str, layer: str, 
     model = Small(layer, DTYPES[base])
     weights, output = model.weights(), model()
     torch.manual_seed(0)
-    injected = inject(model, AdapterSpec(kind, rank=4, options=OPTIONS.get(kind, {})))
+    injected = inject(model, AdapterSpec(kind, rank=4, options=PEFT_OPTIONS.get(kind, {})))
     assert_close(model(), output, base)
     train(model, injected, lr=5e-2)
     assert all(parameter.dtype == torch.float32 for parameter in injected.parameters())
@@ -115,8 +109,8 @@ def test_ranks_and_alphas_by_pattern_mean_the_same_live_and_baked(
 def test_hostile_options_are_refused(kind: str, options: dict[str, Any]) -> None:
     """`options` may come from a file: nothing but an `AdapterError`, and no endless loop."""
     model = Small()
-    adapter = train_adapter(AdapterSpec(kind, rank=4, include=["layers.1."], options=OPTIONS.get(kind, {})), model)
-    hostile = replace(adapter, spec=replace(adapter.spec, options=OPTIONS.get(kind, {}) | options))
+    adapter = train_adapter(AdapterSpec(kind, rank=4, include=["layers.1."], options=PEFT_OPTIONS.get(kind, {})), model)
+    hostile = replace(adapter, spec=replace(adapter.spec, options=PEFT_OPTIONS.get(kind, {}) | options))
     with pytest.raises(AdapterError) as caught:
         AdapterStack(model).add(hostile)
     assert 20 < len(str(caught.value)) < 2000

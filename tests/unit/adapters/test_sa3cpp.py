@@ -78,7 +78,6 @@ def test_every_layer_of_the_dit_has_a_name_in_sa3cpp(model: StableAudio3) -> Non
 def test_every_type_makes_the_same_change_there(kind: str, name: str, model: StableAudio3, tmp_path: Path) -> None:
     source, to = PLAIN / "adapters" / f"{kind}.safetensors", "sa3cpp" if name.endswith("safetensors") else None
     result = convert_adapter(source, tmp_path / name, to, model, dtype="fp32")
-    assert result.error is not None
     assert result.error.relative < 1e-5
     left = any(get_stem(path) is None for path in load_adapter(source).tensors)
     assert ("seconds_total" in "".join(result.warnings)) == left

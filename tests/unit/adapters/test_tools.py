@@ -361,10 +361,9 @@ def test_a_merge_that_fails_leaves_nothing_and_replaces_no_model(tmp_path: Path)
     with pytest.raises(AdapterError, match=r"only some of its layers fit|another architecture"):
         merge_into_checkpoint(model, tmp_path / "a", [WeightedAdapter(load_adapter(golden("lora", "diff")))])
     key = "model.model.transformer.project_in.weight"
-    bad = {"x" + key: torch.ones(128, 64)}, {key: torch.ones(2, 2)}, {key: torch.full((128, 64), float("nan"))}
-    for changed, message in zip(bad, ("has no tensor", "has no tensor", "would not be finite"), strict=True):
-        with pytest.raises(AdapterError, match=message), replace_folder(tmp_path / "a", lambda _: True) as aside:
-            rewrite_tensors(PLAIN / "model.safetensors", aside / "model.safetensors", changed, {})
+    bad = {key: torch.full((128, 64), float("nan"))}
+    with pytest.raises(AdapterError, match="would not be finite"), replace_folder(tmp_path / "a", bool) as aside:
+        rewrite_tensors(model.weights, aside / "model.safetensors", bad, {})
     assert all(torch.equal(tensor, untouched[name]) for name, tensor in root.state_dict().items())
     assert list(tmp_path.iterdir()) == []
     downloaded = tmp_path / "downloaded"

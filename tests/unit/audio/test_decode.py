@@ -1,18 +1,16 @@
 """Decoding to the last frame, whatever happened to a file."""
 
 import contextlib
-import io
 import shutil
 import struct
 from pathlib import Path
 
-import numpy as np
 import pytest
 import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.audio import noise, tone, write_fake_ffmpeg
+from helpers.audio import encode, noise, tone, write_fake_ffmpeg
 from sa3train.audio import decode
 from sa3train.audio.decode import decode_audio
 from sa3train.audio.io import load_audio, read_audio_info
@@ -20,12 +18,6 @@ from sa3train.core.errors import AudioError
 
 RATE = 44100
 FFMPEG = shutil.which("ffmpeg")
-
-
-def encode(samples: np.ndarray, container: str, subtype: str, rate: int = RATE) -> bytes:
-    buffer = io.BytesIO()
-    soundfile.write(buffer, samples, rate, format=container, subtype=subtype)
-    return buffer.getvalue()
 
 
 FILES = {

@@ -69,6 +69,12 @@ def test_mel_spectrogram_peaks_at_the_tone() -> None:
     assert low < high
 
 
+def test_log_mel_distance_is_in_decibels() -> None:
+    real = torch.from_numpy(noise(1.0).T)
+    assert metrics.compute_log_mel_distance(real, real, 44100) == 0
+    assert metrics.compute_log_mel_distance(real, 0.5 * real, 44100) == pytest.approx(6.02, abs=0.05)
+
+
 def test_the_picture_is_a_png_and_repeats() -> None:
     picture = metrics.plot_mel_spectrogram(sine(seconds=0.3), RATE, "a tone")
     assert picture.startswith(b"\x89PNG")

@@ -20,7 +20,9 @@ def test_equal_rates_change_nothing() -> None:
     assert resample(audio, 44100, 44100) is audio
 
 
-@pytest.mark.parametrize("rate", [8000, 11025, 44056, 44099, 48000, 88200, 96001, 192000])
+@pytest.mark.parametrize(
+    "rate", [8000, 11025, 44056, 44099, 48000, 88200, pytest.param(96001, marks=pytest.mark.slow), 192000]
+)
 def test_a_tone_stays_the_same_tone(rate: int) -> None:
     audio = sine(rate)
     result = resample(audio, rate, 44100)

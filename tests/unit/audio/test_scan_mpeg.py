@@ -1,16 +1,14 @@
 """Counting the frames of MP3 files whose statements are missing or false."""
 
-import io
 import re
 import struct
 
 import numpy as np
 import pytest
-import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
 
-from helpers.audio import noise, tone
+from helpers.audio import encode, noise, tone
 from sa3train.audio.decode import decode_audio
 from sa3train.audio.scan import OPEN_LENGTH
 from sa3train.audio.scan_mpeg import EMPTY_ID3, scan_mpeg
@@ -18,11 +16,8 @@ from sa3train.audio.scan_mpeg import EMPTY_ID3, scan_mpeg
 RATE, FRAME = 44100, 1152
 
 
-def encode(samples: np.ndarray, rate: int = RATE) -> bytes:
-    buffer = io.BytesIO()
-    settings = {"bitrate_mode": "VARIABLE", "compression_level": 0.4}
-    soundfile.write(buffer, samples, rate, format="MP3", subtype="MPEG_LAYER_III", **settings)
-    return buffer.getvalue()
+def encode_mp3(samples: np.ndarray, rate: int = RATE) -> bytes:
+    return encode(samples, "MP3", "MPEG_LAYER_III", rate, bitrate_mode="VARIABLE", compression_level=0.4)
 
 
 def split(content: bytes) -> list[bytes]:
@@ -36,7 +31,7 @@ def split(content: bytes) -> list[bytes]:
     return frames
 
 
-LOUD_FIRST = encode(np.concatenate([noise(1.0), np.zeros((RATE, 2), np.float32)]))
+LOUD_FIRST = encode_mp3(np.concatenate([noise(1.0), np.zeros((RATE, 2), np.float32)]))
 INFO, *FRAMES = split(LOUD_FIRST)
 
 
@@ -105,13 +100,13 @@ def test_an_info_frame_of_the_vbri_kind_counts() -> None:
 
 @pytest.mark.parametrize("between", [b"", make_tag(40000), b"TAG" + bytes(125)])
 def test_joined_files_are_read_to_the_last(between: bytes) -> None:
-    decoded = decode_audio(LOUD_FIRST + between + encode(tone(1.0)))
+    decoded = decode_audio(LOUD_FIRST + between + encode_mp3(tone(1.0)))
     assert decoded.audio_CN.shape[1] / RATE == pytest.approx(3.0, abs=0.06)
     assert decoded.problems == ()
 
 
 def test_a_joined_file_of_another_rate_is_said_to_be_unread() -> None:
-    decoded = decode_audio(LOUD_FIRST + encode(tone(1.0, sample_rate=48000), 48000))
+    decoded = decode_audio(LOUD_FIRST + encode_mp3(tone(1.0, sample_rate=48000), 48000))
     assert decoded.audio_CN.shape[1] / RATE == pytest.approx(2.0, abs=0.06)
     assert "48000 Hz" in next(problem.detail for problem in decoded.problems if problem.code == "unread_data")
 

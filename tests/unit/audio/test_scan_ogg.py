@@ -1,37 +1,22 @@
 """Streams and pages of Ogg files."""
 
-import io
-
 import pytest
-import soundfile
 from hypothesis import given
 from hypothesis import strategies as st
-from mutagen.ogg import OggPage
 
-from helpers.audio import noise
+from helpers.audio import encode, noise, split_pages
 from sa3train.audio.decode import decode_audio
 from sa3train.audio.scan_ogg import scan_ogg
 
 RATE = 44100
 
 
-def encode(seconds: float, seed: int = 0) -> bytes:
-    buffer = io.BytesIO()
-    soundfile.write(buffer, noise(seconds, seed=seed), RATE, format="OGG", subtype="VORBIS")
-    return buffer.getvalue()
+def encode_ogg(seconds: float, seed: int = 0) -> bytes:
+    return encode(noise(seconds, seed=seed), "OGG", "VORBIS")
 
 
-def split(content: bytes) -> list[bytes]:
-    file, pages = io.BytesIO(content), []
-    while file.tell() < len(content):
-        start = file.tell()
-        OggPage(file)
-        pages.append(content[start : file.tell()])
-    return pages
-
-
-CONTENT = encode(3.0)
-PAGES = split(CONTENT)
+CONTENT = encode_ogg(3.0)
+PAGES = split_pages(CONTENT)
 
 
 @given(st.sets(st.integers(2, len(PAGES) - 2), min_size=1, max_size=4), st.booleans())
@@ -53,7 +38,7 @@ def test_a_recording_of_a_running_stream_is_whole() -> None:
 
 @pytest.mark.parametrize("count", [2, 5])
 def test_every_link_of_a_chain_is_read(count: int) -> None:
-    links = [encode(0.5 + number / 10, seed=number) for number in range(count)]
+    links = [encode_ogg(0.5 + number / 10, seed=number) for number in range(count)]
     decoded = decode_audio(b"".join(links))
     assert decoded.problems == ()
     assert decoded.audio_CN.shape[1] == sum(round((0.5 + number / 10) * RATE) for number in range(count))
@@ -61,7 +46,7 @@ def test_every_link_of_a_chain_is_read(count: int) -> None:
 
 @pytest.mark.parametrize("broken", [b"".join(PAGES[:2]), PAGES[0] + PAGES[5]])
 def test_a_link_that_cannot_be_read_is_reported_and_the_others_read(broken: bytes) -> None:
-    decoded = decode_audio(encode(1.0) + broken + encode(0.5))
+    decoded = decode_audio(encode_ogg(1.0) + broken + encode_ogg(0.5))
     assert decoded.audio_CN.shape[1] == round(1.5 * RATE)
     assert decoded.problems
 
@@ -69,13 +54,13 @@ def test_a_link_that_cannot_be_read_is_reported_and_the_others_read(broken: byte
 @pytest.mark.parametrize("end", [len(b"".join(PAGES[:5])), len(b"".join(PAGES[:5])) + 1000])
 def test_what_is_joined_to_a_cut_file_is_read(end: int) -> None:
     """The cut page claims bytes of the next file."""
-    decoded = decode_audio(CONTENT[:end] + encode(0.5))
+    decoded = decode_audio(CONTENT[:end] + encode_ogg(0.5))
     assert decoded.audio_CN.shape[1] == decode_audio(CONTENT[:end]).audio_CN.shape[1] + RATE // 2
     assert [problem.code for problem in decoded.problems] == ["cut_short"]
 
 
 def test_the_first_of_parallel_streams_is_read_and_the_other_named() -> None:
-    other = split(encode(3.0, seed=1))
+    other = split_pages(encode_ogg(3.0, seed=1))
     mixed = [page for pair in zip(PAGES, other, strict=False) for page in pair]
     decoded = decode_audio(b"".join((*mixed, *PAGES[len(other) :], *other[len(PAGES) :])))
     assert decoded.audio_CN.shape[1] == 3 * RATE

@@ -13,91 +13,33 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from helpers.golden import GOLDEN
-from sa3train.bench import adapters, decode, encode, generate, load, measure, quantized, roofline, tasks, tracking
+from sa3train.bench import adapters, decode, encode, generate, load, measure, roofline, tasks
 from sa3train.bench.checkpoints import build_model_config, make_random_checkpoint
 from sa3train.bench.figures import Figure, Options, Record, _format_number, render_table, update_page
 from sa3train.cli import bench
 from sa3train.core.errors import ConfigError, SA3Error
-from sa3train.models.attention import force_backend
-from sa3train.models.autoencoder import Autoencoder
 from sa3train.models.checkpoint import build_modules, collect_state_dict, load_checkpoint
 from sa3train.models.dit import DiT
 from sa3train.models.hub import TextEncoderSource
 from sa3train.models.parse import parse_model
 
-FRAMES, CONTEXT = 10, 7
 
-
-def count_flops(task: Callable[[], object], backend: str = "reference") -> int:
-    """Count the operations of `task` as torch does."""
-    counter = FlopCounterMode(display=False)
-    with counter, force_backend(backend):
-        task()
-    return int(counter.get_total_flops())
-
-
-def dit_inputs(dit: DiT, device: str = "meta") -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    config = dit.config
-    conditions = {
-        "cross_attn_cond_BLD": torch.zeros(1, CONTEXT, config.context_width, device=device),
-        "global_cond_BD": torch.zeros(1, config.global_width, device=device),
-        "local_add_cond_BCT": torch.zeros(1, config.local_width, FRAMES, device=device),
-    }
-    return torch.zeros(1, config.latent_width, FRAMES, device=device), torch.zeros(1, device=device), conditions
-
-
-def shallow_dit(arch: str) -> DiT:
-    """Two blocks of the architecture, without memory."""
+@pytest.mark.parametrize("arch", ["nano", pytest.param("small", marks=pytest.mark.slow), "medium"])
+def test_counted_work_grows_with_steps_and_length(arch: str) -> None:
+    config = parse_model(build_model_config(arch), arch)
+    dit = replace(config.dit, depth=2)
     with torch.device("meta"):
-        return DiT(replace(parse_model(build_model_config(arch), arch).dit, depth=2)).requires_grad_(False)
-
-
-@pytest.mark.parametrize("arch", ["nano", "small", "medium"])
-def test_operations_of_the_denoiser_are_those_torch_counts(arch: str) -> None:
-    dit = shallow_dit(arch)
-    x, t, conditions = dit_inputs(dit)
-    prepared = dit.prepare(x.shape, **conditions)
-    step = roofline.count_dit_step(dit.config, FRAMES, CONTEXT)
-    assert count_flops(lambda: dit.predict_velocity(x, t, prepared)) == step.flops
-    assert (
-        count_flops(lambda: dit.prepare(x.shape, **conditions))
-        == roofline.count_dit_conditions(dit.config, FRAMES, CONTEXT).flops
-    )
-
-
-def test_operations_of_a_frozen_training_step_are_those_torch_counts() -> None:
-    dit = shallow_dit("small")
-    x, t, conditions = dit_inputs(dit)
-
-    def step() -> None:
-        velocity: Tensor = dit(x.requires_grad_(), t, **conditions)
-        velocity.sum().backward()
-
-    cost = roofline.count_dit_training(dit.config, FRAMES, CONTEXT).flops
-    # torch's backward leaves out what depends on t alone, and the gradient of keys and values of the context.
-    assert 0.85 * cost < count_flops(step) <= cost
-
-
-@pytest.mark.parametrize(("arch", "frames"), [("nano", 6), ("small", 5), ("medium", 40)])
-def test_operations_of_the_autoencoder_are_those_torch_counts(arch: str, frames: int) -> None:
-    model: Autoencoder = build_modules(parse_model(build_model_config(arch), arch), TextEncoderSource((), ()))[
-        "autoencoder"
-    ]
-    latents = torch.zeros(1, model.latent_channels, frames, device="meta")
-    audio = torch.zeros(1, 2, frames * model.downsampling_ratio, device="meta")
-    if arch == "medium":  # its windows: torch counts blocks with their margins, or all pairs, never the window alone
-        small = count_flops(lambda: model.decode(latents, noise=False, chunked=False), "sdpa")
-        attention = roofline.count_same_decode(model.config, frames).flops
-        assert attention <= small <= 1.5 * attention
-        return
-    decoded = count_flops(lambda: model.decode(latents, noise=False, chunked=False))
-    encoded = count_flops(lambda: model.encode(audio, noise=False, chunked=False))
-    assert decoded == roofline.count_same_decode(model.config, frames).flops
-    assert encoded == roofline.count_same_encode(model.config, frames).flops
+        weights = sum(parameter.numel() for parameter in DiT(dit).parameters())
+    one, three = (roofline.count_dit_sampling(dit, 10, 7, steps) for steps in (1, 3))
+    step = (three.flops - one.flops) / 2
+    assert (one.weights, three.weights) == (weights, 3 * weights)
+    assert 0 < step < one.flops < 2 * step, "conditions are counted once, and are less than a step"
+    assert 2 * step < roofline.count_dit_training(dit, 10, 7).flops < 4 * step
+    for decodes in (False, True) if arch != "medium" else ():
+        short, long = (roofline.count_same(config.autoencoder, frames, decodes) for frames in (40, 80))
+        assert 1.9 * short.flops < long.flops < 2.1 * short.flops and short.weights == long.weights
 
 
 @pytest.mark.parametrize("arch", ["small", "medium"])
@@ -125,21 +67,21 @@ def test_a_random_checkpoint_is_made_once_and_generates(dtype: torch.dtype) -> N
     latents_BCT = generate.denoise(model, start_BCT, conditions, 2)
     assert latents_BCT.shape == start_BCT.shape
     assert 0.01 < latents_BCT.std() < 100
-    assert model.conditioner.encode_prompts(["abc"]).hidden_BLD.shape[:2] == (1, 3)
+    counts = model.conditioner.count_tokens(["abc"])
+    assert model.conditioner.encode_prompts(["abc"]).hidden_BLD.shape[:2] == (1, *counts)
 
 
 def test_the_roofline_is_the_slower_of_computing_and_reading() -> None:
-    rates = roofline.Rates(flops=100.0, bytes=10.0)
-    assert roofline.Cost(1000.0, 1.0).compute_seconds(rates, itemsize=2) == 10.0
-    assert roofline.Cost(1.0, 1000.0).compute_seconds(rates, itemsize=2) == 200.0
-    assert (roofline.Cost(1.0, 2.0) + roofline.Cost(3.0, 4.0)) * 2 == roofline.Cost(8.0, 12.0)
+    rates = roofline.Rates(flops=100.0, weights=5.0)
+    assert roofline.Cost(1000.0, 1.0).compute_seconds(rates) == 10.0
+    assert roofline.Cost(1.0, 1000.0).compute_seconds(rates) == 200.0
 
 
 def test_rates_are_positive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sa3train.bench.roofline._SHAPES", ((8, 16, 16),))
-    rates = roofline.measure_rates(torch.float32, repeats=1)
+    rates = roofline.measure_rates(Options(dtype="fp32", repeats=1))
     assert rates.flops > 0
-    assert rates.bytes > 0
+    assert rates.weights > 0
 
 
 def test_tasks_run_in_turn_and_warm_up_is_not_measured() -> None:
@@ -236,12 +178,12 @@ def test_a_benchmark_that_fails_is_a_row_and_the_others_go_on(
     page.write_text("<!-- cpu: begin -->\n<!-- cpu: end -->\n", encoding="utf-8")
 
     def run(task: Callable[..., Any], name: str, options: dict[str, Any], timeout: float) -> dict[str, Any]:
-        if name != "startup":
+        if name != "train":
             raise SA3Error("trace\nerror: no such thing" if name == "decode" else f"stopped after {timeout:g} s")
         machine = {"processor": "p", "load": 1, "cores": 2, "torch": "t", "python": "3"}
         return Record(name, Options(), [Figure("time", 1.0, "s", 2.0)], machine).as_json()
 
-    monkeypatch.setattr(bench, "BENCHMARKS", dict.fromkeys(("decode", "load", "startup"), "text"))
+    monkeypatch.setattr(bench, "BENCHMARKS", dict.fromkeys(("decode", "load", "train"), "text"))
     monkeypatch.setattr(measure, "run_in_subprocess", run)
     assert bench.main(["all", "--update", str(page)]) == 0
     assert bench.main(["all", "--check"]) == 1
@@ -309,7 +251,7 @@ def test_a_missing_device_is_an_error(capsys: pytest.CaptureFixture[str]) -> Non
     if torch.cuda.is_available():
         return
     assert bench.main(["decode", "--device", "cuda"]) == 1
-    assert "device cuda" in capsys.readouterr().err
+    assert "device=cuda is not available" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", ["--threads 0", "--repeats 99999", "--seconds nan", "--adapter-types diff",
@@ -322,12 +264,12 @@ def test_options_are_checked_before_anything_is_measured(flags: str, capsys: pyt
 
 
 def test_a_benchmark_refuses_exactly_the_options_that_it_does_not_use() -> None:
-    """What a benchmark reads of its options stands in its module, or in `train` and `adapters`, which others use."""
+    """What a benchmark reads of its options stands in its module, or in `measure_rates`."""
     modules = {name: Path(str(importlib.import_module(f"sa3train.bench.{name}").__file__)) for name in bench.BENCHMARKS}
     read = {name: set(re.findall(r"options\.(\w+)", path.read_text())) for name, path in modules.items()}
-    read = {name: names | ({"device"} if "is_cuda" in names else set()) for name, names in read.items()}
-    read["tracking"] |= {"device", "threads"}  # as `list_training_flags` does
-    read["quantized"] |= {"seconds"}  # as `make_random_batch` does
+    for name, names in read.items():
+        rates = {"device", "dtype", "repeats"} if "measure_rates" in modules[name].read_text() else set()
+        names |= rates | ({"device"} if "is_cuda" in names else set())
     fields = set(Options.__dataclass_fields__)
     assert {name: fields - names for name, names in read.items()} == bench.UNUSED
 
@@ -357,15 +299,12 @@ def run_here(task: Callable[..., Any], *arguments: object) -> Any:
 def quick_rates(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (decode, encode, generate, adapters):
         monkeypatch.setattr(module, "measure_rates", lambda *_: roofline.Rates(1e11, 1e10))
-    monkeypatch.setattr(encode, "_measure_two_processes", lambda arch, options: Figure("two", 2.0, "×"))
     for module in (generate, load):
         monkeypatch.setattr(module, "run_in_subprocess", run_here)
 
 
 @pytest.mark.usefixtures("quick_rates")
-@pytest.mark.parametrize(
-    "module", [decode, encode, generate, adapters, load, quantized], ids=lambda module: module.__name__[-8:]
-)
+@pytest.mark.parametrize("module", [decode, encode, generate, adapters, load], ids=lambda module: module.__name__[-8:])
 def test_benchmarks_run_on_nano(module: SimpleNamespace) -> None:
     figures = module.run(QUICK)
     assert len({figure.name for figure in figures}) == len(figures) >= 2
@@ -373,20 +312,3 @@ def test_benchmarks_run_on_nano(module: SimpleNamespace) -> None:
     assert all(
         figure.target is None for figure in figures if "memory" not in figure.name
     )  # they are for small and medium
-
-
-def test_tracked_blocks_are_compared_to_the_untracked_ones_before_them() -> None:
-    lengths = [9.0, 9.0, 1.0, 2.0, 2.0, 3.0]  # the first pair warms up
-    starts = [0.0]
-    for length in lengths:
-        starts += [starts[-1] + length / 2, starts[-1] + length]
-    assert tracking._compute_block_ratios(starts, 2) == ([2.0, 1.5], 0.75)
-
-
-@pytest.mark.slow
-def test_a_run_with_a_failing_server_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "FAILURES", {"500": "answers 500"})
-    monkeypatch.setattr(tracking, "BLOCK", 2)
-    ratio, once = tracking.run(replace(QUICK, dtype="fp32"))
-    assert ratio.value is not None and once.value is not None
-    assert ratio.value > 0 and once.value > 0 and ratio.target == 1.1

@@ -27,12 +27,6 @@ def test_si_sdr_ignores_scale_and_counts_noise() -> None:
     assert compute_si_sdr(real, real + 0.1 * other) == pytest.approx(20, abs=0.3)
 
 
-def test_log_mel_distance_is_in_decibels() -> None:
-    real = noise(1.0)
-    assert nano._compute_log_mel_distance(real, real) == 0
-    assert nano._compute_log_mel_distance(real, 0.5 * real) == pytest.approx(6.02, abs=0.05)
-
-
 def test_attribute_prompts_cover_all_answers_of_all_attributes() -> None:
     answers = {(each.attribute, each.answer) for each in nano.ATTRIBUTE_PROMPTS}
     assert answers == {(name, answer) for name, each in ATTRIBUTES.items() for answer in (each.less, each.more)}

@@ -215,3 +215,9 @@ def main_fails_with_2(arguments: list[str]) -> bool:
     with pytest.raises(SystemExit) as raised:
         main(arguments)
     return raised.value.code == 2
+
+
+def test_a_source_that_is_not_there_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["audit", "nothere"]) == 1
+    assert not list(tmp_path.iterdir())

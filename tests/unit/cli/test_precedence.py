@@ -47,6 +47,7 @@ def get(settings: dict[str, Any], key: str) -> Any:
         (["recipe=sweep", "callbacks=none"], {"callbacks.validation.select_best": False}),
         (["recipe=instrument", "optimizer=schedule-free"], {"trainer.ema_decay": None, "optimizer.lr": 5e-4}),
         (["recipe=post-trained", "loss.timesteps=uniform"], {"loss.sampler_steps": None}),
+        (["recipe=style", "trainer.max_steps=50"], {"scheduler.warmup_steps": 5}),
         (["loss.timesteps=levels", "loss.sampler_steps=4"], {"loss.shift": "none"}),
     ],
 )

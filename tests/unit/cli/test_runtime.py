@@ -62,7 +62,12 @@ def run(*arguments: str, seen: list[Clip] | None = None) -> int:
             raise DataError("seven is not a rate")
         return 3 if clip.rate == 3 else 0
 
-    return run_hydra_job("clip", Clip, job, shorthand={"src": "source"}, paths=("source",), argv=list(arguments))
+    def check(clip: Clip) -> None:
+        if clip.rate < 0:
+            raise ConfigError(f"rate={clip.rate} is below 0")
+
+    values: dict[str, Any] = {"shorthand": {"src": "source"}, "paths": ("source",), "check": check}
+    return run_hydra_job("clip", Clip, job, **values, argv=list(arguments))
 
 
 def test_a_user_error_is_one_line_and_exit_code_one(capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,6 +145,10 @@ def test_any_path_comes_back_as_written(path: str) -> None:
         ([], "'source' must be given"),
         (["source=a", "rate=quick"], "'rate' must be a number, but is 'quick'"),
         (["source=a", "rate=[1"], "no viable alternative"),
+        (["source=my", "pack"], "'source=my pack'"),
+        (["a"], "KEY=VALUE"),
+        (["--src", "a"], "without dashes: src=VALUE"),
+        (["--rate=1", "source=a"], "without dashes: rate=VALUE"),
         (["source=a", "rate=7"], "seven is not a rate"),
     ],
 )
@@ -165,6 +174,16 @@ def test_a_sweep_goes_on_after_a_failure_and_names_each_job_that_failed(
     assert [clip.rate for clip in seen] == [1.0, 7.0, 2.0, 7.0]
     said = capsys.readouterr().err
     assert all(text in said for text in ("job 001: seven is not", "job 003: seven is not", "2 of 4 jobs"))
+
+
+@pytest.mark.parametrize("rates", ["1,-2,-2", "1,x,x"])
+def test_a_sweep_starts_no_job_while_any_has_a_wrong_setting(
+    conf: Path, rates: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen: list[Clip] = []
+    assert run("source=a", "-m", f"rate={rates}", seen=seen) == 1
+    said = capsys.readouterr().err
+    assert not seen and "2 of 3 jobs of the sweep cannot run" in said and said.count("rate") == 1
 
 
 def test_resuming_takes_the_saved_configuration_with_overrides_on_top(conf: Path, tmp_path: Path) -> None:
@@ -260,7 +279,7 @@ def test_quick_help_is_hydras_own(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         train.main(["--help"])
     quick, many = capsys.readouterr().out, len(copies)
     assert ConfigLoaderImpl._parse_overrides_and_create_caching_repo is original
-    monkeypatch.setattr(hydra_app, "_share_help_queries", contextlib.nullcontext)
+    monkeypatch.setattr(hydra_app, "share_help_queries", contextlib.nullcontext)
     with pytest.raises(SystemExit, match="0"):
         train.main(["--help"])
     assert "trainer.max_steps" in quick

@@ -21,7 +21,7 @@ def record_process(folder: Path, process: "subprocess.Popen[bytes]", **facts: st
     """Record a process as if the studio had started it in a folder."""
     folder.mkdir(parents=True)
     started = processes._get_start_time(psutil.Process(process.pid))
-    record = {"command": ["x"], "at": "2026-01-01T00:00:00+00:00", "boot": processes._get_boot_id(), "stop_asked": None}
+    record = {"command": ["x"], "at": "2026-01-01T00:00:00+00:00", "stop_asked": None}
     record |= {"pid": process.pid, "started": started, **facts}
     (folder / processes.PROCESS_FILE).write_text(json.dumps(record))
 

@@ -15,9 +15,9 @@ from sa3train.cli.hydra_app import register_resolvers
 from sa3train.cli.train_config import DecoderTrainConfig, TrainConfig
 from sa3train.cli.train_setup import check_overrides_have_effect, describe_training_data, start_ranks
 from sa3train.core.config import build
-from sa3train.core.errors import ConfigError, SA3Error
-from sa3train.training.optim import make_lr_lambda, make_optimizer
-from sa3train.training.settings import OptimizerSettings, SchedulerSettings
+from sa3train.core.errors import ConfigError, ConflictError, SA3Error
+from sa3train.training.optim import make_optimizer
+from sa3train.training.settings import OptimizerSettings
 
 
 def configure(*overrides: str, job: str = "train") -> Any:
@@ -26,7 +26,9 @@ def configure(*overrides: str, job: str = "train") -> Any:
     register_resolvers()
     with pytest.MonkeyPatch.context() as patch, initialize_config_module("sa3train.conf", version_base="1.3"):
         patch.setenv("SA3TRAIN_RUN_STAMP", "stamp")
-        values: Any = OmegaConf.to_container(compose(job, [needed, *overrides]), resolve=True)
+        values: Any = OmegaConf.to_container(
+            compose(job, [needed, "scheduler.warmup_steps=0", *overrides]), resolve=True
+        )
     return build(schema, values)
 
 
@@ -82,13 +84,11 @@ def test_an_interval_beyond_the_run_is_named(name: str, caplog: pytest.LogCaptur
     assert not caplog.text, "defaults and recipes are not the user's words"
 
 
-@pytest.mark.parametrize("name", ["constant", "inverse"])
-def test_a_warm_up_longer_than_the_run_is_named(name: str, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.WARNING):
-        make_lr_lambda(SchedulerSettings(name, 100), total_steps=101)
-        assert not caplog.text
-        make_lr_lambda(SchedulerSettings(name, 100), total_steps=100)
-    assert "scheduler.warmup_steps=100" in caplog.text
+@pytest.mark.parametrize("job", ["train", "decoder"])
+def test_a_warm_up_longer_than_the_run_is_refused(job: str) -> None:
+    configure("trainer.max_steps=101", "scheduler.warmup_steps=100", job=job)
+    with pytest.raises(ConflictError, match="scheduler.warmup_steps=100"):
+        configure("trainer.max_steps=100", "scheduler.warmup_steps=100", job=job)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,10 +75,14 @@ def test_a_folder_that_is_a_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_may_not_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: object, dir: Path, **__: object) -> None:  # as the system does; for root it never would
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(dir / ".a.bin.x7f3.part"))
+    make = Path.mkdir
 
-    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    def refuse(path: Path, *arguments: object, **options: object) -> None:  # as the system does, but not for root
+        if path.suffix == ".part":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        make(path, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
     with pytest.raises(SA3Error, match=r"cannot write .*a\.bin: Permission denied.*choose a folder"):
         write_text(tmp_path / "a.bin", "")
 
@@ -164,7 +169,7 @@ def test_a_folder_removed_before_it_was_locked_is_made_again(tmp_path: Path, mon
         lock(handle, how)
         if not removed:
             removed.extend(tmp_path.iterdir())
-            removed[0].rmdir()
+            shutil.rmtree(removed[0])
 
     monkeypatch.setattr("fcntl.flock", late)
     with create_staging_dir(tmp_path / "a") as folder:
@@ -182,6 +187,31 @@ def test_without_locks_nothing_is_taken_for_abandoned(tmp_path: Path, monkeypatc
         files._SWEPT.clear()
         write_text(tmp_path / "a.txt", "quick")
     assert (tmp_path / "a.txt").read_text() == "slow"
+
+
+@pytest.mark.parametrize("seconds", [5.0, 0.0])
+def test_a_file_that_another_program_has_open_on_windows_is_tried_again_for_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    busy, replace, tried = PermissionError(errno.EACCES, "used by another process", "a.txt"), Path.replace, list[Path]()
+    busy.winerror = 32  # type: ignore[attr-defined]
+
+    def refuse_twice(path: Path, target: Path) -> None:
+        tried.append(path)
+        if len(tried) <= 2:
+            raise busy
+        replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", refuse_twice)
+    monkeypatch.setattr(files, "BUSY_SECONDS", seconds)
+    if seconds:
+        write_text(tmp_path / "a.txt", "new")
+        assert (tmp_path / "a.txt").read_text() == "new" and len(tried) == 3
+        return
+    busy.filename = str(tmp_path / "a.txt")
+    with pytest.raises(SA3Error, match=r"used by another process.*Close the program"):
+        write_text(tmp_path / "a.txt", "new")
+    assert not list(tmp_path.iterdir())
 
 
 def test_files_are_written_together_or_not_at_all(tmp_path: Path) -> None:

@@ -281,6 +281,12 @@ def chord(seed: int) -> np.ndarray:
     return np.stack([samples, 0.8 * samples], axis=1).astype(np.float32) / 20
 
 
+def drum(hertz: float) -> np.ndarray:
+    time = np.arange(26460) / 44100
+    samples = np.sin(2 * np.pi * (hertz * time + 4 * (1 - np.exp(-30 * time)))) * np.exp(-8 * time)
+    return np.stack([samples, samples], axis=1).astype(np.float32) / 2
+
+
 def test_duplicates(tmp_path: Path) -> None:
     folder, samples = tmp_path / "set", chord(0)
     write_clip(folder / "a.wav", samples, "one")
@@ -293,11 +299,17 @@ def test_duplicates(tmp_path: Path) -> None:
     for number in range(1, 12):
         write_clip(folder / f"other{number}.wav", chord(number), "different")
     (folder / "f.txt").write_text("mono")
+    write_clip(folder / "g.wav", np.pad(samples, ((20000, 30000), (0, 0))), "silence around it")
+    for hertz in (45, 50, 56, 63):
+        write_clip(folder / f"other_kick{hertz}.wav", drum(hertz), "another pitch")
+    write_clip(folder / "softer_kick.mp3", drum(45) / 4, "lossy and softer")
+    write_clip(folder / "0.wav", samples)  # without a caption
     rows = audit_rows(folder, AuditRules())
     found = {source: codes(row) & {"duplicate", "near_duplicate"} for source, row in rows.items()}
     assert found["a.wav"] == set()
-    assert found["b.flac"] == {"duplicate"}
-    assert all(found[name] == {"near_duplicate"} for name in ("c.wav", "d.ogg", "e.mp3", "f.wav"))
+    assert found["b.flac"] == found["0.wav"] == {"duplicate"}, "of a rejected clip, too"
+    lossy = ("c.wav", "d.ogg", "e.mp3", "f.wav", "g.wav", "softer_kick.mp3")
+    assert {name for name in found if found[name] == {"near_duplicate"}} == set(lossy)
     assert not any(found[name] for name in found if name.startswith("other"))
     assert "of a.wav" in format_clip(rows["b.flac"])
     assert "of a.wav" in format_clip(rows["e.mp3"])

@@ -33,9 +33,7 @@ def keys_of(loader: Any, batches: int) -> list[list[str]]:
 
 
 def test_a_batch_has_the_contract(tmp_path: Path) -> None:
-    data = make_data_module(
-        str(make_store(tmp_path / "a", [5, 9, 7, 6], heldout=1)), batch_size=3, silence_tail_seconds=0.2
-    )
+    data = make_data_module(make_store(tmp_path / "a", [5, 9, 7, 6], heldout=1), batch_size=3, silence_tail_seconds=0.2)
     batch = next(iter(data.train_dataloader()))
     assert batch["latents_BCT"].shape == (3, 4, 9 + 2)
     assert batch["latents_BCT"].dtype == torch.float32
@@ -53,7 +51,7 @@ def test_a_batch_has_the_contract(tmp_path: Path) -> None:
 
 
 def test_prompts_to_share_are_of_training_clips_spread_over_the_set(tmp_path: Path) -> None:
-    data = make_data_module(str(make_store(tmp_path / "a", [5] * 9, heldout=1)))
+    data = make_data_module(make_store(tmp_path / "a", [5] * 9, heldout=1))
     assert data.sample_prompts(3) == ["caption 0", "caption 3", "caption 6"]
     assert data.sample_prompts(64) == [f"caption {number}" for number in range(8)]
     assert data.sample_prompts(3, longest=8) == []
@@ -64,7 +62,7 @@ def test_each_clip_is_on_exactly_one_rank_in_a_pass(
     tmp_path: Path, world: int, batch_size: int, pack: int | None
 ) -> None:
     lengths = [5 + number % 9 for number in range(36)]
-    path = str(make_store(tmp_path / "a", lengths))
+    path = make_store(tmp_path / "a", lengths)
     seen: Counter[str] = Counter()
     for rank in range(world):
         data = make_data_module(path, batch_size, pack_frames=pack, seed=3, pool=1000, rank=rank, world_size=world)
@@ -79,10 +77,7 @@ def test_each_clip_is_on_exactly_one_rank_in_a_pass(
 
 def test_the_batches_of_all_ranks_are_that_of_one(tmp_path: Path) -> None:
     """Cut alike and of one length, also where a clip comes twice in a batch; every showing has its own number."""
-    path, settings = (
-        str(make_store(tmp_path / "a", [4 + n % 5 for n in range(7)])),
-        {"seed": 2, "silence_tail_seconds": 0.3},
-    )
+    path, settings = make_store(tmp_path / "a", [4 + n % 5 for n in range(7)]), {"seed": 2, "silence_tail_seconds": 0.3}
     one = make_data_module(path, 4, **settings).train_dataloader()
     two = [make_data_module(path, 2, rank=rank, world_size=2, **settings).train_dataloader() for rank in range(2)]
     twice, seeds = 0, []
@@ -98,7 +93,7 @@ def test_the_batches_of_all_ranks_are_that_of_one(tmp_path: Path) -> None:
 
 
 def test_passes_stay_whole_when_the_set_does_not_divide(tmp_path: Path) -> None:
-    path = str(make_store(tmp_path / "a", [4] * 7))
+    path = make_store(tmp_path / "a", [4] * 7)
     loaders = [make_data_module(path, 2, rank=rank, world_size=2).train_dataloader() for rank in range(2)]
     keys = [keys_of(loader, 14) for loader in loaders]
     counts = Counter(key for rank in keys for batch in rank for key in batch)
@@ -113,7 +108,7 @@ def test_a_set_smaller_than_the_batch_loops(tmp_path: Path) -> None:
 
 
 def test_workers_do_not_change_the_order(tmp_path: Path) -> None:
-    path = str(make_store(tmp_path / "a", [4 + n % 5 for n in range(11)]))
+    path = make_store(tmp_path / "a", [4 + n % 5 for n in range(11)])
     alone = make_data_module(path, 2, crop_frames=4, seed=1).train_dataloader()
     helped = make_data_module(path, 2, crop_frames=4, seed=1, num_workers=2).train_dataloader()
     for one, two in zip(islice(endless(alone), 13), islice(endless(helped), 13), strict=True):
@@ -125,7 +120,7 @@ def test_workers_do_not_change_the_order(tmp_path: Path) -> None:
 @pytest.mark.parametrize("pack", [None, 20])
 def test_state_restores_the_exact_position(tmp_path: Path, stop: int, pack: int | None) -> None:
     settings = {"crop_frames": 6, "seed": 5, "pack_frames": pack, "prompts": PromptSettings(caption_dropout=0.5)}
-    path = str(make_store(tmp_path / "a", [4 + n % 7 for n in range(10)]))
+    path = make_store(tmp_path / "a", [4 + n % 7 for n in range(10)])
     whole = make_data_module(path, 2, **settings).train_dataloader()
     expected = list(islice(endless(whole), 20))
     first = make_data_module(path, 2, **settings).train_dataloader()
@@ -139,7 +134,7 @@ def test_state_restores_the_exact_position(tmp_path: Path, stop: int, pack: int 
 
 
 def test_an_epoch_resumed_ends_where_it_would_have(tmp_path: Path) -> None:
-    path = str(make_store(tmp_path / "a", [4] * 10))
+    path = make_store(tmp_path / "a", [4] * 10)
     first = make_data_module(path, 2).train_dataloader()
     assert len(first) == 5
     list(islice(iter(first), 3))
@@ -213,7 +208,7 @@ def test_workers_end_with_their_loader(tmp_path: Path) -> None:
 
 
 def test_the_global_random_stream_is_left_alone(tmp_path: Path) -> None:
-    path = str(make_store(tmp_path / "a", [4] * 6))
+    path = make_store(tmp_path / "a", [4] * 6)
     torch.manual_seed(0)
     expected = torch.rand(3)
     torch.manual_seed(0)
@@ -245,7 +240,7 @@ def quiet_trainer(folder: Path, **settings: Any) -> Trainer:
 
 @pytest.mark.parametrize("stop", [3, 5, 7])
 def test_lightning_resumes_mid_epoch(tmp_path: Path, stop: int) -> None:
-    path = str(make_store(tmp_path / "a", [4 + n % 3 for n in range(12)], heldout=2))
+    path = make_store(tmp_path / "a", [4 + n % 3 for n in range(12)], heldout=2)
     whole = Recorder()
     quiet_trainer(tmp_path, max_steps=12).fit(whole, datamodule=make_data_module(path, 2))
     first, second = Recorder(), Recorder()
@@ -260,7 +255,7 @@ def test_lightning_resumes_mid_epoch(tmp_path: Path, stop: int) -> None:
 
 
 def test_crops_are_told_their_own_length(tmp_path: Path) -> None:
-    path = str(make_store(tmp_path / "a", [100, 100]))
+    path = make_store(tmp_path / "a", [100, 100])
     for how, expected in (("crop", 3.0), ("file", 10.0)):
         data = make_data_module(path, 2, crop_seconds=2.1, seconds=how, seed=2)
         batch = next(iter(data.train_dataloader()))
@@ -284,14 +279,12 @@ def test_crops_begin_everywhere(tmp_path: Path) -> None:
     starts = Counter(int(s) for batch in islice(endless(loader), 100) for s in batch["latents_BCT"][:, 1, 0])
     assert sorted(starts) == [0, 1, 2, 3]
     assert min(starts.values()) > 25
-    loader = make_data_module(
-        str(make_store(tmp_path / "a", [8, 8])), 2, crop_frames=5, crop="start"
-    ).train_dataloader()
+    loader = make_data_module(make_store(tmp_path / "a", [8, 8]), 2, crop_frames=5, crop="start").train_dataloader()
     assert {int(s) for batch in islice(endless(loader), 9) for s in batch["latents_BCT"][:, 1, 0]} == {0}
 
 
 def test_crops_on_beats(tmp_path: Path) -> None:
-    path = str(make_store(tmp_path / "a", [40, 40], beats=lambda _: [0.0, 1.0, 2.0, 30.0]))
+    path = make_store(tmp_path / "a", [40, 40], beats=lambda _: [0.0, 1.0, 2.0, 30.0])
     loader = make_data_module(path, 2, crop_frames=10, crop="beat").train_dataloader()
     starts = {int(s) for batch in islice(endless(loader), 30) for s in batch["latents_BCT"][:, 1, 0]}
     assert starts == {0, 11, 22}, "the frames nearest to beats from which ten frames are left"
@@ -300,19 +293,15 @@ def test_crops_on_beats(tmp_path: Path) -> None:
 
 
 def test_beats_are_where_they_were_before_silence_was_trimmed(tmp_path: Path) -> None:
-    path = make_store(
-        tmp_path / "a",
-        [40, 40],
-        beats=lambda _: [0.2, 1.0, 2.0],
-        applied=lambda _: {"trim_silence": [0.5, 0.1], "dc": 0.01},
-    )
+    applied = {"trim_silence": [0.5, 0.1], "dc": 0.01}
+    path = make_store(tmp_path / "a", [40, 40], beats=lambda _: [0.2, 1.0, 2.0], applied=lambda _: applied)
     loader = make_data_module(path, 2, crop_frames=10, crop="beat").train_dataloader()
     starts = {int(s) for batch in islice(endless(loader), 30) for s in batch["latents_BCT"][:, 1, 0]}
     assert starts == {5, 16}, "0.5 s and 1.5 s after the new start; the first beat was cut off"
 
 
 def test_clips_without_beats_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = str(make_store(tmp_path / "a", [40, 40, 40], beats=lambda number: [1.0] if number == 1 else []))
+    path = make_store(tmp_path / "a", [40, 40, 40], beats=lambda number: [1.0] if number == 1 else [])
     with caplog.at_level("WARNING", "sa3train"):
         make_data_module(path, 2, crop_frames=10, crop="beat").setup()
     assert "2 clips have no `beats`, such as folder/clip0.wav" in caplog.text
@@ -401,16 +390,12 @@ def test_shards_of_another_autoencoder_are_refused(tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"crop_seconds": 1, "crop_frames": 9}, "crop_frames"),
-        ({"crop_seconds": 0}, "crop_seconds"),
-        ({"crop": "middle", "crop_frames": 3}, "crop=middle"),
         ({"crop": "beat"}, "no effect on whole clips"),
-        ({"seconds": "clip"}, "seconds=clip"),
-        ({"batch_size": 0}, "batch_size=0"),
         ({"silence_tail_seconds": 1.0, "pack_frames": 99}, "no effect with pack_frames"),
     ],
 )
 def test_settings_without_sense_are_errors(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
-    path = str(make_store(tmp_path / "a", [4]))
+    path = make_store(tmp_path / "a", [4])
     with pytest.raises(ConfigError, match=message):
         make_data_module(path, **settings).train_dataloader()
 

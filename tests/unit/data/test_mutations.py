@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import soundfile
 
-from helpers.audio import noise
+from helpers.audio import encode, noise
 from helpers.shards import mutate
 from sa3train.data.audit.audit import AuditRules
 from sa3train.data.encode.encode import encode_dataset
@@ -34,9 +33,7 @@ KINDS: list[tuple[str, str, str | None]] = [
 
 
 def encoded(kind: str, subtype: str | None, seed: int) -> bytes:
-    buffer = io.BytesIO()
-    soundfile.write(buffer, noise(0.15, 48000, seed=seed, peak=0.3), 48000, format=kind, subtype=subtype)
-    return buffer.getvalue()
+    return encode(noise(0.15, 48000, seed=seed, peak=0.3), kind, subtype, 48000)
 
 
 def mutated_header(content: bytes, rng: random.Random) -> bytes:

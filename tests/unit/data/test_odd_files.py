@@ -1,7 +1,6 @@
 """`sa3-data audit` of a folder of odd files: it ends, and says of each what it is."""
 
 import contextlib
-import io
 import json
 import os
 import socket
@@ -16,7 +15,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from helpers.audio import noise
+from helpers.audio import encode, noise
+from helpers.sources import make_tar
 
 SPARSE = 1 << 31
 LISTED = {"special_file"}
@@ -41,9 +41,7 @@ class OddFolder:
 
     def make_clip(self, form: str = "WAV", seconds: float = 0.3, rate: int = 44100, **settings: Any) -> bytes:
         self.seed += 1
-        buffer = io.BytesIO()
-        soundfile.write(buffer, noise(seconds, rate, seed=self.seed), rate, format=form, **settings)
-        return buffer.getvalue()
+        return encode(noise(seconds, rate, seed=self.seed), form, rate=rate, **settings)
 
     def add(self, name: str | bytes, content: bytes | str, *findings: str, source: str = "") -> None:
         """A file that is odd in itself."""
@@ -176,15 +174,8 @@ def add_lists(odd: OddFolder) -> None:
 
 
 def add_tars(odd: OddFolder) -> None:
-    with tarfile.open(odd.root / "whole.tar", "w") as tar:
-        for name, content in (("a.wav", odd.make_clip()), ("a.wav.txt", b"in a tar")):
-            header = tarfile.TarInfo(name)
-            header.size = len(content)
-            tar.addfile(header, io.BytesIO(content))
-        for name, kind in (("pipe.wav", tarfile.FIFOTYPE), ("link.wav", tarfile.SYMTYPE)):
-            header = tarfile.TarInfo(name)
-            header.type, header.linkname = kind, "/dev/zero"
-            tar.addfile(header)
+    members, links = {"a.wav": odd.make_clip(), "a.wav.txt": b"in a tar"}, {"pipe.wav": tarfile.FIFOTYPE}
+    make_tar(odd.root / "whole.tar", members, links | {"link.wav": tarfile.SYMTYPE})
     odd.captions["whole.tar/a.wav"] = "in a tar"
     whole = (odd.root / "whole.tar").read_bytes()
     odd.findings["whole.tar"] = DAMAGED
@@ -194,6 +185,7 @@ def add_tars(odd: OddFolder) -> None:
     odd.add("empty.tar", b"", *DAMAGED)
 
 
+@pytest.mark.slow
 def test_a_folder_of_odd_files_is_audited_to_its_end(odd: OddFolder, tmp_path: Path) -> None:
     odd.root.mkdir()
     for make in (add_special, add_audio, add_names, add_texts, add_lists, add_tars):

@@ -39,6 +39,7 @@ with (root / "audit.jsonl").open("w") as file:
         c = n - 1 if n % 50 == 49 else n  # one in fifty is a copy
         file.write(
             f'{{"source": "far/away/{n:07d}.wav", "stamp": "{n}", "findings": [], "seconds": {5 + n % 997 / 50:.3f}, '
+            f'"sound_seconds": {5 + n % 997 / 50:.3f}, '
             f'"samples": 441000, "sample_rate": 44100, "channels": 2, "content": "{content[64 * c : 64 * c + 64]}", '
             f'"fingerprint": "{prints[60 * n : 60 * n + 60]}", "caption": "clip number {n}", "tags": {{"bpm": 90}}}}\\n'
         )

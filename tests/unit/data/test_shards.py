@@ -382,3 +382,9 @@ def test_500_mutated_shards_are_named_or_harmless(tmp_path: Path) -> None:
             assert all(np.array_equal(one, two) for one, two in zip(read, expected, strict=True))
     assert named == refused
     assert refused > 300
+
+
+def test_a_folder_of_audio_is_to_be_encoded_first(tmp_path: Path) -> None:
+    (tmp_path / "a.WAV").touch()
+    with pytest.raises(DataError, match="folder of audio.*sa3-encode source="):
+        LatentStore(tmp_path)

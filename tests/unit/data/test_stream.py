@@ -1,5 +1,6 @@
 """Streams: every clip as often as its source's share says, repeatable from a seed, over HTTP and broken connections."""
 
+import pickle
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
@@ -75,6 +76,15 @@ def test_the_same_seed_gives_the_same_batches(store: Path) -> None:
         assert one["seeds"] == two["seeds"]
         assert torch.equal(one["latents_BCT"], two["latents_BCT"])
     assert [batch["keys"] for batch in runs[0]] != [batch["keys"] for batch in runs[2]]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_spawned_workers_get_gives_the_same_batches(store: Path, stream: bool) -> None:
+    loader = make_data_module(store, 3, stream=stream).train_dataloader()
+    copied = pickle.loads(pickle.dumps(loader.dataset))
+    rows = next(iter(loader.sampler))
+    one, two = (next(iter(data)) if stream else data[rows] for data in (loader.dataset, copied))
+    assert one["keys"] == two["keys"] and torch.equal(one["latents_BCT"], two["latents_BCT"])
 
 
 def test_a_batch_has_the_contract(store: Path) -> None:

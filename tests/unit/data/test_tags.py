@@ -1,6 +1,5 @@
 """Tags inside audio files of every kind."""
 
-import io
 import struct
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from hypothesis import strategies as st
 from mutagen.apev2 import APEv2
 from mutagen.id3 import COMM, TBPM, TCON, TIT2, TIT3, TXXX
 
-from helpers.audio import noise, write_clip
+from helpers.audio import encode, noise, write_clip
 from sa3train.data.audit.audit import AuditRules, audit_clip
 from sa3train.data.sources import tags
 from sa3train.data.sources.captions import read_clip_text
@@ -35,9 +34,7 @@ def make_chunk(name: bytes, content: bytes, order: str = "<") -> bytes:
 
 
 def make_wav(*chunks: bytes) -> bytes:
-    buffer = io.BytesIO()
-    soundfile.write(buffer, noise(0.2), 44100, format="WAV")
-    body = buffer.getvalue()[8:] + b"".join(chunks)
+    body = encode(noise(0.2))[8:] + b"".join(chunks)
     return b"RIFF" + struct.pack("<I", len(body)) + body
 
 
@@ -169,9 +166,7 @@ def test_loops_without_a_tempo(chunk: bytes) -> None:
 
 
 def test_aiff_text_chunks() -> None:
-    buffer = io.BytesIO()
-    soundfile.write(buffer, noise(0.2), 44100, format="AIFF")
-    body = buffer.getvalue()[8:] + make_chunk(b"NAME", b"Low Tom", ">") + make_chunk(b"ANNO", b"tape", ">")
+    body = encode(noise(0.2), "AIFF")[8:] + make_chunk(b"NAME", b"Low Tom", ">") + make_chunk(b"ANNO", b"tape", ">")
     assert read_embedded_tags(b"FORM" + struct.pack(">I", len(body)) + body) == {"title": "Low Tom", "comment": "tape"}
 
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from sa3train.evaluation.attributes import ATTRIBUTES, find_end_of_sound, find_onsets, measure_pitch
-from sa3train.evaluation.classifier import Classifier, compute_features, train_classifier
 
 RATE = 44100
 
@@ -71,14 +70,3 @@ def test_odd_audio_has_an_answer(name: str) -> None:
     attribute = ATTRIBUTES[name]
     for audio in (torch.zeros(2, RATE), torch.zeros(2, 100), noise(0.01), torch.ones(1, RATE)):
         assert attribute.answer(audio, RATE) in (attribute.less, attribute.more)
-
-
-def test_the_classifier_learns_and_is_kept(tmp_path) -> None:
-    clips = [partials(100 + 40 * i, 0.5) for i in range(12)] + [noise(0.5, i) for i in range(12)]
-    rows = torch.stack([compute_features(clip, RATE) for clip in clips])
-    made = train_classifier(rows, torch.tensor([0] * 12 + [1] * 12), ["tone", "noise"], epochs=15)
-    assert [made.classify(clip, RATE) for clip in (partials(333, 0.5), noise(0.5, 99))] == ["tone", "noise"]
-    made.save(tmp_path / "c.safetensors")
-    again = Classifier.load(tmp_path / "c.safetensors")
-    assert again.names == ["tone", "noise"]
-    torch.testing.assert_close(again.predict(clips[0], RATE), made.predict(clips[0], RATE), atol=0.02, rtol=0)

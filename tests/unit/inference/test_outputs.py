@@ -173,3 +173,6 @@ def test_what_is_no_sidecar_is_refused(tmp_path: Path, content: Any, message: st
         (tmp_path / "a.json").write_text(content)
     with pytest.raises(GenerationError, match=message):
         read_sidecar(tmp_path / "a.json")
+    (tmp_path / "a.wav").touch()
+    with pytest.raises(GenerationError, match=r"no such sidecar: .*a\.wav\.json"):
+        read_sidecar(tmp_path / "a.wav")

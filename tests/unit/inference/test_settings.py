@@ -138,7 +138,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"inpaint_mask_start_seconds": 1, "inpaint_mask_end_seconds": 2}, "no effect without inpaint_audio"),
     ({"keep_exact": 1, **INPAINT}, "keep_exact must be true or false, not 1"),
     ({"chunked_decode": "no"}, "chunked_decode must be true or false, not 'no'"),
-    ({"prompt": "koto \udcff"}, "prompt.*UTF-8"),
+    ({"prompt": "koto \udcff"}, "prompt.*valid text"),
     ({"keep_exact": True}, "keep_exact.*no effect without inpaint_audio"),
     (INPAINT, "inpaint_mask_start_seconds and inpaint_mask_end_seconds"),
     ({**INPAINT, "inpaint_mask_start_seconds": 1}, "inpaint_mask_start_seconds and inpaint_mask_end_seconds"),

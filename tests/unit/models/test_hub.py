@@ -20,11 +20,14 @@ from huggingface_hub.utils import httpx
 
 from helpers.golden import PLAIN
 from sa3train.core.errors import CheckpointError
+from sa3train.models import hub as hub_module
 from sa3train.models.checkpoint import load_autoencoder, load_checkpoint
 from sa3train.models.config import TextConfig
 from sa3train.models.hub import (
     REGISTRY,
     CheckpointFiles,
+    check_checkpoint,
+    choose_weights,
     find_checkpoint,
     find_text_encoder,
     list_cached_names,
@@ -55,7 +58,14 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[Exception], None]:
 ANSWERS: list[tuple[Exception, list[str]]] = [
     (
         errors.GatedRepoError("no", response=RESPONSE),
-        ["is gated", "https://huggingface.co/stabilityai/stable-audio-3-medium", "hf auth login", "HF_TOKEN", "folder"],
+        [
+            "is gated",
+            "https://huggingface.co/stabilityai/stable-audio-3-medium",
+            "hf auth login",
+            "HF_TOKEN",
+            "folder",
+            "medium@mlx as the model's name (or --weights mlx, weights=mlx",
+        ],
     ),
     (errors.RepositoryNotFoundError("no", response=RESPONSE), ["does not show", "private or gated", "hf auth login"]),
     (errors.RemoteEntryNotFoundError("no", response=MISSING), ["has no model_config.json", "local folder"]),
@@ -109,7 +119,24 @@ def test_an_autoencoders_name_is_refused_before_any_download() -> None:
 def test_the_cache_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "try_to_load_from_cache", lambda repo, name: str(PLAIN / name))
     assert locate_checkpoint("medium").folder == PLAIN
-    assert list_cached_names() == list(REGISTRY)
+    assert list_cached_names() == [*REGISTRY, *(f"{info.name}@mlx" for info in REGISTRY.values() if info.packs)]
+    assert locate_checkpoint("medium@mlx").pack == PLAIN / "MLX" / "dit_medium_f16.npz"
+
+
+def test_packs_are_found_by_name_and_never_silently() -> None:
+    for name, files in (
+        ("small-music-base", ("dit_sm-music-base", "same_s_encoder", "same_s_decoder", "t5gemma")),
+        ("medium", ("dit_medium", "same_l_encoder", "same_l_decoder", "t5gemma")),
+    ):
+        stems = [Path(file).name.rpartition("_")[0] for file in REGISTRY[name].packs]
+        assert tuple(stems) == files
+        assert choose_weights(name, "mlx") == choose_weights(f"{name}@mlx", "mlx") == f"{name}@mlx"
+        assert choose_weights(name, None) == choose_weights(name, "released") == name
+        assert find_checkpoint(f"{name}@mlx") is REGISTRY[name]
+    for name in ("nano", "same-s", "folder"):
+        assert find_checkpoint(f"{name}@mlx") is None
+        with pytest.raises(CheckpointError, match=f"no packs of {name} for --weights mlx"):
+            choose_weights(name, "mlx")
 
 
 def test_every_sibling_is_mutual() -> None:
@@ -327,6 +354,23 @@ def test_the_text_encoder_is_downloaded_as_a_folder(loopback: type[Hub], tmp_pat
         source.folder()
     loopback.faults.clear()
     assert (source.folder() / "model.safetensors").read_bytes() == FILES["t5/model.safetensors"]
+
+
+def test_packs_are_downloaded_without_an_account_and_with_their_license(
+    loopback: type[Hub], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    hub_module._state_license.cache_clear()
+    files = REGISTRY["medium"].packs
+    for name in files:
+        monkeypatch.setitem(FILES, name, name.encode())
+    with caplog.at_level("INFO"):
+        check_checkpoint("medium@mlx")
+        assert loopback.asked == [("HEAD", files[0])]
+        found = locate_checkpoint("medium@mlx")
+    assert caplog.text.count("Stability AI Community License (https://stability.ai/license") == 1
+    assert found.pack == found.folder / "dit_medium_f16.npz"
+    assert all((found.folder / Path(name).name).read_bytes() == name.encode() for name in files)
+    assert "medium@mlx" in list_cached_names()
 
 
 def test_a_repository_of_a_pipeline_is_downloaded_once(loopback: type[Hub], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ from sa3train.core.files import get_cache_dir
 from sa3train.models import precision
 from sa3train.models.checkpoint import load_autoencoder
 
+CPU = torch.device("cpu")
+
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
@@ -29,39 +31,42 @@ def fresh() -> Iterator[None]:
 def test_auto_takes_bf16_on_a_cpu_where_it_is_worth_while(
     gain: float, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(precision, "get_bf16_speedup", lambda: gain)
+    monkeypatch.setattr(precision, "get_bf16_speedup", lambda device: gain)
     name, why = precision.choose_precision(torch.device("cpu"))
     assert name == expected
     assert f"{gain:.1f} times" in why
 
 
-def test_auto_is_fp32_where_nothing_is_measured() -> None:
-    assert precision.choose_precision(torch.device("mps"))[0] == "fp32"
+def test_auto_is_fp32_where_bf16_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "find_device_fault", lambda device, dtype: "BFloat16 is not supported on MPS")
+    monkeypatch.setattr(precision, "get_bf16_speedup", lambda device: pytest.fail("measured"))
+    name, why = precision.choose_precision(torch.device("mps"))
+    assert name == "fp32" and "BFloat16 is not supported on MPS" in why
 
 
 def test_the_gain_is_measured_once_per_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
     monkeypatch.setenv("SA3TRAIN_CACHE", str(tmp_path))
     measured: list[float] = []
 
-    def measure() -> float:
+    def measure(device: torch.device) -> float:
         measured.append(2.5)
         return 2.5
 
     monkeypatch.setattr(precision, "measure_bf16_speedup", measure)
-    assert precision.get_bf16_speedup() == 2.5
+    assert precision.get_bf16_speedup(CPU) == 2.5
     precision.get_bf16_speedup.cache_clear()
-    assert precision.get_bf16_speedup() == 2.5
+    assert precision.get_bf16_speedup(CPU) == 2.5
     assert measured == [2.5]
     (kept,) = (get_cache_dir() / "precision").iterdir()
     kept.write_text("not JSON", encoding="utf-8")
     precision.get_bf16_speedup.cache_clear()
-    assert precision.get_bf16_speedup() == 2.5
+    assert precision.get_bf16_speedup(CPU) == 2.5
     assert len(measured) == 2
     assert json.loads(kept.read_text(encoding="utf-8")) == {"bf16_over_fp32": 2.5}
 
 
 def test_measuring_gives_a_positive_ratio() -> None:
-    assert precision.measure_bf16_speedup(rounds=1) > 0
+    assert precision.measure_bf16_speedup(CPU, rounds=1) > 0
 
 
 def test_fp32_products_are_exact_whichever_library_does_them() -> None:

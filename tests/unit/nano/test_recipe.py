@@ -5,6 +5,7 @@ from pathlib import Path
 
 import base
 import channels
+import classifier
 import corpus
 import decoder
 import distill
@@ -27,7 +28,9 @@ import waves
 from composer import make_plan
 from safetensors.torch import save_file
 
+from helpers.audio import noise, tone
 from sa3train.core.files import write_json
+from sa3train.evaluation.classifier import Classifier, compute_features
 from sa3train.models.autoencoder import Autoencoder
 
 
@@ -373,3 +376,16 @@ def test_judging_needs_no_decoder(work: Path) -> None:
     features = [watch.statistics(targets.load_code(work), z_CT) for z_CT in made]
     assert features[0].shape == features[1].shape
     assert torch.isfinite(torch.stack(features)).all()
+
+
+def test_the_classifier_learns_and_is_kept(tmp_path: Path) -> None:
+    tones = [tone(0.5, 100.0 + 40 * number, channels=1) for number in range(12)]
+    heard = [torch.from_numpy(clip.T) for clip in (*tones, *(noise(0.5, seed=number) for number in range(12)))]
+    rows = torch.stack([compute_features(clip, 44100) for clip in heard])
+    made = classifier.train_classifier(rows, torch.tensor([0] * 12 + [1] * 12), ["tone", "noise"], epochs=15)
+    others = (tone(0.5, 333.0), noise(0.5, seed=99))
+    assert [made.classify(torch.from_numpy(clip.T), 44100) for clip in others] == ["tone", "noise"]
+    made.save(tmp_path / "c.safetensors")
+    again = Classifier.load(tmp_path / "c.safetensors")
+    assert again.names == ["tone", "noise"]
+    torch.testing.assert_close(again.predict(heard[0], 44100), made.predict(heard[0], 44100), atol=0.02, rtol=0)

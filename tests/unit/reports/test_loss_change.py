@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from sa3train.reports.html import render_change_tile
 from sa3train.reports.loss_change import LossChange, compute_loss_change
 
 
@@ -26,7 +27,14 @@ def test_the_interval_is_that_of_a_paired_t_test() -> None:
 def test_one_clip_has_no_interval() -> None:
     found = compute_loss_change(make_validation([2.0], [1.5]), "val")
     assert found == LossChange(-0.25, 1, None)
-    assert found.describe() == "25.0% lower (1 clip)"
+    assert found.describe() == "25.0% lower (1 clip: too few to tell)"
+
+
+@pytest.mark.parametrize(("margin", "mood"), [(0.05, "good"), (0.2, ""), (None, "")])
+def test_no_gain_is_shown_within_noise(margin: float | None, mood: str) -> None:
+    change = LossChange(-0.1, 9, margin)
+    assert f'class="{mood}">-10.0%' in render_change_tile(change, "loss")
+    assert ("within noise" in change.describe()) == (margin == 0.2)
 
 
 def test_nothing_measured_is_no_change() -> None:

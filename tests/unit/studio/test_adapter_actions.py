@@ -5,10 +5,8 @@ import shutil
 import pytest
 
 from sa3train.adapters.formats.io import load_adapter
-from sa3train.adapters.tools import Truncation
 from sa3train.cli.adapter import build_parser
 from sa3train.studio.adapters import actions, page
-from sa3train.studio.adapters.actions import Output
 from sa3train.studio.server.workspace import StudioError, Workspace
 
 ONE, TWO = "adapters/one.safetensors", "adapters/two.safetensors"
@@ -52,35 +50,36 @@ def test_two_are_compared(workspace: Workspace) -> None:
     ],
 )
 def test_an_adapter_is_converted_with_its_error(workspace: Workspace, to: str, target: str) -> None:
-    result, command = actions.convert(workspace, ONE, to, Output(target, "nano-base"))
+    dense = to == "comfy"
+    result, command = actions.write(workspace, "convert", [(ONE, 1.0)], target, to=to, model="nano-base", dense=dense)
     assert load_adapter(workspace.resolve(target)).tensors
     assert any("error" in name for name in result.facts)
     assert "Written: out/" in page.render_result(workspace, result, command)
     assert_parses(command)
     with pytest.raises(StudioError, match="Overwrite"):
-        actions.convert(workspace, ONE, to, Output(target))
-    actions.convert(workspace, TWO, to, Output(target, overwrite=True))
+        actions.write(workspace, "convert", [(ONE, 1.0)], target, to=to)
+    actions.write(workspace, "convert", [(TWO, 1.0)], target, to=to, overwrite=True)
 
 
 def test_adapters_are_merged(workspace: Workspace) -> None:
     adapters = [(ONE, 1.0), (TWO, 0.5)]
-    output = Output("both.safetensors", truncation=Truncation(3), dtype="fp32")
-    result, command = actions.merge(workspace, adapters, output)
+    given = {"rank": 3, "explained_variance": None, "dtype": "fp32", "allow_loss": True, "model": ""}
+    result, command = actions.write(workspace, "merge", adapters, "both.safetensors", **given)
     assert load_adapter(result.target).spec.rank == 3
     assert "truncation error" in result.facts
     assert_parses(command)
-    _, command = actions.merge(workspace, adapters, Output("merged", "nano-base"))
+    _, command = actions.write(workspace, "merge", adapters, "merged", model="nano-base")
     assert (workspace.resolve("merged") / "model.safetensors").is_file()
     assert_parses(command)
 
 
 def test_an_adapter_is_resized_with_its_error(workspace: Workspace) -> None:
-    result, command = actions.resize(workspace, ONE, Output("small.safetensors", truncation=Truncation(1)))
+    result, command = actions.write(workspace, "resize", [(ONE, 1.0)], "small.safetensors", rank=1)
     assert load_adapter(result.target).spec.rank == 1
     assert "%" in result.facts["truncation error"]
     assert_parses(command)
     with pytest.raises(ValueError, match="--rank"):
-        actions.resize(workspace, ONE, Output("other.safetensors"))
+        actions.write(workspace, "resize", [(ONE, 1.0)], "other.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -102,14 +101,14 @@ def test_bad_paths_are_refused(workspace: Workspace, path: str, target: str, mes
     shutil.copy(workspace.resolve(ONE), workspace.folder / "copy.safetensors")
     target = target.replace("{source}", str(workspace.sources[0]))
     with pytest.raises(StudioError, match=message):
-        actions.resize(workspace, path, Output(target, truncation=Truncation(1)))
+        actions.write(workspace, "resize", [(path, 1.0)], target, rank=1)
     assert load_adapter(workspace.resolve(ONE)).spec.rank == 2
 
 
 def test_links_that_lead_out_are_refused(workspace: Workspace) -> None:
     (workspace.folder / "out").symlink_to(workspace.sources[0])
     with pytest.raises(StudioError, match="inside the workspace"):
-        actions.resize(workspace, ONE, Output("out/a.safetensors", truncation=Truncation(1)))
+        actions.write(workspace, "resize", [(ONE, 1.0)], "out/a.safetensors", rank=1)
 
 
 def test_strengths_are_read() -> None:

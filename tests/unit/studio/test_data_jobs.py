@@ -21,7 +21,7 @@ def noted(workspace: Workspace, kind: str = "encode", log: str = "", **values: A
     folder.mkdir(parents=True, exist_ok=True)
     root = workspace.sources[0]
     record = {
-        "command": ["sa3-encode", "a=b"], "at": "2026-01-01T00:00:00+00:00", "boot": "gone", "stop_asked": None,
+        "command": ["sa3-encode", "a=b"], "at": "2026-01-01T00:00:00+00:00", "stop_asked": None,
         "kind": kind, "source": str(root / "audio"), "out": str(root / "latents"),
     }  # fmt: skip
     (folder / processes.PROCESS_FILE).write_text(json.dumps(record | values))

@@ -144,6 +144,7 @@ def test_the_plan_in_words() -> None:
     assert said["Epochs"] == "80"
     assert "Note" not in said
     assert "held out" in dict(estimate.describe_plan(CONFIG, DataSummary(1, 1.0, 0, 0.0, "nano", 0, 1)))["Note"]
+    assert dict(estimate.describe_plan(CONFIG, DATA, 3))["Note"].startswith("3 of 110 clips have no caption")
     packed = CONFIG | {"data": CONFIG["data"] | {"pack_frames": 258}}
     assert dict(estimate.describe_plan(packed, DATA))["Steps"] == "1,000 with a batch of 8 packed rows"
 

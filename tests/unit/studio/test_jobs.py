@@ -87,7 +87,7 @@ def test_failures_are_kept_with_their_message() -> None:
     job = worker.submit("a", wrong)
     assert job.finished.wait(10)
     assert job.state == "failed"
-    assert "cfg_scale &lt;b&gt;must" in render_status(worker.jobs)
+    assert "CFG scale &lt;b&gt;must" in render_status(worker.jobs)
     other = worker.submit("b", broken)
     assert other.finished.wait(10)
     assert other.message.startswith("KeyError")

@@ -35,7 +35,7 @@ def make_run(folder: Path, status: str = "running", *, steps: int = 100, old: bo
 
 def write_record(folder: Path, **values: Any) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"command": ["sa3-train", "a=b"], "at": "2026-01-01T00:00:00+00:00", "boot": "gone", "stop_asked": None}
+    record = {"command": ["sa3-train", "a=b"], "at": "2026-01-01T00:00:00+00:00", "stop_asked": None}
     (folder / processes.PROCESS_FILE).write_text(json.dumps(record | {"kind": "train", "parts": 0} | values))
 
 

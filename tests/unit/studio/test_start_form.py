@@ -38,7 +38,7 @@ def test_the_form_becomes_a_command(workspace: Workspace, latents: Path) -> None
         ({"folder": "../x"}, "inside the workspace"),
         ({"folder": "/etc/x"}, "inside the workspace"),
         *(
-            ({"steps": steps}, "max_steps")
+            ({"steps": steps}, "Steps")
             for steps in (-1, 1.5, "x", "nan", float("nan"), float("inf"), 1e12, 1e300, True)
         ),
         ({"steps": 5, "settings": "trainer.max_steps=6"}, "set twice"),

@@ -32,7 +32,7 @@ def audit_file(tmp_path: Path) -> Path:
 
 def test_an_audit_shows_the_gravest_first(workspace: Workspace, audit_file: Path) -> None:
     audit = jobs_tabs.read_audit(audit_file, max_rows=3)
-    assert [row["source"] for row in audit.rows] == ["bad.wav", "0.wav", "1.wav"]
+    assert [row["source"] for row in audit[1]] == ["bad.wav", "0.wav", "1.wav"]
     write_clip(workspace.sources[0] / "audio" / "0.wav", tone(0.1))
     html = jobs_tabs.render_audit(workspace, audit, workspace.sources[0] / "audio")
     assert html.index("no caption") < html.index("very quiet", html.index("Clips, worst first"))
@@ -56,7 +56,7 @@ RECORDS = [{"source": f"{n}.wav", "caption": f"kick, dry, {n}", "tags": {"genre"
 
 
 def test_prompts_are_those_of_training() -> None:
-    settings = prompts_tab.build_settings("{caption}\n{genre}: {caption}=3", trigger="zap", keep=2)
+    settings = prompts_tab.build_settings("{caption}\n{genre}: {caption}=3", trigger="zap", keep_tags=2)
     html = prompts_tab.render_preview(RECORDS, settings, 2)
     assert "zap, dub: kick, dry, 0" in html
     assert html.count("<tr>") == 3
@@ -69,7 +69,8 @@ def test_prompts_are_those_of_training() -> None:
 
 def test_prompt_settings_reach_the_trainer_as_they_were_previewed(workspace: Workspace) -> None:
     templates = 'say "{caption}", = loud\n{genre}=2'
-    settings = prompts_tab.build_settings(templates, "zap's, ${oc.env:HOME} C:\\x", 0.5, "back", True, 0.25, 1)
+    values = ("zap's, ${oc.env:HOME} C:\\x", 0.5, "back", True, 0.25, 1)
+    settings = prompts_tab.build_settings(templates, **dict(zip(prompts_tab.FIELDS, values, strict=False)))
     lines = prompts_tab.list_training_settings(settings)
     choice = estimate.RunRequest("instrument", workspace.sources[0], "nano-base", workspace.sources[0] / "run", 2,
                          estimate.parse_settings("\n".join(lines)))  # fmt: skip

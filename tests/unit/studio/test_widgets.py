@@ -29,7 +29,8 @@ def test_errors_reach_the_page_as_text() -> None:
         show_errors(refuses)()
     with pytest.raises(gr.Error, match="KeyError"):
         show_errors(breaks)()
-    assert get_error_message(StudioError("plain")) == "plain"
+    named = get_error_message(StudioError("cfg_scale=1: set --allow-loss or captions=optional, not loss.cfg_dropout"))
+    assert named == "CFG scale: 1: set Allow loss or Captions: optional, not loss.cfg_dropout"
     assert 'role="alert"' in render_notice("x", "error")
     assert "&quot;" in render_command('echo "a"')
     assert "sa3-generate -p &#x27;a b&#x27; x" in render_command(["sa3-generate", "-p", "a b", Path("x")])
@@ -54,7 +55,7 @@ def test_a_wrong_number_is_explained_at_its_field() -> None:
     (handler,) = [block.fn for block in blocks.fns.values() if field in block.outputs]
     assert handler is not None
     for value in (-1, "x", "nan", float("nan"), float("inf"), "1e400", 10**400, [], True):
-        assert "keep_tags" in handler(value)["info"]
+        assert "Keep first N tags" in handler(value)["info"]
     assert [handler(value)["info"] for value in (0, "7", "", " ", None)] == ["help"] * 5
 
 

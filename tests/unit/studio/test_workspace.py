@@ -7,6 +7,7 @@ from urllib.parse import unquote
 import pytest
 
 from helpers.audio import tone, write_clip
+from sa3train.core.errors import SA3Error
 from sa3train.models.nano import ensure_nano_folder
 from sa3train.studio.data.captions import list_clips
 from sa3train.studio.server.folders import (
@@ -16,6 +17,8 @@ from sa3train.studio.server.folders import (
     list_adapters,
     list_audio,
     list_models,
+    name_adapter,
+    resolve_adapter,
     resolve_model_name,
 )
 from sa3train.studio.server.workspace import StudioError, Workspace
@@ -157,6 +160,19 @@ def test_adapters_and_audio_are_found_but_nothing_hidden(workspace: Workspace) -
     found = list_adapters(workspace)
     assert sorted(found) == ["root/adapters/one.safetensors", "root/adapters/two.safetensors", "root/peft"]
     assert list_audio(workspace) == ["root/audio/tone.wav"]
+
+
+def test_a_run_is_offered_with_its_checkpoints(workspace: Workspace) -> None:
+    run = workspace.folder / "runs" / "x"
+    state = run / "checkpoints" / "step-00000020.safetensors"
+    state.parent.mkdir(parents=True)
+    (run / "run.json").write_text('{"identity": {}}')
+    for path in (run / "config.yaml", run / "adapter.safetensors", state):
+        path.touch()
+    assert list_adapters(workspace)[:2] == ["runs/x", "runs/x@20"]
+    assert str(resolve_adapter(workspace, "runs/x@20")) == f"{run}@20" == name_adapter(str(state))
+    with pytest.raises(SA3Error, match="it has: 20"):
+        resolve_adapter(workspace, "runs/x@30")
 
 
 def test_what_is_not_a_file_is_not_offered(workspace: Workspace) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from helpers.wandb_servers import DyingServer, use_faulty_server
 from sa3train.audio.metrics import plot_mel_spectrogram
-from sa3train.bench.tracking import DyingServer, make_wandb_environment, run_faulty_server
 from sa3train.core.errors import SA3Error
 from sa3train.reports.run_files import read_metrics
 from sa3train.training.loggers import CSVLogger, LoggerCollection, TensorBoardLogger, WandbLogger
@@ -132,11 +132,12 @@ def records(folder: Path) -> list[Any]:
     raise AssertionError(f"no ended run under {folder}")
 
 
+@pytest.mark.slow
 def test_an_offline_wandb_run_holds_everything(tmp_path: Path) -> None:
     adapter = tmp_path / "adapter.safetensors"
     adapter.write_bytes(b"an adapter")
     logger = make_wandb_logger(tmp_path / "w", "offline", config={"adapter": {"rank": 16}}, tags=["t"], group="g")
-    logger.log_input("dataset", "latents-abc", {"manifest": "abc"})
+    logger.log_input("dataset", "data-abc", {"manifest": "abc"})
     logger.log_input("model", "base-def", {"hash": "def"})
     loggers = LoggerCollection([logger])
     loggers.log_metrics({"train/loss": 1.5}, 10)
@@ -172,15 +173,8 @@ def test_an_offline_wandb_run_holds_everything(tmp_path: Path) -> None:
 @pytest.fixture(params=["500", "silence", "refusal"])
 def dead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A server that answers 500, or takes connections and says nothing, or is not there."""
-    with run_faulty_server(request.param) as server:
-        send_wandb_to(server, monkeypatch)
+    with use_faulty_server(request.param, monkeypatch):
         yield
-
-
-def send_wandb_to(server: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("WANDB_MODE", raising=False)
-    for name, value in make_wandb_environment(server).items():
-        monkeypatch.setenv(name, value)
 
 
 def test_a_server_that_does_not_answer_leaves_an_offline_run(
@@ -196,8 +190,7 @@ def test_a_server_that_does_not_answer_leaves_an_offline_run(
 
 @pytest.mark.slow
 def test_a_server_that_dies_during_the_run_holds_nothing_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with run_faulty_server("death") as server:
-        send_wandb_to(server, monkeypatch)
+    with use_faulty_server("death", monkeypatch):
         logger = make_wandb_logger(tmp_path / "w", "online", timeout=3.0)
         assert not logger.run.offline
         adapter = tmp_path / "adapter.safetensors"
@@ -207,7 +200,7 @@ def test_a_server_that_dies_during_the_run_holds_nothing_up(tmp_path: Path, monk
         assert DyingServer.dead.wait(30), "the server has seen metrics, and is silent from here on"
         for step in range(2, 102):
             logger.log_metrics({"train/loss": 1.0}, step)
-        logger.log_input("dataset", "latents-abc", {"manifest": "abc"})
+        logger.log_input("dataset", "data-abc", {"manifest": "abc"})
         logger.log_adapter(adapter, {"base_hash": "def"}, ("latest",))
         logged = time.monotonic() - started
         logger.close(failed=False)
@@ -222,7 +215,7 @@ def test_a_server_that_dies_during_the_run_holds_nothing_up(tmp_path: Path, monk
 
 def test_a_disabled_wandb_run_takes_everything_and_keeps_nothing(tmp_path: Path) -> None:
     logger = make_wandb_logger(tmp_path / "w", "disabled")
-    logger.log_input("dataset", "latents-abc", {"manifest": "abc"})
+    logger.log_input("dataset", "data-abc", {"manifest": "abc"})
     logger.log_metrics({"train/loss": 1.0}, 1)
     logger.log_adapter(Path(__file__), {}, ("latest",))
     logger.close(failed=False)

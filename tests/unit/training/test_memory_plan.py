@@ -19,7 +19,7 @@ from sa3train.training.callbacks.memory_plan import (
     count_frozen_bytes,
     make_memory_plan,
     measure_saved_activations,
-    suggest_memory_fixes,
+    suggest_training_fixes,
 )
 from sa3train.training.module import LoraModule
 from sa3train.training.settings import TrainerSettings, TrainingSettings
@@ -179,12 +179,15 @@ def test_what_helps_is_what_is_not_done_yet(rows: int, fewer: str) -> None:
         return SimpleNamespace(settings=DataSettings("latents", **{"batch_size": rows, **values}), longest_crop=216)
 
     seconds, frames = data(), data(crop_frames=9999)
-    assert suggest_memory_fixes(seconds, TrainerSettings(accumulate=3), is_recomputing=False) == [
+    assert suggest_training_fixes(seconds, TrainerSettings(accumulate=3), is_recomputing=False) == [
         "trainer.activation_checkpointing=blocks", fewer, "data.crop_seconds=10.0", "trainer.quantize=int8 or nf4",
     ]  # fmt: skip
-    assert "data.crop_frames=108" in suggest_memory_fixes(frames, TrainerSettings(), is_recomputing=True)
+    assert "data.crop_frames=108" in suggest_training_fixes(frames, TrainerSettings(), is_recomputing=True)
     frames.longest_crop = 2582
-    assert "data.crop_frames=1291" in suggest_memory_fixes(frames, TrainerSettings(), is_recomputing=True)
+    assert "data.crop_frames=1291" in suggest_training_fixes(frames, TrainerSettings(), is_recomputing=True)
     packed = data(pack_frames=400, batch_size=1, silence_tail_seconds=0)
     done = TrainerSettings(quantize="nf4")
-    assert suggest_memory_fixes(packed, done, is_recomputing=True) == ["data.pack_frames=216", "data.crop_seconds=10.0"]
+    assert suggest_training_fixes(packed, done, is_recomputing=True) == [
+        "data.pack_frames=216",
+        "data.crop_seconds=10.0",
+    ]

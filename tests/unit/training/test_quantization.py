@@ -126,7 +126,7 @@ def test_small_weights_stay_as_they_are() -> None:
     assert layer.weight.numel() < MIN_SIZE and list_quantizable_weights(layer) == {}
 
 
-@pytest.mark.parametrize("kind", sorted(METHODS))
+@pytest.mark.parametrize("kind", ["int8", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fp8", "nf4"))])
 def test_a_run_on_a_coded_base_learns_and_resumes_to_the_bit(shards: Path, tmp_path: Path, kind: str) -> None:
     values: dict[str, Any] = {"trainer": {"quantize": kind}, "max_steps": 4}
     whole, part = Trial(shards, tmp_path / "whole", **values), Trial(shards, tmp_path / "part", **values)

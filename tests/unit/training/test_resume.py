@@ -19,7 +19,8 @@ from sa3train.adapters.spec import AdapterSpec
 from sa3train.reports.run_files import read_metrics
 from sa3train.training.callbacks.checkpoint import get_checkpoint_path, list_checkpoints, load_state
 from sa3train.training.callbacks.validation import ValidationCallback
-from sa3train.training.settings import ValidationSettings
+from sa3train.training.module import LoraModule
+from sa3train.training.settings import SchedulerSettings, ValidationSettings
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -117,6 +118,23 @@ def pair(shards: Path, tmp_path: Path) -> tuple[Trial, Trial]:
     whole, part = make_small_trial(shards, tmp_path, "whole"), make_small_trial(shards, tmp_path, "part")
     assert whole.run().interrupted is None
     return whole, part
+
+
+@pytest.mark.slow
+def test_an_extended_run_learns_from_its_first_step(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates, step = [], LoraModule.training_step
+
+    def watch(self: LoraModule, *given: Any) -> Any:
+        rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
+        return step(self, *given)
+
+    monkeypatch.setattr(LoraModule, "training_step", watch)
+    run = Trial(shards, tmp_path / "run", max_steps=2, scheduler=SchedulerSettings("cosine"))
+    for run.max_steps in (2, 4):
+        run.run(resume=run.max_steps == 4, loop="cosine")
+    assert rates == pytest.approx([1e-3, 0.5e-3, 0.5e-3, 0.1464e-3], rel=1e-3), "after half of the steps half the rate"
 
 
 @pytest.mark.slow

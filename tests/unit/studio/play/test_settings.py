@@ -9,6 +9,7 @@ from sa3train.core.errors import GenerationError, SA3Error
 from sa3train.inference.settings import SETTING_NAMES, GenerationSettings
 from sa3train.studio.play.form import FORM_SETTINGS, describe_waveform, fill_form, read_form
 from sa3train.studio.play.settings import AdapterSettings, PlaySettings, parse_regions, parse_strengths
+from sa3train.studio.server.widgets import get_label
 from sa3train.studio.server.workspace import StudioError, Workspace
 
 PLAIN = PlaySettings("nano", GenerationSettings("a tone", duration=1.0))
@@ -22,8 +23,8 @@ def ask(mode: str = "text", changes: dict[str, Any] | None = None, **settings: A
 
 def test_a_row_of_the_rack_is_an_adapter() -> None:
     row = {
-        "path": "a.safetensors", "strength": 0.5, "conditioner": "", "low": 0.2, "high": 0.8,
-        "exclude": "ff", "partial": True,
+        "path": "a.safetensors", "strength": 0.5, "conditioner_strength": "", "low": 0.2, "high": 0.8,
+        "exclude_layers": "ff", "allow_partial": True,
     }  # fmt: skip
     adapter = AdapterSettings.from_row(row)
     assert adapter == AdapterSettings("a.safetensors", 0.5, None, (0.2, 0.8), "ff", True)
@@ -136,7 +137,7 @@ def test_the_form_holds_every_setting(workspace: Workspace, mode: str, settings:
 @pytest.mark.parametrize("value", [-9, 1.5, "x", "nan", float("nan"), float("inf"), 1e308, "1e400", True])
 @pytest.mark.parametrize("name", ["steps", "batch_size", "seed"])
 def test_a_wrong_number_names_its_field(workspace: Workspace, name: str, value: Any) -> None:
-    with pytest.raises(SA3Error, match=name):
+    with pytest.raises(SA3Error, match=rf"{name}|{get_label(GenerationSettings, name)[:4]}"):
         read_form(fill_form(workspace, PLAIN) | {name: value})
 
 
