@@ -114,7 +114,13 @@ def build_start_form(workspace: Workspace, chosen: gr.Radio, tick: gr.Timer) -> 
     recipe.change(on_recipe, recipe, [recipe, adapter], show_progress="hidden")
     plan.click(on_plan, fields, [folder, shown], show_progress="hidden")
     start.click(on_start, fields, [folder, shown, chosen], show_progress="hidden")
-    ui.refresh_choices(tick, data, lambda: folders.name_folders(workspace, folders.find_folders(workspace).latents))
+
+    def list_latents() -> list[Any]:
+        return folders.name_folders(workspace, folders.find_folders(workspace).latents)
+
+    data.choices = list_latents()  # on the page from its start
+    data.value = data.choices[0][1] if data.choices else None
+    ui.refresh_choices(tick, data, list_latents)
 
 
 def stream_plan(workspace: Workspace, *values: Any) -> Iterator[tuple[Any, ...]]:

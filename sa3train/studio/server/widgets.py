@@ -366,10 +366,7 @@ def refresh_choices(tick: gr.Timer, box: gr.Dropdown, list_choices: Callable[[],
         box: The dropdown.
         list_choices: Lists (label, value) of each choice.
     """
-    found: list[Any] = list_choices()
-    box.choices = found  # on the page from its start
-    box.value = box.value or (found[0][1] if found else None)
-    known = gr.State(found)
+    known = gr.State([])
 
     def refresh(before: list[Any], chosen: str | None) -> tuple[Any, Any]:
         choices = list_choices()
