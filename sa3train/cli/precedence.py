@@ -47,7 +47,7 @@ def build_composed(
             raise ConfigError(f"{option} needs {key}. Add {key}=VALUE.")
     for key, value in (suggest(values) if suggest else {}).items():
         if _rank(origins, key) < _OPTION and (others := _get(values, key)) not in (None, value):
-            _logger.info("%s=%s suits this model; %s=%s is for others", key, value, key, others)
+            _logger.info("using %s=%s, which suits this model, in place of %s", key, value, others)
             _set(values, key, value)
     while True:
         try:
@@ -62,7 +62,7 @@ def build_composed(
                 raise
             stronger = ", ".join(key for key, rank in ranks.items() if rank == max(ranks.values()))
             for key, off in weaker.items():
-                _logger.info("%s=%s gives way to %s", key, _get(values, key), stronger)
+                _logger.info("%s=%s gives way to %s: using %s", key, _get(values, key), stronger, off)
                 _set(values, key, off)
 
 
