@@ -212,7 +212,7 @@ def test_a_half_written_newest_state_is_passed_over(tmp_path: Path, caplog: pyte
 
 def test_a_run_with_other_random_draws_is_not_resumed_and_the_reason_is_given(tmp_path: Path) -> None:
     begin(tmp_path)
-    with pytest.raises(ConfigError, match=r"identity\.draws: None -> 2 \(this version of sa3train draws"):
+    with pytest.raises(ConfigError, match=r"identity\.draws: None -> 2 \(this version draws"):
         open_run(tmp_path, SETTINGS, IDENTITY | {"draws": "2"}, resume=True)
     open_run(tmp_path, SETTINGS, IDENTITY | {"draws": "2"}, resume=True, allowed=["identity.draws"])
 
