@@ -2,7 +2,8 @@
 
 Run as `python launch/check_mlx.py FOLDER`, where FOLDER is `optimized/mlx` of the released project with its adapter
 loader (`models/defs/lora_merge.py`), and `mlx` is installed (`mlx[cpu]` on Linux). Prints the largest differences, and
-fails above 1e-4, or where an adapter's layer is left out. `--record` writes what the tests compare with.
+fails above 1e-4, or where an adapter's layer is left out. `--record` writes what the tests compare with: names and
+shapes, latents and audio of the codecs, tokens and hidden states of the text encoder.
 """
 
 import importlib
@@ -101,11 +102,12 @@ def pass_on(x: Any) -> Any:
     return x
 
 
-def check_codec(kind: str, letter: str, folder: Path, found: dict[str, Any]) -> float:
-    """Compare latents and audio with the recorded ones of the released torch code."""
+def check_codec(kind: str, letter: str, folder: Path, found: dict[str, Any], outputs: dict[str, np.ndarray]) -> float:
+    """Compare latents and audio with the recorded ones of the released torch code; `outputs` gets a case of each."""
     import mlx.core as mx
 
     from helpers.golden import GoldenSet
+    from helpers.mlx_packs import RECORDED_CASES, thin_out
     from sa3train.models.autoencoder import patchify
 
     golden, worst = GoldenSet(f"{kind}/cases"), 0.0
@@ -126,6 +128,8 @@ def check_codec(kind: str, letter: str, folder: Path, found: dict[str, Any]) -> 
                 output = model(mx.array(tensors["latents"].numpy()))
                 wanted = patchify(tensors["audio"], 256).mT
             worst = max(worst, float(np.abs(np.array(output) - wanted.numpy()).max()))
+            if case == RECORDED_CASES[side]:
+                outputs[f"same_{letter}_{side}"] = thin_out(np.array(output))
     return worst
 
 
@@ -133,7 +137,7 @@ def check_text(folder: Path) -> tuple[float, dict[str, Any]]:
     """Compare tokens and hidden states with ours."""
     from helpers.mlx_packs import make_text, save_arrays
     from sa3train.models.conditioners import TextEncoder
-    from sa3train.models.hub import TextEncoderSource
+    from sa3train.models.text_source import TextEncoderSource
 
     pack = folder / "t5gemma_f16.npz"
     save_arrays(pack, make_text())
@@ -148,6 +152,23 @@ def check_text(folder: Path) -> tuple[float, dict[str, Any]]:
     return float(apart), {"prompts": PROMPTS, "tokens": tokens, "hidden": hidden[:, :length]}
 
 
+def draw_adapter(adapter_type: str, weights: dict[str, torch.Tensor], rng: torch.Generator) -> Any:
+    """Draw an adapter of rank 4 of all layers, which changes each weight by about a tenth."""
+    from sa3train.adapters.adapter import Adapter
+    from sa3train.adapters.spec import KINDS, AdapterSpec
+
+    tensors = {}
+    for path, weight in weights.items():
+        W = weight.flatten(1)
+        shapes = KINDS[adapter_type].shapes(*W.shape, 4)
+        tensors[path] = {name: 0.1 * torch.randn(shape, generator=rng) for name, shape in shapes.items()}
+        for name, tensor in tensors[path].items():
+            if name.startswith("magnitude"):
+                by_row = name == "magnitude_r" or (name == "magnitude" and KINDS[adapter_type].rows)
+                tensor.add_(1).mul_(W.norm(dim=1 if by_row else 0))
+    return Adapter(AdapterSpec(adapter_type, rank=4, alpha=6), tensors, {"base_model": "golden"}, adapter_type)
+
+
 def check_adapters(kind: str, folder: Path) -> None:
     """Play native files that we wrote with MLX's loader on a pack, and compare with ours on the weights in fp32."""
     import mlx.core as mx
@@ -157,20 +178,25 @@ def check_adapters(kind: str, folder: Path) -> None:
     from sa3train.adapters.adapter import get_checkpoint_name
     from sa3train.adapters.apply.layer_weight import get_layer_adapter
     from sa3train.adapters.formats.io import load_adapter, save_adapter
+    from sa3train.adapters.layer_filter import find_adaptable_layers
+    from sa3train.adapters.spec import KINDS
+    from sa3train.models.checkpoint import load_checkpoint
     from sa3train.models.mlx_layout import convert_dit_name
 
     code = importlib.import_module("models.defs.lora_merge")
     rng = torch.Generator().manual_seed(0)
+    root = load_checkpoint(GOLDEN / kind, parts=("dit", "conditioner")).get_adapter_root()
+    layers = {path: layer.weight.float() for path, layer in find_adaptable_layers(root).items()}
     state = {name: tensor.float() for name, tensor in load_file(GOLDEN / kind / "model.safetensors").items()}
     for tensor in state.values():  # golden weights are in bf16: give them the digits that fp16 rounds
         tensor.mul_(1 + 2**-9 * torch.randn(tensor.shape, generator=rng))
     pack = write_packs(kind, folder, state)
-    for source in sorted((GOLDEN / kind / "adapters").glob("*.safetensors")):
-        file = folder / source.name
-        save_adapter(file, load_adapter(source))
+    for adapter_type in KINDS:
+        file = folder / f"{adapter_type}.safetensors"
+        save_adapter(file, draw_adapter(adapter_type, layers, rng))
         adapter, weights = load_adapter(file), dict(mx.load(str(pack)))
         report = code.merge_loras_into_weights(weights, [str(file)])
-        assert (report["merged"], report["skipped"]) == (len(adapter.tensors), []), "layers are left out"
+        assert (report["merged"], report["skipped"]) == (len(layers), []), "layers are left out"
         errors = []
         for rounded in (True, False):
             apart = change = 0.0
@@ -185,7 +211,7 @@ def check_adapters(kind: str, folder: Path) -> None:
                 change += float((ours - W).square().sum())
             errors.append((apart / change) ** 0.5)
         print(
-            f"{kind:6} {source.stem:14} {report['merged']} layers, 0 skipped; error of the change: "
+            f"{kind:6} {adapter_type:14} {report['merged']} layers, 0 skipped; error of the change: "
             f"{errors[0]:.1e} on the pack, {errors[1]:.1e} between the pack and the weights in fp32",
             flush=True,
         )
@@ -202,6 +228,7 @@ def main(folder: str, record: bool) -> int:
     mx.set_default_device(mx.cpu)
     print(f"mlx {mx.__version__}")
     found: dict[str, Any] = {}
+    outputs: dict[str, np.ndarray] = {}
     differences: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
         for kind, letter in CODECS.items():
@@ -209,7 +236,7 @@ def main(folder: str, record: bool) -> int:
             home.mkdir()
             pack = write_packs(kind, home)
             differences[f"velocities, {kind}"] = check_dit(kind, pack, found)
-            differences[f"SAME-{letter.upper()}"] = check_codec(kind, letter, home, found)
+            differences[f"SAME-{letter.upper()}"] = check_codec(kind, letter, home, found, outputs)
         apart, text = check_text(Path(temporary))
         differences["text encoder, fp16"] = apart
         for what, difference in differences.items():
@@ -219,9 +246,9 @@ def main(folder: str, record: bool) -> int:
             home.mkdir()
             check_adapters(kind, home)
     if record:
-        hidden: np.ndarray = text.pop("hidden")
+        outputs["hidden"] = text.pop("hidden").astype(np.float16)
         (RECORDED / "cases.json").write_text(json.dumps({"arrays": found, "text": text}, ensure_ascii=False), "utf-8")
-        np.savez_compressed(RECORDED / "hidden.npz", hidden=hidden.astype(np.float16))
+        np.savez_compressed(RECORDED / "outputs.npz", **dict[str, Any](outputs))
     text_difference = differences.pop("text encoder, fp16")
     return int(max(differences.values()) > LIMIT or text_difference > 0.02)
 

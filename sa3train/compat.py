@@ -26,8 +26,7 @@ from sa3train.core.device import choose_device, move_to_device
 from sa3train.core.errors import GenerationError
 from sa3train.core.log import get_logger
 from sa3train.inference.generator import Generator
-from sa3train.inference.resolve import EXTRA_SECONDS
-from sa3train.inference.settings import GUIDANCE_SETTINGS, check_number, get_default, is_list
+from sa3train.inference.settings import GUIDANCE_SETTINGS, GenerationSettings, check_number, get_default, is_list
 from sa3train.models.autoencoder import CHUNK_SIZE, OVERLAP, Autoencoder
 from sa3train.models.checkpoint import load_autoencoder
 
@@ -120,7 +119,7 @@ class StableAudioModel:
         inpaint_audio: Any = None,
         inpaint_mask_start_seconds: float | Sequence[float] | None = None,
         inpaint_mask_end_seconds: float | Sequence[float] | None = None,
-        duration_padding_sec: float = EXTRA_SECONDS,
+        duration_padding_sec: float = GenerationSettings.tail,
         return_latents: bool = False,
         chunked_decode: bool | None = None,
         **sampling: Any,
@@ -152,25 +151,18 @@ class StableAudioModel:
         settings = {
             **sampling,
             "prompt": _fill_prompts(_to_plain(prompt)),
-            "negative_prompt": negative_prompt,
-            "duration": self._limit_duration(duration),
+            **{"negative_prompt": negative_prompt, "duration": self._limit_duration(duration)},
             **{"steps": steps, "cfg_scale": cfg_scale, "batch_size": batch_size, "seed": seed},
             "chunked_decode": chunked_decode,
             **_prepare_audio(init_audio, init_noise_level),
         }
-        regions = inpaint_mask_start_seconds, inpaint_mask_end_seconds
-        settings |= _prepare_regions(inpaint_audio, *regions, settings["duration"])
-        generator = self._change_padding(duration_padding_sec, keeps_it=not truncate_output_to_duration)
+        start, end = inpaint_mask_start_seconds, inpaint_mask_end_seconds
+        settings |= _prepare_regions(inpaint_audio, start, end, settings["duration"])
+        settings["tail"] = _check_padding(duration_padding_sec)
+        generator = copy.copy(self.generator)  # which shares the model and the adapters
+        generator.facts = dataclasses.replace(generator.facts, keeps_tail=not truncate_output_to_duration)
         output = generator.generate(**_drop_idle_guidance(settings), return_latents=return_latents)
         return _stack_audio(output.audio) if output.latents is None else output.latents
-
-    def _change_padding(self, seconds: float, keeps_it: bool) -> Generator:
-        """The generator with another padding, sharing the model and the adapters."""
-        if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= 60:
-            raise GenerationError(f"duration_padding_sec={seconds!r} must be from 0 to 60 seconds.")
-        changed = copy.copy(self.generator)
-        changed.facts = dataclasses.replace(changed.facts, extra_seconds=float(seconds), keeps_extra=keeps_it)
-        return changed
 
     def _limit_duration(self, duration: float | Sequence[float]) -> float | list[float]:
         """What the model can generate of a duration: the released project goes no further."""
@@ -276,6 +268,12 @@ def _check_sampling(sampling: dict[str, Any]) -> None:
             f"{', '.join(others)}: not offered here. Set prompt, duration and inpaint_mask_start_seconds instead of "
             f"conditioning, sample_size and masks; sampling has {', '.join(offered)}."
         )
+
+
+def _check_padding(seconds: Any) -> float:
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds <= 60:
+        raise GenerationError(f"duration_padding_sec={seconds!r} must be from 0 to 60 seconds.")
+    return float(seconds)
 
 
 def _to_plain(value: Any) -> Any:

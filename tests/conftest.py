@@ -1,4 +1,4 @@
-"""Shared by all tests: few threads, no network, a cache of its own, no deadlines; whole folders that are slow."""
+"""Shared by all tests: few threads, no network, a cache of its own, no deadlines; files that are slow."""
 
 import os
 from collections.abc import Iterator
@@ -19,15 +19,34 @@ settings.register_profile("untimed", deadline=None, suppress_health_check=[Healt
 settings.load_profile("untimed")
 
 
-SLOW_FOLDERS = {"integration", "standin_gpu", "standin_mps", "studio"}
-"""Folders of tests that run whole commands, the stand-ins for GPUs, or a browser."""
+SLOW = ("integration/*.py", "standin_gpu/*.py", "standin_mps/*.py", "studio/*.py", "packaging/test_wheel.py")
+SLOW += tuple(
+    f"unit/{name}.py"
+    for name in (
+        "adapters/test_comfy_export", "adapters/test_peft_methods", "bench/test_bench", "cli/test_adapter",
+        "cli/test_encode", "cli/test_generate", "cli/test_precedence", "cli/test_sweep", "cli/test_train",
+        "data/test_encode", "data/test_imported", "data/test_stream", "inference/test_generator",
+        "models/test_fp16_check", "studio/play/test_player", "studio/test_adapter_actions",
+        "training/test_quantization",
+    )
+)  # fmt: skip
+"""Files whose tests run whole commands, models, the stand-ins for GPUs or a browser: 0.2 s and more each on average."""
+
+
+def is_slow(path: Path) -> bool:
+    """Tell whether all tests of a file are slow."""
+    return any(path.match(f"tests/{pattern}") for pattern in SLOW)
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Do not even import slow files in the fast tier: the studio alone takes seconds."""
+    return True if config.option.markexpr == "not slow" and is_slow(collection_path) else None
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of slow folders."""
-    tests = Path(__file__).parent
+    """Mark the tests of slow files."""
     for item in items:
-        if item.path.relative_to(tests).parts[0] in SLOW_FOLDERS:
+        if is_slow(item.path):
             item.add_marker(pytest.mark.slow)
 
 

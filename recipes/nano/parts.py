@@ -22,9 +22,9 @@ from transformers import PreTrainedTokenizerFast
 from sa3train.diffusion.masks import build_attention_mask, extend_into_silence
 from sa3train.models.checkpoint import build_modules
 from sa3train.models.conditioners import Conditioning
-from sa3train.models.hub import TextEncoderSource
 from sa3train.models.nano import build_nano_config
 from sa3train.models.parse import parse_model
+from sa3train.models.text_source import TextEncoderSource
 
 FRAMES_PER_SECOND = 44100 / 4096
 

@@ -15,6 +15,9 @@ from sa3train.core.errors import AdapterError
 from sa3train.core.safetensors_file import hash_tensors, parse_json
 from sa3train.core.text import shorten
 
+TRAINING_CONFIG = "training_config"
+"""Key in the metadata of the settings of a training as JSON, with paths of its machine: it is not shared."""
+
 PROMPTS = "prompts"
 """Key in the metadata of a JSON list of prompts to try."""
 

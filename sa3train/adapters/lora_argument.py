@@ -1,8 +1,8 @@
 """The grammar of `--lora`: `PATH[=STRENGTH | =START..END][@MIN-MAX]`, parsed and formatted here only.
 
 PATH is what `load_adapter` takes; text that names an existing path is taken whole. START..END is a strength that
-changes during sampling, MIN-MAX are the noise levels at which the adapter is on. Numbers may have any form that Python
-reads.
+changes over a piece of several windows, MIN-MAX are the noise levels at which the adapter is on. Numbers may have any
+form that Python reads.
 """
 
 import math
@@ -20,7 +20,7 @@ class LoraArgument:
 
     Attributes:
         path: File or folder, or RUN_FOLDER@STEP.
-        strength: The strength, or (start, end) of one that changes during sampling.
+        strength: The strength, or (start, end) of one that changes over a piece.
         interval: Noise levels at which the adapter is on; None means all.
     """
 
@@ -35,24 +35,24 @@ class LoraArgument:
             The strength.
 
         Raises:
-            AdapterError: If it changes during sampling.
+            AdapterError: If it changes.
         """
         if isinstance(self.strength, tuple):
             start, end = map(_format_number, self.strength)
             raise AdapterError(
-                f"={start}..{end} is not available for {self.path}: its strength cannot change during sampling. Give "
+                f"={start}..{end} is not available for {self.path}: its strength cannot change here. Give "
                 f"one strength, such as ={end}."
             )
         return self.strength
 
     def to_settings(self) -> dict[str, Any]:
-        """Convert to keyword arguments of `Generator.load_adapter`. Raises `AdapterError` for what it does not support.
+        """Convert to keyword arguments of `Generator.load_adapter`.
 
         Returns:
             `adapter`, `strength` and, where given, `interval`.
         """
         interval = {} if self.interval is None else {"interval": self.interval}
-        return {"adapter": self.path, "strength": self.require_strength(), **interval}
+        return {"adapter": self.path, "strength": self.strength, **interval}
 
 
 def parse_lora(text: str) -> LoraArgument:

@@ -107,6 +107,24 @@ that share state between layers or need hooks in the training loop (VeRA, RandLo
 
 ADAPTER_TYPES = (*KINDS, *INFERENCE_ONLY, *PEFT_METHODS)
 
+CARRIED_BY = {
+    "lora": ("peft", "diffusers", "comfy", "sa3cpp"),
+    "dora-rows": ("peft", "diffusers", "comfy", "sa3cpp"),
+    "dora-cols": ("comfy", "sa3cpp"),
+    "bora": ("sa3cpp",),
+    "lora-xs": ("comfy",),
+    "dora-rows-xs": ("comfy",),
+    "dora-cols-xs": ("comfy",),
+    "bora-xs": (),
+    "diff": ("comfy",),
+    "comfy": ("comfy",),
+    "lokr": ("peft", "comfy"),
+    "loha": ("peft", "comfy"),
+    **dict.fromkeys(("hira", "oft", "boft", "hra", "miss", "fourierft", "waveft", "c3a"), ("peft",)),
+    **dict.fromkeys(("delora", "gralora", "deft", "psoft", "peanut"), ("peft",)),
+}
+"""Formats besides native, which carries all, that carry a type exactly as small factors. Every type has its row."""
+
 
 def get_layer_type(adapter_type: str, names: Iterable[str]) -> str:
     """Get the type of one layer: a lora or comfy file may hold layers that are simpler.

@@ -1,3 +1,5 @@
+from .analysis import AudioAnalysis as AudioAnalysis
+from .analysis import analyze_audio as analyze_audio
 from .decode import DecodedAudio as DecodedAudio
 from .edit import fit as fit
 from .edit import mix_channels as mix_channels

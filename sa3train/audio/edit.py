@@ -66,15 +66,3 @@ def apply_gain(audio_CN: Tensor, decibels: float) -> Tensor:
         Scaled audio.
     """
     return audio_CN * 10 ** (decibels / 20)
-
-
-def clamp_and_count(audio_CN: Tensor) -> tuple[Tensor, Tensor]:
-    """Clamp audio to ±1 and count what was clipped, without waiting for the device.
-
-    Args:
-        audio_CN: Audio.
-
-    Returns:
-        Clamped audio, and the share of samples outside ±1 as a scalar tensor on the audio's device.
-    """
-    return audio_CN.clamp(-1, 1), (audio_CN.abs() > 1).sum() / max(1, audio_CN.numel())

@@ -5,9 +5,12 @@ Arrays are float32 tensors (C, N), full scale ±1, channels in the order of the 
 
 import contextlib
 import io
+import mmap
+import tempfile
 from dataclasses import dataclass
 from os import PathLike, fsencode
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -37,6 +40,9 @@ PLAUSIBLE_RATES = (2000, 768_000)
 
 INTEGER_SCALE = 32.0
 """Peaks above this (+30 dBFS) are integers stored as floats, not loud audio."""
+
+BLOCK, LONG = 1 << 20, 120 * 44100
+"""Samples that are handled at a time; audio longer than the second is encoded to a file that is mapped into memory."""
 
 WRITERS = {f".{name.lower()}": name for name in ("WAV", "FLAC", "AIFF", "OGG", "MP3")} | {
     ".aif": "AIFF",
@@ -191,7 +197,7 @@ def encode_audio(
         name: Name of the audio for messages.
 
     Returns:
-        The content of the file.
+        The content of the file; of long audio a map of a temporary file, so that memory does not grow with its length.
 
     Raises:
         AudioError: The suffix or encoding is unknown, or the audio contains NaN.
@@ -205,12 +211,22 @@ def encode_audio(
             f"cannot write {name}: {container} does not support {subtype}. Use PCM_16 or PCM_24, or a .wav file."
         )
     check_audio(audio_CN, sample_rate, name)
-    buffer = io.BytesIO()
-    try:
-        soundfile.write(buffer, audio_CN.float().cpu().T.numpy(), sample_rate, format=container, subtype=chosen)
-    except soundfile.LibsndfileError as error:
-        raise AudioError(f"cannot write {name} as {container} at {sample_rate} Hz: {error.error_string}") from error
-    return _clear_timestamp(buffer.getvalue())
+    is_long = audio_CN.shape[1] > LONG
+    with tempfile.TemporaryFile() if is_long else io.BytesIO() as buffer:
+        try:
+            with soundfile.SoundFile(buffer, "w", sample_rate, len(audio_CN), chosen, format=container) as file:
+                for part_CN in audio_CN.split(BLOCK if is_long else audio_CN.shape[1], dim=1):
+                    file.write(part_CN.float().cpu().T.numpy())
+        except soundfile.LibsndfileError as error:
+            raise AudioError(f"cannot write {name} as {container} at {sample_rate} Hz: {error.error_string}") from error
+        content: Any = bytearray(buffer.getvalue()) if isinstance(buffer, io.BytesIO) else _map_file(buffer)
+    _clear_timestamp(content)
+    return cast("bytes", content) if is_long else bytes(content)
+
+
+def _map_file(file: Any) -> mmap.mmap:
+    file.flush()
+    return mmap.mmap(file.fileno(), 0)
 
 
 def check_audio(audio_CN: Tensor, sample_rate: int, name: str = "the audio") -> None:
@@ -230,7 +246,7 @@ def check_audio(audio_CN: Tensor, sample_rate: int, name: str = "the audio") -> 
         raise AudioError(f"{name}: the sample rate must be above 0 Hz, not {sample_rate}.")
     if audio_CN.shape[1] == 0:
         raise AudioError(f"{name}: it contains no audio (0 samples).")
-    bad = int((~torch.isfinite(audio_CN)).sum())
+    bad = sum(int((~torch.isfinite(part_CN)).sum()) for part_CN in audio_CN.split(BLOCK, dim=1))
     if bad:
         raise AudioError(f"{name}: {bad} samples are NaN or infinite. Export the audio again and check the source.")
 
@@ -260,9 +276,8 @@ def check_plausible(audio_CN: Tensor, sample_rate: int, name: str = "the audio")
         )
 
 
-def _clear_timestamp(content: bytes) -> bytes:
+def _clear_timestamp(content: bytearray | mmap.mmap) -> None:
     """Clear the second of writing, with which libsndfile stamps float WAVs, so that equal audio is equal bytes."""
     at = content.find(b"PEAK", 12, 128)
-    if not content.startswith(b"RIFF") or at < 0:
-        return content
-    return content[: at + 12] + bytes(4) + content[at + 16 :]
+    if content[:4] == b"RIFF" and at >= 0:
+        content[at + 12 : at + 16] = bytes(4)

@@ -15,6 +15,10 @@ with explain_imports():
     import torchaudio.functional
 
 LOUDNESS_BLOCK = 0.4
+LONG_SECONDS, PART_SECONDS, WARM_UP_SECONDS = 120, 60, 1
+"""Audio longer than the first is measured in parts, so that it needs no more memory; a filter forgets in the last."""
+JOINS, CLICK_SECONDS, SIDE = 64, 0.002, 3072
+"""Joins of a loop that are compared; around each, the time a click shows in and the samples of a side's spectrum."""
 LOWEST_LOUDNESS_RATE = 11025
 OVERSAMPLING = 4
 FFT_SIZE = 2048
@@ -37,6 +41,8 @@ def measure_loudness_lufs(audio_CN: Tensor, sample_rate: int) -> float:
     Returns:
         Loudness in LUFS; -inf below the absolute threshold of -70 LUFS.
     """
+    if audio_CN.shape[1] > LONG_SECONDS * sample_rate:
+        return _measure_long_loudness(audio_CN, sample_rate)
     if sample_rate < LOWEST_LOUDNESS_RATE:
         audio_CN, sample_rate = resample(audio_CN, sample_rate, 48000), 48000
     stereo_CN = mix_channels(audio_CN, 2).double().cpu()
@@ -53,6 +59,27 @@ def _integrate_loudness(audio_NC: np.ndarray, sample_rate: int, block: float) ->
     with np.errstate(divide="ignore", invalid="ignore"):
         loudness = float(pyloudnorm.Meter(sample_rate, block_size=block).integrated_loudness(audio_NC))
     return loudness if math.isfinite(loudness) else -math.inf
+
+
+def _measure_long_loudness(audio_CN: Tensor, sample_rate: int) -> float:
+    """The same from the gating blocks of one part after the other, with the two gates of BS.1770-4 over all of them."""
+    import pyloudnorm
+
+    meter, powers = pyloudnorm.Meter(sample_rate, block_size=LOUDNESS_BLOCK), list[float]()
+    warm_up, step = WARM_UP_SECONDS * 10, sample_rate // 10  # a block begins every 0.1 s
+    blocks = int((audio_CN.shape[1] / sample_rate - LOUDNESS_BLOCK) * 10) + 1
+    for first in range(0, blocks, PART_SECONDS * 10):
+        count, skipped = min(PART_SECONDS * 10, blocks - first), min(warm_up, first)
+        part_CN = audio_CN[:, (first - skipped) * step :][:, : (skipped + count + 4) * step]
+        with np.errstate(divide="ignore", invalid="ignore"):
+            meter.integrated_loudness(mix_channels(part_CN, 2).double().T.numpy())
+        loudness = np.asarray(meter.blockwise_loudness)[skipped : skipped + count]
+        powers += (10 ** ((loudness[loudness >= -70] + 0.691) / 10)).tolist()
+    if not powers:
+        return -math.inf
+    kept = np.asarray(powers)
+    kept = kept[kept >= kept.mean() / 10]
+    return float(10 * np.log10(kept.mean()) - 0.691)
 
 
 def measure_offset(audio_CN: Tensor) -> Tensor:
@@ -198,6 +225,50 @@ def compute_si_sdr(real_CN: Tensor, made_CN: Tensor) -> float:
     scaled_CN = (real_CN * made_CN).sum() / real_CN.square().sum().clamp_min(1e-12) * real_CN
     error = (made_CN - scaled_CN).square().sum().clamp_min(1e-12)
     return float(10 * torch.log10(scaled_CN.square().sum().clamp_min(1e-12) / error))
+
+
+def measure_seam(audio_CN: Tensor, sample_rate: int) -> dict[str, float]:
+    """Measure how well the end of a loop joins its start, beside other joins of the same clip.
+
+    Both figures compare the 64 joins that divide the loop evenly, of which one is the seam: `seam_click` is the largest
+    third difference of the samples within 2 ms of the seam, `seam_change_db` the mean absolute change of its mel
+    spectrum from the 3072 samples before it to those after it. Each stands beside the median of the other joins.
+
+    Args:
+        audio_CN: The loop.
+        sample_rate: Sample rate in Hz.
+
+    Returns:
+        `seam_click`, `usual_click`, `seam_change_db`, `usual_change_db`, and `seam_rank`: the share of the other joins
+        that change less than the seam, of the two figures the larger.
+    """
+    samples = audio_CN.shape[1]
+    starts = [samples * join // JOINS for join in range(JOINS)]
+    near, pad = max(2, round(CLICK_SECONDS * sample_rate)), min(SIDE, samples)
+    wrapped_CN = torch.cat((audio_CN[:, samples - pad :], audio_CN, audio_CN[:, :pad]), dim=1).float()
+    jumps_N = wrapped_CN.diff(n=3, dim=1).abs().amax(dim=0)
+    clicks = torch.stack([jumps_N[pad + start - near : pad + start + near - 3].amax() for start in starts])
+    sides = torch.stack([wrapped_CN.mean(dim=0)[pad + start - pad : pad + start + pad] for start in starts])
+    before, after = (_compute_mel_levels(side, sample_rate) for side in (sides[:, :pad], sides[:, pad:]))
+    changes = (before - after).abs().mean(dim=1)
+    ranks = [float((each[1:] < each[0]).float().mean()) for each in (clicks, changes)]
+    return {
+        "seam_click": float(clicks[0]),
+        "usual_click": float(clicks[1:].median()),
+        "seam_change_db": float(changes[0]),
+        "usual_change_db": float(changes[1:].median()),
+        "seam_rank": max(ranks),
+    }
+
+
+def _compute_mel_levels(sides_JN: Tensor, sample_rate: int) -> Tensor:
+    """Mel levels in dB of short pieces of audio, within 60 dB of the loudest: (J, bands)."""
+    power_JF = torch.fft.rfft(sides_JN * torch.hann_window(sides_JN.shape[1]), n=2 * FFT_SIZE).abs().square()
+    filters_FM = torchaudio.functional.melscale_fbanks(
+        power_JF.shape[1], 20.0, sample_rate / 2, 40, sample_rate, norm="slaney", mel_scale="slaney"
+    )
+    levels_JM = 10 * torch.log10((power_JF @ filters_FM).clamp(min=1e-10))
+    return levels_JM.clamp(min=float(levels_JM.max()) - HEARD_DB)
 
 
 def plot_mel_spectrogram(audio_CN: Tensor, sample_rate: int, title: str = "") -> bytes:

@@ -22,7 +22,6 @@ from sa3train.core.log import get_logger
 from sa3train.core.safetensors_file import write_tensor_stream
 from sa3train.models.blocks import compute_rotary_frequencies
 from sa3train.models.checkpoint import StableAudio3, build_modules, collect_state_dict, load_checkpoint
-from sa3train.models.hub import TextEncoderSource
 from sa3train.models.nano import (
     ASSETS,
     CONDITION_WIDTH,
@@ -34,6 +33,7 @@ from sa3train.models.nano import (
 )
 from sa3train.models.parse import parse_model
 from sa3train.models.t5gemma import load_encoder
+from sa3train.models.text_source import TextEncoderSource
 
 logger = get_logger(__name__)
 

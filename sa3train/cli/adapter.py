@@ -22,9 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 from sa3train.cli.card import add_card_flags, write_card
 from sa3train.cli.hydra_app import run_job
+from sa3train.cli.parser import CommandParser, name_flags
 from sa3train.cli.version import add_version
 from sa3train.core.dtypes import DTYPES
-from sa3train.core.errors import AdapterError
+from sa3train.core.errors import AdapterError, MissingBaseError
 from sa3train.core.files import check_target
 from sa3train.core.text import format_number, list_few
 
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
 
 SHOWN_LAYERS = 12
 RANK_FLAGS = ("rank", "explained_variance")
+_NAMED = "rank explained_variance model base to dtype dense conditioner_strength allow_partial allow_loss overwrite"
+FLAGS = {name: f"--{name.replace('_', '-')}" for name in _NAMED.split()}
+"""Flags by the names of parameters that messages name."""
 LOSS = "accept what one adapter cannot hold of types with magnitudes; the loss is reported"
 
 
@@ -50,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     given = sys.argv[1:] if argv is None else argv
     arguments = build_parser(any(word.startswith(("-o", "--output")) for word in given)).parse_args(given)
-    return run_job(lambda: _run(arguments))
+    return run_job(lambda: _run(arguments), FLAGS)
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -68,7 +72,7 @@ def build_parser(has_output: bool = False) -> argparse.ArgumentParser:
     Returns:
         The parser; `run` of the parsed arguments is the command to run.
     """
-    top = argparse.ArgumentParser(
+    top = CommandParser(
         prog="sa3-adapter", description="Inspect, share, compare, convert, merge, extract, resize and scale adapters."
     )
     add_version(top)
@@ -81,7 +85,11 @@ def build_parser(has_output: bool = False) -> argparse.ArgumentParser:
     flags.add_argument(*names, **output, help="a .safetensors or .gguf file, or a folder for PEFT and diffusers")
     text = "default: native for .safetensors, gguf (sa3.cpp) for .gguf, else peft; sa3cpp: .safetensors and .json"
     flags.add_argument("--to", choices=("native", "peft", "diffusers", "comfy", "sa3cpp", "gguf"), help=text)
-    flags.add_argument("--model", help="base model: measures the error, and is needed for some adapter types")
+    flags.add_argument(
+        "--model",
+        help="base model: measures the error, and is needed for some adapter types (default "
+        "then: the one that the adapter names, if it is at hand)",
+    )
     flags.add_argument("--dense", action="store_true", help="full weight deltas, for any version of ComfyUI")
     flags.add_argument("--svd-bases", metavar="PT", help="svd_bases.pt that an -xs adapter was trained with")
     text = "merge adapters into a checkpoint (a folder) or into one adapter (a .safetensors file, or --rank)"
@@ -202,15 +210,39 @@ def _write(arguments: argparse.Namespace) -> int:
     for name in ("model", "tuned", "base"):
         if name in settings:
             settings[name] = _load_model(settings[name], in_memory)
-    result: EditResult | CheckpointResult = getattr(tools, arguments.tool)(**settings)
+    tool = getattr(tools, arguments.tool)
+    try:
+        result: EditResult | CheckpointResult = tool(**settings)
+    except MissingBaseError:
+        base = find_base(arguments.source if "source" in settings else settings["sources"][0][0])
+        if base is None:
+            raise
+        print(f"base model: {base}, which the adapter names", file=sys.stderr)
+        result = tool(**settings | {"model": _load_model(base, in_memory)})
     _warn(result.warnings)
     if arguments.json:
         _print_json(result.to_dict())
         return 0
     print(f"Wrote {result.target}")
     for line in (*(f"{name}: {value}" for name, value in result.facts.items()), *result.notes):
-        print(f"  {line}")
+        print(f"  {name_flags(line, FLAGS)}")
     return 0
+
+
+def find_base(path: str) -> str | None:
+    """Find the base model that an adapter names, where it is at hand.
+
+    Args:
+        path: The adapter.
+
+    Returns:
+        Its name; None where the adapter names none, or it would have to be downloaded.
+    """
+    from sa3train.adapters.formats.io import load_adapter
+    from sa3train.models.hub import list_cached_names
+
+    name = load_adapter(path).metadata.get("base_model")
+    return name if name in list_cached_names() else None
 
 
 def _parse_source(text: str) -> tuple[str, float]:
@@ -234,7 +266,7 @@ def _load_model(name: str | None, in_memory: bool = False) -> "StableAudio3 | An
 
 def _warn(warnings: Iterable[str]) -> None:
     for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+        print(f"warning: {name_flags(warning, FLAGS)}", file=sys.stderr)
 
 
 def _print_json(values: dict[str, Any]) -> None:

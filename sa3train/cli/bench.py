@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sa3train.cli.hydra_app import run_job
+from sa3train.cli.parser import CommandParser
 from sa3train.cli.version import add_version
 from sa3train.core.config import DEVICES
 from sa3train.core.errors import ConfigError, SA3Error
@@ -55,7 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
         The parser.
     """
     listing = "\n".join(f"  {name:10} {text}" for name, text in {**BENCHMARKS, "all": "all of them"}.items())
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="sa3-bench",
         description="Measure speed and memory on this machine against baselines and targets.",
         epilog=f"benchmarks:\n{listing}",

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sa3train.cli.parser import PromptAction
 from sa3train.core.errors import AdapterError
 from sa3train.core.files import check_target
 from sa3train.core.user_files import find_name_problem
@@ -33,7 +34,8 @@ def add_card_flags(flags: argparse.ArgumentParser) -> None:
     add("--strength", type=float, default=1.0, help="strength to recommend, and of the examples (default 1)")
     add("--no-prompts", action="store_true", help="leave prompts of the training set out of card and adapter")
     add("--model", help="generate audio examples with this model; without it, those of a run folder are taken")
-    add("-p", "--prompt", nargs="+", help=f"prompts of the examples (default: the first {EXAMPLES} that it carries)")
+    text = f"prompt of an example; repeatable (default: the first {EXAMPLES} that it carries)"
+    add("-p", "--prompt", nargs="+", action=PromptAction, help=text)
     add("--duration", type=float, help=f"duration of the examples in seconds (default {DURATION:g})")
     add("--overwrite", action="store_true", help="replace such a folder, but never an input")
 

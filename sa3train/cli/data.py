@@ -1,6 +1,7 @@
 """`sa3-data`: check audio before it is encoded, and prompts and shards afterwards.
 
 sa3-data audit SOURCE                  what is wrong with the files, and what to do about it
+sa3-data caption FOLDER                captions for clips that have none, from tags, names and sound; --undo
 sa3-data preview SHARDS -n 20          prompts as training will build them
 sa3-data preview --run RUN_DIR         prompts as a run has built them
 sa3-data inspect SHARDS --verify       what is in the shards, and whether they are intact
@@ -15,12 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sa3train.cli.hydra_app import run_job
+from sa3train.cli.parser import CommandParser
 from sa3train.cli.version import add_version
 from sa3train.core.config import list_settings
 from sa3train.core.errors import ConfigError, DataError
+from sa3train.core.files import check_exists, relate_path
 from sa3train.core.log import write_json_line, write_json_progress
+from sa3train.data.captioning.template import CAPTION_VALUES, DEFAULT_TEMPLATE
 from sa3train.data.encode.settings import EncodeSettings
 from sa3train.data.loading.prompts import PromptSettings, Template
+from sa3train.data.loading.settings import DataSettings
 
 if TYPE_CHECKING:
     from sa3train.data.loading.datamodule import LatentDataModule
@@ -46,10 +51,11 @@ def build_parser() -> argparse.ArgumentParser:
     Returns:
         The parser; `run` of its result is the function of the subcommand.
     """
-    top = argparse.ArgumentParser(prog="sa3-data", description="Check audio, prompts and latent shards.")
+    top = CommandParser(prog="sa3-data", description="Check audio, prompts and latent shards.")
     add_version(top)
     commands = top.add_subparsers(required=True, metavar="COMMAND")
     _add_audit_flags(commands.add_parser("audit", help="measure and check every clip of a source"))
+    _add_caption_flags(commands.add_parser("caption", help="caption the clips of a folder that have no caption"))
     _add_preview_flags(commands.add_parser("preview", help="print prompts as training will build them"))
     _add_inspect_flags(commands.add_parser("inspect", help="list, verify and play latent shards"))
     return top
@@ -58,15 +64,36 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_audit_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("source", help="folder, audio file, metadata.jsonl or .csv, .tar, or a URL of one of these")
     flags.add_argument(
-        "--out", help="folder for audit.json and audit.html, which replace earlier ones (default: ./audit-NAME)"
+        "--out",
+        help="folder for audit.json and audit.html, which replace earlier ones (default: audit-NAME "
+        "here, or beside the source when this is the source)",
     )
     flags.add_argument("--model", help="model whose longest audio and longest caption are the limits")
-    flags.add_argument("--captions", choices=("required", "optional"), default="required")
+    captions = list_settings(EncodeSettings)["captions"]
+    flags.add_argument("--captions", choices=captions.choices, default="required", help=captions.help)
     flags.add_argument("--allow-promotional", action="store_true", help="use tags that read like an advertisement")
     flags.add_argument("--threads", type=int, help="default: the number of cores, up to 8")
     flags.add_argument("-n", type=int, default=20, help="number of clips to list, worst first (default: 20)")
     flags.add_argument("--progress-json", action="store_true", help="JSON lines on stdout; the last has the result")
     flags.set_defaults(run=run_audit_command)
+
+
+def _add_caption_flags(flags: argparse.ArgumentParser) -> None:
+    fields = ", ".join(f"{{{name}}}" for name in CAPTION_VALUES)
+    flags.add_argument("folder", help="folder of audio, beside which captions are written; existing ones stay")
+    flags.add_argument(
+        "--template",
+        default=DEFAULT_TEMPLATE,
+        help=f"how captions are composed (default: %(default)r), of {fields}; what stands between commas is dropped "
+        "where none of its fields has a value",
+    )
+    flags.add_argument("--captioner", metavar="MODEL", help="audio-text model for {description}: hub name or folder")
+    flags.add_argument("--dry-run", action="store_true", help="print captions, write nothing")
+    flags.add_argument("--undo", action="store_true", help="take back the last captions that were written")
+    flags.add_argument("--threads", type=int, help="default: the number of cores, up to 8")
+    flags.add_argument("-n", type=int, default=20, help="number of captions to print (default: 20)")
+    flags.add_argument("--progress-json", action="store_true", help="JSON lines on stdout; the last has the result")
+    flags.set_defaults(run=run_caption_command)
 
 
 def _add_preview_flags(flags: argparse.ArgumentParser) -> None:
@@ -75,8 +102,9 @@ def _add_preview_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("-n", type=int, default=20, help="number of clips (default: 20)")
     flags.add_argument("--seed", type=int, default=0, help="the training run's seed: then these are its first clips")
     flags.add_argument("--batch-size", type=int, default=4, help="the training run's")
-    flags.add_argument("--crop-seconds", type=float)
-    flags.add_argument("--seconds", choices=("crop", "file"), default="crop")
+    data = list_settings(DataSettings)
+    flags.add_argument("--crop-seconds", type=float, help="the training run's (default: whole clips)")
+    flags.add_argument("--seconds", choices=data["seconds"].choices, default="crop", help=data["seconds"].help)
     flags.add_argument("--template", action="append", default=[], metavar="TEXT[=WEIGHT]", help="repeatable")
     for name, declared in list_settings(PromptSettings).items():
         default = getattr(PromptSettings(), name)
@@ -109,6 +137,7 @@ def run_audit_command(arguments: argparse.Namespace) -> int:
     Returns:
         The exit code.
     """
+    check_exists(arguments.source, "a folder of audio, a caption list, a .tar, or a URL of one")
     from sa3train.cli.encode import load_rules
     from sa3train.data.audit.audit import AuditRules
     from sa3train.data.audit.checks import find_worst_severity
@@ -118,7 +147,7 @@ def run_audit_command(arguments: argparse.Namespace) -> int:
 
     chosen = arguments.captions, arguments.allow_promotional
     rules = load_rules(arguments.model, *chosen) if arguments.model else AuditRules(*chosen)
-    folder = Path(arguments.out or f"audit-{Path(arguments.source.rstrip('/')).stem or 'source'}")
+    folder = Path(arguments.out or choose_audit_folder(arguments.source))
     threads = EncodeSettings(threads=arguments.threads).count_threads()
     listing = list_clips(arguments.source)
     with write_json_progress(arguments.progress_json), lock_output_dir(folder, Workers()):
@@ -135,7 +164,69 @@ def run_audit_command(arguments: argparse.Namespace) -> int:
     if len(ranked) > arguments.n:
         print(f"… and {len(ranked) - arguments.n} more clips with findings")
     print(("\n" if ranked[: arguments.n] else "") + summary.format_table())
+    allowed = EncodeSettings().max_rejected
+    if summary.rejected > allowed * summary.clips:
+        print(
+            f"\nsa3-encode would stop here: more than max_rejected={allowed:g} of the clips are rejected. Fix them, or "
+            "encode with a higher max_rejected."
+        )
     print(f"\nreport: {folder / 'audit.html'}, all clips: {folder / 'audit.json'}")
+    return 0
+
+
+def choose_audit_folder(source: str) -> str:
+    """Choose the folder for the files of an audit: below the working directory, but never inside the source.
+
+    Args:
+        source: Folder, file or URL.
+
+    Returns:
+        The folder.
+    """
+    root = Path(source).resolve()
+    if "://" not in source and Path.cwd().is_relative_to(root):
+        return relate_path(root.with_name(f"audit-{root.name or 'source'}"))
+    return f"audit-{Path(source.rstrip('/')).stem}"
+
+
+def run_caption_command(arguments: argparse.Namespace) -> int:
+    """Run `caption`: caption the clips of a folder that have no caption, or undo that.
+
+    Args:
+        arguments: Parsed flags.
+
+    Returns:
+        The exit code.
+
+    Raises:
+        ConfigError: When other flags are set beside `--undo`.
+    """
+    from sa3train.data.captioning.captioner import Captioner
+    from sa3train.data.captioning.files import undo_save
+    from sa3train.data.captioning.service import caption_folder, describe_proposals
+
+    if arguments.undo:
+        unset = vars(build_parser().parse_args(["caption", arguments.folder, "--undo"]))
+        if ignored := [name for name, value in vars(arguments).items() if value != unset[name]]:
+            raise ConfigError(f"{', '.join(ignored)} has no effect with --undo.")
+        restored = undo_save(arguments.folder)
+        print(f"{len(restored)} captions taken back")
+        return 0
+    captioner = Captioner.load(arguments.captioner) if arguments.captioner else None
+    threads = EncodeSettings(threads=arguments.threads).count_threads()
+    with write_json_progress(arguments.progress_json):
+        done = caption_folder(arguments.folder, arguments.template, captioner, threads, arguments.dry_run)
+    if arguments.progress_json:
+        write_json_line(result={"written": len(done.changes), "kept": done.kept, "captions": done.list_captions()})
+        return 0
+    composed = [one for one in done.proposals if not one.problem]
+    for one in composed[: arguments.n]:
+        print(f"{one.source}: {one.composed.caption}  [{one.composed.describe()}]")
+    if len(composed) > arguments.n:
+        print(f"… and {len(composed) - arguments.n} more")
+    print(describe_proposals(done))
+    if done.changes:
+        print(f"{len(done.changes)} files written; take them back with: sa3-data caption {arguments.folder} --undo")
     return 0
 
 
@@ -152,7 +243,6 @@ def run_preview_command(arguments: argparse.Namespace) -> int:
         ConfigError: When neither shards nor a run are given.
     """
     from sa3train.data.loading.datamodule import LatentDataModule
-    from sa3train.data.loading.settings import DataSettings
 
     if arguments.run_dir is not None:
         data = load_run_data(arguments)

@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sa3train.cli.hydra_app import run_hydra_job
 from sa3train.core.config import DEVICES, setting
-from sa3train.core.log import get_logger, get_rank, write_json_line, write_json_progress
+from sa3train.core.files import check_exists
+from sa3train.core.log import get_logger, get_rank, report_stage, write_json_line, write_json_progress
 from sa3train.core.signals import Interrupted
+from sa3train.data.captioning.template import DEFAULT_TEMPLATE
 from sa3train.data.encode.settings import EncodeSettings
 from sa3train.models.hub import check_checkpoint, choose_weights
 
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 _logger = get_logger(__name__)
 _LISTS = ("fixes", "augmentations")
 _SHORTHAND = {"model": "model.name", "weights": "model.weights"}
-_PATHS = ("source", "out", "reuse")
+_PATHS = ("source", "out", "reuse", "caption_template")  # taken as written
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,12 +92,14 @@ def encode(config: EncodeConfig) -> int:
     with write_json_progress(config.progress == "json"):
         source = choose_weights(config.model.name, config.model.weights)
         check_checkpoint(source)  # before anything heavy is imported
+        check_exists(config.source, "a folder of audio, a caption list, a .tar, or a URL of one")
         from sa3train.data.encode.encode import encode_dataset
         from sa3train.data.encode.plan import list_encoded_keys
 
         workers = join_workers()
-        encoder = load_encoder(source, config.model.dtype, config.device, config.chunked)
-        rules = load_rules(source, config.captions, config.allow_promotional)
+        with report_stage(f"loading {source}"):
+            encoder = load_encoder(source, config.model.dtype, config.device, config.chunked)
+        rules = load_rules(source, config.captions, config.allow_promotional, config.caption_template)
         try:
             result = encode_dataset(config.source, config.out, encoder, config, rules, workers)
         except Interrupted:
@@ -142,7 +146,8 @@ def load_encoder(name: str, dtype: str, device: str, chunked: bool = True) -> "E
     """
     import torch
 
-    from sa3train.core.device import choose_device, explain_device_errors
+    from sa3train.core.device import choose_device
+    from sa3train.core.device_errors import explain_device_errors
     from sa3train.data.encode.encoder import Encoder
     from sa3train.models.checkpoint import load_autoencoder
     from sa3train.models.fp16_check import convert_autoencoder_to_fp16
@@ -157,13 +162,16 @@ def load_encoder(name: str, dtype: str, device: str, chunked: bool = True) -> "E
     return Encoder(autoencoder, name, chunked)
 
 
-def load_rules(name: str, captions: str, allow_promotional: bool = False) -> "AuditRules":
+def load_rules(
+    name: str, captions: str, allow_promotional: bool = False, template: str = DEFAULT_TEMPLATE
+) -> "AuditRules":
     """Load what the audit needs to know of a model.
 
     Args:
         name: Name or folder of a model; an autoencoder alone limits neither captions nor length.
-        captions: "required" or "optional".
+        captions: "required", "optional" or "auto".
         allow_promotional: Use tags inside audio files that read like an advertisement or a web address.
+        template: How captions are composed.
 
     Returns:
         Rules for the audit.
@@ -174,7 +182,7 @@ def load_rules(name: str, captions: str, allow_promotional: bool = False) -> "Au
     from sa3train.models.parse import is_autoencoder
 
     if is_autoencoder(read_config(locate_checkpoint(name))):
-        return AuditRules(captions, allow_promotional)
+        return AuditRules(captions, allow_promotional, template=template)
     model = load_checkpoint(name, parts=("conditioner",))
     return AuditRules(
         captions,
@@ -182,6 +190,7 @@ def load_rules(name: str, captions: str, allow_promotional: bool = False) -> "Au
         longest_seconds=model.max_frames * model.downsampling_ratio / model.sample_rate,
         count_tokens=lock_calls(model.conditioner.count_tokens),
         max_tokens=model.conditioner.max_length,
+        template=template,
     )
 
 

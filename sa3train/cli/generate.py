@@ -17,11 +17,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sa3train.adapters.formats.run_dir import locate_adapter
 from sa3train.cli.generate_args import (
     DEFAULT_MODEL,
+    FLAGS,
     build_parser,
     check_paths,
-    name_flags,
     parse_adapters,
     parse_changes,
     parse_output,
@@ -29,7 +30,7 @@ from sa3train.cli.generate_args import (
 )
 from sa3train.cli.hydra_app import run_job
 from sa3train.core.errors import DataError, GenerationError, SA3Error
-from sa3train.core.files import hash_file, write_bytes
+from sa3train.core.files import check_exists, hash_file, write_bytes
 from sa3train.core.log import get_logger
 from sa3train.core.text import format_command, list_few
 from sa3train.core.user_files import read_file
@@ -130,9 +131,14 @@ def _write(result: "GenerationOutput", paths: Sequence[Path], subtype: str, over
 
 
 def _save(result: "GenerationOutput", item: int, asked: Path, subtype: str, overwrite: bool) -> Path:
+    from sa3train.inference.outputs import describe_measured, get_work_dir
+    from sa3train.inference.windows import remove_work_dir
+
     path = result.save_at([asked], subtype, [item], overwrite)[0]
+    remove_work_dir(get_work_dir(asked))
     seconds = result.audio[item].shape[1] / result.sample_rate
-    print(f"{path}: {seconds:.2f} s, seed {result.seeds[item]}, sidecar {path.name}.json", flush=True)
+    facts = "".join(f"{fact}, " for fact in describe_measured(result.measured[item] if result.measured else {}))
+    print(f"{path}: {seconds:.2f} s, seed {result.seeds[item]}, {facts}sidecar {path.name}.json", flush=True)
     return path
 
 
@@ -148,7 +154,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_args(argv)
     given = {name for name, value in vars(arguments).items() if value != parser.get_default(name)}
-    return run_job(lambda: _run(arguments, given))
+    return run_job(lambda: _run(arguments, given), FLAGS)
 
 
 def _run(arguments: argparse.Namespace, given: set[str]) -> int:
@@ -163,10 +169,7 @@ def _run(arguments: argparse.Namespace, given: set[str]) -> int:
         if arguments.sidecar is not None and arguments.model is None:
             raise GenerationError("--weights with --from needs --model. Name the model.")
         arguments.model = choose_weights(arguments.model or DEFAULT_MODEL, arguments.weights)
-    try:
-        return _generate(arguments) if arguments.sidecar is None else _replay(arguments, given)
-    except GenerationError as error:
-        raise GenerationError(name_flags(str(error))) from error
+    return _generate(arguments) if arguments.sidecar is None else _replay(arguments, given)
 
 
 def _generate(arguments: argparse.Namespace) -> int:
@@ -176,7 +179,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     batches = split_batches(parse_settings(arguments, prompts), arguments.at_a_time)
     model = arguments.model or DEFAULT_MODEL
     check_checkpoint(model)  # before torch is imported, which takes longer
-    from sa3train.inference.outputs import check_output, choose_output_paths, list_output_paths
+    _check_inputs(arguments, adapters)
+    from sa3train.inference.outputs import check_output, choose_output_paths, get_work_dir, list_output_paths
 
     count = sum(map(count_items, batches))
     inputs = _list_inputs(arguments, adapters)
@@ -191,7 +195,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         resolve_settings(batch, generator.facts, given=given)  # refuse a bad batch before the first is generated
     with write_in_background(subtype, arguments.overwrite) as write:
         for batch in batches:
-            result = generator.generate_from(batch)
+            result = generator.generate_from(batch, work_dir=get_work_dir(paths[0]))
             write(result, paths[: len(result.audio)])
             paths = paths[len(result.audio) :]
     return 0
@@ -201,6 +205,13 @@ def _list_models() -> int:
     for name, state in list_checkpoints().items():
         print(f"{name:<20} {state}{' (default)' if name == DEFAULT_MODEL else ''}")
     return 0
+
+
+def _check_inputs(arguments: argparse.Namespace, adapters: Sequence[Mapping[str, Any]]) -> None:
+    for entry in adapters:
+        locate_adapter(entry["adapter"])
+    for path in filter(None, (arguments.init_audio, arguments.inpaint_audio)):
+        check_exists(path, "an audio file")
 
 
 def _list_inputs(arguments: argparse.Namespace, adapters: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -215,6 +226,7 @@ def _replay(arguments: argparse.Namespace, given: set[str]) -> int:
         names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(given & REFUSED_WITH_FROM))
         raise GenerationError(f"{names} cannot change a sidecar, which is that of one file. Remove it.")
     changes, adapters = parse_changes(arguments), parse_adapters(arguments)
+    _check_inputs(arguments, adapters)
     from sa3train.inference.outputs import check_output
     from sa3train.inference.replay import locate_model, replay
     from sa3train.inference.sidecar import list_inputs, read_sidecar

@@ -3,13 +3,13 @@
 import argparse
 import math
 import os
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from sa3train.adapters.layer_filter import split_patterns
 from sa3train.adapters.lora_argument import parse_lora
+from sa3train.cli.parser import CommandParser, PromptAction
 from sa3train.cli.version import add_version
 from sa3train.core.config import DEVICES, Setting
 from sa3train.core.errors import GenerationError
@@ -32,19 +32,33 @@ FORMATS = {
     "flac": (".flac", "PCM_24"),
 }
 FROM_AUDIO = SETTING_NAMES[SETTING_NAMES.index("init_audio") : SETTING_NAMES.index("chunked_decode")]
+OF_OUTPUT = SETTING_NAMES[SETTING_NAMES.index("chunked_decode") :]
 TEXT_TO_AUDIO = SETTING_NAMES[: SETTING_NAMES.index("init_audio")]
 METAVARS: dict[type | None, str | None] = {None: "FILE", bool: None, int: "N", float: "X", str: "TEXT"}
-FLAGS = {name: next(flag for flag in list_flags(name) if flag.startswith("--")) for name in SETTING_NAMES}
-_PLAIN_WORDS = {name for name in FLAGS if "_" not in name}
-_IN_MESSAGES = re.compile(
-    rf"(?<![\w./-])(?:({'|'.join(FLAGS)})=(True\b)?|({'|'.join(FLAGS.keys() - _PLAIN_WORDS)})(?![\w/-]|\.\w))"
-)
-""" "NAME=" or "NAME=True", or a NAME that is no plain word, outside of paths."""
+FLAGS = {name: next(flag for flag in list_flags(name) if flag.startswith("--")) for name in SETTING_NAMES} | {
+    "allow_partial": "--allow-partial", "interval": "noise levels", "conditioner_strength": "--conditioner-strength",
+    "exclude_layers": "--exclude-layers", "overwrite": "--overwrite",
+}  # fmt: skip
+"""How messages name settings and the keywords of `Generator.load_adapter`."""
 _PATH = Setting("A path.", text="path")
 EPILOG = """\
 Each audio file gets a sidecar, FILE.wav.json, with everything that reproduces it; `sa3-generate --from FILE.wav.json`
 writes the same bytes again, or says which input, adapter or model has changed.
 """
+
+
+class _PromptAtAction(argparse.Action):
+    """Collects later prompts, each with its time; the one at 0 is that of `-p`."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        try:
+            time = float(values[0])
+        except ValueError:
+            parser.error(f"{option_string} {values[0]!r} is not a number of seconds; write {option_string} 60 TEXT")
+        if time == 0:
+            namespace.prompt = [*(namespace.prompt or []), values[1]]
+        else:
+            namespace.prompt_at = [*(namespace.prompt_at or []), (time, values[1])]
 
 
 class _AdapterAction(argparse.Action):
@@ -68,7 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
     Returns:
         The parser. A setting that is not given is None.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="sa3-generate", description="Generate audio with Stable Audio 3 and adapters.", epilog=EPILOG
     )
     parser.add_argument(
@@ -76,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
         dest="sidecar",
         metavar="FILE.wav.json",
         help="generate again what this sidecar (or that of this audio) records, or the same with what other flags "
-        "change, such as --seed; --lora of a recorded adapter changes its strength, another one is added",
+        "change, such as --seed; --lora of a recorded adapter changes its strength, another one takes its place",
     )
     add_version(parser)
     parser.add_argument("--list-models", action="store_true", help="list the models by name, and which are at hand")
@@ -105,14 +119,18 @@ def _add_settings(group: Any, names: Iterable[str]) -> None:
         if kind is bool and get_default(name) is None:
             pair = group.add_mutually_exclusive_group()
             pair.add_argument(*flags, dest=name, action="store_const", const=True, help=text)
-            pair.add_argument(f"--no-{name.replace('_', '-')}", dest=name, action="store_const", const=False)
+            negated = f"--no-{name.replace('_', '-')}"
+            pair.add_argument(negated, dest=name, action="store_const", const=False, help=f"not {flags[-1]}")
             continue
         options: dict[str, Any] = {"type": kind, "metavar": METAVARS[kind]}
         if kind is bool:
             options = {"action": "store_const", "const": True}
         elif name in PER_ITEM_SETTINGS:
-            options |= {"nargs": "+", "action": "store" if name == "duration" else "extend"}
-            text += " Several make a batch." if name == "prompt" else " One for all prompts or one each."
+            options |= {"nargs": "+", "action": "store" if name == "duration" else PromptAction}
+            text += " Repeat it for a batch." if name == "prompt" else " One for all prompts or one each."
+        elif name == "prompt_at":
+            options = {"nargs": 2, "action": _PromptAtAction, "metavar": ("SECONDS", "TEXT")}
+            text += " Repeatable; the one at 0 takes the place of -p."
         elif name == "cfg_interval":
             options |= {"nargs": 2, "metavar": ("MIN", "MAX")}
         elif name.startswith("inpaint_mask"):
@@ -169,20 +187,6 @@ def parse_changes(arguments: argparse.Namespace) -> dict[str, Any]:
             raise GenerationError(f"{name} has {len(changes[name])} values, but --from is for one file. Give one.")
         changes[name] = changes[name][0]
     return changes
-
-
-def name_flags(message: str) -> str:
-    """Name settings in an error message as the command line does.
-
-    Args:
-        message: With names as in Python, such as "cfg_scale=1".
-
-    Returns:
-        With flags, such as "--cfg-scale 1".
-    """
-    return _IN_MESSAGES.sub(
-        lambda found: FLAGS[found[1] or found[3]] + (" " if found[1] and not found[2] else ""), message
-    )
 
 
 def parse_adapters(arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -285,7 +289,7 @@ def _add_adapters(group: Any) -> None:
         (
             "--lora",
             "PATH[=STRENGTH][@MIN-MAX]",
-            "adapter, strength (default 1), noise levels where it acts; repeatable",
+            "adapter, strength (default 1; START..END changes it over a piece), noise levels where it acts; repeatable",
         ),
         ("--conditioner-strength", "X", "strength in the conditioner of the --lora before it, if different"),
         (
@@ -304,9 +308,10 @@ def _add_adapters(group: Any) -> None:
 
 def _add_output(group: Any) -> None:
     text = (
-        f"default {DEFAULT_OUTPUT}; a batch adds _0, _1 …; a name that is taken gets the next free number, FILE-2.wav"
+        f".wav, .flac, .mp3, .ogg, .opus or .aiff; default {DEFAULT_OUTPUT}; a batch adds _0, _1 …; a name that is "
+        "taken gets the next free number, FILE-2.wav"
     )
     group.add_argument("-o", "--output", metavar="FILE", help=text)
     group.add_argument("--overwrite", action="store_true", help="replace existing output files, but never an input")
-    group.add_argument("--format", choices=FORMATS, help="wav (16-bit), wav24, wav32f, flac (default: by the suffix)")
-    _add_settings(group, ["chunked_decode"])
+    group.add_argument("--format", choices=FORMATS, help="wav (16-bit), wav24, wav32f, flac (default: by -o)")
+    _add_settings(group, OF_OUTPUT)

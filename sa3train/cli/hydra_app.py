@@ -35,10 +35,12 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 from sa3train.cli.config_files import adapt_options, check_config_dir, find_config_dir, read_config
 from sa3train.cli.hydra_hooks import check_jobs_first, share_help_queries
+from sa3train.cli.parser import name_flags
 from sa3train.cli.precedence import build_composed
 from sa3train.cli.version import describe_version
 from sa3train.core.config import MISSING, describe_unknown_keys, is_known, list_keys
@@ -47,6 +49,8 @@ from sa3train.core.files import get_config_dir
 from sa3train.core.imports import explain_imports
 from sa3train.core.overrides import format_override, format_value, is_quoted, quote_text, unescape_interpolations
 from sa3train.core.signals import Interrupted, handle_signals, watch_stop_file
+from sa3train.core.text import suggest_name
+from sa3train.core.user_files import suggest_path
 
 _VALUE_FLAGS = (
     "--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd", "--info",
@@ -65,11 +69,12 @@ MAX_SPINS = "1000"
 """Turns of a waiting thread's loop: some microseconds, so that the many short products of a small model stay fast."""
 
 
-def run_job(job: Callable[[], int | None]) -> int:
+def run_job(job: Callable[[], int | None], flags: Mapping[str, str] = MappingProxyType({})) -> int:
     """Run a command and turn its errors into one line and an exit code.
 
     Args:
         job: The command; what it returns is the exit code, None for 0.
+        flags: Flag by the name of a parameter, for messages that name parameters as Python does.
 
     Returns:
         Exit code: that of the job, 1 for an `SA3Error` or a path that is too long (printed as `error: …` on stderr),
@@ -86,7 +91,7 @@ def run_job(job: Callable[[], int | None]) -> int:
     except SA3Error as error:
         if os.environ.get("SA3TRAIN_DEBUG"):
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {name_flags(str(error), flags) if flags else error}", file=sys.stderr)
         return 1
     except Interrupted as stop:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # another Ctrl-C while Python exits ends it without a traceback
@@ -408,10 +413,14 @@ def _find_primary_config(config_name: str, resume: str | None, arguments: list[s
     folder = unescape_interpolations(str(override.value()))
     saved = Path(folder).absolute()
     if not folder or not (saved / "config.yaml").is_file():
-        raise ConfigError(
-            f"cannot resume {folder or 'an empty path'}: there is no config.yaml in it. "
-            f"Give the folder of an earlier run, such as {resume}=runs/NAME."
-        )
+        of_step = re.fullmatch(r"(.+)@\d+", folder)
+        if of_step and (Path(of_step[1]) / "config.yaml").is_file():
+            way = f"another run starts from this one with adapter.start_from={folder}"
+            hint = f"{resume}={of_step[1]} goes on from its last step; {way}."
+        else:
+            hint = suggest_path(folder) or f"Give the folder of an earlier run, such as {resume}=runs/NAME."
+        problem = "there is no config.yaml in it" if saved.is_dir() else "there is no such folder"
+        raise ConfigError(f"cannot resume {folder or 'an empty path'}: {problem}. {hint}")
     read_config(saved / "config.yaml")
     return str(saved), "config", list(QUIET_OVERRIDES)
 
@@ -474,6 +483,10 @@ def _explain(error: Exception, arguments: Sequence[str]) -> str:
             f"'{group[1]}' cannot be chosen here: this command, or the run that is resumed, has no such group. "
             f"See --help for its settings; a single one is written a.b=value."
         )
+    if missing := re.search(r"Could not find '(\w+)/(.*)'", text):
+        options = [option for option in re.findall(r"\n\t(\S+)(?=\n|$)", text) if option != "base"]
+        hint = suggest_name(missing[2], options, f"Choose from: {', '.join(options)}.")
+        return f"{missing[1]}={missing[2]} is unknown. {hint}"
     if "override_grammar" in text:
         wrong = next((each for each in arguments if "=" in each and _parse(each) is None), "an argument")
         return f"""cannot read {wrong}: {text.splitlines()[0]}. Quote text with other characters: key='"a, b"'."""

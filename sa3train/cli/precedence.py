@@ -12,6 +12,7 @@ from sa3train.cli.config_files import GLOBAL, RECIPE, read_config
 from sa3train.core.config import MISSING, build
 from sa3train.core.errors import ConfigError, ConflictError
 from sa3train.core.log import get_logger
+from sa3train.core.overrides import flatten_settings
 
 _logger = get_logger(__name__)
 Schema = TypeVar("Schema")
@@ -120,25 +121,6 @@ def _read_option(folders: list[Path], group: str, option: str) -> dict[str, Any]
         if isinstance(entry, str) and entry not in ("_self_", "base"):
             found |= _read_option(folders, group, entry)
     return found | flatten_settings(body, prefix)
-
-
-def flatten_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested settings.
-
-    Args:
-        values: The settings.
-        prefix: What full keys begin with, such as "trainer.".
-
-    Returns:
-        Values by full key.
-    """
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found |= flatten_settings(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def _get(values: Mapping[str, Any], key: str) -> Any:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sa3train.cli.hydra_app import run_job
+from sa3train.cli.parser import CommandParser
 from sa3train.cli.version import add_version
 from sa3train.core.config import MAX_COUNT
 from sa3train.core.errors import SA3Error
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
     Returns:
         The parser.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="sa3-quickstart",
         description="Audit and encode the sample set, train an adapter on nano, play it in all three modes.",
     )

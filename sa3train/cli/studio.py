@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sa3train.cli.hydra_app import run_job
+from sa3train.cli.parser import CommandParser
 from sa3train.cli.version import add_version
 from sa3train.core.config import DEVICES
 from sa3train.core.errors import ConfigError
@@ -33,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     Returns:
         The parser.
     """
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="sa3-studio",
         description="A local web page to play adapters, watch training runs, and prepare data.",
         epilog="It reads the FOLDERs, and writes runs, latents and results to the workspace. Captions are saved beside "
@@ -95,7 +96,7 @@ def _serve(arguments: argparse.Namespace) -> None:
 
 def _note_other_studio(folder: Path, address: str) -> None:
     """Say which other studio uses the workspace; the latest is recorded in `folder`."""
-    from sa3train.studio.server import processes
+    from sa3train.core import processes
 
     if pid := processes.get_running_pid(folder):
         other = processes.read_record(folder).get("address")

@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sa3train.adapters.formats.run_dir import locate_adapter
 from sa3train.cli.hydra_app import run_hydra_job
 from sa3train.cli.train_config import DecoderTrainConfig, TrainConfig
 from sa3train.core.errors import ConfigError
-from sa3train.core.log import get_rank
+from sa3train.core.files import check_exists
+from sa3train.core.log import get_rank, report_stage
 from sa3train.models.hub import check_checkpoint, find_checkpoint
 from sa3train.reports.run_files import CONFIG_FILE
 
@@ -69,20 +71,31 @@ def check_run(config: TrainConfig | DecoderTrainConfig) -> None:
     Raises:
         ConfigError: A setting cannot be used, or the decoder's recipe is one of several in a sweep.
         CheckpointError: The model is not at hand and cannot be downloaded.
+        DataError: The data is not there.
+        AdapterError: The adapter to start from is not there.
     """
     from hydra.core.hydra_config import HydraConfig
 
     recipe = HydraConfig.get().runtime.choices.get("recipe") if HydraConfig.initialized() else None
     if recipe == DECODER and isinstance(config, TrainConfig):
         raise ConfigError(f"recipe={DECODER} trains on audio, which other recipes do not: run it by itself.")
-    if config.resume is None:
-        check_checkpoint(config.model.source)  # before anything heavy is imported
+    if config.resume is None:  # before anything heavy is imported
+        check_checkpoint(config.model.source)
+        data = "latents that sa3-encode made" if isinstance(config, TrainConfig) else "audio"
+        for path in _list_sources(config):
+            check_exists(path, f"a folder of {data}")
+        if config.adapter.start_from is not None:
+            locate_adapter(config.adapter.start_from)
     from sa3train.cli.train_setup import check_overrides_have_effect, get_overrides
     from sa3train.training.optim import check_optimization
     from sa3train.training.trainer import count_ranks
 
     check_optimization(config)
     check_overrides_have_effect(config, get_overrides(), count_ranks(config.trainer) * config.trainer.num_nodes)
+
+
+def _list_sources(config: TrainConfig | DecoderTrainConfig) -> list[str]:
+    return [each.path for each in config.data.list_sources()] if isinstance(config, TrainConfig) else [config.source]
 
 
 def suggest_rate(values: Mapping[str, Any]) -> dict[str, float]:
@@ -128,7 +141,7 @@ def train(config: TrainConfig | DecoderTrainConfig) -> int:
 
     result = run_training(config)
     if get_rank() == 0:
-        print_result(result)
+        print_result(result, config)
     if result.interrupted is not None:
         requeue(result.interrupted)
         return 128 + result.interrupted
@@ -158,11 +171,10 @@ def run_training(config: TrainConfig | DecoderTrainConfig) -> "TrainingResult":
     if config.resume is not None:
         config = train_setup.locate_inputs(config, run_dir)
     if isinstance(config, TrainConfig):
-        sources = [source.path for source in config.data.list_sources()]
         identity = {"draws": f"{sampler.DRAWS_VERSION}.{step.DRAWS_VERSION}"}
     else:
-        sources, identity = [config.source], {"draws": str(clips.DRAWS_VERSION)}
-    train_setup.check_run_dir(run_dir, sources)
+        identity = {"draws": str(clips.DRAWS_VERSION)}
+    train_setup.check_run_dir(run_dir, _list_sources(config))
     train_setup.start_ranks(config)
     device = choose_training_device(config.trainer)
     dtype, precision = resolve_precisions(config.model.dtype, config.trainer.precision, device)
@@ -203,13 +215,15 @@ def _load_latent_training(
     from sa3train.training.distributed import run_on_rank_zero, run_on_rank_zero_first
 
     parts = ("dit", "conditioner")
-    model = run_on_rank_zero_first(lambda: load_checkpoint(config.model.source, dtype=dtype, parts=parts))
-    data.limit_frames(model.max_frames)
-    data.check_autoencoder(model.name, model.autoencoder_fingerprint())
-    base = model.fingerprint()
+    with report_stage(f"loading {config.model.name}"):
+        model = run_on_rank_zero_first(lambda: load_checkpoint(config.model.source, dtype=dtype, parts=parts))
+        data.limit_frames(model.max_frames)
+        data.check_autoencoder(model.name, model.autoencoder_fingerprint())
+        base = model.fingerprint()
     run = run_on_rank_zero(lambda: run.begin(base=base))
     text = training.PromptEmbedder(model.conditioner)
-    text.prepare(data.list_prompts() or [])
+    with report_stage("encoding prompts"):
+        text.prepare(data.list_prompts() or [])
     fit = functools.partial(training.train, model=model, data=data, text=text)
     described = describe_training_data(data, config.data.shared_prompts)
     return run, fit, {BASE_SAMPLE: model.sample_weights(), **described}
@@ -226,7 +240,10 @@ def _load_decoder_training(
     from sa3train.training.decoder.run import train_decoder
     from sa3train.training.distributed import run_on_rank_zero, run_on_rank_zero_first
 
-    model = run_on_rank_zero_first(lambda: load_checkpoint(config.model.source, dtype=dtype, parts=("autoencoder",)))
+    with report_stage(f"loading {config.model.name}"):
+        model = run_on_rank_zero_first(
+            lambda: load_checkpoint(config.model.source, dtype=dtype, parts=("autoencoder",))
+        )
     clips = AudioClips(config.source, model.sample_rate, config.data.split)
     base, manifest = model.autoencoder_fingerprint(), clips.manifest
     run = run_on_rank_zero(lambda: run.begin(base=base, data=manifest))

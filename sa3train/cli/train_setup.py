@@ -263,6 +263,7 @@ def make_provenance(
     Returns:
         Metadata by name.
     """
+    from sa3train.adapters.adapter import TRAINING_CONFIG
     from sa3train.models.hub import PACKED
 
     return {
@@ -271,7 +272,7 @@ def make_provenance(
         "data_manifest": run.identity["data"],
         "trigger": table["data"].get("prompts", {}).get("trigger", ""),
         "run": run.run_id,
-        "training_config": json.dumps(dict(table), sort_keys=True),
+        TRAINING_CONFIG: json.dumps(dict(table), sort_keys=True),
     }
 
 
@@ -334,12 +335,14 @@ def requeue(signal_number: int) -> None:
             _logger.warning("Could not requeue SLURM job %s (%s). Rerun the same command to resume.", job, error)
 
 
-def print_result(result: "TrainingResult") -> None:
-    """Print how the run ended, and where its files are.
+def print_result(result: "TrainingResult", config: "TrainConfig | DecoderTrainConfig") -> None:
+    """Print how the run ended, where its files are, and how to train for more steps.
 
     Args:
         result: The result.
+        config: The configuration.
     """
+    from sa3train.training.optim import keeps_rates
     from sa3train.training.run_dir import format_resume_command
 
     if result.interrupted is not None:
@@ -352,3 +355,10 @@ def print_result(result: "TrainingResult") -> None:
     print(f"{result.steps} steps, {minutes} min {seconds} s, peak memory {result.peak_memory_gib:.1f} GiB")
     print(f"adapter: {result.adapter}")
     print(f"run:     {result.run_dir}")
+    scheduler, steps, more = dataclasses.asdict(config.scheduler), result.steps, 2 * result.steps
+    if steps < config.trainer.max_steps:  # out of patience
+        return
+    if keeps_rates(scheduler, steps, more, steps):
+        print(f"longer:  {format_resume_command(result.run_dir)} trainer.max_steps={more}")
+    else:
+        print(f"longer:  another run with adapter.start_from={result.run_dir}; scheduler={scheduler['name']} has ended")

@@ -9,7 +9,6 @@ wrong type. The fields of a schema may be other dataclasses, `Literal`, unions, 
 import contextlib
 import copy
 import dataclasses
-import difflib
 import json
 import math
 import numbers
@@ -21,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
 from sa3train.core.errors import ConfigError, SA3Error
-from sa3train.core.text import shorten
+from sa3train.core.text import shorten, suggest_name
 
 Schema = TypeVar("Schema")
 
@@ -237,8 +236,8 @@ def check_choice(name: str, value: Any, choices: Iterable[Any], error: type[SA3E
     """
     known = list(choices)
     if value not in known:
-        close = find_closest(str(value), [str(choice) for choice in known])
-        hint = f"Did you mean {close}?" if close else f"Choose from: {', '.join(map(str, known))}."
+        names = [str(choice) for choice in known]
+        hint = suggest_name(str(value), names, f"Choose from: {', '.join(names)}.")
         raise error(f"{name}={shorten(str(value))} is unknown. {hint}")
 
 
@@ -330,30 +329,9 @@ def describe_unknown_keys(schema: type, unknown: Iterable[str]) -> str:
     known = list_keys(schema)
     lines = []
     for key in unknown:
-        close = find_closest(key, known)
-        hint = f" Did you mean '{close}'?" if close else f" Known settings: {_list_siblings(known, key)}."
-        lines.append(f"unknown setting '{key}'.{hint}")
+        hint = suggest_name(key, known, f"Known settings: {_list_siblings(known, key)}.")
+        lines.append(f"unknown setting '{key}'. {hint}")
     return "\n       ".join(lines)
-
-
-def find_closest(name: str, known: Iterable[str]) -> str | None:
-    """Find the known name most like a mistyped one: first among whole names, then by the part after the last dot.
-
-    Args:
-        name: What was written.
-        known: Known names.
-
-    Returns:
-        The closest name, or None.
-    """
-    candidates = list(known)
-    whole = difflib.get_close_matches(name, candidates, n=1, cutoff=0.75)
-    if whole:
-        return whole[0]
-    last = name.rpartition(".")[2]
-    by_last = {candidate.rpartition(".")[2]: candidate for candidate in reversed(candidates)}
-    similar = difflib.get_close_matches(last, list(by_last), n=1, cutoff=0.75)
-    return by_last[similar[0]] if similar else None
 
 
 def find_differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -1,19 +1,15 @@
-"""Devices: choosing one, memory, transfers that do not block the host, random numbers, and what devices say in errors.
+"""Devices: choosing one, memory, and transfers that do not block the host.
 
-All that differs between types of devices is here or in `sa3train.models.precision`. GPUs of AMD (ROCm) are "cuda" to
-torch and to us.
+All that differs between types of devices is here, in `device_errors` and `noise`, or in `sa3train.models.precision`.
+GPUs of AMD (ROCm) are "cuda" to torch and to us.
 """
 
-import contextlib
 import functools
 import itertools
 import os
-import queue
 import re
 import subprocess
-import threading
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import psutil
@@ -21,29 +17,12 @@ import torch
 from torch import Tensor
 
 from sa3train.core.config import DEVICES
-from sa3train.core.errors import ConfigError, LibraryError, MemoryShortageError
+from sa3train.core.errors import ConfigError
 from sa3train.core.log import get_logger
 
 _logger = get_logger(__name__)
 
 GIB = 2**30
-_HOST_MESSAGE = "can't allocate memory"
-_OOM_MESSAGES = re.compile(
-    rf"out of memory|{_HOST_MESSAGE}|BLAS_STATUS_ALLOC_FAILED|CUDNN_STATUS_ALLOC_FAILED"  # CUDA, ROCm, MPS, XPU
-    r"|Invalid buffer size|CallbackErrorOutOfMemory"  # Metal: a tensor larger than any buffer; a failed command
-    r"|UR_RESULT_ERROR_OUT_OF_(DEVICE_MEMORY|HOST_MEMORY|RESOURCES)",  # Intel
-    re.IGNORECASE,
-)
-_MISSING_OPERATOR = re.compile(
-    r"The operator '(?P<name>[^']+)' is not currently (?:implemented|supported) (?:for|on) the (?P<type>MPS|XPU) "
-)
-
-PREFETCH_LIMIT = 16
-"""Tensors that are drawn ahead at most: a sampler's steps, or some chunks of a decoder (8 MB each in medium)."""
-
-_PREFETCHED: dict[int, "queue.Queue[Tensor | BaseException]"] = {}
-"""What a thread has drawn, by the id of the generator."""
-
 GPU_TYPES: dict[str, Callable[[], int]] = {
     "cuda": lambda: torch.cuda.device_count(),
     "xpu": lambda: torch.xpu.device_count(),
@@ -318,170 +297,3 @@ def move_to_host(tensors: Sequence[Tensor]) -> list[Tensor]:
         target.copy_(tensor, non_blocking=True)
     torch.cuda.current_stream(tensors[0].device).synchronize()
     return fetched
-
-
-def randn(shape: Sequence[int], generator: torch.Generator | None, device: torch.device | str) -> Tensor:
-    """Draw N(0, 1) in fp32 on the CPU, so that every device gets the same numbers, and move it to a device.
-
-    Args:
-        shape: Shape of the result.
-        generator: CPU generator; None is torch's global one. Inside `prefetch_noise` the prefetched numbers are used.
-        device: Where the result is needed. CUDA does not block the host.
-
-    Returns:
-        Noise in fp32.
-    """
-    pinned = _uses_pinned_memory(device)
-    ready = None if generator is None else _PREFETCHED.get(id(generator))
-    if ready is None:
-        drawn = torch.randn(tuple(shape), generator=generator, pin_memory=pinned)
-    else:
-        drawn = _take_prefetched(ready, tuple(shape))
-    return drawn.to(device, non_blocking=pinned)
-
-
-def _uses_pinned_memory(device: torch.device | str) -> bool:
-    return torch.device(device).type == "cuda"
-
-
-def _take_prefetched(ready: "queue.Queue[Tensor | BaseException]", shape: tuple[int, ...]) -> Tensor:
-    drawn = ready.get()
-    if isinstance(drawn, BaseException):
-        raise drawn
-    if tuple(drawn.shape) != shape:
-        raise RuntimeError(f"noise {shape} was asked for where {tuple(drawn.shape)} was prefetched: a bug in sa3train.")
-    return drawn
-
-
-@contextlib.contextmanager
-def prefetch_noise(
-    generator: torch.Generator, shapes: Sequence[tuple[int, ...]], device: torch.device | str
-) -> Iterator[None]:
-    """Draw the noise that `randn` will be asked for in a background thread.
-
-    Only on CUDA, where the host has time while the device computes: a few minutes of audio take tens of millions of
-    numbers. The numbers are those that would have been drawn without prefetching. When the block is left early, the
-    state of the generator is somewhere among them.
-
-    Args:
-        generator: CPU generator that the draws come from.
-        shapes: Shapes of all draws inside the block, in order. Another draw is a bug and raises `RuntimeError`.
-        device: Where the noise is needed.
-
-    Yields:
-        Nothing.
-    """
-    if not shapes or not uses_noise_prefetch(device):
-        yield
-        return
-    if id(generator) in _PREFETCHED:
-        raise RuntimeError("the noise of this generator is being prefetched already.")
-    ready: queue.Queue[Tensor | BaseException] = queue.Queue(PREFETCH_LIMIT)
-    stop = threading.Event()
-
-    def put(drawn: Tensor | BaseException) -> None:
-        while not stop.is_set():
-            with contextlib.suppress(queue.Full):
-                return ready.put(drawn, timeout=0.05)
-
-    def draw() -> None:
-        try:
-            for shape in shapes:
-                if stop.is_set():
-                    return
-                put(torch.randn(shape, generator=generator, pin_memory=_uses_pinned_memory(device)))
-            put(RuntimeError(f"more noise was asked for than the {len(shapes)} prefetched: a bug in sa3train."))
-        except BaseException as error:  # noqa: BLE001 (it is raised where the noise is asked for)
-            put(error)
-
-    thread = threading.Thread(target=draw, name="noise-prefetch", daemon=True)
-    try:
-        _PREFETCHED[id(generator)] = ready
-        thread.start()
-        yield
-    finally:
-        stop.set()
-        _PREFETCHED.pop(id(generator), None)
-        thread.join()
-
-
-def uses_noise_prefetch(device: torch.device | str) -> bool:
-    """Tell whether noise for a device is prefetched.
-
-    Args:
-        device: Where the noise is needed.
-
-    Returns:
-        Whether the host has time to draw while the device computes.
-    """
-    return torch.device(device).type == "cuda"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Tell whether an error means that memory is exhausted.
-
-    Args:
-        error: What torch, on any device, or Python raised.
-
-    Returns:
-        Whether it is an out-of-memory error.
-    """
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    return isinstance(error, RuntimeError) and _OOM_MESSAGES.search(str(error)) is not None
-
-
-@contextlib.contextmanager
-def explain_device_errors(
-    device: torch.device | str, what: str, fixes: Sequence[str] | Callable[[], Sequence[str]]
-) -> Iterator[None]:
-    """Turn out-of-memory errors and those about operators that a device lacks into errors with suggested fixes.
-
-    What the failed calls hold is released, so that a next attempt has room.
-
-    Args:
-        device: Where the block computes.
-        what: What the block does, such as "generating 30 s".
-        fixes: What would help, such as "a shorter duration"; a function is called on an error only.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        MemoryShortageError: The memory of the device or of the machine is exhausted.
-        LibraryError: The device has no kernel for an operator.
-    """
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:
-        if isinstance(error, NotImplementedError) and (missing := _MISSING_OPERATOR.search(str(error))):
-            raise LibraryError(
-                f"torch {torch.__version__} lacks the operator {missing['name']} on {missing['type'].lower()}, needed "
-                f"for {what}. Set PYTORCH_ENABLE_{missing['type']}_FALLBACK=1 in the environment, so that the CPU "
-                "computes it, or use the device cpu."
-            ) from error
-        if not is_out_of_memory(error):
-            raise
-        traceback.clear_frames(error.__traceback__)
-        on_host = isinstance(error, MemoryError) or _HOST_MESSAGE in str(error)
-        where = _describe_memory(torch.device("cpu" if on_host else device))
-        helps = _list_fixes(fixes() if callable(fixes) else fixes)
-        raise MemoryShortageError(f"Out of memory while {what}: {where}. {helps}") from error
-
-
-def _describe_memory(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "this machine has no free memory left"
-    try:
-        memory, name = measure_device_memory(device), get_device_name(device)
-    except RuntimeError:  # so little is left that even the query fails
-        return f"{device} has no free memory left"
-    total, free, ours = memory.total / GIB, memory.free / GIB, memory.reserved / GIB
-    return f"of {name}'s {total:.1f} GiB, this process holds {ours:.1f} and {free:.1f} are free"
-
-
-def _list_fixes(fixes: Sequence[str]) -> str:
-    if not fixes:
-        return "Close other programs that use it."
-    *others, last = fixes
-    return f"Try: {'; '.join(others) + '; or ' if others else ''}{last}."

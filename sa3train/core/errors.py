@@ -20,6 +20,10 @@ class AdapterError(SA3Error):
     """Raised when an adapter file is damaged, or an adapter or its settings do not fit the model."""
 
 
+class MissingBaseError(AdapterError):
+    """Raised when an adapter needs its base model, and none was given."""
+
+
 class CheckpointError(SA3Error):
     """Raised when a model name, folder or file cannot be resolved, or its tensors are not those of its config."""
 

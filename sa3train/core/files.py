@@ -16,8 +16,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sa3train.core.errors import SA3Error
-from sa3train.core.user_files import find_special, stat_file
+from sa3train.core.errors import DataError, SA3Error
+from sa3train.core.text import shorten
+from sa3train.core.user_files import find_special, stat_file, suggest_path
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -237,6 +238,20 @@ def path_exists(path: str | os.PathLike[str]) -> bool:
         return False
 
 
+def check_exists(path: str, what: str) -> None:
+    """Check that a path leads to something, before slow imports; a URL is left to whoever opens it.
+
+    Args:
+        path: The path.
+        what: What to give, for the message.
+
+    Raises:
+        DataError: It does not.
+    """
+    if "://" not in path and not path_exists(path):
+        raise DataError(f"cannot open {shorten(path)} (it does not exist). {suggest_path(path) or f'Give {what}.'}")
+
+
 def relate_path(path: str | os.PathLike[str], folder: str | os.PathLike[str] = ".") -> str:
     """Describe a path as seen from a folder.
 
@@ -273,7 +288,7 @@ def check_target(target: str | os.PathLike[str], inputs: Iterable[str | os.PathL
     if reason := find_special(target):
         raise SA3Error(f"cannot write {target}: {reason}. Choose another name.")
     if not overwrite and os.path.lexists(target):
-        raise SA3Error(f"{target} exists already. Choose another name, or replace it with --overwrite.")
+        raise SA3Error(f"{target} exists already. Choose another name, or replace it with overwrite=True.")
 
 
 def _is_same(first: Path, second: Path) -> bool:

@@ -44,6 +44,25 @@ def get_logger(name: str) -> logging.Logger:
     return logger
 
 
+@contextlib.contextmanager
+def silence_logger(name: str) -> Iterator[None]:
+    """Show only the errors of a logger while inside.
+
+    Args:
+        name: Its name.
+
+    Yields:
+        Nothing.
+    """
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 class _Stderr(logging.Handler):
     """Writes to `sys.stderr` as it is at the time, which tests and notebooks replace."""
 
@@ -66,7 +85,11 @@ def set_up_logging() -> None:
 _JSON_SECONDS = 1.0
 """Shortest time between two progress lines of one stage."""
 
-_json_progress = contextvars.ContextVar("json_progress", default=False)
+PROGRESS_VARIABLE = "SA3TRAIN_PROGRESS"
+"""Environment variable that makes a command write its progress as JSON lines where it is "json"."""
+
+_json_progress = contextvars.ContextVar("json_progress", default=os.environ.get(PROGRESS_VARIABLE) == "json")
+_hidden_progress = contextvars.ContextVar("hidden_progress", default=False)
 
 
 @contextlib.contextmanager
@@ -82,11 +105,46 @@ def write_json_progress(enabled: bool = True) -> Iterator[None]:
     Yields:
         Nothing.
     """
-    token = _json_progress.set(enabled)
+    token = _json_progress.set(enabled or _json_progress.get())
     try:
         yield
     finally:
         _json_progress.reset(token)
+
+
+@contextlib.contextmanager
+def hide_progress() -> Iterator[None]:
+    """Show no progress while inside, where an outer stage shows its own.
+
+    Yields:
+        Nothing.
+    """
+    token = _hidden_progress.set(True)
+    try:
+        yield
+    finally:
+        _hidden_progress.reset(token)
+
+
+@contextlib.contextmanager
+def report_stage(stage: str) -> Iterator[None]:
+    """Report in JSON progress what a command does while inside. Bars and the log need no stages.
+
+    Args:
+        stage: What it does, such as "validating".
+
+    Yields:
+        Nothing.
+    """
+    if _hidden_progress.get() or not _json_progress.get():
+        yield
+        return
+    write_json_line(stage=stage, done=0, total=None, unit="", seconds=0.0)
+    try:
+        with hide_progress():
+            yield
+    finally:
+        write_json_line(stage="", done=0, total=None, unit="", seconds=0.0)
 
 
 def write_json_line(**fields: Any) -> None:
@@ -114,6 +172,9 @@ def track_progress(
     Yields:
         The items.
     """
+    if _hidden_progress.get():
+        yield from items
+        return
     if _json_progress.get():
         yield from _track_as_json(items, description, total, unit)
         return

@@ -106,3 +106,22 @@ def unescape_interpolations(text: str) -> str:
         The text given to it.
     """
     return re.sub(r"(\\+)\$\{", lambda found: found[1][: len(found[1]) // 2] + "${", text)
+
+
+def flatten_settings(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested settings.
+
+    Args:
+        values: The settings.
+        prefix: What full keys begin with, such as "trainer.".
+
+    Returns:
+        Values by full key.
+    """
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            found |= flatten_settings(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

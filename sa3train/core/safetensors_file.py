@@ -185,6 +185,8 @@ def _refuse_other_formats(file: Path, start: bytes) -> None:
             f"{file} is a text, such as a web page, an error message or the pointer of Git LFS, instead of the file "
             f"itself. Download it again: with your token where one is needed, or by git lfs pull."
         )
+    if start.startswith((b"RIFF", b"fLaC", b"OggS", b"ID3", b"FORM")):
+        raise AdapterError(f"{file} is audio, not an adapter. Give the .safetensors file or the run folder of one.")
     zipped = start.startswith(b"PK\x03\x04")
     pickled = start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5" and (len(start) < 8 or any(start[4:]))
     if zipped or pickled:

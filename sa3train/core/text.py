@@ -1,10 +1,11 @@
 """Wording of numbers and lists in messages and tables."""
 
+import difflib
 import math
 import os
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def format_number(value: float | None) -> str:
@@ -56,6 +57,25 @@ def list_few(names: Sequence[str], count: int = 2) -> str:
         Such as "a, b and 5 more"; empty for no names.
     """
     return ", ".join(names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")
+
+
+def suggest_name(name: str, known: Iterable[str], otherwise: str = "") -> str:
+    """Suggest the known name most like a mistyped one: first among whole names, then by the part after the last dot.
+
+    Args:
+        name: What was written.
+        known: Known names.
+        otherwise: What to say where none is like it.
+
+    Returns:
+        A sentence such as "Did you mean comfy?", or `otherwise`.
+    """
+    candidates = list(known)
+    by_last = {candidate.rpartition(".")[2]: candidate for candidate in reversed(candidates)}
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.75)
+    last = [] if close else difflib.get_close_matches(name.rpartition(".")[2], list(by_last), n=1, cutoff=0.75)
+    close += [by_last[found] for found in last]
+    return f"Did you mean {close[0]}?" if close else otherwise
 
 
 def format_command(argv: Sequence[str | os.PathLike[str]]) -> str:

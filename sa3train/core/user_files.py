@@ -4,6 +4,7 @@ A pipe, socket or device never ends or blocks for ever, and so does any access t
 Every reader of a folder of the user's goes through `stat_file`, `read_file` or `scan_folder`.
 """
 
+import difflib
 import errno
 import functools
 import os
@@ -165,6 +166,24 @@ def read_file(path: str | os.PathLike[str], offset: int = 0, size: int = -1, lim
     with Path(path).open("rb") as file:
         file.seek(offset)
         return file.read(wanted)
+
+
+def suggest_path(path: str | os.PathLike[str]) -> str:
+    """Suggest what a path that does not exist was meant to be.
+
+    Args:
+        path: The path.
+
+    Returns:
+        A sentence such as "Did you mean runs/style?"; empty where nothing beside it has a similar name.
+    """
+    parent = Path(path).parent
+    try:
+        names = [entry.name for entry in scan_folder(str(parent))[1]]
+    except OSError:
+        return ""
+    close = difflib.get_close_matches(Path(path).name, {*names} - {Path(path).name}, n=1, cutoff=0.75)
+    return f"Did you mean {parent / close[0]}?" if close else ""
 
 
 def read_text(path: str | os.PathLike[str]) -> str:

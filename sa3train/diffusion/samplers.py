@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from sa3train.core.device import randn
+from sa3train.core.noise import randn
 
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Callback = Callable[[int, int, float, Tensor], None]

@@ -1,4 +1,4 @@
-"""Evaluate generated audio: audible attributes (pitch, onsets, decay) and a classifier of instruments."""
+"""Evaluate adapters: held-out loss, distance to held-out clips, agreement with prompts, memorization, level, stereo."""
 
 import lazy_loader
 

@@ -1,3 +1,10 @@
 from .attributes import ATTRIBUTES as ATTRIBUTES
 from .attributes import Attribute as Attribute
 from .classifier import Classifier as Classifier
+from .evaluate import EvaluationSettings as EvaluationSettings
+from .evaluate import evaluate_adapters as evaluate_adapters
+from .evaluate import load_generator as load_generator
+from .page import PageWriter as PageWriter
+from .results import Candidate as Candidate
+from .results import Evaluation as Evaluation
+from .results import Measurement as Measurement

@@ -1,4 +1,4 @@
-"""From latents to audio: decode, cut and clamp, and collect what the user should know about the result.
+"""From latents to audio: decode and cut, and collect what the user should know about the result.
 
 Shapes: B items, C latent channels (or audio channels), T latent frames, N samples.
 """
@@ -8,22 +8,22 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from sa3train.audio.edit import clamp_and_count
 from sa3train.core.device import move_to_device, move_to_host
 from sa3train.core.errors import GenerationError
+from sa3train.inference.prompt_weights import parse_prompt_weights
 from sa3train.inference.resolve import count_samples
 from sa3train.inference.sampling import Generation, build_item_mask
 
 
-def decode_audio(generation: Generation, latents_BCT: Tensor) -> tuple[list[Tensor], list[float]]:
-    """Decode latents to audio within ±1.
+def decode_audio(generation: Generation, latents_BCT: Tensor) -> list[Tensor]:
+    """Decode latents to audio, which may exceed ±1.
 
     Args:
         generation: The generation.
         latents_BCT: Denoised latents.
 
     Returns:
-        The audio (2, N_i) of each item on the CPU, and the share of its samples that were clipped.
+        The audio (2, N_i) of each item on the CPU.
 
     Raises:
         GenerationError: When the model's output is NaN or infinite.
@@ -35,16 +35,14 @@ def decode_audio(generation: Generation, latents_BCT: Tensor) -> tuple[list[Tens
     real_BT = move_to_device(build_item_mask(generation, frames), decoded_BCN.device)
     real_BN = real_BT.repeat_interleave(facts.downsampling_ratio, dim=1)
     decoded_BCN = torch.where(real_BN[:, None, :], decoded_BCN, 0.0)
-    lengths = [None if facts.keeps_extra else count_samples(facts, each) for each in settings.duration]
+    lengths = [None if facts.keeps_tail else count_samples(facts, each) for each in settings.duration]
     items = [decoded_BCN[index, :, :length] for index, length in enumerate(lengths)]
-    clamped = [clamp_and_count(item_CN) for item_CN in items]
-    shares_B = torch.stack([share for _, share in clamped])
-    *audio, finite_B, shares_B = move_to_host([*(audio_CN for audio_CN, _ in clamped), _are_finite(items), shares_B])
+    *audio, finite_B = move_to_host([*items, _are_finite(items)])
     if not bool(finite_B.all()):
         raise GenerationError(
             "the model produced NaN or infinity. Try precision fp32 or bf16, a lower cfg_scale, or a lower strength."
         )
-    return audio, shares_B.tolist()
+    return audio
 
 
 def _are_finite(items: list[Tensor]) -> Tensor:
@@ -78,8 +76,10 @@ def collect_warnings(generation: Generation, clipped_shares: list[float]) -> lis
 
 def _warn_of_long_prompts(generation: Generation) -> list[str]:
     conditioner, settings = generation.model.conditioner, generation.settings
-    prompts = dict.fromkeys([*settings.prompt, *(settings.negative_prompt or ())])
-    counts = zip(prompts, conditioner.count_tokens(list(prompts)), strict=True)
+    later = [str(text) for _, text in settings.prompt_at or ()]
+    given = dict.fromkeys([*settings.prompt, *later, *(settings.negative_prompt or ())])
+    prompts = [parse_prompt_weights(prompt)[0] for prompt in given]
+    counts = zip(prompts, conditioner.count_tokens(prompts), strict=True)
     return [
         f"the prompt {prompt[:40]!r}… has {count} tokens and was truncated to {conditioner.max_length}."
         for prompt, count in counts

@@ -2,27 +2,35 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
+from torch import Tensor
 
 from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.apply.load_report import LoadReport
 from sa3train.adapters.apply.stack import AdapterStack
 from sa3train.adapters.formats.io import load_adapter
-from sa3train.core.device import choose_device, explain_device_errors, prefetch_noise
+from sa3train.core.device import choose_device
+from sa3train.core.device_errors import explain_device_errors
 from sa3train.core.errors import ConfigError, GenerationError
 from sa3train.core.log import get_logger
 from sa3train.diffusion.samplers import Callback
-from sa3train.inference.decoding import collect_warnings, decode_audio
+from sa3train.inference.clip import generate_clip
+from sa3train.inference.decoding import collect_warnings
 from sa3train.inference.input_audio import CHANNELS, load_input_audio
+from sa3train.inference.loops import generate_loops
+from sa3train.inference.mastering import FinishedAudio, finish_audio
 from sa3train.inference.outputs import GenerationOutput
 from sa3train.inference.resolve import ModelFacts, ResolvedSettings, resolve_settings
 from sa3train.inference.runtime import choose_dtype, suggest_generation_fixes
-from sa3train.inference.sampling import Generation, check_intervals, list_noise_shapes, prepare_start, sample_latents
+from sa3train.inference.sampling import Generation, check_intervals
 from sa3train.inference.settings import AUDIO_SETTINGS, SETTING_NAMES, GenerationSettings
 from sa3train.inference.sidecar import describe_adapter, describe_environment
+from sa3train.inference.windows import generate_windows, list_windows, map_audio, open_work_dir
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
 from sa3train.models.dit import compile_blocks
 from sa3train.models.fp16_check import convert_to_fp16
@@ -118,7 +126,7 @@ class Generator:
     def load_adapter(
         self,
         adapter: str | os.PathLike[str] | Adapter,
-        strength: float = 1.0,
+        strength: float | tuple[float, float] = 1.0,
         *,
         conditioner_strength: float | None = None,
         interval: tuple[float, float] = (0.0, 1.0),
@@ -129,7 +137,8 @@ class Generator:
 
         Args:
             adapter: File, folder or name of an adapter, or the adapter itself.
-            strength: 0 is the bare model, 1 the adapter as trained.
+            strength: 0 is the bare model, 1 the adapter as trained; (start, end) changes it from the first window of a
+                piece to its last.
             conditioner_strength: Strength in the conditioner; None for the same.
             interval: Noise levels (low, high) at which the adapter acts, ends included; not for the decoder.
             exclude_layers: Substrings of layers to leave untouched, with ranges such as "layers.[0-5]".
@@ -164,12 +173,15 @@ class Generator:
         return report
 
     def set_strength(
-        self, strength: float, adapter: int | None = None, conditioner_strength: float | None = None
+        self,
+        strength: float | tuple[float, float],
+        adapter: int | None = None,
+        conditioner_strength: float | None = None,
     ) -> None:
         """Set the strength of one adapter or of all.
 
         Args:
-            strength: 0 turns it off without unloading it.
+            strength: 0 turns it off without unloading it; (start, end) changes it over a piece.
             adapter: Index of the adapter; None for all.
             conditioner_strength: Strength in the conditioner; None for the same.
         """
@@ -190,6 +202,13 @@ class Generator:
         *,
         negative_prompt: str | Sequence[str | None] | None = None,
         duration: float | Sequence[float] = 30.0,
+        bars: int | None = None,
+        bpm: float | None = None,
+        meter: str = "4/4",
+        loop: bool = False,
+        tail: float = 6.0,
+        window: float | None = None,
+        prompt_at: Sequence[tuple[float, str]] | None = None,
         batch_size: int = 1,
         seed: int = -1,
         steps: int | None = None,
@@ -206,9 +225,12 @@ class Generator:
         inpaint_mask_end_seconds: float | Sequence[float] | None = None,
         keep_exact: bool = False,
         chunked_decode: bool | None = None,
+        loudness: float | None = None,
+        peak: float | None = None,
         return_latents: bool = False,
         generator: torch.Generator | None = None,
         callback: Callback | None = None,
+        work_dir: str | os.PathLike[str] | None = None,
     ) -> GenerationOutput:
         """Generate one item, or a batch: lists of prompts, negative prompts and durations give one value per item.
 
@@ -216,22 +238,24 @@ class Generator:
 
         Args:
             prompt, negative_prompt, duration, batch_size: What to generate; see `GenerationSettings`.
+            bars, bpm, meter, loop, tail: A length in bars in place of a duration, loops, and room behind the end.
+            prompt_at, window: Pairs of seconds and prompt for a piece whose prompt changes; length of its windows.
             seed, steps, sampler_type: Sampling; None for the model's default, seed -1 for a random one.
             cfg_scale, cfg_interval, cfg_norm_threshold, scale_phi, apg_scale: Guidance.
             init_audio, init_noise_level: Audio to start from, 0 keeps it and 1 replaces it by noise.
             inpaint_audio, inpaint_mask_start_seconds, inpaint_mask_end_seconds, keep_exact: Audio to regenerate in
                 regions or to continue.
             chunked_decode: Whether to decode in chunks; None as the model's config says.
-            return_latents: Whether the output holds latents too.
-            generator: CPU generator to draw from instead of `seed`.
-            callback: Called as `callback(step, total, sigma, denoised_BCT)` after each step; may raise to cancel.
+            loudness, peak: Level in LUFS and true peak in dBTP; None leaves them.
+            return_latents, generator, callback, work_dir: As in `generate_from`.
 
         Returns:
             The audio, with what its sidecar will record.
         """
         given = locals()
         settings = GenerationSettings(**{name: given[name] for name in SETTING_NAMES})
-        return self.generate_from(settings, return_latents=return_latents, generator=generator, callback=callback)
+        by_run = {name: given[name] for name in ("return_latents", "generator", "callback", "work_dir")}
+        return self.generate_from(settings, **by_run)
 
     def generate_from(
         self,
@@ -240,6 +264,7 @@ class Generator:
         return_latents: bool = False,
         generator: torch.Generator | None = None,
         callback: Callback | None = None,
+        work_dir: str | os.PathLike[str] | None = None,
     ) -> GenerationOutput:
         """Generate from settings, as `generate` does from keywords.
 
@@ -248,6 +273,8 @@ class Generator:
             return_latents: Whether the output holds latents too.
             generator: CPU generator to draw from instead of the seed.
             callback: Called as `callback(step, total, sigma, denoised_BCT)` after each step; may raise to cancel.
+            work_dir: Where finished windows of a piece are kept; the same call continues with them. The caller removes
+                it when the audio is saved.
 
         Returns:
             The audio, with what its sidecar will record.
@@ -261,6 +288,7 @@ class Generator:
             raise GenerationError("generator must be a CPU generator: all draws are made on the CPU, for every device.")
         resolved = resolve_settings(settings, self.facts, has_generator=generator is not None)
         check_intervals(resolved, self.stack)
+        self._check_windows(resolved)
         inputs = {
             role: load_input_audio(getattr(resolved, role), self.facts.sample_rate, role)
             for role in AUDIO_SETTINGS
@@ -268,26 +296,54 @@ class Generator:
         }
         rng = torch.Generator().manual_seed(resolved.seed or 0) if generator is None else generator
         generation = Generation(self.model, self.facts, resolved, inputs, rng)
+        folder = None if work_dir is None or resolved.window is None else Path(work_dir)
+        if folder is not None:
+            resolved = replace(resolved, seed=open_work_dir(folder, self._record(generation), settings.seed != -1))
+            generation = replace(generation, settings=resolved)
         fixes = suggest_generation_fixes(self.device, self.precision, resolved, self.cuda_graphs)
         with torch.no_grad(), explain_device_errors(self.device, f"generating {_describe(resolved)}", fixes):
-            _check_memory(resolved, self.facts)
-            self.stack.apply(None)  # the decoder's adapters have no noise level, and sampling may be left out
-            start = prepare_start(generation)
-            with prefetch_noise(rng, list_noise_shapes(generation, start), self.device):
-                latents_BCT = sample_latents(generation, self.stack, start, callback, self.cuda_graphs)
-                audio, clipped_shares = decode_audio(generation, latents_BCT)
+            latents_BCT, finished = self._render(generation, folder, callback)
+        clipped_shares = [each.clipped_share for each in finished]
         warnings = collect_warnings(generation, clipped_shares)
         for warning in warnings:
             logger.warning(warning)
         return GenerationOutput(
-            audio=audio,
+            audio=[each.audio_CN for each in finished],
             sample_rate=self.facts.sample_rate,
             seeds=[resolved.seed] * resolved.batch_size,
             latents=latents_BCT.cpu() if return_latents else None,
             clipped_shares=clipped_shares,
+            measured=[each.measured for each in finished],
             warnings=warnings,
             record=self._record(generation),
         )
+
+    def _render(
+        self, generation: Generation, folder: Path | None, callback: Callback | None
+    ) -> tuple[Tensor, list[FinishedAudio]]:
+        """Latents, and the audio of each item."""
+        settings = generation.settings
+        self.stack.apply(None)  # the decoder's adapters have no noise level, and sampling may be left out
+        if settings.window is not None:
+            latents_BCT, audio = generate_windows(generation, self.stack, folder, callback, self.cuda_graphs)
+        else:
+            _check_memory(settings, self.facts)
+            generate = generate_loops if settings.loop else generate_clip
+            latents_BCT, audio = generate(generation, self.stack, callback, self.cuda_graphs)
+        rate, limits_piece = self.facts.sample_rate, settings.window is not None and settings.peak is not None
+        second = map_audio(audio[0].shape[1], folder) if limits_piece else None  # where the limiter writes
+        return latents_BCT, [finish_audio(audio_CN, settings, rate, second) for audio_CN in audio]
+
+    def _check_windows(self, settings: ResolvedSettings) -> None:
+        """Refuse what needs windows where there are none, and the other way round."""
+        if settings.window is not None and settings.seed is None:
+            raise GenerationError("a piece of several windows needs a seed, from which each draws. Give seed.")
+        changing = [each.adapter.source or "an adapter" for each in self.stack.changing]
+        if changing and (settings.window is None or len(list_windows(settings, self.facts)) == 1):
+            raise GenerationError(
+                f"the strength of {changing[0]} changes from window to window, but the audio is generated at once. Set "
+                f"window to less than its length, such as window={max(1, round(max(settings.duration) / 4))}."
+            )
 
     def _record(self, generation: Generation) -> dict[str, Any]:
         """What the sidecars of all items share."""

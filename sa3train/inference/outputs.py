@@ -3,8 +3,9 @@
 import hashlib
 import itertools
 import json
+import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ class GenerationOutput:
         clipped_shares: Share of each item's samples that exceeded ±1 and were clipped.
         warnings: What the user should know.
         record: Content of the sidecar that all items share.
+        measured: What was done to the level of each item, and how the end of a loop joins its start.
     """
 
     audio: list[Tensor]
@@ -57,6 +59,7 @@ class GenerationOutput:
     clipped_shares: list[float]
     warnings: list[str] = field(default_factory=list)
     record: dict[str, Any] = field(default_factory=dict)
+    measured: list[dict[str, float]] = field(default_factory=list)
 
     def __repr__(self) -> str:
         seconds = ", ".join(f"{audio_CN.shape[1] / self.sample_rate:.2f} s" for audio_CN in self.audio)
@@ -155,9 +158,30 @@ class GenerationOutput:
             "seconds": self.audio[item].shape[1] / self.sample_rate,
             "sample_rate": self.sample_rate,
             "clipped_share": self.clipped_shares[item],
+            "measured": self.measured[item] if self.measured else {},
             "warnings": self.warnings,
             **self.record,
         }
+
+
+def describe_measured(measured: Mapping[str, float]) -> list[str]:
+    """Describe what was done to the level of an item, and the seam of a loop.
+
+    Args:
+        measured: What a sidecar records of it.
+
+    Returns:
+        Facts such as "gain +3.2 dB to -14.0 LUFS"; none where nothing was asked for.
+    """
+    templates = {
+        "gain_db": "gain {gain_db:+.1f} dB to {loudness_lufs:.1f} LUFS",
+        "limited_db": "peaks limited by {limited_db:.1f} dB to {true_peak_db:.1f} dBTP",
+        "seam_change_db": "seam {seam_change_db:.1f} dB (other joins {usual_change_db:.1f} dB)",
+    }
+    if measured.get("limited_db") == 0:
+        templates["limited_db"] = "true peak {true_peak_db:.1f} dBTP, nothing to limit"
+    silence = {"loudness_lufs": -math.inf, "true_peak_db": -math.inf}
+    return [text.format(**silence | dict(measured)) for name, text in templates.items() if name in measured]
 
 
 def list_output_paths(path: str | os.PathLike[str], count: int) -> list[Path]:
@@ -219,6 +243,18 @@ def get_sidecar_path(path: Path) -> Path:
         The same path with `.json` after its suffix.
     """
     return path.with_name(f"{path.name}.json")
+
+
+def get_work_dir(path: Path) -> Path:
+    """Get the folder that keeps the finished windows of a piece until its audio file is written.
+
+    Args:
+        path: The audio file.
+
+    Returns:
+        The same path with `.work` after its suffix.
+    """
+    return path.with_name(f"{path.name}.work")
 
 
 def check_output(

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from sa3train.adapters.formats.run_dir import locate_adapter
+from sa3train.adapters.formats.io import load_adapter
+from sa3train.adapters.formats.run_dir import list_checkpoints, locate_adapter
 from sa3train.adapters.lora_argument import LoraArgument, format_lora
 from sa3train.core.errors import GenerationError
-from sa3train.core.files import path_exists
+from sa3train.core.log import get_logger
 from sa3train.inference.generator import Generator
 from sa3train.inference.outputs import GenerationOutput
 from sa3train.inference.resolve import resolve_settings
@@ -25,6 +26,10 @@ from sa3train.inference.settings import (
 from sa3train.inference.sidecar import describe_environment, hash_path, list_places, locate_input
 from sa3train.models.hub import find_checkpoint
 
+_logger = get_logger(__name__)
+
+LENGTH_IN_BARS = ("bars", "bpm", "meter")
+"""Settings that set the duration."""
 NAMED_SETTINGS = ("duration", "init_noise_level")
 """Settings that a command names even at their defaults."""
 ADAPTER_SETTINGS = ("strength", "conditioner_strength", "interval", "exclude_layers", "allow_partial")
@@ -44,8 +49,8 @@ def replay(
         record: Content of the sidecar.
         folder: Folder of the sidecar, where adapters and input audio are looked for too.
         changes: Settings to replace, by name; prompt, negative_prompt and duration for the sidecar's item alone.
-        adapters: Keyword arguments of `Generator.load_adapter`: of a recorded adapter its new settings, others are
-            added.
+        adapters: Keyword arguments of `Generator.load_adapter`: of a recorded adapter its new settings; others take
+            the place of the recorded ones that are not named.
 
     Returns:
         The audio of the whole batch.
@@ -58,7 +63,7 @@ def replay(
         if fingerprint != recorded[part]:
             raise GenerationError(
                 f"model {recorded['source']} has changed: its {part} is {fingerprint[:12]}…, but "
-                f"{recorded[part][:12]}… was used. Give the original model with --model."
+                f"{recorded[part][:12]}… was used. Give the original model."
             )
     if record["settings"]["seed"] is None:
         raise GenerationError("the audio was drawn from the caller's own generator and cannot be generated again.")
@@ -67,11 +72,15 @@ def replay(
         generator.load_adapter(**adapter)
     kept = {role: entry for role, entry in record["inputs"].items() if entry and role not in changes}
     inputs = {role: locate_input(entry, record, folder, "input audio") for role, entry in kept.items()}
+    recorded_settings = dict(record["settings"])
+    for one, other in ((LENGTH_IN_BARS, ("duration",)), (("duration",), LENGTH_IN_BARS)):
+        if changes.keys() & set(one):
+            recorded_settings |= {name: None for name in other if name not in changes}
     for name in changes.keys() & set(PER_ITEM_SETTINGS):
         values = list(record["settings"][name] or [""] * record["settings"]["batch_size"])
         values[record["item"]] = changes[name]
         changes[name] = values
-    settings = GenerationSettings.from_dict(record["settings"] | changes, **inputs)
+    settings = GenerationSettings.from_dict(recorded_settings | changes, **inputs)
     resolve_settings(settings, generator.facts, given=changes)  # refuse changes without effect
     return generator.generate_from(settings)
 
@@ -94,24 +103,43 @@ def locate_model(record: Mapping[str, Any], folder: Path) -> str:
 def _combine_adapters(
     record: Mapping[str, Any], folder: Path, given: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Arguments to load the recorded adapters, with the settings given for those of the same file, and the others."""
+    """Arguments to load the recorded adapters with the settings given for the same files, or others in their place."""
     pending = []
     for each in given:
         path = locate_adapter(each["adapter"])
-        pending.append((os.path.realpath(path), hash_path(path) if path_exists(path) else "", each))
-    combined = []
+        pending.append((os.path.realpath(path), hash_path(path), each))
+    changes = []
     for entry in record["adapters"]:
         places = list_places(entry["path"], record, folder) if entry["path"] else []
         known = {entry["sha256"], *map(os.path.realpath, places[:1])}  # another file may have the name elsewhere
-        change = next((each for each in pending if not known.isdisjoint(each[:2])), None)
+        changes.append(next((each for each in pending if not known.isdisjoint(each[:2])), None))
+        pending = [each for each in pending if each is not changes[-1]]
+    combined = []
+    for entry, change in zip(record["adapters"], changes, strict=True):
+        if change is None and pending:
+            names = ", ".join(str(each["adapter"]) for _, _, each in pending)
+            _logger.info("%s: in place of the recorded adapter %s; name both to play both", names, entry["path"])
+            continue
         settings = {name: entry[name] for name in ADAPTER_SETTINGS} | {"interval": tuple(entry["interval"])}
         if change is None:
-            settings["adapter"] = locate_input(entry, record, folder, "adapter")
+            settings["adapter"] = _locate_recorded_adapter(entry, record, folder)
         else:
-            pending.remove(change)
             settings |= dict(change[2]) | {"allow_partial": change[2]["allow_partial"] or entry["allow_partial"]}
         combined.append(settings)
     return combined + [dict(each) for _, _, each in pending]
+
+
+def _locate_recorded_adapter(entry: Mapping[str, Any], record: Mapping[str, Any], folder: Path) -> Path:
+    """Locate the file of a recorded adapter; of one that its run has replaced since, the checkpoint that has it."""
+    try:
+        return locate_input(entry, record, folder, "adapter")
+    except GenerationError as error:
+        for path in list_places(entry["path"], record, folder) if entry["path"] else []:
+            for step, state in list_checkpoints(path.parent).items():
+                if load_adapter(state).fingerprint == entry["fingerprint"]:
+                    _logger.info("%s has changed: using %s@%d, which was recorded", path, path.parent, step)
+                    return state
+        raise GenerationError(f"{error} Or choose another adapter.") from error
 
 
 def compare_with_record(record: Mapping[str, Any], result: GenerationOutput, device: torch.device) -> str:
@@ -153,6 +181,8 @@ def build_command(record: Mapping[str, Any], output: str) -> list[str]:
     command = ["sa3-generate", "--model", str(record["model"]["source"]), "--precision", record["precision"]]
     inputs = {role: entry["path"] for role, entry in record["inputs"].items() if entry}
     settings = record["settings"] | inputs
+    if settings.get("bars") is not None:
+        settings["duration"] = None
     for name in SETTING_NAMES:
         command += _format_setting(name, settings.get(name), settings["batch_size"])
     for adapter in record["adapters"]:
@@ -172,18 +202,20 @@ def _format_setting(name: str, value: Any, batch: int) -> list[str]:
         return [flag if value else flag.replace("--", "--no-")]
     if name in PER_ITEM_SETTINGS and batch > 1 and len(set(value)) == 1:
         value = value[:1]  # `--batch-size` repeats it
+    if name == "prompt_at":
+        return [word for time, text in value for word in (flag, _format_value(time), text)]
     texts = [_format_value(each) for each in (value if is_list(value) else [value])]
-    if name.startswith("inpaint_mask"):
-        return [word for text in texts for word in (flag, text)]
-    if len(texts) == 1 and texts[0].startswith("-"):  # or it reads as another flag
-        return [f"{flag}={texts[0]}"]
-    return [flag, *texts]
+    if len(texts) > 1 and name in ("duration", "cfg_interval"):
+        return [flag, *texts]
+    # with "=", or a text that starts with a dash reads as another flag
+    return [word for text in texts for word in ([f"{flag}={text}"] if text.startswith("-") else [flag, text])]
 
 
 def _format_adapter(adapter: Mapping[str, Any]) -> list[str]:
     low, high = adapter["interval"]
     interval = None if (low, high) == (0.0, 1.0) else (low, high)
-    words = ["--lora", format_lora(LoraArgument(adapter["path"], strength=adapter["strength"], interval=interval))]
+    strength = tuple(adapter["strength"]) if is_list(adapter["strength"]) else adapter["strength"]
+    words = ["--lora", format_lora(LoraArgument(adapter["path"], strength=strength, interval=interval))]
     if adapter["conditioner_strength"] is not None:
         words += ["--conditioner-strength", _format_value(adapter["conditioner_strength"])]
     if adapter["exclude_layers"]:

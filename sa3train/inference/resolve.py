@@ -9,8 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from sa3train.core.errors import GenerationError
+from sa3train.inference.lengths import count_bar_samples, to_seconds
 from sa3train.inference.settings import (
+    AUDIO_SETTINGS,
     GUIDANCE_SETTINGS,
+    MAX_SECONDS,
     MODEL_DEFAULTS,
     PER_ITEM_SETTINGS,
     SETTING_NAMES,
@@ -27,18 +30,20 @@ NEEDED_AUDIO = {
     "inpaint_mask_end_seconds": "inpaint_audio",
 }
 """Audio without which a setting has no effect."""
-EXTRA_SECONDS = 6
-"""The released models generate this much more than asked and cut it off, so that endings are not cut short."""
+MIN_FRAMES = 8
+"""Fewest latent frames of a loop or a window."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedSettings(GenerationSettings):
     """Settings checked against a model, with nothing left open: tuples hold one value per item of the batch.
 
-    `seed` is None where the caller brings a torch generator, `init_noise_level` without `init_audio`.
+    `seed` is None where the caller brings a torch generator, `init_noise_level` without `init_audio`, and `window`
+    where the audio is generated at once.
     """
 
     prompt: tuple[str, ...]
+    prompt_at: tuple[tuple[float | str, ...], ...] | None  # type: ignore[assignment]
     negative_prompt: tuple[str, ...] | None
     duration: tuple[float, ...]
     seed: int | None  # type: ignore[assignment]
@@ -65,8 +70,7 @@ class ModelFacts:
         sample_rate: Samples per second.
         downsampling_ratio: Samples per latent frame.
         max_frames: Latent frames of the longest audio.
-        extra_seconds: What is generated beyond the duration.
-        keeps_extra: Whether the output keeps it.
+        keeps_tail: Whether the output keeps what is generated beyond the duration.
     """
 
     name: str
@@ -74,8 +78,7 @@ class ModelFacts:
     sample_rate: int
     downsampling_ratio: int
     max_frames: int
-    extra_seconds: float = EXTRA_SECONDS
-    keeps_extra: bool = False
+    keeps_tail: bool = False
 
     @property
     def longest(self) -> float:
@@ -96,33 +99,35 @@ def count_samples(facts: ModelFacts, seconds: float) -> int:
     return int(seconds * facts.sample_rate)
 
 
-def count_generated_frames(facts: ModelFacts, seconds: float) -> int:
-    """Count the latent frames to generate: for `extra_seconds` more than asked, in whole pairs, at most the longest.
+def count_generated_frames(facts: ModelFacts, seconds: float, tail: float = GenerationSettings.tail) -> int:
+    """Count the latent frames to generate: for a tail more than asked, in whole pairs, at most the longest.
 
     Args:
         facts: The model's.
         seconds: Duration asked for.
+        tail: Seconds beyond it.
 
     Returns:
         Latent frames.
     """
-    frames = -(-int((seconds + facts.extra_seconds) * facts.sample_rate) // facts.downsampling_ratio)
+    frames = -(-int((seconds + tail) * facts.sample_rate) // facts.downsampling_ratio)
     return min(frames + frames % 2, facts.max_frames)
 
 
-def count_real_frames(facts: ModelFacts, seconds: float, frames: int) -> int:
+def count_real_frames(facts: ModelFacts, seconds: float, frames: int, tail: float = GenerationSettings.tail) -> int:
     """Count the latent frames of an item that are not padding.
 
     Args:
         facts: The model's.
         seconds: Duration of the item.
         frames: Latent frames that are generated for the batch.
+        tail: Seconds that are generated beyond the duration.
 
     Returns:
         Latent frames.
     """
     effective = -(-count_samples(facts, seconds) // facts.downsampling_ratio)
-    return min(effective + int(facts.extra_seconds * facts.sample_rate / facts.downsampling_ratio), frames)
+    return min(effective + int(tail * facts.sample_rate / facts.downsampling_ratio), frames)
 
 
 def resolve_settings(
@@ -147,10 +152,15 @@ def resolve_settings(
     seed = secrets.randbelow(2**32) if settings.seed == -1 else settings.seed
     by_model = MODEL_DEFAULTS[facts.objective]
     settings = replace(settings, **{name: by_model[name] for name in by_model if getattr(settings, name) is None})
+    settings = _measure_bars(facts, settings, given)
     _check_audio(settings, given)
     _check_guidance(facts, settings, given)
     batch, negative = _check_items(settings), settings.negative_prompt
-    durations = tuple(_check_duration(facts, value) for value in _expand(settings.duration, batch))
+    durations = tuple(_expand(settings.duration, batch))
+    if any(count_samples(facts, value) < 1 for value in durations):
+        raise GenerationError(f"duration={min(durations):g} is shorter than one sample.")
+    window = _choose_window(facts, settings, durations)
+    _check_loop(facts, settings, durations, window)
     starts, ends = _check_regions(facts, settings, min(durations))
     return ResolvedSettings(
         **{name: getattr(settings, name) for name in SETTING_NAMES}
@@ -158,6 +168,7 @@ def resolve_settings(
             "prompt": tuple(_expand(settings.prompt, batch)),
             "negative_prompt": None if negative is None else tuple(text or "" for text in _expand(negative, batch)),
             "duration": durations,
+            "window": window,
             "batch_size": batch,
             "seed": None if has_generator else seed,
             "init_noise_level": None if settings.init_audio is None else settings.init_noise_level,
@@ -185,12 +196,66 @@ def _check_items(settings: GenerationSettings) -> int:
     return size
 
 
-def _check_duration(facts: ModelFacts, seconds: float) -> float:
-    if count_samples(facts, seconds) < 1:
-        raise GenerationError(f"duration={seconds:g} is shorter than one sample.")
-    if count_samples(facts, seconds) > facts.max_frames * facts.downsampling_ratio:
-        raise GenerationError(f"duration={seconds:g} seconds exceeds the {facts.longest:.1f} seconds of {facts.name}.")
-    return seconds
+def _measure_bars(facts: ModelFacts, settings: GenerationSettings, given: Collection[str]) -> GenerationSettings:
+    """Settings with the duration of their bars, which is exact to the sample."""
+    if settings.bars is None:
+        idle = [name for name in ("bpm", "meter") if name in given or getattr(settings, name) != get_default(name)]
+        if idle:
+            raise GenerationError(f"{idle[0]}={getattr(settings, idle[0])} has no effect without bars.")
+        return settings
+    if settings.bpm is None:
+        raise GenerationError(f"bars={settings.bars} needs a tempo. Give bpm, such as bpm=120.")
+    samples = count_bar_samples(settings.bars, settings.bpm, settings.meter, facts.sample_rate)
+    duration = to_seconds(samples, facts.sample_rate)
+    is_other = any(each != duration for each in _expand(settings.duration, 1))
+    if "duration" in given or (is_other and settings.duration != get_default("duration")):
+        raise GenerationError(f"duration and bars={settings.bars} both set the length. Remove one.")
+    if duration > MAX_SECONDS:
+        raise GenerationError(f"bars={settings.bars} last {duration:g} seconds. The most is {MAX_SECONDS:g}.")
+    return replace(settings, duration=duration)
+
+
+def _choose_window(facts: ModelFacts, settings: GenerationSettings, durations: tuple[float, ...]) -> float | None:
+    """The length of the windows of a piece; None where all is generated at once."""
+    longest = max(durations)
+    is_long = count_samples(facts, longest) > facts.max_frames * facts.downsampling_ratio
+    if not (is_long or settings.window or settings.prompt_at):
+        return None
+    most = max(facts.longest - settings.tail, facts.longest / 2)
+    window = settings.window or most
+    frame = facts.downsampling_ratio / facts.sample_rate
+    cause = next(
+        text
+        for text, applies in (
+            (f"duration={longest:g} seconds exceeds the {facts.longest:.1f} seconds of {facts.name}: it", is_long),
+            (f"window={settings.window}", settings.window),
+            ("prompt_at", True),
+        )
+        if applies
+    )
+    if len(durations) > 1:
+        raise GenerationError(f"{cause} is generated in windows, one item at a time. Give one, or --at-a-time 1.")
+    if idle := next((name for name in AUDIO_SETTINGS if getattr(settings, name) is not None), None):
+        raise GenerationError(f"{cause} is generated in windows, which have no {idle}. Remove it, or shorten duration.")
+    if not MIN_FRAMES * frame <= window <= most:
+        raise GenerationError(f"window={window:g} must be from {MIN_FRAMES * frame:.2g} to {most:.5g} seconds here.")
+    for time, _ in settings.prompt_at or ():
+        if not frame <= time <= longest - frame:
+            raise GenerationError(f"prompt_at={time:g} lies outside of the piece of {longest:g} s.")
+    return window
+
+
+def _check_loop(
+    facts: ModelFacts, settings: GenerationSettings, durations: tuple[float, ...], window: float | None
+) -> None:
+    if not settings.loop:
+        return
+    shortest = MIN_FRAMES * facts.downsampling_ratio / facts.sample_rate
+    if settings.inpaint_audio is not None or window is not None:
+        other = "inpaint_audio" if window is None else "what is generated in windows"
+        raise GenerationError(f"loop=True does not go with {other}. Remove one of the two.")
+    if min(durations) < shortest:
+        raise GenerationError(f"duration={min(durations):g} is too short for loop: at least {shortest:.2f} seconds.")
 
 
 def _check_guidance(facts: ModelFacts, settings: GenerationSettings, given: Collection[str]) -> None:

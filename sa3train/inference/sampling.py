@@ -14,9 +14,10 @@ from torch import Tensor
 
 from sa3train.adapters.apply.stack import AdapterStack
 from sa3train.audio.edit import fit
-from sa3train.core.device import move_to_device, randn
+from sa3train.core.device import move_to_device
 from sa3train.core.errors import GenerationError
 from sa3train.core.log import track_progress
+from sa3train.core.noise import randn
 from sa3train.core.text import list_few
 from sa3train.diffusion.guidance import Condition, Guidance, VelocityInputs, compute_guided_velocity
 from sa3train.diffusion.masks import build_attention_mask, build_region_mask
@@ -24,6 +25,7 @@ from sa3train.diffusion.samplers import SAMPLERS, Callback
 from sa3train.diffusion.schedule import build_schedule
 from sa3train.inference.cuda_graphs import CUDAGraphRunner, Step
 from sa3train.inference.input_audio import InputAudio
+from sa3train.inference.prompt_weights import encode_prompts
 from sa3train.inference.resolve import ModelFacts, ResolvedSettings, count_generated_frames, count_real_frames
 from sa3train.models.checkpoint import StableAudio3
 from sa3train.models.dit import DiT
@@ -76,7 +78,7 @@ def prepare_start(generation: Generation) -> SamplingStart:
     """
     model, facts, settings = generation.model, generation.facts, generation.settings
     device = model.autoencoder.device
-    frames = count_generated_frames(facts, max(settings.duration))
+    frames = count_generated_frames(facts, max(settings.duration), settings.tail)
     noise_BCT = randn((settings.batch_size, model.latent_channels, frames), generation.rng, device)
     start_BCT, sigma_max = noise_BCT, 1.0
     if settings.init_noise_level is not None:
@@ -118,7 +120,8 @@ def build_item_mask(generation: Generation, frames: int) -> Tensor:
     Returns:
         Mask (B, T) on the CPU, True where a frame belongs to its item.
     """
-    lengths = [count_real_frames(generation.facts, each, frames) for each in generation.settings.duration]
+    facts, tail = generation.facts, generation.settings.tail
+    lengths = [count_real_frames(facts, each, frames, tail) for each in generation.settings.duration]
     return build_attention_mask(torch.tensor(lengths), frames)
 
 
@@ -273,10 +276,11 @@ class Denoiser:
 
 def _encode_condition(generation: Generation, local_BCT: Tensor) -> Condition:
     conditioner, settings = generation.model.conditioner, generation.settings
-    cond = conditioner(list(settings.prompt), list(settings.duration))
+    seconds_B = move_to_device(torch.tensor(settings.duration, dtype=torch.float32), conditioner.device)
+    cond = conditioner.condition(encode_prompts(conditioner, settings.prompt), seconds_B)
     negative_BLD = negative_mask_BL = None
     if settings.negative_prompt is not None:
-        negative = conditioner(list(settings.negative_prompt), list(settings.duration))
+        negative = conditioner.condition(encode_prompts(conditioner, settings.negative_prompt), seconds_B)
         negative_BLD = negative.cross_attn_cond_BLD
         seconds_token = negative.prompt_mask_BL.new_ones(settings.batch_size, 1)
         negative_mask_BL = torch.cat((negative.prompt_mask_BL, seconds_token), dim=1)
@@ -288,6 +292,26 @@ def _encode_condition(generation: Generation, local_BCT: Tensor) -> Condition:
         negative_cross_attn_cond_BLD=negative_BLD,
         negative_mask_BL=negative_mask_BL,
     )
+
+
+def report_part(callback: Callback | None, part: int, parts: int) -> Callback | None:
+    """Make the callback of one of several samplings, whose steps count as those of one.
+
+    Args:
+        callback: The callback of all; None for none.
+        part: Index of the sampling.
+        parts: How many there are.
+
+    Returns:
+        The callback of the part.
+    """
+    if callback is None:
+        return None
+
+    def report(step: int, total: int, sigma: float, denoised_BCT: Tensor) -> None:
+        callback(part * total + step, parts * total, sigma, denoised_BCT)
+
+    return report
 
 
 def _add_progress_bar(steps: int, callback: Callback | None) -> Callback:

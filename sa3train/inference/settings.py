@@ -52,6 +52,28 @@ class GenerationSettings:
     duration: float | Sequence[float] = setting(
         30.0, help="Length of the audio.", unit="seconds", above=0, max=MAX_SECONDS, label="Duration (seconds)"
     )
+    bars: int | None = setting(None, help="Length in bars, in place of duration; needs bpm.", min=1, max=10_000)
+    bpm: float | None = setting(None, help="Quarter notes per minute, for bars.", min=10, max=1000, label="BPM")
+    meter: str = setting("4/4", help="Meter of bars.", text="filled", characters=7)
+    loop: bool = setting(False, help="Make the end join the start without a seam.", label="Seamless loop")
+    tail: float = setting(
+        6.0, help="Room generated behind the end and cut off.", unit="seconds", min=0, max=60, label="Tail (seconds)"
+    )
+    window: float | None = setting(
+        None,
+        help="Generate in overlapping windows of this length; by default only beyond the model's length.",
+        unit="seconds",
+        min=1,
+        max=MAX_SECONDS,
+        label="Window (seconds)",
+    )
+    prompt_at: Sequence[tuple[float, str]] | None = setting(
+        None,
+        help="Prompts that follow the first one, each from a time on.",
+        min=0,
+        max=MAX_SECONDS,
+        label="Later prompts",
+    )
     batch_size: int = setting(1, help="Number of variations of one prompt.", min=1, max=MAX_ITEMS, label="Variations")
     seed: int = setting(
         -1,
@@ -128,8 +150,15 @@ class GenerationSettings:
         help="Decode in chunks, with less memory, or as a whole; by default as the model's config says.",
         label="Decoding",
     )
+    loudness: float | None = setting(
+        None, help="Change the level to this integrated loudness.", unit="LUFS", min=-70, max=0, label="Loudness (LUFS)"
+    )
+    peak: float | None = setting(
+        None, help="Limit true peaks to this level.", unit="dBTP", min=-40, max=0, label="True peak (dBTP)"
+    )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "prompt_at", _sort_prompts(self.prompt_at))
         for field in dataclasses.fields(self):
             kind, value = VALUE_TYPES.get(field.name), getattr(self, field.name)
             if kind is None or "setting" not in field.metadata or (value is None and field.default is None):
@@ -149,11 +178,7 @@ class GenerationSettings:
             Each setting's value by its name, tuples as lists.
         """
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in values.items()
-            if name not in AUDIO_SETTINGS
-        }
+        return {name: _to_lists(value) for name, value in values.items() if name not in AUDIO_SETTINGS}
 
     @classmethod
     def from_dict(cls, recorded: Mapping[str, Any], **inputs: Any) -> "GenerationSettings":
@@ -177,6 +202,27 @@ class GenerationSettings:
         return cls(**{name: value for name, value in (dict(recorded) | inputs).items() if value is not None})
 
 
+def _sort_prompts(prompts: Any) -> tuple[tuple[float, str], ...] | None:
+    """The later prompts in the order of their times."""
+    if prompts is None or (is_list(prompts) and not prompts):
+        return None
+    given = list(prompts.items()) if isinstance(prompts, Mapping) else prompts
+    if not is_list(given) or not all(is_list(each) and len(each) == 2 for each in given):
+        raise GenerationError(f"prompt_at must be pairs of seconds and prompt, not {shorten(repr(prompts))}.")
+    pairs = [(check_number("a time of prompt_at", time), _check_type("prompt_at", text, str)) for time, text in given]
+    times = [time for time, _ in pairs]
+    if min(times) == 0 or len(set(times)) < len(times):
+        wrong = next(time for time in times if time == 0 or times.count(time) > 1)
+        raise GenerationError(
+            f"prompt_at has {'the time 0, which is that of prompt' if wrong == 0 else f'{wrong:g} s twice'}. Remove it."
+        )
+    return tuple(sorted(pairs))
+
+
+def _to_lists(value: Any) -> Any:
+    return [_to_lists(item) for item in value] if isinstance(value, tuple) else value
+
+
 def _find_value_types(schema: type) -> dict[str, type]:
     def flatten(hint: Any) -> set[Any]:
         return set().union(*map(flatten, typing.get_args(hint))) if typing.get_args(hint) else {hint}
@@ -186,8 +232,8 @@ def _find_value_types(schema: type) -> dict[str, type]:
 
 
 SETTING_NAMES = tuple(field.name for field in dataclasses.fields(GenerationSettings))
-VALUE_TYPES = _find_value_types(GenerationSettings)
-"""The type of a single value (bool, int, float or str) by the setting's name; audio has none."""
+VALUE_TYPES = {name: kind for name, kind in _find_value_types(GenerationSettings).items() if name != "prompt_at"}
+"""The type of a single value (bool, int, float or str) by the setting's name; audio and later prompts have none."""
 _KINDS: dict[type, tuple[type, str]] = {
     int: (numbers.Integral, "a whole number"),
     bool: (bool, "true or false"),
@@ -221,7 +267,8 @@ def describe_setting(name: str) -> str:
     if declared.min is not None and declared.max is not None and name != "seed":
         facts.append(f"{declared.min:g} to {declared.max:g}")
     if not (default is None or isinstance(default, bool)):
-        facts.append(f"default {' '.join(f'{value:g}' for value in (default if is_list(default) else [default]))}")
+        values = default if is_list(default) else [default]
+        facts.append(f"default {' '.join(value if isinstance(value, str) else f'{value:g}' for value in values)}")
     details = "; ".join(fact for fact in facts if fact)
     return f"{declared.help.rstrip('.')} ({details})." if details else declared.help
 

@@ -97,7 +97,7 @@ class _Adapter:
     path: str | None
     sha256: str | None
     fingerprint: str
-    strength: float
+    strength: float | list[float]
     conditioner_strength: float | None
     interval: list[float] = setting(help="Noise levels at which it acts.", min=0, max=1, items=(2, 2))
     exclude_layers: list[str]
@@ -105,6 +105,8 @@ class _Adapter:
 
     def __post_init__(self) -> None:
         check_settings(self, "adapters", GenerationError)
+        if isinstance(self.strength, list) and len(self.strength) != 2:
+            raise GenerationError(f"adapters.strength={self.strength} must be a number, or two.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +125,7 @@ class _Sidecar:
     seconds: float = setting(help="Length of the audio.", unit="seconds", min=0, max=3600)
     sample_rate: int = setting(help="Samples per second.", min=1)
     clipped_share: float = setting(help="Share of clipped samples.", min=0, max=1)
+    measured: dict[str, float]
     warnings: list[str]
     model: _Model
     precision: Literal["fp32", "bf16", "fp16"]
@@ -194,7 +197,7 @@ def read_sidecar(path: Path) -> dict[str, Any]:
         settings = dict.fromkeys(AUDIO_SETTINGS) | settings  # recorded as inputs
     try:
         _check_values(record)
-        build(_Sidecar, {"studio": None, "directory": ""} | record | {"settings": settings})
+        build(_Sidecar, {"studio": None, "directory": "", "measured": {}} | record | {"settings": settings})
     except SA3Error as error:
         raise GenerationError(f"{path}: {error} It was edited or damaged: restore it.") from error
     return dict(record)

@@ -20,10 +20,11 @@ from sa3train.models.conditioners import Conditioner
 from sa3train.models.config import ModelConfig
 from sa3train.models.diffusers_layout import open_pipeline, read_pipeline_config
 from sa3train.models.dit import DiT
-from sa3train.models.hub import CheckpointFiles, TextEncoderSource, find_text_encoder, locate_checkpoint
+from sa3train.models.hub import CheckpointFiles, locate_checkpoint
 from sa3train.models.mlx_layout import build_config, find_codec_kind, open_packs
 from sa3train.models.parse import is_autoencoder, parse_autoencoder, parse_model, read_config_file
 from sa3train.models.precision import disable_tf32_convolutions, enable_fast_fp32_matmul
+from sa3train.models.text_source import TextEncoderSource, find_text_encoder
 from sa3train.models.weight_files import WeightFiles, check_tensor_names, open_weight_file
 
 #: State-dict prefix of each part in a released file.

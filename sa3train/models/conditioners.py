@@ -19,8 +19,8 @@ from sa3train.core.device import move_to_device
 from sa3train.core.errors import CheckpointError
 from sa3train.models.blocks import FourierFeatures
 from sa3train.models.config import ConditionerConfig, NumberConfig
-from sa3train.models.hub import TextEncoderSource
 from sa3train.models.t5gemma import T5GemmaEncoder, load_encoder
+from sa3train.models.text_source import TextEncoderSource
 
 
 class TextEmbedding(NamedTuple):

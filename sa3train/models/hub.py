@@ -12,7 +12,6 @@ from typing import Literal
 from sa3train.core.errors import CheckpointError
 from sa3train.core.files import hash_file, path_exists
 from sa3train.core.log import get_logger
-from sa3train.models.config import TextConfig
 from sa3train.models.hub_messages import HUB, explain_failure, explain_unknown_name
 
 logger = get_logger(__name__)
@@ -23,7 +22,8 @@ PIPELINE_FILE = "model_index.json"
 PACKS_REPO = "stabilityai/stable-audio-3-optimized"
 PACKED = "@mlx"
 """Behind the name of a registered model: its open packs of the MLX builds, in fp16, instead of the released files."""
-_PACKS_FOLDER, _DIT_PACKS, _TEXT_PACK = "MLX", "dit_*.npz", "t5gemma_f16.npz"
+TEXT_PACK = "t5gemma_f16.npz"
+_PACKS_FOLDER, _DIT_PACKS = "MLX", "dit_*.npz"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class CheckpointInfo:
             return ()
         kind = "l" if self.name.startswith("medium") else "s"
         sides = (f"same_{kind}_{side}_f32.npz" for side in ("encoder", "decoder"))
-        names = (f"dit_{self.name.replace('small-', 'sm-')}_f16.npz", *sides, _TEXT_PACK)
+        names = (f"dit_{self.name.replace('small-', 'sm-')}_f16.npz", *sides, TEXT_PACK)
         return tuple(f"{_PACKS_FOLDER}/{name}" for name in names)
 
 
@@ -270,97 +270,6 @@ def _fetch_pipeline(repo_id: str) -> CheckpointFiles:
     return CheckpointFiles(repo_id, folder)
 
 
-@dataclass(frozen=True)
-class TextEncoderSource:
-    """Where the text encoder may be, tried in order.
-
-    Attributes:
-        folders: Folders.
-        repositories: Then pairs of repository and subfolder.
-        tokenizer: Folder of the tokenizer, where it has one of its own.
-        pack: Then a pack of the MLX builds, which is unpacked.
-    """
-
-    folders: tuple[Path, ...]
-    repositories: tuple[tuple[str, str], ...]
-    tokenizer: Path | None = None
-    pack: Path | None = None
-
-    def tokenizer_folder(self) -> Path:
-        """Find the folder with the tokenizer. `CheckpointError` is raised as by `folder`.
-
-        Returns:
-            The folder.
-        """
-        return self.tokenizer or self.folder()
-
-    def folder(self) -> Path:
-        """Find the folder with the weights and, unless it has its own, the tokenizer, downloading it where needed.
-
-        Returns:
-            The folder.
-
-        Raises:
-            CheckpointError: It is nowhere, or the download failed.
-        """
-        for folder in self.folders:
-            if _is_complete(folder, self.tokenizer):
-                return folder
-        if self.pack is not None and self.pack.is_file():
-            from sa3train.models.mlx_layout import unpack_text_encoder
-
-            return unpack_text_encoder(self.pack)
-        if not self.repositories:
-            raise CheckpointError(
-                f"the text encoder is not in {self.folders[0]}: config.json, model.safetensors and tokenizer.json "
-                f"belong there. Copy that folder together with the checkpoint"
-                f"{f', or {self.pack.name} beside the packs' if self.pack is not None else ''}."
-            )
-        import huggingface_hub
-
-        for repo_id, subfolder in self.repositories:
-            config = huggingface_hub.try_to_load_from_cache(repo_id, CONFIG_FILE)
-            if isinstance(config, str) and _is_complete(folder := Path(config).parent / subfolder):
-                return folder
-        problem: CheckpointError | None = None
-        for repo_id, subfolder in self.repositories:
-            try:
-                folder = _download_folder(repo_id, subfolder)
-            except CheckpointError as error:
-                problem = problem or error
-                continue
-            if _is_complete(folder):
-                return folder
-        raise problem or CheckpointError(f"no text encoder in {self.repositories}")
-
-
-def find_text_encoder(files: CheckpointFiles, config: TextConfig) -> TextEncoderSource:
-    """Find where a text encoder may be: beside the checkpoint, in its repository, or in the one that the config names.
-
-    Args:
-        files: The checkpoint.
-        config: Its prompt conditioner.
-
-    Returns:
-        The candidates.
-    """
-    if files.is_pipeline:
-        return TextEncoderSource((files.folder / "text_encoder",), (), files.folder / "tokenizer")
-    pack = files.folder / _TEXT_PACK if files.pack is not None else None
-    if config.model_path is not None:
-        return TextEncoderSource((files.folder / config.model_path,), (), pack=pack)
-    subfolder = config.subfolder or ""
-    own = files.info.repo_id if files.info is not None else None
-    repositories = dict.fromkeys(repo for repo in (own, config.repo_id) if repo)
-    return TextEncoderSource((files.folder / subfolder,), tuple((repo, subfolder) for repo in repositories), pack=pack)
-
-
-def _is_complete(folder: Path, tokenizer: Path | None = None) -> bool:
-    has_weights = any((folder / name).is_file() for name in ("model.safetensors", "model.safetensors.index.json"))
-    has_tokenizer = any(((tokenizer or folder) / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
-    return has_weights and has_tokenizer and (folder / "config.json").is_file()
-
-
 def fetch_file(repo_id: str, filename: str) -> Path:
     """Fetch one file of a repository, from the cache or by downloading it.
 
@@ -390,11 +299,23 @@ def fetch_file(repo_id: str, filename: str) -> Path:
     return path
 
 
-def _download_folder(repo_id: str, subfolder: str) -> Path:
+def fetch_folder(repo_id: str, subfolder: str) -> Path:
+    """Fetch a folder of a repository, from the cache or by downloading it.
+
+    Args:
+        repo_id: Repository.
+        subfolder: Path of the folder in it; empty for all of it.
+
+    Returns:
+        Path of the folder.
+
+    Raises:
+        CheckpointError: The download failed.
+    """
     import huggingface_hub
 
     prefix = f"{subfolder}/" if subfolder else ""
-    download = lambda: huggingface_hub.snapshot_download(repo_id, allow_patterns=[f"{prefix}*"])  # noqa: E731
+    download = functools.partial(huggingface_hub.snapshot_download, repo_id, allow_patterns=[f"{prefix}*"])
     return Path(_download(repo_id, f"{prefix}*", f"{prefix}config.json", download)) / subfolder
 
 

@@ -1,9 +1,9 @@
 """Why a model cannot be had, by an unknown name or a failed download, said with its remedy."""
 
-import difflib
 from collections.abc import Iterable
 
 from sa3train.core.errors import CheckpointError
+from sa3train.core.text import suggest_name
 
 HUB = "https://huggingface.co"
 
@@ -69,10 +69,10 @@ def explain_unknown_name(name: str, known: Iterable[str]) -> CheckpointError:
     Returns:
         The error to raise.
     """
-    close = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.6)
-    guess = f" Did you mean {close[0]}?" if close else ""
+    known = list(known)
+    guess = suggest_name(name.lower(), known)
     return CheckpointError(
-        f"no model called '{name}' and no folder of that name.{guess} "
+        f"no model called '{name}' and no folder of that name. {f'{guess} ' if guess else ''}"
         f"Known names: {', '.join(known)}; or give a folder with model_config.json and model.safetensors, a folder "
         f"or repository of diffusers with model_index.json, or packs of the MLX builds."
     )

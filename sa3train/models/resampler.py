@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sa3train.core.device import randn
+from sa3train.core.noise import randn
 from sa3train.models.attention import Window
 from sa3train.models.blocks import FeedForward, Rotary, SelfAttention
 from sa3train.models.config import StackConfig

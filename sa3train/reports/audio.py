@@ -31,6 +31,10 @@ MEASURES = {
 """Title, unit and smallest range of the chart of each measure; the range is about what one can hear."""
 
 
+Sound = tuple[np.ndarray, int]
+"""Samples (N, C) as int16, and the sample rate."""
+
+
 class Media(NamedTuple):
     """Where the page finds a demo.
 
@@ -58,32 +62,56 @@ def embed_demos(run_dir: Path, demos: Sequence[DemoFile], max_mib: float = MAX_E
     """
     if not demos:
         return ""
-    left, left_out = max_mib * MIB, list[str]()
+    embedder = SoundEmbedder(max_mib)
 
     def embed_row(row: Sequence[DemoFile]) -> list[Media]:
-        nonlocal left
-        sounds = [_read_sound(run_dir / demo.file) for demo in row]
+        return embedder.embed([_read_sound(run_dir / demo.file) for demo in row], [demo.file for demo in row])
+
+    body = render_demos(demos, embed_row, is_embedded=True)
+    if embedder.left_out:
+        names = "".join(f"<li>{escape(name)}" for name in embedder.left_out)
+        body += render_details(f"{len(embedder.left_out)} older files are only in the run folder", f"<ul>{names}</ul>")
+    return body + _render_measure_charts(demos)
+
+
+class SoundEmbedder:
+    """Embeds sounds and their spectrograms into a page, as far as there is room.
+
+    Args:
+        max_mib: Limit on the size of all in MiB.
+
+    Attributes:
+        left_out: Names of the sounds for which there was no room.
+    """
+
+    def __init__(self, max_mib: float = MAX_EMBEDDED_MIB) -> None:
+        self._left, self.left_out = max_mib * MIB, list[str]()
+
+    def embed(self, sounds: Sequence[Sound | None], names: Sequence[str]) -> list[Media]:
+        """Embed sounds that are compared with each other: their spectrograms share one scale.
+
+        Args:
+            sounds: Samples (N, C) as int16 and sample rate of each; None for one that cannot be read.
+            names: Their names.
+
+        Returns:
+            Where the page finds each.
+        """
         mels = [None if sound is None else _compute_mel(*sound) for sound in sounds]
         loudest = max((float(mel_MT.max()) for mel_MT in mels if mel_MT is not None), default=0.0)
         found = []
-        for demo, sound, mel_MT in zip(row, sounds, mels, strict=True):
+        for name, sound, mel_MT in zip(names, sounds, mels, strict=True):
             if sound is None or mel_MT is None:
                 found.append(Media(problem="is missing or damaged"))
                 continue
             flac, picture = _encode_flac(*sound), _draw_picture(mel_MT, loudest)
-            if len(flac) + len(picture) > left:
-                left_out.append(demo.file)
-                found.append(Media(problem="is only in the run folder"))
+            if len(flac) + len(picture) > self._left:
+                self.left_out.append(name)
+                found.append(Media(problem="does not fit into this page"))
                 continue
-            left -= len(flac) + len(picture)
+            self._left -= len(flac) + len(picture)
             found.append(Media(_build_data_url("audio/flac", flac), _build_data_url("image/webp", picture)))
         return found
-
-    body = render_demos(demos, embed_row, is_embedded=True)
-    if left_out:
-        names = "".join(f"<li>{escape(name)}" for name in left_out)
-        body += render_details(f"{len(left_out)} older files are only in the run folder", f"<ul>{names}</ul>")
-    return body + _render_measure_charts(demos)
 
 
 def render_demos(
@@ -172,7 +200,7 @@ def _average(demos: Sequence[DemoFile], measure: str) -> float | None:
     return sum(values) / len(values) if values else None
 
 
-def _read_sound(path: Path) -> tuple[np.ndarray, int] | None:
+def _read_sound(path: Path) -> Sound | None:
     """Read samples (N, C) as int16 and the sample rate; None when they cannot be read."""
     import soundfile
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from sa3train.adapters.adapter import BASE_SAMPLE, PROMPTS, Adapter
+from sa3train.adapters.adapter import BASE_SAMPLE, PROMPTS, TRAINING_CONFIG, Adapter
 from sa3train.adapters.formats.io import load_adapter, save_adapter
 from sa3train.adapters.formats.native import unify_scales
 from sa3train.core.files import check_target, replace_folder, write_text
@@ -21,8 +21,8 @@ from sa3train.reports.loss_change import compute_loss_change
 from sa3train.reports.run_files import ADAPTER_FILE, CARD_FILE, RunFiles, holds_run, read_run
 
 SAMPLES_DIR = "samples"
-DATA_SUMMARY, TRIGGER, TRAINING_CONFIG = "data_summary", "trigger", "training_config"
-"""Keys in an adapter's metadata. The last one holds paths of the machine, so that it is not shared."""
+DATA_SUMMARY, TRIGGER = "data_summary", "trigger"
+"""Keys in an adapter's metadata."""
 
 SHOWN_SAMPLES = 4
 MARK = "<!-- written by sa3train -->"
@@ -229,12 +229,14 @@ def _describe(adapter: Adapter, run: RunFiles | None) -> str:
     size = f"{len(paths)} layers, {parameters / 1e6:.1f} M parameters"
     lines.append(f"- rank {spec.format_rank(paths)}, alpha {spec.format_alpha(paths)}, {size}")
     if (step := adapter.metadata.get("step", "")).isdigit():
-        lines.append(f"- {step} training steps")
+        is_last = run is not None and run.record.get("steps") == int(step)
+        lines.append(f"- {step} training steps{f' in {format_duration(run.seconds)}' if run and is_last else ''}")
     if run is not None and (change := compute_loss_change(run.validation, "val")):
         validated, levels = run.validation["history"][-1]["step"], run.validation["levels"]
         loss = f"log-mel distance after {len(levels)} round trips" if is_decoder_run(run) else "loss"
         at = "" if step in ("", str(validated)) else f", measured at step {validated}"
-        lines.append(f"- {loss} on held-out clips {change.describe()} than the base model's{at}")
+        change_text = change.describe("the base model's")
+        lines.append(f"- {loss} on held-out clips {change_text}{at}")
     return "\n".join(lines)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from sa3train.reports.charts import Line, Point, render_bars, render_legend, render_line_chart, smooth_points
 from sa3train.reports.html import format_bytes, render_facts, render_template
+from sa3train.reports.loss_change import LossChange
 from sa3train.reports.run_files import ROUND_TRIPS, RunFiles
 
 PARTS = {"val": ("held-out clips", "c-heldout"), "train_eval": ("training clips", "c-train")}
@@ -123,7 +124,7 @@ def render_clips(run: RunFiles) -> str:
     parts = [
         (name, sorted(items.get(part, []), key=_compute_change, reverse=True)) for part, (name, _) in PARTS.items()
     ]
-    return render_template("clips.html", parts=parts, change=_compute_change, shown=SHOWN_CLIPS)
+    return render_template("clips.html", parts=parts, change=_format_change, shown=SHOWN_CLIPS)
 
 
 def render_memorization(run: RunFiles) -> str:
@@ -192,7 +193,7 @@ def _render_change(run: RunFiles, level: int | None, **options: Any) -> str:
                 change = _pick_loss(row[part], level) / _pick_loss(base, level) - 1
                 points.append((float(row["step"]), 100 * change))
         lines.append(Line(name, points, color))
-    return render_line_chart(lines, unit=" %", baseline=BASELINE, min_range=2.0, **options)
+    return render_line_chart(lines, unit="%", baseline=BASELINE, min_range=2.0, **options)
 
 
 def _pick_loss(losses: Mapping[str, Any], level: int | None) -> float:
@@ -229,3 +230,8 @@ def _render_training_loss(run: RunFiles) -> str:
 
 def _compute_change(row: Mapping[str, Any]) -> float:
     return float(row["adapter"] / row["base"] - 1) if row["base"] else 0.0
+
+
+def _format_change(row: Mapping[str, Any]) -> str:
+    """One clip says nothing of chance, so that its change has no color."""
+    return LossChange(_compute_change(row), 1).format()

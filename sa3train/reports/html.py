@@ -111,7 +111,7 @@ def render_change_tile(change: LossChange | None, label: str) -> str:
         return ""
     label = f"{label} ({change.describe_sample()})"
     mood = "good" if change.change < 0 else "bad"
-    return render_tile(f"{change.change:+.1%}", label, mood if change.is_significant else "")
+    return render_tile(change.format(), label, mood if change.is_significant else "")
 
 
 def render_table(head: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()) -> str:

@@ -1,11 +1,11 @@
-"""The contract of a run folder: training writes it; the report and the studio read it, without being able to train.
+"""The contract of a run folder: training writes it; the report, the studio and `sa3-runs` read it. docs/runs.md has it.
 
 | file | holds |
 |---|---|
 | `config.yaml` | all settings, as Hydra reads them back |
-| `run.json` | id, version, started, status, identity, steps, process (pid, host), resumed (a list) |
+| `run.json` | format, id, version, started, status, seconds, steps, identity, process (pid, started, host), resumed |
 | `metrics.csv` | a column `step` and one for each metric; a cell is empty where a metric was not logged |
-| `validation.json` | measure; levels; base, history and items by part (`val`, `train_eval`); best_step, best_loss |
+| `validation.json` | measure, levels; base, history, items by part (`val`, `train_eval`); strengths; best step, loss |
 | `memorization.json` | clips, seconds and spread of generations; memorization: score and closest training clips |
 | `data.json` | manifest; sources with their path, role, model, splits and card; some prompts |
 | `adapter_stats.json` | adapter_type, rank, alpha, parameters, step; effect (relative change of weights); layers |
@@ -14,6 +14,7 @@
 | `checkpoints/step-*.safetensors` | resumable training state |
 | `adapter.safetensors` | the trained adapter |
 | `adapter-best.safetensors` | the adapter of the lowest validation loss, with `callbacks.validation.select_best` |
+| `evaluation.json` | what `sa3-eval --json` measured; `sa3-sweep` writes it |
 | `report.html` | the report, made from the files above |
 | `README.md` | the adapter's card: what it is, what it was trained on, how to play it |
 | `run.lock` | locked by the process that trains |
@@ -30,21 +31,25 @@ from typing import Any
 import yaml
 
 from sa3train.adapters.formats.run_dir import ADAPTER_FILE, CHECKPOINTS_DIR
+from sa3train.core.errors import DataError
 from sa3train.core.overrides import escape_interpolations, unescape_interpolations
 from sa3train.core.user_files import read_file, read_text
 from sa3train.data.sources.own_folders import CONFIG_FILE, RECORD_FILE
-from sa3train.reports.loss_change import compute_loss_change
 
+RUN_FORMAT = 1
+"""Version of this contract, in `run.json`. It grows when an older reader would misread a folder."""
 METRICS_FILE = "metrics.csv"
 VALIDATION_FILE, MEMORIZATION_FILE = "validation.json", "memorization.json"
 DATA_FILE, ADAPTER_STATS_FILE, SYSTEM_FILE = "data.json", "adapter_stats.json", "system.json"
 DEMOS_DIR, DEMOS_FILE = "demos", "demos.json"
 REPORT_FILE, CARD_FILE = "report.html", "README.md"
 BEST_ADAPTER_FILE = "adapter-best.safetensors"
+EVALUATION_FILE = "evaluation.json"
 LOCK_FILE = "run.lock"
 RUN_FILES = (
     CONFIG_FILE, RECORD_FILE, METRICS_FILE, VALIDATION_FILE, MEMORIZATION_FILE, DATA_FILE, ADAPTER_STATS_FILE,
-    SYSTEM_FILE, DEMOS_DIR, REPORT_FILE, CARD_FILE, ADAPTER_FILE, BEST_ADAPTER_FILE, CHECKPOINTS_DIR, LOCK_FILE,
+    SYSTEM_FILE, DEMOS_DIR, REPORT_FILE, CARD_FILE, ADAPTER_FILE, BEST_ADAPTER_FILE, CHECKPOINTS_DIR, EVALUATION_FILE,
+    LOCK_FILE,
 )  # fmt: skip
 """Everything that a run writes into its folder."""
 STEP = "step"
@@ -61,9 +66,6 @@ _JSON_FILES = {
 COPY_THRESHOLD = 0.5
 """Memorization score below which generations count as copies of training clips."""
 
-OVERFIT_THRESHOLD = 0.01
-"""Relative rise of the validation loss above its minimum that counts as overfitting."""
-
 
 def holds_run(run_dir: Path) -> bool:
     """Check whether a folder holds a run.
@@ -75,6 +77,26 @@ def holds_run(run_dir: Path) -> bool:
         Whether it does.
     """
     return (run_dir / CONFIG_FILE).is_file() and (run_dir / RECORD_FILE).is_file()
+
+
+def check_format(run_dir: Path, record: Mapping[str, Any]) -> None:
+    """Check that this version can read a run folder.
+
+    Args:
+        run_dir: The folder.
+        record: Content of its `run.json`; one without a format is of format 1.
+
+    Raises:
+        DataError: A newer version wrote it, or it is damaged.
+    """
+    if not isinstance(record, Mapping):
+        raise DataError(f"{run_dir / RECORD_FILE} is damaged: it holds no object. Restore it, or choose another run.")
+    found = record.get("format", RUN_FORMAT)
+    if not isinstance(found, int) or found > RUN_FORMAT:
+        raise DataError(
+            f"{run_dir} is a run of format {found}, made by sa3train {record.get('version')}; this version reads up to "
+            f"format {RUN_FORMAT}. Update sa3train."
+        )
 
 
 def format_settings(settings: Mapping[str, Any]) -> str:
@@ -247,12 +269,8 @@ class RunFiles:
 
     @property
     def seconds(self) -> float:
-        """Time in the training loop by the logged speeds, including what happened between two log lines."""
-        total, previous = 0.0, 0.0
-        for step, speed in self.get_curve("time/steps_per_second"):
-            total += (step - previous) / max(speed, 1e-9)
-            previous = step
-        return total
+        """Time of all starts together, until the last checkpoint or end."""
+        return float(self.record.get("seconds", 0.0))
 
     @property
     def peak_memory_gib(self) -> float | None:
@@ -268,6 +286,9 @@ def read_run(run_dir: Path) -> RunFiles:
 
     Returns:
         Its content.
+
+    Raises:
+        DataError: A newer version wrote it.
     """
     metrics, config = run_dir / METRICS_FILE, run_dir / CONFIG_FILE
     rows = read_metrics(metrics)[1] if metrics.is_file() else []
@@ -275,6 +296,7 @@ def read_run(run_dir: Path) -> RunFiles:
     for name, file in _JSON_FILES.items():
         path = run_dir / file
         contents[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    check_format(run_dir, contents["record"])
     return RunFiles(
         run_dir,
         config.read_text(encoding="utf-8") if config.is_file() else "",
@@ -282,41 +304,3 @@ def read_run(run_dir: Path) -> RunFiles:
         demos=list_demos(run_dir),
         **contents,
     )
-
-
-def summarize_run(run: RunFiles) -> list[str]:
-    """Summarize what the metrics of a run say.
-
-    Args:
-        run: The run.
-
-    Returns:
-        Sentences.
-    """
-    val, train = (compute_loss_change(run.validation, part) for part in ("val", "train_eval"))
-    found = []
-    if val is not None:
-        beside = f", and {train.describe()} on training clips" if train is not None else ""
-        found.append(f"Compared with the base model, loss is {val.describe()} on held-out clips{beside}.")
-    elif train is not None:
-        found.append(
-            f"Compared with the base model, loss is {train.describe()} on training clips. No clips are held "
-            "out to check whether this generalizes."
-        )
-    best, history = run.validation.get("best_loss"), run.validation.get("history", [])
-    if best and history and val is not None:
-        last = history[-1]["val"]["loss"]
-        if last > best * (1 + OVERFIT_THRESHOLD):
-            found.append(
-                f"Validation loss was lowest at step {run.validation['best_step']} and has risen by "
-                f"{last / best - 1:.1%} since: the adapter has started to overfit. Export the best adapter with "
-                "callbacks.validation.select_best=true."
-            )
-    if val is not None and train is not None and val.is_significant and val.change > 0 > train.change:
-        found.append(
-            "Loss improved on training clips and got worse on held-out clips: use fewer steps, a lower rank, or more "
-            "data."
-        )
-    if run.memorization.get("memorization", {}).get("score", 1.0) < COPY_THRESHOLD:
-        found.append("Generations are closer to training clips than held-out clips are: they may be copies.")
-    return found

@@ -19,7 +19,8 @@ from sa3train.reports.curves import (
 )
 from sa3train.reports.html import format_duration, render_change_tile, render_template, render_tile
 from sa3train.reports.loss_change import compute_loss_change
-from sa3train.reports.run_files import REPORT_FILE, RunFiles, read_run, summarize_run
+from sa3train.reports.run_files import REPORT_FILE, RunFiles, read_run
+from sa3train.reports.verdict import describe_verdict
 
 POLICY = "default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 """The page may load nothing: all it shows is inside it."""
@@ -58,7 +59,7 @@ def render_report(run: RunFiles) -> str:
         name=run.path.resolve().name,
         policy=POLICY,
         started=f"{datetime.fromisoformat(started):%d %b %Y %H:%M}" if started else "",
-        summary=summarize_run(run),
+        verdict=describe_verdict(run),
         tiles=_render_tiles(run),
         demos=embed_demos(run.path, run.demos),
         learning=render_learning(run),
@@ -84,7 +85,7 @@ def _render_tiles(run: RunFiles) -> str:
         effect = run.adapter_stats["effect"].get("all", 0.0)
         found.append(render_tile(f"{100 * effect:.3g}%", "change of the adapted weights"))
     if run.seconds:
-        found.append(render_tile(format_duration(run.seconds), "in the training loop"))
+        found.append(render_tile(format_duration(run.seconds), "of training"))
     if run.peak_memory_gib is not None:
         found.append(render_tile(f"{run.peak_memory_gib:.1f} GiB", "peak memory"))
     return "".join(found)

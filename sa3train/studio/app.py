@@ -13,14 +13,14 @@ os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 import gradio as gr
 from starlette.middleware import Middleware
 
+from sa3train.core.processes import get_running_pid
 from sa3train.studio.adapters.page import build_adapters_page
 from sa3train.studio.data.jobs import list_jobs
 from sa3train.studio.data.page import build_data_page
 from sa3train.studio.play.page import build_play_page
 from sa3train.studio.runs.page import build_runs_page
-from sa3train.studio.runs.runs import find_runs
 from sa3train.studio.server.access import LOCAL_NAMES, AccessMiddleware, AccessSettings
-from sa3train.studio.server.processes import get_running_pid
+from sa3train.studio.server.folders import find_runs
 from sa3train.studio.server.workspace import StudioError, Workspace
 
 MAX_UPLOAD = "512mb"

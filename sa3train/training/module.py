@@ -18,11 +18,11 @@ from typing_extensions import override
 from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.layers.inject import InjectedAdapter
 from sa3train.core.device import move_to_device
+from sa3train.data.loading.clip_batch import ClipBatch, make_clip_batch, pack_rows, unpack_rows
 from sa3train.data.loading.loader import Batch
 from sa3train.diffusion.objective import count_effective_frames, match_noise
 from sa3train.models.checkpoint import StableAudio3
 from sa3train.models.conditioners import TextEmbedding
-from sa3train.training.batch import ClipBatch, make_clip_batch, pack_rows, unpack_rows
 from sa3train.training.distributed import ShardedBaseStrategy, couple_across_ranks
 from sa3train.training.ema import EMA, swap_parameters
 from sa3train.training.optim import compute_schedule_free_average, make_lr_lambda, make_optimizer

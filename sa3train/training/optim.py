@@ -6,15 +6,16 @@ The optimizers are torch's, bitsandbytes' and pytorch-optimizer's; ours are only
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from sa3train.core.config import check_choice, find_closest
+from sa3train.core.config import check_choice
 from sa3train.core.errors import ConfigError
+from sa3train.core.text import suggest_name
 from sa3train.training.settings import OptimizationSettings, OptimizerSettings, SchedulerSettings
 
 OPTIMIZERS = {
@@ -136,8 +137,7 @@ def _check_options(
     known = [key for key in parameters if key not in _NO_OPTIONS]
     for key, value in settings.options.items():
         if key not in known:
-            close = find_closest(key, known)
-            hint = f"Did you mean '{close}'?" if close else f"Its options: {', '.join(known) or 'none'}."
+            hint = suggest_name(key, known, f"Its options: {', '.join(known) or 'none'}.")
             raise ConfigError(f"{section} {settings.name} has no option '{section}.options.{key}'. {hint}")
         default = parameters[key].default
         if isinstance(value, str) != isinstance(default, str) or isinstance(default, bool) > isinstance(value, bool):
@@ -199,6 +199,22 @@ def make_lr_lambda(settings: SchedulerSettings, total_steps: int) -> Callable[[i
         return decay(step - warmup_steps, total_steps - warmup_steps, **options)
 
     return compute_factor
+
+
+def keeps_rates(scheduler: Mapping[str, Any], before: int, after: int, steps: int) -> bool:
+    """Check whether the first steps of a run have the same learning rates when its length changes.
+
+    Args:
+        scheduler: Settings of the schedule, by name.
+        before: Optimizer steps of the run.
+        after: Optimizer steps of the changed run.
+        steps: How many of them are done.
+
+    Returns:
+        Whether they have.
+    """
+    old, new = (make_lr_lambda(SchedulerSettings(**scheduler), total) for total in (before, after))
+    return all(old(step) == new(step) for step in (0, steps // 2, steps))
 
 
 def compute_schedule_free_average(optimizer: Optimizer) -> dict[int, torch.Tensor]:

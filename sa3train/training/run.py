@@ -3,10 +3,9 @@
 import contextlib
 import functools
 import logging
-import time
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from sa3train.adapters.formats.io import load_adapter
 from sa3train.adapters.formats.native import has_several_scales
 from sa3train.adapters.layers.inject import InjectedAdapter, inject
 from sa3train.adapters.spec import AdapterSpec
-from sa3train.core.device import explain_device_errors
+from sa3train.core.device_errors import explain_device_errors
 from sa3train.core.files import write_bytes
 from sa3train.core.log import get_logger
 from sa3train.data.loading.datamodule import LatentDataModule
@@ -63,7 +62,7 @@ class TrainingResult:
         run_dir: The run folder.
         adapter: The adapter file.
         steps: Optimizer steps taken.
-        seconds: Duration, from the first preparation.
+        seconds: Duration of all its starts together, from the first preparation.
         peak_memory_gib: Peak memory in GiB.
         interrupted: The signal that stopped it, or None.
         summary: Lines for the user.
@@ -173,7 +172,6 @@ def train(
     Raises:
         ConfigError: Settings cancel each other.
     """
-    started = time.perf_counter()
     check_compatibility(model, data, settings)
     settings = match_demo_steps(settings)
     module = build_module(model, text, spec, settings, start_from)
@@ -193,7 +191,7 @@ def train(
                 choose_training_device(settings.trainer),  # not the module's: Lightning moved it to the CPU
             )
 
-    return end_run(run, trainer, module, callbacks, loggers, started, evaluate)
+    return end_run(run, trainer, module, callbacks, loggers, evaluate)
 
 
 def end_run(
@@ -202,7 +200,6 @@ def end_run(
     module: AdapterModule,
     callbacks: TrainingCallbacks,
     loggers: LoggerCollection,
-    started: float,
     evaluate: Callable[[], None] = lambda: None,
 ) -> TrainingResult:
     """End a run: write the adapter that was asked for unless the run was stopped, its record, card and report.
@@ -213,7 +210,6 @@ def end_run(
         module: The trained module.
         callbacks: The run's callbacks.
         loggers: Where the adapter is published.
-        started: `time.perf_counter()` at the start.
         evaluate: Evaluates the adapter file of a finished run, on rank 0.
 
     Returns:
@@ -237,8 +233,8 @@ def end_run(
     summary = validation.describe(validation.summarize()) if validation is not None and validation.history else []
     if callbacks.memory_plan is not None and callbacks.memory_plan.accuracy:
         summary = [*summary, callbacks.memory_plan.accuracy]
-    seconds = time.perf_counter() - started
-    return TrainingResult(run.path, adapter, step, seconds, measure_peak_memory(), interrupted, summary)
+    seconds, peak = run.record["seconds"], measure_peak_memory()
+    return TrainingResult(run.path, adapter, step, seconds, peak, interrupted, summary)
 
 
 def build_module(
@@ -312,7 +308,12 @@ def _build_callbacks(
         if not heldout:
             _logger.warning("no clips are held out: validation uses training clips only. Encode with split=0.1.")
         training = list_training_clips(data, wanted.validation.clips)
-        validation = ValidationCallback(run_dir, loggers, checkpoint, heldout, training, wanted.validation)
+        chosen = wanted.validation
+        if chosen.strengths and (trainer.compile or trainer.strategy == "fsdp"):
+            # Compiled blocks would not notice that the adapter is scaled; a sharded base is not at hand beside it.
+            _logger.info("other strengths are not measured with trainer.compile or fsdp. Run sa3-eval afterwards.")
+            chosen = replace(chosen, strengths=[])
+        validation = ValidationCallback(run_dir, loggers, checkpoint, heldout, training, chosen)
     if wanted.demos.enabled:
         if not heldout and (wanted.demos.heldout_prompts or wanted.demos.inpaint):
             _logger.warning("no clips are held out: demos play callbacks.demos.prompts only. Encode with split=0.1.")
@@ -333,6 +334,7 @@ def _fit(
     run: RunDir, module: LoraModule, data: LatentDataModule, callbacks: TrainingCallbacks, settings: TrainerSettings
 ) -> lightning.Trainer:
     trainer = make_trainer(run.path, settings, callbacks.list_enabled())
+    callbacks.checkpoint.after_save.insert(0, lambda *_: run.save())  # with the time so far
     data.trainer = trainer  # the loader asks it for rank and world size
     plan = callbacks.memory_plan
     assert plan is not None

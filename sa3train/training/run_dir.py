@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import time
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from sa3train.core.config import find_differences
 from sa3train.core.errors import ConfigError, SA3Error
 from sa3train.core.files import path_exists, relate_path, write_json, write_text
 from sa3train.core.log import get_logger, get_rank
+from sa3train.core.processes import describe_this_process
 from sa3train.core.signals import Interrupted
 from sa3train.core.text import format_command
 from sa3train.core.user_files import IS_WINDOWS, check_folder, read_file
@@ -36,11 +38,14 @@ from sa3train.reports.run_files import (
     LOCK_FILE,
     RECORD_FILE,
     RUN_FILES,
+    RUN_FORMAT,
+    check_format,
     format_settings,
     holds_run,
     load_settings,
 )
 from sa3train.training.callbacks.checkpoint import find_latest_checkpoint, list_checkpoints
+from sa3train.training.optim import keeps_rates
 
 _logger = get_logger(__name__)
 
@@ -52,8 +57,11 @@ FREE_SETTINGS = (
 """Settings that may change when a run is resumed: they do not touch what is learned. What `data.dir` and
 `source` hold is part of the identity."""
 
-STORED_SETTINGS = ("trainer.activation_checkpointing",)
-"""Those of them that later resumes keep, as they make the run fit into memory."""
+STORED_SETTINGS = ("trainer.activation_checkpointing", "trainer.max_steps")
+"""Settings that may change and that later resumes keep: one makes the run fit into memory, one is its length."""
+
+LENGTH = "trainer.max_steps"
+"""May change where the learning rate does not depend on it."""
 
 REASONS = {
     "identity.data": "the latents were encoded anew, or others lie there",
@@ -79,6 +87,7 @@ class RunDir:
         state: Step and file of the training state to resume from, or None.
         changes: What differs from the run as it was started and was allowed: old and new value by name.
         lock: Held by rank 0; the other ranks have none.
+        since: Time of the last save, as of `time.perf_counter`.
     """
 
     path: Path
@@ -90,6 +99,7 @@ class RunDir:
     state: tuple[int, Path] | None = None
     changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)
     lock: FileLock | None = None
+    since: float = field(default_factory=time.perf_counter)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"lock": None}  # rank 0 sends the others a copy
@@ -127,11 +137,13 @@ class RunDir:
         return self
 
     def save(self, **values: Any) -> None:
-        """Save values in `run.json`, on rank 0.
+        """Save values in `run.json`, on rank 0, with the seconds of all starts so far.
 
         Args:
             **values: What to add to the record.
         """
+        before, self.since = self.since, time.perf_counter()
+        self.record["seconds"] = round(self.record.get("seconds", 0.0) + self.since - before, 3)
         self.record.update(values)
         if get_rank() == 0:
             write_json(self.path / RECORD_FILE, self.record)
@@ -148,12 +160,15 @@ class RunDir:
         saved, started = load_settings(self.path / CONFIG_FILE), _read_record(self.path)["identity"]
         differences = find_differences(saved, json.loads(json.dumps(dict(self.settings))))
         changes = {key: change for key, change in differences.items() if not _matches(key, FREE_SETTINGS)}
+        if not (length := self._explain_length(*changes.get(LENGTH, (0, 0)))):
+            changes.pop(LENGTH, None)
         known = {name: started.get(name) for name in self.identity}
         self.changes = changes | find_differences(known, self.identity, "identity.")
         refused = [key for key in self.changes if "all" not in self.allowed and not _matches(key, self.allowed)]
         if refused:
+            reasons = REASONS | {LENGTH: length}
             lines = [
-                f"         {key}: {old} -> {new}{f' ({REASONS[key]})' if key in REASONS else ''}\n"
+                f"         {key}: {old} -> {new}{f' ({reasons[key]})' if key in reasons else ''}\n"
                 for key, (old, new) in self.changes.items() if key in refused
             ]  # fmt: skip
             raise ConfigError(
@@ -162,14 +177,23 @@ class RunDir:
             )
         return differences
 
+    def _explain_length(self, before: int, after: int) -> str:
+        """Explain why a run of another length would not go on exactly; empty if it would."""
+        done = max(list_checkpoints(self.path), default=0)
+        if before == after or (after >= done and keeps_rates(self.settings.get("scheduler", {}), before, after, done)):
+            return ""
+        if after < done:
+            return f"{done} steps are done"
+        return f"its learning rate falls towards its end; to train on in another run: adapter.start_from={self.path}"
+
     def _start(self) -> None:
         if holds_run(self.path):
             _logger.info("%s: the run in it was killed before it saved anything, and is started again", self.path)
             _clear(self.path)
         write_text(self.path / CONFIG_FILE, format_settings(self.settings))
         self.save(
-            id=uuid.uuid4().hex[:8], version=__version__, started=_now(), status="running", identity=self.identity,
-            resumed=[], directory=relate_path(".", self.path), process=_describe_process(),
+            format=RUN_FORMAT, id=uuid.uuid4().hex[:8], version=__version__, started=_now(), status="running",
+            identity=self.identity, resumed=[], directory=relate_path(".", self.path), process=_describe_process(),
         )  # fmt: skip
 
     def _resume(self) -> None:
@@ -183,7 +207,10 @@ class RunDir:
         if self.changes or any(_matches(key, STORED_SETTINGS) for key in differences):
             write_text(self.path / CONFIG_FILE, format_settings(self.settings))
         self.record = _read_record(self.path)
-        self.save(status="running", identity=self.identity, resumed=[*self.record["resumed"], resumed])
+        length = self.settings.get("trainer", {}).get("max_steps")
+        is_over = self.record.get("status") == "finished" and resumed["step"] == length
+        resumes = [*self.record["resumed"], *([] if is_over else [resumed])]  # else only its last files are made again
+        self.save(status="running", identity=self.identity, resumed=resumes)
 
     def _leave(self, error: BaseException) -> None:
         """Remove what a run left that failed before it made anything; else log how to resume."""
@@ -340,6 +367,7 @@ def _read_record(run_dir: Path) -> dict[str, Any]:
     path = run_dir / RECORD_FILE
     try:
         record: dict[str, Any] = json.loads(read_file(path))
+        check_format(run_dir, record)
         if missing := {"id", "identity", "resumed"}.difference(record):
             raise ValueError(f"it has no {', '.join(sorted(missing))}")
     except (OSError, ValueError, TypeError) as error:
@@ -348,7 +376,7 @@ def _read_record(run_dir: Path) -> dict[str, Any]:
 
 
 def _describe_process() -> dict[str, Any]:
-    return {"pid": os.getpid(), "host": platform.node()}
+    return {**describe_this_process(), "host": platform.node()}
 
 
 def _now() -> str:

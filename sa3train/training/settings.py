@@ -190,6 +190,13 @@ class ValidationSchedule:
         None, help="Stop after so many validations without a new best; null: never.", min=1, max=MAX_COUNT
     )
     seed: int = setting(0, help="Seed of the fixed noise.", min=0, max=MAX_SEED)
+    strengths: list[float] = setting(
+        [0.5, 0.75, 1.25],
+        help="Strengths besides 1 at which held-out clips are measured after the last step, without compile or fsdp.",
+        min=-100,
+        max=100,
+        items=(0, 100),
+    )
 
     def __post_init__(self) -> None:
         check_settings(self, "callbacks.validation")

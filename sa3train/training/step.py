@@ -6,7 +6,6 @@ clip), so a step is the same whatever the number of ranks, workers or restarts, 
 Shape legend: B clips, C latent channels, T latent frames.
 """
 
-import hashlib
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sa3train.core.device import move_to_device
+from sa3train.core.seeds import derive_seed
 from sa3train.diffusion import masks, objective, schedule
 from sa3train.training.settings import LossSettings
 
@@ -84,19 +84,6 @@ class Losses:
     context_loss: Tensor
     total: Tensor
     item_loss_B: Tensor
-
-
-def derive_seed(*parts: object) -> int:
-    """Derive a seed from any parts, the same on every machine.
-
-    Args:
-        *parts: Texts and numbers.
-
-    Returns:
-        A 63-bit seed.
-    """
-    text = "\x1f".join(map(str, parts)).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
 def derive_clip_seeds(seed: int, micro_step: int, crop_seeds: Sequence[int]) -> list[int]:

@@ -14,6 +14,8 @@ from helpers.golden import GOLDEN, PACKED
 
 RECORDED = PACKED / "mlx"
 CODECS = {"plain": "s", "diff": "l"}
+RECORDED_CASES = {"encoder": "same.encode.8192", "decoder": "same.decode.2"}
+"""Golden cases whose outputs of the MLX code are recorded."""
 _SAME = "pretransform.model."
 _STACKS = {
     "encoder": ("encoder.layers.0.", "encoder.layers.2.", "project_out."),
@@ -81,6 +83,11 @@ def make_text() -> dict[str, np.ndarray]:
     arrays["META"] = np.frombuffer(json.dumps(config).encode(), np.uint8)
     arrays["TOKENIZER_MODEL"] = np.frombuffer((RECORDED / "tokenizer.model").read_bytes(), np.uint8)
     return arrays
+
+
+def thin_out(output: np.ndarray) -> np.ndarray:
+    """Take every fifth value of the output of an encoder or decoder, as it is recorded."""
+    return output.reshape(-1)[::5]
 
 
 def save_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:

@@ -14,9 +14,17 @@ HOSTILE = '<script>alert("x")</script> & "drums"'
 
 
 def make_losses(val: float, train_eval: float) -> dict[str, Any]:
-    """Losses of both parts, the same at every noise level."""
-    parts = {"val": val, "train_eval": train_eval}
-    return {part: {"loss": loss, "by_level": [loss] * len(LEVELS)} for part, loss in parts.items()}
+    """Losses of both parts, the same at every noise level; those of single clips as in `make_items`."""
+    parts = {"val": (val, 12), "train_eval": (train_eval, 3)}
+    return {
+        part: {"loss": loss, "by_level": [loss] * len(LEVELS), "by_clip": list_clip_losses(loss, count)}
+        for part, (loss, count) in parts.items()
+    }
+
+
+def list_clip_losses(loss: float, count: int) -> list[float]:
+    """Losses of single clips around a mean; those of the base, 1.0, are equal."""
+    return [loss + (n - (count - 1) / 2) / 10 * (loss != 1.0) for n in range(count)]
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -42,14 +50,15 @@ def write_demo(run: Path, step: int, strength: float, seconds: float = 1.0) -> d
 def make_items(loss: float, count: int) -> list[dict[str, Any]]:
     """Losses of single clips: 1.0 for the base, around `loss` for the adapter."""
     return [
-        {"key": f"clip-{n}", "prompt": HOSTILE, "base": 1.0, "adapter": loss + (n - (count - 1) / 2) / 10}
-        for n in range(count)
+        {"key": f"clip-{n}", "prompt": HOSTILE, "base": 1.0, "adapter": adapter}
+        for n, adapter in enumerate(list_clip_losses(loss, count))
     ]
 
 
 def write_run(folder: Path) -> Path:
     """Write a run of 20 steps with demos at steps 0, 10 and 20."""
     write_json(folder / "run.json", {"id": "ab12cd34", "version": "0.1.0", "started": "2026-01-02T03:04:05+00:00",
+               "seconds": 90.0,
                "status": "finished", "resumed": [{"at": "2026-01-02T04:00:00+00:00", "step": 10}]})  # fmt: skip
     (folder / "config.yaml").write_text("adapter:\n  adapter_type: dora-rows\n  note: <b>\n")
     rows = [f"{step},{1 / step},{0.5},{2.0},{1.5}" for step in range(1, 21)]

@@ -1,11 +1,35 @@
 """What the tests of the studio do on any of its pages."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Browser, Page, expect
+
+from helpers.chromium import PATIENCE_MS
 
 AT_REST = """() => document.getAnimations().every(
     one => one.playState !== 'running' || one.effect.getComputedTiming().endTime === Infinity)"""
 """While something fades in, its colors are not final."""
+
+
+@contextmanager
+def open_studio(browser: Browser, address: str) -> Iterator[Page]:
+    """Open a fresh page of a studio. Fails when it asks any other host, or a script of it breaks."""
+    context = browser.new_context(viewport={"width": 1400, "height": 1000}, reduced_motion="reduce")
+    context.set_default_timeout(PATIENCE_MS)
+    page = context.new_page()
+    strangers: list[str] = []
+    broken: list[str] = []
+    own = (address, "data:", "blob:")
+    page.on("request", lambda request: None if request.url.startswith(own) else strangers.append(request.url))
+    page.on("pageerror", lambda error: broken.append(str(error)))
+    page.goto(address)
+    page.wait_for_selector("#play-generate")
+    yield page
+    context.close()
+    assert strangers == []
+    assert broken == []
 
 
 def close_error(page: Page, text: str) -> None:

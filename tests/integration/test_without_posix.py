@@ -21,7 +21,7 @@ PROGRAMS = Path(sys.executable).parent
 STOP = """
 import sys, time
 from pathlib import Path
-from sa3train.studio.server import processes
+from sa3train.core import processes
 folder, run_dir, command = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
 processes.start(folder, command)
 while processes.get_running_pid(folder) and not list((run_dir / "checkpoints").glob("step-*.safetensors")):
@@ -43,23 +43,27 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def make_environment(work: Path) -> dict[str, str]:
-    return os.environ | {
-        "PYTHONPATH": str(TESTS / "helpers" / "without_posix"),
-        "SA3TRAIN_TEST_WORK": str(work),
-        "PYTHONIOENCODING": "cp1252:strict",
-        "OMP_NUM_THREADS": "1",
-    }
+def make_environment(work: Path, **more: str) -> dict[str, str]:
+    return (
+        os.environ
+        | more
+        | {
+            "PYTHONPATH": str(TESTS / "helpers" / "without_posix"),
+            "SA3TRAIN_TEST_WORK": str(work),
+            "PYTHONIOENCODING": "cp1252:strict",
+            "OMP_NUM_THREADS": "1",
+        }
+    )
 
 
-def run(work: Path, *command: str | Path) -> str:
+def run(work: Path, *command: str | Path, **environment: str) -> str:
     """Run a command in the work folder and return its output; fail with the output if it fails."""
     program = shutil.which(str(command[0]), path=str(PROGRAMS))
     assert program is not None
     done = subprocess.run(
         [program, *map(str, command[1:])],
         cwd=work,
-        env=make_environment(work),
+        env=make_environment(work, **environment),
         capture_output=True,
         encoding="cp1252",
         errors="replace",
@@ -92,24 +96,31 @@ except OSError:
 
 
 def test_the_commands_run(work: Path) -> None:
-    run(work, "sa3-data", "audit", "clips")
-    run(work, "sa3-encode", "source=clips", "out=latents", "model=nano-base", "split=0.25")
+    run(work, "sa3-data", "audit", "C:\\clips")
+    run(work, "sa3-encode", "source=C:\\clips", "out=.\\latents", "model=nano-base", "split=0.25")
     settings = (
-        "data=latents model=nano-base run_dir=style trainer.max_steps=12 scheduler.warmup_steps=0 data.num_workers=1 "
-        "data.batch_size=1 callbacks.checkpoint.every=1 callbacks.demos.enabled=false callbacks.validation.clips=1"
+        "data=latents model=nano-base run_dir=runs\\style trainer.max_steps=4 scheduler.warmup_steps=0 "
+        "data.num_workers=1 data.batch_size=1 callbacks.checkpoint.every=1 callbacks.demos.enabled=false "
+        "callbacks.validation.clips=1 logger=wandb"
     )
-    command = ["sa3-train", *settings.split()]
-    stopped = run(work, "python", "-c", STOP, work / "process", work / "style", *command)
-    record = json.loads((work / "style" / "run.json").read_text(encoding="utf-8"))
-    assert record["status"] == "interrupted", stopped
-    run(work, "sa3-train", "resume=style")
-    record = json.loads((work / "style" / "run.json").read_text(encoding="utf-8"))
-    assert record["status"] == "finished"
-    generate = ("sa3-generate", "--model", "nano", "-p", "koto", "--duration", "1", "--lora", "style=0.8@0-0.5")
-    run(work, *generate, "-o", "a.wav")
-    run(work, "sa3-generate", "--from", "a.wav.json", "-o", "again.wav")
-    run(work, "sa3-adapter", "convert", "style/adapter.safetensors", "peft", "--to", "peft")
-    run(work, "sa3-adapter", "merge", "peft", "--model", "nano-base", "-o", "merged")
+    command, style = ["sa3-train", *settings.split()], work / "runs" / "style"
+
+    def read_state() -> tuple[str, str]:
+        record = json.loads((style / "run.json").read_text(encoding="utf-8"))
+        return record["status"], max((style / "checkpoints").iterdir()).stem
+
+    held = {"SA3TRAIN_TEST_HELD": "step-00000002"}
+    stopped = run(work, "python", "-c", STOP, work / "process", style, *command, **held)
+    status, step = read_state()
+    assert status == "interrupted" and step in ("step-00000002", "step-00000003"), stopped
+    run(work, "sa3-train", "resume=C:\\runs\\style")
+    assert read_state() == ("finished", "step-00000004")
+    assert len(list((style / "wandb").rglob("offline-run-*/*.wandb"))) == 2
+    generate = ("sa3-generate", "--model", "nano", "-p", "koto", "--duration", "1")
+    run(work, *generate, "--lora", "runs\\style@3=0.8@0-0.5", "-o", "C:\\out\\a.wav")
+    run(work, "sa3-generate", "--from", "out\\a.wav.json", "-o", "out\\again.wav")
+    run(work, "sa3-adapter", "convert", "runs\\style\\adapter.safetensors", "peft", "--to", "peft")
+    run(work, "sa3-adapter", "merge", "peft", "--model", "nano-base", "-o", "C:merged")
     assert (work / "merged" / "model.safetensors").is_file()
 
 

@@ -60,7 +60,7 @@ EXTRAS = [name for name in PROJECT["optional-dependencies"] if name != "dev"]
 
 
 def test_every_import_of_the_package_is_declared() -> None:
-    optional = {*list_requirements("ui", "flash", "gguf")}
+    optional = {*list_requirements("ui", "flash", "gguf", "sweep", "mcp")}
     assert list_foreign_imports("sa3train") - list_requirements().keys() - optional == set()
 
 

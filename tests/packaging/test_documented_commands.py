@@ -22,7 +22,11 @@ FLAG_JOBS = {
         "sa3-data": "data",
         "sa3-adapter": "adapter",
         "sa3-bench": "bench",
+        "sa3-eval": "eval",
         "sa3-quickstart": "quickstart",
+        "sa3-runs": "runs",
+        "sa3-sweep": "sweep",
+        "sa3-mcp": "mcp",
         "sa3-studio": "studio",
     }.items()
 }
@@ -37,6 +41,15 @@ def commands_of(document: Path) -> list[list[str]]:
 
 
 COMMANDS = [(document.relative_to(ROOT).as_posix(), words) for document in DOCUMENTS for words in commands_of(document)]
+
+
+@pytest.mark.parametrize("module", FLAG_JOBS.values())
+def test_every_flag_has_a_help_text(module: str) -> None:
+    parsers = [importlib.import_module(module).build_parser()]
+    for parser in parsers:
+        for action in parser._actions:
+            assert action.help or isinstance(action, argparse._SubParsersAction), f"{parser.prog} {action.dest}"
+            parsers += action.choices.values() if isinstance(action, argparse._SubParsersAction) else []
 
 
 def test_the_readme_shows_commands() -> None:

@@ -8,8 +8,8 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from helpers.audio import tone, write_clip
-from helpers.chromium import PATIENCE_MS
 from helpers.nano_adapters import write_lora_adapters
+from helpers.studio_page import open_studio
 from sa3train.studio.app import run_studio
 from sa3train.studio.server.workspace import Workspace
 
@@ -26,12 +26,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def workspace(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
-    """A workspace with adapters/one and adapters/two for nano, and audio/tone.wav of 2 s."""
-    root = tmp_path_factory.mktemp("studio")
+    """A workspace with adapters/one and adapters/two for nano, and audio/tone.wav of 2 s.
+
+    Its sources clips and linked belong to the tests of the Data page, and are listed last. All tests share one studio:
+    Gradio has one folder of uploads per process.
+    """
+    root, clips = tmp_path_factory.mktemp("studio"), tmp_path_factory.mktemp("user")
     write_lora_adapters(root / "adapters")
     write_clip(root / "audio" / "tone.wav", tone(2.0))
     (root / "audio" / "words.wav").write_text("no audio at all")
-    return Workspace.create(tmp_path_factory.mktemp("workspace"), [root], device="cpu")
+    for name in ("clips", "linked"):
+        (clips / name).mkdir()
+    folders = [root, clips / "clips", clips / "linked"]
+    return Workspace.create(tmp_path_factory.mktemp("workspace"), folders, device="cpu")
 
 
 @pytest.fixture(scope="session")
@@ -43,26 +50,15 @@ def address(workspace: Workspace) -> Iterator[str]:
 
 @pytest.fixture
 def page(browser: Browser, address: str) -> Iterator[Page]:
-    """A fresh page of the studio. Fails when it asks any other host, or a script of it breaks."""
-    context = browser.new_context(viewport={"width": 1400, "height": 1000}, reduced_motion="reduce")
-    context.set_default_timeout(PATIENCE_MS)
-    found = context.new_page()
-    strangers: list[str] = []
-    broken: list[str] = []
-    found.on("request", lambda request: None if _own(request.url, address) else strangers.append(request.url))
-    found.on("pageerror", lambda error: broken.append(str(error)))
-    found.goto(address)
-    found.wait_for_selector("#play-generate")
-    found.wait_for_selector("#play-results .item")
-    while found.locator("[data-cancel]").count():  # what a failed test has left behind
-        button = found.locator("[data-cancel]").first
-        number = button.get_attribute("data-cancel")
-        button.click()
-        expect(found.locator(f"[data-cancel='{number}']")).to_have_count(0)
-    yield found
-    context.close()
-    assert strangers == []
-    assert broken == []
+    """A fresh page of the studio."""
+    with open_studio(browser, address) as found:
+        found.wait_for_selector("#play-results .item")
+        while found.locator("[data-cancel]").count():  # what a failed test has left behind
+            button = found.locator("[data-cancel]").first
+            number = button.get_attribute("data-cancel")
+            button.click()
+            expect(found.locator(f"[data-cancel='{number}']")).to_have_count(0)
+        yield found
 
 
 @pytest.fixture
@@ -71,7 +67,3 @@ def artefacts(tmp_path: Path) -> Path:
     folder = Path(os.environ.get("SA3_ARTEFACTS") or tmp_path) / "studio"
     folder.mkdir(parents=True, exist_ok=True)
     return folder
-
-
-def _own(url: str, address: str) -> bool:
-    return url.startswith((address, "data:", "blob:"))

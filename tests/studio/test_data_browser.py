@@ -1,8 +1,8 @@
 """The Data page as a person meets it: captions are edited and undone, a folder is audited and encoded, prompts seen."""
 
 import json
-import os
 import re
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,8 +13,7 @@ from playwright.sync_api import Browser, Locator, Page, expect
 
 from helpers.audio import noise, tone, write_clip
 from helpers.chromium import PATIENCE_MS
-from helpers.studio_page import close_error, find_serious_violations
-from sa3train.studio.app import run_studio
+from helpers.studio_page import close_error, find_serious_violations, open_studio
 from sa3train.studio.data import captions
 from sa3train.studio.server.workspace import Workspace
 
@@ -25,36 +24,33 @@ LATE_FRAMES = """() => {
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """A folder of 4 short clips, one of them without caption, and one of a link that leads out of the studio."""
-    folder = tmp_path / "root"
+def clips(workspace: Workspace, tmp_path: Path) -> Path:
+    """A folder of 4 short clips, one of them without caption; in the folder beside it a link leads out of the studio.
+
+    What the test before has written is gone.
+    """
+    folder, linked = workspace.sources[1:]
+    for path in (*folder.iterdir(), *linked.iterdir()):
+        path.unlink()
     for number in range(3):
-        write_clip(folder / "audio" / f"{number}.wav", noise(1.0 + number / 10, seed=number), f"noise, number {number}")
-    write_clip(folder / "audio" / "bare.wav", tone(1.0))
+        write_clip(folder / f"{number}.wav", noise(1.0 + number / 10, seed=number), f"noise, number {number}")
+    write_clip(folder / "bare.wav", tone(1.0))
     write_clip(tmp_path / "secret.wav", tone(0.2))
-    (folder / "linked").mkdir()
-    (folder / "linked" / "a.wav").symlink_to(tmp_path / "secret.wav")
+    (linked / "a.wav").symlink_to(tmp_path / "secret.wav")
+    for name in ("captions", "jobs", "audits"):
+        shutil.rmtree(workspace.home / name, ignore_errors=True)
     return folder
 
 
 @pytest.fixture
-def own_address(root: Path) -> Iterator[str]:
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with run_studio(Workspace.create(root.parent / "studio", [root / "audio", root / "linked"], device="cpu")) as found:
-        yield found
-
-
-@pytest.fixture
-def page(browser: Browser, own_address: str) -> Iterator[Page]:
+def page(browser: Browser, address: str, clips: Path) -> Iterator[Page]:
     """The Data page with the folder chosen."""
-    context = browser.new_context(viewport={"width": 1400, "height": 1000}, reduced_motion="reduce")
-    context.set_default_timeout(PATIENCE_MS)
-    found = context.new_page()
-    found.goto(own_address)
-    found.get_by_role("tab", name="Data", exact=True).click()
-    expect(found.locator("#captions-count")).to_contain_text("4 clips")
-    yield found
-    context.close()
+    with open_studio(browser, address) as found:
+        found.get_by_role("tab", name="Data", exact=True).click()
+        expect(found.locator("#captions-count")).to_contain_text("2 clips")
+        choose(found, str(clips))
+        expect(found.locator("#captions-count")).to_contain_text("4 clips")
+        yield found
 
 
 def cell(page: Page, text: str) -> Locator:
@@ -91,7 +87,7 @@ def choose(page: Page, folder: str) -> None:
     box.blur()
 
 
-def test_captions_are_edited_saved_and_undone(page: Page, root: Path, artefacts: Path) -> None:
+def test_captions_are_edited_saved_and_undone(page: Page, clips: Path, artefacts: Path) -> None:
     write(page, "bare.wav", "a plain tone")
     write(page, "0.wav", "noise, the first")
     only = page.get_by_label("Without caption only")
@@ -99,8 +95,8 @@ def test_captions_are_edited_saved_and_undone(page: Page, root: Path, artefacts:
     close_error(page, "unsaved captions")
     page.locator("#captions-save").click()
     expect(page.locator("#captions-status")).to_contain_text("bare.txt")
-    assert (root / "audio" / "bare.txt").read_text() == "a plain tone\n"
-    assert (root / "audio" / "0.txt").read_text() == "noise, the first\n"
+    assert (clips / "bare.txt").read_text() == "a plain tone\n"
+    assert (clips / "0.txt").read_text() == "noise, the first\n"
     expect(page.locator("#captions-status .command")).to_contain_text("printf")
     expect(page.locator("#captions-count")).to_contain_text("0 clips")
     only.uncheck()
@@ -111,11 +107,31 @@ def test_captions_are_edited_saved_and_undone(page: Page, root: Path, artefacts:
     page.screenshot(path=artefacts / "data-captions.png", full_page=True)
     page.locator("#captions-undo").click()
     expect(page.locator("#captions-status")).to_contain_text("Restored")
-    assert not (root / "audio" / "bare.txt").exists()
-    assert (root / "audio" / "0.txt").read_text() == "noise, number 0"
+    assert not (clips / "bare.txt").exists()
+    assert (clips / "0.txt").read_text() == "noise, number 0"
 
 
-def test_a_caption_is_kept_however_slow_the_answer(page: Page, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clips_are_captioned_and_captions_replaced(page: Page, clips: Path, artefacts: Path) -> None:
+    page.get_by_role("button", name="Clips without a caption").click()
+    page.locator("#captions-compose textarea").fill("{name} {sound}")
+    page.locator("#captions-compose-all").click()
+    expect(page.locator("#captions-status")).to_contain_text("Captioned 1 clips")
+    assert (clips / "bare.txt").read_text() == "bare tonal\n"
+    page.get_by_role("button", name="Replace in all captions").click()
+    page.locator("#captions-replace").get_by_label("Replace", exact=True).fill("noise")
+    page.locator("#captions-replace").get_by_label("With").fill("hiss")
+    page.locator("#captions-replace-all").click()
+    expect(page.locator("#captions-status")).to_contain_text("Replaced in 3 captions")
+    expect(caption_cell(page, "0.wav")).to_contain_text("hiss, number 0")
+    assert find_serious_violations(page) == []
+    page.screenshot(path=artefacts / "data-captions-composed.png", full_page=True)
+    for left in (1, 0):
+        page.locator("#captions-undo").click()
+        expect(page.locator("#captions-count")).to_contain_text(f"undone: {left}")
+    assert not (clips / "bare.txt").exists() and (clips / "0.txt").read_text() == "noise, number 0"
+
+
+def test_a_caption_is_kept_however_slow_the_answer(page: Page, clips: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No letter waits for a frame; Save ends the typing by itself; while it is answered nothing can be typed that the
     answer would undo.
     """
@@ -137,7 +153,7 @@ def test_a_caption_is_kept_however_slow_the_answer(page: Page, root: Path, monke
     expect(page.locator("#captions-table textarea")).to_have_count(0)
     answer.set()
     expect(page.locator("#captions-status")).to_contain_text("bare.txt")
-    assert (root / "audio" / "bare.txt").read_text() == "still in the field\n"
+    assert (clips / "bare.txt").read_text() == "still in the field\n"
     monkeypatch.undo()
     write(page, "0.wav", "after the answer")
     page.locator("#captions-undo").click()  # refused: what was held is given back after an error too
@@ -145,7 +161,7 @@ def test_a_caption_is_kept_however_slow_the_answer(page: Page, root: Path, monke
     write(page, "1.wav", "after the error")
     page.locator("#captions-save").click()
     expect(page.locator("#captions-status")).to_contain_text("1.txt")
-    said = [(root / "audio" / f"{name}.txt").read_text() for name in (0, 1)]
+    said = [(clips / f"{name}.txt").read_text() for name in (0, 1)]
     assert said == ["after the answer\n", "after the error\n"]
 
 
@@ -161,14 +177,14 @@ def test_an_audit_says_what_is_wrong(page: Page, artefacts: Path) -> None:
     page.screenshot(path=artefacts / "data-audit.png", full_page=True)
 
 
-def test_a_folder_is_encoded_and_its_prompts_are_seen(page: Page, root: Path, artefacts: Path) -> None:
+def test_a_folder_is_encoded_and_its_prompts_are_seen(page: Page, workspace: Workspace, artefacts: Path) -> None:
     open_tab(page, "Encode")
     page.get_by_label("Folder for the latents").fill("latents/mine")
     page.get_by_label("optional", exact=True).last.check()
     page.locator("#encode-start").click()
     expect(page.locator("#encode-result")).to_contain_text("training clips")
     expect(page.locator("#encode-status .state")).to_have_text(re.compile("done"))
-    index = json.loads((root.parent / "studio" / "latents" / "mine" / "index.json").read_text())
+    index = json.loads((workspace.folder / "latents" / "mine" / "index.json").read_text())
     assert index["clips"] == 4
     assert find_serious_violations(page) == []
     page.screenshot(path=artefacts / "data-encode.png", full_page=True)
@@ -183,21 +199,21 @@ def test_a_folder_is_encoded_and_its_prompts_are_seen(page: Page, root: Path, ar
     page.screenshot(path=artefacts / "data-prompts.png", full_page=True)
 
 
-def test_folders_outside_and_links_out_are_refused(page: Page, root: Path) -> None:
+def test_folders_outside_and_links_out_are_refused(page: Page, clips: Path) -> None:
     choose(page, "/etc")
-    close_error(page, "outside the folders of this studio")
-    choose(page, "audio/../..")
-    close_error(page, "outside the folders of this studio")
-    choose(page, str(root / "linked"))
+    close_error(page, "outside the folders that may be read")
+    choose(page, "clips/../..")
+    close_error(page, "outside the folders that may be read")
+    choose(page, str(clips.parent / "linked"))
     close_error(page, "leads out of the studio")
     open_tab(page, "Audit")
     page.locator("#audit-start").click()
     close_error(page, "leads out of the studio")
 
 
-def test_a_failed_encode_is_dismissed(page: Page, root: Path) -> None:
+def test_a_failed_encode_is_dismissed(page: Page, clips: Path) -> None:
     open_tab(page, "Encode")
-    (root / "audio" / "mono.wav").write_text("no audio")
+    (clips / "mono.wav").write_text("no audio")
     page.locator("#encode-start").click()
     expect(page.locator("#encode-status .notice.error")).to_contain_text("Max rejected")
     page.locator("#encode-dismiss").click()

@@ -18,9 +18,9 @@ from playwright.sync_api import Browser, Page, expect
 
 from helpers.audio import noise, write_clip
 from helpers.chromium import PATIENCE_MS
-from helpers.studio_page import close_error, find_serious_violations
+from helpers.studio_page import close_error, find_serious_violations, open_studio
 from sa3train.cli.encode import main as encode_main
-from sa3train.studio.server import processes
+from sa3train.core import processes
 
 FAST = "callbacks=none\ndata.num_workers=0\ndata.batch_size=2\ntrainer.log_every=1"
 
@@ -81,15 +81,11 @@ def clear(root: Path) -> None:
 def page(browser: Browser, studio: Studio, root: Path) -> Iterator[Page]:
     """The Runs page, with no run on it."""
     clear(root)
-    context = browser.new_context(viewport={"width": 1400, "height": 1000}, reduced_motion="reduce")
-    context.set_default_timeout(PATIENCE_MS)
-    found = context.new_page()
     if studio.process.poll() is not None:
         studio.start()  # a test ended between its two
-    found.goto(studio.address)
-    open_runs_page(found)
-    yield found
-    context.close()
+    with open_studio(browser, studio.address) as found:
+        open_runs_page(found)
+        yield found
 
 
 def open_runs_page(page: Page) -> None:
@@ -151,14 +147,9 @@ def test_a_run_outlives_the_server_and_is_found_again(page: Page, studio: Studio
 
 
 @pytest.mark.slow
-def test_planned_watched_stopped_and_resumed(page: Page, root: Path, artefacts: Path) -> None:
+def test_watched_stopped_and_resumed(page: Page, root: Path) -> None:
     folder = root / "runs" / "long"
     fill(page, "runs/long", 100_000)
-    page.locator("#run-plan").click()
-    expect(page.locator("#run-plan-shown")).to_contain_text("trial steps")
-    expect(page.locator("#run-plan-shown")).to_contain_text(re.compile("Memory plan.*weights"))
-    assert not folder.exists()
-    page.screenshot(path=artefacts / "runs-plan.png", full_page=True)
     page.locator("#run-start").click()
     expect(page.locator("#run-head h2")).to_contain_text("runs/long")
     state(page, "running")
@@ -196,32 +187,26 @@ def test_planned_watched_stopped_and_resumed(page: Page, root: Path, artefacts: 
     assert find_serious_violations(page) == []
 
 
-@pytest.mark.parametrize(
-    ("folder", "further", "message"),
-    [
+def test_bad_requests_are_refused_with_a_message(page: Page, root: Path, tmp_path: Path) -> None:
+    (root / "link").unlink(missing_ok=True)
+    (root / "link").symlink_to(tmp_path)
+    for folder, further, message in (
         ("../audio/run", FAST, "not inside the workspace"),
         ("/etc/run", FAST, "not inside the workspace"),
         ("runs/x", "run_dir=/etc", "cannot be set here"),
         ("runs/x", "optimizer.lrr=1", "optimizer.lr"),
         ("runs/x", "data.prompts.trigger=$\\{oc.env:HOME\\}", "refers to other settings"),
         ("link/x", FAST, "not inside the workspace"),
-    ],
-)
-def test_bad_requests_are_refused_with_a_message(
-    page: Page, root: Path, tmp_path: Path, folder: str, further: str, message: str
-) -> None:
-    if folder.startswith("link"):
-        (root / "link").unlink(missing_ok=True)
-        (root / "link").symlink_to(tmp_path)
-    fill(page, folder, 2, further)
-    page.locator("#run-start").click()
-    close_error(page, message)
-    assert not (root / "runs" / "x").exists()
-    assert not list(tmp_path.iterdir())
-    (root / "link").unlink(missing_ok=True)
+    ):
+        fill(page, folder, 2, further)
+        page.locator("#run-start").click()
+        close_error(page, message)
+        assert not (root / "runs" / "x").exists()
+        assert not list(tmp_path.iterdir())
+    (root / "link").unlink()
 
 
-def test_a_wrong_number_is_explained_where_it_is_typed(page: Page, root: Path) -> None:
+def test_a_plan_and_a_wrong_number_that_is_explained_where_it_is_typed(page: Page, root: Path, artefacts: Path) -> None:
     fill(page, "runs/${oc.env:HOME}", -1)
     page.get_by_label("Steps (0: recipe)").blur()
     expect(page.locator("#run-form")).to_contain_text("Steps must be from 1")
@@ -230,6 +215,10 @@ def test_a_wrong_number_is_explained_where_it_is_typed(page: Page, root: Path) -
     expect(page.locator("#run-form")).not_to_contain_text("Steps must be from 1")
     page.locator("#run-plan").click()
     expect(page.locator("#run-plan-shown")).to_contain_text("3 with a batch of 2 clips")
+    expect(page.locator("#run-plan-shown")).to_contain_text("trial steps")
+    expect(page.locator("#run-plan-shown")).to_contain_text(re.compile("Memory plan.*weights"))
+    assert not list((root / "runs").glob("*"))
+    page.screenshot(path=artefacts / "runs-plan.png", full_page=True)
     command = page.locator("#run-plan-shown code").text_content() or ""
     assert shlex.split(command)[4] == f'run_dir="{root}/runs/\\${{oc.env:HOME}}"'
 

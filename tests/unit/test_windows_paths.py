@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -50,9 +51,8 @@ def _in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @example("C:a=0.5@0-1.safetensors")
 def test_an_adapter_with_strength_and_interval(path: str) -> None:
     assert parse_lora(f"{path}=0.8@0-0.5") == LoraArgument(path, 0.8, (0.0, 0.5))
-    with pytest.raises(AdapterError) as error:
+    with pytest.raises(AdapterError, match=re.escape(f"There is no adapter at {path}@300")):
         locate_adapter(f"{path}@300")
-    assert f"no checkpoint of step 300 in {path} " in str(error.value)
 
 
 @given(PATHS, st.sampled_from(["data", "source", "run_dir"]))

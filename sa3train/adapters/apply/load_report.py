@@ -358,10 +358,7 @@ def _find_refusal(report: LoadReport, allow_partial: bool) -> str | None:
     if not report.matched:
         return f"{refused}: no layer matches this model. {counts}."
     if report.is_partial and not allow_partial:
-        return (
-            f"{refused}: only some of its layers fit. {counts}. To load it partially, set allow_partial=True "
-            f"(--allow-partial)."
-        )
+        return f"{refused}: only some of its layers fit. {counts}. To load it partially, set allow_partial=True."
     return None
 
 

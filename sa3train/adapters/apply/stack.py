@@ -37,7 +37,7 @@ class LoadedAdapter:
         adapter: The adapter.
         parts: The adapter at each layer that it changes.
         report: Its load report.
-        strength: Strength in the DiT, or in the autoencoder's decoder.
+        strength: Strength in the DiT, or in the autoencoder's decoder; (start, end) of one that changes over a piece.
         conditioner_strength: Strength in the conditioner; None means `strength`.
         interval: Noise levels at which it is on, ends included.
         exclude_layers: Patterns of layers that it leaves unchanged.
@@ -49,7 +49,7 @@ class LoadedAdapter:
     adapter: Adapter
     parts: Mapping[str, LayerAdapter]
     report: LoadReport
-    strength: float
+    strength: float | tuple[float, float]
     conditioner_strength: float | None
     interval: tuple[float, float]
     exclude_layers: tuple[str, ...]
@@ -57,20 +57,24 @@ class LoadedAdapter:
     base: "BaseModel | str | None"
     serial: int = field(default_factory=itertools.count().__next__)
 
-    def strengths(self, sigma: float | None) -> tuple[float, float]:
+    def strengths(self, sigma: float | None, position: float = 0.0) -> tuple[float, float]:
         """Return the strengths at a noise level.
 
         Args:
             sigma: Noise level t in [0, 1]; None ignores the interval.
+            position: Where in the piece, from 0 to 1.
 
         Returns:
             Strength in the DiT (0 outside the interval) and in the conditioner, which runs before there is a noise
             level, so that the interval has no effect on it.
         """
         low, high = self.interval
+        strength = self.strength
+        if isinstance(strength, tuple):
+            strength = strength[0] + position * (strength[1] - strength[0])
         is_on = sigma is None or _round_to_fp32(low) <= _round_to_fp32(sigma) <= _round_to_fp32(high)
-        in_conditioner = self.strength if self.conditioner_strength is None else self.conditioner_strength
-        return self.strength if is_on else 0.0, in_conditioner
+        in_conditioner = strength if self.conditioner_strength is None else self.conditioner_strength
+        return strength if is_on else 0.0, in_conditioner
 
 
 class AdapterStack:
@@ -83,6 +87,9 @@ class AdapterStack:
         root: The model, with the DiT at `model.` and the conditioner at `conditioners.`.
         semantics: "sum", or "reference" for the released code's rule.
         decoder: A module with the autoencoder's decoder at `pretransform.model.decoder.`; None refuses adapters on it.
+
+    Attributes:
+        position: Where in a piece of several windows it is, from 0 to 1, for strengths that change.
     """
 
     def __init__(
@@ -94,6 +101,7 @@ class AdapterStack:
         if semantics not in ("sum", "reference"):
             raise AdapterError(f"semantics must be 'sum' or 'reference', not {semantics!r}.")
         self.semantics = semantics
+        self.position = 0.0
         self._parts = {
             "dit": find_adaptable_layers(root),
             "decoder": {} if decoder is None else find_adaptable_layers(decoder),
@@ -116,7 +124,12 @@ class AdapterStack:
     def settings(self) -> list[dict[str, Any]]:
         """The settings of each adapter by name, in order, with lists for tuples."""
         found = [{name: getattr(loaded, name) for name in SETTINGS} for loaded in self._loaded]
-        return [each | {name: list(each[name]) for name in ("interval", "exclude_layers")} for each in found]
+        return [{name: list(v) if isinstance(v, tuple) else v for name, v in each.items()} for each in found]
+
+    @property
+    def changing(self) -> list[LoadedAdapter]:
+        """The adapters whose strength changes over a piece."""
+        return [loaded for loaded in self._loaded if isinstance(loaded.strength, tuple)]
 
     def list_idle(self, sigmas: Sequence[float]) -> list[LoadedAdapter]:
         """List the adapters that an interval keeps off at all of some noise levels.
@@ -128,12 +141,12 @@ class AdapterStack:
             The adapters; none whose strength is 0.
         """
         limited = [loaded for loaded in self._loaded if loaded.interval != (0.0, 1.0) and loaded.strength != 0]
-        return [loaded for loaded in limited if not any(loaded.strengths(sigma)[0] for sigma in sigmas)]
+        return [each for each in limited if not any(each.strengths(sigma, at)[0] for sigma in sigmas for at in (0, 1))]
 
     def add(
         self,
         adapter: Adapter,
-        strength: float = 1.0,
+        strength: float | tuple[float, float] = 1.0,
         conditioner_strength: float | None = None,
         interval: tuple[float, float] = (0.0, 1.0),
         exclude_layers: Sequence[str] | str = (),
@@ -144,7 +157,7 @@ class AdapterStack:
 
         Args:
             adapter: The adapter.
-            strength: Its strength; 0 is off.
+            strength: Its strength, 0 is off; (start, end) changes it over a piece, see `position`.
             conditioner_strength: Its strength in the conditioner; None means `strength`.
             interval: Noise levels t at which it is on, ends included. The autoencoder's decoder has none.
             exclude_layers: Patterns of layers that it leaves unchanged (see `layer_filter`).
@@ -156,7 +169,7 @@ class AdapterStack:
         """
         loaded = self._load(
             adapter,
-            strength=_check_strength("strength", strength),
+            strength=_check_strengths(strength),
             conditioner_strength=_check_conditioner_strength(conditioner_strength),
             interval=_check_interval(interval),
             exclude_layers=split_patterns(exclude_layers),
@@ -167,12 +180,15 @@ class AdapterStack:
         return loaded.report
 
     def set_strength(
-        self, strength: float, index: int | None = None, conditioner_strength: float | None = None
+        self,
+        strength: float | tuple[float, float],
+        index: int | None = None,
+        conditioner_strength: float | None = None,
     ) -> None:
         """Set the strength of one adapter or of all.
 
         Args:
-            strength: The strength; 0 is off.
+            strength: The strength, 0 is off; (start, end) changes it over a piece.
             index: Index of the adapter; None sets all.
             conditioner_strength: The strength in the conditioner; None means `strength`.
 
@@ -181,7 +197,7 @@ class AdapterStack:
         """
         if not self._loaded:
             raise AdapterError("No adapter is loaded, so that its strength has no effect. Load one with load_adapter.")
-        strength = _check_strength("strength", strength)
+        strength = _check_strengths(strength)
         conditioner_strength = _check_conditioner_strength(conditioner_strength)
         for loaded in self._loaded if index is None else [self._get(index)]:
             loaded.strength, loaded.conditioner_strength = strength, conditioner_strength
@@ -212,7 +228,7 @@ class AdapterStack:
         Returns:
             Whether any weight changed, so that what was derived from the weights can be updated.
         """
-        now = tuple((loaded.serial, loaded.strengths(sigma)) for loaded in self._loaded)
+        now = tuple((loaded.serial, loaded.strengths(sigma, self.position)) for loaded in self._loaded)
         if now == self._applied:
             return False
         wanted: dict[str, list[tuple[LoadedAdapter, float]]] = {path: [] for path in self._baked}
@@ -307,6 +323,15 @@ def _check_strength(name: str, value: float) -> float:
     if not is_finite_number(value):
         raise AdapterError(f"{name} must be a finite number, not {value!r}.")
     return float(value)
+
+
+def _check_strengths(value: Any) -> float | tuple[float, float]:
+    if not isinstance(value, tuple | list):
+        return _check_strength("strength", value)
+    if len(value) != 2:
+        raise AdapterError(f"strength must be a number, or its (start, end) over a piece, not {value!r}.")
+    start, end = (_check_strength("strength", each) for each in value)
+    return (start, end) if start != end else start
 
 
 def _check_conditioner_strength(value: float | None) -> float | None:

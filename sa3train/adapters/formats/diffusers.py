@@ -23,11 +23,12 @@ from sa3train.adapters.formats.peft import (
     read_peft_folder,
     write_peft_files,
 )
+from sa3train.adapters.spec import CARRIED_BY
 from sa3train.core.errors import AdapterError
 from sa3train.core.files import replace_folder
 from sa3train.models.diffusers_layout import DURATION, PART_ORDER, TRANSFORMER, convert_name
 
-TYPES = ("lora", "dora-rows")
+TYPES = tuple(name for name, formats in CARRIED_BY.items() if "diffusers" in formats)
 SHARED = ("adapter_type", "rslora", "options")
 """Settings that the two folders of one adapter have in common."""
 

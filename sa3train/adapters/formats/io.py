@@ -25,7 +25,6 @@ from sa3train.adapters.formats.peft import (
 from sa3train.adapters.formats.run_dir import locate_adapter
 from sa3train.adapters.formats.sa3cpp import is_gguf, read_gguf
 from sa3train.core.errors import AdapterError
-from sa3train.core.files import path_exists
 from sa3train.core.log import get_logger
 from sa3train.core.safetensors_file import (
     convert_for_saving,
@@ -95,10 +94,10 @@ def name_source(source: Path) -> Iterator[None]:
 
 
 def _load(source: Path, weights: Mapping[str, Tensor] | None) -> Adapter:
-    if path_exists(source) and source.is_dir():
+    if source.is_dir():
         return (read_diffusers_folder if is_diffusers_folder(source) else read_peft_folder)(source, base=weights)
-    if not path_exists(source) or not source.is_file():
-        raise AdapterError(f"There is no adapter at {source}. Give a .safetensors file, a PEFT folder or a run folder.")
+    if not source.is_file():
+        raise AdapterError(f"{source} is no file. Give a .safetensors file, a PEFT folder or a run folder.")
     if is_gguf(source):
         return read_gguf(source)
     if (trained := read_training_state(source)) is not None:

@@ -262,7 +262,7 @@ def _describe_stranger(source: str, keys: list[str]) -> str:
     if any(key.endswith((".lora_a", ".lora_b")) for key in keys):
         hint = "It is named as mlx-lm names adapters, which is not supported. Save it in the released format."
     elif any(key.startswith(("model.model.", "pretransform.")) for key in keys):
-        hint = "It looks like a whole checkpoint. Load it with --model, or extract an adapter: sa3-adapter extract"
+        hint = "It looks like a whole checkpoint. Load it as the model, or extract an adapter: sa3-adapter extract"
     return (
         f"{source} is no adapter: none of its {len(keys)} tensors has an adapter's name "
         f"(first: {', '.join(keys[:3]) or 'none'}). {hint}".rstrip()

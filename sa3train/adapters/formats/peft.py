@@ -251,7 +251,7 @@ def _refuse_tensor(adapter: Adapter, path: str, name: str) -> bool:
     what = "a change of its bias" if name == BIAS_CHANGE else f"a tensor named {name}"
     raise AdapterError(
         f"PEFT's format cannot hold {what} ({path} of {adapter.source}). Write a .safetensors file (--to native), or "
-        f"approximate the weights alone with --rank R."
+        f"approximate the weights alone with rank=R."
     )
 
 

@@ -85,7 +85,7 @@ def subtract_initial(adapter: Adapter, initialization: str | None, weights: Mapp
     for path, params in track_progress(adapter.tensors.items(), "convert", len(adapter.tensors), unit="layer"):
         B_OR, A_RI, scale = params["lora_B"].double(), params["lora_A"].double(), adapter.spec.get_scale(path)
         if path not in weights or flatten_weight(weights[path]).shape != (B_OR.shape[0], A_RI.shape[1]):
-            raise AdapterError(f"{adapter.source}: {path} does not fit the model. Set --model to its base model.")
+            raise AdapterError(f"{adapter.source}: {path} does not fit the model. Give its base model.")
         W_OI = flatten_weight(weights[path].detach()).cpu().double()
         left_OR, right_RI, uncertainty = compute(W_OI, A_RI.shape[0], scale)
         ranks[path] = min(2 * A_RI.shape[0], *W_OI.shape)

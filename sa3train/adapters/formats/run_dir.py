@@ -5,6 +5,8 @@ from pathlib import Path
 
 from sa3train.core.errors import AdapterError
 from sa3train.core.files import path_exists
+from sa3train.core.text import shorten
+from sa3train.core.user_files import suggest_path
 from sa3train.data.sources.own_folders import RECORD_FILE
 
 ADAPTER_FILE, CHECKPOINTS_DIR = "adapter.safetensors", "checkpoints"
@@ -22,12 +24,15 @@ def locate_adapter(path: str | Path) -> Path:
         The file or PEFT folder.
 
     Raises:
-        AdapterError: If the run has no adapter, or no checkpoint of that step.
+        AdapterError: If nothing is there, the run has no adapter, or no checkpoint of that step.
     """
     source = Path(path)
-    if (found := _STEP.fullmatch(str(path))) and not path_exists(source):
-        return _locate_checkpoint(Path(found[1]), int(found[2]))
-    if not path_exists(source) or not (source / RECORD_FILE).is_file():
+    if not path_exists(source):
+        if (found := _STEP.fullmatch(str(path))) and path_exists(found[1]):
+            return _locate_checkpoint(Path(found[1]), int(found[2]))
+        hint = suggest_path(source) or "Give a .safetensors file, a PEFT folder or a run folder."
+        raise AdapterError(f"There is no adapter at {shorten(str(source))}. {hint}")
+    if not (source / RECORD_FILE).is_file():
         return source
     if not (source / ADAPTER_FILE).is_file():
         raise AdapterError(f"The run {source} has no adapter yet: its first checkpoint writes one.")

@@ -292,7 +292,7 @@ def _check_architecture(file: Path, fields: Mapping[str, Any]) -> None:
     if found == ARCHITECTURE:
         return
     way_on = {
-        "sa3-dit": "It is a whole model of sa3.cpp. Load the released model with --model instead.",
+        "sa3-dit": "It is a whole model of sa3.cpp. Give the released model instead.",
         "sa3-trainer-state": "It is the training state of sa3.cpp. Give the adapter-step-N.gguf beside it.",
     }.get(str(found), "It seems to be made for another model.")
     raise AdapterError(

@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, cast_adapter_dtype
@@ -198,6 +199,30 @@ class InjectedAdapter:
             yield
         finally:
             self._tuner.enable_adapter_layers()
+
+    @contextlib.contextmanager
+    def scale(self, strength: float) -> Iterator[None]:
+        """Scale the adapter inside a `with` block: layers compute with W + s (W' − W), as `AdapterStack` does.
+
+        Compiled blocks do not notice: do not use it with them.
+
+        Args:
+            strength: The strength s.
+
+        Yields:
+            Nothing.
+        """
+
+        def mix(layer: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+            base: Tensor = layer.base_layer(*inputs)  # type: ignore[operator]
+            return base + strength * (output - base)
+
+        handles = [layer.register_forward_hook(mix) for layer in self.layers.values()]  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def remove(self) -> None:
         """Remove the adapter from the model; the base layers are back, untouched and frozen."""

@@ -15,7 +15,7 @@ from sa3train.adapters.adapter import Adapter, Part, get_checkpoint_name
 from sa3train.adapters.apply.load_report import BaseModel, check_fit
 from sa3train.adapters.layer_filter import find_adaptable_layers
 from sa3train.adapters.spec import PEFT_METHODS
-from sa3train.core.errors import AdapterError
+from sa3train.core.errors import AdapterError, MissingBaseError
 from sa3train.models.conditioners import Conditioner
 from sa3train.models.config import ModelConfig
 from sa3train.models.weight_files import WeightFiles
@@ -158,11 +158,11 @@ def require_weights(adapter: Adapter, weights: Weights | None, operation: str) -
         The weights.
 
     Raises:
-        AdapterError: If there are none.
+        MissingBaseError: If there are none.
     """
     if weights is None:
-        raise AdapterError(
-            f"{operation} a {adapter.spec.adapter_type} adapter needs the weights it was trained on. Set --model NAME "
+        raise MissingBaseError(
+            f"{operation} a {adapter.spec.adapter_type} adapter needs the weights it was trained on. Set model=NAME "
             f"({adapter.metadata.get('base_model', 'its base model')})."
         )
     return weights

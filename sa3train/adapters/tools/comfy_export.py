@@ -18,10 +18,10 @@ from sa3train.adapters.apply.products import LOHA, LOKR, get_product_rank
 from sa3train.adapters.formats.comfy_write import COMFYUI_VERSION
 from sa3train.adapters.formats.native import build_spec
 from sa3train.adapters.formats.peft import CONVOLUTIONS
-from sa3train.adapters.spec import BIAS_CHANGE, KINDS
+from sa3train.adapters.spec import BIAS_CHANGE, CARRIED_BY, KINDS
 from sa3train.adapters.tools.base_weights import Weights, get_weight, require_weights
 from sa3train.adapters.tools.edit import convert_to_diff, expand_bases, has_own_bases
-from sa3train.core.errors import AdapterError
+from sa3train.core.errors import MissingBaseError
 from sa3train.core.safetensors_file import convert_for_saving
 
 AS_THEY_ARE = ("lora", "diff", "comfy")
@@ -44,7 +44,7 @@ def make_for_comfy(
         A lora, diff or comfy adapter.
 
     Raises:
-        AdapterError: If `weights` are needed and missing.
+        MissingBaseError: If `weights` are needed and missing.
     """
     name = adapter.spec.adapter_type
     is_exact = can_export(adapter)
@@ -52,9 +52,9 @@ def make_for_comfy(
         ways = (
             "with dora_scale for ComfyUI's own DoRA, or its bases multiplied in"
             if is_exact and not dense
-            else "as full weight deltas, or approximated by a lora of --rank R (or --explained-variance SHARE)"
+            else "as full weight deltas, or approximated by a lora of rank=R (or explained_variance=SHARE)"
         )
-        raise AdapterError(f"{name} is written for ComfyUI with its base model (--model NAME): {ways}.")
+        raise MissingBaseError(f"{name} is written for ComfyUI with its base model (model=NAME): {ways}.")
     if dense or not is_exact:
         assert weights is not None
         notes.append(f"{name} is exported as full weight deltas: exact up to rounding, for any version of ComfyUI")
@@ -63,7 +63,7 @@ def make_for_comfy(
     if name != exported.spec.adapter_type:
         notes.append(
             f"{name} is written as ComfyUI's {'lora' if exported.spec.adapter_type == 'lora' else 'own type of it'}, "
-            f"exact up to rounding, for the rules of ComfyUI {COMFYUI_VERSION}; --dense writes weight deltas for others"
+            f"exact up to rounding, for the rules of ComfyUI {COMFYUI_VERSION}; for others dense=True"
         )
     return exported
 
@@ -77,13 +77,13 @@ def can_export(adapter: Adapter) -> bool:
     Returns:
         False where only full weight deltas are exact: bora, and most of PEFT's methods.
     """
-    name = adapter.spec.adapter_type
-    if name in ("loha", "lokr"):
-        return all(
+    is_carried = "comfy" in CARRIED_BY[adapter.spec.adapter_type]
+    if adapter.spec.adapter_type in ("loha", "lokr"):
+        return is_carried and all(
             params.keys() <= {*LOHA, *LOKR} and all(tensor.ndim == 2 for tensor in params.values())
             for params in adapter.tensors.values()
         )
-    return name in AS_THEY_ARE or (name in KINDS and not KINDS[name].both)
+    return is_carried
 
 
 def needs_base(adapter: Adapter) -> bool:
@@ -112,7 +112,7 @@ def export_to_comfy(adapter: Adapter, weights: Weights | None, dtype: torch.dtyp
         A lora, diff or comfy adapter.
 
     Raises:
-        AdapterError: If `weights` are needed and missing.
+        MissingBaseError: If `weights` are needed and missing.
     """
     if adapter.spec.adapter_type in ("loha", "lokr"):
         return _export_products(adapter)
@@ -138,7 +138,7 @@ def export_to_comfy(adapter: Adapter, weights: Weights | None, dtype: torch.dtyp
             change = get_layer_adapter(adapter, path, W).weight(W) - W.float()
             layers[path] = {"diff": change, **{name: x for name, x in params.items() if name == BIAS_CHANGE}}
         else:
-            raise AdapterError(f"ComfyUI cannot tell rows from columns at {path}, which has one row. Set --model NAME.")
+            raise MissingBaseError(f"ComfyUI cannot tell rows from columns at {path}, of one row. Set model=NAME.")
     return replace(adapter, spec=replace(adapter.spec, adapter_type="comfy"), tensors=layers)
 
 

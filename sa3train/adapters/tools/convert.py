@@ -15,7 +15,7 @@ from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.apply.svd_basis import attach_bases
 from sa3train.adapters.formats.comfy import read_comfy
 from sa3train.adapters.formats.comfy_write import list_comfy_unsupported, write_comfy
-from sa3train.adapters.formats.diffusers import TYPES, write_diffusers_folder
+from sa3train.adapters.formats.diffusers import write_diffusers_folder
 from sa3train.adapters.formats.io import (
     PICKLES,
     is_file_name,
@@ -35,7 +35,7 @@ from sa3train.adapters.formats.sa3cpp import (
     write_gguf,
     write_pair,
 )
-from sa3train.adapters.spec import BIAS_CHANGE, KINDS, PEFT_METHODS, get_layer_type
+from sa3train.adapters.spec import BIAS_CHANGE, CARRIED_BY, KINDS, PEFT_METHODS, get_layer_type
 from sa3train.adapters.tools.base_weights import LoadedModel, Weights, get_base_weights, get_weights
 from sa3train.adapters.tools.combine import combine
 from sa3train.adapters.tools.comfy_export import can_export, make_for_comfy
@@ -45,22 +45,13 @@ from sa3train.adapters.tools.low_rank import Truncation
 from sa3train.adapters.tools.measure import measure_written
 from sa3train.adapters.tools.results import EditResult
 from sa3train.core.dtypes import DTYPES, get_dtype
-from sa3train.core.errors import AdapterError
+from sa3train.core.errors import AdapterError, MissingBaseError
 from sa3train.core.files import check_target
 
 SA3CPP = ("sa3cpp", "gguf")
 FORMATS = ("native", "peft", "diffusers", "comfy", *SA3CPP)
 FOLDERS = ("peft", "diffusers")
 """Formats that are folders."""
-
-EXACT = {
-    "native": (),
-    "peft": ("lora", "dora-rows", *PEFT_METHODS),
-    "diffusers": TYPES,
-    "comfy": (),
-    **dict.fromkeys(SA3CPP, tuple(kind.name for kind in KINDS.values() if not kind.xs)),
-}
-"""Types that a format carries as they are; native carries all."""
 
 
 def read_any(path: str | os.PathLike[str], weights: Weights | None = None) -> tuple[Adapter, list[str]]:
@@ -122,7 +113,7 @@ def convert_adapter(
     if svd_bases is not None:
         original = attach_bases(original, svd_bases, weights)
     if dense and (to != "comfy" or truncation is not None):
-        raise AdapterError("--dense writes full weight deltas for ComfyUI. Set --to comfy, and no rank, or remove it.")
+        raise AdapterError("dense=True writes full weight deltas for ComfyUI. Set to=comfy, and no rank, or remove it.")
     if to == "comfy" and truncation is None:
         adapter = make_for_comfy(original, weights, get_dtype(dtype), dense, notes)
     else:
@@ -178,10 +169,10 @@ def _check_target(target: Path, to: str, dtype: str, overwrite: bool) -> None:
     if to == "gguf":
         import_gguf()
         if not is_gguf_name(target):
-            raise AdapterError(f"{target} does not suit --to gguf. Give a file that ends in .gguf.")
+            raise AdapterError(f"{target} does not suit to=gguf. Give a file that ends in .gguf.")
     elif (to in FOLDERS) == is_file_name(target):
         wanted = "a folder" if to in FOLDERS else "a file that ends in .safetensors"
-        raise AdapterError(f"{target} does not suit --to {to}. Give {wanted}.")
+        raise AdapterError(f"{target} does not suit to={to}. Give {wanted}.")
 
 
 def _make_portable(
@@ -202,11 +193,9 @@ def _make_portable(
     has_bias = any(BIAS_CHANGE in params for params in adapter.tensors.values())
     if has_bias or types != {name}:
         name += " with changes of biases" if has_bias else " with full weight deltas"
-    exact = (
-        to == "native"
-        or (to == "comfy" and can_export(adapter))
-        or (types <= set(EXACT[to]) and not (has_bias and to in (*FOLDERS, *SA3CPP)))
-    )
+    carrier = "sa3cpp" if to in SA3CPP else to
+    exact = to == "native" or (not has_bias and all(carrier in CARRIED_BY[kind] for kind in types))
+    exact = can_export(adapter) if to == "comfy" else exact
     if truncation is not None:
         if exact and name in (*KINDS, *PEFT_METHODS):
             raise AdapterError(f"{to} carries {name} exactly. Remove the rank; to truncate it use: sa3-adapter resize.")
@@ -220,18 +209,18 @@ def _make_portable(
     if exact:
         if to == "native" and name not in (*KINDS, *PEFT_METHODS):
             notes.append(
-                f"among tools that read native files only sa3train supports {name}; for others set --model and --rank"
+                f"among tools that read native files only sa3train supports {name}; for others set model= and rank="
             )
         unified = unify_scales(adapter) if to == "native" else adapter
         if unified is not adapter:
             notes.append("other tools know one rank and one alpha: smaller ranks are filled up, scales multiplied in")
         return unified
-    as_lora = "approximated by a lora of --rank R (or --explained-variance SHARE), with its error reported."
+    as_lora = "approximated by a lora of rank=R (or explained_variance=SHARE), with its error reported."
     free = name.removesuffix("-xs")
-    is_expandable = free != name and free in EXACT[to]
+    is_expandable = free != name and carrier in CARRIED_BY.get(free, ())
     if weights is None and not (is_expandable and has_own_bases(adapter)):
         how = "exactly, by multiplying its bases in." if is_expandable else as_lora
-        raise AdapterError(f"{to} has no {name}. With its base model (--model NAME) it can be converted: {how}")
+        raise MissingBaseError(f"{to} has no {name}. With its base model (model=NAME) it can be converted: {how}")
     if is_expandable:
         notes.append(f"{name} is exported as {free}: its frozen bases are multiplied in, exact up to rounding")
         return expand_bases(adapter, weights)

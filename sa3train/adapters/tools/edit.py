@@ -101,8 +101,8 @@ def scale(adapter: Adapter, factor: float) -> Adapter:
     is_plain = not any({"magnitude", OFT} & params.keys() for params in tensors.values())
     if spec.adapter_type not in ("lora", "lora-xs", "diff") and not (spec.adapter_type == "comfy" and is_plain):
         raise AdapterError(
-            f"The change of a {spec.adapter_type} adapter is not proportional to its scale. Set --model NAME, --rank R "
-            f"and --allow-loss to scale a lora approximation of it; the error is reported."
+            f"The change of a {spec.adapter_type} adapter is not proportional to its scale. Set model=NAME, rank=R "
+            f"and allow_loss=True to scale a lora approximation of it; the error is reported."
         )
     if spec.adapter_type != "diff":
         alphas = {path: spec.get_alpha(path) * factor for path in tensors}
@@ -194,7 +194,7 @@ def drop_bias_changes(adapter: Adapter) -> tuple[Adapter, list[str]]:
         if params.keys() != {BIAS_CHANGE}
     }
     if not layers:
-        raise AdapterError(f"{adapter.source} changes only biases, which this format cannot hold. Write --to native.")
+        raise AdapterError(f"{adapter.source} changes only biases, which this format cannot hold. Write to=native.")
     return replace(adapter, tensors=layers), dropped
 
 
@@ -291,7 +291,7 @@ def extract(
     if different:
         raise AdapterError(
             f"The two models have different architectures: {len(different)} layers differ in name or shape, such as "
-            f"{different[0]}. Set --base to the model that was fine-tuned."
+            f"{different[0]}. Set base= to the model that was fine-tuned."
         )
     error, layers = ErrorByLayer(), {}
     for path, W in track_progress(base.items(), "extract", len(base), unit="layer"):

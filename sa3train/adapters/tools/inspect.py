@@ -1,5 +1,6 @@
 """Inspect an adapter file, with or without its model; compare two adapters; plot changes by layer."""
 
+import json
 import math
 import os
 from collections.abc import Mapping
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sa3train.adapters.adapter import BASE_SAMPLE, PROMPTS, Adapter
+from sa3train.adapters.adapter import BASE_SAMPLE, PROMPTS, TRAINING_CONFIG, Adapter
 from sa3train.adapters.apply.effective_weight import flatten_weight
 from sa3train.adapters.apply.layer_weight import get_layer_adapter
 from sa3train.adapters.apply.load_report import LoadReport, check_fit, get_layer_group, list_non_finite
@@ -22,6 +23,7 @@ from sa3train.adapters.tools.history import HISTORY, read_history
 from sa3train.adapters.tools.low_rank import Product, compute_inner_product
 from sa3train.core.errors import AdapterError
 from sa3train.core.files import replace_file
+from sa3train.core.overrides import flatten_settings
 from sa3train.core.text import format_number, list_few, shorten
 
 RELATIVE_CHANGE, PRODUCT_NORM = "‖W' − W‖ / ‖W‖", "norm of the scaled low-rank product"
@@ -274,7 +276,7 @@ def compare_adapters(
     if unknown and weights is None:
         warnings = [*warnings, f"{unknown} layers are not compared: {_explain_types(one, other)}"]
     settings = [vars(inspect_adapter(adapter)) for adapter in (one, other)]
-    metadata = [{key: text for key, text in a.metadata.items() if key != "lora_config"} for a in (one, other)]
+    metadata = [_flatten_metadata(adapter) for adapter in (one, other)]
     return Comparison(
         identical=one.fingerprint == other.fingerprint,
         settings={name: pair for name, pair in _list_changed(*settings).items() if name in COMPARED_SETTINGS},
@@ -307,7 +309,7 @@ def plot_layers(inspection: Inspection, path: str | os.PathLike[str]) -> None:
     values = values or {path: layer.norm for path, layer in inspection.layers.items() if layer.norm is not None}
     if not values:
         raise AdapterError(
-            f"The change of a {inspection.adapter_type} adapter depends on its base model. Set --model to plot it."
+            f"The change of a {inspection.adapter_type} adapter depends on its base model. Set model=NAME to plot it."
         )
     figure = Figure(figsize=(9, max(3.0, 0.17 * len(values) + 1.2)), layout="constrained")
     axes = figure.subplots()
@@ -383,7 +385,7 @@ def _is_same_measure(first: Adapter, second: Adapter, path: str) -> bool:
 def _explain_types(first: Adapter, second: Adapter) -> str:
     types = dict.fromkeys(adapter.spec.adapter_type for adapter in (first, second))
     base = first.metadata.get("base_model") or second.metadata.get("base_model", "NAME")
-    return f"what {' and '.join(types)} change depends on the base model. Give --model {base}."
+    return f"what {' and '.join(types)} change depends on the base model. Give model={base}."
 
 
 def _compare_layer(first: Adapter, second: Adapter, path: str, weights: Weights | None) -> LayerDifference:
@@ -403,6 +405,16 @@ def _compare_layer(first: Adapter, second: Adapter, path: str, weights: Weights 
     return LayerDifference(
         math.sqrt(apart / norm) if norm > 0 else (0.0 if apart == 0 else None), cross / both if both > 0 else None
     )
+
+
+def _flatten_metadata(adapter: Adapter) -> dict[str, Any]:
+    """An adapter's metadata, with an entry for each setting of its training."""
+    texts = {key: text for key, text in adapter.metadata.items() if key != "lora_config"}
+    config = texts.pop(TRAINING_CONFIG, "{}")
+    try:
+        return texts | flatten_settings({TRAINING_CONFIG: json.loads(config)})
+    except ValueError:  # not ours
+        return texts | {TRAINING_CONFIG: config}
 
 
 def _list_changed(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, list[Any]]:

@@ -75,22 +75,22 @@ def merge_adapters(
     into_checkpoint = truncation is None and (to == "mlx" or not is_file_name(target))
     if into_checkpoint and (dtype is not None or allow_loss):
         raise AdapterError(
-            "A checkpoint keeps the dtypes of its model, and loses nothing. Remove --dtype and --allow-loss, or set "
-            "--rank for an adapter."
+            "A checkpoint keeps the dtypes of its model, and loses nothing. Leave out dtype=DTYPE and allow_loss=True, "
+            "or set rank=R for an adapter."
         )
     if not sources and (to is None or not into_checkpoint):
-        raise AdapterError("There is nothing to merge. Name adapters, or set --to to write a model in another layout.")
+        raise AdapterError("There is nothing to merge. Name adapters, or set to=LAYOUT to write the model so.")
     adapters = [load_adapter(path) for path in read]
     if into_checkpoint:
         if model is None:
             raise AdapterError(
-                "Set --model NAME to merge into a checkpoint, or --rank R (or --explained-variance SHARE) to merge "
+                "Set model=NAME to merge into a checkpoint, or rank=R (or explained_variance=SHARE) to merge "
                 "into one adapter, or name a .safetensors file to merge exactly into one."
             )
         weighted = [WeightedAdapter(*pair, conditioner_strength) for pair in zip(adapters, strengths, strict=True)]
         return merge_into_checkpoint(model, target, weighted, allow_partial, to)
     if conditioner_strength is not None or allow_partial or to is not None:
-        raise AdapterError("--conditioner-strength, --allow-partial and --to are for checkpoints, not for one adapter.")
+        raise AdapterError("conditioner_strength, allow_partial and to= are for checkpoints, not for one adapter.")
     weights, warnings = get_base_weights(adapters, model)
     adapter, error = _merge(adapters, strengths, truncation, weights, "merge", allow_loss)
     return _save(target, adapter, dtype or "fp16", error, weights, warnings)
@@ -110,15 +110,15 @@ def _merge(
         if truncation is None and find_axis(adapters) != "":
             names = ", ".join(sorted({adapter.spec.adapter_type for adapter in adapters}))
             raise AdapterError(
-                f"No adapter holds the change of {names} at these strengths exactly. Set --rank R and --allow-loss for "
-                f"a lora approximation, or merge into a checkpoint, which is exact."
+                f"No adapter holds the change of {names} at these strengths exactly. Set rank=R and allow_loss=True "
+                f"for a lora approximation, or merge into a checkpoint, which is exact."
             )
         merged = merge(adapters, strengths, truncation or Truncation(explained_variance=1.0), weights, tool)
     error = merged[1]
     if error.relative > EXACT and find_axis(adapters) != "" and not allow_loss:
         raise AdapterError(
-            f"To {tool} this way would lose {error.relative:.1%} of the change. Set --allow-loss to accept that, leave "
-            f"--rank out to add the ranks up, or merge into a checkpoint, which is exact."
+            f"To {tool} this way would lose {error.relative:.1%} of the change. Set allow_loss=True to accept that, "
+            f"leave rank out to add the ranks up, or merge into a checkpoint, which is exact."
         )
     return merged
 
@@ -240,7 +240,7 @@ def require_rank(truncation: Truncation | None) -> Truncation:
         AdapterError: If none was given.
     """
     if truncation is None:
-        raise AdapterError("Set --rank R, or --explained-variance SHARE (0.95 keeps 95% of Σσ²).")
+        raise AdapterError("Set rank=R, or explained_variance=SHARE (0.95 keeps 95% of Σσ²).")
     return truncation
 
 

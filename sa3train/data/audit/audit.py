@@ -7,6 +7,7 @@ keeps a few columns of the journal in memory, so that a million clips fit, and f
 import copy
 import hashlib
 import json
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from sa3train.audio.analysis import AudioAnalysis, analyze_audio
 from sa3train.audio.io import read_whole
 from sa3train.core.config import check_choice
 from sa3train.core.errors import AudioError, DataError
@@ -32,16 +34,24 @@ from sa3train.data.audit.checks import (
     make_finding,
     measure,
 )
-from sa3train.data.sources.captions import read_clip_text
+from sa3train.data.captioning.compose import compose_caption
+from sa3train.data.captioning.template import DEFAULT_TEMPLATE, check_template
+from sa3train.data.sources.captions import FACTS, read_clip_text
 from sa3train.data.sources.latents import LATENT_FIELDS, RATE, read_imported_latents
 from sa3train.data.sources.listing import Clip, Listing
 from sa3train.data.sources.lists import CAPTION_FIELDS, PATH_FIELDS
+from sa3train.data.sources.names import NAME_WORDS
 from sa3train.data.sources.tags import EMBEDDED_TAGS, MAX_TAG_LENGTH, TAG_PATTERNS
 
-CAPTION_RULES = ("required", "optional")
+CAPTION_RULES = ("required", "optional", "auto")
 
 READ_ERRORS = (AudioError, DataError, MemoryError, RuntimeError, ValueError, OverflowError, OSError)
 """What reading a damaged file may raise."""
+
+_COPY_NAME = re.compile(
+    r"(^|/)copy of [^/]*$|[ _-]+copy([ _-]?\d+)?( ?\(\d+\))?(\.\w+)?$| ?\(\d+\)(\.\w+)?$", re.IGNORECASE
+)
+"""Names that file managers give to copies."""
 
 
 def compute_audit_version() -> str:
@@ -53,7 +63,16 @@ def compute_audit_version() -> str:
         Hex digest, equal for equal checks.
     """
     severities = {code: kind.severity for code, kind in FINDING_TYPES.items()}
-    text_fields = [CAPTION_FIELDS, PATH_FIELDS, LATENT_FIELDS, EMBEDDED_TAGS, MAX_TAG_LENGTH, TAG_PATTERNS]
+    text_fields = [
+        CAPTION_FIELDS,
+        PATH_FIELDS,
+        LATENT_FIELDS,
+        EMBEDDED_TAGS,
+        MAX_TAG_LENGTH,
+        TAG_PATTERNS,
+        FACTS,
+        NAME_WORDS,
+    ]
     measurements = sorted(measure(np.zeros((1, 4096), np.float32), 44100))
     guarded = [text_fields, severities, LIMITS, FINGERPRINT_BITS, measurements]
     return hashlib.sha256(repr(guarded).encode()).hexdigest()[:16]
@@ -64,11 +83,14 @@ class AuditRules:
     """What the audit needs to know of the model that the clips are meant for.
 
     Attributes:
-        captions: "required" rejects clips without a caption, "optional" accepts them.
+        captions: "required" rejects clips without a caption, "optional" accepts them, "auto" composes one of tags, name
+            and sound.
         allow_promotional: Use tags inside audio files that read like an advertisement or a web address.
         longest_seconds: Longest audio the model generates, in seconds; None for no limit.
         count_tokens: Counts the tokens of each caption; None to skip the check.
         max_tokens: Number of tokens the model reads.
+        template: How captions are composed.
+        common_words: Words in most names of the source, which composed captions leave out.
     """
 
     captions: str = "required"
@@ -76,9 +98,12 @@ class AuditRules:
     longest_seconds: float | None = None
     count_tokens: Callable[[Sequence[str]], list[int]] | None = None
     max_tokens: int | None = None
+    template: str = DEFAULT_TEMPLATE
+    common_words: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         check_choice("captions", self.captions, CAPTION_RULES)
+        check_template(self.template)
 
 
 def audit_clip(clip: Clip, rules: AuditRules) -> dict[str, Any]:
@@ -95,9 +120,10 @@ def audit_clip(clip: Clip, rules: AuditRules) -> dict[str, Any]:
     findings: list[dict[str, Any]] = row["findings"]
     if clip.is_latents:
         row |= _audit_latents(clip, rules, findings)
-        return row | _audit_text(clip, None, rules, findings)
+        return row | _audit_text(clip, None, rules, findings, None)
     path = clip.audio.local_path()
     content: bytes | None = None
+    sound = None
     try:
         content = None if path else clip.audio.read()
         decoded = read_whole(path if content is None and path else content or b"")
@@ -113,7 +139,8 @@ def audit_clip(clip: Clip, rules: AuditRules) -> dict[str, Any]:
         else:
             row |= measure(audio_CN.numpy(), rate, decoded.speakers)
             findings += check_measurements(row, rules.longest_seconds)
-    row |= _audit_text(clip, content, rules, findings)
+            sound = analyze_audio(audio_CN.numpy(), rate) if rules.captions == "auto" else None
+    row |= _audit_text(clip, content, rules, findings, sound)
     return row
 
 
@@ -138,13 +165,23 @@ def _audit_latents(clip: Clip, rules: AuditRules, findings: list[dict[str, Any]]
     return {**measured, **described, "content": imported.content, "fingerprint": fingerprint, "thumb": ""}
 
 
-def _audit_text(clip: Clip, content: bytes | None, rules: AuditRules, findings: list[dict[str, Any]]) -> dict[str, Any]:
+def _audit_text(
+    clip: Clip, content: bytes | None, rules: AuditRules, findings: list[dict[str, Any]], sound: AudioAnalysis | None
+) -> dict[str, Any]:
     text = read_clip_text(clip, content, rules.allow_promotional)
     findings += [make_finding(code, detail) for code, detail in (*clip.notes, *text.problems)]
-    columns: dict[str, Any] = {"caption": text.caption, "tags": text.tags}
+    columns: dict[str, Any] = {"tags": text.tags, "facts": text.facts}
+    if sound:
+        composed = compose_caption(text, sound, rules.template, rules.common_words)
+        findings += [make_finding(code, detail) for code, detail in composed.problems]
+        columns["facts"] = text.facts + [fact for fact in composed.facts if fact.source == "heard"]
+        if not text.caption and composed.caption:
+            text.caption = composed.caption
+            findings.append(make_finding("auto_caption", composed.describe()))
+    columns["caption"] = text.caption
     if text.beats:
         columns["beats"] = text.beats
-    if not text.caption and rules.captions == "required":
+    if not text.caption and rules.captions != "optional":
         findings.append(make_finding("no_caption" if clip.text is None else "empty_caption"))
     if text.caption and rules.count_tokens is not None:
         tokens = columns["tokens"] = rules.count_tokens([text.caption])[0]
@@ -237,8 +274,8 @@ class AuditIndex:
         seconds: Length of each clip in seconds.
         rejected: Whether each clip has an error.
         content: First 16 bytes of each clip's audio hash.
-        original: Index of the first clip with the same audio, of the accepted and captioned ones if there are any; a
-            clip's own index where there is none.
+        original: Index of the first clip with the same audio, of those that are accepted, captioned and not named as
+            copies ("kick copy.wav", "kick (1).wav") if there are any; a clip's own index where there is none.
         similar: Index of the first clip that sounds the same; a clip's own index where there is none.
     """
 
@@ -261,7 +298,8 @@ class AuditIndex:
             column[order] for column in columns
         )
         comparable = self.content != np.zeros(1, self.content.dtype)
-        self.original = find_duplicates(self.content, comparable, 2 * self.rejected + ~has_caption)
+        is_copy = np.array([_COPY_NAME.search(source) is not None for source in self.sources], dtype=bool)
+        self.original = find_duplicates(self.content, comparable, 4 * self.rejected + 2 * ~has_caption + is_copy)
         distinct = comparable & (self.original == np.arange(len(self)))
         self.similar = find_near_duplicates(fingerprints, sound, distinct)
 

@@ -20,8 +20,10 @@ from sa3train.data.audit.checks import (
     find_worst_severity,
     is_rejected,
 )
+from sa3train.data.sources.facts import format_value
 from sa3train.data.sources.listing import OWN
 
+_EXAMPLES = 5
 _PAGE_ROWS = 2000
 """Number of clips on the page, worst first; audit.json has all."""
 
@@ -37,6 +39,7 @@ class AuditSummary:
         seconds: Length of the accepted clips in seconds.
         findings: Number of clips with each finding.
         applied: Remedies that the encode applies, such as "fixes=dc"; empty for an audit alone.
+        composed: The first captions that were composed, with what each rests on.
     """
 
     source: str
@@ -45,6 +48,7 @@ class AuditSummary:
     seconds: float = 0.0
     findings: Counter[str] = field(default_factory=Counter)
     applied: Sequence[str] = ()
+    composed: list[str] = field(default_factory=list)
 
     def add(self, row: dict[str, Any]) -> None:
         """Count one clip, or only the findings of a row that is of no clip.
@@ -57,6 +61,9 @@ class AuditSummary:
         self.rejected += rejected
         self.seconds += 0.0 if rejected else row.get("seconds", 0.0)
         self.findings.update({finding["code"] for finding in row["findings"]})
+        details = [finding["detail"] for finding in row["findings"] if finding["code"] == "auto_caption"]
+        if details and len(self.composed) < _EXAMPLES:
+            self.composed.append(f"{row['source']}: {row['caption']}  [{details[0]}]")
 
     def as_json(self) -> dict[str, Any]:
         """Return the summary as it is stored in `audit.json`.
@@ -90,7 +97,7 @@ class AuditSummary:
         lines = [
             f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:<{widths[2]}}  {row[3]}".rstrip() for row in rows
         ]
-        return "\n".join([head, *lines])
+        return "\n".join([head, *lines, *(["composed, such as:"] if self.composed else []), *self.composed])
 
     def sort_findings(self) -> list[tuple[str, int, FindingType]]:
         """Sort the findings by severity, then by frequency.
@@ -197,6 +204,18 @@ def format_measurements(row: Mapping[str, Any]) -> str:
     return f"{row['seconds']:.2f} s · {row['sample_rate']} Hz · {row['channels']} ch{peak}{lufs}"
 
 
+def format_facts(row: Mapping[str, Any]) -> str:
+    """Format what tags, names and sound say of a clip's tempo, key, genre and the like, with where it stands.
+
+    Args:
+        row: Its audit row.
+
+    Returns:
+        Such as "bpm 128 (ACID chunk), key A minor (file name)"; empty where there is nothing.
+    """
+    return ", ".join(f"{name} {format_value(value)} ({source})" for name, value, source in row.get("facts", ()))
+
+
 def draw_waveform(thumbnail: str | None) -> str:
     """Draw the outline of a clip.
 
@@ -226,3 +245,4 @@ _templates = Environment(
 )
 _templates.filters["measurements"] = format_measurements
 _templates.filters["waveform"] = draw_waveform
+_templates.filters["facts"] = format_facts

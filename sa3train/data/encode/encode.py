@@ -4,6 +4,7 @@
 share and writes its own shards; the main one sets aside outdated shards and writes the index.
 """
 
+import dataclasses
 import hashlib
 import io
 import itertools
@@ -47,6 +48,7 @@ from sa3train.data.encode.workers import Workers, get_work_dir, lock_output_dir,
 from sa3train.data.shards.index import SILENCE_FILE, build_index, list_shards, remove_outdated
 from sa3train.data.shards.writer import STALE, ShardWriter
 from sa3train.data.sources.listing import Listing, list_source
+from sa3train.data.sources.names import find_common_words
 from sa3train.data.sources.storage import is_url
 
 _logger = get_logger(__name__)
@@ -191,7 +193,7 @@ def audit_clips(listing: Listing, rules: AuditRules, work_dir: Path, workers: Wo
     Returns:
         The audit of all clips.
     """
-    chosen = (rules.captions, rules.allow_promotional, rules.longest_seconds, rules.max_tokens)
+    chosen = (rules.captions, rules.allow_promotional, rules.longest_seconds, rules.max_tokens, rules.template)
     signature = "|".join(map(str, (compute_audit_version(), *chosen)))
     for clip in listing.clips:
         clip.stamp = hashlib.blake2b(f"{clip.stamp}|{signature}".encode("utf-8", "replace"), digest_size=12).hexdigest()
@@ -201,6 +203,9 @@ def audit_clips(listing: Listing, rules: AuditRules, work_dir: Path, workers: Wo
     _logger.info("Audit: %d clips, %d cached", len(listing.clips), len(listing.clips) - len(missing))
     workers.wait()
     journal = work_dir / f"audit-{workers.rank:03d}.jsonl"
+    if rules.captions == "auto":
+        common = find_common_words(clip.source for clip in listing.clips)
+        rules = dataclasses.replace(rules, common_words=common)
     run_audit(missing[workers.rank :: workers.world_size], rules, journal, known, threads)
     workers.wait()
     stamps = {clip.source: clip.stamp for clip in listing.clips}

@@ -9,13 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from sa3train.core.device import (
-    empty_cache,
-    explain_device_errors,
-    is_out_of_memory,
-    measure_device_memory,
-    move_to_device,
-)
+from sa3train.core.device import empty_cache, measure_device_memory, move_to_device
+from sa3train.core.device_errors import explain_device_errors, is_out_of_memory
 from sa3train.core.errors import ConfigError
 from sa3train.models.autoencoder import CHUNK_SIZE
 

@@ -17,6 +17,7 @@ import numpy as np
 from sa3train.core.errors import DataError
 from sa3train.core.files import replace_path
 from sa3train.core.log import get_logger
+from sa3train.core.text import list_few
 from sa3train.core.user_files import read_file
 from sa3train.data.audit.audit import AuditIndex
 from sa3train.data.audit.checks import make_finding
@@ -39,6 +40,9 @@ _logger = get_logger(__name__)
 
 MIN_HELDOUT = 4
 """Clips held out at least, unless there are fewer than five times as many: one or two tell little about the others."""
+
+SHOWN_DROPPED = 10
+"""Duplicates that the log names; `rejected.jsonl` has all."""
 
 TRAIN, HELDOUT = SPLITS = ("train", "heldout")
 
@@ -99,6 +103,10 @@ def _draw_groups(share: float, content: np.ndarray, groups: np.ndarray, accepted
         heldout[firsts[draws < share]] = True
         least = min(MIN_HELDOUT, len(firsts) // 5)
         if heldout.sum() < least:
+            _logger.info(
+                "Held out: %d of %d clips, more than split=%g draws: at least %d, but at most a fifth",
+                least, len(firsts), share, MIN_HELDOUT,
+            )  # fmt: skip
             heldout[firsts[np.argsort(draws)[:least]]] = True
     # A group is accepted through any of its clips, while its first may itself be rejected.
     return np.asarray(heldout[groups])
@@ -154,6 +162,9 @@ class EncodePlan:
         drops = settings.duplicates == "drop"
         self.dropped = ~index.rejected & (index.original != np.arange(len(index))) & drops
         self.accepted = ~index.rejected & ~self.dropped
+        if numbers := np.flatnonzero(self.dropped).tolist():
+            names = [f"{index.sources[number]} (as {index.sources[index.original[number]]})" for number in numbers]
+            _logger.info("Dropped as duplicates: %s", list_few(names, SHOWN_DROPPED))
         self.heldout = select_heldout(settings.split, index.sources, index.content, index.find_groups(), self.accepted)
 
     def iterate_rejected(self) -> Iterator[dict[str, Any]]:

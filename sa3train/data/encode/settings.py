@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from sa3train.core.config import check_settings, setting
+from sa3train.core.errors import ConflictError
+from sa3train.data.captioning.template import DEFAULT_TEMPLATE, check_template
 
 FIX_NAMES = ("dc", "trim_silence", "loudness")
 """In the order in which they are applied."""
@@ -35,12 +37,18 @@ class EncodeSettings:
         text="path",
     )
     duplicates: Literal["keep", "drop"] = setting(
-        "keep", help="Clips with the same audio: keep, or drop all but the first."
+        "keep",
+        help="Clips with the same audio: keep, or drop all but one, if possible one with a caption and no copy's name.",
     )
-    captions: Literal["required", "optional"] = setting(
+    captions: Literal["required", "optional", "auto"] = setting(
         "required",
-        help="Clips without a caption: reject them (required), or encode them with an empty one (optional; prompts "
-        "then come from tags).",
+        help="Clips without a caption: reject them (required), encode them with an empty one (optional; prompts "
+        "then come from tags), or with one composed of tags, name and sound (auto).",
+    )
+    caption_template: str = setting(
+        DEFAULT_TEMPLATE,
+        help="How captions=auto composes: text with fields in braces; what stands between commas is dropped where none "
+        "of its fields has a value.",
     )
     allow_promotional: bool = setting(
         False, help="Use tags inside audio files that read like an advertisement or a web address."
@@ -64,6 +72,12 @@ class EncodeSettings:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        check_template(self.caption_template)
+        if self.caption_template != DEFAULT_TEMPLATE and self.captions != "auto":
+            raise ConflictError(
+                "caption_template has no effect without captions=auto.",
+                {"caption_template": DEFAULT_TEMPLATE, "captions": "auto"},
+            )
 
     def count_threads(self) -> int:
         """Count the threads to use.

@@ -52,9 +52,7 @@ class LatentDataModule(LightningDataModule):
         super().__init__()
         self.settings, self.seed, self._rank, self._world_size = settings, seed, rank, world_size
         self.sources = settings.list_sources()
-        frames = settings.crop_frames
-        if settings.crop_seconds is not None:
-            frames = -(-round(settings.crop_seconds * SAMPLE_RATE) // SAMPLES_PER_FRAME)
+        frames = settings.count_crop_frames(SAMPLE_RATE, SAMPLES_PER_FRAME)
         self.crop = CropSettings(frames, settings.crop, settings.seconds)
         self.tail = round(settings.silence_tail_seconds * SAMPLE_RATE / SAMPLES_PER_FRAME)
         self.stores: list[LatentStore] = []

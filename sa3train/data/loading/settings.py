@@ -103,3 +103,17 @@ class DataSettings:
             `dir`, then those in `more`.
         """
         return [DataSource(self.dir, self.repeats, self.weight), *self.more]
+
+    def count_crop_frames(self, sample_rate: int, samples_per_frame: int) -> int | None:
+        """Count the latent frames of the longest crop.
+
+        Args:
+            sample_rate: Samples per second.
+            samples_per_frame: Samples per latent frame.
+
+        Returns:
+            The frames; None for whole clips.
+        """
+        if self.crop_seconds is None:
+            return self.crop_frames
+        return -(-round(self.crop_seconds * sample_rate) // samples_per_frame)

@@ -1,5 +1,6 @@
 """The text of a clip: caption, tags and beats, from sidecar files, caption lists, and tags inside the audio file."""
 
+import contextlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -8,12 +9,17 @@ from typing import Any
 from sa3train.core.errors import DataError
 from sa3train.core.files import is_sidecar
 from sa3train.core.user_files import check_content
+from sa3train.data.sources.facts import Fact, find_contradictions, parse_bpm
 from sa3train.data.sources.latents import LATENT_FIELDS
 from sa3train.data.sources.listing import Clip
 from sa3train.data.sources.lists import CAPTION_FIELDS, PATH_FIELDS, parse_object
+from sa3train.data.sources.names import NameFacts, confirm_tempo, parse_name
 from sa3train.data.sources.storage import Blob
-from sa3train.data.sources.tags import drop_promotion, read_embedded_tags
+from sa3train.data.sources.tags import EmbeddedTags, is_promotional, read_embedded_tags
 from sa3train.data.sources.text import TEXT_LIMIT, decode_text, find_misread, tidy
+
+FACTS = ("bpm", "key", "root", "genre", "type", "meter", "instrument", "mood", "category", "keywords")
+"""Tags whose source is kept: what captions are composed of."""
 
 
 @dataclass
@@ -24,11 +30,15 @@ class ClipText:
         caption: Empty when there is none.
         tags: Value by name.
         beats: Seconds from the start.
+        facts: What each source says of tempo, key, genre and the like, those that are used last.
+        name: What the clip's name says.
         problems: (finding code, detail) pairs.
     """
 
     caption: str = ""
     tags: dict[str, str | int | float] = field(default_factory=dict)
+    facts: list[Fact] = field(default_factory=list)
+    name: NameFacts = field(default_factory=NameFacts)
     beats: list[float] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)
 
@@ -36,7 +46,8 @@ class ClipText:
 def read_clip_text(clip: Clip, audio: bytes | None = None, allow_promotional: bool = False) -> ClipText:
     """Read all text of a clip.
 
-    Captions and tags of the same name come from, in this order: `.txt`, `.json`, caption list, tags inside the file.
+    Captions and tags of the same name come from, in this order: `.txt`, `.json`, caption list, tags inside the file,
+    its name and those of its folders.
 
     Args:
         clip: The clip.
@@ -46,19 +57,26 @@ def read_clip_text(clip: Clip, audio: bytes | None = None, allow_promotional: bo
     Returns:
         The text, with problems where sources conflict or cannot be read.
     """
-    text = ClipText()
+    text = ClipText(name=parse_name(clip.source))
     captions: list[tuple[str, str]] = []
     sidecars = [*reversed(clip.others), *(blob for blob in (clip.fields, clip.text) if blob)]
     sources = (
-        ("embedded tags", _read_embedded_tags(clip, audio, text, allow_promotional)),
         (clip.row_name, _read_list_row(clip)),
         *((blob.name, _read_sidecar(blob, text)) for blob in sidecars),
     )
+    if not clip.is_latents:
+        caption = _add_embedded_tags(clip, audio, text, allow_promotional)
+        captions += [("embedded tags", caption)] if caption else []
     for source, fields in sources:
         if clip.is_latents:
             fields = {name: value for name, value in fields.items() if name not in LATENT_FIELDS}
         caption = _add_fields(fields, text)
         captions += [(source, caption)] if caption else []
+        known = {name: text.tags[name] for name in fields if name in FACTS and name in text.tags}
+        if isinstance(bpm := known.get("bpm"), str):
+            known["bpm"] = parse_bpm(bpm) or bpm
+        text.facts += [Fact(name, value, source) for name, value in known.items()]
+    text.problems += find_contradictions(text.facts)
     if captions:
         text.caption = captions[-1][1]
         if misread := find_misread(text.caption):
@@ -136,19 +154,29 @@ def _parse_number(text: str) -> str | int | float:
     return text
 
 
-def _read_embedded_tags(clip: Clip, audio: bytes | None, text: ClipText, allow_promotional: bool) -> dict[str, Any]:
-    """Tags inside the file, without those that nobody would say to a model."""
+def _add_embedded_tags(clip: Clip, audio: bytes | None, text: ClipText, allow_promotional: bool) -> str:
+    """Add the tags inside the file, without those that nobody would say to a model, and what its name says.
+
+    Returns the caption among them.
+    """
     path = clip.audio.local_path()
-    if clip.is_latents:
-        return {}
-    try:
+    found = EmbeddedTags()
+    with contextlib.suppress(DataError, OSError):
         if path:
             check_content(path)
-        fields = read_embedded_tags(audio or path or clip.audio.read())
-    except (DataError, OSError):
-        return {}
-    if allow_promotional:
-        return fields
-    kept, dropped = drop_promotion(fields)
-    text.problems += [("promotional", tag) for tag in dropped]
-    return kept
+        found = read_embedded_tags(audio or path or clip.audio.read())
+    dropped = [] if allow_promotional else [fact for fact in found.facts if is_promotional(fact.value)]
+    text.problems += [("promotional", f"{fact.name}: {str(fact.value)[:80]}") for fact in dropped]
+    kept = [fact for fact in reversed(found.facts) if fact not in dropped]
+    facts = [*_list_name_facts(text.name, found.seconds), *kept]
+    text.facts += [fact for fact in facts if fact.name in FACTS]
+    caption = _add_fields({fact.name: fact.value for fact in facts}, text)
+    text.beats = text.beats or found.beats
+    return caption
+
+
+def _list_name_facts(name: NameFacts, seconds: float | None) -> list[Fact]:
+    bpm, source = name.bpm or confirm_tempo(name, seconds), name.bpm_source or "file name, whole bars"
+    values = {"genre": (name.genre, "name"), "root": (name.root, "file name"), "key": (name.key, "file name"),
+              "bpm": (bpm, source)}  # fmt: skip
+    return [Fact(field, value, place) for field, (value, place) in values.items() if value]

@@ -1,12 +1,11 @@
-"""Tags inside audio files: ID3, Vorbis comments, MP4, APE and ASF by mutagen; RIFF, AIFF and ACID chunks."""
+"""Tags inside audio files: ID3, Vorbis comments, MP4, APE and ASF by mutagen; chunks of RIFF and AIFF."""
 
-import codecs
 import contextlib
 import functools
 import io
 import re
-import struct
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,9 +13,10 @@ import mutagen
 from mutagen.apev2 import APEv2
 from mutagen.id3 import ID3, TCON, Encoding
 
-from sa3train.audio.chunks import CHUNK_KINDS, iterate_chunks, read_chunks
+from sa3train.audio.notes import parse_key
 from sa3train.core.errors import DataError
-from sa3train.data.sources.text import decode_text
+from sa3train.data.sources.chunk_tags import CHUNK_TAGS, decode_unnamed, read_chunk_tags
+from sa3train.data.sources.facts import Fact, parse_bpm
 
 MAX_TAG_LENGTH = 500
 """Characters. Longer embedded tags are lyrics and license texts."""
@@ -31,17 +31,16 @@ _MP4 = {
     "\xa9nam": "title", "\xa9ART": "artist", "\xa9alb": "album", "\xa9gen": "genre", "tmpo": "bpm", "\xa9day": "date",
     "\xa9cmt": "comment", "\xa9grp": "grouping", "desc": "description",
 }  # fmt: skip
-_CHUNKS = {
-    "INAM": "title", "IART": "artist", "IPRD": "album", "IGNR": "genre", "ICMT": "comment", "ICRD": "date",
-    "IKEY": "keywords", "ISBJ": "subject", "NAME": "title", "AUTH": "artist", "ANNO": "comment",
-}  # fmt: skip
-EMBEDDED_TAGS = {**_ID3, **_MP4, **_CHUNKS}
+EMBEDDED_TAGS = {**_ID3, **_MP4, **CHUNK_TAGS}
 """Names of tags inside audio files, by their code in ID3, MP4, RIFF or AIFF."""
 
 _OTHER_NAMES = {
     "initialkey": "key", "initial_key": "key", "tempo": "bpm", "beatsperminute": "bpm", "beats_per_minute": "bpm",
     "comments": "comment", "albumtitle": "album", "author": "artist", "year": "date",
 }  # fmt: skip
+
+_KINDS = {"ID3": "ID3 tag", "MP3": "ID3 tag", "VC": "Vorbis comment", "VComment": "Vorbis comment", "MP4": "MP4 tag"}
+"""Kinds of tags by what the names of mutagen's classes hold; others are "tag"."""
 
 _MACHINE_NOTES = re.compile(
     r"itun|replaygain|r128_|musicbrainz|acoustid|serato|traktor|encod|cddb|gracenote|songs-db|musicmatch|discogs|"
@@ -53,8 +52,6 @@ _MACHINE_NOTES = re.compile(
 
 _HEX_WORDS = re.compile(r"\s*(?:[0-9A-Fa-f]{8}\s+)+[0-9A-Fa-f]{8}\s*")
 """A player's volume or gap figures, in a comment that lost its description."""
-
-_BPM = re.compile(r"\s*(\d{1,3}(?:[.,]\d*)?)\s*(?:bpm)?\s*", re.IGNORECASE)
 
 _PROMOTION = re.compile(
     r"https?://|\bwww\.|\S@\w[\w-]*\.\w|"
@@ -68,25 +65,47 @@ _PROMOTION = re.compile(
     re.IGNORECASE,
 )
 
-TAG_PATTERNS = tuple(pattern.pattern for pattern in (_MACHINE_NOTES, _HEX_WORDS, _BPM, _PROMOTION))
+TAG_PATTERNS = tuple(pattern.pattern for pattern in (_MACHINE_NOTES, _HEX_WORDS, _PROMOTION))
 """What decides which embedded tags are used, for the version of the audit."""
 
 
-def read_embedded_tags(source: str | bytes) -> dict[str, str | int | float]:
+@dataclass
+class EmbeddedTags:
+    """What is written inside an audio file.
+
+    Attributes:
+        facts: Tags, the most trusted of each name first.
+        beats: Seconds of the beats of a loop whose length is its beats at its tempo.
+        seconds: Length of the audio; None where mutagen does not tell it.
+    """
+
+    facts: list[Fact] = field(default_factory=list)
+    beats: list[float] = field(default_factory=list)
+    seconds: float | None = None
+
+    @property
+    def values(self) -> dict[str, str | int | float]:
+        """The most trusted value of each tag."""
+        return {fact.name: fact.value for fact in reversed(self.facts)}
+
+
+def read_embedded_tags(source: str | bytes) -> EmbeddedTags:
     """Read the tags inside an audio file. Unreadable ones are ignored: a set is not made for them.
 
     Args:
         source: Path, or the bytes of a file.
 
     Returns:
-        Value by name: lower-case names, a number for `bpm`, several values joined by commas.
+        Tags with lower-case names: a number for `bpm`, several values joined by commas.
     """
-    tags: dict[str, str | int | float] = {}
-    for name, values in [*_read_tags(source), *_read_chunk_tags(source)]:
+    found = EmbeddedTags()
+    named = _read_tags(source, found)
+    chunks, found.beats = read_chunk_tags(source, found.seconds)
+    for name, values, place in [*named, *chunks]:
         value = _combine(name, values)
-        if value is not None:
-            tags.setdefault(name, value)
-    return tags
+        if value is not None and all((fact.name, fact.value) != (name, value) for fact in found.facts):
+            found.facts.append(Fact(name, value, place))
+    return found
 
 
 def is_promotional(text: Any) -> bool:
@@ -101,20 +120,6 @@ def is_promotional(text: Any) -> bool:
     return isinstance(text, str) and bool(_PROMOTION.search(text))
 
 
-def parse_bpm(text: str) -> int | float | None:
-    """Parse a tempo.
-
-    Args:
-        text: Such as "128", "127,5" or "128 BPM".
-
-    Returns:
-        Beats per minute from 1 to 999; None for 0, which means unknown, and for anything else.
-    """
-    match = _BPM.fullmatch(text)
-    bpm = round(float(match[1].replace(",", ".")), 3) if match else 0.0
-    return None if bpm < 1 else int(bpm) if bpm == int(bpm) else bpm
-
-
 def _combine(name: str, values: Iterable[str]) -> str | int | float | None:
     """The value of a tag: all its different texts joined, or its first valid number."""
     shown = ("".join(c if c.isprintable() or c == "\0" else " " for c in value) for value in values)
@@ -122,6 +127,8 @@ def _combine(name: str, values: Iterable[str]) -> str | int | float | None:
     texts = list(dict.fromkeys(filter(None, parts)))
     if name == "bpm":
         return next(filter(None, map(parse_bpm, texts)), None)
+    if name == "key":
+        texts = [parse_key(text) or text for text in texts]
     if name == "genre":
         texts = _expand_genres(texts)
     joined = ", ".join(text for text in texts if not _HEX_WORDS.fullmatch(text))
@@ -135,8 +142,8 @@ def _expand_genres(texts: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(name for name in names if name and name != "Unknown" and not name.isdigit()))
 
 
-def _read_tags(source: str | bytes) -> list[tuple[str, list[str]]]:
-    """(name, values) of all tags that mutagen reads, the most trusted of each name first."""
+def _read_tags(source: str | bytes, into: EmbeddedTags) -> list[tuple[str, list[str], str]]:
+    """(name, values, place) of all tags that mutagen reads, the most trusted of each name first; sets the length."""
     names = (source, "-") if isinstance(source, str) else ("-",)  # by suffix and by content, which may differ
     readers: list[Callable[..., Any]] = [functools.partial(mutagen.File, filename=name) for name in names]
     named = []
@@ -146,10 +153,13 @@ def _read_tags(source: str | bytes) -> list[tuple[str, list[str]]]:
             io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file,
         ):
             found = read(fileobj=_LimitedFile(file))
-            for key, value in getattr(found, "tags", found).items():
+            into.seconds = into.seconds or getattr(getattr(found, "info", None), "length", None)
+            tags = getattr(found, "tags", found)
+            place = next((name for kind, name in _KINDS.items() if kind in type(tags).__name__), "tag")
+            for key, value in (tags or {}).items():
                 entry = _name_tag(str(key), value)
-                named += [entry] if entry else []
-    return [(name, values) for _, name, values in sorted(named, key=lambda entry: entry[0])]
+                named += [(*entry, place)] if entry else []
+    return [(name, values, place) for _, name, values, place in sorted(named, key=lambda entry: entry[0])]
 
 
 class _LimitedFile:
@@ -187,35 +197,6 @@ def _name_tag(key: str, value: Any) -> tuple[int, str, list[str]] | None:
     return order, _normalize_name(name), _list_texts(value)
 
 
-def _read_chunk_tags(source: str | bytes) -> Iterator[tuple[str, list[str]]]:
-    """(name, values) of RIFF's LIST/INFO, AIFF's text chunks, and the tempo of an ACID loop."""
-    try:
-        order, chunks = read_chunks(source, b"LIST", b"acid", b"NAME", b"AUTH", b"ANNO")
-    except OSError:
-        return
-    for chunk, content in chunks:
-        if chunk == b"acid" and len(content) >= 24:
-            flags, tempo = struct.unpack_from(f"{'<' if order == 'little' else '>'}I16xf", content)
-            if not flags & 1:  # a one-shot has no tempo
-                yield "bpm", [f"{tempo:.3f}"]
-        elif chunk == b"LIST" and content[:4] == b"INFO":
-            kind = CHUNK_KINDS[b"RIFF" if order == "little" else b"RIFX"]
-            for name, start, length in iterate_chunks(io.BytesIO(content), len(content), kind, 4):
-                if name.decode() in _CHUNKS:
-                    yield _CHUNKS[name.decode()], [_decode(content[start : start + length])]
-        elif chunk.decode() in _CHUNKS:
-            yield _CHUNKS[chunk.decode()], [_decode(content)]
-
-
-def _decode(content: bytes) -> str:
-    """Text that nobody gave an encoding; empty where it cannot be told."""
-    is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    try:
-        return decode_text(content.removesuffix(b"\0\0") if is_wide else content.partition(b"\0")[0])[0]
-    except DataError:
-        return ""
-
-
 def _list_texts(value: Any) -> list[str]:
     values = getattr(value, "text", value)
     values = list(values) if isinstance(values, Sequence) and not isinstance(values, str | bytes) else [values]
@@ -224,22 +205,9 @@ def _list_texts(value: Any) -> list[str]:
     texts = [str(entry) for entry in texts if isinstance(entry, str | int | float) or hasattr(entry, "text")]
     if getattr(value, "encoding", None) != Encoding.LATIN1:
         return texts
-    return [_decode(part.encode("latin-1")) for text in texts for part in text.split("\0")]  # few mean Latin-1
+    return [decode_unnamed(part.encode("latin-1")) for text in texts for part in text.split("\0")]  # few mean Latin-1
 
 
 def _normalize_name(name: str) -> str:
     lowered = name.strip().lower().replace(" ", "_").replace("-", "_")
     return _OTHER_NAMES.get(lowered, lowered)
-
-
-def drop_promotion(fields: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """Drop tags that read like an advertisement or a web address.
-
-    Args:
-        fields: Tags inside a file.
-
-    Returns:
-        The others, and the dropped ones as text for a finding.
-    """
-    kept = {name: value for name, value in fields.items() if not is_promotional(value)}
-    return kept, [f"{name}: {fields[name][:80]}" for name in fields if name not in kept]

@@ -23,7 +23,7 @@ FORMATS = [
     ("native (.safetensors)", "native"), ("ComfyUI (.safetensors)", "comfy"), ("sa3.cpp (.gguf)", "gguf"),
     ("PEFT (a folder)", "peft"), ("diffusers (a folder)", "diffusers"),
 ]  # fmt: skip
-NOTHING_YET = "Choose an adapter on the left. What it holds, how it fits, or what was written appears here."
+NOTHING_YET = "Choose an adapter. What it holds, how it fits, or what was written appears here."
 Tool = tuple[Callable[..., str], list[Any], list[gr.Dropdown]]
 """A tool's handler, inputs, and the inputs that choose adapters."""
 
@@ -167,7 +167,7 @@ def _choose_conversion(workspace: Workspace) -> Tool:
     target = _choose_target("convert", "such as adapters/style_comfy.safetensors; a folder for PEFT and diffusers")
     model = _choose_model(workspace, "Measures the error, and is needed for some types.")
     rank = _choose_rank("convert", "If the format cannot carry the type: approximate by a lora of", "q8_0")
-    dense = gr.Checkbox(label=ui.FLAG_LABELS["--dense"], info="For any version of ComfyUI. Needs the base model.")
+    dense = gr.Checkbox(label=ui.TOOL_LABELS["dense"], info="For any version of ComfyUI. Needs the base model.")
     return _build_writer(
         workspace, "convert", {"sources": source, "to": to, **target, "model": model, **rank, "dense": dense}
     )
@@ -182,10 +182,10 @@ def _choose_merge(workspace: Workspace) -> Tool:
     model = _choose_model(workspace, "The checkpoint to merge into, or what the adapters were trained on.")
     rank = _choose_rank("merge", "Rank of the one adapter; without it ranks add up, and a folder gets a checkpoint")
     loss = gr.Checkbox(
-        label=ui.FLAG_LABELS["--allow-loss"], info="Accept what one adapter cannot hold of types with magnitudes."
+        label=ui.TOOL_LABELS["allow_loss"], info="Accept what one adapter cannot hold of types with magnitudes."
     )
     partial = gr.Checkbox(
-        label=ui.FLAG_LABELS["--allow-partial"], info="Merge adapters of which only some layers fit the checkpoint."
+        label=ui.TOOL_LABELS["allow_partial"], info="Merge adapters of which only some layers fit the checkpoint."
     )
     fields = {"sources": sources, "strengths": strengths, **target, "model": model, **rank}
     return _build_writer(workspace, "merge", fields | {"allow_loss": loss, "allow_partial": partial})
@@ -228,26 +228,26 @@ def _choose_adapter(name: str, label: str = "Adapter") -> gr.Dropdown:
 
 def _choose_model(workspace: Workspace, info: str) -> gr.Dropdown:
     choices = [("no model", ""), *list_models(workspace)]
-    return gr.Dropdown(choices, value="", label=ui.FLAG_LABELS["--model"], info=info, filterable=False)
+    return gr.Dropdown(choices, value="", label=ui.TOOL_LABELS["model"], info=info, filterable=False)
 
 
 def _choose_target(name: str, example: str) -> dict[str, Any]:
     target = gr.Textbox(label="Write to", placeholder=example, elem_id=f"{name}-target")
     return {
         "target": target,
-        "overwrite": gr.Checkbox(label=ui.FLAG_LABELS["--overwrite"], elem_id=f"{name}-overwrite"),
+        "overwrite": gr.Checkbox(label=ui.TOOL_LABELS["overwrite"], elem_id=f"{name}-overwrite"),
     }
 
 
 def _choose_rank(name: str, label: str, *dtypes: str) -> dict[str, Any]:
     gr.Markdown(label, elem_classes="soft")
     with gr.Row():
-        rank = ui.build_optional_number(ui.FLAG_LABELS["--rank"], elem_id=f"{name}-rank")
-        variance = ui.build_optional_number(ui.FLAG_LABELS["--explained-variance"], placeholder="such as 0.95")
+        rank = ui.build_optional_number(ui.TOOL_LABELS["rank"], elem_id=f"{name}-rank")
+        variance = ui.build_optional_number(ui.TOOL_LABELS["explained_variance"], placeholder="such as 0.95")
         dtype = gr.Dropdown(
             [("default", ""), *DTYPES, *dtypes],
             value="",
-            label=ui.FLAG_LABELS["--dtype"],
+            label=ui.TOOL_LABELS["dtype"],
             filterable=False,
             min_width=90,
         )

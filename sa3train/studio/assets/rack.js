@@ -1,5 +1,5 @@
-/* The list of adapters. props.value: {rows: [{path, strength, conditioner_strength, low, high, exclude_layers,
-   allow_partial}]}.
+/* The list of adapters. props.value: {rows: [{path, strength, end_strength, conditioner_strength, low, high,
+   exclude_layers, allow_partial}]}.
    The page's datalist #adapter-files has the files to choose from. */
 sa3.rack = (element, props, watch, upload) => {
   const {make} = sa3;
@@ -11,7 +11,7 @@ sa3.rack = (element, props, watch, upload) => {
   const files = () => [...document.querySelectorAll('#adapter-files option')].map(option => option.value);
   const put = next => { props.value = {...value(), rows: next}; };
   const change = next => { put(next); draw(); };
-  const fresh = path => ({path, strength: 1, conditioner_strength: null, low: 0, high: 1, exclude_layers: '', allow_partial: false});
+  const fresh = path => ({path, strength: 1, end_strength: null, conditioner_strength: null, low: 0, high: 1, exclude_layers: '', allow_partial: false});
   const add = make('button', {type: 'button', class: 'small', onclick: () => {
     const used = all().map(row => row.path), free = files().find(path => !used.includes(path));
     change([...all(), fresh(free || '')]);
@@ -46,11 +46,10 @@ sa3.rack = (element, props, watch, upload) => {
     make('legend', {}, `Adapter ${index + 1}`),
     make('label', {class: 'wide'}, make('span', {}, 'File'), make('input', {
       type: 'text', list: 'adapter-files', value: row.path, spellcheck: 'false', placeholder: 'file, run folder or RUN@STEP',
-      onchange: event => {
-        put(all().map((old, other) => other === index ? {...old, path: event.target.value} : old));
-        event.target.closest('fieldset').querySelector('.soft').hidden = Boolean(event.target.value);
-      }})),
-    make('p', {class: 'soft wide', hidden: Boolean(row.path)}, files().length
+      onchange: event => put(all().map((old, other) => other === index ? {...old, path: event.target.value} : old)),
+      // Not on leaving the field: the button that is being pressed would move away below the pointer.
+      oninput: event => { event.target.closest('fieldset').querySelector('.soft').hidden = Boolean(event.target.value); }})),
+    make('p', {class: 'soft wide', hidden: Boolean(row.path)}, files().length || !document.getElementById('adapter-files')
       ? 'Choose a file from the list, or enter its path.'
       : 'No adapter found yet. Train one on the Runs page, or upload a file.'),
     number(index, 'strength', 'Strength'),
@@ -61,6 +60,7 @@ sa3.rack = (element, props, watch, upload) => {
         field.value = event.target.value; field.dispatchEvent(new Event('input'));
       }}),
     make('details', {}, make('summary', {}, 'Conditioner, noise levels, layers'), make('div', {class: 'more'},
+      number(index, 'end_strength', 'Strength in the last window', {placeholder: 'same as strength'}),
       number(index, 'conditioner_strength', 'Conditioner strength', {placeholder: 'same as strength'}),
       number(index, 'low', 'Min noise level', {min: 0, max: 1}),
       number(index, 'high', 'Max noise level', {min: 0, max: 1}),

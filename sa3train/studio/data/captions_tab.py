@@ -1,7 +1,8 @@
 """The Captions tab: the captions of a folder in a table, and a player for the selected clip."""
 
+import functools
 import shlex
-from dataclasses import dataclass
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,18 @@ from typing import Any
 import gradio as gr
 
 from sa3train.core.text import list_few
+from sa3train.data.captioning import files
+from sa3train.data.captioning.files import Change, Edit
+from sa3train.data.captioning.template import CAPTION_VALUES, DEFAULT_TEMPLATE
 from sa3train.data.sources.listing import Clip
 from sa3train.studio.data import captions
-from sa3train.studio.data.captions import Change, Edit, get_caption, list_clips
+from sa3train.studio.data.captions import get_caption, list_clips
 from sa3train.studio.data.jobs_tabs import render_player
 from sa3train.studio.server import widgets as ui
 from sa3train.studio.server.workspace import StudioError, Workspace
 
-PAGE = 40
+PAGE = 25
+"""Rows of the table, which does not scroll by itself."""
 MAX_SEARCHED = 2000
 """In larger folders only names are searched, since all captions would have to be read."""
 CHOOSE = "Choose a folder of audio above."
@@ -31,43 +36,37 @@ Shown = tuple[str, dict[str, str]]
 NOTHING: Shown = ("", {})
 
 
-@dataclass(frozen=True)
-class _Controls:
-    """The components of the tab."""
-
-    words: gr.Textbox
-    bare: gr.Checkbox
-    page: gr.Number
-    table: gr.Dataframe
-    count: gr.HTML
-    status: gr.HTML
-    player: gr.HTML
-    save: gr.Button
-    undo: gr.Button
-    reload: gr.Button
-
-
-def _build_controls() -> _Controls:
+def _build_controls() -> dict[str, Any]:
+    """Build the components of the tab, by name."""
+    tab: dict[str, Any] = {}
     with gr.Row(equal_height=False, elem_id="captions"):
         with gr.Column(scale=5, min_width=420):
             with gr.Row():
-                words = gr.Textbox("", label="Search clips and captions", scale=3, min_width=160)
-                page = gr.Number(1, label="Page", scale=1, min_width=80)
-                bare = gr.Checkbox(False, label="Without caption only", scale=1, min_width=150)
-            count = gr.HTML(ui.render_placeholder(CHOOSE), elem_id="captions-count")
-            table = gr.Dataframe(
+                tab["words"] = gr.Textbox("", label="Search clips and captions", scale=3, min_width=160)
+                tab["page"] = gr.Number(1, label="Page", scale=1, min_width=80)
+            tab["bare"] = gr.Checkbox(False, label="Without caption only")
+            tab["count"] = gr.HTML(ui.render_placeholder(CHOOSE), elem_id="captions-count")
+            tab["table"] = gr.Dataframe(
                 [], headers=["clip", "caption"], column_count=2, static_columns=[0], type="array", datatype="str",
-                wrap=True, interactive=True, max_height=520, column_widths=["32%", "68%"], label="Captions",
+                wrap=True, interactive=True, max_height=100_000, column_widths=["32%", "68%"], label="Captions",
                 elem_id="captions-table",
             )  # fmt: skip
         with gr.Column(scale=2, min_width=280):
             with gr.Row():
-                save = gr.Button("Save", variant="primary", elem_id="captions-save", min_width=80)
-                undo = gr.Button("Undo", elem_id="captions-undo", min_width=80)
-                reload = gr.Button("Reload", elem_id="captions-reload", min_width=80)
-            status = gr.HTML("", elem_id="captions-status")
-            player = gr.HTML(ui.render_placeholder(LISTEN), elem_id="captions-player")
-    return _Controls(words, bare, page, table, count, status, player, save, undo, reload)
+                tab["save"] = gr.Button("Save", variant="primary", elem_id="captions-save", min_width=80)
+                tab["undo"] = gr.Button("Undo", elem_id="captions-undo", min_width=80)
+                tab["reload"] = gr.Button("Reload", elem_id="captions-reload", min_width=80)
+            tab["status"] = gr.HTML("", elem_id="captions-status")
+            fields = "Fields: " + ", ".join(f"{{{name}}}" for name in CAPTION_VALUES if name != "description")
+            with gr.Accordion("Clips without a caption", open=False, elem_id="captions-compose"):
+                tab["template"] = gr.Textbox(DEFAULT_TEMPLATE.partition(", ")[2], label="Template", info=fields)
+                tab["compose"] = gr.Button("Caption them from tags, names and sound", elem_id="captions-compose-all")
+            with gr.Accordion("Replace in all captions that match the search", open=False, elem_id="captions-replace"):
+                tab["old"] = gr.Textbox("", label="Replace")
+                tab["new"] = gr.Textbox("", label="With")
+                tab["replace"] = gr.Button("Replace and save", elem_id="captions-replace-all")
+            tab["player"] = gr.HTML(ui.render_placeholder(LISTEN), elem_id="captions-player")
+    return tab
 
 
 def build_captions_tab(workspace: Workspace, folder: gr.Dropdown) -> None:
@@ -78,16 +77,7 @@ def build_captions_tab(workspace: Workspace, folder: gr.Dropdown) -> None:
         folder: The chosen folder of audio.
     """
     shown, tab = gr.State(NOTHING), _build_controls()
-
-    def show_rows(path: str | None, text: str, only: bool, number: float) -> tuple[Any, ...]:
-        if not path:
-            return NOTHING, [], ui.render_placeholder(CHOOSE), 1, ui.render_placeholder(LISTEN)
-        source, wanted = workspace.resolve_folder(path), ui.parse_optional_number("Page", number, is_integer=True)
-        rows, total, number = list_rows(workspace, source, text, only, wanted or 1)
-        pages, undoable = max(1, -(-total // PAGE)), captions.count_saves(workspace, source)
-        line = f"{total:,} clip{'s' * (total != 1)}, page {number} of {pages}; saves that can be undone: {undoable}"
-        count = ui.render_panel(f'<p class="soft">{line}</p>')
-        return (path, dict(rows)), rows, count, number, ui.render_placeholder(LISTEN)
+    show_rows = functools.partial(_show_rows, workspace)
 
     @ui.show_errors
     def turn_page(path: str, text: str, only: bool, number: float, before: Shown, rows: Rows) -> tuple[Any, ...]:
@@ -104,11 +94,11 @@ def build_captions_tab(workspace: Workspace, folder: gr.Dropdown) -> None:
         box = ui.render_command(build_commands(changes))
         return *show_rows(path, text, only, number), ui.render_notice(f"Saved {names}.") + box
 
-    @ui.show_errors
-    def undo_edits(path: str, text: str, only: bool, number: float, before: Shown, rows: Rows) -> tuple[Any, ...]:
+    def change_many(run: Callable[..., str], *now: Any) -> tuple[Any, ...]:
+        path, text, only, number, before, rows, *given = now
         _refuse_unsaved(before, rows)
-        names = captions.undo_save(workspace, resolve_shown_folder(workspace, before))
-        return *show_rows(path, text, only, number), ui.render_notice(f"Restored: {', '.join(names[:5])}.")
+        told = run(workspace, resolve_shown_folder(workspace, before), text, *given)
+        return *show_rows(path, text, only, number), ui.render_notice(told)
 
     @ui.show_errors
     def select_clip(before: Shown, chosen: gr.SelectData) -> str:
@@ -116,20 +106,57 @@ def build_captions_tab(workspace: Workspace, folder: gr.Dropdown) -> None:
             return ui.render_placeholder(LISTEN)
         return render_clip(workspace, resolve_shown_folder(workspace, before), str(chosen.row_value[0]))
 
-    inputs = [folder, tab.words, tab.bare, tab.page]
-    both, outputs = [*inputs, shown, tab.table], [shown, tab.table, tab.count, tab.page, tab.player]
+    inputs = [folder, tab["words"], tab["bare"], tab["page"]]
+    both, outputs = [*inputs, shown, tab["table"]], [shown, tab["table"], tab["count"], tab["page"], tab["player"]]
+    told = [*outputs, tab["status"]]
     held: dict[str, Any] = {"js": HOLD, "show_progress": "hidden"}
-    listeners = (folder.change, tab.words.submit, tab.bare.input, tab.page.submit)
+    listeners = (folder.change, tab["words"].submit, tab["bare"].input, tab["page"].submit)
     events = [listen(turn_page, both, outputs, **held) for listen in listeners]
-    events.append(tab.reload.click(ui.show_errors(show_rows), inputs, outputs, **held))
-    events.append(tab.save.click(save_edits, both, [*outputs, tab.status], **held))
-    events.append(tab.undo.click(undo_edits, both, [*outputs, tab.status], **held))
+    events.append(tab["reload"].click(ui.show_errors(show_rows), inputs, outputs, **held))
+    events.append(tab["save"].click(save_edits, both, told, **held))
+    for name, (run, given) in _CHANGES.items():
+        change = ui.show_errors(functools.partial(change_many, run))
+        events.append(tab[name].click(change, [*both, *(tab[key] for key in given)], told, **held))
     for event in events:
         event.success(None, None, None, js=FREE)
         event.failure(None, None, None, js=FREE)
     # One after another and none left out: the clip that is shown in the end is the one that was chosen last.
     one_by_one: dict[str, Any] = {"trigger_mode": "multiple", "concurrency_limit": 1, "show_progress": "hidden"}
-    tab.table.select(select_clip, shown, tab.player, **one_by_one)
+    tab["table"].select(select_clip, shown, tab["player"], **one_by_one)
+
+
+def _show_rows(workspace: Workspace, path: str | None, text: str, only: bool, number: float) -> tuple[Any, ...]:
+    if not path:
+        return NOTHING, [], ui.render_placeholder(CHOOSE), 1, ui.render_placeholder(LISTEN)
+    source, wanted = workspace.resolve_folder(path), ui.parse_optional_number("Page", number, is_integer=True)
+    rows, total, number = list_rows(workspace, source, text, only, wanted or 1)
+    pages, undoable = max(1, -(-total // PAGE)), files.count_saves(source)
+    line = f"{total:,} clip{'s' * (total != 1)}, page {number} of {pages}; saves that can be undone: {undoable}"
+    count = ui.render_panel(f'<p class="soft">{line}</p>')
+    return (path, dict(rows)), rows, count, number, ui.render_placeholder(LISTEN)
+
+
+def _undo(workspace: Workspace, folder: Path, _: str) -> str:
+    return f"Restored: {', '.join(captions.undo_save(workspace, folder)[:5])}."
+
+
+def _compose(workspace: Workspace, folder: Path, _: str, template: str) -> str:
+    changes, without = captions.caption_rest(workspace, folder, template)
+    reasons = list_few([f"{one.source} ({one.problem})" for one in without], 5)
+    return f"Captioned {len(changes)} clips; Undo takes it back." + (f" Without: {reasons}." if without else "")
+
+
+def _replace(workspace: Workspace, folder: Path, words: str, old: str, new: str) -> str:
+    changes = captions.replace_text(workspace, folder, words, old, new)
+    return f"Replaced in {len(changes)} captions; Undo takes it back."
+
+
+_CHANGES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
+    "undo": (_undo, ()),
+    "compose": (_compose, ("template",)),
+    "replace": (_replace, ("old", "new")),
+}
+"""Buttons that change saved captions: what they run, and the fields that it is given."""
 
 
 def _refuse_unsaved(shown: Shown, rows: Rows) -> None:

@@ -1,7 +1,6 @@
 """Audits and encodes that the Data page starts: processes of their own, recorded in the studio's home."""
 
 import hashlib
-import json
 import re
 import shutil
 import time
@@ -9,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
+from sa3train.core import processes
 from sa3train.core.overrides import format_override
 from sa3train.data.encode.settings import EncodeSettings
 from sa3train.data.shards.index import INDEX_FILE
-from sa3train.studio.server import processes
 from sa3train.studio.server.workspace import StudioError, Workspace
 
 AUDIT_FILE = "audit.json"
@@ -25,8 +23,7 @@ STATES = {
     "failed": "failed",
     "stopped": "stopped; start it again to resume",
 }
-_PROGRESS_FLAGS = {"audit": "--progress-json", "encode": "progress=json"}
-_LOG_LINES = 1000
+KINDS = ("audit", "encode")
 _GRACE_SECONDS = 60.0
 """Time to finish the clip at hand after Stop."""
 
@@ -104,9 +101,9 @@ def build_encode_command(source: Path, out: Path, model: str, settings: EncodeSe
     Returns:
         The arguments.
     """
-    names = ("split", "captions", "duplicates", "max_rejected", "fixes", "augmentations")
-    chosen = {"source": source, "out": out, "model": model} | {name: getattr(settings, name) for name in names}
-    return ["sa3-encode", *(format_override(key, value) for key, value in chosen.items() if value != [])]
+    changed = {name: value for name, value in vars(settings).items() if value != getattr(EncodeSettings(), name)}
+    chosen = {"source": source, "out": out, "model": model} | changed
+    return ["sa3-encode", *(format_override(key, value) for key, value in chosen.items())]
 
 
 def start_job(workspace: Workspace, kind: str, source: Path, out: Path, command: Sequence[str]) -> Path:
@@ -129,7 +126,7 @@ def start_job(workspace: Workspace, kind: str, source: Path, out: Path, command:
     job = read_job(folder)
     if job is not None and job.is_running:
         raise StudioError(f"The {kind} of {job.source} is already writing to {out}. Wait for it or stop it.")
-    processes.start(folder, [*command, _PROGRESS_FLAGS[kind]], kind=kind, source=str(source), out=str(out))
+    processes.start(folder, command, kind=kind, source=str(source), out=str(out))
     return folder
 
 
@@ -185,7 +182,7 @@ def read_job(folder: Path) -> DataJob | None:
     """
     record = processes.read_record(folder)
     kind = record.get("kind")
-    if kind not in _PROGRESS_FLAGS or not {"out", "source", "command", "stop_asked"} <= record.keys():
+    if kind not in KINDS or not {"out", "source", "command", "stop_asked"} <= record.keys():
         return None
     out, is_running = Path(record["out"]), processes.get_running_pid(folder) is not None
     error = None if is_running else processes.read_failure(folder)
@@ -195,13 +192,13 @@ def read_job(folder: Path) -> DataJob | None:
         state = "stopping" if record["stop_asked"] else "running"
     elif error is not None or (not record["stop_asked"] and not is_made):
         state = "failed"
-        last = read_log(folder, 1)
+        last = processes.read_log_tail(folder, 1)
         how = last if last.startswith("stopped by") else "killed, possibly out of memory"
         error = error or f"The process was {how}. Start it again to resume."
     else:
         state = "finished" if is_made else "stopped"
     share, progress = read_progress(folder) if is_running else (1.0, "")
-    command = tuple(str(part) for part in record["command"] if part != _PROGRESS_FLAGS[kind])
+    command = tuple(map(str, record["command"]))
     return DataJob(folder, kind, Path(record["source"]), out, state, share, progress, error, command)
 
 
@@ -214,39 +211,10 @@ def read_progress(folder: Path) -> tuple[float | None, str]:
     Returns:
         Share from 0 to 1 (None while unknown), and the progress in words.
     """
-    lines, _ = _split_log(folder)
-    if not lines:
-        return None, "starting"
-    stage, done, total = (lines[-1][name] for name in ("stage", "done", "total"))
-    unit = {"clip": "clips", "batch": "batches"}.get(lines[-1]["unit"], "")
-    return done / max(1, total), f"{stage}: {done} of {total} {unit}"
-
-
-def read_log(folder: Path, lines: int) -> str:
-    """Read the end of a job's log, without progress.
-
-    Args:
-        folder: Folder of its record.
-        lines: Number of lines.
-
-    Returns:
-        The text.
-    """
-    return "\n".join(_split_log(folder)[1][-lines:])
-
-
-def _split_log(folder: Path) -> tuple[list[dict[str, Any]], list[str]]:
-    """Progress lines of the latest process, and the other lines."""
-    progress: list[dict[str, Any]] = []
-    others: list[str] = []
-    for line in processes.read_log_tail(folder, _LOG_LINES).splitlines():
-        if line.startswith('{"stage":') and line.endswith("}"):
-            progress.append(json.loads(line))
-        elif not line.startswith('{"result":'):
-            others.append(line)
-            if line.startswith("$ "):
-                progress = []
-    return progress, others
+    found = processes.read_progress(folder)
+    stage, done, total = found.get("stage", "starting"), found.get("done", 0), found.get("total")
+    unit = {"clip": "clips", "batch": "batches"}.get(found.get("unit", ""), "")
+    return (done / max(1, total), f"{stage}: {done} of {total} {unit}") if total is not None else (None, stage)
 
 
 def _get_start_time(folder: Path) -> float:

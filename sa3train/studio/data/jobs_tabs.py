@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 
+from sa3train.core import processes
 from sa3train.core.errors import DataError, SA3Error
 from sa3train.core.user_files import read_file
 from sa3train.data.audit.checks import FINDING_TYPES, SEVERITIES, find_worst_severity
@@ -27,12 +28,14 @@ MAX_ROWS = 60
 """Clips shown of an audit, worst first."""
 LOG_LINES = 12
 ENCODE_FIELDS: dict[str, dict[str, Any]] = {
-    "captions": {"info": "Clips without a caption: reject them, or encode them for the empty prompt."},
+    "captions": {},
     "fixes": {"info": "Applied while encoding, never to your files. loudness: -14 LUFS, peaks at most -1 dBFS."},
     "augmentations": {},
     "split": {"widget": gr.Slider, "maximum": 0.5, "step": 0.01, "info": "Share of the clips to hold out."},
     "duplicates": {},
     "max_rejected": {"widget": gr.Slider, "step": 0.01, "info": "Stop if more than this share is rejected."},
+    "allow_promotional": {"elem_classes": "tick"},
+    "overwrite": {"elem_classes": "tick"},
 }
 """Settings of an encode with a field each, and what their fields differ in from the usual ones."""
 
@@ -288,8 +291,8 @@ def render_job(job: DataJob | None) -> str:
     share = f' value="{job.share:.4f}"' if job.share is not None else ""
     bar = f'<progress max="1"{share} aria-label="{job.kind} progress"></progress>' if job.is_running else ""
     line = f"{job.kind}: {STATES[job.state]}" + (f"; {job.progress}" if job.progress else "")
-    error = ui.render_notice(ui.name_fields(job.error), "error") if job.error else ""
-    log = jobs.read_log(job.folder, LOG_LINES)
+    error = ui.render_notice(job.error, "error") if job.error else ""
+    log = processes.read_log_tail(job.folder, LOG_LINES)
     details = render_details("Log", f'<pre tabindex="0" aria-label="log">{escape(log)}</pre>') if log else ""
     mark = {"finished": "done", "failed": "bad"}.get(job.state, "work" if job.is_running else "rest")
     state = f'<p><span class="state {mark}" role="status">{escape(line)}</span></p>'

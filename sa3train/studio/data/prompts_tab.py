@@ -191,7 +191,7 @@ def build_prompts_tab(workspace: Workspace, folder: gr.Dropdown, tick: gr.Timer)
         html = render_preview(read_records(workspace, where), settings, CLIPS)
         return html, render_commands(workspace, where, settings)
 
-    show.click(preview, [latents, folder, templates, *fields.values()], [shown, line], show_progress="hidden")
+    show.click(preview, [latents, folder, templates, *fields.values()], [shown, line], show_progress_on=shown)
     ui.refresh_choices(tick, latents, lambda: [("none", ""), *name_folders(workspace, find_folders(workspace).latents)])
 
 

@@ -5,6 +5,7 @@ from html import escape
 from typing import Any
 
 from sa3train.adapters.apply.load_report import LoadReport
+from sa3train.inference.outputs import describe_measured
 from sa3train.inference.replay import build_command
 from sa3train.reports.html import render_details
 from sa3train.studio.play.history import Result
@@ -84,7 +85,10 @@ def describe_result(result: Result) -> str:
     if "cell" not in studio:
         facts.insert(1, record["model"]["source"])
         facts.append(f"{settings['steps']} steps, {settings['sampler_type']}, CFG scale {settings['cfg_scale']:g}")
-        facts += [f"{shorten_name(each['path'] or 'an adapter')} ×{each['strength']:g}" for each in record["adapters"]]
+        for each in record["adapters"]:
+            ends = each["strength"] if isinstance(each["strength"], list) else [each["strength"]]
+            facts.append(f"{shorten_name(each['path'] or 'an adapter')} ×{'..'.join(f'{end:g}' for end in ends)}")
+    facts += describe_measured(record.get("measured", {}))
     if settings["negative_prompt"]:
         facts.append(f"negative prompt: {settings['negative_prompt'][record['item']]}")
     return " · ".join(str(fact) for fact in facts if fact)

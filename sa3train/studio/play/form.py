@@ -15,10 +15,17 @@ from sa3train.core.config import list_settings
 from sa3train.core.errors import SA3Error
 from sa3train.inference.settings import VALUE_TYPES, GenerationSettings, get_default
 from sa3train.studio.play.history import compute_waveform
-from sa3train.studio.play.settings import MODES, AdapterSettings, PlaySettings, parse_regions, select_source
+from sa3train.studio.play.settings import (
+    MODES,
+    AdapterSettings,
+    PlaySettings,
+    parse_number,
+    parse_regions,
+    select_source,
+)
 from sa3train.studio.server import widgets as ui
 from sa3train.studio.server.folders import describe_model, list_adapters, list_models, name_adapter, resolve_adapter
-from sa3train.studio.server.workspace import Workspace
+from sa3train.studio.server.workspace import StudioError, Workspace
 
 DEFAULT_DURATION = 10.0
 MODEL_DEFAULT = "model's default"
@@ -28,6 +35,7 @@ MODE_LABELS = {mode: label for label, mode in MODES.items()}
 FORM_SETTINGS = (
     *("prompt", "duration", "seed", "batch_size", "negative_prompt", "steps", "cfg_scale", "sampler_type"),
     *("cfg_norm_threshold", "scale_phi", "apg_scale", "chunked_decode", "init_noise_level", "keep_exact"),
+    *("bars", "bpm", "meter", "loop", "tail", "loudness", "peak", "window", "prompt_at"),
 )
 """Settings with one field each; `cfg_interval` has two, audio and regions belong to the waveform."""
 MODES_OF_SETTING = {"init_noise_level": ("restyle",), "keep_exact": ("inpaint", "continue")}
@@ -90,6 +98,7 @@ def build_form(workspace: Workspace) -> Form:
     adapters = gr.HTML(apply_default_css=False, elem_id="play-files")
     gr.HTML("<h2>Adapters</h2>", elem_classes="studio-title", apply_default_css=False)
     fields["rack"] = _build_scripted("play-rack", "rack-box", RACK_JS, {"rows": []})
+    _build_length_and_level(fields)
     _build_more(fields)
     return Form(fields, facts, source_box, upload, adapters, offered)
 
@@ -111,38 +120,46 @@ def _build_source(fields: dict[str, Any]) -> tuple[gr.Group, gr.UploadButton]:
     return box, upload
 
 
+def _build_length_and_level(fields: dict[str, Any]) -> None:
+    with gr.Accordion("Bars, loops, long pieces, level", open=False, elem_id="play-length"):
+        for row in (("bars", "bpm", "meter"), ("loop", "tail"), ("loudness", "peak")):
+            _build_row(fields, **{name: {} for name in row})
+        fields["window"] = _build_field("window")
+        fields["prompt_at"] = ui.build_field(
+            GenerationSettings, "prompt_at", gr.Textbox, lines=2, value="", placeholder="60: the choir joins in",
+            info="Prompts that follow the first one: in each line the seconds, a colon and the prompt.",
+            elem_id="play-prompt-at",
+        )  # fmt: skip
+
+
 def _build_more(fields: dict[str, Any]) -> None:
     with gr.Accordion("More settings", open=False, elem_id="play-more"):
         fields["negative_prompt"] = _build_field("negative_prompt", lines=1)
-        with gr.Row():
-            fields["steps"] = _build_field("steps")
-            fields["cfg_scale"] = _build_field("cfg_scale")
+        _build_row(fields, steps={}, cfg_scale={})
         with gr.Row():
             label = ui.get_label(GenerationSettings, "cfg_interval")
             for end, value in zip(("min", "max"), GenerationSettings.cfg_interval, strict=True):
                 options = {"label": f"{label}, {end}", "elem_id": f"play-cfg-interval-{end}", "step": 0.05}
                 fields[f"cfg_interval_{end}"] = _build_field("cfg_interval", value=value, **options)
+        _build_row(fields, cfg_norm_threshold={"step": 0.5}, scale_phi={"step": 0.05})
+        _build_row(fields, apg_scale={"step": 0.1}, sampler_type={})
         with gr.Row():
-            fields["cfg_norm_threshold"] = _build_field("cfg_norm_threshold", step=0.5)
-            fields["scale_phi"] = _build_field("scale_phi", step=0.05)
-        with gr.Row():
-            fields["apg_scale"] = _build_field("apg_scale", step=0.1)
-            fields["sampler_type"] = _build_field("sampler_type", min_width=90)
-        with gr.Row():
-            fields["chunked_decode"] = _build_field("chunked_decode", min_width=90)
+            fields["chunked_decode"] = _build_field("chunked_decode")
             fields["precision"] = gr.Dropdown(
-                list(PRECISIONS),
-                value="auto",
-                label="Precision",
-                info="Precision to load the model in.",
-                min_width=90,
+                list(PRECISIONS), value="auto", label="Precision", info="Precision to load the model in.", min_width=90,
                 filterable=False,
-            )
+            )  # fmt: skip
+
+
+def _build_row(fields: dict[str, Any], **options: dict[str, Any]) -> None:
+    """Build fields side by side, each with its options."""
+    with gr.Row():
+        fields |= {name: _build_field(name, **own) for name, own in options.items()}
 
 
 def _build_field(name: str, widget: Any = None, **options: Any) -> Any:
     """Build the field of a setting, which may be empty where the model has its own default."""
-    options = {"elem_id": f"play-{name.replace('_', '-')}"} | options
+    options = {"elem_id": f"play-{name.replace('_', '-')}", "min_width": 90} | options
     choices = list(DECODING) if name == "chunked_decode" else list_settings(GenerationSettings)[name].choices
     if choices:
         options |= {
@@ -154,7 +171,7 @@ def _build_field(name: str, widget: Any = None, **options: Any) -> Any:
     if VALUE_TYPES[name] is str:
         return ui.build_field(GenerationSettings, name, gr.Textbox, **options)
     if get_default(name) is None:
-        options |= {"value": "", "max_lines": 1, "min_width": 90}  # gr.Number turns an empty field into 0
+        options = {"value": "", "max_lines": 1} | options  # gr.Number turns an empty field into 0
         field = ui.build_field(GenerationSettings, name, gr.Textbox, **options)
         return ui.explain_value(field, functools.partial(ui.parse_setting, GenerationSettings, name))
     return ui.build_field(GenerationSettings, name, widget, **options)
@@ -221,6 +238,8 @@ def read_form(values: Mapping[str, Any]) -> PlaySettings:
     given["cfg_interval"] = (default_low if low is None else low, default_high if high is None else high)
     regions = parse_regions((values["regions"] or {}).get("regions") or [])
     given |= select_source(mode, values["source"], regions)
+    if given["bars"] is not None:
+        del given["duration"]  # bars set it
     settings = GenerationSettings(**{name: value for name, value in given.items() if value is not None})
     rows = enumerate((values["rack"] or {}).get("rows") or [], 1)
     adapters = tuple(AdapterSettings.from_row(row, number) for number, row in rows)
@@ -229,6 +248,8 @@ def read_form(values: Mapping[str, Any]) -> PlaySettings:
 
 def _parse_value(name: str, value: Any) -> Any:
     """The value of a field as that of its setting; None leaves the default."""
+    if name == "prompt_at":
+        return _parse_prompts(value or "")
     kind = VALUE_TYPES[name]
     if name == "chunked_decode":
         return DECODING.get(value)
@@ -239,6 +260,14 @@ def _parse_value(name: str, value: Any) -> Any:
     if kind is bool:
         return value
     return ui.parse_optional_number(ui.get_label(GenerationSettings, name), value, kind is int)
+
+
+def _parse_prompts(text: str) -> list[tuple[float, str]]:
+    lines = [line.partition(":") for line in text.splitlines() if line.strip()]
+    label = ui.get_label(GenerationSettings, "prompt_at")
+    if wrong := next((time for time, colon, prompt in lines if not colon or not prompt.strip()), None):
+        raise StudioError(f"{label}: write {wrong.strip()!r} as seconds, a colon and a prompt, such as 60: choir.")
+    return [(parse_number(f"{label}: the time", time), prompt.strip()) for time, _, prompt in lines]
 
 
 def fill_form(workspace: Workspace, request: PlaySettings) -> dict[str, Any]:
@@ -271,6 +300,8 @@ def fill_form(workspace: Workspace, request: PlaySettings) -> dict[str, Any]:
 def _format_value(name: str, value: Any) -> Any:
     if name == "chunked_decode":
         return next(label for label, choice in DECODING.items() if choice is value)
+    if name == "prompt_at":
+        return "\n".join(f"{time:g}: {text}" for time, text in value or ())
     if VALUE_TYPES[name] is str:
         return value or (MODEL_DEFAULT if name == "sampler_type" else "")
     if get_default(name) is None:

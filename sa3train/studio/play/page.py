@@ -17,7 +17,7 @@ from sa3train.studio.play.player import Player, find_missing_contrast
 from sa3train.studio.play.settings import MODES, PlaySettings, parse_strengths
 from sa3train.studio.server.folders import describe_model, list_audio, list_models, load_model_config
 from sa3train.studio.server.jobs import Job, Worker
-from sa3train.studio.server.widgets import fill_when_shown, render_notice, render_placeholder, show_errors
+from sa3train.studio.server.widgets import QUIET, fill_when_shown, render_notice, render_placeholder, show_errors
 from sa3train.studio.server.workspace import StudioError, Workspace
 
 POLL_SECONDS = 0.4
@@ -30,10 +30,11 @@ STATUS_JS = (
     "element.addEventListener('click', event => { const button = event.target.closest('[data-cancel]'); "
     "if (button) trigger('cancel', {number: Number(button.dataset.cancel)}); });"
 )
-RESULTS_JS = "sa3.list(element.firstElementChild, props, watch, (action, name) => trigger('act', {action, name}));"
+RESULTS_JS = (
+    "sa3.list(element.firstElementChild, props, watch, (action, name) => { trigger('act', {action, name}); "
+    "document.getElementById('play-model').scrollIntoView(); });"
+)
 NO_REPORT = "Add adapters and press Check to see which layers match the model and how much each changes it."
-QUIET: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
-"""Options of events that answer at once."""
 
 
 @dataclass(frozen=True)

@@ -130,14 +130,15 @@ class Player:
             try:
                 for adapter in request.adapters:
                     report(f"loading {Path(adapter.path).name}", 0.0)
-                    settings = asdict(adapter)
+                    settings = asdict(adapter) | {"strength": adapter.strengths}
+                    del settings["end_strength"]
                     generator.load_adapter(settings.pop("path"), **settings)
             except BaseException:
                 _remove_adapters(generator)  # a refused adapter leaves none of the others behind
                 raise
             self._adapters[key] = identities
         for index, adapter in enumerate(request.adapters):
-            generator.set_strength(adapter.strength, index, adapter.conditioner_strength)
+            generator.set_strength(adapter.strengths, index, adapter.conditioner_strength)
         return generator
 
 

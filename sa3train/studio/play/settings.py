@@ -36,6 +36,7 @@ class AdapterSettings:
         interval: Noise levels at which it acts.
         exclude_layers: Comma-separated substrings of layers to leave untouched.
         allow_partial: Whether to load it when only some layers match.
+        end_strength: Strength in the last window of a piece; None for the same.
     """
 
     path: str
@@ -44,6 +45,12 @@ class AdapterSettings:
     interval: tuple[float, float] = (0.0, 1.0)
     exclude_layers: str = ""
     allow_partial: bool = False
+    end_strength: float | None = None
+
+    @property
+    def strengths(self) -> float | tuple[float, float]:
+        """The strength as `Generator.load_adapter` takes it."""
+        return self.strength if self.end_strength is None else (self.strength, self.end_strength)
 
     @classmethod
     def from_row(cls, row: Mapping[str, Any], number: int = 1) -> "AdapterSettings":
@@ -70,6 +77,7 @@ class AdapterSettings:
             (low, high),
             str(row.get("exclude_layers") or ""),
             bool(row.get("allow_partial")),
+            parse_optional_number(f"the strength in the last window {name}", row.get("end_strength")),
         )
 
     @classmethod
@@ -84,6 +92,8 @@ class AdapterSettings:
             The adapter.
         """
         known = {name: entry[name] for name in ("strength", "conditioner_strength", "allow_partial")}
+        if isinstance(entry["strength"], list):
+            known["strength"], known["end_strength"] = entry["strength"]
         layers = ", ".join(entry["exclude_layers"])
         return cls(path, interval=tuple(entry["interval"]), exclude_layers=layers, **known)
 
@@ -117,8 +127,8 @@ class AdapterSettings:
         Returns:
             The adapter.
         """
-        conditioner = None if self.conditioner_strength is None else self.conditioner_strength * factor
-        return replace(self, strength=self.strength * factor, conditioner_strength=conditioner)
+        given = {name: getattr(self, name) for name in ("strength", "conditioner_strength", "end_strength")}
+        return replace(self, **{name: value * factor for name, value in given.items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -167,6 +177,8 @@ class PlaySettings:
             changes |= {"init_audio" if self.mode == "restyle" else "inpaint_audio": source}
         if self.mode == "inpaint" and not settings.inpaint_mask_start_seconds:
             raise StudioError("There is no region to regenerate. Mark one on the waveform, or add one to the table.")
+        if self.mode == "continue" and settings.bars is not None:
+            raise StudioError("Bars count from the start. To continue audio, set the duration instead.")
         if self.mode == "continue":
             seconds, duration = read_audio_info(source).seconds, check_number("duration", settings.duration)
             if duration <= seconds:

@@ -20,11 +20,11 @@ import yaml
 
 from sa3train.core.files import get_cache_dir, get_config_dir
 from sa3train.core.overrides import format_override
+from sa3train.core.processes import find_program, make_environment
 from sa3train.data.shards.index import DataSummary
 from sa3train.data.shards.reader import LatentStore
 from sa3train.reports import run_files
 from sa3train.reports.html import format_bytes, format_duration
-from sa3train.studio.server.processes import find_program, make_environment
 from sa3train.studio.server.workspace import StudioError
 
 TRIAL_STEPS = 4
@@ -208,16 +208,39 @@ def run_trial(request: RunRequest) -> Trial:
         if time.time() - left.stat().st_mtime > 2 * TRIAL_SECONDS:
             shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix="trial-", dir=trials))
-    settings = tuple(line for line in request.settings if not line.lstrip("+").startswith(OMITTED_IN_TRIAL))
-    trial = dataclasses.replace(request, run_dir=folder / "run", steps=None, settings=(*settings, *TRIAL_SETTINGS))
     try:
-        _run(trial.build_command(), TRIAL_SECONDS)
-        return _read_trial(folder / "run")
+        _run(make_trial(request, folder / "run").build_command(), TRIAL_SECONDS)
+        return read_trial(folder / "run")
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _read_trial(folder: Path) -> Trial:
+def make_trial(request: RunRequest, run_dir: Path) -> RunRequest:
+    """Make the request of a trial: a few steps of another one.
+
+    Args:
+        request: What to train.
+        run_dir: The trial's run folder.
+
+    Returns:
+        The trial.
+    """
+    settings = tuple(line for line in request.settings if not line.lstrip("+").startswith(OMITTED_IN_TRIAL))
+    return dataclasses.replace(request, run_dir=run_dir, steps=None, settings=(*settings, *TRIAL_SETTINGS))
+
+
+def read_trial(folder: Path) -> Trial:
+    """Read what a trial has measured.
+
+    Args:
+        folder: Its run folder.
+
+    Returns:
+        Its speed and memory.
+
+    Raises:
+        StudioError: It made no steps.
+    """
     files = run_files.read_run(folder)
     speeds = [speed for _, speed in files.get_curve("time/steps_per_second")]
     if not speeds:
@@ -350,9 +373,10 @@ def estimate_validation_seconds(config: Mapping[str, Any], data: DataSummary, tr
     validation = config["callbacks"]["validation"]
     if not validation["enabled"]:
         return 0.0
-    clips = min(int(validation["clips"]), data.heldout) + min(int(validation["clips"]), data.clips)
+    heldout, training = (min(int(validation["clips"]), clips) for clips in (data.heldout, data.clips))
     times = 1 + int(config["trainer"]["max_steps"]) // int(validation["every"])
-    return times * clips * NOISE_LEVELS * _estimate_forward_seconds(config, trial)
+    rows = times * (heldout + training) + len(validation["strengths"]) * heldout
+    return rows * NOISE_LEVELS * _estimate_forward_seconds(config, trial)
 
 
 def estimate_demo_seconds(config: Mapping[str, Any], trial: Trial) -> float:

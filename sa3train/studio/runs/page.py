@@ -7,14 +7,14 @@ from typing import Any
 
 import gradio as gr
 
+from sa3train.core import processes
 from sa3train.core.files import write_text
-from sa3train.reports import run_files
+from sa3train.reports import comparison, run_files, runs
 from sa3train.reports.run_files import RunFiles
-from sa3train.studio.runs import runs, view
+from sa3train.studio.runs import view
 from sa3train.studio.runs.start_form import build_start_form
-from sa3train.studio.server import processes
 from sa3train.studio.server import widgets as ui
-from sa3train.studio.server.folders import name_folders
+from sa3train.studio.server.folders import find_runs, leads_out, name_folders
 from sa3train.studio.server.workspace import StudioError, Workspace
 
 SECONDS = 2.0
@@ -75,7 +75,7 @@ def _build_widgets(workspace: Workspace, tick: gr.Timer) -> dict[str, Any]:
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=330):
             form = gr.Accordion("Start a run", open=True, elem_id="run-form")
-            gr.HTML('<h2 class="studio">Runs</h2>')
+            gr.HTML("<h2>Runs</h2>", elem_classes="studio-title", apply_default_css=False)
             # The list, or the hint that it is empty, is shown once runs have been looked for.
             chosen = gr.Radio(
                 [], label="Run", elem_classes="run-list", elem_id="run-list", show_label=False, visible=False
@@ -109,7 +109,7 @@ def _build_widgets(workspace: Workspace, tick: gr.Timer) -> dict[str, Any]:
 
 def _refresh(workspace: Workspace, path: str | None, before: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return updates of the widgets whose content has changed since `before`, and what the page has seen now."""
-    found = runs.find_runs(workspace, Path(path) if path else None)
+    found = find_runs(workspace, Path(path) if path else None)
     labels, selected = [(view.format_label(workspace, run), str(run.path)) for run in found], path
     path = path if path in [value for _, value in labels] else (labels[0][1] if labels else None)
     run = next((run for run in found if str(run.path) == path), None)
@@ -153,7 +153,7 @@ def resolve_run_dir(workspace: Workspace, path: str | None) -> Path:
     if not path:
         raise StudioError("Choose a run first.")
     folder = workspace.resolve_folder(path, "run folder")
-    if runs.leads_out(workspace, folder):
+    if leads_out(workspace, folder):
         raise StudioError(f"A file in {workspace.shorten(folder)} is a link out of the studio's folders. Remove it.")
     if not runs.is_run(folder):
         raise StudioError(f"{workspace.shorten(folder)} contains no run. Choose another.")
@@ -224,7 +224,7 @@ def render_comparison(workspace: Workspace, path: str | None, second: str | None
         HTML.
     """
     one, other = resolve_run_dir(workspace, path), resolve_run_dir(workspace, second)
-    differences = runs.compare_settings(one, other)
+    differences = comparison.compare_settings(one, other)
     command = ui.render_command(["diff", one / run_files.CONFIG_FILE, other / run_files.CONFIG_FILE])
     return view.render_differences(differences, workspace.shorten(one), workspace.shorten(other)) + command
 

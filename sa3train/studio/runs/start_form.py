@@ -8,8 +8,9 @@ import gradio as gr
 
 from sa3train.core.errors import SA3Error
 from sa3train.data.shards.index import summarize_data
+from sa3train.reports import runs
 from sa3train.reports.html import render_facts
-from sa3train.studio.runs import estimate, runs, view
+from sa3train.studio.runs import estimate, view
 from sa3train.studio.runs.estimate import RunRequest
 from sa3train.studio.server import folders
 from sa3train.studio.server import widgets as ui
@@ -161,7 +162,9 @@ def stream_start(workspace: Workspace, *values: Any) -> Iterator[tuple[Any, ...]
     summarize_data(request.data)
     runs.start_run(request.run_dir, request.build_command())
     started = ui.render_notice(f"Started {folder}. It continues when this page is closed.")
-    choices = [(view.format_label(workspace, run), str(run.path)) for run in runs.find_runs(workspace, request.run_dir)]
+    choices = [
+        (view.format_label(workspace, run), str(run.path)) for run in folders.find_runs(workspace, request.run_dir)
+    ]
     update = gr.update(value=str(request.run_dir), choices=choices, visible=True)
     yield "", started + ui.render_command(request.build_command()), update  # the next run gets a folder of its own
 

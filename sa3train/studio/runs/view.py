@@ -7,14 +7,15 @@ from pathlib import Path
 from sa3train.reports import audio, curves, html
 from sa3train.reports.audio import Media
 from sa3train.reports.loss_change import compute_loss_change
-from sa3train.reports.run_files import CONFIG_FILE, DemoFile, RunFiles, summarize_run
-from sa3train.studio.runs.runs import STATES, Run
+from sa3train.reports.run_files import CONFIG_FILE, DemoFile, RunFiles
+from sa3train.reports.runs import STATES, Run
+from sa3train.reports.verdict import summarize_run
 from sa3train.studio.server.widgets import render_notice, render_panel, render_placeholder
 from sa3train.studio.server.workspace import Workspace
 
 MARKS = {"finished": "done", "crashed": "bad", "failed": "bad", "stopped": "rest"}
 """CSS classes of states; all others are `work`."""
-NOTHING_CHOSEN = "Choose a run on the left, or start one. Runs continue when this page or its server is closed."
+NOTHING_CHOSEN = "Choose a run, or start one. Runs continue when this page or its server is closed."
 KILLED = "The process was killed, possibly out of memory. Resume continues from the last checkpoint."
 
 
@@ -28,9 +29,22 @@ def format_label(workspace: Workspace, run: Run) -> str:
     Returns:
         Two lines of text.
     """
-    steps = f"{run.step:,} of {run.total:,} steps" if run.total else f"{run.step:,} steps"
+    total = f" of {run.total:,}" if run.total else ""
+    steps = f" · {run.step:,}{total} steps" if run.step or run.total else ""
     left = f", {html.format_duration(run.seconds_left)} left" if run.seconds_left is not None else ""
-    return f"{workspace.shorten(run.path)}\n{STATES[run.state]} · {steps}{left}"
+    return f"{workspace.shorten(run.path)}\n{describe_state(run)}{steps}{left}"
+
+
+def describe_state(run: Run) -> str:
+    """Describe the state of a run, and what it does beside training steps.
+
+    Args:
+        run: The run.
+
+    Returns:
+        Text such as "running: validating".
+    """
+    return f"{STATES[run.state]}{run.stage and f': {run.stage}'}"
 
 
 def render_head(workspace: Workspace, run: Run | None, files: RunFiles) -> str:
@@ -54,13 +68,13 @@ def render_head(workspace: Workspace, run: Run | None, files: RunFiles) -> str:
         problem = render_notice(KILLED, "warning")
     return render_panel(
         f'<h2>{escape(workspace.shorten(run.path))} <span class="state {MARKS.get(run.state, "work")}" role="status">'
-        f"{escape(STATES[run.state])}</span></h2>{problem}{bar}"
+        f"{escape(describe_state(run))}</span></h2>{problem}{bar}"
         f'<div class="tiles">{"".join(_render_tiles(run, files))}</div>{summary}'
     )
 
 
 def _render_tiles(run: Run, files: RunFiles) -> list[str]:
-    found = [html.render_tile(f"{run.step:,}" + (f" / {run.total:,}" if run.total else ""), "steps")]
+    found = [html.render_tile(f"{run.step:,} / {run.total:,}", "steps")] if run.total else []
     if run.loss is not None:
         found.append(html.render_tile(f"{run.loss:.4f}", "training loss"))
     for part, label in (("val", "validation loss vs. base"), ("train_eval", "loss on training clips vs. base")):
@@ -70,7 +84,7 @@ def _render_tiles(run: Run, files: RunFiles) -> list[str]:
     if run.seconds_left is not None:
         found.append(html.render_tile(html.format_duration(run.seconds_left), "left"))
     elif files.seconds:
-        found.append(html.render_tile(html.format_duration(files.seconds), "in the training loop"))
+        found.append(html.render_tile(html.format_duration(files.seconds), "of training"))
     if files.peak_memory_gib:
         found.append(html.render_tile(html.format_bytes(int(files.peak_memory_gib * html.GIB)), "peak memory"))
     return found

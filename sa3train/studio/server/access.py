@@ -8,6 +8,7 @@ import socket
 from dataclasses import dataclass
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -39,6 +40,9 @@ class AccessMiddleware:
 
     def __init__(self, app: ASGIApp, workspace: Workspace, hosts: tuple[str, ...] | None = LOCAL_NAMES) -> None:
         self.app, self.workspace, self.hosts = app, workspace, hosts
+        self.page = GZipMiddleware(
+            app
+        )  # Gradio compresses all but the page; parts of audio files must stay as they are
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse a request or pass it on."""
@@ -54,7 +58,8 @@ class AccessMiddleware:
         elif path is not None and not self.workspace.is_served(path):
             await PlainTextResponse("file outside the studio's folders", 403)(scope, receive, send)
         else:
-            await self.app(scope, receive, _add_headers(send, PAGE_POLICY if path is None else FILE_POLICY))
+            app = self.page if scope["path"] == "/" else self.app
+            await app(scope, receive, _add_headers(send, PAGE_POLICY if path is None else FILE_POLICY))
 
 
 def _get_requested_file(path: str) -> str | None:

@@ -6,94 +6,28 @@ Listings are bounded, since a source may be a whole home folder.
 import functools
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 from sa3train.adapters.formats.run_dir import ADAPTER_FILE, CHECKPOINTS_DIR, list_checkpoints, locate_adapter
 from sa3train.audio.io import AUDIO_SUFFIXES
 from sa3train.core.errors import SA3Error
-from sa3train.core.user_files import is_file, read_file, scan_folder
-from sa3train.data.sources.own_folders import INDEX_LIMIT, LATENTS, RUN, STUDIO, identify_own_folder
+from sa3train.core.processes import PROCESS_FILE
+from sa3train.data.sources.own_folders import LATENTS, RUN, STUDIO, iterate_folders
 from sa3train.inference.settings import MODEL_DEFAULTS
 from sa3train.models import hub
 from sa3train.models.checkpoint import read_config
 from sa3train.models.config import ModelConfig
 from sa3train.models.parse import parse_model
-from sa3train.studio.server.processes import PROCESS_FILE
+from sa3train.reports.runs import Run, load_run, sort_runs
 from sa3train.studio.server.workspace import StudioError, Workspace
 
 ADAPTER_CONFIG, ADAPTER_SUFFIXES = "adapter_config.json", (".safetensors", ".gguf")
 _STATE_NAME = re.compile(r"step-(\d{8})\.safetensors")
-MAX_FOLDERS = 4000
-MAX_DEPTH = 8
 MAX_LISTED = 400
 CACHE_SECONDS = 3
 """For how long `find_folders` returns the same result."""
-
-
-class Folder(NamedTuple):
-    """A folder below the roots.
-
-    Attributes:
-        path: Its path.
-        files: Names of its regular files that are not hidden, in order.
-        own: What `identify_own_folder` says of it.
-    """
-
-    path: Path
-    files: list[str]
-    own: str
-
-
-def iterate_folders(workspace: Workspace) -> Iterator[Folder]:
-    """Yield the folders below the roots, without hidden ones, up to `MAX_FOLDERS` and `MAX_DEPTH`.
-
-    Names that are no valid text are left out: no page can show them.
-
-    Args:
-        workspace: The workspace.
-
-    Yields:
-        Each folder, in order.
-    """
-    folders = [(root, 0) for root in reversed(workspace.roots)]
-    seen: set[Path] = set()
-    for _ in range(MAX_FOLDERS):
-        if not folders:
-            return
-        folder, depth = folders.pop()
-        if folder in seen:  # the workspace or another source, inside a source
-            continue
-        seen.add(folder)
-        try:
-            _, entries = scan_folder(str(folder))
-        except OSError:  # not ours to read, or gone
-            continue
-        below = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-        if depth < MAX_DEPTH:
-            shown = [name for name in below if _is_shown(name) and not name.startswith("__")]
-            folders += [(folder / name, depth + 1) for name in reversed(shown)]
-        read_mark = functools.partial(read_file, limit=INDEX_LIMIT)
-        own = identify_own_folder(str(folder), [entry.name for entry in entries], read_mark)
-        yield Folder(folder, [entry.name for entry in entries if _is_shown(entry.name) and is_file(entry)], own)
-
-
-def _is_shown(name: str) -> bool:
-    return not name.startswith(".") and is_text(name)
-
-
-def is_text(name: str) -> bool:
-    """Check that a name is valid Unicode, which file systems do not require.
-
-    Args:
-        name: Name of a file or folder, or a path.
-
-    Returns:
-        Whether a page can show it.
-    """
-    return name.encode("utf-8", "replace").decode("utf-8") == name
 
 
 def list_adapters(workspace: Workspace) -> list[str]:
@@ -107,7 +41,7 @@ def list_adapters(workspace: Workspace) -> list[str]:
     """
     found: dict[str, Path] = {}
     states: set[Path] = set()
-    for folder, files, own in iterate_folders(workspace):
+    for folder, files, own in iterate_folders(workspace.roots):
         if own == RUN:
             states.add(folder / CHECKPOINTS_DIR)
             steps = sorted(list_checkpoints(folder), reverse=True)
@@ -130,7 +64,7 @@ def resolve_adapter(workspace: Workspace, path: str | None) -> Path:
         path: A file, a PEFT or run folder, or RUN_FOLDER@STEP.
 
     Returns:
-        Its path, in the same form. One that is missing or outside is refused as by `Workspace.resolve_existing`.
+        Its path, in the same form. One that is missing or outside is refused.
 
     Raises:
         StudioError: If none is chosen.
@@ -165,7 +99,9 @@ def list_audio(workspace: Workspace) -> list[str]:
     Returns:
         Short paths (`Workspace.shorten`), newest first.
     """
-    found = [folder / name for folder, files, _ in iterate_folders(workspace) for name in files if _is_audio(name)]
+    found = [
+        folder / name for folder, files, _ in iterate_folders(workspace.roots) for name in files if _is_audio(name)
+    ]
     return _sort_by_age(workspace, {str(path): path for path in found})
 
 
@@ -181,7 +117,7 @@ def list_models(workspace: Workspace) -> list[tuple[str, str]]:
     available = {"nano", "nano-base", *hub.list_cached_names()}
     names = hub.list_model_names()
     choices = [(name if name in available else f"{name} (not downloaded yet)", name) for name in names]
-    for folder, files, _ in iterate_folders(workspace):
+    for folder, files, _ in iterate_folders(workspace.roots):
         if hub.PIPELINE_FILE in files or (hub.CONFIG_FILE in files and hub.WEIGHTS_FILE in files):
             choices.append((workspace.shorten(folder), str(folder)))
     if workspace.model not in [value for _, value in choices]:
@@ -242,7 +178,7 @@ def describe_model(workspace: Workspace, name: str) -> str:
     longest = config.sample_size / config.sample_rate
     defaults = MODEL_DEFAULTS[config.objective]
     sampling = "{steps} steps, CFG scale {cfg_scale:g}, sampler {sampler_type}".format(**defaults)
-    return f"{kind}, up to {longest:.0f} s; defaults: {sampling}"
+    return f"{kind}, up to {longest:.0f} s at once; defaults: {sampling}"
 
 
 def get_sibling(name: str) -> str:
@@ -311,7 +247,7 @@ def _find_folders(workspace: Workspace, period: int) -> FoundFolders:
     found = FoundFolders()
     closed: set[Path] = set()
     studios: set[Path] = set()
-    for folder, files, own in iterate_folders(workspace):
+    for folder, files, own in iterate_folders(workspace.roots):
         if own == STUDIO or folder.parent in studios:
             studios.add(folder)
         if folder.parent in closed:
@@ -325,6 +261,40 @@ def _find_folders(workspace: Workspace, period: int) -> FoundFolders:
         elif folder not in studios and any(map(_is_source, files)):
             found.audio.extend([folder, *(root for root in workspace.sources if folder.is_relative_to(root))])
     return FoundFolders(*(sorted(set(paths)) for paths in (found.runs, found.latents, found.audio)))
+
+
+def find_runs(workspace: Workspace, known: Path | None = None) -> list[Run]:
+    """Find all runs below the roots, but for those whose files are links that lead out of them.
+
+    Args:
+        workspace: The workspace.
+        known: Folder of a run that may have been started after the last search.
+
+    Returns:
+        Running ones first, then the newest.
+    """
+    paths = find_folders(workspace).runs
+    if known is not None and known not in paths:
+        paths = [*paths, known]
+    inside = (path for path in paths if not leads_out(workspace, path))
+    return sort_runs(map(load_run, inside))
+
+
+def leads_out(workspace: Workspace, folder: Path) -> bool:
+    """Check whether files of a folder, such as one from somebody's archive, are links to what no page may show.
+
+    Args:
+        workspace: The workspace.
+        folder: The folder.
+
+    Returns:
+        Whether one leads out of the roots, or the folder cannot be listed.
+    """
+    try:
+        links = [path for path in folder.iterdir() if path.is_symlink()]
+        return any(workspace.resolve(link) is None for link in links)
+    except (OSError, StudioError):
+        return True
 
 
 def _is_audio(name: str) -> bool:

@@ -6,7 +6,6 @@ A cancelled job is over at once for the page: its thread leaves at the next prog
 import itertools
 import queue
 import threading
-import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -39,7 +38,6 @@ class Job:
         state: Where it is: waiting, running, done, failed or cancelled.
         message: Progress while running, the error when failed.
         progress: Fraction done, from 0 to 1.
-        started: `time.monotonic()` at its start.
         result: What `run` returned.
         finished: Set when the job is over.
     """
@@ -50,7 +48,6 @@ class Job:
     state: State = "waiting"
     message: str = ""
     progress: float = 0.0
-    started: float | None = None
     result: Any = None
     finished: threading.Event = field(default_factory=threading.Event)
 
@@ -156,7 +153,7 @@ class Worker:
             with self._lock:
                 if job.state != "waiting":
                     continue
-                job.state, job.started = "running", time.monotonic()
+                job.state = "running"
             try:
                 job.result = job.run(job)
                 self._close(job, "done", "")

@@ -26,12 +26,14 @@ from sa3train.studio.server.workspace import StudioError
 logger = get_logger(__name__)
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 TOAST_SECONDS = 20.0
-FLAG_LABELS = {
-    "--rank": "Rank", "--explained-variance": "Explained variance", "--dtype": "Dtype", "--overwrite": "Overwrite",
-    "--dense": "Full weight deltas", "--allow-loss": "Allow loss", "--allow-partial": "Allow partial", "--to": "To",
-    "--model": "Base model",
+QUIET: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
+"""Options of events that answer at once."""
+TOOL_LABELS = {
+    "rank": "Rank", "explained_variance": "Explained variance", "dtype": "Dtype", "dense": "Full weight deltas",
+    "allow_loss": "Allow loss", "allow_partial": "Allow partial", "overwrite": "Overwrite", "to": "To",
+    "model": "Base model",
 }  # fmt: skip
-"""Labels of the fields for flags of `sa3-adapter`."""
+"""Labels of the fields for parameters of `sa3train.adapters.tools`."""
 LABELS = {
     "keep_tags": "Keep first N tags",
     "trigger": "Trigger word",
@@ -93,14 +95,14 @@ def render_notice(text: str, kind: str = "note", action: str = "") -> str:
     """Render a message inside the page.
 
     Args:
-        text: Plain text.
+        text: Plain text; `name_fields` applies to all but a note.
         kind: `note`, `warning` or `error`.
         action: HTML after the text, such as a button.
 
     Returns:
         HTML.
     """
-    role = "alert" if kind == "error" else "status"
+    text, role = text if kind == "note" else name_fields(text), "alert" if kind == "error" else "status"
     return f'<div class="notice {kind}" role="{role}">{escape(text)}{action and " " + action}</div>'
 
 
@@ -218,7 +220,7 @@ def get_label(schema: type, name: str) -> str:
 
 
 def name_fields(text: str) -> str:
-    """Name the fields of the page in a message that names flags and settings of the commands.
+    """Name the pages and fields of the studio in a message that names commands, their flags and settings.
 
     Args:
         text: The message.
@@ -229,17 +231,27 @@ def name_fields(text: str) -> str:
 
     def replace(found: re.Match[str]) -> str:
         label, value = _LABELS_BY_NAME[found[1]], found[2]
-        return f"{label}: {value}" if value else label if "_" in found[1] or found[1][:2] == "--" else found[0]
+        if value and not value.isupper():  # NAME stands for a value
+            return f"{label}: {value}"
+        return label if value or "_" in found[1] else found[0]
 
-    return _NAMES.sub(replace, text)
+    def replace_tool(found: re.Match[str]) -> str:
+        flags = [(TOOL_LABELS.get(flag.replace("-", "_")), value) for flag, value in _FLAGS.findall(found[2])]
+        fields = ", ".join(f"{label}: {value}" if value else label for label, value in flags if label)
+        return f"{found[1].capitalize()} on the Adapters page{fields and f', with {fields}'}"
+
+    return _NAMES.sub(replace, _TOOLS.sub(replace_tool, text))
 
 
-_LABELS_BY_NAME = FLAG_LABELS | {
+_LABELS_BY_NAME = TOOL_LABELS | {
     name: get_label(schema, name)
     for schema in (EncodeSettings, PromptSettings, GenerationSettings)
     for name in list_settings(schema)
 }
 _NAMES = re.compile(rf"(?<![\w./-])({'|'.join(_LABELS_BY_NAME)})(?![\w.-]*[\w/-])(?:=(\[[^]]*\]|[\w-]+(?:\.\d+)?))?")
+
+_TOOLS = re.compile(r"sa3-adapter (inspect|convert|merge|resize)\b([^\n(]*?)(?=\.?$|\. |\.\n| \(|\n)")
+_FLAGS = re.compile(r"--([a-z-]+)(?: ([a-z]\w*))?")
 
 
 def explain_value(field: Any, check: Callable[[Any], Any]) -> Any:
@@ -260,7 +272,7 @@ def explain_value(field: Any, check: Callable[[Any], Any]) -> Any:
             return gr.update(info=str(error))
         return gr.update(info=field.info or "")  # Gradio keeps the text when it is None
 
-    field.blur(explain, field, field, show_progress="hidden", concurrency_limit=None, api_visibility="private")
+    field.blur(explain, field, field, **QUIET)
     return field
 
 
@@ -388,11 +400,10 @@ def fill_when_shown(fill: Callable[[], Any], outputs: Sequence[Any]) -> None:
         fill: Returns a value for each output.
         outputs: The widgets.
     """
-    quiet: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
-    gr.on(None, show_errors(fill), None, outputs, **quiet)  # without a trigger: on load
+    gr.on(None, show_errors(fill), None, outputs, **QUIET)  # without a trigger: on load
     tab = _find_tab()
     if tab is not None:
-        tab.select(show_errors(fill), None, outputs, **quiet)
+        tab.select(show_errors(fill), None, outputs, **QUIET)
 
 
 def _find_tab() -> gr.Tab | None:

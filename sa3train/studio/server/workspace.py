@@ -129,8 +129,8 @@ class Workspace:
         if not any(found.is_relative_to(root) for root in self.roots):
             folders = ", ".join(str(root) for root in self.roots)
             raise StudioError(
-                f"{text} is outside the folders of this studio ({folders}). Copy it there, or restart sa3-studio with "
-                "its folder as well."
+                f"{text} is outside the folders that may be read ({folders}). Copy it there, or start the server "
+                "with its folder as well."
             )
         return found
 
@@ -149,7 +149,7 @@ class Workspace:
         found = _resolve(str(path), [self.folder])
         if not found.is_relative_to(self.folder) or found == self.folder or found.is_relative_to(self.home):
             raise StudioError(
-                f"{path} is not inside the workspace ({self.folder}), the only folder that this studio writes to. Give "
+                f"{path} is not inside the workspace ({self.folder}), the only folder that is written to. Give "
                 "a path inside it, such as runs/NAME."
             )
         return found

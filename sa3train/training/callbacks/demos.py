@@ -4,8 +4,6 @@ Files are in `demos/step-XXXXXXXX/` of the run folder, listed by `demos.json` be
 not touched: every generation draws from its own CPU generator.
 """
 
-import contextlib
-import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -24,12 +22,12 @@ from sa3train.audio.metrics import measure, plot_mel_spectrogram
 from sa3train.core.device import empty_cache
 from sa3train.core.errors import MemoryShortageError, SA3Error
 from sa3train.core.files import write_bytes, write_json
-from sa3train.core.log import get_logger
+from sa3train.core.log import get_logger, report_stage, silence_logger
+from sa3train.data.loading.clip_batch import ClipBatch
 from sa3train.inference import Generator
 from sa3train.models.checkpoint import StableAudio3
 from sa3train.models.hub import PACKED, list_cached_names
 from sa3train.reports.run_files import DEMOS_DIR, DEMOS_FILE, DemoFile
-from sa3train.training.batch import ClipBatch
 from sa3train.training.loggers import LoggerCollection
 from sa3train.training.module import AdapterModule, StepCallback
 from sa3train.training.settings import DemoSettings
@@ -155,6 +153,7 @@ class FixedDemoCallback(StepCallback, ABC):
         """
         return self.run_dir / DEMOS_DIR / f"step-{step:08d}"
 
+    @report_stage("generating demos")
     def _try_play(self, module: AdapterModule, step: int) -> None:
         try:
             self.play_module(module, step)
@@ -262,7 +261,7 @@ class DemoCallback(FixedDemoCallback):
                 # Fixed precision: demos are compared over steps and machines.
                 precision = "bf16" if torch.device(self.device).type == "cuda" else "fp32"
                 generator = Generator.from_pretrained(source, device=self.device, precision=precision)
-                with _silence_logger("sa3train.adapters"), _silence_logger("sa3train.inference"):
+                with silence_logger("sa3train.adapters"), silence_logger("sa3train.inference"):
                     files += self._play_on(generator, adapter, step, is_trained=number == 0)
                 del generator
         empty_cache(torch.device(self.device))
@@ -305,15 +304,3 @@ class DemoCallback(FixedDemoCallback):
                 "inpaint_mask_end_seconds": 2 * duration / 3,
             }
         return generator.generate(duration=duration, **settings).audio[0]
-
-
-@contextlib.contextmanager
-def _silence_logger(name: str) -> Iterator[None]:
-    """Let this logger report errors only."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

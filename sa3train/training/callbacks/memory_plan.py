@@ -18,11 +18,11 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.tensor import DTensor
 
 from sa3train.core.device import GIB, measure_device_memory, measure_peak_bytes
-from sa3train.core.log import get_logger
+from sa3train.core.log import get_logger, report_stage
+from sa3train.data.loading.clip_batch import ClipBatch
 from sa3train.data.loading.datamodule import SAMPLE_RATE, SAMPLES_PER_FRAME, LatentDataModule
 from sa3train.models import norms
 from sa3train.models.dit import compile_blocks
-from sa3train.training.batch import ClipBatch
 from sa3train.training.module import LoraModule
 from sa3train.training.quantization import QuantizedBase
 from sa3train.training.settings import TrainerSettings
@@ -284,6 +284,7 @@ class MemoryPlanCallback(lightning.Callback):
         mode = self.settings.activation_checkpointing
         return self.suggest(mode == "blocks" or (self.plan is not None and self.plan.checkpointing))
 
+    @report_stage("planning memory")
     def on_fit_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Quantize, plan, compile, in this order: the plan is of the model as it will train."""
         assert isinstance(pl_module, LoraModule)

@@ -17,15 +17,13 @@ from torch import Tensor
 
 from sa3train.core.device import GIB, GPU_TYPES, count_devices, measure_peak_bytes
 from sa3train.core.log import get_logger, get_rank
+from sa3train.evaluation.losses import BINS, LEVELS
 from sa3train.training.distributed import all_reduce_sum
 from sa3train.training.loggers import LoggerCollection
 from sa3train.training.module import AdapterModule
 
 _logger = get_logger(__name__)
 
-BINS = 10
-LEVELS = tuple((index + 0.5) / BINS for index in range(BINS))
-"""The centers of the ten bins of noise level."""
 _GRADIENT_NORM = "gradient_norm"
 _COUNTS = ("micro", "steps", "frames")
 """Summed on the host; a new name likewise."""

@@ -7,7 +7,7 @@ Shape legend: I clips, N noise levels, C latent channels, F frames.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,27 +19,28 @@ from typing_extensions import override
 from sa3train.core.device import get_widest_float, move_to_device
 from sa3train.core.errors import ConfigError
 from sa3train.core.files import write_json
-from sa3train.core.log import get_logger
+from sa3train.core.log import get_logger, report_stage
+from sa3train.data.loading.clip_batch import ClipBatch, split_clips
 from sa3train.data.loading.datamodule import LatentDataModule
-from sa3train.data.loading.loader import Batch, LatentDataset, ValidationLoader
+from sa3train.data.loading.loader import LatentDataset, ValidationLoader
 from sa3train.data.loading.sampler import SampleIndex
-from sa3train.diffusion import objective
+from sa3train.evaluation.losses import LEVELS, measure_losses
 from sa3train.reports.loss_change import compute_loss_change
+from sa3train.reports.pick import pick_best
 from sa3train.reports.run_files import BEST_ADAPTER_FILE, VALIDATION_FILE
-from sa3train.training.batch import ClipBatch, make_clip_batch
 from sa3train.training.callbacks.checkpoint import CheckpointCallback
-from sa3train.training.callbacks.metrics import LEVELS, name_levels
+from sa3train.training.callbacks.metrics import name_levels
 from sa3train.training.distributed import all_reduce_sum, get_rank_and_world_size
 from sa3train.training.ema import swap_parameters
 from sa3train.training.loggers import LoggerCollection
 from sa3train.training.module import AdapterModule, LoraModule, StepCallback
 from sa3train.training.settings import ValidationSchedule, ValidationSettings
-from sa3train.training.step import derive_seed, make_plain_draw
+from sa3train.training.step import make_plain_draw
 
 VAL, TRAIN_EVAL = "val", "train_eval"
 """The parts: held-out clips and training clips, by their prefix in metrics."""
 PART_TITLES = {TRAIN_EVAL: "training clips", VAL: "held-out clips"}
-_STATE = ("history", "best_loss", "best_step", "without_best")
+_STATE = ("history", "best_loss", "best_step", "without_best", "strengths")
 """Attributes of the callback that are saved as they are."""
 _logger = get_logger(__name__)
 
@@ -66,7 +67,7 @@ def list_heldout_clips(data: LatentDataModule, limit: int) -> list[ClipBatch]:
     Returns:
         Each clip as a batch of one, without padding; empty when nothing is held out.
     """
-    return _split_batches((batch for loader in data.val_dataloader() for batch in loader), limit)
+    return split_clips((batch for loader in data.val_dataloader() for batch in loader), limit)
 
 
 def list_training_clips(data: LatentDataModule, limit: int) -> list[ClipBatch]:
@@ -87,31 +88,10 @@ def list_training_clips(data: LatentDataModule, limit: int) -> list[ClipBatch]:
             samples += [SampleIndex(number, clip, int(frames[clip]), clip) for clip in range(len(clips))]
     stride = max(1, len(samples) // max(1, limit))
     dataset = LatentDataset(data.train_clips, data.crop, data.builder, fixed_prompts=True)
-    return _split_batches(ValidationLoader(dataset, [[[sample]] for sample in samples[::stride][:limit]]), limit)
+    return split_clips(ValidationLoader(dataset, [[[sample]] for sample in samples[::stride][:limit]]), limit)
 
 
-def _split_batches(batches: Iterable[Batch], limit: int) -> list[ClipBatch]:
-    found = []
-    for batch in batches:
-        clips = make_clip_batch(batch)
-        for row in range(len(clips)):
-            length, one = int(clips.attention_mask_SF[row].sum()), slice(row, row + 1)
-            found.append(
-                ClipBatch(
-                    clips.data_SCF[one, :, :length].clone(),
-                    clips.attention_mask_SF[one, :length].clone(),
-                    clips.seconds_S[one].clone(),
-                    clips.at_end_S[one].clone(),
-                    clips.prompts[one],
-                    clips.keys[one],
-                )
-            )
-    return sorted(found, key=lambda clip: clip.keys)[:limit]
-
-
-def measure_losses(
-    module: LoraModule, clips: Sequence[ClipBatch], *, seed: int, batch_size: int, levels: Sequence[float] = LEVELS
-) -> Tensor:
+def measure_module_losses(module: LoraModule, clips: Sequence[ClipBatch], *, seed: int, batch_size: int) -> Tensor:
     """Measure the loss of every clip at every noise level, with the adapter as it is now.
 
     Ranks share the work. The module's random state and gradients are left alone.
@@ -121,51 +101,28 @@ def measure_losses(
         clips: Batches of one clip.
         seed: Seed of the fixed noise.
         batch_size: (clip, level) pairs per forward pass.
-        levels: Noise levels.
 
     Returns:
         loss_IN: mean squared velocity error, float64 on the CPU, the same on all ranks.
     """
+
+    def predict(batch: ClipBatch, noise_SCF: Tensor, t_S: Tensor) -> Tensor:
+        velocity_SCF: Tensor = module(batch, make_plain_draw(noise_SCF, t_S, batch.attention_mask_SF).to(device))
+        return velocity_SCF
+
     rank, world_size = get_rank_and_world_size()
     device = module.device
-    loss_IN = torch.zeros(len(clips), len(levels), dtype=get_widest_float(device), device=device)
-    per_pass = max(1, batch_size // len(levels))
+    loss_IN = torch.zeros(len(clips), len(LEVELS), dtype=get_widest_float(device), device=device)
+    per_pass = max(1, batch_size // len(LEVELS))
     mine = list(range(rank, len(clips), world_size))
     with module.start_evaluation():
         for start in range(0, -(-len(clips) // world_size), per_pass):
             numbers = mine[start : start + per_pass]
             # A rank with nothing left computes along: with a sharded base every forward pass needs all ranks.
-            part_IN = _compute_losses(module, [clips[n] for n in numbers or [0]], seed, levels).to(loss_IN)
+            part_IN = measure_losses(predict, [clips[n] for n in numbers or [0]], device, seed=seed).to(loss_IN)
             if numbers:
                 loss_IN.index_copy_(0, move_to_device(torch.tensor(numbers), device), part_IN)
     return all_reduce_sum(loss_IN).cpu().double()
-
-
-def _compute_losses(module: LoraModule, clips: Sequence[ClipBatch], seed: int, levels: Sequence[float]) -> Tensor:
-    """Losses (len(clips), len(levels)) of a few clips, padded to the longest among them."""
-    longest = max(clip.data_SCF.shape[2] for clip in clips)
-    data, masks, noise = [], [], []
-    for clip in clips:
-        padding = (0, longest - clip.data_SCF.shape[2])
-        data.append(torch.nn.functional.pad(clip.data_SCF, padding))
-        masks.append(torch.nn.functional.pad(clip.attention_mask_SF, padding))
-        rng = torch.Generator().manual_seed(derive_seed(seed, "fixed", clip.keys[0]))
-        noise.append(torch.randn(longest, clip.data_SCF.shape[1], generator=rng).T[None])
-    times = len(levels)
-    t_S = torch.tensor(levels).repeat(len(clips))
-    batch = ClipBatch(
-        move_to_device(torch.cat(data), module.device).repeat_interleave(times, dim=0),
-        torch.cat(masks).repeat_interleave(times, dim=0),
-        torch.cat([clip.seconds_S for clip in clips]).repeat_interleave(times),
-        torch.zeros(len(t_S), dtype=torch.bool),
-        [clip.prompts[0] for clip in clips for _ in levels],
-        [clip.keys[0] for clip in clips for _ in levels],
-    )
-    noise_SCF = torch.cat(noise).repeat_interleave(times, dim=0)
-    draw = make_plain_draw(noise_SCF, t_S, batch.attention_mask_SF).to(module.device)
-    target_SCF = objective.compute_velocity_target(batch.data_SCF, draw.noise_BCT)
-    error_SCF = objective.compute_squared_error(module(batch, draw), target_SCF)
-    return objective.compute_masked_means(error_SCF, draw.attention_mask_BT).view(len(clips), times)
 
 
 class FixedValidationCallback(StepCallback, ABC):
@@ -208,6 +165,7 @@ class FixedValidationCallback(StepCallback, ABC):
         self.base: dict[str, Tensor] = {}
         self.last: dict[str, Tensor] = {}
         self.history: list[dict[str, Any]] = []
+        self.strengths: list[dict[str, Any]] = []
         self.best_loss, self.best_step = float("inf"), -1
         self.without_best = 0
 
@@ -231,12 +189,13 @@ class FixedValidationCallback(StepCallback, ABC):
             state_dict: What `state_dict` returned.
         """
         for name in _STATE:
-            setattr(self, name, state_dict[name])
+            setattr(self, name, state_dict.get(name, getattr(self, name)))
         for name, tables in (("base", self.base), ("last", self.last)):
             for part, loss_IN in state_dict[name].items():
                 if len(self.clips[part]) == len(loss_IN):
                     tables[part] = loss_IN
 
+    @report_stage("validating the base")
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Measure the base once, and the adapter before the first step and where it was due when the run stopped."""
         assert isinstance(pl_module, AdapterModule)
@@ -278,10 +237,11 @@ class FixedValidationCallback(StepCallback, ABC):
         return {
             "measure": self.name,
             "levels": list(self.levels),
-            "base": {part: self.summarize_table(table) for part, table in self.base.items()},
+            "base": {part: self._summarize(table) for part, table in self.base.items()},
             "history": self.history,
             "best_step": self.best_step,
             "best_loss": self.best_loss if self.best_step >= 0 else None,
+            "strengths": self.strengths,
             "items": items,
         }
 
@@ -349,6 +309,11 @@ class FixedValidationCallback(StepCallback, ABC):
     def _is_out_of_patience(self) -> bool:
         return bool(self.schedule.patience) and self.without_best >= (self.schedule.patience or 0)
 
+    def _summarize(self, table_IN: Tensor) -> dict[str, Any]:
+        """What `validation.json` has of a table: the losses of single clips too, for paired comparisons."""
+        return {**self.summarize_table(table_IN), "by_clip": self.get_item_losses(table_IN).tolist()}
+
+    @report_stage("validating")
     def _validate(self, trainer: lightning.Trainer, module: AdapterModule) -> None:
         step = trainer.global_step
         with swap_parameters(module.trainable, module.get_eval_parameters()):
@@ -356,7 +321,7 @@ class FixedValidationCallback(StepCallback, ABC):
         row: dict[str, Any] = {"step": step}
         metrics: dict[str, float] = {}
         for part, table in self.last.items():
-            row[part], base = self.summarize_table(table), self.summarize_table(self.base[part])
+            row[part], base = self._summarize(table), self.summarize_table(self.base[part])
             loss = row[part]["loss"]
             metrics |= {f"{part}/loss": loss, f"{part}/loss_delta": loss - base["loss"]}
             metrics |= self.name_metrics(part, row[part])
@@ -365,17 +330,31 @@ class FixedValidationCallback(StepCallback, ABC):
         self.history.append(row)
         self.loggers.log_metrics(metrics, step)
         if VAL in row:
-            self._keep_best(trainer, module, row[VAL]["loss"])
+            self._keep_best(trainer, module)
+            if step == trainer.max_steps or self._is_out_of_patience():
+                self._measure_strengths(module)
         if trainer.is_global_zero:
             write_json(self.run_dir / VALIDATION_FILE, self.summarize())
 
-    def _keep_best(self, trainer: lightning.Trainer, module: AdapterModule, loss: float) -> None:
-        if loss >= self.best_loss:
+    def _keep_best(self, trainer: lightning.Trainer, module: AdapterModule) -> None:
+        base_I = self.get_item_losses(self.base[VAL]).tolist()
+        rows = [row for row in self.history if "by_clip" in row[VAL]]
+        best = rows[pick_best(base_I, [row[VAL]["by_clip"] for row in rows]).winner]
+        if best is not self.history[-1]:
             self.without_best += 1
             return
-        self.best_loss, self.best_step, self.without_best = loss, trainer.global_step, 0
+        self.best_loss, self.best_step, self.without_best = best[VAL]["loss"], trainer.global_step, 0
         if self.schedule.select_best and trainer.is_global_zero:
             self.checkpoint.write_adapter(BEST_ADAPTER_FILE, module, self.best_step)
+
+    def _measure_strengths(self, module: AdapterModule) -> None:
+        """Measure held-out clips at other strengths, so that the report can say which to play."""
+        self.strengths = []
+        with swap_parameters(module.trainable, module.get_eval_parameters()):
+            for strength in self.schedule.strengths:
+                with module.injected.scale(strength):
+                    table_IN = self.measure(module, self.clips[VAL])
+                self.strengths.append({"strength": strength, "by_clip": self.get_item_losses(table_IN).tolist()})
 
 
 class ValidationCallback(FixedValidationCallback):
@@ -408,7 +387,7 @@ class ValidationCallback(FixedValidationCallback):
     def measure(self, module: AdapterModule, clips: Sequence[Any]) -> Tensor:
         """Measure the loss of every clip at every noise level."""
         assert isinstance(module, LoraModule)
-        return measure_losses(module, clips, seed=self.settings.seed, batch_size=self.settings.batch_size)
+        return measure_module_losses(module, clips, seed=self.settings.seed, batch_size=self.settings.batch_size)
 
     @override
     def get_item_losses(self, table_IN: Tensor) -> Tensor:

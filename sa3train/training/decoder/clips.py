@@ -17,13 +17,13 @@ from sa3train.audio.edit import fit
 from sa3train.audio.io import load_audio
 from sa3train.core.errors import AudioError, DataError
 from sa3train.core.log import get_logger, track_progress
+from sa3train.core.seeds import derive_seed
 from sa3train.data.audit.checks import hash_audio
 from sa3train.data.encode.encode import list_clips
 from sa3train.data.encode.plan import make_clip_key, select_heldout
 from sa3train.data.sources.captions import read_clip_text
 from sa3train.data.sources.listing import Clip
 from sa3train.data.sources.storage import AUDIO_LIMIT
-from sa3train.training.step import derive_seed
 
 _logger = get_logger(__name__)
 

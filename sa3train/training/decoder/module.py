@@ -10,12 +10,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from sa3train.adapters.layers.inject import InjectedAdapter
+from sa3train.core.seeds import derive_seed
 from sa3train.models.autoencoder import Autoencoder
 from sa3train.models.checkpoint import StableAudio3
 from sa3train.training.decoder.losses import compute_stft_loss, compute_waveform_loss, split_mid_side
 from sa3train.training.decoder.settings import DecoderLossSettings, DecoderSettings
 from sa3train.training.module import AdapterModule
-from sa3train.training.step import derive_seed
 
 TERMS = ("loss", "stft", "waveform", "mid_side", "round_trip")
 """What a step logs: the loss, and the terms that it is the weighted sum of."""

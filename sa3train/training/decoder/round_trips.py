@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from sa3train.audio.metrics import compute_log_mel_distance, compute_si_sdr
+from sa3train.core.seeds import derive_seed
 from sa3train.models.autoencoder import Autoencoder
 from sa3train.reports.loss_change import compute_loss_change
 from sa3train.reports.run_files import ORIGINAL, ROUND_TRIPS, DemoFile
@@ -25,7 +26,6 @@ from sa3train.training.decoder.settings import DecoderDemoSettings, DecoderValid
 from sa3train.training.ema import swap_parameters
 from sa3train.training.loggers import LoggerCollection
 from sa3train.training.module import AdapterModule
-from sa3train.training.step import derive_seed
 
 MEASURES = ("log_mel", "si_sdr", "drift")
 """What is measured after each round trip: log-mel distance and SI-SDR to the clip in dB, and by how much the latents

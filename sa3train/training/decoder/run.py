@@ -1,14 +1,13 @@
 """A whole training run on the autoencoder's decoder from its parts, as `training/run.py` has it for the DiT."""
 
 import functools
-import time
 from collections.abc import Mapping
 
 import lightning.pytorch as lightning
 
 from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.spec import AdapterSpec
-from sa3train.core.device import explain_device_errors
+from sa3train.core.device_errors import explain_device_errors
 from sa3train.core.log import get_logger, get_rank
 from sa3train.models.checkpoint import StableAudio3
 from sa3train.training.callbacks.checkpoint import CheckpointCallback
@@ -52,13 +51,12 @@ def train_decoder(
     Returns:
         How the run ended.
     """
-    started = time.perf_counter()
     injected = start_adapter(model.get_adapter_root("decoder"), spec, settings.seed, start_from)
     module = DecoderModule(model, injected, settings)
     module.train()
     callbacks = _build_callbacks(run, model, clips, settings, loggers, provenance)
     trainer = _fit(run, module, clips, callbacks)
-    return end_run(run, trainer, module, callbacks, loggers, started)
+    return end_run(run, trainer, module, callbacks, loggers)
 
 
 def _build_callbacks(
@@ -95,6 +93,7 @@ def _fit(run: RunDir, module: DecoderModule, clips: AudioClips, callbacks: Train
     settings, data = module.settings.trainer, module.settings.data
     samples = count_crop_samples(module.autoencoder, data.crop_seconds)
     trainer = make_trainer(run.path, settings, callbacks.list_enabled())
+    callbacks.checkpoint.after_save.insert(0, lambda *_: run.save())  # with the time so far
     loader = CropLoader(clips, samples, data.batch_size, module.settings.seed, get_rank())
     batches = EndlessBatches(loader, settings.max_steps * settings.accumulate)
     fixes = [

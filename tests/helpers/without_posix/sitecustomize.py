@@ -1,8 +1,10 @@
 """On the path of a child process: this package's own modules find what Windows has, and nothing more.
 
 The standard library and other packages keep what they need. Modules of sa3train see another `os` and `signal`, cannot
-import what only POSIX has, and read nothing of `/proc`. Processes are spawned, never forked. Below `SA3TRAIN_TEST_WORK`
-a file that this process has open can be neither replaced nor removed, whoever asks, and no folder with such a file.
+import what only POSIX has, and read nothing of `/proc`. Their `Path` takes backslashes, and `C:` is the folder
+`SA3TRAIN_TEST_WORK`. Processes are spawned, never forked. In that folder a file that this process has open can be
+neither replaced nor removed, whoever asks, and no folder with such a file. While a file whose name begins with
+`SA3TRAIN_TEST_HELD` is put in its place, the process waits until it has been asked to stop, if it can be.
 """
 
 # What pathlib does is what is watched here.
@@ -12,8 +14,11 @@ import builtins
 import importlib.machinery
 import multiprocessing
 import os
+import pathlib
 import signal
 import sys
+import threading
+import time
 import types
 from typing import Any
 
@@ -53,7 +58,30 @@ def _symlink(source: Any, target: Any, *_: Any, **__: Any) -> None:
     raise OSError(22, "A required privilege is not held by the client", os.fspath(source), 1314, os.fspath(target))
 
 
+def _convert(part: Any) -> Any:
+    text = os.fspath(part).replace("\\", "/")
+    return os.path.join(WORK, text[2:].lstrip("/")) if text[:2].upper() == "C:" else text
+
+
+class _Path(type(pathlib.Path())):  # type: ignore[misc]
+    """A path in the words of Windows, of a file here."""
+
+    if sys.version_info < (3, 12):
+
+        def __new__(cls, *parts: Any) -> Any:
+            return super().__new__(cls, *map(_convert, parts))
+
+        def __truediv__(self, part: Any) -> Any:
+            return super().__truediv__(_convert(part))
+
+    else:
+
+        def __init__(self, *parts: Any) -> None:
+            super().__init__(*map(_convert, parts))
+
+
 INSTEAD = {
+    "pathlib": _Without(pathlib, set(), Path=_Path),
     "os": _Without(os, OF_OS, name="nt", open=_open, symlink=_symlink),
     "signal": _Without(signal, OF_SIGNAL),
 }
@@ -117,10 +145,16 @@ def _is_ours(depth: int = 2) -> bool:
     return False
 
 
+def _waits_for_stop() -> bool:
+    return any("_wait_for_file" in thread.name for thread in threading.enumerate())
+
+
 def _audit(event: str, arguments: tuple[Any, ...]) -> None:
     if event == "open" and str(arguments[0]).startswith("/proc/") and _is_ours():
         raise FileNotFoundError(2, "No such file or directory", str(arguments[0]))
     if event == "os.rename":
+        while HELD and pathlib.Path(arguments[1]).name.startswith(HELD) and _waits_for_stop():
+            time.sleep(0.05)
         _refuse_open_files(arguments[0], arguments[2])
         _refuse_open_files(arguments[1], arguments[3])
     elif event == "os.remove":
@@ -128,6 +162,7 @@ def _audit(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 WORK = os.path.realpath(os.environ["SA3TRAIN_TEST_WORK"])
+HELD = os.environ.get("SA3TRAIN_TEST_HELD", "")
 sys.meta_path.insert(0, _Finder)  # type: ignore[arg-type]
 sys.addaudithook(_audit)
 multiprocessing.set_start_method("spawn")

@@ -6,6 +6,7 @@ import pytest
 
 from helpers.small_model import Small, train, train_adapter
 from sa3train.adapters.adapter import Adapter
+from sa3train.adapters.spec import AdapterSpec
 
 
 @pytest.fixture(scope="session")
@@ -15,7 +16,17 @@ def small() -> type[Small]:
 
 @pytest.fixture(scope="session")
 def trained() -> Callable[..., Adapter]:
-    return train_adapter
+    """`train_adapter`, once for each spec, seed and model."""
+    found: dict[tuple[object, ...], Adapter] = {}
+
+    def train_once(spec: AdapterSpec, model: Small, seed: int = 0) -> Adapter:
+        first = next(model.parameters())
+        key = (repr(spec), seed, model.conv, first.dtype, first.sum().item())
+        if key not in found:
+            found[key] = train_adapter(spec, model, seed)
+        return found[key]
+
+    return train_once
 
 
 @pytest.fixture(scope="session")

@@ -193,7 +193,7 @@ def test_a_file_named_as_diffusers_pipelines_save_them_is_read(tmp_path: Path) -
 
 def test_what_cannot_be_carried_is_refused(tmp_path: Path) -> None:
     for kind in ("dora-cols", "bora"):
-        with pytest.raises(AdapterError, match=f"diffusers has no {kind}.*--model NAME"):
+        with pytest.raises(AdapterError, match=f"diffusers has no {kind}.*model=NAME"):
             convert_adapter(golden("diff", kind), tmp_path / "out", "diffusers")
     base = load_checkpoint(GOLDEN / "diff", parts=("dit", "conditioner"))
     expanded = convert_adapter(golden("diff", "lora-xs"), tmp_path / "xs", "diffusers", base, dtype="fp32")
@@ -203,7 +203,7 @@ def test_what_cannot_be_carried_is_refused(tmp_path: Path) -> None:
         write_diffusers_folder(
             tmp_path / "out", replace(lora, tensors={"model.other": next(iter(lora.tensors.values()))})
         )
-    with pytest.raises(AdapterError, match="does not suit --to diffusers"):
+    with pytest.raises(AdapterError, match="does not suit to=diffusers"):
         convert_adapter(golden("diff", "lora"), tmp_path / "a.safetensors", "diffusers")
     assert not (tmp_path / "out").exists()
     convert_adapter(golden("diff", "lora"), tmp_path / "mixed", "diffusers")
@@ -245,8 +245,8 @@ def test_other_methods_of_peft_under_diffusers_names_are_refused_where_rows_woul
     ("sources", "settings", "message"),
     [
         ([], {}, "nothing to merge"),
-        ([], {"to": "diffusers"}, "Set --model NAME"),
-        (["lora"], {"to": "diffusers", "truncation": 4}, "--to are for checkpoints"),
+        ([], {"to": "diffusers"}, "Set model=NAME"),
+        (["lora"], {"to": "diffusers", "truncation": 4}, "to= are for checkpoints"),
     ],
 )
 def test_settings_of_merge_that_do_not_go_together(

@@ -21,8 +21,8 @@ from sa3train.adapters.formats.comfy_write import write_comfy
 from sa3train.adapters.formats.io import load_adapter, save_adapter
 from sa3train.adapters.formats.peft import NAMES, parse_peft_tensors, write_peft_folder
 from sa3train.adapters.layer_filter import find_adaptable_layers
-from sa3train.adapters.spec import KINDS, AdapterSpec
-from sa3train.adapters.tools.convert import convert_adapter
+from sa3train.adapters.spec import ADAPTER_TYPES, CARRIED_BY, KINDS, AdapterSpec
+from sa3train.adapters.tools.convert import FORMATS, convert_adapter
 from sa3train.adapters.tools.low_rank import Truncation
 from sa3train.core.errors import AdapterError, SA3Error
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
@@ -269,7 +269,7 @@ def velocity(model: StableAudio3, x_BCT: Tensor, t_B: Tensor) -> Tensor:
     ("kind", "way"), [("bora", "full weight deltas"), ("dora-rows", "dora_scale"), ("lora-xs", "bases multiplied in")]
 )
 def test_comfy_needs_the_model_for_kinds_it_does_not_have(kind: str, way: str, tmp_path: Path) -> None:
-    with pytest.raises(AdapterError, match=f"--model NAME.*{way}"):
+    with pytest.raises(AdapterError, match=f"model=NAME.*{way}"):
         convert_adapter(golden(kind), tmp_path / "a.safetensors", "comfy")
     assert list(tmp_path.iterdir()) == []
 
@@ -449,6 +449,7 @@ SETTINGS = (
     st.dictionaries(st.sampled_from(SETTINGS), JUNK),
     st.sampled_from(["LORA", "LOKR", "OFT"]),
 )
+@pytest.mark.slow
 def test_nothing_in_a_peft_folder_makes_more_than_an_error(
     shapes: dict[str, tuple[int, ...]], config: dict[str, Any], method: str
 ) -> None:
@@ -472,6 +473,7 @@ def test_nothing_in_a_peft_folder_makes_more_than_an_error(
     ),
     st.floats(width=32),
 )
+@pytest.mark.slow
 def test_nothing_in_a_comfy_file_makes_more_than_an_error(
     shapes: dict[tuple[str, str], tuple[int, ...]], alpha: float
 ) -> None:
@@ -490,3 +492,8 @@ def test_the_target_must_suit_the_format(tmp_path: Path) -> None:
     ):
         with pytest.raises(AdapterError, match=r"does not suit|Unknown format"):
             convert_adapter(golden("lora"), target, to)
+
+
+def test_each_type_says_which_formats_carry_it() -> None:
+    assert CARRIED_BY.keys() == set(ADAPTER_TYPES)
+    assert {name for formats in CARRIED_BY.values() for name in formats} <= set(FORMATS)

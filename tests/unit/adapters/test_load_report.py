@@ -167,7 +167,7 @@ class TestRefusals:
         message = refused(model, partial)
         assert "only some of its layers fit" in message
         assert "7 of its 9 layers fit" in message
-        assert "--allow-partial" in message
+        assert "allow_partial" in message
         stack = AdapterStack(model)
         report = stack.add(partial, allow_partial=True)
         assert report.is_partial

@@ -65,9 +65,10 @@ def test_what_cannot_be_read_is_refused(text: str) -> None:
         parse_lora(text)
 
 
-def test_what_is_not_supported_yet_is_refused_by_name() -> None:
+def test_a_strength_that_changes_is_refused_where_it_must_not() -> None:
+    assert parse_lora("a=0.2..1").to_settings() == {"adapter": "a", "strength": (0.2, 1.0)}
     with pytest.raises(AdapterError, match="is not available for"):
-        parse_lora("a=0.2..1").to_settings()
+        parse_lora("a=0.2..1").require_strength()
 
 
 def test_settings_are_those_of_load_adapter() -> None:

@@ -395,6 +395,7 @@ def test_a_folder_with_a_pickle_is_not_run(tmp_path: Path) -> None:
     assert not (tmp_path / "executed").exists()
 
 
+@pytest.mark.slow
 def test_mutated_peft_configs(model: Any, tmp_path: Path) -> None:
     save_adapter(tmp_path / "peft", train_adapter(AdapterSpec("dora-rows", rank=2, alpha=3), Small()))
     file = tmp_path / "peft" / "adapter_config.json"

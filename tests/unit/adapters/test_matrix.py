@@ -105,6 +105,9 @@ def test_baked_equals_live(small: type[Any], steps: Callable[..., Any], kind: st
     injected = inject(model, spec_of(kind))
     steps(model, injected)
     live, adapter = model(), injected.export()
+    with injected.scale(0.5):
+        half = model()
+    assert torch.equal(model(), live), "scaled inside the block alone"
     injected.remove()
     assert torch.equal(model(), output)
     stack = AdapterStack(model)
@@ -112,6 +115,9 @@ def test_baked_equals_live(small: type[Any], steps: Callable[..., Any], kind: st
     stack.apply()
     assert_outputs_close(model(), live, base)
     assert (model().float() - output.float()).abs().max() > 4 * CLOSE[base] * live.float().abs().max()
+    stack.set_strength(0.5)
+    stack.apply()
+    assert_outputs_close(model(), half, base)
 
 
 @every_case

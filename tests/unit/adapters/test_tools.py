@@ -173,7 +173,7 @@ def test_resizing_below_the_rank_states_what_the_weights_then_lack(base: Any) ->
 @pytest.mark.parametrize("kind", ["lora-xs", "bora-xs"])
 def test_frozen_bases_need_the_model(kind: str, base: Any) -> None:
     adapter, weights = train_adapter(AdapterSpec(kind, rank=3), base), get_weights(base)
-    with pytest.raises(AdapterError, match=r"needs the weights it was trained on\. Set --model NAME \(small\)"):
+    with pytest.raises(AdapterError, match=r"needs the weights it was trained on\. Set model=NAME \(small\)"):
         resize(adapter, Truncation(2))
     assert_close(effective(expand_bases(adapter, weights), weights), effective(adapter, weights))
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sa3train.audio.edit import apply_gain, clamp_and_count, fit, mix_channels
+from sa3train.audio.edit import apply_gain, fit, mix_channels
 from sa3train.audio.layouts import DEFAULT_LAYOUTS
 from sa3train.core.errors import AudioError
 
@@ -34,9 +34,3 @@ def test_fit_cuts_or_fills_with_silence() -> None:
 
 def test_gain_is_in_decibels() -> None:
     assert apply_gain(torch.ones(1, 1), -20.0).item() == pytest.approx(0.1)
-
-
-def test_clamping_counts_what_it_cuts() -> None:
-    clamped, share = clamp_and_count(torch.tensor([[0.5, 1.0, -3.0, 2.0]]))
-    assert clamped.tolist() == [[0.5, 1.0, -1.0, 1.0]]
-    assert share == 0.5

@@ -22,8 +22,8 @@ from sa3train.cli import bench
 from sa3train.core.errors import ConfigError, SA3Error
 from sa3train.models.checkpoint import build_modules, collect_state_dict, load_checkpoint
 from sa3train.models.dit import DiT
-from sa3train.models.hub import TextEncoderSource
 from sa3train.models.parse import parse_model
+from sa3train.models.text_source import TextEncoderSource
 
 
 @pytest.mark.parametrize("arch", ["nano", pytest.param("small", marks=pytest.mark.slow), "medium"])

@@ -163,7 +163,7 @@ def test_convert_there_and_back(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("convert", BORA, "comfy.safetensors", "--to", "comfy", "--model", PLAIN) == 0
     shown = capsys.readouterr()
     assert "not carried over: 1 layer(s) of the duration embedder" in shown.err
-    assert "measured error of the written file: 0.0" in shown.out
+    assert "relative error of the written file, read back: 0.0" in shown.out
     found = run_json(capsys, "convert", XS, "x.safetensors", "--to", "comfy", "--model", PLAIN, "--dtype", "fp32")
     assert (found["adapter_type"], found["layers"]) == ("lora", 30)
     assert found["error"] < 1e-4
@@ -337,18 +337,6 @@ def test_wrong_input_is_a_message_and_leaves_nothing(
 def test_every_tool_takes_its_output_as_a_flag(words: str) -> None:
     parsed = build_parser("-o" in words or "--output" in words).parse_args(words.split())
     assert (parsed.source, parsed.target) == ("a", "b")
-
-
-def test_misused_flags_exit_with_2() -> None:
-    for words in (
-        [],
-        ["fold"],
-        ["resize", "a", "b", "--rank", "2", "--explained-variance", "0.5"],
-        ["scale", "a", "b", "loud"],
-    ):
-        with pytest.raises(SystemExit) as caught:
-            build_parser().parse_args(words)
-        assert caught.value.code == 2
 
 
 def test_help_is_light() -> None:

@@ -71,8 +71,11 @@ def test_progress_is_written_as_data(tmp_path: Path, capsys: pytest.CaptureFixtu
     source, out = write_set(tmp_path / "set", 3), tmp_path / "out"
     assert run(f"source={source}", f"out={out}", "progress=json") == 0
     *progress, last = map(json.loads, capsys.readouterr().out.splitlines())
-    assert {line["stage"] for line in progress} == {"audit", "encode"}
-    assert all(0 <= line["done"] <= line["total"] and line["seconds"] >= 0 for line in progress)
+    counted = [line for line in progress if line["total"] is not None]
+    assert {line["stage"] for line in counted} == {"audit", "encode"}
+    assert all(0 <= line["done"] <= line["total"] and line["seconds"] >= 0 for line in counted)
+    loading = next(line["stage"] for line in progress if line["total"] is None)
+    assert loading.startswith("loading ")
     assert (last["result"]["clips"], last["result"]["encoded"]) == (3, 3)
 
 
@@ -116,7 +119,7 @@ def test_too_many_bad_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         (["source=/nowhere", "out={out}"], "cannot open /nowhere (it does not exist)"),
         (["source={source}", "out={source}"], "is the source itself"),
         (["source={source}"], "'out' must be given"),
-        (["source={source}", "out={out}", "fix=dc"], "unknown setting 'fix'. Did you mean 'fixes'?"),
+        (["source={source}", "out={out}", "fix=dc"], "unknown setting 'fix'. Did you mean fixes?"),
         (["source={source}", "out={out}", "fixes=reverb"], "fixes=reverb is unknown"),
         (["source={source}", "out={out}", "split=1.5"], "split=1.5"),
         (["source={source}", "out={out}", "split=no-list.txt"], "cannot read the held-out list no-list.txt"),

@@ -109,6 +109,7 @@ def test_a_sweep_over_something_else_keeps_paths_as_written(conf: Path, path: st
     assert [(clip.source, clip.rate) for clip in seen] == [(path, 1.0), (path, 2.0)]
 
 
+@pytest.mark.slow
 def test_a_path_that_exists_is_a_path_and_others_may_be_a_sweep(conf: Path, tmp_path: Path) -> None:
     for name in ("a,b", "${oc.env:HOME}"):
         (tmp_path / name).mkdir()
@@ -140,8 +141,8 @@ def test_any_path_comes_back_as_written(path: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["sourc=a"], "unknown setting 'sourc'. Did you mean 'source'?"),
-        (["+rates=2", "source=a"], "unknown setting 'rates'. Did you mean 'rate'?"),
+        (["sourc=a"], "unknown setting 'sourc'. Did you mean source?"),
+        (["+rates=2", "source=a"], "unknown setting 'rates'. Did you mean rate?"),
         ([], "'source' must be given"),
         (["source=a", "rate=quick"], "'rate' must be a number, but is 'quick'"),
         (["source=a", "rate=[1"], "no viable alternative"),
@@ -163,7 +164,7 @@ def test_what_is_wrong_is_said_in_one_place(
 def test_unknown_keys_in_a_yaml_are_refused(conf: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (conf / "clip.yaml").write_text((conf / "clip.yaml").read_text() + "rrate: 3\n")
     assert run("source=a") == 1
-    assert "unknown setting 'rrate'. Did you mean 'rate'?" in capsys.readouterr().err
+    assert "unknown setting 'rrate'. Did you mean rate?" in capsys.readouterr().err
 
 
 def test_a_sweep_goes_on_after_a_failure_and_names_each_job_that_failed(

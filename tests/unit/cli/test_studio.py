@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from sa3train.cli.studio import _note_other_studio
-from sa3train.studio.server import processes
+from sa3train.core import processes
 from sa3train.studio.server.workspace import Workspace
 
 STUDIO = "import sys; from sa3train.cli.studio import main; sys.exit(main(sys.argv[1:]))"

@@ -12,7 +12,6 @@ from sa3train.core.config import (
     Setting,
     build,
     check_settings,
-    find_closest,
     find_differences,
     is_known,
     list_keys,
@@ -20,6 +19,7 @@ from sa3train.core.config import (
     setting,
 )
 from sa3train.core.errors import ConfigError
+from sa3train.core.text import suggest_name
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ def test_values_are_converted_to_the_declared_kinds() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"lrr": 1}, "unknown setting 'lrr'. Did you mean 'lr'"),
-        ({"rank": 1}, "Did you mean 'inner.rank'"),
+        ({"lrr": 1}, "unknown setting 'lrr'. Did you mean lr"),
+        ({"rank": 1}, "Did you mean inner.rank"),
         ({"zzz": 1}, "Known settings: lr, name"),
         ({"lr": "fast"}, "'lr' must be a number, but is 'fast'"),
         ({"lr": True}, "'lr' must be a number"),
@@ -81,9 +81,8 @@ def test_keys_are_known_at_every_depth_and_free_inside_dictionaries() -> None:
     assert "inner.rank" in list_keys(Outer)
     assert is_known(Outer, "inner.rank") and is_known(Outer, "inner.options.anything.at.all")
     assert not is_known(Outer, "inner.rnk") and not is_known(Outer, "lr.x")
-    assert (
-        find_closest("inner.rnk", list_keys(Outer)) == "inner.rank" and find_closest("qqqq", list_keys(Outer)) is None
-    )
+    assert suggest_name("inner.rnk", list_keys(Outer)) == "Did you mean inner.rank?"
+    assert suggest_name("qqqq", list_keys(Outer), "Choose.") == "Choose."
 
 
 def test_differences_are_by_full_key_with_both_values() -> None:

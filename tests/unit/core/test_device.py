@@ -13,17 +13,11 @@ import torch
 from torch import Tensor
 
 from helpers.golden import GOLDEN
-from sa3train.core import device
-from sa3train.core.device import (
-    GIB,
-    choose_device,
-    explain_device_errors,
-    is_out_of_memory,
-    move_to_device,
-    prefetch_noise,
-    randn,
-)
+from sa3train.core import device, noise
+from sa3train.core.device import GIB, choose_device, move_to_device
+from sa3train.core.device_errors import explain_device_errors, is_out_of_memory
 from sa3train.core.errors import ConfigError, LibraryError, MemoryShortageError
+from sa3train.core.noise import prefetch_noise, randn
 from sa3train.inference import Generator
 from sa3train.models.checkpoint import load_autoencoder
 
@@ -33,7 +27,7 @@ SHAPES = [(3, 4), (5,), (2, 2, 7)]
 @pytest.fixture(autouse=True)
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Prefetch on the CPU too, where it would not pay."""
-    monkeypatch.setattr(device, "uses_noise_prefetch", lambda device: True)
+    monkeypatch.setattr(noise, "uses_noise_prefetch", lambda device: True)
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -64,7 +58,7 @@ def test_leaving_early_ends_the_thread() -> None:
     with pytest.raises(KeyboardInterrupt), prefetch_noise(seeded(), SHAPES * 1000, "cpu"):
         raise KeyboardInterrupt
     assert not any(thread.name == "noise-prefetch" for thread in threading.enumerate())
-    assert not device._PREFETCHED
+    assert not noise._PREFETCHED
 
 
 def test_one_thread_a_generator() -> None:
@@ -76,10 +70,10 @@ def test_one_thread_a_generator() -> None:
 
 
 def test_no_more_waits_than_the_room_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "PREFETCH_LIMIT", 2)
+    monkeypatch.setattr(noise, "PREFETCH_LIMIT", 2)
     ahead, plain = seeded(), seeded()
     with prefetch_noise(ahead, [(2,)] * 9, "cpu"):
-        assert device._PREFETCHED[id(ahead)].maxsize == 2
+        assert noise._PREFETCHED[id(ahead)].maxsize == 2
         found = [randn((2,), ahead, "cpu") for _ in range(9)]
     assert torch.equal(torch.stack(found), torch.stack([randn((2,), plain, "cpu") for _ in range(9)]))
 
@@ -105,7 +99,7 @@ def test_decoders_announce_what_they_draw(name: str, chunked: bool, monkeypatch:
 def test_a_generation_is_the_same(sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gen, audio = Generator.from_pretrained("nano", device="cpu", precision="fp32"), []
     for pays in (True, False):
-        monkeypatch.setattr(device, "uses_noise_prefetch", lambda device, pays=pays: pays)
+        monkeypatch.setattr(noise, "uses_noise_prefetch", lambda device, pays=pays: pays)
         out = gen.generate("koto", duration=[1.0, 2.0], steps=3, cfg_scale=1.0, sampler_type=sampler, seed=3)
         audio.append(out.audio)
     assert all(torch.equal(one, other) for one, other in zip(*audio, strict=True))

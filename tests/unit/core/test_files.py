@@ -131,6 +131,7 @@ def test_a_process_looks_for_leftovers_once_a_folder(tmp_path: Path, monkeypatch
     assert looked == [tmp_path, tmp_path / "deeper"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_named_for_tensors_too(tmp_path: Path) -> None:
     """The system refuses what goes beyond 10 kB of a file."""
     script = (
@@ -272,5 +273,5 @@ def test_targets_are_neither_inputs_nor_in_their_way(tmp_path: Path, monkeypatch
             check_target(target, [read], overwrite=True)
     for fine in ("other", "folder/out.bin", "new/out.bin", "in.bin", "x" * 300):
         check_target(fine, [source, ".", "nowhere", "x" * 300], overwrite=True)
-    with pytest.raises(SA3Error, match=r"other exists already.*--overwrite"):
+    with pytest.raises(SA3Error, match=r"other exists already.*overwrite=True"):
         check_target("other", [source], overwrite=False)

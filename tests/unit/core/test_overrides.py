@@ -51,6 +51,7 @@ def compose(override: str) -> Any:
 @given(VALUES)
 @settings(max_examples=400, deadline=None)
 @example(["a,b", {"text": 'say "x" \\', "weight": 0.5}])
+@pytest.mark.slow
 def test_every_value_comes_back_as_it_was(value: Any) -> None:
     back = compose(format_override("a", value))
     assert back == value and type(back) is type(value)

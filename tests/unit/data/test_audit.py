@@ -292,6 +292,8 @@ def test_duplicates(tmp_path: Path) -> None:
     write_clip(folder / "a.wav", samples, "one")
     soundfile.write(folder / "b.flac", soundfile.read(folder / "a.wav", dtype="int16")[0], 44100)
     (folder / "b.txt").write_text("the same in another container")
+    for name in ("Copy of a.wav", "a (1).wav", "a copy 2.wav", "a - Copy (3).wav"):
+        write_clip(folder / name, samples, "sorted before the one that it is a copy of")
     write_clip(folder / "c.wav", samples * 0.5, "softer")
     write_clip(folder / "d.ogg", samples, "lossy")
     write_clip(folder / "e.mp3", samples, "lossy too")
@@ -308,6 +310,7 @@ def test_duplicates(tmp_path: Path) -> None:
     found = {source: codes(row) & {"duplicate", "near_duplicate"} for source, row in rows.items()}
     assert found["a.wav"] == set()
     assert found["b.flac"] == found["0.wav"] == {"duplicate"}, "of a rejected clip, too"
+    assert found["a copy 2.wav"] == found["a (1).wav"] == found["a - Copy (3).wav"] == {"duplicate"}
     lossy = ("c.wav", "d.ogg", "e.mp3", "f.wav", "g.wav", "softer_kick.mp3")
     assert {name for name in found if found[name] == {"near_duplicate"}} == set(lossy)
     assert not any(found[name] for name in found if name.startswith("other"))

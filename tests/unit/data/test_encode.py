@@ -231,7 +231,9 @@ def test_a_deleted_shard_is_made_again(tmp_path: Path, encoder: Encoder) -> None
     assert contents(out) == before
 
 
-def test_duplicates_are_computed_once(tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_duplicates_are_computed_once(
+    tmp_path: Path, encoder: Encoder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     source = write_set(tmp_path / "set", 3)
     for number in range(3):
         write_clip(source / f"copy{number}.wav", noise(0.3, seed=0, peak=0.3), f"copy {number}")
@@ -245,13 +247,15 @@ def test_duplicates_are_computed_once(tmp_path: Path, encoder: Encoder, monkeypa
     assert len(found) == 6
     assert len(computed) - 1 == 3, "three sounds, and silence"
     assert len({latents for _, latents in found.values()}) == 3
-    encode(source, tmp_path / "few", encoder, split=0.0, duplicates="drop")
+    with caplog.at_level("INFO"):
+        encode(source, tmp_path / "few", encoder, split=0.0, duplicates="drop")
     assert len(contents(tmp_path / "few")) == 3
     index = json.loads((tmp_path / "few" / "index.json").read_text())
     assert (index["rejected"], index["dropped_duplicates"]) == (0, 3), "as the audit counts, whatever max_rejected"
     dropped = rejected(tmp_path / "few")
     assert len(dropped) == 3
     assert "dropped: of copy0.wav" in dropped["copy1.wav"]
+    assert "copy1.wav (as copy0.wav)" in caplog.text
 
 
 def test_duplicates_never_straddle_the_split(tmp_path: Path, encoder: Encoder) -> None:

@@ -20,8 +20,9 @@ from helpers.audio import encode, noise, write_clip
 from sa3train.data.audit.audit import AuditRules, audit_clip
 from sa3train.data.sources import tags
 from sa3train.data.sources.captions import read_clip_text
+from sa3train.data.sources.facts import parse_bpm
 from sa3train.data.sources.listing import list_source
-from sa3train.data.sources.tags import is_promotional, parse_bpm, read_embedded_tags
+from sa3train.data.sources.tags import is_promotional, read_embedded_tags
 
 
 def write(path: Path, **how: Any) -> Path:
@@ -65,8 +66,8 @@ def test_id3_tags(tmp_path: Path, name: str, kind: Any, version: int) -> None:
     for frame in FRAMES:
         file.tags.add(frame)
     file.save(v2_version=version)
-    assert read_embedded_tags(str(tmp_path / name)) == EXPECTED
-    assert read_embedded_tags((tmp_path / name).read_bytes()) == EXPECTED
+    assert read_embedded_tags(str(tmp_path / name)).values == EXPECTED
+    assert read_embedded_tags((tmp_path / name).read_bytes()).values == EXPECTED
 
 
 @pytest.mark.parametrize(
@@ -79,14 +80,14 @@ def test_latin_1_is_what_the_bytes_are(tmp_path: Path, text: str, found: str | N
     file.add_tags()
     file.tags.add(TIT2(encoding=0, text=text))
     file.save()
-    assert read_embedded_tags(str(tmp_path / "a.mp3")) == ({"title": found} if found else {})
+    assert read_embedded_tags(str(tmp_path / "a.mp3")).values == ({"title": found} if found else {})
 
 
 def test_ape_tags_of_mp3(tmp_path: Path) -> None:
     tags = APEv2()
     tags.update({"Title": "Rim", "Genre": "Dub", "MP3GAIN_MINMAX": "1,2"})
     tags.save(write(tmp_path / "a.mp3"))
-    assert read_embedded_tags(str(tmp_path / "a.mp3")) == {"title": "Rim", "genre": "Dub"}
+    assert read_embedded_tags(str(tmp_path / "a.mp3")).values == {"title": "Rim", "genre": "Dub"}
 
 
 def test_tags_of_a_file_with_the_suffix_of_another_kind(tmp_path: Path) -> None:
@@ -94,7 +95,7 @@ def test_tags_of_a_file_with_the_suffix_of_another_kind(tmp_path: Path) -> None:
     file.update({"TITLE": ["Rim"], "CUESHEET": ["FILE"], "LOG": ["EAC"], "MOOD": ["\x1b[31m\tcalm\x07"]})
     file.save()
     path = (tmp_path / "a.flac").rename(tmp_path / "a.wav")
-    assert read_embedded_tags(str(path)) == {"title": "Rim", "mood": "[31m calm"}
+    assert read_embedded_tags(str(path)).values == {"title": "Rim", "mood": "[31m calm"}
 
 
 def test_id3_of_version_2_2(tmp_path: Path) -> None:
@@ -106,7 +107,7 @@ def test_id3_of_version_2_2(tmp_path: Path) -> None:
     size = bytes(len(frames) >> shift & 0x7F for shift in (21, 14, 7, 0))
     path = write(tmp_path / "a.mp3")
     path.write_bytes(b"ID3\x02\0\0" + size + frames + path.read_bytes())
-    assert read_embedded_tags(str(path)) == {"comment": "dusty keys", "genre": "Rock, Garage Rock", "bpm": 93}
+    assert read_embedded_tags(str(path)).values == {"comment": "dusty keys", "genre": "Rock, Garage Rock", "bpm": 93}
 
 
 def test_tags_behind_countless_chunks_are_not_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,9 +118,9 @@ def test_tags_behind_countless_chunks_are_not_looked_for(tmp_path: Path, monkeyp
     content = (tmp_path / "a.wav").read_bytes()
     chunks = b"junk\0\0\0\0" * 500
     content = b"RIFF" + struct.pack("<I", len(content) - 8 + len(chunks)) + b"WAVE" + chunks + content[12:]
-    assert read_embedded_tags(content) == {"title": "deep"}
+    assert read_embedded_tags(content).values == {"title": "deep"}
     monkeypatch.setattr(tags, "MAX_READS", 400)
-    assert read_embedded_tags(content) == {}
+    assert read_embedded_tags(content).values == {}
 
 
 def test_a_described_comment_is_better_than_none(tmp_path: Path) -> None:
@@ -128,7 +129,7 @@ def test_a_described_comment_is_better_than_none(tmp_path: Path) -> None:
     for frame in FRAMES[:3]:
         file.tags.add(frame)
     file.save()
-    assert read_embedded_tags(str(tmp_path / "a.mp3")) == {"comment": "calm"}
+    assert read_embedded_tags(str(tmp_path / "a.mp3")).values == {"comment": "calm"}
 
 
 @pytest.mark.parametrize("name", ["a.ogg", "a.opus", "a.flac"])
@@ -139,7 +140,7 @@ def test_vorbis_comments(tmp_path: Path, name: str) -> None:
     file.update({"GENRE": ["Techno", "(17)", "Techno"], "TEMPO": ["nan", "127,5 BPM"], "COMMENT": ["dark"]})
     file.update({"REPLAYGAIN_TRACK_GAIN": ["-3 dB"], "ENCODER": ["x"], "ITUNNORM": [" 00000A1B"]})
     file.save()
-    found = read_embedded_tags(str(tmp_path / name))
+    found = read_embedded_tags(str(tmp_path / name)).values
     assert found == {"genre": "Techno, Rock", "bpm": 127.5, "comment": "dark"}
 
 
@@ -157,17 +158,21 @@ def test_riff_info_and_acid() -> None:
     info = b"INFO" + make_chunk(b"IGNR", b"Techno\0") + make_chunk(b"ICMT", "tr\xe4ge".encode("cp1252"))
     info += make_chunk(b"INAM", "leise\0".encode("utf-16")) + make_chunk(b"IART", "キック".encode("cp932"))
     content = make_wav(make_acid(128.0), make_chunk(b"LIST", b"adtlxyzw"), make_chunk(b"LIST", info))
-    assert read_embedded_tags(content) == {"bpm": 128, "genre": "Techno", "comment": "träge", "title": "leise"}
+    expected = {"bpm": 128, "type": "loop", "genre": "Techno", "comment": "träge", "title": "leise"}
+    assert read_embedded_tags(content).values == expected
 
 
 @pytest.mark.parametrize("chunk", [make_acid(0.0), make_acid(float("nan")), make_acid(-3.0), make_acid(120.0, flags=1)])
 def test_loops_without_a_tempo(chunk: bytes) -> None:
-    assert read_embedded_tags(make_wav(chunk)) == {}
+    assert read_embedded_tags(make_wav(chunk)).values.keys() == {"type"}
 
 
 def test_aiff_text_chunks() -> None:
     body = encode(noise(0.2), "AIFF")[8:] + make_chunk(b"NAME", b"Low Tom", ">") + make_chunk(b"ANNO", b"tape", ">")
-    assert read_embedded_tags(b"FORM" + struct.pack(">I", len(body)) + body) == {"title": "Low Tom", "comment": "tape"}
+    assert read_embedded_tags(b"FORM" + struct.pack(">I", len(body)) + body).values == {
+        "title": "Low Tom",
+        "comment": "tape",
+    }
 
 
 @pytest.mark.parametrize(
@@ -187,7 +192,7 @@ def test_whatever_a_tempo_is_it_is_none_or_plausible(text: str) -> None:
 
 @given(st.binary(max_size=300), st.sampled_from([b"", b"RIFF\0\0\1\0WAVE", b"FORM\0\0\1\0AIFF", b"ID3\3\0\0\0\0\1\0"]))
 def test_damaged_tags_are_no_tags(content: bytes, head: bytes) -> None:
-    assert isinstance(read_embedded_tags(head + content), dict)
+    assert isinstance(read_embedded_tags(head + content).values, dict)
 
 
 PROMOTION = [

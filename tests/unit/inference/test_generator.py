@@ -14,7 +14,7 @@ from helpers.golden import GOLDEN
 from sa3train.adapters.formats.io import load_adapter
 from sa3train.core.errors import AudioError, ConfigError, GenerationError, MemoryShortageError
 from sa3train.diffusion.samplers import SAMPLERS
-from sa3train.inference import Generator, generator, runtime
+from sa3train.inference import Generator, clip, generator, runtime
 from sa3train.inference.runtime import choose_dtype, suggest_generation_fixes
 from sa3train.models.dit import compile_blocks
 
@@ -234,7 +234,7 @@ def test_bad_audio_and_a_too_long_duration_are_refused(gen: Generator) -> None:
     with pytest.raises(AudioError, match="NaN"):
         gen.generate("x", init_audio=(44100, torch.full((2, 500), float("nan"))), init_noise_level=0.5)
     with pytest.raises(GenerationError, match="duration=121"):
-        gen.generate("x", duration=121)
+        gen.generate(["x", "y"], duration=[1, 121])
 
 
 @pytest.mark.slow
@@ -282,7 +282,7 @@ def test_what_does_not_fit_is_said_with_what_would_help(gen: Generator, monkeypa
     def full(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(generator, "sample_latents", full)
+    monkeypatch.setattr(clip, "sample_latents", full)
     with pytest.raises(MemoryShortageError, match=r"while generating 0\.5 s.*Try: a duration below 0\.5 s; "):
         gen.generate(**QUICK)
     with pytest.raises(MemoryShortageError, match=r"3 items of up to 0\.5 s.*Try: a smaller batch;.*chunked decoding"):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def inpaint(start: Any, end: Any, **settings: Any) -> ResolvedSettings:
 
 def test_the_keywords_of_generate_are_the_settings() -> None:
     keywords = list(inspect.signature(Generator.generate).parameters.values())[1:]
-    by_run = {"return_latents", "generator", "callback"}
+    by_run = {"return_latents", "generator", "callback", "work_dir"}
     settings = {each.name: (each.annotation, each.default) for each in keywords if each.name not in by_run}
     declared = {field.name: (field.type, field.default) for field in dataclasses.fields(GenerationSettings)}
     declared["prompt"] = (declared["prompt"][0], inspect.Parameter.empty)
@@ -53,7 +54,8 @@ def test_the_readme_lists_every_setting() -> None:
     for name, declared in list_settings(GenerationSettings).items():
         default = getattr(GenerationSettings, name, None)
         flag = ", ".join(f"`{flag}`" for flag in declared.flags or [f"--{name.replace('_', '-')}"])
-        values = " ".join(f"{each:g}" for each in (default if isinstance(default, tuple) else [default or 0.0]))
+        each_value = default if isinstance(default, tuple) else [default or 0.0]
+        values = " ".join(each if isinstance(each, str) else f"{each:g}" for each in each_value)
         shown = "" if default is None or default is False else values
         allowed = declared.describe_range() if name != "seed" else "at least -1"
         rows.append(f"| `{name}` | {flag} | {shown} | {', '.join(declared.choices) or allowed} | {declared.help} |")
@@ -95,8 +97,16 @@ def test_regions_become_pairs() -> None:
     assert inpaint([4, 16], [8.0, 20.0]).regions == ((4.0, 8.0), (16.0, 20.0))
 
 
-def test_recorded_settings_resolve_to_the_same() -> None:
-    settings = ask(prompt=["a", "b"], negative_prompt="n", duration=[1.5, 2.25], seed=3, sampler_type="dpmpp")
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"prompt": ["a", "b"], "negative_prompt": "n", "duration": [1.5, 2.25], "sampler_type": "dpmpp"},
+        {"bars": 3, "bpm": 97.3, "meter": "7/8", "loop": True},
+        {"duration": 500, "prompt_at": {60: "b"}},
+    ],
+)
+def test_recorded_settings_resolve_to_the_same(given: dict[str, Any]) -> None:
+    settings = ask(**given, seed=3)
     assert resolve_settings(GenerationSettings.from_dict(settings.to_dict()), BASE) == settings
     with pytest.raises(GenerationError, match="cfg_rescale"):
         GenerationSettings.from_dict(settings.to_dict() | {"cfg_rescale": 0.5})
@@ -108,8 +118,24 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"duration": 1e-9}, "duration"),
     ({"duration": float("nan")}, "duration must be a number"),
     ({"duration": "long"}, "duration must be a number"),
-    ({"duration": 120.1}, r"duration=120\.1 .*120\.0 seconds of nano-base"),
-    ({"duration": [5, 500]}, "duration=500 .*nano-base"),
+    ({"duration": 3600.1}, r"duration=3600\.1 .*at most 3600"),
+    ({"duration": [5, 500]}, "duration=500 .*nano-base.*one item at a time"),
+    ({"duration": 500, "init_audio": "a.wav"}, "duration=500 .*no init_audio"),
+    ({"bars": 2}, "bars=2 needs a tempo"),
+    ({"meter": "3/4"}, "meter=3/4 has no effect without bars"),
+    ({"bars": 2, "bpm": 120, "duration": 5}, "both set the length"),
+    ({"bars": 2, "bpm": 120, "meter": "4/5"}, "meter=4/5 must be"),
+    ({"bars": 10_000, "bpm": 20}, "bars=10000 last"),
+    ({"loop": True, "duration": 0.5}, "duration=0.5 is too short for loop"),
+    ({"loop": True, "duration": 500}, "loop=True does not go with what is generated in windows"),
+    ({"loop": True, **INPAINT, "inpaint_mask_start_seconds": 1, "inpaint_mask_end_seconds": 2}, "loop=True does not"),
+    ({"tail": -1}, "tail=-1.*from 0 to 60"),
+    ({"window": 119}, "window=119 must be from"),
+    ({"prompt_at": [(0, "b")]}, "time 0"),
+    ({"prompt_at": [(4, "b"), (4, "c")]}, "4 s twice"),
+    ({"prompt_at": "b"}, "prompt_at must be pairs"),
+    ({"prompt_at": [(40, "b")]}, "prompt_at=40 lies outside"),
+    ({"peak": 1}, "peak=1.*from -40 to 0"),
     ({"prompt": None}, "prompt must be text"),
     ({"prompt": ["a", None]}, "prompt must be text"),
     ({"prompt": []}, "prompt is an empty list"),
@@ -203,12 +229,16 @@ def test_settings_are_kept_as_given(name: str) -> None:
         "batch_size": 2, "seed": 9, "steps": 3, "sampler_type": "rk4", "cfg_scale": 4.0, "cfg_interval": (0.1, 0.9),
         "cfg_norm_threshold": 2.0, "scale_phi": 0.5, "apg_scale": 0.5, "init_audio": "i.wav", "init_noise_level": 0.5,
         "inpaint_audio": "a.wav", "inpaint_mask_start_seconds": (1.0,), "inpaint_mask_end_seconds": (2.0,),
-        "keep_exact": True, "chunked_decode": False,
+        "keep_exact": True, "chunked_decode": False, "loudness": -14.0, "peak": -1.0, "tail": 2.0,
     }  # fmt: skip
+    if name in ("prompt_at", "window"):
+        values = {"prompt_at": ((2.0, "b"), (4.0, "c")), "window": 9.0}
+    if name in ("bars", "bpm", "meter", "loop"):
+        values = {"bars": 3, "bpm": 97.3, "meter": "7/8", "loop": True}
     resolved = ask(**values)
     assert getattr(resolved, name) == values[name]
     recorded = resolved.to_dict().get(name)
-    assert recorded == (list(values[name]) if isinstance(values[name], tuple) else values[name]) or "audio" in name
+    assert recorded == json.loads(json.dumps(values[name])) or "audio" in name
 
 
 @pytest.mark.parametrize("start", [0.0, 0.5, 1.01, 2.05])

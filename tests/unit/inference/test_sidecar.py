@@ -36,6 +36,7 @@ WORDS = {
     "inpaint_mask_end_seconds": "inpainting region|--inpaint-end",
     "inpaint_audio": "--inpaint-audio",
     "path": "input audio|init_audio|inpaint_audio|adapter",
+    "conditioner_strength": "--conditioner-strength",
     "exclude_layers": "layer pattern",
     "sha256": "SHA-256",
     "source": "model",

@@ -11,7 +11,7 @@ from helpers.golden import PLAIN
 from sa3train.core.errors import CheckpointError
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
 from sa3train.models.conditioners import Conditioner, TextEmbedding, TextEncoder
-from sa3train.models.hub import TextEncoderSource
+from sa3train.models.text_source import TextEncoderSource
 
 
 @pytest.fixture(scope="module")

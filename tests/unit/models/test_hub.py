@@ -29,10 +29,10 @@ from sa3train.models.hub import (
     check_checkpoint,
     choose_weights,
     find_checkpoint,
-    find_text_encoder,
     list_cached_names,
     locate_checkpoint,
 )
+from sa3train.models.text_source import find_text_encoder
 
 RESPONSE, MISSING, BUSY = (
     httpx.Response(status, request=httpx.Request("GET", "https://huggingface.co/x")) for status in (403, 404, 503)

@@ -1,5 +1,6 @@
 """Packs of the MLX builds are the same model: recorded values of the released code, the way back, what is refused."""
 
+import base64
 import hashlib
 import json
 import shutil
@@ -13,7 +14,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from helpers.golden import GOLDEN, PLAIN, GoldenSet
-from helpers.mlx_packs import CODECS, RECORDED, make_dit, make_side, make_text, save_arrays, write_packs
+from helpers.mlx_packs import (
+    CODECS,
+    RECORDED,
+    RECORDED_CASES,
+    make_dit,
+    make_side,
+    make_text,
+    save_arrays,
+    thin_out,
+    write_packs,
+)
 from sa3train.adapters.adapter import BASE_SAMPLE
 from sa3train.adapters.apply.load_report import check_fit
 from sa3train.adapters.formats.io import load_adapter
@@ -21,13 +32,16 @@ from sa3train.adapters.layer_filter import find_adaptable_layers
 from sa3train.adapters.tools import merge_adapters
 from sa3train.core.errors import AdapterError, CheckpointError
 from sa3train.models import mlx_layout
+from sa3train.models.autoencoder import patchify
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
 from sa3train.models.conditioners import TextEncoder
-from sa3train.models.hub import TextEncoderSource
 from sa3train.models.parse import parse_model, read_config_file
+from sa3train.models.text_source import TextEncoderSource
 from sa3train.models.weight_files import are_rounded_alike
 
 CASES = json.loads((RECORDED / "cases.json").read_text("utf-8"))
+OUTPUTS = np.load(RECORDED / "outputs.npz")
+"""Recorded by launch/check_mlx.py."""
 SIDES = ("encoder", "decoder")
 TOLERANCE = 1e-4
 PACK = "dit_plain_f16.npz"
@@ -86,6 +100,19 @@ def test_velocities_latents_and_audio_are_the_recorded_ones(kind: str, model: St
     torch.testing.assert_close(audio, tensors["audio"], atol=TOLERANCE, rtol=0)
 
 
+@torch.no_grad()
+def test_latents_and_audio_are_those_of_the_mlx_code(kind: str, model: StableAudio3) -> None:
+    golden = GoldenSet(f"{kind}/cases")
+    audio, latents = (golden.tensors(RECORDED_CASES[side]) for side in SIDES)
+    found = {
+        "encoder": model.autoencoder.encode(audio["audio"], noise=False),
+        "decoder": patchify(model.autoencoder.decode(latents["latents"], noise=False), 256).mT,
+    }
+    for side, output in found.items():
+        recorded = OUTPUTS[f"same_{CODECS[kind]}_{side}"]
+        np.testing.assert_allclose(thin_out(output.numpy()), recorded, atol=TOLERANCE, rtol=0)
+
+
 def test_the_text_encoder_of_a_pack_is_the_recorded_one(tmp_path: Path) -> None:
     pack = tmp_path / "t5gemma_f16.npz"
     save_arrays(pack, make_text())
@@ -94,7 +121,7 @@ def test_the_text_encoder_of_a_pack_is_the_recorded_one(tmp_path: Path) -> None:
     ids = [encoding.ids for encoding in encoder.tokenizer.encode_batch(wanted["prompts"], add_special_tokens=False)]
     assert ids == wanted["tokens"]
     hidden_BLD, mask_BL = encoder(wanted["prompts"], torch.device("cpu"))
-    recorded = torch.from_numpy(np.load(RECORDED / "hidden.npz")["hidden"]).float()
+    recorded = torch.from_numpy(OUTPUTS["hidden"]).float()
     torch.testing.assert_close(hidden_BLD[mask_BL].float(), recorded[mask_BL], atol=0.02, rtol=0)  # both in fp16
     folder = encoder.source.folder()
     (folder / "mark").touch()
@@ -264,3 +291,15 @@ def test_an_adapter_knows_its_base_in_another_precision(tmp_path: Path) -> None:
         assert [list_warnings(copy, model) for model in copies] == [[]] * len(copies)
         assert list_warnings(copy, other)
     assert not are_rounded_alike("no base64", copies[0].sample_weights())
+
+
+def test_roundings_of_any_weights_are_alike() -> None:
+    """Whatever the released weights are, fp16 holds: from numbers that it has as zero to the largest."""
+    rng = torch.Generator().manual_seed(0)
+    exponents = torch.rand(100_000, generator=rng) * 45 - 30
+    exact = torch.exp2(exponents) * torch.randn(100_000, generator=rng).sign()
+    copies = [exact.to(dtype).float() for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+    samples = [base64.b64encode(copy.numpy().astype("<f4").tobytes()).decode() for copy in copies]
+    assert all(are_rounded_alike(one, other) for one in samples for other in samples)
+    others = [base64.b64encode((copy * 1.01).numpy().astype("<f4").tobytes()).decode() for copy in copies]
+    assert not any(are_rounded_alike(one, other) for one in samples for other in others)

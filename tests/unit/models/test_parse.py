@@ -12,8 +12,8 @@ from helpers.golden import GOLDEN
 from sa3train.core.errors import CheckpointError
 from sa3train.models.autoencoder import Autoencoder
 from sa3train.models.checkpoint import PREFIXES, build_modules, collect_state_dict
-from sa3train.models.hub import TextEncoderSource
 from sa3train.models.parse import complete_config, is_autoencoder, parse_autoencoder, parse_model, read_config_file
+from sa3train.models.text_source import TextEncoderSource
 
 MANIFESTS = json.loads((GOLDEN / "state_dict_manifests.json").read_text())
 CONFIGS = sorted((GOLDEN / "configs").glob("*.json"))

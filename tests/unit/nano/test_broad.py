@@ -48,6 +48,7 @@ def test_held_out_instruments_are_in_no_score() -> None:
     assert not held_out & {facts["program"] for facts, _, _ in broad.make_program_scores(random.Random(0), 300)}
 
 
+@pytest.mark.slow
 def test_a_chunk_is_the_same_again_and_is_read_as_a_store(few: None, tmp_path: Path) -> None:
     for folder in ("first", "again"):
         (tmp_path / folder).mkdir()

@@ -155,6 +155,7 @@ def test_decoder_starts_as_a_vocoder(work: Path) -> None:
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_an_eighth_of_the_stretches_is_silence_and_asks_for_silence(work: Path) -> None:
     model = decoder.first(work)
     latents_BCT, audio_BCN = decoder.Pairs(work, "train", 0).batch(16)
@@ -232,6 +233,7 @@ def test_texture_is_of_noise_not_of_its_samples() -> None:
     assert torch.isfinite(sound_losses.texture_loss(torch.zeros(1, 32768), draws[1:], 2048, level_B * 0 + 1e-3))
 
 
+@pytest.mark.slow
 def test_places_are_found_in_both_frames_of_a_chunk() -> None:
     factors, weights, constant = waves.fit_place()
     theta = 10000.0 ** (-torch.arange(16) / 16)

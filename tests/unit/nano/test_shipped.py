@@ -31,6 +31,7 @@ def test_the_classifier_has_every_class_and_the_learned_instruments(classifier: 
 
 
 @torch.inference_mode()
+@pytest.mark.slow
 def test_dark_and_bright_prompts_sound_dark_and_bright(nano: Generator) -> None:
     centroids: dict[str, list[float]] = {"dark": [], "bright": []}
     requests = [each for each in ATTRIBUTE_PROMPTS if each.attribute == "brightness"]

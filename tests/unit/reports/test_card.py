@@ -67,7 +67,11 @@ def test_a_run_folder_says_what_its_adapter_is(run: Path, adapter: Adapter) -> N
     save_adapter(run / "adapter.safetensors", replace(adapter, metadata={"base_model": "nano-base"}))
     write_run_card(run)
     card = (run / "README.md").read_text()
-    assert "# style-1" in card and "10.0% lower (±22.9%, 12 clips: within noise)" in card and "18 clips, 7 min" in card
+    assert (
+        "# style-1" in card
+        and "10.0% lower than the base model's (±22.9%, 12 clips: within noise)" in card
+        and "18 clips, 7 min" in card
+    )
     assert "demos/step-00000020/nano-base-prompt0-1.wav" in card and "step-00000010" not in card
     assert "drums" not in card, "prompts of an adapter that carries none are private"
     save_adapter(run / "adapter.safetensors", replace(adapter, metadata={"prompts": '["koto"]', "step": "10"}))

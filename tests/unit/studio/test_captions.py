@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from helpers.audio import noise, write_clip
 from sa3train.core.errors import SA3Error
+from sa3train.data.captioning import files
+from sa3train.data.captioning.files import Edit
 from sa3train.data.sources.captions import read_clip_text
 from sa3train.data.sources.listing import list_source
 from sa3train.studio.data import captions, captions_tab
-from sa3train.studio.data.captions import Edit
 from sa3train.studio.server.workspace import Workspace
 
 
@@ -84,7 +86,7 @@ def test_undo_restores_every_byte_save_by_save(workspace: Workspace, folder: Pat
     before = {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
     save(workspace, folder, text=("old words", "one"), bare=("", "two"))
     save(workspace, folder, text=("one", "three"), fields=("old fields", "four"))
-    assert captions.count_saves(workspace, folder) == 2
+    assert files.count_saves(folder) == 2
     root = workspace.sources[0].name
     assert sorted(captions.undo_save(workspace, folder)) == [f"{root}/audio/fields.json", f"{root}/audio/text.txt"]
     assert read_captions(folder)["text.wav"] == "one"
@@ -96,14 +98,14 @@ def test_undo_restores_every_byte_save_by_save(workspace: Workspace, folder: Pat
 
 def test_nothing_changed_is_nothing_saved(workspace: Workspace, folder: Path) -> None:
     assert save(workspace, folder, text=("old words", " old words ")) == 0
-    assert captions.count_saves(workspace, folder) == 0
+    assert files.count_saves(folder) == 0
 
 
 def test_a_save_that_is_cut_short_can_be_undone(
     workspace: Workspace, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = (folder / "text.txt").read_bytes()
-    write = captions.write_bytes
+    write = files.write_bytes
     calls: list[Path] = []
 
     def once(path: Path, content: bytes) -> None:
@@ -112,7 +114,7 @@ def test_a_save_that_is_cut_short_can_be_undone(
             raise SA3Error("the disk is full")
         write(path, content)
 
-    monkeypatch.setattr(captions, "write_bytes", once)
+    monkeypatch.setattr(files, "write_bytes", once)
     with pytest.raises(SA3Error, match="disk is full"):
         save(workspace, folder, text=("old words", "new"), bare=("", "new"))
     monkeypatch.undo()
@@ -147,7 +149,7 @@ def test_captions_that_cannot_be_kept_are_refused(
 ) -> None:
     with pytest.raises(SA3Error, match=told):
         save(workspace, folder, **edit)
-    assert captions.count_saves(workspace, folder) == 0
+    assert files.count_saves(folder) == 0
 
 
 def test_clips_that_are_gone_archived_or_share_a_file(workspace: Workspace, folder: Path) -> None:
@@ -184,7 +186,7 @@ def test_links_out_of_the_studio_are_refused(workspace: Workspace, folder: Path,
 
 def test_a_damaged_undo_log_is_said(workspace: Workspace, folder: Path) -> None:
     save(workspace, folder, bare=("", "x"))
-    next((workspace.home / captions.UNDO).iterdir()).write_text("[")
+    (folder / files.UNDO_FILE).write_text("[")
     with pytest.raises(SA3Error, match="is damaged"):
         captions.undo_save(workspace, folder)
 
@@ -209,3 +211,26 @@ def test_the_tables_rows_become_edits() -> None:
     assert captions_tab.find_edits(before, []) == []
     with pytest.raises(SA3Error, match="not a clip of this folder"):
         captions_tab.find_edits(before, [["c.wav", "x"]])
+
+
+def test_many_captions_are_replaced_at_once_and_taken_back(workspace: Workspace, folder: Path) -> None:
+    before = read_captions(folder)
+    with pytest.raises(SA3Error, match="no caption"):
+        captions.replace_text(workspace, folder, "", "new", "x")
+    assert len(captions.replace_text(workspace, folder, "text.wav", "old", "new")) == 1
+    assert len(captions.replace_text(workspace, folder, "", "old", "new")) == 1
+    assert read_captions(folder) == {name: text.replace("old", "new") for name, text in before.items()}
+    captions.undo_save(workspace, folder)
+    captions.undo_save(workspace, folder)
+    assert read_captions(folder) == before
+
+
+def test_clips_without_a_caption_are_captioned_and_taken_back(workspace: Workspace, folder: Path) -> None:
+    before = read_captions(folder)
+    write_clip(folder / "soft kick.wav", noise(0.2))
+    changes, without = captions.caption_rest(workspace, folder, "{name} {kind}")
+    assert read_captions(folder) == before | {"soft kick.wav": "soft kick one-shot"}
+    assert [one.source for one in without] == ["bare.wav"], "which cannot be read"
+    assert [change.path.name for change in changes] == ["soft kick.txt"]
+    captions.undo_save(workspace, folder)
+    assert read_captions(folder) == before | {"soft kick.wav": ""}

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from sa3train.core import processes
 from sa3train.core.errors import SA3Error
 from sa3train.data.encode.settings import EncodeSettings
 from sa3train.studio.data import jobs
-from sa3train.studio.server import processes
 from sa3train.studio.server.workspace import Workspace
 
 
@@ -29,11 +29,10 @@ def noted(workspace: Workspace, kind: str = "encode", log: str = "", **values: A
     return folder
 
 
-def test_the_commands_name_every_choice(workspace: Workspace) -> None:
+def test_the_commands_name_what_was_chosen(workspace: Workspace) -> None:
     source, out = workspace.sources[0] / "audio", workspace.sources[0] / "latents" / "x"
     assert jobs.build_encode_command(source, out, "nano", EncodeSettings(fixes=["dc", "loudness"], split=0.1)) == [
-        "sa3-encode", f"source={source}", f"out={out}", "model=nano", "split=0.1", "captions=required",
-        "duplicates=keep", "max_rejected=0.1", "fixes=[dc,loudness]",
+        "sa3-encode", f"source={source}", f"out={out}", "model=nano", "fixes=[dc,loudness]", "split=0.1",
     ]  # fmt: skip
     audit = jobs.build_audit_command(workspace, source, "optional", "nano")
     assert audit[:3] == ["sa3-data", "audit", str(source)]
@@ -75,15 +74,17 @@ def test_what_became_of_a_job(workspace: Workspace) -> None:
 def test_progress_is_read_as_data(workspace: Workspace) -> None:
     old = '$ sa3-encode\n{"stage": "audit", "done": 90, "total": 90, "unit": "clip", "seconds": 1.0}\n'
     folder = noted(workspace, log=f"{old}$ sa3-encode\n")
-    assert jobs.read_progress(folder) == (None, "starting")
+    assert jobs.read_progress(folder) == (None, "loading libraries")
     with (folder / processes.LOG_FILE).open("a") as log:
         log.write('audit: 8 clips\n{"stage": "audit", "done": 4, "total": 8, "unit": "clip", "seconds": 1.0}\n{"stage"')
     assert jobs.read_progress(folder) == (0.5, "audit: 4 of 8 clips")
     with (folder / processes.LOG_FILE).open("a") as log:
-        log.write('\n{"stage": "encode", "done": 0, "total": 0, "unit": "batch", "seconds": 0.0}\n{"result": {}}\n')
+        log.write('\n{"stage": "encode", "done": 0, "total": 0, "unit": "batch", "seconds": 0.0}\n')
     assert jobs.read_progress(folder) == (0.0, "encode: 0 of 0 batches")
-    assert "stage" not in jobs.read_log(folder, 3).splitlines()[1]
-    assert jobs.read_log(folder, 3).splitlines()[:2] == ["$ sa3-encode", "audit: 8 clips"]
+    with (folder / processes.LOG_FILE).open("a") as log:
+        log.write('{"stage": "loading nano", "done": 0, "total": null, "unit": "", "seconds": 0.0}\n')
+    assert jobs.read_progress(folder) == (None, "loading nano")
+    assert processes.read_log_tail(folder, 3).splitlines()[:2] == ["$ sa3-encode", "audit: 8 clips"]
 
 
 def test_a_job_is_found_again_and_not_started_twice(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ CONFIG: dict[str, Any] = {
     "adapter": {"adapter_type": "dora-rows", "rank": 8},
     "model": {"name": "nano-base"},
     "callbacks": {
-        "validation": {"enabled": True, "clips": 16, "every": 250},
+        "validation": {"enabled": True, "clips": 16, "every": 250, "strengths": [1.25]},
         "demos": {
             "enabled": True, "every": 500, "prompts": [], "heldout_prompts": 2, "inpaint": True,
             "strengths": [0.5, 1.0], "steps": None, "duration": 10.0,
@@ -151,11 +151,11 @@ def test_the_plan_in_words() -> None:
 
 def test_time_is_steps_validation_and_demos() -> None:
     row = 0.5 / 8 / 2  # a step of 0.5 s, 8 rows, half of it forward
-    assert estimate.estimate_validation_seconds(CONFIG, DATA, TRIAL) == pytest.approx(5 * (10 + 16) * 10 * row)
+    assert estimate.estimate_validation_seconds(CONFIG, DATA, TRIAL) == pytest.approx((5 * (10 + 16) + 10) * 10 * row)
     assert estimate.estimate_demo_seconds(CONFIG, TRIAL) == pytest.approx(3 * (1 + 2 * 2) * 50 * 2 * row)
     silent = {part: {**values, "enabled": False} for part, values in CONFIG["callbacks"].items()}
     assert estimate.estimate_validation_seconds(CONFIG | {"callbacks": silent}, DATA, TRIAL) == 0
     assert estimate.estimate_demo_seconds(CONFIG | {"callbacks": silent}, TRIAL) == 0
     said = dict(estimate.describe_trial(CONFIG, DATA, TRIAL))
-    assert said["Time"].startswith("about 10 min on 1 × CPU: steps 8 min at 2 per second, validation 41 s, demos 47 s")
+    assert said["Time"].startswith("about 10 min on 1 × CPU: steps 8 min at 2 per second, validation 44 s, demos 47 s")
     assert said["Memory plan"] == "1.00 GiB: weights 1.00 GiB, adapter 1.0 MiB"

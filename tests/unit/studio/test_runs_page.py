@@ -1,9 +1,14 @@
 """What the Runs page shows: of files as they are, with nothing in them taken for the page's own HTML."""
 
+import pytest
+
+from helpers.run_dirs import make_run, write_record
+from sa3train.core import processes
+from sa3train.reports import runs
 from sa3train.reports.html import render_facts
 from sa3train.reports.run_files import DemoFile, RunFiles
+from sa3train.reports.runs import Run
 from sa3train.studio.runs import page, view
-from sa3train.studio.runs.runs import Run
 from sa3train.studio.server.workspace import Workspace
 
 EVIL = '<img src=x onerror="alert(1)">'
@@ -28,6 +33,31 @@ def test_names_and_prompts_are_text(workspace: Workspace) -> None:
         view.render_log(EVIL), view.render_report_frame(EVIL, EVIL),
     ]  # fmt: skip
     assert all("<img src=x" not in html and "&lt;img" in html for html in shown)
+
+
+@pytest.mark.parametrize(
+    ("state", "log", "shown"),
+    [
+        ("starting", "", "starting: loading libraries"),
+        (
+            "running",
+            '{"stage": "validating", "done": 0, "total": null}',
+            "running: validating · 20 of 100 steps, 40 s left",
+        ),
+        ("running", '{"stage": "validating"}\n{"stage": ""}\nstep 3 of 9', "running · 20 of 100 steps, 40 s left"),
+        ("stopped", '{"stage": "validating"}', "stopped · 40 of 100 steps"),
+    ],
+)
+def test_a_run_says_what_it_does_beside_its_steps(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch, state: str, log: str, shown: str
+) -> None:
+    folder = workspace.sources[0] / "run"
+    write_record(folder) if state == "starting" else make_run(folder)
+    (folder / processes.LOG_FILE).write_text(f"$ sa3-train\n{log}\n")
+    monkeypatch.setattr(runs, "detect_state", lambda *_: state)
+    run = runs.load_run(folder)
+    assert run is not None
+    assert view.format_label(workspace, run).splitlines()[1] == shown
 
 
 def test_base_stands_beside_the_adapter_and_the_newest_step_first(workspace: Workspace) -> None:

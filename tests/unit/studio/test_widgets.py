@@ -29,8 +29,15 @@ def test_errors_reach_the_page_as_text() -> None:
         show_errors(refuses)()
     with pytest.raises(gr.Error, match="KeyError"):
         show_errors(breaks)()
-    named = get_error_message(StudioError("cfg_scale=1: set --allow-loss or captions=optional, not loss.cfg_dropout"))
+    named = get_error_message(StudioError("cfg_scale=1: set allow_loss or captions=optional, not loss.cfg_dropout"))
     assert named == "CFG scale: 1: set Allow loss or Captions: optional, not loss.cfg_dropout"
+    for message, shown in (
+        ("Convert it: sa3-adapter convert a/b.pt NEW.safetensors --to comfy --model NAME --rank R",
+         "Convert it: Convert on the Adapters page, with To: comfy, Base model, Rank"),
+        ("See which it is with sa3-adapter inspect. Set to=native, model=NAME.",
+         "See which it is with Inspect on the Adapters page. Set To: native, Base model."),
+    ):  # fmt: skip
+        assert shown in render_notice(message, "error")
     assert 'role="alert"' in render_notice("x", "error")
     assert "&quot;" in render_command('echo "a"')
     assert "sa3-generate -p &#x27;a b&#x27; x" in render_command(["sa3-generate", "-p", "a b", Path("x")])

@@ -209,5 +209,5 @@ def test_a_model_is_described(workspace: Workspace) -> None:
 def test_a_huge_folder_is_not_walked_to_its_end(workspace: Workspace, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(30):
         (workspace.sources[0] / f"d{number:02d}").mkdir()
-    monkeypatch.setattr("sa3train.studio.server.folders.MAX_FOLDERS", 10)
-    assert len(list(iterate_folders(workspace))) == 10
+    monkeypatch.setattr("sa3train.data.sources.own_folders.MAX_FOLDERS", 10)
+    assert len(list(iterate_folders(workspace.roots))) == 10

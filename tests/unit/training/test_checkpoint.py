@@ -96,6 +96,7 @@ def flatten(adapter: Adapter) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])
+@pytest.mark.slow
 def test_a_run_folder_and_its_checkpoints_are_adapters(shards: Path, tmp_path: Path, ema: float | None) -> None:
     """The adapter of step 2 of a run of four is that of a run of two."""
     runs = {steps: tmp_path / f"run{steps}" for steps in (2, 4)}

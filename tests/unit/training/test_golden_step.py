@@ -6,8 +6,8 @@ import torch
 from helpers.golden import DEVICE, GOLDEN, GoldenSet
 from sa3train.adapters.layers.inject import inject
 from sa3train.adapters.spec import AdapterSpec
+from sa3train.data.loading.clip_batch import ClipBatch
 from sa3train.models.checkpoint import load_checkpoint
-from sa3train.training.batch import ClipBatch
 from sa3train.training.module import LoraModule
 from sa3train.training.settings import TrainingSettings
 from sa3train.training.step import StepDraw

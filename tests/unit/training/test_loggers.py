@@ -177,6 +177,7 @@ def dead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
         yield
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_answer_leaves_an_offline_run(
     tmp_path: Path, dead: None, caplog: pytest.LogCaptureFixture
 ) -> None:

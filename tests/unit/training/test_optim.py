@@ -71,7 +71,7 @@ def test_muon_orthogonalises_matrices_and_leaves_vectors_to_adamw() -> None:
     ("name", "values", "message"),
     [
         ("adam", {}, "optimizer.name=adam is unknown"),
-        ("adamw", {"options": {"amsgard": True}}, "Did you mean 'amsgrad'"),
+        ("adamw", {"options": {"amsgard": True}}, "Did you mean amsgrad"),
         ("lion", {"options": {"nesterov": True}}, "has no option 'optimizer.options.nesterov'"),
     ],
 )

@@ -217,6 +217,14 @@ def test_resuming_a_finished_run_leaves_what_it_finds(shards: Path, tmp_path: Pa
     assert read_losses(run.run_dir) == losses
 
 
+@pytest.mark.slow
+def test_a_run_that_is_made_longer_is_the_run_that_was_long(pair: tuple[Trial, Trial]) -> None:
+    whole, part = pair
+    for part.max_steps in (4, 6):
+        part.run(resume=part.max_steps == 6, loop="any")
+    assert same(read_adapter(part.run_dir), read_adapter(whole.run_dir))
+
+
 def test_only_the_last_states_are_kept_and_a_resumed_step_is_logged_once(shards: Path, tmp_path: Path) -> None:
     run = make_small_trial(shards, tmp_path, "kept")
     run.run()

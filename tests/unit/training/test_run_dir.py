@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from sa3train.core.errors import ConfigError, SA3Error
+from sa3train.core.processes import find_process
 from sa3train.core.signals import Interrupted
-from sa3train.reports.run_files import format_settings, load_settings
+from sa3train.reports.run_files import RUN_FORMAT, format_settings, load_settings
 from sa3train.training import run_dir
 from sa3train.training.callbacks.checkpoint import (
     StateError,
@@ -30,6 +31,7 @@ from sa3train.training.run_dir import RunDir, is_requeued
 SETTINGS: dict[str, Any] = {
     "run_dir": "a", "adapter": {"rank": 4}, "logger": {"name": "csv"}, "data": {"num_workers": 0, "crop": (1, 2)},
     "callbacks": {"demos": {"every": 5}, "validation": {"every": 5}}, "trainer": {"max_steps": 10, "log_every": 1},
+    "scheduler": {"name": "cosine"},
 }  # fmt: skip
 IDENTITY = {"data": "abc", "base": "def"}
 
@@ -66,6 +68,8 @@ def test_a_run_is_recorded_with_its_settings_and_keeps_its_id(tmp_path: Path) ->
     with open_run(tmp_path / "r", SETTINGS, IDENTITY, resume=False) as first:
         pass
     assert first.state is None and load_settings(tmp_path / "r" / "config.yaml")["adapter"] == {"rank": 4}
+    record = json.loads((tmp_path / "r" / "run.json").read_text())
+    assert record["format"] == RUN_FORMAT and find_process(record["process"]).pid == os.getpid()
     again = open_run(tmp_path / "r", SETTINGS, IDENTITY, resume=True)
     assert again.run_id == first.run_id and len(again.record["resumed"]) == 1
 
@@ -153,6 +157,7 @@ def test_a_requeued_job_goes_on_by_itself(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_what_differs_is_listed_and_can_be_allowed_by_name(tmp_path: Path) -> None:
     begin(tmp_path)
+    save_state(get_checkpoint_path(tmp_path, 4), {"step": 4})
     other = changed(adapter__rank=8, trainer__max_steps=20)
     with pytest.raises(ConfigError) as caught:
         open_run(tmp_path, other, {"data": "xyz", "base": "def"}, resume=True)
@@ -168,6 +173,21 @@ def test_what_differs_is_listed_and_can_be_allowed_by_name(tmp_path: Path) -> No
     assert run.record["resumed"][-1]["changes"] == {"adapter.rank": [4, 8], "trainer.max_steps": [10, 20]}
     assert load_settings(tmp_path / "config.yaml")["adapter"] == {"rank": 8}, "the next resume compares with this"
     open_run(tmp_path, other, {"data": "new", "base": "new"}, resume=True, allowed=["all"])
+
+
+def test_another_length_needs_no_leave_where_the_rate_does_not_follow_it(tmp_path: Path) -> None:
+    begin(tmp_path)
+    steady, longer, shorter = (changed(scheduler__name="constant", trainer__max_steps=n) for n in (10, 20, 19))
+    open_run(tmp_path, steady, IDENTITY, resume=True, allowed=["scheduler"]).save(status="finished", seconds=100)
+    with open_run(tmp_path, longer, IDENTITY, resume=True) as run:
+        run.save(status="finished")
+    assert load_settings(tmp_path / "config.yaml")["trainer"]["max_steps"] == 20
+    assert run.record["seconds"] > 100, "with the starts before"
+    save_state(get_checkpoint_path(tmp_path, 20), {"step": 20})
+    with open_run(tmp_path, longer, IDENTITY, resume=True) as again:
+        assert len(again.record["resumed"]) == len(run.record["resumed"]), "nothing was left to train"
+    with pytest.raises(ConfigError, match="20 steps are done"):
+        open_run(tmp_path, shorter, IDENTITY, resume=True)
 
 
 def test_what_does_not_touch_learning_may_change(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sa3train.core.errors import ConfigError
+from sa3train.core.seeds import derive_seed
 from sa3train.diffusion import masks, objective, schedule
 from sa3train.training.settings import LossSettings
 from sa3train.training.step import (
@@ -15,7 +16,6 @@ from sa3train.training.step import (
     compute_loss_weights,
     compute_step_losses,
     derive_clip_seeds,
-    derive_seed,
     draw_step,
     list_sampled_noise_levels,
     make_noisy_inputs,

@@ -11,6 +11,7 @@ from helpers.training import Trial, make_module, make_shards
 from sa3train.adapters.formats.io import load_adapter
 from sa3train.adapters.spec import AdapterSpec
 from sa3train.core.errors import ConfigError
+from sa3train.core.seeds import derive_seed
 from sa3train.data.loading.datamodule import LatentDataModule
 from sa3train.diffusion.objective import compute_squared_error
 from sa3train.reports.run_files import read_metrics
@@ -19,11 +20,11 @@ from sa3train.training.callbacks.validation import (
     ValidationCallback,
     list_heldout_clips,
     list_training_clips,
-    measure_losses,
+    measure_module_losses,
 )
 from sa3train.training.module import LoraModule
 from sa3train.training.settings import LossSettings, OptimizerSettings, TrainingSettings, ValidationSettings
-from sa3train.training.step import derive_seed, make_plain_draw
+from sa3train.training.step import make_plain_draw
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_each_entry_is_the_plain_squared_error_at_its_level_on_the_clips_own_noi
     module: LoraModule, data: LatentDataModule
 ) -> None:
     items = list_heldout_clips(data, 3)
-    loss_IN = measure_losses(module, items, seed=9, batch_size=20)
+    loss_IN = measure_module_losses(module, items, seed=9, batch_size=20)
     assert loss_IN.shape == (3, 10)
     for number in (0, 2):
         clip = items[number]
@@ -74,8 +75,8 @@ def test_the_numbers_do_not_depend_on_how_the_work_is_cut_and_touch_no_random_st
     torch.manual_seed(1)
     before = torch.get_rng_state()
     one, two = (
-        measure_losses(module, items, seed=0, batch_size=10),
-        measure_losses(module, items, seed=0, batch_size=1000),
+        measure_module_losses(module, items, seed=0, batch_size=10),
+        measure_module_losses(module, items, seed=0, batch_size=1000),
     )
     torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
     assert torch.equal(torch.get_rng_state(), before)

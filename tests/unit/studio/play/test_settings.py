@@ -66,7 +66,7 @@ def test_a_request_is_resolved(workspace: Workspace) -> None:
     ],
 )
 def test_impossible_requests_are_refused(workspace: Workspace, request_: PlaySettings, message: str) -> None:
-    with pytest.raises(StudioError, match=message):
+    with pytest.raises(SA3Error, match=message):
         request_.resolve(workspace)
 
 
@@ -127,11 +127,21 @@ def test_the_form_holds_every_setting(workspace: Workspace, mode: str, settings:
     all_settings = GenerationSettings(
         "a tone", negative_prompt="noise", duration=1.5, seed=7, batch_size=2, steps=3, cfg_scale=2.5,
         sampler_type="dpmpp", cfg_interval=(0.1, 0.9), cfg_norm_threshold=1.0, scale_phi=0.2, apg_scale=0.5,
-        chunked_decode=True, **settings,
+        chunked_decode=True, tail=2.0, loudness=-14.0, peak=-1.0, window=8.0, loop=True, meter="3/4",
+        prompt_at=[(1.0, "drums")], **settings,
     )  # fmt: skip
-    adapter = AdapterSettings("adapters/one.safetensors", 0.5, 0.2, (0.1, 0.6), "ff", True)
+    adapter = AdapterSettings("adapters/one.safetensors", 0.5, 0.2, (0.1, 0.6), "ff", True, 0.9)
     request = PlaySettings("nano-base", all_settings, mode, "fp32", (adapter,))
     assert read_form(fill_form(workspace, request)) == request
+
+
+def test_bars_take_the_place_of_the_duration_and_later_prompts_are_lines(workspace: Workspace) -> None:
+    bars = fill_form(workspace, PLAIN) | {"bars": "4", "bpm": "97.3", "prompt_at": "8: a choir\n\n4 : drums: loud"}
+    settings = read_form(bars).settings
+    assert (settings.bars, settings.bpm, settings.duration) == (4, 97.3, GenerationSettings.duration)
+    assert settings.prompt_at == ((4.0, "drums: loud"), (8.0, "a choir"))
+    with pytest.raises(StudioError, match="Later prompts"):
+        read_form(bars | {"prompt_at": "a choir"})
 
 
 @pytest.mark.parametrize("value", [-9, 1.5, "x", "nan", float("nan"), float("inf"), 1e308, "1e400", True])

@@ -9,7 +9,7 @@ import torch
 from helpers.shards import make_data_module
 from helpers.training import Trial, make_module
 from sa3train.adapters.spec import AdapterSpec
-from sa3train.training.batch import ClipBatch, make_clip_batch, pack_rows, unpack_rows
+from sa3train.data.loading.clip_batch import ClipBatch, make_clip_batch, pack_rows, unpack_rows
 from sa3train.training.module import LoraModule
 from sa3train.training.settings import LossSettings, TrainingSettings
 from sa3train.training.step import StepDraw

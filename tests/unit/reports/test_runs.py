@@ -1,42 +1,22 @@
 """Run folders as they are found, the state each is in, and what may be done with it."""
 
 import json
-import os
-import time
+import platform
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from sa3train.core.errors import DataError, SA3Error
-from sa3train.reports.run_files import format_settings
-from sa3train.studio.runs import runs
-from sa3train.studio.runs.page import resolve_run_dir
-from sa3train.studio.server import processes
-from sa3train.studio.server.folders import FoundFolders, find_folders
-from sa3train.studio.server.workspace import Workspace
-
-OLD = time.time() - 7200
-
-
-def make_run(folder: Path, status: str = "running", *, steps: int = 100, old: bool = True, **settings: Any) -> Path:
-    folder.mkdir(parents=True)
-    config = {"trainer": {"max_steps": steps}, "run_dir": str(folder), **settings}
-    (folder / "config.yaml").write_text(format_settings(config))
-    record = {"id": "x", "status": status, "started": "2026-01-01T00:00:00+00:00", "resumed": [], "steps": 40}
-    record["identity"] = {}
-    (folder / "run.json").write_text(json.dumps(record))
-    (folder / "metrics.csv").write_text("step,train/loss,time/steps_per_second\n10,1.5,2.0\n20,1.25,\n30,1.")
-    if old:
-        for file in folder.iterdir():
-            os.utime(file, (OLD, OLD))
-    return folder
-
-
-def write_record(folder: Path, **values: Any) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {"command": ["sa3-train", "a=b"], "at": "2026-01-01T00:00:00+00:00", "stop_asked": None}
-    (folder / processes.PROCESS_FILE).write_text(json.dumps(record | {"kind": "train", "parts": 0} | values))
+from helpers.run_dirs import make_run, write_record
+from sa3train.core import processes
+from sa3train.core.errors import ConfigError, DataError, SA3Error
+from sa3train.reports import comparison, runs
+from sa3train.reports.run_files import RUN_FORMAT
+from sa3train.training.run_dir import open_run
 
 
 def get_run(folder: Path) -> runs.Run:
@@ -102,6 +82,49 @@ def test_a_run_of_somebody_else_is_seen_while_it_writes(tmp_path: Path) -> None:
     assert get_run(folder).state == "elsewhere", "somebody went on with it"
 
 
+def test_a_run_started_in_a_terminal_of_this_computer_is_known_by_its_process(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    record = json.loads((folder / "run.json").read_text())
+    started = psutil.Process(child.pid).create_time() - (psutil.boot_time() if psutil.LINUX else 0)
+    record["process"] = {"pid": child.pid, "started": started, "host": platform.node()}
+    (folder / "run.json").write_text(json.dumps(record))
+    try:
+        assert get_run(folder).state == "elsewhere"
+        if processes.SENDS_SIGNALS:
+            runs.stop_run(folder)
+            assert child.wait(30) == -signal.SIGTERM
+    finally:
+        child.kill()
+        child.wait()
+    assert get_run(folder).state == "crashed", "its trace is fresh, but the process is gone"
+
+
+def test_a_run_of_a_newer_version_is_listed_and_refused(tmp_path: Path) -> None:
+    folder, old = make_run(tmp_path / "new", "finished"), make_run(tmp_path / "old", "finished")
+    record = json.loads((folder / "run.json").read_text())
+    (folder / "run.json").write_text(json.dumps(record | {"format": RUN_FORMAT + 1, "version": "9.0"}))
+    states = {run.path.name: run.state for run in runs.find_runs([tmp_path])}
+    assert states == {"new": "newer", "old": "finished"}
+    with pytest.raises(DataError, match=r"format 2, made by sa3train 9\.0.*Update"):
+        runs.describe_run(folder)
+    with pytest.raises(ConfigError, match="Update"):
+        open_run(folder, {}, {}, resume=True)
+    assert runs.describe_run(old)["adapter"] is None
+
+
+def test_a_search_that_ends_early_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_run(tmp_path / "a" / "one")
+    make_run(tmp_path / "b" / "two")
+    monkeypatch.setattr("sa3train.data.sources.own_folders.MAX_FOLDERS", 3)
+    assert [run.path.name for run in runs.find_runs([tmp_path])] == ["one"]
+    assert "first 3 folders" in caplog.text
+    make_run(tmp_path / "a" / "one" / "checkpoints" / "not-another")
+    assert [run.path.name for run in runs.find_runs([tmp_path / "a" / "one"])] == ["one"]
+
+
 def test_a_run_that_never_began(tmp_path: Path) -> None:
     write_record(tmp_path / "run")
     (tmp_path / "run" / processes.LOG_FILE).write_text("$ sa3-train a=b\nerror: no such data\n")
@@ -134,55 +157,10 @@ def test_a_new_run_wants_a_new_folder(tmp_path: Path) -> None:
         runs.start_run(tmp_path / "run", ["sa3-train"])
 
 
-def test_runs_latents_and_audio_are_found_under_the_roots_alone(tmp_path: Path) -> None:
-    root = tmp_path / "root"
-    make_run(root / "runs" / "one", "finished")
-    (root / "runs" / "one" / "demos").mkdir()
-    (root / "runs" / "one" / "demos" / "a.wav").touch()
-    write_record(root / "runs" / "two")
-    (root / "latents").mkdir()
-    (root / "latents" / "index.json").write_text('{"format": "sa3train-latents"}')
-    (root / "audio" / "deep").mkdir(parents=True)
-    (root / "audio" / "deep" / "a.wav").touch()
-    make_run(tmp_path / "outside" / "three")
-    (root / "link").symlink_to(tmp_path / "outside")
-    (root / ".hidden").mkdir()
-    (root / ".hidden" / "a.wav").touch()
-    workspace = Workspace.create(tmp_path / "studio", [root])
-    found = find_folders(workspace)
-    assert found.runs == [root / "runs" / "one", root / "runs" / "two"]
-    assert found.latents == [root / "latents"]
-    assert found.audio == [root, root / "audio" / "deep"]
-    assert [run.path.name for run in runs.find_runs(workspace)] == ["one", "two"]
-
-
-def test_a_run_that_began_after_the_survey_is_found_when_it_is_known(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old, new = make_run(tmp_path / "old", "finished"), make_run(tmp_path / "new", "finished")
-    workspace = Workspace.create(tmp_path / "studio", [tmp_path])
-    monkeypatch.setattr(runs, "find_folders", lambda workspace: FoundFolders(runs=[old]))
-    assert [run.path for run in runs.find_runs(workspace)] == [old]
-    assert {run.path for run in runs.find_runs(workspace, new)} == {old, new}
-    assert [run.path for run in runs.find_runs(workspace, old)] == [old]
-    assert [run.path for run in runs.find_runs(workspace, tmp_path / "gone")] == [old]
-
-
-def test_a_run_whose_files_are_links_out_shows_nothing(tmp_path: Path) -> None:
-    folder = make_run(tmp_path / "root" / "borrowed")
-    workspace = Workspace.create(tmp_path / "studio", [tmp_path / "root"])
-    (tmp_path / "secret.yaml").write_text("token: hidden")
-    (folder / "config.yaml").unlink()
-    (folder / "config.yaml").symlink_to(tmp_path / "secret.yaml")
-    assert runs.find_runs(workspace, folder) == []
-    with pytest.raises(SA3Error, match="link out of"):
-        resolve_run_dir(workspace, str(folder))
-
-
 def test_the_difference_between_two_runs(tmp_path: Path) -> None:
     one = make_run(tmp_path / "one", adapter={"adapter_type": "lora", "rank": 8}, data={"prompts": {"trigger": "x"}})
     two = make_run(tmp_path / "two", adapter={"adapter_type": "lora", "rank": 16}, data={"prompts": {"trigger": ""}})
-    assert runs.compare_settings(one, two) == [("adapter.rank", "8", "16"), ("data.prompts.trigger", "x", "")]
+    assert comparison.compare_settings(one, two) == [("adapter.rank", "8", "16"), ("data.prompts.trigger", "x", "")]
 
 
 def test_metrics_of_a_long_and_torn_file(tmp_path: Path) -> None:
@@ -200,4 +178,4 @@ def test_damaged_files_do_not_hide_a_run(tmp_path: Path) -> None:
     run = get_run(folder)
     assert run.total is None
     with pytest.raises(DataError, match="Cannot read"):
-        runs.compare_settings(folder, folder)
+        comparison.compare_settings(folder, folder)

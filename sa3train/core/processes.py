@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from filelock import FileLock
 
 from sa3train.core.errors import SA3Error
 from sa3train.core.files import write_json
+from sa3train.core.log import PROGRESS_VARIABLE
 from sa3train.core.signals import STOP_FILE_VARIABLE
 from sa3train.core.user_files import check_folder, read_file, stat_file
 
@@ -35,6 +36,7 @@ START_TOLERANCE = 0.005
 SENDS_SIGNALS = hasattr(signal, "SIGHUP")
 """Whether a process can ask another to stop by a signal. On Windows it is asked by `STOP_FILE`: Ctrl-Break reaches only
 processes of the same console, which a studio that was started again does not share."""
+_PROGRESS_START = '{"stage":'
 _NO_CONSOLE: int = getattr(subprocess, "CREATE_NO_WINDOW", 0)  # on Windows, which has no sessions
 
 _children: list[subprocess.Popen[bytes]] = []
@@ -90,6 +92,7 @@ def start(folder: Path, argv: Sequence[str], **facts: Any) -> int:
             # A session or console of its own: Ctrl-C in the terminal is for the studio.
             options: dict[str, Any] = {"start_new_session": True, "creationflags": _NO_CONSOLE}
             options["env"] = make_environment(None if SENDS_SIGNALS else folder / STOP_FILE)
+            options["env"][PROGRESS_VARIABLE] = "json"
             child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, **options)
             with _lock:
                 _children.append(child)
@@ -121,9 +124,18 @@ def record_this_process(folder: Path, **facts: Any) -> None:
         folder: Folder of the process, made if needed.
         **facts: What else to record.
     """
+    record = {"command": psutil.Process().cmdline(), "at": _get_utc_time(), "stop_asked": None}
+    write_json(folder / PROCESS_FILE, record | describe_this_process() | facts)
+
+
+def describe_this_process() -> dict[str, Any]:
+    """Describe this process, so that `find_process` finds it.
+
+    Returns:
+        Its `pid` and `started`.
+    """
     process = psutil.Process()
-    record = {"command": process.cmdline(), "at": _get_utc_time(), "stop_asked": None}
-    write_json(folder / PROCESS_FILE, record | {"pid": process.pid, "started": _get_start_time(process), **facts})
+    return {"pid": process.pid, "started": _get_start_time(process)}
 
 
 def get_running_pid(folder: Path) -> int | None:
@@ -155,18 +167,37 @@ def stop(folder: Path, *, at_once: bool = False, grace_seconds: float | None = N
     if process is None:
         return False
     write_json(folder / PROCESS_FILE, read_record(folder) | {"stop_asked": _get_utc_time()})
+    stop_process(process, folder / STOP_FILE, at_once=at_once, grace_seconds=grace_seconds)
+    return True
+
+
+def stop_process(
+    process: psutil.Process, stop_file: Path | None = None, *, at_once: bool = False, grace_seconds: float | None = None
+) -> None:
+    """Stop a command of ours.
+
+    Args:
+        process: The process.
+        stop_file: File that it watches, for systems without signals. None: it was started in a terminal.
+        at_once: As for `stop`.
+        grace_seconds: As for `stop`.
+
+    Raises:
+        SA3Error: It can neither be sent a signal nor does it watch a file.
+    """
     with contextlib.suppress(psutil.NoSuchProcess):  # it has exited by itself meanwhile
         tree = [*process.children(recursive=True), process]
         if at_once:
             _kill(tree)
+            return
+        if SENDS_SIGNALS:
+            process.send_signal(signal.SIGTERM)
+        elif stop_file is not None:
+            stop_file.touch()
         else:
-            if SENDS_SIGNALS:
-                process.send_signal(signal.SIGTERM)
-            else:
-                (folder / STOP_FILE).touch()
-            if grace_seconds is not None:
-                threading.Thread(target=_kill_late, args=(tree, grace_seconds), daemon=True).start()
-    return True
+            raise SA3Error(f"Process {process.pid} was started in a terminal. Stop it there with Ctrl+C.")
+        if grace_seconds is not None:
+            threading.Thread(target=_kill_late, args=(tree, grace_seconds), daemon=True).start()
 
 
 def _kill_late(tree: Sequence[psutil.Process], grace_seconds: float) -> None:
@@ -208,7 +239,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_log_tail(folder: Path, lines: int = 30) -> str:
-    """Read the end of the log of a folder's processes.
+    """Read the end of the log of a folder's processes, without progress.
 
     Args:
         folder: Folder of the process.
@@ -217,12 +248,34 @@ def read_log_tail(folder: Path, lines: int = 30) -> str:
     Returns:
         The last lines; empty without a log.
     """
+    return "\n".join([line for line in _read_tail(folder) if not line.startswith(_PROGRESS_START)][-lines:])
+
+
+def read_progress(folder: Path) -> dict[str, Any]:
+    """Read the last progress of the folder's latest process.
+
+    Args:
+        folder: Folder of the process.
+
+    Returns:
+        stage, done, total, unit and seconds, as `write_json_progress` says; of one that has not said anything yet the
+        stage only; empty without a process.
+    """
+    for line in reversed(_read_tail(folder)):
+        if line.startswith(_PROGRESS_START) and line.endswith("}"):
+            return dict(json.loads(line))
+        if line.startswith("$ "):
+            return {"stage": "loading libraries"}
+    return {}
+
+
+def _read_tail(folder: Path) -> list[str]:
     try:
         length = stat_file(folder / LOG_FILE).st_size
         text = read_file(folder / LOG_FILE, max(0, length - TAIL_BYTES)).decode("utf-8", "replace")
     except OSError:
-        return ""
-    return "\n".join(text.splitlines()[-lines:])
+        return []
+    return text.splitlines()
 
 
 def read_failure(folder: Path) -> str | None:
@@ -251,10 +304,20 @@ def read_failure(folder: Path) -> str | None:
 
 
 def _find_process(folder: Path) -> psutil.Process | None:
-    """Find the folder's process while it is running."""
+    return find_process(read_record(folder))
+
+
+def find_process(record: Mapping[str, Any]) -> psutil.Process | None:
+    """Find a process of this computer while it is running.
+
+    Args:
+        record: Its `pid` and `started`, as `describe_this_process` returns them.
+
+    Returns:
+        The process; None when it has ended, or another has its ID.
+    """
     with _lock:  # poll children that have exited, or they stay as zombies
         _children[:] = [child for child in _children if child.poll() is None]
-    record = read_record(folder)
     try:
         process = psutil.Process(int(record["pid"]))
         is_same = abs(_get_start_time(process) - float(record["started"])) < START_TOLERANCE

@@ -3,6 +3,7 @@
 Shape legend: R rows of the loader's batch, T their frames, S clips, C latent channels, F frames of the longest clip.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -60,6 +61,34 @@ def make_clip_batch(batch: Batch) -> ClipBatch:
     data_SCF = unpack_rows(latents_RCT, segment_ids_RT, mask_SF)
     # A packed row has no room behind a clip, so none is extended into silence.
     return ClipBatch(data_SCF, mask_SF, seconds_S, torch.zeros_like(at_end_S), prompts, keys, segment_ids_RT, seeds)
+
+
+def split_clips(batches: Iterable[Batch], limit: int | None = None) -> list[ClipBatch]:
+    """Split batches into clips, without padding.
+
+    Args:
+        batches: Batches of the loader.
+        limit: Maximum number of clips; None for all.
+
+    Returns:
+        The first clips by key, each as a batch of one.
+    """
+    found = []
+    for batch in batches:
+        clips = make_clip_batch(batch)
+        for row in range(len(clips)):
+            length, one = int(clips.attention_mask_SF[row].sum()), slice(row, row + 1)
+            found.append(
+                ClipBatch(
+                    clips.data_SCF[one, :, :length].clone(),
+                    clips.attention_mask_SF[one, :length].clone(),
+                    clips.seconds_S[one].clone(),
+                    clips.at_end_S[one].clone(),
+                    clips.prompts[one],
+                    clips.keys[one],
+                )
+            )
+    return sorted(found, key=lambda clip: clip.keys)[:limit]
 
 
 def compute_clip_mask(segment_ids_RT: Tensor, clips: int) -> Tensor:

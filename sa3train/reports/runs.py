@@ -1,33 +1,47 @@
-"""Run folders as the Runs page lists them: their state and progress, and how to start, stop and resume a run.
+"""Runs as `sa3-runs` and the studio list them: state and progress; how to start, stop and resume one.
 
 Everything is read from files and from the process record, so a run is found again whoever started it and whatever
-happened to the server.
+happened to the program that did.
 """
 
 import contextlib
 import functools
-import json
+import platform
 import shutil
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from sa3train.core.config import find_differences
+from sa3train.core import processes
 from sa3train.core.errors import DataError
+from sa3train.core.log import get_logger
 from sa3train.core.overrides import format_override
 from sa3train.core.user_files import stat_file
-from sa3train.reports.run_files import CONFIG_FILE, METRICS_FILE, RECORD_FILE, STEP, load_settings
-from sa3train.studio.server import processes
-from sa3train.studio.server.folders import find_folders
-from sa3train.studio.server.workspace import StudioError, Workspace
+from sa3train.data.sources import own_folders
+from sa3train.data.sources.own_folders import RUN, iterate_folders
+from sa3train.reports.loss_change import compute_loss_change
+from sa3train.reports.run_files import (
+    ADAPTER_FILE,
+    BEST_ADAPTER_FILE,
+    CONFIG_FILE,
+    METRICS_FILE,
+    RECORD_FILE,
+    STEP,
+    check_format,
+    load_settings,
+    read_run,
+)
+from sa3train.reports.verdict import summarize_run
+
+_logger = get_logger(__name__)
 
 TAIL_BYTES = 64_000
 ALIVE_SECONDS = 600.0
-"""For how long after its last trace a run that was started elsewhere counts as running."""
+"""For how long after its last trace a run that was started on another computer counts as running."""
 
 STATES = {
     "starting": "starting",
@@ -38,6 +52,7 @@ STATES = {
     "stopped": "stopped",
     "crashed": "interrupted",
     "failed": "failed to start",
+    "newer": "made by a newer sa3train",
 }
 """Labels of the states of a run."""
 ALIVE = ("starting", "running", "stopping", "elsewhere")
@@ -56,6 +71,7 @@ class Run:
         loss: Last training loss.
         started: Time of its start, ISO 8601 in UTC.
         error: The error with which it ended.
+        stage: What it does beside training steps, such as "validating", where the studio started it.
     """
 
     path: Path
@@ -66,6 +82,7 @@ class Run:
     loss: float | None = None
     started: str = ""
     error: str | None = None
+    stage: str = ""
 
     @property
     def is_alive(self) -> bool:
@@ -75,7 +92,7 @@ class Run:
     @property
     def is_resumable(self) -> bool:
         """Whether the run has ended before its last step."""
-        return not self.is_alive and self.state != "finished"
+        return not self.is_alive and self.state not in ("finished", "newer")
 
     @property
     def seconds_left(self) -> float | None:
@@ -85,39 +102,43 @@ class Run:
         return (self.total - self.step) / self.speed
 
 
-def find_runs(workspace: Workspace, known: Path | None = None) -> list[Run]:
-    """Find all runs below the roots, but for those whose files are links that lead out of them.
+def find_runs(roots: Sequence[Path]) -> list[Run]:
+    """Find the runs in some folders and below them. Links and hidden folders are not followed.
 
     Args:
-        workspace: The workspace.
-        known: Folder of a run that may have been started after the last search.
+        roots: The folders.
+
+    Returns:
+        Running ones first, then the newest.
+
+    Raises:
+        DataError: One of them is no folder.
+    """
+    for root in roots:
+        if not root.is_dir():
+            raise DataError(f"There is no folder {root}. Name a run folder, or a folder that holds runs.")
+    paths, walked = list[Path](), list(iterate_folders(roots))
+    for folder, files, own in walked:
+        inside = any(path in folder.parents for path in paths[-1:])  # the walk goes depth first
+        if not inside and (own == RUN or processes.PROCESS_FILE in files):
+            paths.append(folder)
+    if len(walked) >= own_folders.MAX_FOLDERS:
+        text = "only the first %d folders below %s were searched for runs: name a folder nearer to them"
+        _logger.warning(text, len(walked), ", ".join(map(str, roots)))
+    return sort_runs(map(load_run, paths))
+
+
+def sort_runs(runs: Iterable[Run | None]) -> list[Run]:
+    """Sort runs for a list.
+
+    Args:
+        runs: The runs; None is left out.
 
     Returns:
         Running ones first, then the newest.
     """
-    paths = find_folders(workspace).runs
-    if known is not None and known not in paths:
-        paths = [*paths, known]
-    inside = (path for path in paths if not leads_out(workspace, path))
-    runs = [run for run in map(load_run, inside) if run is not None]
-    return sorted(runs, key=lambda run: (run.is_alive, run.started), reverse=True)
-
-
-def leads_out(workspace: Workspace, folder: Path) -> bool:
-    """Check whether files of a folder, such as one from somebody's archive, are links to what no page may show.
-
-    Args:
-        workspace: The workspace.
-        folder: The folder.
-
-    Returns:
-        Whether one leads out of the roots, or the folder cannot be listed.
-    """
-    try:
-        links = [path for path in folder.iterdir() if path.is_symlink()]
-        return any(workspace.resolve(link) is None for link in links)
-    except (OSError, StudioError):
-        return True
+    found = [run for run in runs if run is not None]
+    return sorted(found, key=lambda run: (run.is_alive, run.started), reverse=True)
 
 
 def is_run(folder: Path) -> bool:
@@ -144,6 +165,10 @@ def load_run(folder: Path) -> Run | None:
     if not is_run(folder):
         return None
     record, process = processes.read_json(folder / RECORD_FILE), processes.read_record(folder)
+    try:
+        check_format(folder, record)
+    except DataError as error:
+        return Run(folder, "newer", started=str(record.get("started") or ""), error=str(error))
     state = detect_state(folder, record, process)
     row = read_last_metrics(folder / METRICS_FILE)
     saved_step = int(record.get("steps", 0)) if state in ("finished", "stopped") else 0
@@ -156,6 +181,7 @@ def load_run(folder: Path) -> Run | None:
         row.get("train/loss"),
         str(record.get("started") or process.get("at") or ""),
         processes.read_failure(folder) if state in ("crashed", "failed") else None,
+        str(processes.read_progress(folder).get("stage", "")) if state in ("starting", "running") else "",
     )
 
 
@@ -177,8 +203,11 @@ def detect_state(folder: Path, record: Mapping[str, Any], process: Mapping[str, 
         return "finished"
     if record.get("status") == "interrupted":
         return "stopped"
-    # A run that was resumed more often than this studio's process knows of is somebody else's.
+    # A run that was resumed more often than the recorded process knows of is somebody else's.
     is_foreign = not process or len(record.get("resumed", [])) > int(process.get("parts", 0))
+    holder = record.get("process") or {}
+    if is_foreign and "started" in holder and holder.get("host") == platform.node():
+        return "elsewhere" if processes.find_process(holder) is not None else "crashed"
     last_trace = max(_get_mtime_ns(folder / name) for name in (METRICS_FILE, RECORD_FILE)) / 1e9
     if record and is_foreign and time.time() - last_trace < ALIVE_SECONDS:
         return "elsewhere"
@@ -257,12 +286,17 @@ def stop_run(folder: Path, *, at_once: bool = False) -> None:
         at_once: Kill it. Otherwise it saves its state first.
 
     Raises:
-        DataError: The run is not running, was started elsewhere, or is stopping already.
+        DataError: The run is not running, is stopping already, or was started on another computer.
     """
     run = load_run(folder)
     if run is None or not run.is_alive:
         raise DataError(f"{folder.name} is not running. There is nothing to stop.")
     if run.state == "elsewhere":
+        if (
+            process := processes.find_process(processes.read_json(folder / RECORD_FILE).get("process") or {})
+        ) is not None:
+            processes.stop_process(process, at_once=at_once)
+            return
         raise DataError(f"{folder.name} was started elsewhere. Stop it where it was started (Ctrl+C or scancel).")
     if run.state == "stopping" and not at_once:
         raise DataError(f"{folder.name} is already stopping. It exits when its state is saved.")
@@ -283,27 +317,37 @@ def dismiss_run(folder: Path) -> None:
     shutil.rmtree(folder)
 
 
-def compare_settings(one: Path, other: Path) -> list[tuple[str, str, str]]:
-    """Compare the settings of two runs.
+def describe_run(folder: Path) -> dict[str, Any]:
+    """Describe a run in plain values, as `sa3-runs show --json` prints them.
 
     Args:
-        one: A run folder.
-        other: Another run folder.
+        folder: The run folder.
 
     Returns:
-        (key, value in `one`, value in `other`) of each setting that differs, except for the folder, by key.
+        The fields of `Run` and what it means; `heldout`: change of the last held-out loss against the base, as a share
+        with half of its 95% confidence interval; `best_step` and `best_loss`; `adapter` and `best_adapter`: files, or
+        None; `summary`: sentences.
 
     Raises:
-        DataError: The settings of one of them cannot be read.
+        DataError: There is no run, or a newer version wrote it.
     """
-    try:
-        old, new = (load_settings(folder / CONFIG_FILE) for folder in (one, other))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise DataError(
-            f"Cannot read {CONFIG_FILE} of a run: {error}. Restore the file or choose another run."
-        ) from error
-    found = find_differences(old, new)
-    return [(key, _format_setting(a), _format_setting(b)) for key, (a, b) in sorted(found.items()) if key != "run_dir"]
+    run = load_run(folder)
+    if run is None:
+        raise DataError(f"{folder} contains no run. Choose another folder: sa3-runs list shows them.")
+    files = read_run(folder)
+    change = compute_loss_change(files.validation, "val")
+    adapters = {"adapter": folder / ADAPTER_FILE, "best_adapter": folder / BEST_ADAPTER_FILE}
+    return {
+        **asdict(run),
+        "path": str(folder),
+        "means": STATES[run.state],
+        "seconds_left": run.seconds_left,
+        "heldout": None if change is None else asdict(change),
+        "best_step": files.validation.get("best_step"),
+        "best_loss": files.validation.get("best_loss"),
+        **{name: str(path) if path.is_file() else None for name, path in adapters.items()},
+        "summary": summarize_run(files),
+    }
 
 
 def read_last_metrics(path: Path) -> dict[str, float]:
@@ -353,7 +397,3 @@ def _get_mtime_ns(path: Path) -> int:
         return path.stat().st_mtime_ns
     except OSError:
         return 0
-
-
-def _format_setting(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from sa3train.core import processes
 from sa3train.core.errors import SA3Error
-from sa3train.studio.server import processes
 
 PATIENT = 'trap "echo saved; exit 143" TERM; while :; do sleep 0.05; done'
 
@@ -51,7 +51,7 @@ def test_a_process_has_its_record_its_log_and_a_session_of_its_own(tmp_path: Pat
 
 def test_it_goes_on_when_its_starter_is_killed_and_is_found_again(tmp_path: Path) -> None:
     starter = (
-        "import sys, os, signal; from pathlib import Path; from sa3train.studio.server import processes\n"
+        "import sys, os, signal; from pathlib import Path; from sa3train.core import processes\n"
         "processes.program = lambda name: '/bin/sh'\n"
         "processes.start(Path(sys.argv[1]), ['sa3-train', '-c', sys.argv[2]])\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

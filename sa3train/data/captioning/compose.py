@@ -1,0 +1,143 @@
+"""Compose a caption from what a clip's tags and names say and what is heard, by a template that the user edits.
+
+A wrong tempo or key in a caption is worse than none: sources that contradict one another are believed where the audio
+decides between them, and left out otherwise.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+
+from sa3train.audio.analysis import AudioAnalysis
+from sa3train.audio.notes import get_relative_key, parse_key
+from sa3train.data.captioning.template import DEFAULT_TEMPLATE, fill_parts
+from sa3train.data.loading.prompts import list_template_fields
+from sa3train.data.sources.captions import ClipText
+from sa3train.data.sources.facts import Fact, format_value, is_same
+from sa3train.data.sources.names import NAME_WORDS
+
+_HEARD = "heard"
+
+
+@dataclass(frozen=True)
+class Composed:
+    """A composed caption.
+
+    Attributes:
+        caption: The caption; empty where no field of the template has a value.
+        facts: What it was composed of, with sources.
+        problems: (finding code, detail) pairs: where what is heard contradicts what is written.
+    """
+
+    caption: str
+    facts: list[Fact] = field(default_factory=list)
+    problems: list[tuple[str, str]] = field(default_factory=list)
+
+    def describe(self) -> str:
+        """Describe what the caption was composed of.
+
+        Returns:
+            Such as "bpm 128 (file name), key A minor (heard)".
+        """
+        return ", ".join(f"{fact.name} {format_value(fact.value)} ({fact.source})" for fact in self.facts)
+
+
+def compose_caption(
+    text: ClipText,
+    sound: AudioAnalysis | None,
+    template: str = DEFAULT_TEMPLATE,
+    common_words: Collection[str] = (),
+    description: str = "",
+) -> Composed:
+    """Compose the caption of one clip.
+
+    Args:
+        text: What its tags and names say.
+        sound: What is heard in it; None where it was not analyzed.
+        template: Text with fields of `CAPTION_VALUES`.
+        common_words: Words of names that do not tell clips apart, as `find_common_words` returns.
+        description: What a captioning model says.
+
+    Returns:
+        The caption, and what it is made of.
+    """
+    problems: list[tuple[str, str]] = []
+    facts = [Fact("description", description, "captioning model")] if description else []
+    form = _find_form(text, sound)
+    facts += [fact for name in ("genre", "title", "mood", "instrument", "meter") for fact in _list_last(text, name)]
+    known = {*common_words, *text.name.genre.split()}
+    words = " ".join(word for word in text.name.words if word not in known)
+    facts += [Fact("name", words, "file name")] if words else []
+    facts += [_name_kind(text, sound, form, bool(words))]
+    if form.value != "one-shot":
+        facts += _choose("bpm", text, sound.bpm if sound else None, problems)
+    facts += _choose("key", text, sound.key if sound and form.value != "one-shot" else None, problems)
+    if sound:
+        heard = {name: getattr(sound, name) for name in ("brightness", "density", "sound", "loudness")}
+        facts += [Fact(name, value, _HEARD) for name, value in heard.items() if value]
+    values = {fact.name: format_value(fact.value) for fact in facts if fact.value}
+    used = list_template_fields(template)
+    return Composed(
+        fill_parts(template, values), [fact for fact in facts if fact.name in used and fact.value], problems
+    )
+
+
+def _list_last(text: ClipText, name: str) -> list[Fact]:
+    """The tag of a name, with its source where that is kept."""
+    if not text.tags.get(name):
+        return []
+    source = next((fact.source for fact in reversed(text.facts) if fact.name == name), "tag")
+    return [Fact(name, text.tags[name], source)]
+
+
+def _find_form(text: ClipText, sound: AudioAnalysis | None) -> Fact:
+    for fact in reversed(text.facts):
+        if fact.name == "type" and fact.value in ("loop", "one-shot"):
+            return fact
+    if text.name.form:
+        return Fact("type", text.name.form, "name")
+    if sound and not sound.form and text.name.kind in NAME_WORDS["hits"]:
+        return Fact("type", "one-shot", "name")
+    return Fact("type", sound.form if sound else "", _HEARD)
+
+
+def _name_kind(text: ClipText, sound: AudioAnalysis | None, form: Fact, has_words: bool) -> Fact:
+    """Such as "kick one-shot"; without a kind in the name "percussive loop", unless other words of it say more."""
+    heard = "" if text.name.kind or has_words or not sound else sound.sound
+    kind = " ".join(filter(None, (text.name.kind or heard, str(form.value) or ("sound" if heard else ""))))
+    sources = ("name" if text.name.kind else _HEARD if heard else "", form.source if form.value else "")
+    return Fact("kind", kind, " and ".join(dict.fromkeys(filter(None, sources))))
+
+
+def _choose(name: str, text: ClipText, heard: str | float | None, problems: list[tuple[str, str]]) -> Sequence[Fact]:
+    """The tempo or key that can be believed, in a list; empty where sources contradict one another undecided."""
+    of_name = (fact for fact in text.facts if fact.name == name)
+    stated = [
+        fact
+        for fact in of_name
+        if (isinstance(fact.value, int | float) if name == "bpm" else parse_key(str(fact.value)))
+    ]
+    if not stated:
+        said = round(heard) if isinstance(heard, float) else heard  # as prompts have tempos
+        return [Fact(name, said, _HEARD)] if said else _name_root(name, text)
+    agreed = [fact for fact in stated if heard and _may_be_same(name, fact.value, heard)]
+    is_single = all(is_same(name, fact.value, stated[-1].value) for fact in stated)
+    if heard and not agreed:
+        known = ", ".join(f"{format_value(fact.value)} ({fact.source})" for fact in stated)
+        problems.append((f"{'tempo' if name == 'bpm' else name}_heard", f"{known}, heard {format_value(heard)}"))
+        return [] if name == "bpm" else stated[-1:] if is_single else []
+    return stated[-1:] if is_single else agreed[-1:] if _are_same(name, agreed) else []
+
+
+def _are_same(name: str, facts: Sequence[Fact]) -> bool:
+    return bool(facts) and all(is_same(name, fact.value, facts[0].value) for fact in facts)
+
+
+def _may_be_same(name: str, stated: str | int | float, heard: str | int | float) -> bool:
+    """Whether a tempo is the one that is heard, its half or double; a key that one or its relative."""
+    if name == "bpm":
+        return any(is_same(name, stated, float(heard) * factor) for factor in (0.5, 1.0, 2.0))
+    return is_same(name, stated, heard) or is_same(name, stated, get_relative_key(str(heard)))
+
+
+def _name_root(name: str, text: ClipText) -> list[Fact]:
+    return _list_last(text, "root") and [Fact("key", *_list_last(text, "root")[0][1:])] if name == "key" else []

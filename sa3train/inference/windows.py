@@ -1,0 +1,220 @@
+"""Pieces beyond the model's length, or whose prompt or adapters change: windows that continue each other.
+
+Each window is generated with the end of the one before it as its beginning (inpainted, as a continuation is), and all
+but the last play on behind their end, so that nothing fades out there. The latents of finished windows can be kept in
+a folder, from which an interrupted piece is continued; the audio is decoded in blocks to a file that is mapped into
+memory. So the memory that is needed does not grow with the length of the piece.
+"""
+
+import contextlib
+import hashlib
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from sa3train.adapters.apply.stack import AdapterStack
+from sa3train.core.errors import GenerationError
+from sa3train.core.files import path_exists, write_bytes, write_json
+from sa3train.core.log import get_logger
+from sa3train.core.user_files import read_file
+from sa3train.diffusion.samplers import Callback
+from sa3train.inference.decoding import decode_audio
+from sa3train.inference.lengths import Window, plan_windows, to_seconds
+from sa3train.inference.resolve import MIN_FRAMES, ModelFacts, ResolvedSettings, count_samples
+from sa3train.inference.sampling import Generation, prepare_start, report_part, sample_latents
+
+logger = get_logger(__name__)
+
+OVERLAP_SHARE = 4
+"""A quarter of a window repeats what is before it."""
+BLOCK_FRAMES, MARGIN_FRAMES, FADE = 512, 16, 1024
+"""Latent frames decoded at a time and around them, as the released model decodes in chunks; samples of a crossfade."""
+RECORD = "piece.json"
+
+
+def list_windows(settings: ResolvedSettings, facts: ModelFacts) -> list[Window]:
+    """List the windows of a piece.
+
+    Args:
+        settings: Resolved settings with a window.
+        facts: The model's.
+
+    Returns:
+        The windows in latent frames.
+    """
+    assert settings.window is not None
+    rate = facts.sample_rate / facts.downsampling_ratio
+    frames = -(-count_samples(facts, settings.duration[0]) // facts.downsampling_ratio)
+    longest = max(MIN_FRAMES, int(settings.window * rate))
+    cuts = [round(float(time) * rate) for time, _ in settings.prompt_at or ()]
+    return plan_windows(frames, longest, longest // OVERLAP_SHARE, cuts)
+
+
+def generate_windows(
+    generation: Generation,
+    stack: AdapterStack,
+    folder: Path | None = None,
+    callback: Callback | None = None,
+    cuda_graphs: bool = False,
+) -> tuple[Tensor, list[Tensor]]:
+    """Generate a piece window by window.
+
+    Args:
+        generation: The generation, of one item.
+        stack: The adapters on the model.
+        folder: Where finished windows are kept; those that are there are not generated again. None keeps none.
+        callback: Called after each step of each window; may raise to cancel.
+        cuda_graphs: Whether to capture the denoiser's step.
+
+    Returns:
+        Latents (1, C, T) and the audio (2, N), which may exceed ±1 and is mapped from a temporary file.
+    """
+    windows = list_windows(generation.settings, generation.facts)
+    parts = list[Tensor]()
+    try:
+        for number, window in enumerate(windows):
+            path = None if folder is None else folder / f"window-{number:04d}.safetensors"
+            if path is not None and path_exists(path):
+                parts.append(safetensors.torch.load(read_file(path))["latents"])
+                continue
+            logger.info("window %d of %d", number + 1, len(windows))
+            stack.position = number / max(1, len(windows) - 1)
+            kept_1CT = torch.cat(parts, dim=-1)[..., window.start :] if window.start < window.new else None
+            report = report_part(callback, number, len(windows))
+            parts.append(_generate_window(generation, stack, windows, number, kept_1CT, report, cuda_graphs))
+            if path is not None:
+                write_bytes(path, safetensors.torch.save({"latents": parts[-1]}))
+    finally:
+        stack.position = 0.0
+    latents_1CT = torch.cat(parts, dim=-1)
+    return latents_1CT, [_decode_in_blocks(generation, latents_1CT, folder)]
+
+
+def _generate_window(
+    generation: Generation,
+    stack: AdapterStack,
+    windows: list[Window],
+    number: int,
+    kept_1CT: Tensor | None,
+    callback: Callback | None,
+    cuda_graphs: bool,
+) -> Tensor:
+    """Latents of what is new in a window, on the CPU."""
+    settings, facts, window = generation.settings, generation.facts, windows[number]
+    ratio, is_last = facts.downsampling_ratio, number == len(windows) - 1
+    samples = count_samples(facts, settings.duration[0]) - window.start * ratio
+    if not is_last:
+        played = (window.stop - window.start) * ratio + int(settings.tail * facts.sample_rate)
+        samples = min(played, facts.max_frames * ratio)
+    rate = facts.sample_rate / ratio
+    prompts = [text for time, text in settings.prompt_at or () if round(float(time) * rate) <= window.new]
+    own = replace(
+        settings,
+        prompt=(str(prompts[-1]),) if prompts else settings.prompt,
+        prompt_at=None,
+        window=None,
+        duration=(to_seconds(samples, facts.sample_rate),),
+        tail=settings.tail if is_last else 0.0,
+    )
+    one = replace(generation, settings=own, rng=_make_rng(settings, number))
+    start = prepare_start(one)
+    if kept_1CT is not None:
+        kept_B1T, masked_BCT = start.kept_B1T.clone(), torch.zeros_like(start.masked_BCT)
+        kept_B1T[..., : kept_1CT.shape[-1]] = 1
+        masked_BCT[..., : kept_1CT.shape[-1]] = kept_1CT.to(masked_BCT)
+        start = replace(start, kept_B1T=kept_B1T, masked_BCT=masked_BCT)
+    latents_1CT = sample_latents(one, stack, start, callback, cuda_graphs)
+    return latents_1CT[..., window.new - window.start : window.stop - window.start].cpu().contiguous()
+
+
+def _make_rng(settings: ResolvedSettings, number: int) -> torch.Generator:
+    """The draws of a window or block depend on the seed and its number alone, so that a piece can be continued."""
+    digest = hashlib.sha256(f"{settings.seed} {number}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+
+
+def _decode_in_blocks(generation: Generation, latents_1CT: Tensor, folder: Path | None) -> Tensor:
+    """Audio (2, N) of a piece: each block is decoded with some of its neighbors and faded into the one before it."""
+    settings, facts = generation.settings, generation.facts
+    ratio, frames, samples = facts.downsampling_ratio, latents_1CT.shape[-1], count_samples(facts, settings.duration[0])
+    audio_CN = map_audio(samples, folder)
+    device, rise_N = generation.model.autoencoder.device, torch.linspace(0, 1, FADE + 2)[1:-1]
+    for number, first in enumerate(range(0, frames, BLOCK_FRAMES)):
+        low, high = max(0, first - MARGIN_FRAMES), min(frames, first + BLOCK_FRAMES + MARGIN_FRAMES)
+        own = replace(settings, duration=(to_seconds((high - low) * ratio, facts.sample_rate),), tail=0.0)
+        block = replace(generation, settings=own, rng=_make_rng(settings, -1 - number))
+        made_CN = decode_audio(block, latents_1CT[..., low:high].to(device))[0][:, (first - low) * ratio :]
+        start, stop = first * ratio, min(samples, high * ratio)
+        made_CN = made_CN[:, : stop - start]
+        if first:
+            fade = min(FADE, stop - start)
+            made_CN[:, :fade] = audio_CN[:, start : start + fade].lerp(made_CN[:, :fade], rise_N[:fade])
+        audio_CN[:, start:stop] = made_CN
+    return audio_CN
+
+
+def map_audio(samples: int, folder: Path | None = None) -> Tensor:
+    """Map a temporary file into memory as stereo audio; it goes away with the tensor.
+
+    Args:
+        samples: Length.
+        folder: Where to put it; None for the system's folder of temporary files.
+
+    Returns:
+        Audio (2, samples), zero.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        mapped = np.memmap(file, dtype=np.float32, mode="w+", shape=(2, samples))
+    return torch.from_numpy(mapped)
+
+
+def open_work_dir(folder: Path, record: Mapping[str, Any], has_seed: bool) -> int:
+    """Open the folder of a piece's finished windows, which must be of this piece.
+
+    Args:
+        folder: The folder, made where it is missing.
+        record: What the sidecar records.
+        has_seed: Whether the seed was asked for; else that of the folder is used.
+
+    Returns:
+        The seed of the piece.
+
+    Raises:
+        GenerationError: When the folder has another piece.
+    """
+    path = folder / RECORD
+    content = {name: record[name] for name in ("model", "precision", "settings", "adapters")}
+    if not path_exists(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, content)
+        return int(content["settings"]["seed"])
+    found = json.loads(read_file(path))
+    if not has_seed:
+        content["settings"] = content["settings"] | {"seed": found["settings"]["seed"]}
+    if found != content:
+        raise GenerationError(
+            f"{folder} has the finished windows of another piece. Remove it, or write this one to another file."
+        )
+    done = len(list(folder.glob("window-*.safetensors")))
+    logger.info("continuing the piece of %s, of which %d windows are done", folder, done)
+    return int(found["settings"]["seed"])
+
+
+def remove_work_dir(folder: Path) -> None:
+    """Remove the finished windows of a piece that is written, and their folder unless it has something else.
+
+    Args:
+        folder: The folder; nothing happens where it does not exist.
+    """
+    with contextlib.suppress(OSError):
+        for path in (*folder.glob("window-*.safetensors"), folder / RECORD):
+            path.unlink()
+        folder.rmdir()

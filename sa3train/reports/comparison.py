@@ -1,0 +1,149 @@
+"""Runs against each other: their settings, their losses, and which is best."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sa3train.adapters.formats.run_dir import ADAPTER_FILE, get_checkpoint_path
+from sa3train.core.config import find_differences
+from sa3train.core.errors import DataError
+from sa3train.core.overrides import flatten_settings
+from sa3train.core.processes import read_json
+from sa3train.reports.run_files import (
+    BEST_ADAPTER_FILE,
+    CONFIG_FILE,
+    EVALUATION_FILE,
+    VALIDATION_FILE,
+    load_settings,
+    read_run,
+)
+from sa3train.reports.runs import find_runs, load_run
+
+
+def compare_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
+    """Compare runs by their validation loss.
+
+    Args:
+        folders: Run folders, or folders that hold runs.
+
+    Returns:
+        One row per run, best first: its folder, the settings that differ between runs, its losses.
+
+    Raises:
+        DataError: No run there has been validated, or a newer version wrote one.
+    """
+    runs = []
+    for path in dict.fromkeys(run.path for run in find_runs(folders)):
+        files = read_run(path)
+        if files.validation.get("history"):
+            runs.append((path, flatten_settings(load_settings(path / CONFIG_FILE)), files.validation))
+    if not runs:
+        raise DataError(
+            f"{', '.join(map(str, folders))}: no run there has a {VALIDATION_FILE}. None got as far as a "
+            "validation, or callbacks.validation.enabled=false."
+        )
+    keys = dict.fromkeys(key for _, settings, _ in runs for key in settings)
+    varied = [key for key in keys if len({repr(settings.get(key)) for _, settings, _ in runs}) > 1]
+    rows = []
+    for path, settings, validation in runs:
+        row: dict[str, Any] = {"run": str(path)}
+        row |= {key: settings.get(key) for key in varied if key not in ("run_dir", "name")}
+        part = "val" if "val" in validation["base"] else "train_eval"
+        losses = [entry[part]["loss"] for entry in validation["history"]]
+        row |= {"base": validation["base"][part]["loss"], "best": min(losses), "last": losses[-1]}
+        row["best step"] = validation["history"][losses.index(min(losses))]["step"]
+        row["evaluated"] = (read_evaluation(path) or {}).get("change")
+        rows.append(row)
+    if all(row["evaluated"] is not None for row in rows):
+        return sorted(rows, key=lambda row: row["evaluated"])
+    return sorted(({**row, "evaluated": None} for row in rows), key=lambda row: row["best"])
+
+
+def read_evaluation(run_dir: Path) -> dict[str, Any] | None:
+    """Read which of a run's adapters `sa3-eval` found best.
+
+    Args:
+        run_dir: The run folder.
+
+    Returns:
+        `adapter`, `step` and `strength` of the lowest held-out loss, its `change` against the base, and `text`: what to
+        use and how sure that is. None without an evaluation.
+    """
+    found = read_json(run_dir / EVALUATION_FILE)
+    if not found.get("pick"):
+        return None
+    row = found["candidates"][found["pick"]["candidate"]]
+    name = Path(row["adapter"]).name  # the folder may have been moved since
+    adapter = f"{run_dir}@{row['step']}" if name.endswith(f"@{row['step']}") else str(run_dir / name)
+    change = row["against_base"]["loss"]["change"]
+    return {
+        "adapter": adapter, "step": row["step"], "strength": row["strength"], "change": change,
+        "text": found["pick"]["text"],
+    }  # fmt: skip
+
+
+def choose_best(folders: Sequence[Path]) -> dict[str, Any]:
+    """Choose the best run, and the file that holds its weights of then.
+
+    Runs that all have an evaluation are ranked by it, others by their validation.
+
+    Args:
+        folders: Run folders, or folders that hold runs.
+
+    Returns:
+        `run`; `adapter`: a file, or RUN@STEP; its `step` and `strength`; `change` of its held-out loss against the
+        base, as a share; `notes`: what to know.
+
+    Raises:
+        DataError: No run there has been validated, or the best one has no adapter.
+    """
+    row = compare_runs(folders)[0]
+    folder, step = Path(row["run"]), row["best step"]
+    evaluation = None if row["evaluated"] is None else read_evaluation(folder)
+    if evaluation is not None:
+        return {"run": row["run"], "notes": [evaluation.pop("text")], **evaluation}
+    run, notes = load_run(folder), list[str]()
+    ends_best = row["last"] == row["best"] and run is not None and run.state == "finished"
+    best, last, state = folder / BEST_ADAPTER_FILE, folder / ADAPTER_FILE, get_checkpoint_path(folder, step)
+    if best.is_file():
+        adapter = str(best)
+    elif state.is_file() and not ends_best:
+        adapter = f"{folder}@{step}"
+    elif last.is_file():
+        adapter = str(last)
+        notes += [] if ends_best else [f"The adapter is not that of step {step}: no checkpoint of it was kept."]
+    else:
+        raise DataError(f"{folder}, the best run, has no adapter yet: its first checkpoint writes one.")
+    change = row["best"] / row["base"] - 1
+    notes += ["No run is better than the base model."] if change >= 0 else []
+    return {"run": row["run"], "adapter": adapter, "step": step, "strength": 1.0, "change": change, "notes": notes}
+
+
+def compare_settings(one: Path, other: Path) -> list[tuple[str, str, str]]:
+    """Compare the settings of two runs.
+
+    Args:
+        one: A run folder.
+        other: Another run folder.
+
+    Returns:
+        (key, value in `one`, value in `other`) of each setting that differs, except for the folder, by key.
+
+    Raises:
+        DataError: The settings of one of them cannot be read.
+    """
+    try:
+        old, new = (load_settings(folder / CONFIG_FILE) for folder in (one, other))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DataError(
+            f"Cannot read {CONFIG_FILE} of a run: {error}. Restore the file or choose another run."
+        ) from error
+    found = find_differences(old, new)
+    return [(key, _format_setting(a), _format_setting(b)) for key, (a, b) in sorted(found.items()) if key != "run_dir"]
+
+
+def _format_setting(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

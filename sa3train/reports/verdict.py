@@ -1,0 +1,173 @@
+"""What the figures of a run say, in words: did it take, when was it best, at which strength, what to change next.
+
+Nothing within noise is called a gain or a loss: differences are paired over the same clips and noise (`loss_change`,
+`pick`).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from sa3train.reports.loss_change import LossChange, compare_clips, compute_loss_change
+from sa3train.reports.pick import MIN_CLIPS, Pick, pick_best
+from sa3train.reports.run_files import COPY_THRESHOLD, RunFiles
+
+BASE = "the base model's"
+
+
+class Answer(NamedTuple):
+    """An answer of the verdict.
+
+    Attributes:
+        question: The question.
+        text: The answer, one or more sentences.
+    """
+
+    question: str
+    text: str
+
+
+def summarize_run(run: RunFiles) -> list[str]:
+    """Summarize what the metrics of a run say.
+
+    Args:
+        run: The run.
+
+    Returns:
+        Sentences: each question with its answer.
+    """
+    return [f"{answer.question} {answer.text}" for answer in describe_verdict(run)]
+
+
+def describe_verdict(run: RunFiles) -> list[Answer]:
+    """Describe what the validations of a run say, on held-out clips or, where nothing is held out, on training clips.
+
+    Args:
+        run: The run.
+
+    Returns:
+        Answers; none before a step has been validated.
+    """
+    validation = run.validation
+    trained = [row for row in validation.get("history", []) if row["step"] > 0]
+    change, train = (compute_loss_change(validation, part) for part in ("val", "train_eval"))
+    if not trained or (change is None and train is None):
+        return []
+    copies = run.memorization.get("memorization", {}).get("score", 1.0) < COPY_THRESHOLD
+    if change is None:
+        assert train is not None
+        text = (
+            f"Loss on training clips is {train.describe(BASE)}. Without held-out clips nothing says if new ones gain."
+        )
+        advice = ["Hold clips out: encode with split=0.1."] + [_COPIES] * copies
+        return [Answer(TOOK, text), Answer(NEXT, " ".join(advice))]
+    history = _list_losses(trained, "val")
+    pick = pick_best(validation["base"]["val"]["by_clip"], list(history.values())) if history else None
+    best = None if pick is None else list(history)[pick.winner]
+    since = None if best is None else compare_clips(history[best], history[max(history)])
+    is_last = best is None or best == max(history)
+    answers = [Answer(TOOK, _say_whether(change, train, pick, best, is_last))]
+    if best is not None and since is not None:
+        answers.append(Answer(WHEN, _say_when(best, max(history), since, _is_falling(history))))
+    strengths = _list_strengths(validation)
+    if strengths:
+        answers.append(Answer(STRENGTH, _say_strength(validation, strengths)))
+    advice = _advise(change, train, history, best, since, strengths) + [_COPIES] * copies
+    return [*answers, Answer(NEXT, " ".join(advice))]
+
+
+TOOK, WHEN, STRENGTH, NEXT = "Did it take?", "When was it best?", "At which strength?", "What to change next?"
+_COPIES = (
+    "Generations are closer to training clips than held-out clips are: they may be copies. Use fewer steps, a lower "
+    "rank, or more data."
+)
+
+
+def _list_losses(rows: Sequence[Mapping[str, Any]], part: str) -> dict[int, list[float]]:
+    """The loss of each clip by step, where a run has them."""
+    return {row["step"]: row[part]["by_clip"] for row in rows if "by_clip" in row.get(part, {})}
+
+
+def _is_falling(history: Mapping[int, list[float]]) -> bool:
+    """Whether the last validation is below the one before it beyond noise."""
+    last = list(history.values())[-2:]
+    change = compare_clips(*last) if len(last) == 2 else None
+    return change is not None and change.is_significant and change.change < 0
+
+
+def _say_whether(last: LossChange, train: LossChange | None, pick: Pick | None, best: int | None, is_last: bool) -> str:
+    """`last` is the change at the last step, `pick` that of the best; None where losses of single clips are missing."""
+    change = last if pick is None else pick.change
+    took = last.is_significant and last.change < 0 if pick is None else pick.beats_base
+    if last.is_significant and last.change > 0 and not took:
+        answer, change, is_last = "No", last, True
+    else:
+        answer = "Yes" if took else "Not beyond noise"
+    where = "" if best is None or is_last else f" at step {best:,}"
+    beside = f"; on training clips {train.describe()}" if train is not None and is_last else ""
+    return f"{answer}: loss on held-out clips is {change.describe(BASE)}{where}{beside}."
+
+
+def _say_when(best: int, last: int, since: LossChange, is_falling: bool) -> str:
+    if best == last:
+        still = ", and it was still falling" if is_falling else ""
+        return f"At the last step that was validated, {last:,}{still}."
+    if since.is_significant:
+        return f"At step {best:,}; since then the loss has risen by {since.change:.1%} (±{since.margin or 0:.1%})."
+    return f"At step {best:,}, but step {last:,} is as good within noise."
+
+
+def _list_strengths(validation: Mapping[str, Any]) -> dict[float, list[float]]:
+    """The loss of each held-out clip by strength at the last step, 1 among them."""
+    found = {row["strength"]: row["by_clip"] for row in validation.get("strengths", [])}
+    last = validation["history"][-1].get("val", {}).get("by_clip")
+    return dict(sorted({**found, 1.0: last}.items())) if found and last else {}
+
+
+def _say_strength(validation: Mapping[str, Any], strengths: Mapping[float, list[float]]) -> str:
+    found, values = pick_best(validation["base"]["val"]["by_clip"], list(strengths.values())), list(strengths)
+    if not found.beats_base:
+        return "None of " + ", ".join(f"{value:g}" for value in values) + " beats the base model beyond noise."
+    equals = ", ".join(f"{values[index]:g}" for index in found.equals)
+    return (
+        f"{values[found.winner]:g} of {', '.join(f'{value:g}' for value in values)}, at step "
+        f"{validation['history'][-1]['step']:,}{f'; as good within noise: {equals}' if equals else ''}."
+    )
+
+
+def _advise(
+    change: LossChange,
+    train: LossChange | None,
+    history: Mapping[int, list[float]],
+    best: int | None,
+    since: LossChange | None,
+    strengths: Mapping[float, list[float]],
+) -> list[str]:
+    found = []
+    if change.clips < MIN_CLIPS:
+        found.append(f"Hold more clips out (split): with {change.clips}, nothing can be told from chance.")
+    learned = train is not None and train.is_significant and train.change < 0
+    if best is not None and since is not None and since.is_significant and since.change > 0:
+        found.append(
+            f"Stop near step {best:,} (trainer.max_steps), or export the best adapter with "
+            "callbacks.validation.select_best=true."
+        )
+    if change.is_significant and change.change > 0:
+        if learned:
+            found.append(
+                "Loss improved on training clips and got worse on held-out clips: use fewer steps, a lower rank, or "
+                "more data."
+            )
+        else:
+            found.append("Lower the learning rate (optimizer.lr): the adapter makes the model worse.")
+    elif _is_falling(history):
+        found.append("Train for more steps (trainer.max_steps): the loss was still falling.")
+    elif not change.is_significant and not learned:
+        found.append("Train for more steps or at a higher rate (trainer.max_steps, optimizer.lr): little has changed.")
+    elif not change.is_significant:
+        found.append("Use more data or a lower rank: what it learned from its clips does not help new ones.")
+    lowest = min(strengths, key=lambda strength: sum(strengths[strength]), default=1.0)
+    gain = compare_clips(strengths[1.0], strengths[lowest]) if strengths else None
+    if gain is not None and gain.is_significant:
+        more = "train for more steps" if lowest > 1 else "train for fewer steps or at a lower rate"
+        found.append(f"Play it at strength {lowest:g}{f', or {more}' if not found else ''}.")
+    return found or ["Nothing that these figures show."]

@@ -1,0 +1,98 @@
+"""`sa3-runs`: what it prints as text and as JSON, and its exit codes."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from helpers.run_dirs import make_run, write_record
+from sa3train.cli.runs import main
+from sa3train.core import processes
+from sa3train.reports.run_files import EVALUATION_FILE
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two validated runs that differ in rank, and one that is somebody else's or failed."""
+    monkeypatch.chdir(tmp_path)
+    for name, rank, losses in (("one", 8, (0.5, 0.6)), ("two", 16, (0.7, 0.4))):
+        folder = make_run(tmp_path / "runs" / name, "finished", adapter={"rank": rank})
+        rows = [{"step": 20 * (number + 1), "val": {"loss": loss}} for number, loss in enumerate(losses)]
+        (folder / "validation.json").write_text(json.dumps({"base": {"val": {"loss": 0.8}}, "history": rows}))
+        (folder / "adapter.safetensors").touch()
+    write_record(tmp_path / "runs" / "failed")
+    (tmp_path / "runs" / "failed" / processes.LOG_FILE).write_text("$ sa3-train\nerror: no such data\n")
+    return tmp_path / "runs"
+
+
+def read(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().out
+
+
+def test_every_verb_prints_json(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list", "--json"]) == 0
+    assert {Path(run["path"]).name: run["state"] for run in json.loads(read(capsys))} == {
+        "one": "finished", "two": "finished", "failed": "failed",
+    }  # fmt: skip
+    assert main(["show", "runs/two", "--json"]) == 0
+    shown = json.loads(read(capsys))
+    assert (shown["step"], shown["total"], shown["adapter"]) == (40, 100, "runs/two/adapter.safetensors")
+    assert main(["watch", "runs/one", "--json"]) == 0
+    assert json.loads(read(capsys))["state"] == "finished"
+    assert main(["compare", "runs", "--json"]) == 0
+    rows = json.loads(read(capsys))
+    assert [(row["adapter.rank"], row["best"], row["best step"]) for row in rows] == [(16, 0.4, 40), (8, 0.5, 20)]
+    assert main(["best", "runs/one", "runs/two", "--json"]) == 0
+    best = json.loads(read(capsys))
+    assert (best["adapter"], best["step"], best["notes"]) == ("runs/two/adapter.safetensors", 40, [])
+    assert best["change"] == pytest.approx(-0.5)
+
+
+def test_text_says_the_same(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["list", "runs"])
+    assert "runs/one     finished  " in read(capsys)
+    assert main(["watch", "runs/failed"]) == 1
+    assert "no such data" in read(capsys)
+    main(["compare", "runs"])
+    table = read(capsys)
+    assert "adapter.rank" in table and "evaluated" not in table and table.index("two") < table.index("one")
+    main(["best", "runs"])
+    assert "use it: --lora runs/two/adapter.safetensors=1" in read(capsys)
+
+
+def test_the_best_step_may_be_gone(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["best", "runs/one", "--json"]) == 0
+    assert "not that of step 20" in json.loads(read(capsys))["notes"][0]
+    (runs / "one" / "checkpoints").mkdir()
+    (runs / "one" / "checkpoints" / "step-00000020.safetensors").touch()
+    assert main(["best", "runs/one", "--json"]) == 0
+    assert json.loads(read(capsys))["adapter"] == "runs/one@20"
+
+
+def test_evaluations_decide_where_every_run_has_one(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, change in (("one", -0.3), ("two", -0.2)):
+        row = {"adapter": f"elsewhere/{name}@20", "step": 20, "strength": 0.5}
+        row["against_base"] = {"loss": {"change": change}}
+        found = {"pick": {"candidate": 0, "text": "surely"}, "candidates": [row]}
+        assert main(["best", "runs", "--json"]) == 0
+        assert json.loads(read(capsys))["run"] == "runs/two", "one run has none"
+        (runs / name / EVALUATION_FILE).write_text(json.dumps(found))
+    assert main(["best", "runs", "--json"]) == 0
+    best = json.loads(read(capsys))
+    assert (best["adapter"], best["strength"], best["notes"]) == ("runs/one@20", 0.5, ["surely"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["show", "nothing"], "contains no run"),
+        (["stop", "runs/one"], "is not running"),
+        (["list", "nothing"], "There is no folder"),
+        (["compare", "runs/failed"], "validation"),
+    ],
+)
+def test_mistakes_are_explained(
+    runs: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 1
+    assert message in capsys.readouterr().err

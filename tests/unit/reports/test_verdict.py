@@ -1,0 +1,96 @@
+"""What a run's figures say in words: known answers from synthetic validations, and nothing is a gain within noise."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from sa3train.reports.run_files import RunFiles
+from sa3train.reports.run_report import render_report
+from sa3train.reports.verdict import describe_verdict
+
+
+def make_run(
+    levels: dict[int, float], *, noise: float = 0.01, clips: int = 12, train: float = 0.8, **strengths: float
+) -> RunFiles:
+    """A run whose held-out loss at each step is this share of the base's, but for noise of each clip."""
+    rng = np.random.default_rng(0)
+    base = rng.uniform(0.5, 1.5, clips)
+
+    def make(share: float) -> dict[str, Any]:
+        losses = (base * share + (rng.normal(0, noise, clips) if share != 1 else 0)).tolist()
+        return {"loss": float(np.mean(losses)), "by_level": [float(np.mean(losses))], "by_clip": losses}
+
+    history = [{"step": step, "val": make(share), "train_eval": make(train)} for step, share in levels.items()]
+    last = history[-1]
+    items = {
+        part: [
+            {"key": str(n), "prompt": "", "base": float(b), "adapter": a}
+            for n, (b, a) in enumerate(zip(base, last[part]["by_clip"], strict=True))
+        ]
+        for part in ("val", "train_eval")
+    }
+    validation = {
+        "levels": [0.5], "base": {"val": make(1.0), "train_eval": make(1.0)}, "history": history, "items": items,
+        "best_step": 0, "best_loss": 1.0,
+        "strengths": [{"strength": float(s[1:]), "by_clip": make(share)["by_clip"]} for s, share in strengths.items()],
+    }  # fmt: skip
+    return RunFiles(Path("style"), validation=validation)
+
+
+def judge(run: RunFiles) -> dict[str, str]:
+    return {answer.question.split()[0].lower(): answer.text for answer in describe_verdict(run)}
+
+
+def test_a_run_that_was_still_falling() -> None:
+    found = judge(make_run({0: 1.0, 10: 0.9, 20: 0.8}))
+    assert found["did"].startswith("Yes: loss on held-out clips is ") and "lower than the base model's" in found["did"]
+    assert found["when"] == "At the last step that was validated, 20, and it was still falling."
+    assert found["what"] == "Train for more steps (trainer.max_steps): the loss was still falling."
+    assert "at" not in found, "no strength was measured"
+
+
+def test_a_run_that_went_past_its_best() -> None:
+    found = judge(make_run({0: 1.0, 10: 0.8, 20: 0.9}))
+    assert found["did"].startswith("Yes: ") and "at step 10" in found["did"]
+    assert found["when"].startswith("At step 10; since then the loss has risen by 12.")
+    assert "Stop near step 10" in found["what"]
+
+
+def test_a_run_that_made_it_worse() -> None:
+    found = judge(make_run({0: 1.0, 10: 1.2}, train=0.5))
+    assert found["did"].startswith("No: ") and "fewer steps, a lower rank, or more data" in found["what"]
+    assert "optimizer.lr" in judge(make_run({0: 1.0, 10: 1.2}, train=1.3))["what"]
+
+
+def test_noise_is_neither_gain_nor_loss() -> None:
+    run = make_run({0: 1.0, 10: 1.0001}, noise=0.1, train=1.0)
+    found = judge(run)
+    assert found["did"].startswith("Not beyond noise: ") and "within noise" in found["did"]
+    assert "little has changed" in found["what"]
+    page = render_report(run)
+    assert 'class="good"' not in page and 'class="bad"' not in page and "-0.0%" not in page
+
+
+def test_few_clips_are_said_to_be_few() -> None:
+    assert "Hold more clips out (split): with 4," in judge(make_run({0: 1.0, 10: 0.8}, clips=4))["what"]
+
+
+@pytest.mark.parametrize(
+    ("shares", "best", "advice"),
+    [
+        ({"s0.5": 0.95, "s1.25": 0.9}, "1 of 0.5, 1, 1.25", "Nothing that these figures show."),
+        ({"s0.5": 0.7, "s1.25": 0.9}, "0.5 of 0.5, 1, 1.25", "Play it at strength 0.5, or train for fewer steps"),
+        ({"s0.5": 0.95, "s1.25": 0.7}, "1.25 of 0.5, 1, 1.25", "Play it at strength 1.25, or train for more steps."),
+    ],
+)
+def test_the_strength_is_that_of_the_lowest_loss(shares: dict[str, float], best: str, advice: str) -> None:
+    found = judge(make_run({0: 1.0, 20: 0.8}, **shares))
+    assert found["at"].startswith(best) and found["what"].startswith(advice)
+
+
+def test_nothing_is_said_of_a_run_before_its_first_step() -> None:
+    run = make_run({0: 1.0}, train=1.0)
+    assert describe_verdict(run) == [] and describe_verdict(RunFiles(Path("x"))) == []
+    assert "-0.0%" not in render_report(run) and 'class="good"' not in render_report(run)
