@@ -10,20 +10,18 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
+import mcp
 import pytest
 
 from helpers.audio import noise, write_clip
 from helpers.stub_commands import write_stubs
-
-mcp = pytest.importorskip("mcp")
-
-from sa3train.cli import budget  # noqa: E402
-from sa3train.cli.budget import Budget  # noqa: E402
-from sa3train.cli.mcp import build_server  # noqa: E402
-from sa3train.cli.mcp_tools import Tools  # noqa: E402
-from sa3train.core import processes  # noqa: E402
-from sa3train.core.errors import SA3Error  # noqa: E402
-from sa3train.studio.server.workspace import Workspace  # noqa: E402
+from sa3train.cli import budget
+from sa3train.cli.budget import Budget
+from sa3train.cli.mcp import build_server
+from sa3train.cli.mcp_tools import Tools
+from sa3train.core import processes
+from sa3train.core.errors import SA3Error
+from sa3train.studio.server.workspace import Workspace
 
 
 @pytest.fixture

@@ -10,17 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from helpers.stub_commands import start_command, write_stubs
-
-optuna = pytest.importorskip("optuna")
-
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution  # noqa: E402
-
-from sa3train.cli import sweep  # noqa: E402
-from sa3train.cli.search_space import format_point, iterate_points, parse_space, read_space  # noqa: E402
-from sa3train.core import processes  # noqa: E402
-from sa3train.core.errors import ConfigError  # noqa: E402
+from sa3train.cli import sweep
+from sa3train.cli.search_space import format_point, iterate_points, parse_space, read_space
+from sa3train.core import processes
+from sa3train.core.errors import ConfigError
 
 
 @pytest.fixture
