@@ -175,7 +175,7 @@ def _audit_text(
         composed = compose_caption(text, sound, rules.template, rules.common_words)
         findings += [make_finding(code, detail) for code, detail in composed.problems]
         columns["facts"] = text.facts + [fact for fact in composed.facts if fact.source == "heard"]
-        if not text.caption and composed.caption:
+        if not text.caption and composed.caption and not text.unread_caption:
             text.caption = composed.caption
             findings.append(make_finding("auto_caption", composed.describe()))
     columns["caption"] = text.caption
@@ -363,7 +363,8 @@ class AuditIndex:
             index = indices.setdefault(row["source"], len(indices))
             file[index], offset[index] = numbers[journal], start
             seconds[index], rejected[index] = row.get("seconds", 0.0), is_rejected(row)
-            has_caption[index] = bool(row.get("caption"))
+            is_composed = any(finding["code"] == "auto_caption" for finding in row["findings"])
+            has_caption[index] = bool(row.get("caption")) and not is_composed
             if "content" in row:
                 sound[index] = row["sound_seconds"]
                 content[index] = np.void(bytes.fromhex(row["content"][:32]))

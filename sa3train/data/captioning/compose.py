@@ -70,7 +70,9 @@ def compose_caption(
     facts += [_name_kind(text, sound, form, bool(words))]
     if form.value != "one-shot":
         facts += _choose("bpm", text, sound.bpm if sound else None, problems)
-    facts += _choose("key", text, sound.key if sound and form.value != "one-shot" else None, problems)
+    keys = _choose("key", text, sound.key if sound and form.value != "one-shot" else None, problems)
+    is_pitched = text.name.kind not in NAME_WORDS["hits"] and not (sound and sound.sound == "percussive")
+    facts += keys or (_list_root(text) if is_pitched else [])  # the root of a drum is its pad
     if sound:
         heard = {name: getattr(sound, name) for name in ("brightness", "density", "sound", "loudness")}
         facts += [Fact(name, value, _HEARD) for name, value in heard.items() if value]
@@ -118,7 +120,7 @@ def _choose(name: str, text: ClipText, heard: str | float | None, problems: list
     ]
     if not stated:
         said = round(heard) if isinstance(heard, float) else heard  # as prompts have tempos
-        return [Fact(name, said, _HEARD)] if said else _name_root(name, text)
+        return [Fact(name, said, _HEARD)] if said else []
     agreed = [fact for fact in stated if heard and _may_be_same(name, fact.value, heard)]
     is_single = all(is_same(name, fact.value, stated[-1].value) for fact in stated)
     if heard and not agreed:
@@ -139,5 +141,7 @@ def _may_be_same(name: str, stated: str | int | float, heard: str | int | float)
     return is_same(name, stated, heard) or is_same(name, stated, get_relative_key(str(heard)))
 
 
-def _name_root(name: str, text: ClipText) -> list[Fact]:
-    return _list_last(text, "root") and [Fact("key", *_list_last(text, "root")[0][1:])] if name == "key" else []
+def _list_root(text: ClipText) -> list[Fact]:
+    """The root note as the key, where nothing states one."""
+    is_stated = any(fact.name == "key" for fact in text.facts)
+    return [] if is_stated else [Fact("key", *fact[1:]) for fact in _list_last(text, "root")]

@@ -149,6 +149,20 @@ def has_sidecar(clip: Clip) -> bool:
     return clip.audio.local_path() is not None and (clip.text is None or clip.text.local_path() is not None)
 
 
+def get_caption_path(clip: Clip) -> str | None:
+    """Get the path of the text file that holds a clip's caption, or would.
+
+    Args:
+        clip: The clip.
+
+    Returns:
+        The path; None for a clip in an archive or at a URL.
+    """
+    if not has_sidecar(clip):
+        return None
+    return clip.text.path if clip.text is not None else str(Path(clip.audio.path).with_suffix(".txt"))
+
+
 def _make_change(resolve: Resolve, clip: Clip | None, edit: Edit) -> Change:
     after = tidy(edit.after)
     if clip is None:
@@ -168,8 +182,7 @@ def _make_change(resolve: Resolve, clip: Clip | None, edit: Edit) -> Change:
     if clip.text is None and clip.fields is not None and fields is not None:
         path, content = resolve(clip.fields.path), _encode_fields(fields, after)
     else:
-        beside = clip.text.path if clip.text is not None else str(Path(clip.audio.path).with_suffix(".txt"))
-        path, content = resolve(beside), f"{after}\n".encode()
+        path, content = resolve(get_caption_path(clip) or ""), f"{after}\n".encode()
     return Change(path, _read_content(path), content)
 
 

@@ -13,7 +13,7 @@ from sa3train.core.text import list_few
 from sa3train.data.audit.audit import READ_ERRORS
 from sa3train.data.captioning.captioner import Captioner
 from sa3train.data.captioning.compose import Composed, compose_caption
-from sa3train.data.captioning.files import Change, Edit, has_sidecar, save_captions
+from sa3train.data.captioning.files import Change, Edit, get_caption_path, has_sidecar, save_captions
 from sa3train.data.captioning.template import DEFAULT_TEMPLATE, check_template
 from sa3train.data.loading.prompts import list_template_fields
 from sa3train.data.sources.captions import read_clip_text
@@ -118,8 +118,12 @@ def propose_captions(
     if captioner and "description" not in list_template_fields(template):
         raise ConfigError("a captioning model has no effect without {description} in the template: add it.")
     common = find_common_words(clip.source for clip in clips)
+    owners = {path: clip.source for clip in reversed(wanted) if (path := get_caption_path(clip)) is not None}
 
     def propose(clip: Clip) -> Proposal:
+        owner = owners.get(get_caption_path(clip) or "", clip.source)
+        if owner != clip.source:
+            return Proposal(clip.source, Composed(""), f"its caption file is that of {owner}: rename one of them")
         return _propose_caption(clip, template, common, captioner.describe if captioner else None)
 
     with ThreadPoolExecutor(1 if captioner else threads) as pool:
@@ -131,6 +135,9 @@ def _propose_caption(
 ) -> Proposal:
     if not has_sidecar(clip):
         return Proposal(clip.source, Composed(""), "it is in an archive, beside which no caption can be written")
+    text = read_clip_text(clip)
+    if text.unread_caption:
+        return Proposal(clip.source, Composed(""), f"it may have a caption: {text.unread_caption}")
     try:
         path = clip.audio.local_path()
         decoded = read_whole(path or clip.audio.read())
@@ -138,7 +145,7 @@ def _propose_caption(
         description = describe(decoded.audio_CN, decoded.sample_rate) if describe else ""
     except READ_ERRORS as error:
         return Proposal(clip.source, Composed(""), str(error) or type(error).__name__)
-    composed = compose_caption(read_clip_text(clip), sound, template, common, description)
+    composed = compose_caption(text, sound, template, common, description)
     return Proposal(clip.source, composed, "" if composed.caption else "no field of the template has a value")
 
 

@@ -193,7 +193,11 @@ def audit_clips(listing: Listing, rules: AuditRules, work_dir: Path, workers: Wo
     Returns:
         The audit of all clips.
     """
-    chosen = (rules.captions, rules.allow_promotional, rules.longest_seconds, rules.max_tokens, rules.template)
+    if rules.captions == "auto":
+        common = find_common_words(clip.source for clip in listing.clips)
+        rules = dataclasses.replace(rules, common_words=common)
+    limits = (rules.captions, rules.allow_promotional, rules.longest_seconds, rules.max_tokens, rules.template)
+    chosen = [*limits, *sorted(rules.common_words)]
     signature = "|".join(map(str, (compute_audit_version(), *chosen)))
     for clip in listing.clips:
         clip.stamp = hashlib.blake2b(f"{clip.stamp}|{signature}".encode("utf-8", "replace"), digest_size=12).hexdigest()
@@ -203,9 +207,6 @@ def audit_clips(listing: Listing, rules: AuditRules, work_dir: Path, workers: Wo
     _logger.info("Audit: %d clips, %d cached", len(listing.clips), len(listing.clips) - len(missing))
     workers.wait()
     journal = work_dir / f"audit-{workers.rank:03d}.jsonl"
-    if rules.captions == "auto":
-        common = find_common_words(clip.source for clip in listing.clips)
-        rules = dataclasses.replace(rules, common_words=common)
     run_audit(missing[workers.rank :: workers.world_size], rules, journal, known, threads)
     workers.wait()
     stamps = {clip.source: clip.stamp for clip in listing.clips}

@@ -42,6 +42,12 @@ class ClipText:
     beats: list[float] = field(default_factory=list)
     problems: list[tuple[str, str]] = field(default_factory=list)
 
+    @property
+    def unread_caption(self) -> str:
+        """Why a file that may hold the caption could not be read; empty where there is a caption, or no such file."""
+        unread = (detail for code, detail in self.problems if code in ("bad_text", "bad_fields"))
+        return "" if self.caption else next(unread, "")
+
 
 def read_clip_text(clip: Clip, audio: bytes | None = None, allow_promotional: bool = False) -> ClipText:
     """Read all text of a clip.

@@ -112,6 +112,8 @@ def _read_acid(content: bytes, sign: str, seconds: float | None) -> tuple[list[T
     tags: list[Tag] = [("root", [NOTES[root % 12]], "ACID chunk")] if flags & 2 else []
     if flags & 1:
         return [*tags, ("type", ["one-shot"], "ACID chunk")], 0
+    if not beats and not tempo > 0:
+        return tags, 0  # an empty chunk, as some editors write it
     tags += [("bpm", [f"{tempo:.3f}"], "ACID chunk"), ("type", ["loop"], "ACID chunk")]
     tags += _describe_meter(numerator, denominator, "ACID chunk")
     if flags & 8 or not beats or not seconds:

@@ -41,7 +41,10 @@ _KEYS = tuple(
     for pattern in (rf"[A-G]{_SIGN}[ _-]?(?:[Mm]in(?:or)?|[Mm]aj(?:or)?|MIN|MAJ)", r"[a-g][#b]?(?:min|maj)(?:or)?",
                     r"[A-G][#♯b♭]?m")
 )  # fmt: skip
-_FIRST_PERSON = re.compile(r"(?<![a-z])i[ _-]$", re.IGNORECASE)
+_WORDS = re.compile(r"[AE]m|[A-G][ _-]M?m?(?:in|aj)", re.IGNORECASE)
+"""Keys that are words too: "Take Em Down", "A Min of Silence". They count at the end and beside a tempo."""
+_BEFORE_KEY = re.compile(r"(?:\d{2,3}|bpm)[ _-]{1,3}$", re.IGNORECASE)
+_AFTER_KEY = re.compile(r"[ _-]*(?:\d{0,3}$|\d{2,3}(?!\d)|bpm)", re.IGNORECASE)
 _CHORD = re.compile(r"(?<![A-Za-z0-9#])[A-G][#b]?(?:m|min|maj|dim|aug|sus|add)\d{0,2}(?![A-Za-z0-9])")
 _ROOT = re.compile(r"(?<![A-Za-z0-9#])([A-G][#♯b♭])(?![A-Za-z0-9#])")
 
@@ -184,14 +187,20 @@ def _find_candidates(stem: str) -> tuple[int, ...]:
 
 
 def _find_key(stem: str) -> str | None:
-    """The one key in a name; None for several, and for "I Am"."""
+    """The one key in a name; None for several, and for words that look like one."""
     found = {
         parse_key(match[1].replace("_", " "))
         for pattern in _KEYS
         for match in pattern.finditer(stem)
-        if not _FIRST_PERSON.search(stem[: match.start()])
+        if not _WORDS.fullmatch(match[1]) or _has_key_place(stem, match)
     }
     return found.pop() if len(found) == 1 else None
+
+
+def _has_key_place(stem: str, match: re.Match[str]) -> bool:
+    is_first_person = re.search(r"(?<![a-z])i[ _-]$", stem[: match.start()], re.IGNORECASE)
+    beside = _BEFORE_KEY.search(stem[: match.start()]) or _AFTER_KEY.match(stem[match.end() :])
+    return bool(beside) and not is_first_person
 
 
 def _find_kind(plain: str) -> str:

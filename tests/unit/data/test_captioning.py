@@ -58,6 +58,8 @@ TAG, NAME = Fact("bpm", 128, "ACID chunk"), Fact("bpm", 120, "file name")
     ("name", "facts", "heard", "caption", "codes"),
     [
         ("bass loop.wav", [NAME], {}, "bass loop, 120 BPM", []),
+        ("kick.wav", [Fact("root", "C", "sampler chunk")], {"sound": "percussive"}, "kick one-shot", []),
+        ("pad.wav", [Fact("root", "C", "sampler chunk")], {}, "pad, C", []),
         ("bass loop.wav", [NAME], {"bpm": 60.2}, "bass loop, 120 BPM", []),  # half of it is heard
         ("bass loop.wav", [], {"bpm": 60.2, "key": "C major"}, "bass loop, 60 BPM, C major", []),
         ("bass loop.wav", [NAME, TAG], {}, "bass loop", []),  # undecided
@@ -144,6 +146,22 @@ def test_only_clips_without_a_caption_are_captioned(folder: Path) -> None:
     assert done.kept == 2 and [one.source for one in done.proposals if one.problem] == ["broken kick.wav"]
     assert {name: content for name, content in read_all(folder).items() if name in before} == before
     assert caption_folder(folder).changes == []
+
+
+def test_what_may_be_a_caption_is_not_covered(folder: Path) -> None:
+    write_clip(folder / "twin.wav", noise(seconds=0.5))
+    write_clip(folder / "twin.flac", noise(seconds=0.5, seed=1))
+    write_clip(folder / "old.wav", noise(seconds=0.5))
+    write_clip(folder / "broken.wav", noise(seconds=0.5))
+    texts = {"old.txt": "Тёмный бас".encode("cp1251"), "broken.json": b'{"caption": "my words", }'}
+    for name, content in texts.items():
+        (folder / name).write_bytes(content)
+    done = caption_folder(folder)
+    problems = {one.source: one.problem for one in done.proposals if one.problem}
+    assert "its caption file is that of twin.flac" in problems["twin.wav"]
+    assert "may have a caption: old.txt" in problems["old.wav"] and "broken.json" in problems["broken.wav"]
+    assert (folder / "twin.txt").is_file() and not (folder / "broken.txt").exists()
+    assert {name: (folder / name).read_bytes() for name in texts} == texts
 
 
 def test_the_command_writes_and_takes_back(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

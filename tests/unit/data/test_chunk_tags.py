@@ -52,6 +52,7 @@ BEATS = [index / 2 for index in range(8)]
     [
         (make_wav(make_acid()), {"bpm": 120, "root": "A", "type": "loop"}),
         (make_wav(make_acid(flags=3)), {"root": "A", "type": "one-shot"}),
+        (make_wav(make_acid(tempo=0, beats=0)), {"root": "A"}),
         (make_wav(make_acid(flags=0, meter=3)), {"bpm": 120, "type": "loop", "meter": "3/4"}),
         (make_wav(make_smpl(58)), {"root": "Bb"}),
         (make_wav(make_smpl(60)), {}),

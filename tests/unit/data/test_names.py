@@ -29,7 +29,22 @@ NO_TEMPO = [
     "House 120-128 BPM/lead", "bass-100-120bpm", "90 to 100 bpm/x", "Loop_80_BPM_120", "120 bpm 140 bpm", "Vol. 128",
     "take 90", "44100Hz", "24bit", "2023-11-05", "Track 120", "1280bpm", "12bpm", "mic 87",
 ]  # fmt: skip
-NO_KEY = ["Who I Am", "Emaj7 chord", "FM bass", "AM radio", "Am7", "Bm9 stab", "A_B_C", "Cm and Dm", "Admin", "Amino"]
+NO_KEY = [
+    "Who I Am",
+    "Where Am I 120bpm",
+    "Take Em Down",
+    "A Min of Silence",
+    "Vocal_Gimme Em Loop",
+    "Emaj7 chord",
+    "FM bass",
+    "AM radio",
+    "Am7",
+    "Bm9 stab",
+    "A_B_C",
+    "Cm and Dm",
+    "Admin",
+    "Amino",
+]
 
 
 @pytest.mark.parametrize(("name", "said"), NAMES)
