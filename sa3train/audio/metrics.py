@@ -41,10 +41,10 @@ def measure_loudness_lufs(audio_CN: Tensor, sample_rate: int) -> float:
     Returns:
         Loudness in LUFS; -inf below the absolute threshold of -70 LUFS.
     """
-    if audio_CN.shape[1] > LONG_SECONDS * sample_rate:
-        return _measure_long_loudness(audio_CN, sample_rate)
     if sample_rate < LOWEST_LOUDNESS_RATE:
         audio_CN, sample_rate = resample(audio_CN, sample_rate, 48000), 48000
+    if audio_CN.shape[1] > LONG_SECONDS * sample_rate:
+        return _measure_long_loudness(audio_CN, sample_rate)
     stereo_CN = mix_channels(audio_CN, 2).double().cpu()
     # One sample of silence more, and a block a trifle longer: pyloudnorm's rounding refuses one length in thirteen.
     stereo_NC = torch.nn.functional.pad(stereo_CN, (0, 1)).T.numpy()
@@ -72,7 +72,7 @@ def _measure_long_loudness(audio_CN: Tensor, sample_rate: int) -> float:
         count, skipped = min(PART_SECONDS * 10, blocks - first), min(warm_up, first)
         part_CN = audio_CN[:, (first - skipped) * step :][:, : (skipped + count + 4) * step]
         with np.errstate(divide="ignore", invalid="ignore"):
-            meter.integrated_loudness(mix_channels(part_CN, 2).double().T.numpy())
+            meter.integrated_loudness(mix_channels(part_CN, 2).double().cpu().T.numpy())
         loudness = np.asarray(meter.blockwise_loudness)[skipped : skipped + count]
         powers += (10 ** ((loudness[loudness >= -70] + 0.691) / 10)).tolist()
     if not powers:

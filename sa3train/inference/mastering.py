@@ -29,8 +29,8 @@ class FinishedAudio:
     Attributes:
         audio_CN: The audio.
         clipped_share: Share of its samples that exceeded ±1 and were clipped.
-        measured: What was done to its level on request (see `master`), and how a loop's end joins its start (see
-            `measure_seam`).
+        measured: What was done to its level on request (see `master`), the `loudness_lufs` and `true_peak_db` that
+            came out (absent for silence), and how a loop's end joins its start (see `measure_seam`).
     """
 
     audio_CN: Tensor
@@ -54,16 +54,27 @@ def finish_audio(
     """
     measured = dict[str, float]()
     if settings.loudness is not None or settings.peak is not None:
-        audio_CN, measured = master(audio_CN, sample_rate, settings.loudness, settings.peak, out_CN)
+        audio_CN, measured = master(audio_CN, sample_rate, settings.loudness, settings.peak, settings.loop, out_CN)
     clipped = sum(int((part_CN.abs() > 1).sum()) for part_CN in audio_CN.split(BLOCK, dim=1))
     audio_CN = audio_CN.clamp_(-1, 1)
+    if measured:
+        reached = {
+            "loudness_lufs": measure_loudness_lufs(audio_CN, sample_rate),
+            "true_peak_db": measure_blocks(_wrap(audio_CN, CONTEXT if settings.loop else 0), sample_rate),
+        }
+        measured |= {name: round(value, 3) for name, value in reached.items() if math.isfinite(value)}
     if settings.loop:
         measured |= {name: round(value, 4) for name, value in measure_seam(audio_CN, sample_rate).items()}
     return FinishedAudio(audio_CN, clipped / max(1, audio_CN.numel()), measured)
 
 
 def master(
-    audio_CN: Tensor, sample_rate: int, loudness: float | None, peak: float | None, out_CN: Tensor | None = None
+    audio_CN: Tensor,
+    sample_rate: int,
+    loudness: float | None,
+    peak: float | None,
+    is_loop: bool = False,
+    out_CN: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
     """Set the level of audio as asked.
 
@@ -72,11 +83,11 @@ def master(
         sample_rate: Samples per second.
         loudness: Integrated loudness to reach by gain, in LUFS; None leaves it.
         peak: Highest true peak, in dBTP; None for no limit.
+        is_loop: Whether the end is followed by the start, so that the limiter's gain joins too.
         out_CN: Where the limiter writes; None for new memory.
 
     Returns:
-        The audio, and what was done to it: `gain_db`, `limited_db` (largest reduction by the limiter), and the
-        `loudness_lufs` and `true_peak_db` that came out (absent for silence).
+        The audio, and what was done to it: `gain_db` and `limited_db` (largest reduction by the limiter).
     """
     done = dict[str, float]()
     if loudness is not None:
@@ -84,12 +95,15 @@ def master(
         done["gain_db"] = loudness - before if math.isfinite(before) else 0.0
         audio_CN *= 10 ** (done["gain_db"] / 20)
     if peak is not None:
-        audio_CN, done["limited_db"] = limit_peaks(audio_CN, sample_rate, peak, out_CN)
-    reached = {
-        "loudness_lufs": measure_loudness_lufs(audio_CN, sample_rate),
-        "true_peak_db": measure_blocks(audio_CN, sample_rate),
-    }
-    return audio_CN, {name: round(value, 3) for name, value in (done | reached).items() if math.isfinite(value)}
+        reach = min(CONTEXT, audio_CN.shape[1]) if is_loop else 0
+        limited_CN, done["limited_db"] = limit_peaks(_wrap(audio_CN, reach), sample_rate, peak, out_CN)
+        audio_CN = limited_CN[:, reach : reach + audio_CN.shape[1]]
+    return audio_CN, {name: round(value, 3) for name, value in done.items()}
+
+
+def _wrap(audio_CN: Tensor, reach: int) -> Tensor:
+    """Audio with samples of its end before it, and of its start behind it."""
+    return torch.cat([audio_CN[:, -reach:], audio_CN, audio_CN[:, :reach]], dim=1) if reach else audio_CN
 
 
 def limit_peaks(audio_CN: Tensor, sample_rate: int, peak: float, out_CN: Tensor | None = None) -> tuple[Tensor, float]:

@@ -14,7 +14,7 @@ from sa3train.core.errors import GenerationError
 from sa3train.core.log import get_logger
 from sa3train.inference.generator import Generator
 from sa3train.inference.outputs import GenerationOutput
-from sa3train.inference.resolve import resolve_settings
+from sa3train.inference.resolve import compute_longest_window, resolve_settings
 from sa3train.inference.settings import (
     PER_ITEM_SETTINGS,
     SETTING_NAMES,
@@ -73,6 +73,8 @@ def replay(
     kept = {role: entry for role, entry in record["inputs"].items() if entry and role not in changes}
     inputs = {role: locate_input(entry, record, folder, "input audio") for role, entry in kept.items()}
     recorded_settings = dict(record["settings"])
+    if changes and recorded_settings["window"] == compute_longest_window(generator.facts, recorded_settings["tail"]):
+        recorded_settings["window"] = None  # chosen for the recorded length, not by the user
     for one, other in ((LENGTH_IN_BARS, ("duration",)), (("duration",), LENGTH_IN_BARS)):
         if changes.keys() & set(one):
             recorded_settings |= {name: None for name in other if name not in changes}

@@ -215,13 +215,26 @@ def _measure_bars(facts: ModelFacts, settings: GenerationSettings, given: Collec
     return replace(settings, duration=duration)
 
 
+def compute_longest_window(facts: ModelFacts, tail: float) -> float:
+    """Compute the longest window of a piece, which is the default.
+
+    Args:
+        facts: The model's.
+        tail: Seconds that are generated behind each window.
+
+    Returns:
+        Seconds.
+    """
+    return max(facts.longest - tail, facts.longest / 2)
+
+
 def _choose_window(facts: ModelFacts, settings: GenerationSettings, durations: tuple[float, ...]) -> float | None:
     """The length of the windows of a piece; None where all is generated at once."""
     longest = max(durations)
     is_long = count_samples(facts, longest) > facts.max_frames * facts.downsampling_ratio
     if not (is_long or settings.window or settings.prompt_at):
         return None
-    most = max(facts.longest - settings.tail, facts.longest / 2)
+    most = compute_longest_window(facts, settings.tail)
     window = settings.window or most
     frame = facts.downsampling_ratio / facts.sample_rate
     cause = next(

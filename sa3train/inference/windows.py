@@ -7,7 +7,6 @@ memory. So the memory that is needed does not grow with the length of the piece.
 """
 
 import contextlib
-import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from sa3train.adapters.apply.stack import AdapterStack
 from sa3train.core.errors import GenerationError
 from sa3train.core.files import path_exists, write_bytes, write_json
 from sa3train.core.log import get_logger
+from sa3train.core.seeds import derive_seed
 from sa3train.core.user_files import read_file
 from sa3train.diffusion.samplers import Callback
 from sa3train.inference.decoding import decode_audio
@@ -137,8 +137,7 @@ def _generate_window(
 
 def _make_rng(settings: ResolvedSettings, number: int) -> torch.Generator:
     """The draws of a window or block depend on the seed and its number alone, so that a piece can be continued."""
-    digest = hashlib.sha256(f"{settings.seed} {number}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:7]))
+    return torch.Generator().manual_seed(derive_seed("window", settings.seed, number))
 
 
 def _decode_in_blocks(generation: Generation, latents_1CT: Tensor, folder: Path | None) -> Tensor:
@@ -191,7 +190,7 @@ def open_work_dir(folder: Path, record: Mapping[str, Any], has_seed: bool) -> in
         GenerationError: When the folder has another piece.
     """
     path = folder / RECORD
-    content = {name: record[name] for name in ("model", "precision", "settings", "adapters")}
+    content = _identify_piece(record)
     if not path_exists(path):
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, content)
@@ -208,12 +207,20 @@ def open_work_dir(folder: Path, record: Mapping[str, Any], has_seed: bool) -> in
     return int(found["settings"]["seed"])
 
 
-def remove_work_dir(folder: Path) -> None:
+def _identify_piece(record: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: record[name] for name in ("model", "precision", "settings", "adapters")}
+
+
+def remove_work_dir(folder: Path, record: Mapping[str, Any]) -> None:
     """Remove the finished windows of a piece that is written, and their folder unless it has something else.
 
     Args:
-        folder: The folder; nothing happens where it does not exist.
+        folder: The folder; nothing happens where it does not exist, or has the windows of another piece.
+        record: What the sidecar of the piece records.
     """
+    path = folder / RECORD
+    if not path_exists(path) or json.loads(read_file(path)) != _identify_piece(record):
+        return
     with contextlib.suppress(OSError):
         for path in (*folder.glob("window-*.safetensors"), folder / RECORD):
             path.unlink()

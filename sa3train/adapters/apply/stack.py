@@ -271,6 +271,11 @@ class AdapterStack:
                 f"interval={settings['interval']} has no effect: {adapter.source} is on the autoencoder's decoder, "
                 f"which runs after the last noise level. Remove it."
             )
+        if adapter.part == "decoder" and isinstance(settings["strength"], tuple):
+            raise AdapterError(
+                f"{adapter.source} is on the autoencoder's decoder, which runs once for the whole piece, so its "
+                f"strength cannot change from {settings['strength'][0]:g} to {settings['strength'][1]:g}. Give one."
+            )
         report, parts = check_fit(
             adapter,
             layers,

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,9 @@ def test_an_interrupted_piece_is_continued_with_the_same_audio(gen: Generator, t
     assert again.seeds == [4]
     with pytest.raises(GenerationError, match="another piece"):
         gen.generate(**PIECE | {"duration": 3.0}, work_dir=tmp_path / "x.wav.work")
-    remove_work_dir(tmp_path / "x.wav.work")
+    remove_work_dir(tmp_path / "x.wav.work", gen.generate("hum", duration=1.0, **QUICK).record)
+    assert list(tmp_path.rglob("window*")), "the windows of another piece stay"
+    remove_work_dir(tmp_path / "x.wav.work", again.record)
     assert not list(tmp_path.iterdir())
 
 
@@ -150,3 +153,19 @@ def test_bars_loops_and_pieces_are_made_again_from_their_sidecars(
     assert command[command.index("--prompt-at") :][:3] == ["--prompt-at", "1.5", "bells"]
     longer = replay(make(), record, tmp_path, {"bars": 2, "bpm": 240.0, "prompt_at": None, "window": 1.0})
     assert longer.audio[0].shape[1] == 88_200
+
+
+def test_a_shorter_one_of_a_long_piece_is_generated_at_once(make: Callable[..., Generator], tmp_path: Path) -> None:
+    from sa3train.inference.replay import replay
+
+    def make_short() -> Generator:
+        generator = make()
+        generator.facts = replace(generator.facts, max_frames=48)
+        return generator
+
+    make_short().generate("hum", duration=7.0, tail=1.0, **QUICK).save(tmp_path / "a.wav")
+    record = json.loads((tmp_path / "a.wav.json").read_text())
+    assert record["settings"]["window"] is not None
+    shorter = replay(make_short(), record, tmp_path, {"duration": 2.0})
+    assert torch.equal(shorter.audio[0], make_short().generate("hum", duration=2.0, tail=1.0, **QUICK).audio[0])
+    assert replay(make_short(), record, tmp_path, {"tail": 2.0}).audio[0].shape[1] == 7 * 44_100
