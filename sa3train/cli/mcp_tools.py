@@ -218,7 +218,7 @@ class Tools:
             raise ConfigError("adapters is empty. Name adapter files or run folders.")
         command = ["sa3-eval", *(str(self._check_adapter(adapter)) for adapter in adapters)]
         command += ["--data", str(self._check_folder(data, "folder of latents")), "--model", self._check_model(model)]
-        command += ["--strengths", ",".join(map(repr, map(float, strengths)))] if strengths else []
+        command += [f"--strengths={','.join(map(repr, map(float, strengths)))}"] if strengths else []
         command += ["--generate", str(int(generate)), "--pick", "--progress-json"]
         return self.jobs.start("evaluate", command, wait_seconds)
 
@@ -371,7 +371,7 @@ class Tools:
         if name in hub.list_model_names() and name not in self._list_models():
             raise ConfigError(f"{name} is not downloaded. Choose from {', '.join(self._list_models())}, or a folder.")
         found = folders.resolve_model_name(self.workspace, name)
-        if found not in hub.list_model_names():
+        if found not in hub.list_model_names() and name != self.workspace.model:  # the user's own may have links
             self._check_links(Path(found))
         return found
 
@@ -390,7 +390,10 @@ class Tools:
     def _check_adapter(self, path: str) -> Path:
         if holds_run(self.workspace.resolve(path)):
             return self._check_run(path)
-        return folders.resolve_adapter(self.workspace, path)
+        found = folders.resolve_adapter(self.workspace, path)
+        if found.is_dir():
+            self._check_links(found)
+        return found
 
     def _check_run(self, path: str, *, is_written: bool = False) -> Path:
         if is_written:

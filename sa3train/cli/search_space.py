@@ -5,7 +5,9 @@
 """
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +100,19 @@ def format_point(point: Mapping[str, Any]) -> list[str]:
     Returns:
         The overrides.
     """
-    return [f"{key}={value if isinstance(value, str) else repr(value)}" for key, value in point.items()]
+    return [f"{key}={value if isinstance(value, str) else repr(round_value(value))}" for key, value in point.items()]
+
+
+def round_value(value: Any) -> Any:
+    """Round a number to 12 digits, so that the same point is the same number however it was computed.
+
+    Args:
+        value: A number, or anything else.
+
+    Returns:
+        The number rounded; anything else as it is.
+    """
+    return float(f"{value:.12g}") if isinstance(value, float) else value
 
 
 def iterate_points(space: Mapping[str, BaseDistribution]) -> Iterator[dict[str, Any]] | None:
@@ -118,7 +132,7 @@ def iterate_points(space: Mapping[str, BaseDistribution]) -> Iterator[dict[str, 
             axes.append(list(range(distribution.low, distribution.high + 1, distribution.step)))
         elif isinstance(distribution, FloatDistribution) and distribution.step is not None:
             count = round((distribution.high - distribution.low) / distribution.step) + 1
-            axes.append([distribution.low + number * distribution.step for number in range(count)])
+            axes.append([round_value(distribution.low + number * distribution.step) for number in range(count)])
         else:
             return None
         points *= len(axes[-1])
@@ -140,12 +154,13 @@ def _make_distribution(text: str, override: Override) -> BaseDistribution:
     try:
         if isinstance(sweep, ChoiceSweep):
             return CategoricalDistribution([format_value(_unquote(value)) for value in sweep.list])
-        if isinstance(sweep, RangeSweep) and isinstance(sweep.start, int) and isinstance(sweep.stop, int):
-            step = int(sweep.step)
-            return IntDistribution(sweep.start, sweep.stop - 1 - (sweep.stop - 1 - sweep.start) % step, step=step)
         if isinstance(sweep, RangeSweep) and sweep.start is not None and sweep.stop is not None:
-            steps = -int(-(sweep.stop - sweep.start) / sweep.step // 1) - 1  # `stop` itself is left out
-            return FloatDistribution(sweep.start, sweep.start + steps * sweep.step, step=sweep.step)
+            numbers = (sweep.start, sweep.stop, sweep.step)
+            start, stop, step = (Decimal(str(number)) for number in numbers)
+            last = start + (math.ceil((stop - start) / step) - 1) * step  # `stop` itself is left out
+            if all(isinstance(number, int) for number in numbers):
+                return IntDistribution(int(start), int(last), step=int(step))
+            return FloatDistribution(float(start), float(last), step=float(step))
         if isinstance(sweep, IntervalSweep) and isinstance(sweep.start, int) and isinstance(sweep.end, int):
             return IntDistribution(sweep.start, sweep.end, log=is_log)
         if isinstance(sweep, IntervalSweep) and sweep.start is not None and sweep.end is not None:

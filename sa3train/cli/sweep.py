@@ -260,7 +260,7 @@ class Sweep:
             self.study.tell(trial.number, evaluation["change"])
             _say(f"{run_dir.name}: held-out loss {evaluation['change']:+.2%} vs. base at step {evaluation['step']}")
         else:
-            error = error or "sa3-eval found no adapter in it"
+            error = error or "sa3-eval picked none of its adapters: there is none, or its loss is not finite"
             trial.set_user_attr(_ERROR, error)
             self.study.tell(trial.number, state=failed)
             if len(self._list_trained()) == 1 and run is not None and run.state == "failed":
@@ -274,7 +274,8 @@ class Sweep:
         run = runs.load_run(run_dir)
         if run is not None and (run.is_alive or run.state == "finished"):
             return None
-        starts = int(trial.user_attrs.get(_STARTS, 0)) + 1
+        was_killed = run is None or run.state != "stopped"
+        starts = int(trial.user_attrs.get(_STARTS, 0)) + was_killed
         if starts > MAX_STARTS or (run is not None and run.error):
             return (run.error if run is not None else None) or f"it was killed {MAX_STARTS} times"
         trial.set_user_attr(_STARTS, starts)
@@ -336,7 +337,9 @@ def _read_changes(run_dir: Path) -> dict[int, float]:
 
 
 def _get_key(point: Mapping[str, Any]) -> str:
-    return json.dumps(dict(sorted(point.items())))
+    from sa3train.cli.search_space import round_value
+
+    return json.dumps({key: round_value(value) for key, value in sorted(point.items())})
 
 
 def _say(text: str) -> None:

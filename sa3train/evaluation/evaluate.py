@@ -33,7 +33,7 @@ from sa3train.evaluation.rulers import Ruler, list_rulers, measure_agreement
 from sa3train.inference import Generator
 from sa3train.inference.runtime import suggest_generation_fixes
 from sa3train.models.conditioners import TextEmbedding
-from sa3train.reports.pick import Pick, pick_best
+from sa3train.reports.pick import Pick, is_comparable, pick_best
 from sa3train.reports.run_files import BEST_ADAPTER_FILE, holds_run
 
 KeepAudio = Callable[[int, int, Tensor], None]
@@ -142,8 +142,12 @@ def evaluate_adapters(
 
 
 def _pick(candidates: Sequence[Candidate]) -> Pick | None:
-    """Pick by held-out loss among the candidates that do not copy training clips."""
-    able = [index for index, each in enumerate(candidates) if not each.measurement.is_copying]
+    """Pick by held-out loss among the candidates that do not copy training clips and whose loss is finite."""
+    able = [
+        index
+        for index, each in enumerate(candidates)
+        if not each.measurement.is_copying and is_comparable(each.base.loss_by_clip, each.measurement.loss_by_clip)
+    ]
     if not able:
         return None
     losses = [candidates[index].measurement.loss_by_clip for index in able]

@@ -100,11 +100,13 @@ def choose_best(folders: Sequence[Path]) -> dict[str, Any]:
     Raises:
         DataError: No run there has been validated, or the best one has no adapter.
     """
+    found = {path: read_evaluation(path) for path in dict.fromkeys(run.path for run in find_runs(folders))}
+    measured = {path: each for path, each in found.items() if each or read_run(path).validation.get("history")}
+    if measured and all(measured.values()):
+        path, evaluation = min(((path, each) for path, each in measured.items() if each), key=lambda e: e[1]["change"])
+        return {"run": str(path), "notes": [evaluation.pop("text")], **evaluation}
     row = compare_runs(folders)[0]
     folder, step = Path(row["run"]), row["best step"]
-    evaluation = None if row["evaluated"] is None else read_evaluation(folder)
-    if evaluation is not None:
-        return {"run": row["run"], "notes": [evaluation.pop("text")], **evaluation}
     run, notes = load_run(folder), list[str]()
     ends_best = row["last"] == row["best"] and run is not None and run.state == "finished"
     best, last, state = folder / BEST_ADAPTER_FILE, folder / ADAPTER_FILE, get_checkpoint_path(folder, step)

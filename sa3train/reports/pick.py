@@ -58,6 +58,21 @@ class Pick:
         return f"loss {change}: {sure}"
 
 
+def is_comparable(base_I: Sequence[float], losses_I: Sequence[float] | None) -> bool:
+    """Tell whether losses can be compared with those of the base.
+
+    Args:
+        base_I: Loss of each clip with the base.
+        losses_I: Those of a candidate; None where they are missing.
+
+    Returns:
+        Whether they are of as many clips (a run may be resumed with others) and all finite (it may have diverged).
+    """
+    if losses_I is None or len(losses_I) != len(base_I):
+        return False
+    return bool(np.isfinite(np.asarray(losses_I, float)).all())
+
+
 def pick_best(base_I: Sequence[float], losses_KI: Sequence[Sequence[float]], seed: int = 0) -> Pick:
     """Pick the candidate of the lowest mean loss.
 
@@ -67,7 +82,7 @@ def pick_best(base_I: Sequence[float], losses_KI: Sequence[Sequence[float]], see
 
     Args:
         base_I: Loss of each clip with the base.
-        losses_KI: Losses of each candidate on the same clips; at least one candidate and one clip.
+        losses_KI: Losses of each candidate on the same clips, comparable ones; at least one candidate and one clip.
         seed: Seed of the resampling.
 
     Returns:

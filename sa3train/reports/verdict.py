@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from sa3train.reports.loss_change import LossChange, compare_clips, compute_loss_change
-from sa3train.reports.pick import MIN_CLIPS, Pick, pick_best
+from sa3train.reports.pick import MIN_CLIPS, Pick, is_comparable, pick_best
 from sa3train.reports.run_files import COPY_THRESHOLD, RunFiles
 
 BASE = "the base model's"
@@ -60,14 +60,18 @@ def describe_verdict(run: RunFiles) -> list[Answer]:
         )
         advice = ["Hold clips out: encode with split=0.1."] + [_COPIES] * copies
         return [Answer(TOOK, text), Answer(NEXT, " ".join(advice))]
-    history = _list_losses(trained, "val")
-    pick = pick_best(validation["base"]["val"]["by_clip"], list(history.values())) if history else None
+    base_I = validation["base"]["val"].get("by_clip", [])
+    history = {row["step"]: row["val"]["by_clip"] for row in trained if _is_comparable(base_I, row)}
+    pick = pick_best(base_I, list(history.values())) if history else None
     best = None if pick is None else list(history)[pick.winner]
     since = None if best is None else compare_clips(history[best], history[max(history)])
-    is_last = best is None or best == max(history)
+    is_last = best is None or best == trained[-1]["step"]
     answers = [Answer(TOOK, _say_whether(change, train, pick, best, is_last))]
     if best is not None and since is not None:
-        answers.append(Answer(WHEN, _say_when(best, max(history), since, _is_falling(history))))
+        text = _say_when(best, max(history), since, _is_falling(history))
+        if best == max(history) and not is_last:
+            text = f"At step {best:,}: later ones diverged, or have other clips."
+        answers.append(Answer(WHEN, text))
     strengths = _list_strengths(validation)
     if strengths:
         answers.append(Answer(STRENGTH, _say_strength(validation, strengths)))
@@ -82,9 +86,8 @@ _COPIES = (
 )
 
 
-def _list_losses(rows: Sequence[Mapping[str, Any]], part: str) -> dict[int, list[float]]:
-    """The loss of each clip by step, where a run has them."""
-    return {row["step"]: row[part]["by_clip"] for row in rows if "by_clip" in row.get(part, {})}
+def _is_comparable(base_I: Sequence[float], row: Mapping[str, Any]) -> bool:
+    return is_comparable(base_I, row.get("val", {}).get("by_clip"))
 
 
 def _is_falling(history: Mapping[int, list[float]]) -> bool:
@@ -118,9 +121,11 @@ def _say_when(best: int, last: int, since: LossChange, is_falling: bool) -> str:
 
 def _list_strengths(validation: Mapping[str, Any]) -> dict[float, list[float]]:
     """The loss of each held-out clip by strength at the last step, 1 among them."""
-    found = {row["strength"]: row["by_clip"] for row in validation.get("strengths", [])}
-    last = validation["history"][-1].get("val", {}).get("by_clip")
-    return dict(sorted({**found, 1.0: last}.items())) if found and last else {}
+    base_I, last = validation["base"]["val"].get("by_clip", []), validation["history"][-1]
+    rows = [row for row in validation.get("strengths", []) if is_comparable(base_I, row["by_clip"])]
+    if not rows or not _is_comparable(base_I, last):
+        return {}
+    return dict(sorted(({row["strength"]: row["by_clip"] for row in rows} | {1.0: last["val"]["by_clip"]}).items()))
 
 
 def _say_strength(validation: Mapping[str, Any], strengths: Mapping[float, list[float]]) -> str:

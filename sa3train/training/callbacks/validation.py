@@ -26,7 +26,7 @@ from sa3train.data.loading.loader import LatentDataset, ValidationLoader
 from sa3train.data.loading.sampler import SampleIndex
 from sa3train.evaluation.losses import LEVELS, measure_losses
 from sa3train.reports.loss_change import compute_loss_change
-from sa3train.reports.pick import pick_best
+from sa3train.reports.pick import is_comparable, pick_best
 from sa3train.reports.run_files import BEST_ADAPTER_FILE, VALIDATION_FILE
 from sa3train.training.callbacks.checkpoint import CheckpointCallback
 from sa3train.training.callbacks.metrics import name_levels
@@ -315,7 +315,7 @@ class FixedValidationCallback(StepCallback, ABC):
 
     @report_stage("validating")
     def _validate(self, trainer: lightning.Trainer, module: AdapterModule) -> None:
-        step = trainer.global_step
+        step, self.strengths = trainer.global_step, []
         with swap_parameters(module.trainable, module.get_eval_parameters()):
             self.last = {part: self.measure(module, clips) for part, clips in self.clips.items() if clips}
         row: dict[str, Any] = {"step": step}
@@ -338,9 +338,9 @@ class FixedValidationCallback(StepCallback, ABC):
 
     def _keep_best(self, trainer: lightning.Trainer, module: AdapterModule) -> None:
         base_I = self.get_item_losses(self.base[VAL]).tolist()
-        rows = [row for row in self.history if "by_clip" in row[VAL]]
-        best = rows[pick_best(base_I, [row[VAL]["by_clip"] for row in rows]).winner]
-        if best is not self.history[-1]:
+        rows = [row for row in self.history if is_comparable(base_I, row[VAL].get("by_clip"))]
+        best = rows[pick_best(base_I, [row[VAL]["by_clip"] for row in rows]).winner] if rows else None
+        if best is None or best is not self.history[-1]:
             self.without_best += 1
             return
         self.best_loss, self.best_step, self.without_best = best[VAL]["loss"], trainer.global_step, 0
@@ -349,7 +349,6 @@ class FixedValidationCallback(StepCallback, ABC):
 
     def _measure_strengths(self, module: AdapterModule) -> None:
         """Measure held-out clips at other strengths, so that the report can say which to play."""
-        self.strengths = []
         with swap_parameters(module.trainable, module.get_eval_parameters()):
             for strength in self.schedule.strengths:
                 with module.injected.scale(strength):

@@ -123,9 +123,11 @@ def test_it_acts_where_nothing_is_sampled(model: Any, adapter: Adapter) -> None:
     generator.stack.clear()
 
 
-def test_an_interval_is_refused(model: Any, adapter: Adapter) -> None:
+def test_an_interval_and_a_changing_strength_are_refused(model: Any, adapter: Adapter) -> None:
     with pytest.raises(AdapterError, match="interval.*no effect"):
         Generator(model).load_adapter(adapter, interval=(0.0, 0.5))
+    with pytest.raises(AdapterError, match="cannot change from 0.2 to 1"):
+        Generator(model).load_adapter(adapter, strength=(0.2, 1.0))
 
 
 def test_the_tools_know_it(model: Any, adapter: Adapter, tmp_path: Path) -> None:

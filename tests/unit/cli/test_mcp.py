@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,12 @@ def test_a_link_inside_a_source_that_leads_out_is_refused(tools: Tools, tmp_path
     (tmp_path / "audio" / "b.wav").symlink_to(tmp_path / "secret.wav")
     with pytest.raises(SA3Error, match="outside"):
         tools.audit(str(tmp_path / "audio"))
+    adapter = tmp_path / "work" / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_config.json").write_text("{}")
+    (adapter / "adapter_model.safetensors").symlink_to(tmp_path / "secret.wav")
+    with pytest.raises(SA3Error, match="outside"):
+        tools.evaluate([str(adapter)], str(tmp_path / "work"))
 
 
 def test_errors_reach_the_client_in_words_and_results_as_data(tools: Tools, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,7 +171,8 @@ def run_client(server: Any, use: Callable[[Any], Awaitable[None]]) -> None:
         async with mcp.Client(server) as client:
             await use(client)
 
-    asyncio.run(main())
+    with ThreadPoolExecutor(1) as pool:  # a browser test may have left a loop running in this thread
+        pool.submit(asyncio.run, main()).result()
 
 
 @pytest.mark.slow

@@ -41,6 +41,9 @@ def stubs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("range(4,17,4)", IntDistribution(4, 16, step=4)),
         ("range(4,16,4)", IntDistribution(4, 12, step=4)),
         ("range(0.5,2.0,0.5)", FloatDistribution(0.5, 1.5, step=0.5)),
+        ("range(0,1,0.1)", FloatDistribution(0, 0.9, step=0.1)),
+        ("range(0,0.4,0.1)", FloatDistribution(0, 0.3, step=0.1)),
+        ("range(0,10,2.5)", FloatDistribution(0, 7.5, step=2.5)),
     ],
 )
 def test_hydras_grammar_is_the_search_space(expression: str, distribution: Any) -> None:
@@ -80,6 +83,9 @@ def test_points_of_a_finite_space_are_listed(tmp_path: Path) -> None:
     points = [format_point(point) for point in iterate_points(space) or ()]
     assert len(points) == 6 and ["adapter.rank=4", "loss.shift=1.5"] in points
     assert iterate_points(parse_space(["a=interval(0,1)"])[1]) is None
+    tenths = parse_space(["a=range(0,0.4,0.1)"])[1]
+    assert [point["a"] for point in iterate_points(tenths) or ()] == [0.0, 0.1, 0.2, 0.3]
+    assert all(tenths["a"]._contains(point["a"]) for point in iterate_points(tenths) or ())
 
 
 def test_every_point_is_trained_once_and_the_best_is_named(stubs: Path, capsys: pytest.CaptureFixture[str]) -> None:

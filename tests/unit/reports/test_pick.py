@@ -1,12 +1,13 @@
 """The pick among several adapters: right on tables whose answer is known, and honest about noise."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from sa3train.reports.pick import Pick, pick_best
+from sa3train.reports.pick import Pick, is_comparable, pick_best
 
 
 def make_losses(gains: list[float], clips: int, noise: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -61,6 +62,14 @@ def test_the_probability_is_the_share_of_resampled_sets() -> None:
     table = np.vstack([base, losses])
     best = [table[:, list(chosen)].mean(axis=1).argmin() for chosen in itertools.product(range(4), repeat=4)]
     assert found.probability == pytest.approx(np.mean(np.array(best) == found.winner + 1), abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("losses", "able"),
+    [([0.5, 0.6], True), ([0.5], False), ([0.5, math.nan], False), ([0.5, math.inf], False), (None, False)],
+)
+def test_what_can_be_compared(losses: list[float] | None, able: bool) -> None:
+    assert is_comparable([1.0, 1.0], losses) is able
 
 
 def test_the_base_itself_is_no_gain() -> None:

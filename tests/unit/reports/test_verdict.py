@@ -90,6 +90,14 @@ def test_the_strength_is_that_of_the_lowest_loss(shares: dict[str, float], best:
     assert found["at"].startswith(best) and found["what"].startswith(advice)
 
 
+def test_steps_that_diverged_or_have_other_clips_are_left_out() -> None:
+    run = make_run({10: 0.8, 20: 0.9, 30: 0.7})
+    run.validation["history"][0]["val"]["by_clip"].append(0.1)
+    run.validation["history"][2]["val"]["by_clip"][0] = float("nan")
+    said = judge(run)
+    assert "at step 20" in said["did"] and "later ones diverged" in said["when"]
+
+
 def test_nothing_is_said_of_a_run_before_its_first_step() -> None:
     run = make_run({0: 1.0}, train=1.0)
     assert describe_verdict(run) == [] and describe_verdict(RunFiles(Path("x"))) == []
