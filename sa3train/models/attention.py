@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sa3train.core.device import move_to_device
+from sa3train.models.blocked_attention import attend_in_blocks
 from sa3train.models.cpu_kernels import has_bf16_instructions
 
 
@@ -91,7 +92,6 @@ Backend = Callable[[Tensor, Tensor, Tensor, Pattern], Tensor]
 
 WINDOW_BLOCK = 64
 Rows = Callable[..., Tensor]  # (q_BLHD, k_BMHD, v_BMHD, mask broadcastable to BHLM or None) -> BLHD
-SCORES_PER_BLOCK = 2**20  # 2 MiB in bf16: stays in the cache, and long enough for the products to run at their rate
 _FORCED: ContextVar[str | None] = ContextVar("forced_attention_backend", default=None)
 
 
@@ -100,26 +100,6 @@ def _attend_by_sdpa(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, mask: Tensor
         q_BLHD.transpose(1, 2), k_BMHD.transpose(1, 2), v_BMHD.transpose(1, 2), attn_mask=mask
     )
     return out_BHLD.transpose(1, 2)
-
-
-def _attend_in_blocks(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Compute QKᵀ, softmax and the sum of values for as many rows, heads and queries as fit a block of scores."""
-    (rows, length, heads, width), keys = q_BLHD.shape, k_BMHD.shape[1]
-    out_BLHD = torch.empty_like(q_BLHD, memory_format=torch.contiguous_format)
-    row_step = max(1, SCORES_PER_BLOCK // (heads * length * keys))
-    head_step = min(heads, max(1, SCORES_PER_BLOCK // (length * keys)))
-    query_step = min(length, max(1, SCORES_PER_BLOCK // keys))
-    q_BHLD, k_BHDM, v_BHMD = q_BLHD.transpose(1, 2), k_BMHD.permute(0, 2, 3, 1), v_BMHD.transpose(1, 2)
-    for b, h, q in itertools.product(
-        range(0, rows, row_step), range(0, heads, head_step), range(0, length, query_step)
-    ):
-        bs, hs, qs = slice(b, b + row_step), slice(h, h + head_step), slice(q, q + query_step)
-        scores_BHLM = torch.matmul(q_BHLD[bs, hs, qs] * width**-0.5, k_BHDM[bs, hs])
-        if mask is not None:
-            seen = mask[bs] if mask.shape[2] == 1 else mask[bs, :, qs]
-            scores_BHLM.masked_fill_(~seen, -torch.inf)
-        out_BLHD[bs, qs, hs] = torch.matmul(scores_BHLM.softmax(dim=-1), v_BHMD[bs, hs]).transpose(1, 2)
-    return out_BLHD
 
 
 def _attend_densely(rows: Rows, q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, pattern: Pattern) -> Tensor:
@@ -268,8 +248,8 @@ def force_backend(name: str) -> Iterator[None]:
 def choose_backend(q_BLHD: Tensor, pattern: Pattern) -> str:
     """Choose the fastest backend.
 
-    Fused kernels where they exist (CUDA, 16-bit) and the pattern needs them, SDPA otherwise. For bf16 without gradients
-    on a CPU with bf16 instructions "blocked", which is twice as fast there.
+    Fused kernels where they exist (CUDA, 16-bit) and the pattern needs them, SDPA otherwise. For bf16 on a CPU with
+    bf16 instructions "blocked", which is twice as fast there.
 
     Args:
         q_BLHD: Queries.
@@ -279,7 +259,7 @@ def choose_backend(q_BLHD: Tensor, pattern: Pattern) -> str:
         Key of `BACKENDS`.
     """
     if q_BLHD.dtype == torch.bfloat16 and q_BLHD.device.type == "cpu":
-        return "blocked" if has_bf16_instructions() and not torch.is_grad_enabled() else "sdpa"
+        return "blocked" if has_bf16_instructions() and not torch.compiler.is_compiling() else "sdpa"
     if pattern is None or not q_BLHD.is_cuda or q_BLHD.dtype not in (torch.float16, torch.bfloat16):
         return "sdpa"
     if _has_torch_varlen():
@@ -342,7 +322,7 @@ def _attend_by_definition(q_BLHD: Tensor, k_BMHD: Tensor, v_BMHD: Tensor, patter
 BACKENDS: dict[str, Backend] = {
     "reference": _attend_by_definition,
     "sdpa": functools.partial(_attend_densely, _attend_by_sdpa),
-    "blocked": functools.partial(_attend_densely, _attend_in_blocks),
+    "blocked": functools.partial(_attend_densely, attend_in_blocks),
     "varlen": functools.partial(_attend_by_kernel, "varlen"),
     "flash": functools.partial(_attend_by_kernel, "flash"),
 }

@@ -111,20 +111,23 @@ class AdaptedProduct(Function):
         if magnitude_O is not None and magnitude_I is not None:
             both = norms.compute_both_norms(frozen, A_RI, B, magnitude_O, scale)
             norm_O, norm_I, product_OR, product_RI = both.norm_O, both.norm_I, both.product_OR, both.product_RI
-        elif magnitude_O is not None:
-            norm_O, product_OR = norms.compute_row_norms(frozen, A_RI, B, scale)
         elif magnitude_I is not None:
             norm_I, product_RI = norms.compute_column_norms(frozen, A_RI, B, scale)
-        if magnitude_O is not None and norm_O is not None:
-            gain_O = magnitude_O / norm_O
         if magnitude_I is not None and norm_I is not None:
             gain_I = magnitude_I / norm_I
         scaled_TI = apply_gain(x_TI, gain_I)
         low_TI = scaled_TI if dropped_TI is None else apply_gain(dropped_TI, gain_I)
-        bias_O = fixed.bias_O
+        bias_O, y_TO = fixed.bias_O, None
+        if magnitude_O is not None and norm_O is None:
+            if A_RI is not None and dtype != torch.float32:
+                # The low-rank product below rounds A alike, and the output is rounded by more.
+                y_TO, product_OR = multiply_with_factor(scaled_TI, A_RI, frozen.W_OI)
+            norm_O, product_OR = norms.compute_row_norms(frozen, A_RI, B, scale, product_OR)
+        if magnitude_O is not None and norm_O is not None:
+            gain_O = magnitude_O / norm_O
         if bias_O is not None and gain_O is None:
             y_TO = torch.addmm(bias_O, scaled_TI, frozen.W_OI.T)
-        else:
+        elif y_TO is None:
             y_TO = scaled_TI @ frozen.W_OI.T
         if A_RI is None:
             U_OR, V_IR = frozen.bases
@@ -277,6 +280,21 @@ class _Backward:
         if self.small_TN is not None:
             grad_O[self.small_O] = (self.dy_TO[:, self.small_O] * self.small_TN).sum(dim=0).float()
         return grad_O
+
+
+def multiply_with_factor(x_TI: Tensor, A_RI: Tensor, W_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """Multiply the input and A with W as one product, which reads W once.
+
+    Args:
+        x_TI: The input.
+        A_RI: A.
+        W_OI: The frozen weight.
+
+    Returns:
+        xWᵀ, and WAᵀ in fp32, exact to the rounding of A and of the product to the input's dtype.
+    """
+    both = torch.cat((x_TI, A_RI.to(x_TI.dtype))) @ W_OI.T
+    return both[: len(x_TI)], both[len(x_TI) :].T.float()
 
 
 def apply_gain(x: Tensor, gain: Tensor | None) -> Tensor:

@@ -72,7 +72,9 @@ class GainGradients:
     grad_I: Tensor
 
 
-def compute_row_norms(frozen: FrozenWeight, A_RI: Tensor, B_OR: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def compute_row_norms(
+    frozen: FrozenWeight, A_RI: Tensor, B_OR: Tensor, scale: float, product_OR: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Compute the norms of V's rows.
 
     Args:
@@ -80,11 +82,13 @@ def compute_row_norms(frozen: FrozenWeight, A_RI: Tensor, B_OR: Tensor, scale: f
         A_RI: A.
         B_OR: B.
         scale: The scale s.
+        product_OR: WAᵀ, fp32, where it is known already.
 
     Returns:
         The norms plus 1e-12, (O,), and WAᵀ (O, R), which the gradient needs.
     """
-    product_OR = compute_product(frozen.W_OI, A_RI.T)
+    if product_OR is None:
+        product_OR = compute_product(frozen.W_OI, A_RI.T)
     return _compute_norm(frozen.row_squares(), product_OR, B_OR, A_RI @ A_RI.T, scale), product_OR
 
 

@@ -23,7 +23,9 @@ from sa3train.adapters.layers.weight_norms import (
 )
 
 
-def compute_row_norms(frozen: FrozenWeight, A_RI: None, M_RR: Tensor, scale: float) -> tuple[Tensor, None]:
+def compute_row_norms(
+    frozen: FrozenWeight, A_RI: None, M_RR: Tensor, scale: float, product: None = None
+) -> tuple[Tensor, None]:
     """Compute the norms of V's rows, with squares ‖W‖² + uᵢ(2sΣ + s²M)Mᵀuᵢᵀ for the rows uᵢ of U.
 
     Args:
@@ -31,6 +33,7 @@ def compute_row_norms(frozen: FrozenWeight, A_RI: None, M_RR: Tensor, scale: flo
         A_RI: None.
         M_RR: M.
         scale: The scale s.
+        product: None.
 
     Returns:
         The norms plus 1e-12, (O,), and None in place of WAᵀ.

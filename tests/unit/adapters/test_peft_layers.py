@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from sa3train.adapters.apply.effective_weight import compute_effective_weight
 from sa3train.adapters.layers import weight_norms
 from sa3train.adapters.layers.frozen_weight import FrozenWeight
+from sa3train.adapters.layers.fused_linear import multiply_with_factor
 from sa3train.adapters.layers.peft_layers import SA3LoraLayer
 from sa3train.adapters.spec import KINDS, AdapterSpec
 
@@ -219,6 +220,9 @@ class TestGradients:
         else:
             rows, _ = weight_norms.compute_row_norms(frozen, A, B, scale)
             columns, _ = weight_norms.compute_column_norms(frozen, A, B, scale)
+            _, product = multiply_with_factor(torch.zeros(1, 256).bfloat16(), A, W)
+            from_16_bits, _ = weight_norms.compute_row_norms(frozen, A, B, scale, product)
+            assert (from_16_bits / V.norm(dim=1) - 1).abs().max() < 2**-10  # less than bf16 rounds each output by
         assert (rows / V.norm(dim=1) - 1).abs().max() < limit
         assert (columns / H.norm(dim=0) - 1).abs().max() < limit
 

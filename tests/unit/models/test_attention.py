@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sa3train.models import attention
+from sa3train.models import attention, blocked_attention
 from sa3train.models.attention import Packed, Padded, Pattern, Window, attend, force_backend
 
 LENGTHS = (130, 1, 64, 37)
@@ -90,29 +90,31 @@ def test_backend_equals_reference(case: str, backend: str, monkeypatch: pytest.M
 @pytest.mark.parametrize("case", CASES)
 def test_blocks_of_products_equal_reference(case: str, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the size of a block: parts of the queries, of the heads, of the rows, or everything."""
-    monkeypatch.setattr(attention, "SCORES_PER_BLOCK", scores)
+    monkeypatch.setattr(blocked_attention, "SCORES_PER_BLOCK", scores)
     queries, keys, pattern = CASES[case]
-    tensors = tuple(tensor.detach() for tensor in inputs(queries, keys))
+    tensors = inputs(queries, keys)
     real = pattern.key_mask_BM if isinstance(pattern, Padded) else torch.ones(queries, dtype=torch.bool)
-    with force_backend("reference"):
-        wanted = attend(*tensors, pattern)
-    with force_backend("blocked"):
-        found = attend(*tensors, pattern)
-        found_bf16 = attend(*(tensor.bfloat16() for tensor in tensors), pattern)
-    torch.testing.assert_close(found[real], wanted[real], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(found_bf16[real].float(), wanted[real], atol=3e-2, rtol=3e-2)
+    weight = torch.randn(*queries, 2, 64, generator=torch.Generator().manual_seed(1)) * real[..., None, None]
+
+    def run(backend: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        given = [tensor.detach().to(dtype).requires_grad_() for tensor in tensors]
+        with force_backend(backend):
+            out = attend(*given, pattern)
+        return [out[real].float(), *torch.autograd.grad((out.float() * weight).sum(), given)]
+
+    wanted = run("reference")
+    torch.testing.assert_close(run("blocked"), wanted, atol=1e-5, rtol=1e-5)
+    for found, exact in zip(run("blocked", torch.bfloat16), wanted, strict=True):
+        assert (found.float() - exact).norm() <= 1e-2 * exact.norm()
 
 
-def test_blocks_are_for_bf16_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_for_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "has_bf16_instructions", lambda: True)
     q = torch.zeros(1, 1, 1, 64)
-    with torch.no_grad():
-        assert attention.choose_backend(q.bfloat16(), None) == "blocked"
-        assert attention.choose_backend(q, None) == "sdpa"
-    assert attention.choose_backend(q.bfloat16(), None) == "sdpa"
+    assert attention.choose_backend(q.bfloat16(), None) == "blocked"
+    assert attention.choose_backend(q, None) == "sdpa"
     monkeypatch.setattr(attention, "has_bf16_instructions", lambda: False)
-    with torch.no_grad():
-        assert attention.choose_backend(q.bfloat16(), None) == "sdpa"
+    assert attention.choose_backend(q.bfloat16(), None) == "sdpa"
 
 
 def test_a_row_does_not_depend_on_the_lengths_of_others() -> None:
