@@ -23,11 +23,14 @@ SLOW = ("integration/*.py", "standin_gpu/*.py", "standin_mps/*.py", "studio/*.py
 SLOW += tuple(
     f"unit/{name}.py"
     for name in (
-        "adapters/test_comfy_export", "adapters/test_peft_methods", "bench/test_bench", "cli/test_adapter",
-        "cli/test_encode", "cli/test_generate", "cli/test_precedence", "cli/test_sweep", "cli/test_train",
-        "data/test_encode", "data/test_imported", "data/test_stream", "inference/test_generator",
-        "models/test_fp16_check", "studio/play/test_player", "studio/test_adapter_actions",
-        "training/test_quantization",
+        "adapters/test_comfy_export", "adapters/test_odd_tensors", "adapters/test_peft_methods", "bench/test_bench",
+        "cli/test_adapter", "cli/test_data", "cli/test_encode", "cli/test_generate", "cli/test_mcp",
+        "cli/test_precedence", "cli/test_runtime", "cli/test_sweep", "cli/test_train", "data/test_encode",
+        "data/test_imported", "data/test_stream", "inference/test_cuda_graphs", "inference/test_generator",
+        "inference/test_generator_adapters", "inference/test_golden_generate", "inference/test_loops_and_windows",
+        "models/test_fp16_check", "models/test_hub", "nano/test_recipe", "reports/test_run_report",
+        "studio/play/test_player", "studio/test_adapter_actions", "training/test_quantization", "training/test_resume",
+        "training/test_validation",
     )
 )  # fmt: skip
 """Files whose tests run whole commands, models, the stand-ins for GPUs or a browser: 0.2 s and more each on average."""
