@@ -11,6 +11,13 @@ extras=""
 case "${1:-}" in
     --dev) extras="[dev]" ;;
     --ui) extras="[ui]" ;;
+    "") ;;
+    *)
+        sed -n '2,6s/^# //p' launch/setup.sh
+        [ "$1" = --help ] || [ "$1" = -h ] && exit 0
+        printf 'setup.sh: unknown argument %s\n' "$1" >&2
+        exit 2
+        ;;
 esac
 
 say() { printf '%s\n' "$*"; }
@@ -61,4 +68,4 @@ say "Installing sa3train${extras} into .venv (the first time takes a few minutes
 first='import sys; sys.meta_path.sort(key=lambda finder: getattr(finder, "__name__", "") != "_EditableFinder")'
 printf '%s\n' "$first" >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sa3train_first.pth"
 printf '%s' "$wanted" >".venv/.installed$extras"
-say "Installed. Commands are in .venv/bin: sa3-encode sa3-train sa3-generate sa3-adapter sa3-data sa3-bench sa3-quickstart sa3-studio"
+say "Installed. Commands are in .venv/bin: $(cd .venv/bin && echo sa3-*)"

@@ -20,6 +20,8 @@ CONTEXT = 1 << 11
 LOOK_AHEAD = 0.005
 """Seconds in which the gain goes down before a peak, and up after it."""
 TRIES = 6
+AUDIBLE_DB = 0.5
+"""Least lack of loudness that is reported."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,7 +32,8 @@ class FinishedAudio:
         audio_CN: The audio.
         clipped_share: Share of its samples that exceeded ±1 and were clipped.
         measured: What was done to its level on request (see `master`), the `loudness_lufs` and `true_peak_db` that
-            came out (absent for silence), and how a loop's end joins its start (see `measure_seam`).
+            came out (absent for silence), `missing_db` where limited peaks leave less loudness than asked for, and how
+            a loop's end joins its start (see `measure_seam`).
     """
 
     audio_CN: Tensor
@@ -62,6 +65,8 @@ def finish_audio(
             "loudness_lufs": measure_loudness_lufs(audio_CN, sample_rate),
             "true_peak_db": measure_blocks(_wrap(audio_CN, CONTEXT if settings.loop else 0), sample_rate),
         }
+        if settings.loudness is not None and settings.loudness - reached["loudness_lufs"] >= AUDIBLE_DB:
+            reached["missing_db"] = settings.loudness - reached["loudness_lufs"]
         measured |= {name: round(value, 3) for name, value in reached.items() if math.isfinite(value)}
     if settings.loop:
         measured |= {name: round(value, 4) for name, value in measure_seam(audio_CN, sample_rate).items()}

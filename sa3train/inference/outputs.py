@@ -176,6 +176,7 @@ def describe_measured(measured: Mapping[str, float]) -> list[str]:
     templates = {
         "gain_db": "gain {gain_db:+.1f} dB to {loudness_lufs:.1f} LUFS",
         "limited_db": "peaks limited by {limited_db:.1f} dB to {true_peak_db:.1f} dBTP",
+        "missing_db": "{missing_db:.1f} dB quieter than asked: ask for less loudness, or for higher peaks",
         "seam_change_db": "seam {seam_change_db:.1f} dB (other joins {usual_change_db:.1f} dB)",
     }
     if measured.get("limited_db") == 0:

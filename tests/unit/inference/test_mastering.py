@@ -1,6 +1,7 @@
 """Level on request: true peaks never above the limit, nothing else changed, the loudness reached."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch
 from helpers.audio import noise, tone
 from sa3train.audio.metrics import measure_loudness_lufs, measure_true_peak_db
 from sa3train.inference import Generator, mastering
-from sa3train.inference.mastering import limit_peaks, master
+from sa3train.inference.mastering import finish_audio, limit_peaks, master
+from sa3train.inference.outputs import describe_measured
 
 RATE = 44100
 
@@ -53,6 +55,17 @@ def test_the_loudness_is_reached_and_what_was_done_is_said() -> None:
     assert measure_loudness_lufs(mastered_CN, RATE) == pytest.approx(-14.0, abs=0.01)
     assert done["gain_db"] == pytest.approx(-14.0 - before, abs=0.001)
     assert done["limited_db"] == 0.0
+
+
+def test_loudness_that_limited_peaks_do_not_allow_is_said() -> None:
+    def measure(loudness: float) -> dict[str, float]:
+        settings = SimpleNamespace(loudness=loudness, peak=-1.0, loop=False)
+        return finish_audio(make_hits(), settings, RATE).measured  # type: ignore[arg-type]
+
+    assert "missing_db" not in measure(-40.0)
+    measured = measure(0.0)
+    assert measured["missing_db"] == pytest.approx(-measured["loudness_lufs"], abs=0.01)
+    assert "quieter than asked" in " ".join(describe_measured(measured))
 
 
 def test_the_gain_of_a_loop_joins_too() -> None:
