@@ -342,6 +342,8 @@ def print_result(result: "TrainingResult", config: "TrainConfig | DecoderTrainCo
         result: The result.
         config: The configuration.
     """
+    from sa3train.reports.run_files import read_run
+    from sa3train.reports.verdict import NEXT, describe_verdict
     from sa3train.training.optim import keeps_rates
     from sa3train.training.run_dir import format_resume_command
 
@@ -351,6 +353,9 @@ def print_result(result: "TrainingResult", config: "TrainConfig | DecoderTrainCo
         return
     for line in result.summary:
         print(line)
+    for answer in describe_verdict(read_run(result.run_dir)):
+        if answer.question == NEXT:
+            print(f"next:    {answer.text}")
     minutes, seconds = divmod(round(result.seconds), 60)
     print(f"{result.steps} steps, {minutes} min {seconds} s, peak memory {result.peak_memory_gib:.1f} GiB")
     print(f"adapter: {result.adapter}")

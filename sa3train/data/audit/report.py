@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader
 
 from sa3train.core.files import path_exists, replace_file
 from sa3train.data.audit.checks import (
+    ERROR,
     FINDING_TYPES,
     SEVERITIES,
     THUMBNAIL_COLUMNS,
@@ -26,6 +27,7 @@ from sa3train.data.sources.listing import OWN
 _EXAMPLES = 5
 _PAGE_ROWS = 2000
 """Number of clips on the page, worst first; audit.json has all."""
+_UNCAPTIONED = {"no_caption", "empty_caption"}
 
 
 @dataclass
@@ -37,6 +39,7 @@ class AuditSummary:
         clips: Number of clips.
         rejected: Number of clips with an error.
         seconds: Length of the accepted clips in seconds.
+        uncaptioned_seconds: Length of the clips that are rejected for nothing but a missing caption.
         findings: Number of clips with each finding.
         applied: Remedies that the encode applies, such as "fixes=dc"; empty for an audit alone.
         composed: The first captions that were composed, with what each rests on.
@@ -46,6 +49,7 @@ class AuditSummary:
     clips: int = 0
     rejected: int = 0
     seconds: float = 0.0
+    uncaptioned_seconds: float = 0.0
     findings: Counter[str] = field(default_factory=Counter)
     applied: Sequence[str] = ()
     composed: list[str] = field(default_factory=list)
@@ -59,7 +63,10 @@ class AuditSummary:
         rejected = is_rejected(row)
         self.clips += all(finding["code"] != OWN for finding in row["findings"])
         self.rejected += rejected
-        self.seconds += 0.0 if rejected else row.get("seconds", 0.0)
+        if not rejected:
+            self.seconds += row.get("seconds", 0.0)
+        elif {each["code"] for each in row["findings"] if each["severity"] == ERROR} <= _UNCAPTIONED:
+            self.uncaptioned_seconds += row.get("seconds", 0.0)
         self.findings.update({finding["code"] for finding in row["findings"]})
         details = [finding["detail"] for finding in row["findings"] if finding["code"] == "auto_caption"]
         if details and len(self.composed) < _EXAMPLES:
@@ -76,6 +83,7 @@ class AuditSummary:
             "clips": self.clips,
             "rejected": self.rejected,
             "seconds": round(self.seconds, 3),
+            "uncaptioned_seconds": round(self.uncaptioned_seconds, 3),
             "findings": {
                 code: {"clips": count, "severity": kind.severity, "remedy": kind.remedy}
                 for code, count, kind in self.sort_findings()
@@ -123,9 +131,10 @@ class AuditSummary:
         """Count the clips in words.
 
         Returns:
-            Text such as "3 clips, 1 rejected, 9.0 s of usable audio".
+            Text such as "3 clips, 1 rejected, 9.0 s of usable audio, 4.0 s more with captions".
         """
-        return f"{self.clips} clips, {self.rejected} rejected, {_format_duration(self.seconds)} of usable audio"
+        more = f", {_format_duration(self.uncaptioned_seconds)} more with captions" if self.uncaptioned_seconds else ""
+        return f"{self.clips} clips, {self.rejected} rejected, {_format_duration(self.seconds)} of usable audio{more}"
 
 
 def write_audit_report(

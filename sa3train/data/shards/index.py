@@ -20,6 +20,7 @@ SILENCE_FILE = "silence.npy"
 
 _FORMAT = "sa3train-latents"
 _VERSION = 2
+"""Raise it when shards or the index change in a way that older versions would misread."""
 _OUTDATED = ".encode/outdated.json"
 _SHARD = re.compile(r"[a-z]+-\d{3,}-\d{5,}\.tar")
 _LARGEST = 10**15

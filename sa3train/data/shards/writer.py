@@ -122,7 +122,10 @@ class ShardWriter:
             record: Its record, with a `key`; `frames` and `crc32` are added.
 
         Returns:
-            Its position in the shard. A `DataError` is raised when the disk is full or the folder cannot be written.
+            Its position in the shard.
+
+        Raises:
+            DataError: When the disk is full or the folder cannot be written.
         """
         array = _serialize_array(latents_CF)
         whole = {**record, "frames": int(latents_CF.shape[1]), "crc32": zlib.crc32(array)}
@@ -175,7 +178,10 @@ def finish_shard(part: Path, entries: list[ShardEntry] | None = None) -> Path | 
         entries: Its clips; None to scan it.
 
     Returns:
-        The shard, or None when it contained no complete clip. A `DataError` is raised when it cannot be written.
+        The shard, or None when it contained no complete clip.
+
+    Raises:
+        DataError: When it cannot be written.
     """
     found, end = scan_shard(part) if entries is None else (entries, part.stat().st_size)
     if not found:

@@ -64,7 +64,7 @@ def read_clip_text(clip: Clip, audio: bytes | None = None, allow_promotional: bo
         The text, with problems where sources conflict or cannot be read.
     """
     text = ClipText(name=parse_name(clip.source))
-    captions: list[tuple[str, str]] = []
+    captions: list[tuple[str, str]] = []  # weakest first: the last one is used
     sidecars = [*reversed(clip.others), *(blob for blob in (clip.fields, clip.text) if blob)]
     sources = (
         (clip.row_name, _read_list_row(clip)),

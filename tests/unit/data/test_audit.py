@@ -356,6 +356,15 @@ def test_a_changed_clip_is_audited_again(tmp_path: Path) -> None:
     assert row["seconds"] == pytest.approx(0.7)
 
 
+def test_audio_that_lacks_nothing_but_captions_is_counted(tmp_path: Path) -> None:
+    write_clip(tmp_path / "set" / "good.wav", noise(2.0), "x")
+    write_clip(tmp_path / "set" / "bare.wav", noise(3.0))
+    write_clip(tmp_path / "set" / "bare and silent.wav", silence(4.0))
+    summary = write_audit_report(tmp_path / "out", "set", audit_rows(tmp_path / "set").values())
+    assert (summary.seconds, summary.uncaptioned_seconds) == (2.0, 3.0)
+    assert summary.count_clips() == "3 clips, 2 rejected, 2.0 s of usable audio, 3.0 s more with captions"
+
+
 def test_reports(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     write_clip(folder / "good.wav", noise(2.0), "x")
