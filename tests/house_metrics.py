@@ -28,8 +28,8 @@ VERBS = frozenset(
     fuse gather generate get give grow guess halt handle has hash have hide hold identify import include infer init
     initialize inject insert inspect install interpolate invalidate invert is iterate join keep kill know launch
     learn limit link list listen load localize locate lock log look lower make map mark mask match may measure merge
-    migrate mix monitor move must name needs normalize notify observe offload omit open override own pack pad parse
-    partition patch patchify pause pick place plan play plot poll precompute predict prefetch preload prepare
+    migrate mix monitor move multiply must name needs normalize notify observe offload omit open override own pack pad
+    parse partition patch patchify pause pick place plan play plot poll precompute predict prefetch preload prepare
     preserve preview print probe process propose protect prune publish pull push put quantize queue quote raise
     randomize read rebuild recommend recompute reconcile reconstruct record recover redraw reduce refresh refuse
     register reject release reload remember remove rename render reopen repeat replace replay report request requeue

@@ -144,11 +144,13 @@ def find_inputs(arguments: argparse.Namespace) -> "tuple[DataSettings | str, str
     data, model = arguments.data, arguments.model
     if data and model:
         return data, model
-    folders = (Path(each.rpartition("@")[0] if not Path(each).exists() else each) for each in arguments.adapters)
-    run = next((folder for path in folders for folder in (path, path.parent) if holds_run(folder)), None)
+    paths = [Path(each if Path(each).exists() else each.rpartition("@")[0] or each) for each in arguments.adapters]
+    run = next((folder for path in paths for folder in (path, path.parent) if holds_run(folder)), None)
     if run is None:
         missing = " and ".join(flag for flag, value in (("--data", data), ("--model", model)) if not value)
-        raise ConfigError(f"{missing} must be given: none of the adapters is in the folder of a run that says it.")
+        absent = next((each for each, path in zip(arguments.adapters, paths, strict=True) if not path.exists()), None)
+        why = f"there is nothing at {absent}" if absent else "no adapter is in the folder of a run that says it"
+        raise ConfigError(f"{missing} must be given: {why}.")
     settings = load_settings(run / CONFIG_FILE)
     if "source" in settings:
         raise ConfigError(f"{run} trains the autoencoder's decoder: see the round trips in its report.")

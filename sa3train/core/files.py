@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 MADE_BY = "sa3train"
 """Value of `made_by` in a sidecar."""
 FOLDER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "model_config.json",
-                "model.safetensors")  # fmt: skip
-"""What is read from the folder of an adapter or model."""
+                "model.safetensors", "adapter.safetensors")  # fmt: skip
+"""What is read from the folder of an adapter, a model or a run."""
 _PART = ".part"
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
 _ABANDONED = re.compile(rf"\..*\.{_HOST}-[a-z0-9_]{{8}}{re.escape(_PART)}")

@@ -264,6 +264,8 @@ class Evaluation:
         else:
             equals = "; ".join(self.label(self.candidates[index]) for index in self.pick.equals)
             text = f"{self.label(best)}: {self.pick.describe()}{f'. As good within noise: {equals}' if equals else ''}"
+        copies = [self.label(each) for each in self.candidates if each.measurement.is_copying]
+        text += f". Left out as copies of training clips: {'; '.join(copies)}" if copies else ""
         nearest = min(self.candidates, key=lambda each: each.measurement.frechet or math.inf)
         if nearest.measurement.frechet is not None and nearest is not best:
             text += (

@@ -21,6 +21,7 @@ from sa3train.reports.run_files import (
     read_run,
 )
 from sa3train.reports.runs import find_runs, load_run
+from sa3train.reports.verdict import TOOK, describe_verdict
 
 
 def compare_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
@@ -120,7 +121,11 @@ def choose_best(folders: Sequence[Path]) -> dict[str, Any]:
     else:
         raise DataError(f"{folder}, the best run, has no adapter yet: its first checkpoint writes one.")
     change = row["best"] / row["base"] - 1
-    notes += ["No run is better than the base model."] if change >= 0 else []
+    if change >= 0:
+        notes.append("No run is better than the base model.")
+    else:
+        took = [answer.text for answer in describe_verdict(read_run(folder)) if answer.question == TOOK]
+        notes += [text for text in took if not text.startswith("Yes")]
     return {"run": row["run"], "adapter": adapter, "step": step, "strength": 1.0, "change": change, "notes": notes}
 
 

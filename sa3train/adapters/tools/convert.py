@@ -209,7 +209,7 @@ def _make_portable(
     if exact:
         if to == "native" and name not in (*KINDS, *PEFT_METHODS):
             notes.append(
-                f"among tools that read native files only sa3train supports {name}; for others set model= and rank="
+                f"among tools that read native files only sa3train supports {name}; others need model=NAME and rank=R"
             )
         unified = unify_scales(adapter) if to == "native" else adapter
         if unified is not adapter:

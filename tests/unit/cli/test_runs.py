@@ -17,8 +17,13 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     for name, rank, losses in (("one", 8, (0.5, 0.6)), ("two", 16, (0.7, 0.4))):
         folder = make_run(tmp_path / "runs" / name, "finished", adapter={"rank": rank})
-        rows = [{"step": 20 * (number + 1), "val": {"loss": loss}} for number, loss in enumerate(losses)]
-        (folder / "validation.json").write_text(json.dumps({"base": {"val": {"loss": 0.8}}, "history": rows}))
+        rows = [
+            {"step": 20 * (number + 1), "val": {"loss": loss, "by_clip": [loss - 0.3, loss + 0.3]}}
+            for number, loss in enumerate(losses)
+        ]
+        base = {"val": {"loss": 0.8, "by_clip": [0.8, 0.8]}}
+        items = {"val": [{"base": 0.8, "adapter": losses[-1] + change} for change in (-0.3, 0.3)]}
+        (folder / "validation.json").write_text(json.dumps({"base": base, "history": rows, "items": items}))
         (folder / "adapter.safetensors").touch()
     write_record(tmp_path / "runs" / "failed")
     (tmp_path / "runs" / "failed" / processes.LOG_FILE).write_text("$ sa3-train\nerror: no such data\n")
@@ -44,7 +49,8 @@ def test_every_verb_prints_json(runs: Path, capsys: pytest.CaptureFixture[str]) 
     assert [(row["adapter.rank"], row["best"], row["best step"]) for row in rows] == [(16, 0.4, 40), (8, 0.5, 20)]
     assert main(["best", "runs/one", "runs/two", "--json"]) == 0
     best = json.loads(read(capsys))
-    assert (best["adapter"], best["step"], best["notes"]) == ("runs/two/adapter.safetensors", 40, [])
+    assert (best["adapter"], best["step"]) == ("runs/two/adapter.safetensors", 40)
+    assert len(best["notes"]) == 1 and "within noise" in best["notes"][0]
     assert best["change"] == pytest.approx(-0.5)
 
 
@@ -57,7 +63,8 @@ def test_text_says_the_same(runs: Path, capsys: pytest.CaptureFixture[str]) -> N
     table = read(capsys)
     assert "adapter.rank" in table and "evaluated" not in table and table.index("two") < table.index("one")
     main(["best", "runs"])
-    assert "use it: --lora runs/two/adapter.safetensors=1" in read(capsys)
+    assert "Not beyond noise: loss on held-out clips is" in (said := read(capsys))
+    assert "use it: --lora runs/two/adapter.safetensors=1" in said
 
 
 def test_the_best_step_may_be_gone(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -266,9 +266,10 @@ def test_targets_are_neither_inputs_nor_in_their_way(tmp_path: Path, monkeypatch
     (tmp_path / "hard.bin").hardlink_to(source)
     (tmp_path / "other").write_bytes(b"y")
     (source.parent / "model.safetensors").write_bytes(b"z")
+    (source.parent / "adapter.safetensors").write_bytes(b"z")
     names = ("folder/in.bin", "link/in.bin", "folder/../folder/in.bin", "hard.bin", "folder", "link", ".")
     pairs = [(name, str(source)) for name in (str(source), *names)]
-    for target, read in (*pairs, ("folder/model.safetensors", "link")):
+    for target, read in (*pairs, ("folder/model.safetensors", "link"), ("folder/adapter.safetensors", "link")):
         with pytest.raises(SA3Error, match="would replace the input"):
             check_target(target, [read], overwrite=True)
     for fine in ("other", "folder/out.bin", "new/out.bin", "in.bin", "x" * 300):

@@ -157,7 +157,9 @@ def test_a_run_stands_for_its_checkpoints(tmp_path: Path, shards: Path, capsys: 
 
 def test_wrong_flags_are_named(adapters: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*adapters, "--model", "nano-base"]) == 1
-    assert "--data must be given" in capsys.readouterr().err
+    assert "--data must be given: no adapter is in the folder of a run" in capsys.readouterr().err
+    assert main(["nope", "--pick"]) == 1
+    assert "there is nothing at nope" in capsys.readouterr().err
     assert main([*adapters, "--data", "x", "--model", "nano-base", "--clips", "0"]) == 1
     assert "clips=0 must be at least 1" in capsys.readouterr().err
     assert main([*adapters, "--data", "x", "--model", "nano-base", "--json", adapters[0]]) == 1
