@@ -8,11 +8,15 @@ whole bars. Keys: the first 8 s of scores from music21's corpus, each transposed
 of 26 instruments; the key is proven by the signature, music21's analysis and the last bass note. Every other song and
 every other score is of the half on which the estimators were chosen; both halves are printed. `--fit` prints weights
 that tell a tempo from its double, and how often those of one half are right on the other.
+
+`--blind` takes other clips, which had no part in any choice: the drums of MMA's grooves (Debian's `mma`, unpacked to
+FOLDER too) and the scores that the first set left out.
 """
 
 import argparse
 import json
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -52,10 +56,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="Debian's packages unpacked; the clips go to its sub-folder clips")
     parser.add_argument("--fit", action="store_true", help="fit the weights that tell a tempo from its double")
+    parser.add_argument("--blind", action="store_true", help="take clips on which nothing was chosen")
     arguments = parser.parse_args()
     font = next(arguments.folder.rglob("FluidR3_GM.sf2"), Path("/usr/share/sounds/sf2/FluidR3_GM.sf2"))
-    loops = render_set(arguments.folder / "clips" / "loops", lambda: list_loops(arguments.folder), font)
-    keys = render_set(arguments.folder / "clips" / "keys", list_scores, font)
+    kind, list_drums = ("blind-", list_grooves) if arguments.blind else ("", list_loops)
+    clips = arguments.folder / "clips"
+    loops = render_set(clips / f"{kind}loops", lambda: list_drums(arguments.folder), font)
+    keys = render_set(clips / f"{kind}keys", lambda: list_scores(arguments.blind), font)
     heard = measure_tempos(loops)
     print_tempos(heard, "loops", 0)
     print_tempos(heard, "the same, cut within a beat", 1)
@@ -85,7 +92,7 @@ def measure_tempos(clips: list[dict[str, Any]]) -> list[tuple[dict[str, Any], li
 
 def print_tempos(heard: list[Any], title: str, number: int) -> None:
     """Print how often tempos are right."""
-    for half in (0, 1, None):
+    for half in (None,) if any(clip["half"] is None for clip, *_ in heard) else (0, 1, None):
         rows = [(tempos[number], clip["bpm"]) for clip, tempos, _ in heard if half in (None, clip["half"])]
         ratios = np.array([tempo.bpm / bpm if tempo else 0.0 for tempo, bpm in rows])
         right = np.abs(ratios - 1) < 0.02
@@ -107,9 +114,9 @@ def print_keys(clips: list[dict[str, Any]]) -> None:
         tonic, mode = clip["key"].split()
         true = f"{analysis.NOTES[int(tonic)]} {mode}"
         said, strength = analysis.estimate_key(read_mono(clip["path"]))
-        rows.append((clip["half"], said == true, said == get_relative_key(true), strength, said is not None))
+        rows.append((clip["half"] or 0, said == true, said == get_relative_key(true), strength, said is not None))
     table = np.array(rows, dtype=float)
-    for half in (0, 1, None):
+    for half in (None,) if any(clip["half"] is None for clip in clips) else (0, 1, None):
         part = table if half is None else table[table[:, 0] == half]
         name, sure = {0: "chosen on", 1: "held out", None: "all"}[half], part[:, 4] > 0
         print(f"keys, {name} ({len(part)}): right {part[:, 1].mean():.3f}, relative {part[:, 2].mean():.3f}", end="; ")
@@ -156,7 +163,8 @@ def render_set(folder: Path, list_clips: Callable[[], Iterator[dict[str, Any]]],
     record = folder / "set.json"
     if not record.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        clips = list(list_clips())
+        if not (clips := list(list_clips())):
+            raise SystemExit(f"nothing to render for {folder}: is what it is made of unpacked?")
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(lambda clip: render_clip(folder / clip["file"], clip, font), clips))
         record.write_text(json.dumps([{k: v for k, v in clip.items() if k != "notes"} for clip in clips], indent=1))
@@ -226,8 +234,51 @@ def list_loops(folder: Path) -> Iterator[dict[str, Any]]:
                 }  # fmt: skip
 
 
-def list_scores() -> Iterator[dict[str, Any]]:
-    """Yield the openings of scores whose key is proven."""
+def list_grooves(folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the drums of MMA's grooves in four quarters: the first one of each style, in two or in four bars."""
+    import mido
+
+    rng, program = random.Random(1), next(folder.rglob("bin/mma")).resolve()
+    for style in sorted(folder.rglob("stdlib/*.mma")):
+        text = style.read_text(encoding="latin-1")
+        groove = re.search(r"^DefGroove\s+(\S+)", text, re.MULTILINE)
+        if not groove or re.search(r"^\s*Time(?:sig)? +(?!4\b)", text, re.MULTILINE | re.IGNORECASE):
+            continue
+        with tempfile.TemporaryDirectory() as scratch:
+            song, midi = Path(scratch) / "a.mma", Path(scratch) / "a.mid"
+            song.write_text(
+                "\n".join(
+                    [
+                        "Tempo 120",
+                        f"Include {style.resolve()}",
+                        f"Groove {groove[1]}",
+                        *(f"{bar} C" for bar in range(1, 5)),
+                    ]
+                )
+            )
+            command = [sys.executable, str(program), str(song), "-f", str(midi)]
+            made = subprocess.run(command, check=False, capture_output=True, cwd=style.parents[2])
+            messages = list(mido.merge_tracks(mido.MidiFile(midi).tracks)) if midi.is_file() else []
+        if not messages:
+            print(f"{style.stem} is left out: {made.stdout.decode(errors='replace').strip()[-100:]}")
+            continue
+        resolution, now, hits = 192, 0, []
+        for message in messages:
+            now += message.time
+            if message.type == "note_on" and message.channel == 9 and message.velocity:
+                hits.append((now / resolution, message.note, message.velocity))
+        bars, bpm = rng.choice((2, 4)), rng.randint(72, 175)
+        beat = 60 / bpm
+        notes = [(at * beat, 0.1, drum, level) for at, drum, level in hits if at < 4 * bars - 0.01]
+        if len({at for at, *_ in notes}) >= 4 * bars and {drum for *_, drum, _ in notes} & {35, 36, 37, 38, 39, 40}:
+            yield {
+                "file": f"{style.stem}-{bars}.wav", "bpm": bpm, "seconds": 4 * bars * beat,
+                "half": None, "program": None, "notes": notes,
+            }  # fmt: skip
+
+
+def list_scores(is_blind: bool = False) -> Iterator[dict[str, Any]]:
+    """Yield the openings of scores whose key is proven; the blind ones are those behind the last that is looked at."""
     from music21 import corpus
 
     rng, count = random.Random(0), 0
@@ -239,7 +290,16 @@ def list_scores() -> Iterator[dict[str, Any]]:
             clip = make_score_clip(path, rng) if found < most else None
             if clip:
                 found, count = found + 1, count + 1
-                yield clip | {"file": f"{part}-{found}.wav", "half": count % 2}
+                if not is_blind:
+                    yield clip | {"file": f"{part}-{found}.wav", "half": count % 2}
+        others = paths[4 * most : 8 * most] if is_blind else []
+        own = random.Random(part)
+        found = 0
+        for path in others:
+            clip = make_score_clip(path, own) if found < most else None
+            if clip:
+                found += 1
+                yield clip | {"file": f"{part}-{found}.wav", "half": None}
 
 
 def make_score_clip(path: Path, rng: random.Random) -> dict[str, Any] | None:

@@ -63,6 +63,7 @@ class AudioAnalysis:
     Attributes:
         bpm: Tempo in beats per minute.
         key: Such as "A minor".
+        key_strength: How clear the key is, a correlation.
         form: "loop", "one-shot" or "".
         sound: "percussive", "tonal" or "".
         brightness: "dark", "bright" or "".
@@ -76,6 +77,7 @@ class AudioAnalysis:
 
     bpm: float | None = None
     key: str | None = None
+    key_strength: float = 0.0
     form: str = ""
     sound: str = ""
     brightness: str = ""
@@ -127,9 +129,11 @@ def analyze_audio(audio_CN: np.ndarray, rate: int) -> AudioAnalysis:
     is_sure &= tempo is not None and (tempo.is_loop or sound != "tonal")  # pads and drones beat without a tempo
     is_loop = is_sure and tempo is not None and tempo.is_loop
     density = onsets / seconds
+    key, key_strength = estimate_key(mono_N) if sound == "tonal" else (None, 0.0)
     return AudioAnalysis(
         bpm=round(tempo.bpm, 2) if is_sure and tempo else None,
-        key=estimate_key(mono_N)[0] if sound == "tonal" else None,
+        key=key,
+        key_strength=round(key_strength, 4),
         form="loop" if is_loop else "one-shot" if onsets <= 1 and seconds < _LONGEST_ONE_SHOT else "",
         sound=sound,
         brightness=_choose_word(centroid, _DARK_HZ, "dark", _BRIGHT_HZ, "bright"),

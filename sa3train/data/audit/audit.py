@@ -6,6 +6,7 @@ keeps a few columns of the journal in memory, so that a million clips fit, and f
 
 import copy
 import hashlib
+import inspect
 import json
 import re
 from collections import deque
@@ -17,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from sa3train.audio import analysis
 from sa3train.audio.analysis import AudioAnalysis, analyze_audio
 from sa3train.audio.io import read_whole
 from sa3train.core.config import check_choice
@@ -34,7 +36,7 @@ from sa3train.data.audit.checks import (
     make_finding,
     measure,
 )
-from sa3train.data.captioning.compose import compose_caption
+from sa3train.data.captioning import compose
 from sa3train.data.captioning.template import DEFAULT_TEMPLATE, check_template
 from sa3train.data.sources.captions import FACTS, read_clip_text
 from sa3train.data.sources.latents import LATENT_FIELDS, RATE, read_imported_latents
@@ -52,6 +54,10 @@ _COPY_NAME = re.compile(
     r"(^|/)copy of [^/]*$|[ _-]+copy([ _-]?\d+)?( ?\(\d+\))?(\.\w+)?$| ?\(\d+\)(\.\w+)?$", re.IGNORECASE
 )
 """Names that file managers give to copies."""
+
+
+COMPOSITION = (analysis, compose)
+"""Modules that decide what a composed caption says; any change of them is a new version of the audit."""
 
 
 def compute_audit_version() -> str:
@@ -74,7 +80,8 @@ def compute_audit_version() -> str:
         NAME_WORDS,
     ]
     measurements = sorted(measure(np.zeros((1, 4096), np.float32), 44100))
-    guarded = [text_fields, severities, LIMITS, FINGERPRINT_BITS, measurements]
+    composition = [inspect.getsource(module) for module in COMPOSITION]
+    guarded = [text_fields, severities, LIMITS, FINGERPRINT_BITS, measurements, composition]
     return hashlib.sha256(repr(guarded).encode()).hexdigest()[:16]
 
 
@@ -172,7 +179,7 @@ def _audit_text(
     findings += [make_finding(code, detail) for code, detail in (*clip.notes, *text.problems)]
     columns: dict[str, Any] = {"tags": text.tags, "facts": text.facts}
     if sound:
-        composed = compose_caption(text, sound, rules.template, rules.common_words)
+        composed = compose.compose_caption(text, sound, rules.template, rules.common_words)
         findings += [make_finding(code, detail) for code, detail in composed.problems]
         columns["facts"] = text.facts + [fact for fact in composed.facts if fact.source == "heard"]
         if not text.caption and composed.caption and not text.unread_caption:

@@ -396,11 +396,11 @@ def test_reports(tmp_path: Path) -> None:
     assert "no problems" in AuditSummary("empty").format_table()
 
 
-@pytest.mark.parametrize("name", ["CAPTION_FIELDS", "MAX_TAG_LENGTH", "LIMITS", "FINDING_TYPES"])
+@pytest.mark.parametrize("name", ["CAPTION_FIELDS", "MAX_TAG_LENGTH", "LIMITS", "FINDING_TYPES", "COMPOSITION"])
 def test_the_version_follows_what_it_guards(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     before = audit.compute_audit_version()
     assert before == audit.compute_audit_version()
-    changes = {"CAPTION_FIELDS": ("text",), "MAX_TAG_LENGTH": 100}
+    changes = {"CAPTION_FIELDS": ("text",), "MAX_TAG_LENGTH": 100, "COMPOSITION": (audit.analysis,)}
     changed = changes[name] if name in changes else dict(list(getattr(audit, name).items())[1:])
     monkeypatch.setattr(audit, name, changed)
     assert audit.compute_audit_version() != before

@@ -52,6 +52,7 @@ def compose(name: str, *facts: Fact, **heard: object) -> tuple[str, list[str]]:
 
 
 TAG, NAME = Fact("bpm", 128, "ACID chunk"), Fact("bpm", 120, "file name")
+HEARD_CLEARLY = {"key": "E major", "key_strength": 0.95}
 
 
 @pytest.mark.parametrize(
@@ -69,6 +70,11 @@ TAG, NAME = Fact("bpm", 128, "ACID chunk"), Fact("bpm", 120, "file name")
         ("kick.wav", [NAME], {"form": "one-shot"}, "kick one-shot", []),
         ("pad.wav", [Fact("key", "A minor", "tag")], {"key": "C major"}, "pad, A minor", []),  # its relative
         ("pad.wav", [Fact("key", "A minor", "tag")], {"key": "E major"}, "pad, A minor", ["key_heard"]),
+        ("pad.wav", [Fact("key", "A minor", "file name")], {"key": "E major"}, "pad, A minor", ["key_heard"]),
+        ("pad.wav", [Fact("key", "A minor", "file name")], HEARD_CLEARLY, "pad", ["key_heard"]),
+        ("pad.wav", [Fact("key", "A minor", "ACID chunk")], HEARD_CLEARLY, "pad, A minor", ["key_heard"]),
+        ("kick.wav", [Fact("key", "A minor", "file name")], {"form": "one-shot"}, "kick one-shot", []),
+        ("kick loop.wav", [Fact("key", "A minor", "file name")], {}, "kick loop, A minor", []),
         ("pad.wav", [Fact("root", "F#", "ACID chunk")], {}, "pad, F#", []),
         ("x.wav", [], {"sound": "percussive", "form": "loop"}, "percussive loop", []),
         ("Techno/rain on roof.wav", [Fact("genre", "techno", "name")], {"sound": "tonal"}, "techno rain roof", []),
