@@ -1,0 +1,132 @@
+"""Compare training objectives: one difference at a time, over data sets and seeds, paired over what is equal.
+
+python recipes/objectives.py OUT sample=LATENTS loops=LATENTS --seeds 0,1,2 --variants released,uniform
+
+Each trial is a run of `sa3-train` on nano-base, and a line of OUT/trials.jsonl; trials that are there are not run
+again, so that the same command goes on after a stop. The table shows the change of the held-out loss against the base
+after the last step, and its difference from the first variant on the same data and seed.
+"""
+
+import argparse
+import json
+import resource
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+VARIANTS: dict[str, list[str]] = {
+    "released": [],
+    "warm-up": ["scheduler.warmup_steps=100"],
+    "uniform": ["loss.timesteps=uniform"],
+    "ema": ["trainer.ema_decay=0.97"],
+    "cosine": ["scheduler=cosine"],
+    "lora-plus": ["optimizer.lora_plus=4"],
+    "min-snr": ["loss.weighting=min_snr"],
+    "no-coupling": ["loss.coupling=false"],
+    "no-segments": ["loss.inpainting={full: 1.0}"],
+    "uniform-ema": ["loss.timesteps=uniform", "trainer.ema_decay=0.97"],
+    "uniform-cosine": ["loss.timesteps=uniform", "scheduler=cosine"],
+}
+"""What each variant changes in the released objective without warm-up."""
+
+COMMON = [
+    "model=nano-base",
+    "scheduler.warmup_steps=0",
+    "optimizer.lr=1e-3",
+    "trainer.threads=1",
+    "trainer.accelerator=cpu",
+    "data.num_workers=0",
+    "callbacks.validation.clips=12",
+    "callbacks.validation.strengths=[]",
+    "callbacks.demos.enabled=false",
+    "callbacks.checkpoint.every=1000000",
+    "callbacks.report=false",
+]
+
+
+def main() -> None:
+    """Run the trials that are missing and print the table."""
+    flags = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    flags.add_argument("out", type=Path, help="folder of trials.jsonl")
+    flags.add_argument("data", nargs="+", metavar="NAME=LATENTS", help="data sets")
+    flags.add_argument("--variants", default=",".join(VARIANTS), help="the first is what others are compared with")
+    flags.add_argument("--seeds", default="0,1,2")
+    flags.add_argument("--steps", type=int, default=300)
+    arguments = flags.parse_args()
+    variants, sets = arguments.variants.split(","), dict(each.split("=", 1) for each in arguments.data)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    lines = arguments.out / "trials.jsonl"
+    losses = _read(lines, arguments.steps)
+    for seed in map(int, arguments.seeds.split(",")):
+        for data, folder in sets.items():
+            for variant in variants:
+                if (data, variant, seed) in losses:
+                    continue
+                trial = {"data": data, "variant": variant, "seed": seed, "steps": arguments.steps}
+                trial |= run_trial(arguments.out / "run", folder, variant, seed, arguments.steps)
+                with lines.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(trial) + "\n")
+    losses = _read(lines, arguments.steps)
+    for data in sets:
+        print_table(data, variants, {key[1:]: trial for key, trial in losses.items() if key[0] == data})
+
+
+def run_trial(run: Path, data: str, variant: str, seed: int, steps: int) -> dict[str, float]:
+    """Train once.
+
+    Args:
+        run: Run folder, made anew and removed.
+        data: Latent shards with held-out clips.
+        variant: Name of the variant.
+        seed: Seed of the run.
+        steps: Optimizer steps.
+
+    Returns:
+        Losses of held-out and training clips, and processor seconds of the whole run.
+    """
+    shutil.rmtree(run, ignore_errors=True)
+    settings = [f"data={data}", f"run_dir={run}", f"seed={seed}", f"trainer.max_steps={steps}", *COMMON]
+    settings += [f"callbacks.validation.every={steps}", *VARIANTS[variant]]
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, Path(__file__).with_name("train.py"), *settings], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    found = json.loads((run / "validation.json").read_text(encoding="utf-8"))
+    shutil.rmtree(run)
+    last = found["history"][-1]
+    return {
+        "base": found["base"]["val"]["loss"],
+        "loss": last["val"]["loss"],
+        "training_loss": last["train_eval"]["loss"],
+        "processor_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+    }
+
+
+def print_table(data: str, variants: list[str], trials: dict[tuple[str, int], dict[str, Any]]) -> None:
+    """Print the variants of a data set.
+
+    Args:
+        data: Its name.
+        variants: The variants; the first is what others are compared with.
+        trials: Trials by variant and seed.
+    """
+    for variant in variants:
+        seeds = [seed for name, seed in trials if name == variant and (variants[0], seed) in trials]
+        if not seeds:
+            continue
+        mine, first = ([trials[name, seed]["loss"] for seed in seeds] for name in (variant, variants[0]))
+        changes = [100 * (loss / trials[variant, seed]["base"] - 1) for loss, seed in zip(mine, seeds, strict=True)]
+        pairs = ", ".join(f"{100 * (loss / other - 1):+.2f}%" for loss, other in zip(mine, first, strict=True))
+        cost = statistics.mean(trials[variant, seed]["processor_seconds"] for seed in seeds)
+        print(f"{data:10} {variant:16} {statistics.mean(changes):+.2f}%  against {variants[0]}: {pairs}  {cost:.0f} s")
+
+
+def _read(path: Path, steps: int) -> dict[tuple[str, str, int], dict[str, Any]]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    return {(row["data"], row["variant"], row["seed"]): row for row in rows if row["steps"] == steps}
+
+
+if __name__ == "__main__":
+    main()
