@@ -117,7 +117,7 @@ def check_captions(folder: Path) -> int:
         }
         for name, (said, wanted) in pairs.items():
             verdict = "right" if said == wanted else "wrong" if said else "left out"
-            counts[f"{name} {verdict}"] += 1
+            counts[f"{name} {verdict if said or wanted else 'none, rightly'}"] += 1
             if verdict != "right":
                 print(f"{name} {verdict}: {truth.path}: {caption}")
     print(", ".join(f"{name}: {count}" for name, count in sorted(counts.items())))

@@ -58,6 +58,8 @@ def main() -> int:
     parser.add_argument("--fit", action="store_true", help="fit the weights that tell a tempo from its double")
     parser.add_argument("--blind", action="store_true", help="take clips on which nothing was chosen")
     arguments = parser.parse_args()
+    if arguments.fit and arguments.blind:
+        parser.error("--fit has no use with --blind, whose clips choose nothing")
     font = next(arguments.folder.rglob("FluidR3_GM.sf2"), Path("/usr/share/sounds/sf2/FluidR3_GM.sf2"))
     kind, list_drums = ("blind-", list_grooves) if arguments.blind else ("", list_loops)
     clips = arguments.folder / "clips"
@@ -238,7 +240,10 @@ def list_grooves(folder: Path) -> Iterator[dict[str, Any]]:
     """Yield the drums of MMA's grooves in four quarters: the first one of each style, in two or in four bars."""
     import mido
 
-    rng, program = random.Random(1), next(folder.rglob("bin/mma")).resolve()
+    rng, program = random.Random(1), next(folder.rglob("bin/mma"), None)
+    if program is None:
+        return
+    program = program.resolve()
     for style in sorted(folder.rglob("stdlib/*.mma")):
         text = style.read_text(encoding="latin-1")
         groove = re.search(r"^DefGroove\s+(\S+)", text, re.MULTILINE)

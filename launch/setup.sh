@@ -8,14 +8,14 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 extras=""
-case "${1:-}" in
+case "$*" in
     --dev) extras="[dev]" ;;
     --ui) extras="[ui]" ;;
     "") ;;
     *)
         sed -n '2,6s/^# //p' launch/setup.sh
-        [ "$1" = --help ] || [ "$1" = -h ] && exit 0
-        printf 'setup.sh: unknown argument %s\n' "$1" >&2
+        [ "$*" = --help ] || [ "$*" = -h ] && exit 0
+        printf 'setup.sh: unknown arguments %s\n' "$*" >&2
         exit 2
         ;;
 esac

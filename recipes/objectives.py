@@ -3,8 +3,9 @@
 python recipes/objectives.py OUT sample=LATENTS loops=LATENTS --seeds 0,1,2 --variants released,uniform
 
 Each trial is a run of `sa3-train` on nano-base, and a line of OUT/trials.jsonl; trials that are there are not run
-again, so that the same command goes on after a stop. The table shows the change of the held-out loss against the base
-after the last step, and its difference from the first variant on the same data and seed.
+again, so that the same command goes on after a stop (a NAME stands for its data: give other data another OUT). The
+table shows the change of the held-out loss against the base after the last step, and its difference from the first
+variant on the same data and seed.
 """
 
 import argparse
@@ -57,6 +58,8 @@ def main() -> None:
     flags.add_argument("--steps", type=int, default=300)
     arguments = flags.parse_args()
     variants, sets = arguments.variants.split(","), dict(each.split("=", 1) for each in arguments.data)
+    if unknown := set(variants) - set(VARIANTS):
+        flags.error(f"unknown variants {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     lines = arguments.out / "trials.jsonl"
     losses = _read(lines, arguments.steps)

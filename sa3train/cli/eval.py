@@ -149,8 +149,9 @@ def find_inputs(arguments: argparse.Namespace) -> "tuple[DataSettings | str, str
     if run is None:
         missing = " and ".join(flag for flag, value in (("--data", data), ("--model", model)) if not value)
         absent = next((each for each, path in zip(arguments.adapters, paths, strict=True) if not path.exists()), None)
-        why = f"there is nothing at {absent}" if absent else "no adapter is in the folder of a run that says it"
-        raise ConfigError(f"{missing} must be given: {why}.")
+        if absent:
+            raise ConfigError(f"There is nothing at {absent}. Give adapters, or the folder of a run.")
+        raise ConfigError(f"{missing} must be given: no adapter is in the folder of a run that says it.")
     settings = load_settings(run / CONFIG_FILE)
     if "source" in settings:
         raise ConfigError(f"{run} trains the autoencoder's decoder: see the round trips in its report.")

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 MADE_BY = "sa3train"
 """Value of `made_by` in a sidecar."""
 FOLDER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "model_config.json",
-                "model.safetensors", "adapter.safetensors")  # fmt: skip
-"""What is read from the folder of an adapter, a model or a run."""
+                "model.safetensors")  # fmt: skip
+"""What is read from the folder of an adapter or model."""
+RUN_RECORD, RUN_ADAPTER = "run.json", "adapter.safetensors"
+"""What makes a folder a run's, and what is read from it as its adapter."""
 _PART = ".part"
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
 _ABANDONED = re.compile(rf"\..*\.{_HOST}-[a-z0-9_]{{8}}{re.escape(_PART)}")
@@ -283,7 +285,8 @@ def check_target(target: str | os.PathLike[str], inputs: Iterable[str | os.PathL
     """
     for source in map(Path, inputs):
         holds = os.path.realpath(source).startswith(os.path.realpath(target) + os.sep)
-        if holds or any(_is_same(Path(target), each) for each in (source, *map(source.joinpath, FOLDER_FILES))):
+        names = (*FOLDER_FILES, *([RUN_ADAPTER] if path_exists(source / RUN_RECORD) else []))
+        if holds or any(_is_same(Path(target), each) for each in (source, *map(source.joinpath, names))):
             raise SA3Error(f"cannot write {target}: that would replace the input {source}. Choose another name.")
     if reason := find_special(target):
         raise SA3Error(f"cannot write {target}: {reason}. Choose another name.")

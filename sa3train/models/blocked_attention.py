@@ -1,7 +1,8 @@
 """Attention as plain matrix products over blocks of scores, for bf16 on CPUs with instructions for it.
 
 torch's fused kernels take twice the time there, forward and backward. A block of scores is computed, used and dropped
-while it is in the cache. The backward pass computes it again, so nothing but queries, keys and values is saved.
+while it is in the cache. The backward pass computes it again, so nothing but queries, keys and values is saved; it
+takes all queries of a head at once, so that beyond 1024 tokens a block is larger (64 MiB with its gradient at 4096).
 Shape legend: B rows, L query tokens, M key tokens, H heads, D head width, N heads of one block (of one row, or of
 whole rows).
 """
@@ -42,7 +43,7 @@ class _BlockedAttention(Function):
         q, k, v = (_copy_head_major(x) for x in (q_BLHD, k_BMHD, v_BMHD))
         ctx.save_for_backward(q, k, v, mask)
         out_BHLD = torch.empty_like(q)
-        query_step = max(1, SCORES_PER_BLOCK // k.shape[2])
+        query_step = max(1, SCORES_PER_BLOCK // max(1, k.shape[2]))
         for block, scores_NLM in _iterate_blocks(q, k, query_step):
             keys = block[:2]
             _compute_weights(q[block], k[keys], _select(mask, block), scores_NLM)
@@ -83,8 +84,9 @@ def _copy_head_major(x_BLHD: Tensor) -> Tensor:
 def _iterate_blocks(q_BHLD: Tensor, k_BHMD: Tensor, query_step: int) -> Iterator[tuple[_Block, Tensor]]:
     """Yield blocks, with room for their scores (N, L, M) that is valid until the next."""
     (rows, heads, length, _), keys = q_BHLD.shape, k_BHMD.shape[2]
-    row_step = max(1, SCORES_PER_BLOCK // (heads * length * keys))
-    head_step = min(heads, max(1, SCORES_PER_BLOCK // (length * keys)))
+    scores = max(1, length * keys)
+    row_step = max(1, SCORES_PER_BLOCK // (heads * scores))
+    head_step = min(heads, max(1, SCORES_PER_BLOCK // scores))
     room = q_BHLD.new_empty(min(rows, row_step) * head_step * min(length, query_step) * keys)
     for b, h, q in itertools.product(
         range(0, rows, row_step), range(0, heads, head_step), range(0, length, query_step)

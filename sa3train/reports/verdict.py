@@ -58,7 +58,7 @@ def describe_verdict(run: RunFiles) -> list[Answer]:
         text = (
             f"Loss on training clips is {train.describe(BASE)}. Without held-out clips nothing says if new ones gain."
         )
-        advice = ["Hold clips out: encode with split=0.1."] + [_COPIES] * copies
+        advice = ["Hold clips out (split=0.1)."] + [_COPIES] * copies
         return [Answer(TOOK, text), Answer(NEXT, " ".join(advice))]
     base_I = validation["base"]["val"].get("by_clip", [])
     history = {row["step"]: row["val"]["by_clip"] for row in trained if _is_comparable(base_I, row)}

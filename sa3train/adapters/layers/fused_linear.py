@@ -119,7 +119,7 @@ class AdaptedProduct(Function):
         low_TI = scaled_TI if dropped_TI is None else apply_gain(dropped_TI, gain_I)
         bias_O, y_TO = fixed.bias_O, None
         if magnitude_O is not None and norm_O is None:
-            if A_RI is not None and dtype != torch.float32:
+            if A_RI is not None and dtype != torch.float32 and not x_TI.is_cuda:
                 # The low-rank product below rounds A alike, and the output is rounded by more.
                 y_TO, product_OR = multiply_with_factor(scaled_TI, A_RI, frozen.W_OI)
             norm_O, product_OR = norms.compute_row_norms(frozen, A_RI, B, scale, product_OR)
@@ -294,7 +294,9 @@ def multiply_with_factor(x_TI: Tensor, A_RI: Tensor, W_OI: Tensor) -> tuple[Tens
         xWᵀ, and WAᵀ in fp32, exact to the rounding of A and of the product to the input's dtype.
     """
     both = torch.cat((x_TI, A_RI.to(x_TI.dtype))) @ W_OI.T
-    return both[: len(x_TI)], both[len(x_TI) :].T.float()
+    # No view: autograd would refuse to change the layer's output in place.
+    y_TO = both.new_empty(0).set_(both.untyped_storage(), 0, (len(x_TI), both.shape[1]), (both.shape[1], 1))
+    return y_TO, both[len(x_TI) :].T.float()
 
 
 def apply_gain(x: Tensor, gain: Tensor | None) -> Tensor:

@@ -1,8 +1,8 @@
 """Norms of the rows and columns of V = W + sBA without building V, and their gradients, for trained A and B.
 
 ‖V‖² of a row is ‖W‖² + 2s·rowsum(B ⊙ WAᵀ) + s²·rowsum(B(AAᵀ) ⊙ B), and of a column likewise. Bora's columns are those
-of H = g ⊙ V, g = magnitude / norm of the row, with squares Σ_i g_i² V_ij². All in fp32. `weight_norms_xs` has the same
-functions for -xs types. docs/model.md, section 7.
+of H = g ⊙ V, g = magnitude / norm of the row, with squares Σ_i g_i² V_ij². All in fp32, but for a WAᵀ that is given.
+`weight_norms_xs` has the same functions for -xs types. docs/model.md, section 7.
 
 Bora reads W once forward and once backward for both norms: a row's norm and its gradient need that row alone, and so
 does what the row adds to the columns, so both are computed for each block of rows while it is in the cache.

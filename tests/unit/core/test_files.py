@@ -269,9 +269,13 @@ def test_targets_are_neither_inputs_nor_in_their_way(tmp_path: Path, monkeypatch
     (source.parent / "adapter.safetensors").write_bytes(b"z")
     names = ("folder/in.bin", "link/in.bin", "folder/../folder/in.bin", "hard.bin", "folder", "link", ".")
     pairs = [(name, str(source)) for name in (str(source), *names)]
-    for target, read in (*pairs, ("folder/model.safetensors", "link"), ("folder/adapter.safetensors", "link")):
+    for target, read in (*pairs, ("folder/model.safetensors", "link")):
         with pytest.raises(SA3Error, match="would replace the input"):
             check_target(target, [read], overwrite=True)
+    check_target("folder/adapter.safetensors", ["link"], overwrite=True)
+    (source.parent / "run.json").write_bytes(b"{}")
+    with pytest.raises(SA3Error, match="would replace the input"):
+        check_target("folder/adapter.safetensors", ["link"], overwrite=True)
     for fine in ("other", "folder/out.bin", "new/out.bin", "in.bin", "x" * 300):
         check_target(fine, [source, ".", "nowhere", "x" * 300], overwrite=True)
     with pytest.raises(SA3Error, match=r"other exists already.*overwrite=True"):

@@ -159,7 +159,7 @@ def test_wrong_flags_are_named(adapters: list[str], capsys: pytest.CaptureFixtur
     assert main([*adapters, "--model", "nano-base"]) == 1
     assert "--data must be given: no adapter is in the folder of a run" in capsys.readouterr().err
     assert main(["nope", "--pick"]) == 1
-    assert "there is nothing at nope" in capsys.readouterr().err
+    assert "There is nothing at nope" in capsys.readouterr().err
     assert main([*adapters, "--data", "x", "--model", "nano-base", "--clips", "0"]) == 1
     assert "clips=0 must be at least 1" in capsys.readouterr().err
     assert main([*adapters, "--data", "x", "--model", "nano-base", "--json", adapters[0]]) == 1

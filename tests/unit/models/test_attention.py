@@ -25,6 +25,7 @@ CASES: dict[str, tuple[tuple[int, int], tuple[int, int], Pattern]] = {
     "packed": ((1, TOTAL), (1, TOTAL), Packed(LENGTHS, LENGTHS)),
     "packed-cross": ((1, TOTAL), (1, sum(CONTEXTS)), Packed(LENGTHS, CONTEXTS)),
     "packed-equal": ((1, 40), (1, 12), Packed((10,) * 4, (3,) * 4)),
+    "no-keys": ((2, 3), (2, 0), None),
     "window": ((1, TOTAL), (1, TOTAL), Window(LENGTHS, 17)),
     "window-wide": ((1, TOTAL), (1, TOTAL), Window(LENGTHS, 200)),
     "window-narrow": ((1, 64), (1, 64), Window((64,), 0)),
