@@ -168,7 +168,7 @@ def test_a_caption_is_kept_however_slow_the_answer(page: Page, clips: Path, monk
 def test_an_audit_says_what_is_wrong(page: Page, artefacts: Path) -> None:
     open_tab(page, "Audit")
     page.locator("#audit-start").click()
-    expect(page.locator("#audit-result")).to_contain_text("write one to a .txt of the same name")
+    expect(page.locator("#audit-result")).to_contain_text("write one to a .txt of its name")
     expect(page.locator("#audit-status")).to_contain_text("done")
     expect(page.locator("#audit-status .command")).to_contain_text("sa3-data audit")
     expect(page.locator("#audit-result audio")).to_have_count(4)
