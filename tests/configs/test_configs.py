@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,12 @@ def test_every_option_of_every_group_composes_into_known_keys(option: str) -> No
 def test_encoding_composes_with_every_model(model: str) -> None:
     config = build(EncodeConfig, composed(f"model={model}", job="encode", needed=("source=audio", "out=latents")))
     assert config.model.name == model
+
+
+def test_the_variants_of_objectives_compose() -> None:
+    objectives = runpy.run_path(str(ROOT / "recipes" / "objectives.py"))
+    for variant, overrides in objectives["VARIANTS"].items():
+        assert build(TrainConfig, composed(*objectives["COMMON"], *overrides)), variant
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
