@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from sa3train.audio import analysis
+from sa3train.audio import analysis, notes
 from sa3train.audio.analysis import AudioAnalysis, analyze_audio
 from sa3train.audio.io import read_whole
 from sa3train.core.config import check_choice
@@ -36,8 +36,9 @@ from sa3train.data.audit.checks import (
     make_finding,
     measure,
 )
-from sa3train.data.captioning import compose
+from sa3train.data.captioning import compose, template
 from sa3train.data.captioning.template import DEFAULT_TEMPLATE, check_template
+from sa3train.data.sources import facts, names
 from sa3train.data.sources.captions import FACTS, read_clip_text
 from sa3train.data.sources.latents import LATENT_FIELDS, RATE, read_imported_latents
 from sa3train.data.sources.listing import Clip, Listing
@@ -56,7 +57,7 @@ _COPY_NAME = re.compile(
 """Names that file managers give to copies."""
 
 
-COMPOSITION = (analysis, compose)
+COMPOSITION = (analysis, notes, compose, template, facts, names)
 """Modules that decide what a composed caption says; any change of them is a new version of the audit."""
 
 
