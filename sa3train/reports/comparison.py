@@ -125,7 +125,7 @@ def choose_best(folders: Sequence[Path]) -> dict[str, Any]:
         notes.append("No run is better than the base model.")
     else:
         took = [answer.text for answer in describe_verdict(read_run(folder)) if answer.question == TOOK]
-        notes += [f"At the last step: {text}" for text in took if not text.startswith("Yes")]
+        notes += [text for text in took if not text.startswith("Yes")]
     return {"run": row["run"], "adapter": adapter, "step": step, "strength": 1.0, "change": change, "notes": notes}
 
 

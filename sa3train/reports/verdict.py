@@ -101,11 +101,11 @@ def _say_whether(last: LossChange, train: LossChange | None, pick: Pick | None, 
     """`last` is the change at the last step, `pick` that of the best; None where losses of single clips are missing."""
     change = last if pick is None else pick.change
     took = last.is_significant and last.change < 0 if pick is None else pick.beats_base
+    where = "" if best is None or is_last else f" at step {best:,}"
     if last.is_significant and last.change > 0 and not took:
-        answer, change, is_last = "No", last, True
+        answer, change, is_last, where = "No", last, True, where and " at the last step"
     else:
         answer = "Yes" if took else "Not beyond noise"
-    where = "" if best is None or is_last else f" at step {best:,}"
     beside = f"; on training clips {train.describe()}" if train is not None and is_last else ""
     return f"{answer}: loss on held-out clips is {change.describe(BASE)}{where}{beside}."
 
