@@ -28,7 +28,7 @@ MADE_BY = "sa3train"
 FOLDER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin", "model_config.json",
                 "model.safetensors")  # fmt: skip
 """What is read from the folder of an adapter or model."""
-RUN_RECORD, RUN_ADAPTER = "run.json", "adapter.safetensors"
+RECORD_FILE, ADAPTER_FILE = "run.json", "adapter.safetensors"
 """What makes a folder a run's, and what is read from it as its adapter."""
 _PART = ".part"
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
@@ -285,7 +285,7 @@ def check_target(target: str | os.PathLike[str], inputs: Iterable[str | os.PathL
     """
     for source in map(Path, inputs):
         holds = os.path.realpath(source).startswith(os.path.realpath(target) + os.sep)
-        names = (*FOLDER_FILES, *([RUN_ADAPTER] if path_exists(source / RUN_RECORD) else []))
+        names = (*FOLDER_FILES, *([ADAPTER_FILE] if path_exists(source / RECORD_FILE) else []))
         if holds or any(_is_same(Path(target), each) for each in (source, *map(source.joinpath, names))):
             raise SA3Error(f"cannot write {target}: that would replace the input {source}. Choose another name.")
     if reason := find_special(target):

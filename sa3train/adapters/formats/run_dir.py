@@ -4,12 +4,11 @@ import re
 from pathlib import Path
 
 from sa3train.core.errors import AdapterError
-from sa3train.core.files import RUN_ADAPTER, path_exists
+from sa3train.core.files import ADAPTER_FILE, RECORD_FILE, path_exists
 from sa3train.core.text import shorten
 from sa3train.core.user_files import suggest_path
-from sa3train.data.sources.own_folders import RECORD_FILE
 
-ADAPTER_FILE, CHECKPOINTS_DIR = RUN_ADAPTER, "checkpoints"
+CHECKPOINTS_DIR = "checkpoints"
 _STEP = re.compile(r"(.+)@([0-9]{1,8})", re.DOTALL)
 _STATE_NAME = re.compile(r"step-(\d{8})\.safetensors")
 

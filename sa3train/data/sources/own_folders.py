@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from sa3train.core.errors import DataError
-from sa3train.core.files import RUN_RECORD
+from sa3train.core.files import RECORD_FILE
 from sa3train.core.user_files import is_file, read_file, scan_folder
 
 STUDIO, RUN, LATENTS = "the workspace of a studio", "a training run", "latents"
 STUDIO_HOME, STUDIO_RESULTS = ".sa3-studio", "results"
 """Folders by which the workspace of a studio is known."""
-RECORD_FILE, CONFIG_FILE, INDEX_FILE = RUN_RECORD, "config.yaml", "index.json"
+CONFIG_FILE, INDEX_FILE = "config.yaml", "index.json"
 INDEX_LIMIT = 64 << 20
 MAX_FOLDERS = 4000
 MAX_DEPTH = 8
