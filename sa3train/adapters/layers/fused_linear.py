@@ -119,7 +119,7 @@ class AdaptedProduct(Function):
         low_TI = scaled_TI if dropped_TI is None else apply_gain(dropped_TI, gain_I)
         bias_O, y_TO = fixed.bias_O, None
         if magnitude_O is not None and norm_O is None:
-            if A_RI is not None and dtype != torch.float32 and not x_TI.is_cuda:
+            if A_RI is not None and dtype != torch.float32 and x_TI.device.type == "cpu":
                 # The low-rank product below rounds A alike, and the output is rounded by more.
                 y_TO, product_OR = multiply_with_factor(scaled_TI, A_RI, frozen.W_OI)
             norm_O, product_OR = norms.compute_row_norms(frozen, A_RI, B, scale, product_OR)
