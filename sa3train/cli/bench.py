@@ -32,6 +32,7 @@ BENCHMARKS = {
     "load": "time and host memory of loading a checkpoint",
     "adapters": "a training step with each adapter type against the frozen-base baseline",
     "train": "the whole training loop against its step",
+    "peers": "diffusers, PEFT and the official implementation against ours, on the same weights",
     "nano": "how well nano follows its prompts and reconstructs audio",
 }
 UNUSED: dict[str, set[str]] = {
@@ -42,6 +43,7 @@ UNUSED: dict[str, set[str]] = {
     "load": {"adapter_types", "seconds", "steps"},
     "adapters": {"steps"},
     "train": {"adapter_types", "steps"},
+    "peers": {"adapter_types"},
     "nano": {"adapter_types", "arch", "dtype", "repeats", "seconds", "steps"},
 }
 """Options that a benchmark does not use, and refuses."""

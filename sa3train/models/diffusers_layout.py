@@ -356,14 +356,10 @@ def write_pipeline(
     components = [name for name in COMPONENTS if name != AUTOENCODER or explain_missing_autoencoder(config) is None]
     files: dict[str, dict[str, Tensor]] = {component: {} for component in components}
     for name in weights.tensors:
-        component, key = convert_name(name) or ("", "")
-        if component in files and not name.endswith(_CONSTANTS):
-            tensor = changed[name] if name in changed else next(iter(weights.iterate([name])))[1]
-            if is_reordered(name, weights.tensors[name].shape):
-                tensor = reorder_rows(tensor, PART_ORDER)
-            files[component][key] = tensor.contiguous()
+        tensor = changed[name] if name in changed else next(iter(weights.iterate([name])))[1]
+        add_tensor(files, name, tensor)
     files[DURATION]["freqs"] = compute_frequencies(files[DURATION]["linear.weight"].shape[1] // 2)
-    settings = _build_component_configs(config)
+    settings = build_component_configs(config)
     for component in components:
         write_json(folder / component / "config.json", settings[component])
         write_tensors(folder / component / WEIGHTS, files.pop(component), {**metadata, "format": "pt"})
@@ -376,7 +372,29 @@ def write_pipeline(
     write_json(folder / "model_config.json", dict(raw))
 
 
-def _build_component_configs(config: ModelConfig) -> dict[str, dict[str, Any]]:
+def add_tensor(components: Mapping[str, dict[str, Tensor]], name: str, tensor: Tensor) -> None:
+    """Add a tensor to the component that holds it in diffusers, if it is one of those given.
+
+    Args:
+        components: Tensors by component and name; changed.
+        name: Released name.
+        tensor: Its values.
+    """
+    component, key = convert_name(name) or ("", "")
+    if component in components and not name.endswith(_CONSTANTS):
+        ordered = reorder_rows(tensor, PART_ORDER) if is_reordered(name, tuple(tensor.shape)) else tensor
+        components[component][key] = ordered.contiguous()
+
+
+def build_component_configs(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """Build the `config.json` of each component that holds the model's own weights, and of the scheduler.
+
+    Args:
+        config: The model.
+
+    Returns:
+        Settings by component.
+    """
     dit, same, seconds = config.dit, config.autoencoder, config.conditioner.seconds
     own: dict[str, dict[str, Any]] = {
         TRANSFORMER: {

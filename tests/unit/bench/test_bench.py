@@ -3,6 +3,7 @@
 import importlib
 import json
 import re
+import sys
 import textwrap
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import pytest
 import torch
 
 from helpers.golden import GOLDEN
-from sa3train.bench import adapters, decode, encode, generate, load, measure, roofline, tasks
+from sa3train.bench import adapters, decode, encode, generate, load, measure, peers, roofline, tasks
 from sa3train.bench.checkpoints import build_model_config, make_random_checkpoint
 from sa3train.bench.figures import Figure, Options, Record, _format_number, render_table, update_page
 from sa3train.cli import bench
@@ -312,3 +313,16 @@ def test_benchmarks_run_on_nano(module: SimpleNamespace) -> None:
     assert all(
         figure.target is None for figure in figures if "memory" not in figure.name
     )  # they are for small and medium
+
+
+@pytest.mark.slow
+def test_peers_compute_the_same_and_a_missing_one_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "stable_audio_3", None)
+    figures = {figure.name: figure for figure in peers.run(replace(QUICK, dtype="fp32"))}
+    missing = figures.pop("official / ours")
+    assert missing.value is None and "stable_audio_3" in missing.note
+    ratios = [figure for name, figure in figures.items() if name.startswith("diffusers / ours")]
+    assert len(ratios) == 4 and len(figures) == 7, "denoiser, frozen, lora, dora-rows; memory of the last three"
+    for figure in ratios:
+        assert "diffusers 0." in figure.note and figure.sense == ">=" and figure.target is None
+        assert float(re.findall(r"outputs (\S+) apart", figure.note)[0]) < 1e-5
