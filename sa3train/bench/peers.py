@@ -1,7 +1,7 @@
 """Other programs on the same weights, in turn with ours: diffusers, PEFT on diffusers, the official implementation.
 
-diffusers and peft are packages (`pip install diffusers`). The official implementation is none: it is measured where
-`stable_audio_3` can be imported, with a clone of its repository on PYTHONPATH and `einops` and `einops-exts`
+diffusers and peft are packages (`pip install "sa3train[peers]"`). The official implementation is none: it is measured
+where `stable_audio_3` can be imported, with a clone of its repository on PYTHONPATH and `einops` and `einops-exts`
 installed. A peer that is not installed is a row that says so. Each row states how far the outputs are apart.
 
 Shapes: B items, C latent channels, T latent frames.

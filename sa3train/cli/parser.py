@@ -82,7 +82,7 @@ def name_flags(message: str, flags: Mapping[str, str]) -> str:
     Returns:
         With flags, such as "--cfg-scale 1". Names that are plain words are known by their "=" only.
     """
-    every, telling = "|".join(flags), "|".join(name for name in flags if "_" in name)
+    every, telling = "|".join(flags), "|".join(name for name in flags if "_" in name) or "(?!)"
     names = rf"(?<![\w./-])(?:({every})=(True\b)?|({telling})(?![\w/-]|\.\w))"
     return re.sub(
         names, lambda found: flags[found[1] or found[3]] + (" " if found[1] and not found[2] else ""), message

@@ -214,10 +214,10 @@ class Resampler(nn.Module):
     ) -> Tensor:
         """Run layers on chunks, on a CPU so many at a time that their activations stay in the cache.
 
-        Returns them end to end.
+        Returns them end to end. An exported graph has no loop over sizes.
         """
-        step = max(1, TOKENS_IN_CACHE // x_BLD.shape[1]) if x_BLD.device.type == "cpu" else len(x_BLD)
-        parts = x_BLD.split(step)
+        in_parts = x_BLD.device.type == "cpu" and not torch.compiler.is_exporting()
+        parts = x_BLD.split(max(1, TOKENS_IN_CACHE // x_BLD.shape[1])) if in_parts else (x_BLD,)
         return torch.cat([self._run(layers, part, positions_L, kept=kept).flatten(0, 1) for part in parts])
 
     def _run(

@@ -26,6 +26,8 @@ UNSEEN = {
     "bitsandbytes": "by name, in training/optim.py",
     "pytorch_optimizer": "by name, in training/optim.py",
     "hydra-submitit-launcher": "a plugin of Hydra, in conf/launcher/slurm.yaml",
+    "onnx": "through torch.onnx",
+    "onnxscript": "through torch.onnx",
     "tensorboard": "through torch.utils.tensorboard",
     "transformers": "PEFT imports it; recipes/nano makes text encoders with it",
     "webdataset": "users read our shards with it; tests/unit/data/test_shards.py does",
@@ -60,8 +62,9 @@ EXTRAS = [name for name in PROJECT["optional-dependencies"] if name != "dev"]
 
 
 def test_every_import_of_the_package_is_declared() -> None:
-    optional = {*list_requirements("ui", "flash", "gguf", "sweep", "mcp")}
-    assert list_foreign_imports("sa3train") - list_requirements().keys() - optional == set()
+    optional = {*list_requirements("ui", "export", "flash", "gguf", "peers", "sweep", "mcp")}
+    no_package = {"stable_audio_3"}  # bench/peers.py measures a clone of the official implementation
+    assert list_foreign_imports("sa3train") - list_requirements().keys() - optional == no_package
 
 
 def test_every_requirement_is_imported() -> None:

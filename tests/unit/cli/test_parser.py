@@ -48,3 +48,4 @@ def test_messages_name_flags() -> None:
     text = "Set model=NAME, rank=R and allow_loss=True, or leave rank and allow_loss out: see a/model=x."
     expected = "Set --model NAME, --rank R and --allow-loss, or leave rank and --allow-loss out: see a/model=x."
     assert name_flags(text, flags) == expected
+    assert name_flags("Give overwrite=True.", {"overwrite": "--overwrite"}) == "Give --overwrite."

@@ -1,0 +1,5 @@
+"""Models with adapters baked in, as ONNX files that run without PyTorch (docs/export.md)."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -1,0 +1,2 @@
+from .onnx_files import ExportResult as ExportResult
+from .onnx_files import export_onnx as export_onnx

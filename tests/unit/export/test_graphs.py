@@ -1,0 +1,134 @@
+"""The graphs as modules, run by the steps of inference/onnx_generate.py, against `sa3-generate`; what is refused."""
+
+import ast
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from helpers.generation import inpaint
+from helpers.nano_adapters import write_lora_adapters
+from helpers.onnx_runner import SCRIPT, STRENGTHS, load_exact, load_runner, measure_error, write_noise
+from sa3train.adapters.lora_argument import LoraArgument
+from sa3train.cli.export import main
+from sa3train.core.errors import SA3Error
+from sa3train.export import export_onnx, onnx_files
+from sa3train.export.graphs import Graph
+from sa3train.inference import Generator
+
+LIMIT = 1e-4
+
+
+class Session:
+    """A graph as onnxruntime would run it, without the translation."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+
+    def get_inputs(self) -> list[Any]:
+        return [type("Input", (), {"name": name}) for name in self.graph.inputs]
+
+    def run(self, outputs: None, inputs: dict[str, Any]) -> list[Any]:
+        with torch.no_grad():
+            found = self.graph.module(*(torch.from_numpy(each) for each in inputs.values()))
+        return [each.numpy() for each in ((found,) if isinstance(found, torch.Tensor) else found)]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path, Generator]]:
+    """The runner on the graphs of nano-base with two adapters, their folder, and the exact path."""
+    folder, graphs = tmp_path_factory.mktemp("export"), dict[str, Graph]()
+    write_lora_adapters(folder, tuple(STRENGTHS))
+
+    def keep(graph: Graph, path: Path, identity: str) -> None:
+        graphs[path.stem] = graph
+        path.write_text(identity, encoding="utf-8")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_files, "_write_graph", keep)
+        adapters = [LoraArgument(str(folder / f"{name}.safetensors"), each) for name, each in STRENGTHS.items()]
+        result = export_onnx("nano-base", folder / "base", adapters)
+        assert result.errors == {} and {*result.sizes, "manifest.json"} == {path.name for path in result.path.iterdir()}
+        runner = load_runner()
+        patch.setattr(runner.onnxruntime, "InferenceSession", lambda path: Session(graphs[path.stem]))
+        yield runner, result.path, load_exact(folder)
+
+
+@pytest.mark.parametrize("mode", ["text", "guidance", "init", "inpaint"])
+def test_a_host_makes_the_latents_of_the_exact_path(base: tuple[Any, Path, Generator], mode: str) -> None:
+    runner, exported, generator = base
+    audio = write_noise(exported.parent / "in.wav")
+    flags, settings = {
+        "text": (["--sampler", "pingpong"], {"sampler_type": "pingpong"}),
+        "guidance": (["--cfg-scale", "5"], {"cfg_scale": 5.0}),
+        "init": (
+            ["--init-audio", str(audio), "--init-noise-level", "0.8"],
+            {"init_audio": audio, "init_noise_level": 0.8},
+        ),
+        "inpaint": (["--inpaint-audio", str(audio), "--inpaint", "1", "2.5"], inpaint(audio, 1, 2.5)),
+    }[mode]
+    flags, settings = ["--steps", "4", "--cfg-scale", "1", *flags], {"steps": 4, "cfg_scale": 1.0, **settings}
+    assert measure_error(runner, generator, exported, flags, **settings) < LIMIT
+
+
+def test_the_runner_refuses_a_changed_file_and_another_format(
+    base: tuple[Any, Path, Generator], tmp_path: Path
+) -> None:
+    runner, exported, _ = base
+    facts, model = json.loads((exported / "manifest.json").read_text(encoding="utf-8")), tmp_path / "copy"
+    model.mkdir()
+    arguments = [str(model), "-p", "x", "-o", str(tmp_path / "out.wav")]
+    for name in facts["files"]:
+        (model / name).write_bytes((exported / name).read_bytes() + b"\0" * (name == "step.onnx"))
+    for changed, message in (({}, r"step\.onnx has changed"), ({"version": 99}, "not an export that this script")):
+        (model / "manifest.json").write_text(json.dumps(facts | changed), encoding="utf-8")
+        with pytest.raises(SystemExit, match=message):
+            runner.main(arguments)
+    assert not (tmp_path / "out.wav").exists()
+
+
+@pytest.mark.parametrize(("lora", "word"), [("=0.2..0.9", "0.2..0.9"), ("=0.8@0.1-0.5", "@MIN-MAX")])
+def test_strengths_that_change_are_refused(
+    base: tuple[Any, Path, Generator], tmp_path: Path, capsys: pytest.CaptureFixture[str], lora: str, word: str
+) -> None:
+    adapter = base[1].parent / "one.safetensors"
+    assert main(["--model", "nano", "--lora", f"{adapter}{lora}", str(tmp_path / "out")]) != 0
+    assert not any(tmp_path.iterdir()) and word in capsys.readouterr().err
+
+
+def test_what_exists_is_kept(
+    base: tuple[Any, Path, Generator], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--model", "nano", str(base[1])]) != 0
+    assert "--overwrite" in capsys.readouterr().err
+    (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
+    with pytest.raises(SA3Error, match="something else"):
+        export_onnx("nano", tmp_path, overwrite=True)
+
+
+def test_a_failed_check_and_a_full_disk_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnx_files, "compare_graphs", lambda *_: {"step": float("nan")})
+    monkeypatch.setattr(onnx_files, "_write_graph", lambda graph, path, identity: path.write_bytes(b""))
+    with pytest.raises(SA3Error, match="step"):
+        export_onnx("nano", tmp_path / "out", check=True)
+
+    def fail(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(onnx_files, "_write_graph", fail)
+    with pytest.raises(SA3Error, match="Nothing was left behind"):
+        export_onnx("nano", tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_runner_is_short_and_needs_three_packages() -> None:
+    text = SCRIPT.read_text(encoding="utf-8")
+    nodes = list(ast.walk(ast.parse(text)))
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert names - sys.stdlib_module_names == {"numpy", "onnxruntime", "tokenizers"}
+    assert text.count("\n") <= 150
