@@ -24,6 +24,7 @@ from sa3train.diffusion.schedule import build_schedule
 from sa3train.inference import Generator
 from sa3train.inference.resolve import count_generated_frames, count_real_frames
 from sa3train.models.checkpoint import StableAudio3
+from sa3train.models.int8_linear import quantize_linears
 
 DENOISER_TARGET, ROOFLINE_TARGET, ADAPTER_TARGET = 0.40, 1.6, 1.03
 CUDA_TARGETS: dict[tuple[str, float], tuple[float | None, float | None]] = {
@@ -104,6 +105,10 @@ def denoise(model: StableAudio3, start_BCT: Tensor, conditions: dict[str, Tensor
 def _measure_denoiser(options: Options, arch: str, seconds: float, fast: StableAudio3) -> list[Figure]:
     start_BCT, conditions = make_inputs(fast, seconds, options.device)
     tasks: dict[str, Callable[[], object]] = {"fast": lambda: denoise(fast, start_BCT, conditions, options.steps)}
+    if options.device == "cpu":
+        integers = load_random_model(arch, options, "dit", "conditioner")
+        quantize_linears(integers.dit.transformer.layers)
+        tasks["int8"] = lambda: denoise(integers, start_BCT, conditions, options.steps)
     exact = _load_exact_model(options, arch)
     if exact is not None:
         tasks["exact"] = lambda: denoise(exact, start_BCT, conditions, options.steps)
@@ -121,6 +126,8 @@ def _measure_denoiser(options: Options, arch: str, seconds: float, fast: StableA
     if exact is not None:
         target = DENOISER_TARGET if has_target else None
         figures.append(timings.compare(f"{what} / exact fp32", "fast", "exact", target))
+    if "int8" in tasks:
+        figures.append(timings.compare(f"{what} / int8", "fast", "int8"))
     note = (
         f"roofline {roofline:.2f} s = {cost.flops / 1e12:.2f} Tflop at {rates.flops / 1e9:.0f} Gflop/s; "
         f"fastest round {timings.best('fast') / roofline:.2f} ×"

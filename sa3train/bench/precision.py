@@ -1,4 +1,4 @@
-"""Accuracy of 16-bit generation: cosine similarity with fp32 latents of the same prompts and seeds."""
+"""Accuracy of 16-bit and 8-bit generation: cosine similarity with fp32 latents of the same prompts and seeds."""
 
 import torch
 
@@ -16,30 +16,32 @@ PROMPTS = tuple(
 
 
 def run(options: Options) -> list[Figure]:
-    """Compare latents of 20 prompts in `dtype` and in fp32.
+    """Compare latents of 20 prompts in `dtype`, and on a CPU in int8, with those in fp32.
 
     Args:
         options: `arch` (default nano with its shipped weights; others have random ones), `seconds` (default 5).
 
     Returns:
-        Lowest and mean cosine similarity.
+        Lowest and mean cosine similarity of each.
     """
     arch, seconds = options.arch or "nano", options.seconds or 5.0
     source = arch if arch == "nano" else str(make_random_checkpoint(arch))
-    latents = {}
+    latents, compared = {}, (options.dtype, "int8") if options.device == "cpu" else (options.dtype,)
     with use_threads(options.threads):
-        for precision in ("fp32", options.dtype):
+        for precision in ("fp32", *compared):
             generator = Generator.from_pretrained(source, options.device, precision)
             outputs = [
                 generator.generate(prompt, duration=seconds, steps=options.steps, seed=seed, return_latents=True)
                 for seed, prompt in enumerate(PROMPTS)
             ]
             latents[precision] = torch.cat([one.latents.flatten(1) for one in outputs if one.latents is not None])
-    cosines = torch.cosine_similarity(latents["fp32"].double(), latents[options.dtype].double())
-    lowest = cosines.min().item()
-    what = f"{arch} generation {options.dtype} against fp32, same seed: latent cosine similarity"
-    target = TARGET if arch == "nano" else None
-    return [
-        Figure(f"{what}, lowest of {len(PROMPTS)}", lowest, "", target, ">=", note=f"1 − {1 - lowest:.1e}"),
-        Figure(f"{what}, mean", cosines.mean().item(), ""),
-    ]
+    figures, target = [], TARGET if arch == "nano" else None
+    for precision in compared:
+        cosines = torch.cosine_similarity(latents["fp32"].double(), latents[precision].double())
+        lowest = cosines.min().item()
+        what = f"{arch} generation {precision} against fp32, same seed: latent cosine similarity"
+        figures += [
+            Figure(f"{what}, lowest of {len(PROMPTS)}", lowest, "", target, ">=", note=f"1 − {1 - lowest:.1e}"),
+            Figure(f"{what}, mean", cosines.mean().item(), ""),
+        ]
+    return figures

@@ -12,6 +12,7 @@ from sa3train.adapters.lora_argument import parse_lora
 from sa3train.cli.parser import CommandParser, PromptAction
 from sa3train.cli.version import add_version
 from sa3train.core.config import DEVICES, Setting
+from sa3train.core.dtypes import PRECISIONS
 from sa3train.core.errors import GenerationError
 from sa3train.inference.settings import (
     PER_ITEM_SETTINGS,
@@ -31,9 +32,8 @@ FORMATS = {
     "wav32f": (".wav", "FLOAT"),
     "flac": (".flac", "PCM_24"),
 }
-FROM_AUDIO = SETTING_NAMES[SETTING_NAMES.index("init_audio") : SETTING_NAMES.index("chunked_decode")]
-OF_OUTPUT = SETTING_NAMES[SETTING_NAMES.index("chunked_decode") :]
-TEXT_TO_AUDIO = SETTING_NAMES[: SETTING_NAMES.index("init_audio")]
+_EDIT, _OUTPUT = map(SETTING_NAMES.index, ("init_audio", "chunked_decode"))  # first of their groups
+TEXT_GROUP, EDIT_GROUP, OUTPUT_GROUP = SETTING_NAMES[:_EDIT], SETTING_NAMES[_EDIT:_OUTPUT], SETTING_NAMES[_OUTPUT:]
 METAVARS: dict[type | None, str | None] = {None: "FILE", bool: None, int: "N", float: "X", str: "TEXT"}
 FLAGS = {name: next(flag for flag in list_flags(name) if flag.startswith("--")) for name in SETTING_NAMES} | {
     "allow_partial": "--allow-partial", "interval": "noise levels", "conditioner_strength": "--conditioner-strength",
@@ -96,7 +96,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--list-models", action="store_true", help="list the models by name, and which are at hand")
     _add_model(parser.add_argument_group("model"))
     group = parser.add_argument_group("settings")
-    _add_settings(group, TEXT_TO_AUDIO)
+    _add_settings(group, TEXT_GROUP)
     group.add_argument(
         "--prompt-file", metavar="FILE", help="read prompts from FILE, one per line, except lines that start with #"
     )
@@ -106,7 +106,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="batch size for long prompt lists, default all; batch k uses seed + k",
     )
-    _add_settings(parser.add_argument_group("audio-to-audio, inpainting, continuation"), FROM_AUDIO)
+    _add_settings(parser.add_argument_group("audio-to-audio, inpainting, continuation"), EDIT_GROUP)
     _add_adapters(parser.add_argument_group("adapters"))
     _add_output(parser.add_argument_group("output"))
     return parser
@@ -276,7 +276,7 @@ def _add_model(group: Any) -> None:
     add("--model", help=f"name or folder (default {DEFAULT_MODEL}); nano needs no download")
     add("--weights", choices=("released", "mlx"), help="mlx: open fp16 packs of a named model, without an account")
     add("--device", help=f"{DEVICES} (default: the best that works)")
-    add("--precision", choices=("auto", "fp32", "bf16", "fp16"), default="auto", help="default: auto")
+    add("--precision", choices=PRECISIONS, default="auto", help="default: auto; int8: products, on a CPU")
     add(
         "--compile", action="store_true", help="compile the denoiser with torch.compile: slow once, then faster; cached"
     )
@@ -314,4 +314,4 @@ def _add_output(group: Any) -> None:
     group.add_argument("-o", "--output", metavar="FILE", help=text)
     group.add_argument("--overwrite", action="store_true", help="replace existing output files, but never an input")
     group.add_argument("--format", choices=FORMATS, help="wav (16-bit), wav24, wav32f, flac (default: by -o)")
-    _add_settings(group, OF_OUTPUT)
+    _add_settings(group, OUTPUT_GROUP)

@@ -8,6 +8,9 @@ if TYPE_CHECKING:
 DTYPES = {"fp32": ("float32", "F32"), "bf16": ("bfloat16", "BF16"), "fp16": ("float16", "F16")}
 """Our name, which settings and flags use: torch's name, and the name in safetensors headers."""
 
+PRECISIONS = ("auto", *DTYPES, "int8")
+"""What models generate in: a dtype, what the device computes fastest, or products of 8-bit integers on a CPU."""
+
 SAFETENSORS_DTYPES = {code: name for name, (_, code) in DTYPES.items()}
 """Name in safetensors headers: our name."""
 

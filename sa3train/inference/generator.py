@@ -34,6 +34,7 @@ from sa3train.inference.windows import generate_windows, list_windows, map_audio
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
 from sa3train.models.dit import compile_blocks
 from sa3train.models.fp16_check import convert_to_fp16
+from sa3train.models.int8_linear import quantize_linears
 
 logger = get_logger(__name__)
 
@@ -81,8 +82,8 @@ class Generator:
         Args:
             name: Name such as "nano" or "medium-base", or a folder.
             device: "cpu", "cuda", "cuda:1", "xpu" or "mps"; None or "auto" for the best that works.
-            precision: "fp32", "bf16", "fp16" (layers that are inaccurate in it stay in fp32, which is logged), or
-                "auto": what the device computes fastest, measured once.
+            precision: "fp32", "bf16", "fp16" (layers that are inaccurate in it stay in fp32, which is logged), "int8"
+                (the denoiser's products, on a CPU), or "auto": what the device computes fastest, measured once.
             compiled: Whether to compile the denoiser's blocks, see `compile_blocks`: pays off over many generations.
             cuda_graphs: Whether to capture the denoiser's step as a CUDA graph, which replays from the third step on.
 
@@ -97,6 +98,8 @@ class Generator:
         target = choose_device(device)
         if cuda_graphs and target.type != "cuda":
             raise ConfigError(f"cuda_graphs has no effect on {target.type}. Remove it, or use a CUDA device.")
+        if compiled and precision == "int8":
+            raise ConfigError("compiled has no effect on precision=int8, whose products are not torch's. Remove one.")
         chosen, dtype = choose_dtype(precision, target)
         with explain_device_errors(
             target, f"loading {os.fspath(name)} in {chosen}", suggest_generation_fixes(target, chosen)
@@ -106,6 +109,8 @@ class Generator:
                 convert_to_fp16(model, target)
             else:
                 model = load_checkpoint(name, target, dtype, lazy_encoder=True)
+        if chosen == "int8":
+            quantize_linears(model.dit.transformer.layers)
         generator = cls(model, chosen, os.fspath(name))
         generator.cuda_graphs = cuda_graphs
         if compiled:

@@ -3,11 +3,12 @@
 import torch
 
 from sa3train.core.device import find_device_fault
-from sa3train.core.dtypes import DTYPES, get_dtype
+from sa3train.core.dtypes import PRECISIONS, get_dtype
 from sa3train.core.errors import ConfigError
 from sa3train.core.log import get_logger
 from sa3train.inference.resolve import ResolvedSettings
 from sa3train.models.cpu_kernels import has_bf16_instructions
+from sa3train.models.int8_linear import find_int8_fault
 from sa3train.models.precision import choose_precision
 
 logger = get_logger(__name__)
@@ -17,20 +18,26 @@ def choose_dtype(precision: str, device: torch.device) -> tuple[str, torch.dtype
     """Choose the precision to compute in.
 
     Args:
-        precision: "fp32", "bf16", "fp16", or "auto": what the device computes fastest, measured and logged.
+        precision: "fp32", "bf16", "fp16", "int8", or "auto": what the device computes fastest of bf16 and fp32,
+            measured and logged.
         device: The device.
 
     Returns:
-        The precision's name and dtype.
+        The precision's name and dtype; that of "int8", which is of products alone, is as "auto" chooses.
 
     Raises:
         ConfigError: When the name is unknown, or the device does not compute in it.
     """
+    if precision not in PRECISIONS:
+        raise ConfigError(f"unknown precision {precision!r}; choose {', '.join(PRECISIONS)}.")
+    if precision == "int8":
+        fault = f"it is for CPUs, not {device.type}" if device.type != "cpu" else find_int8_fault()
+        if fault:
+            raise ConfigError(f"precision=int8 does not run here: {fault}. Use auto.")
+        return precision, get_dtype(choose_precision(device)[0])
     if precision == "auto":
         precision, why = choose_precision(device)
         logger.info(f"precision {precision}: {why}")
-    if precision not in DTYPES:
-        raise ConfigError(f"unknown precision {precision!r}; choose auto, {', '.join(DTYPES)}.")
     if device.type not in ("cpu", "cuda") and (fault := find_device_fault(device, get_dtype(precision))):
         raise ConfigError(f"precision={precision} does not run on {device}: {fault}. Use auto or fp32.")
     return precision, get_dtype(precision)

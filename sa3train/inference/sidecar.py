@@ -128,7 +128,7 @@ class _Sidecar:
     measured: dict[str, float]
     warnings: list[str]
     model: _Model
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: Literal["fp32", "bf16", "fp16", "int8"]
     settings: ResolvedSettings
     inputs: _Inputs
     adapters: list[_Adapter]

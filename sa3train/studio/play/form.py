@@ -12,11 +12,13 @@ import gradio as gr
 from sa3train.adapters.formats.io import load_adapter
 from sa3train.audio.io import read_audio_info
 from sa3train.core.config import list_settings
+from sa3train.core.dtypes import PRECISIONS
 from sa3train.core.errors import SA3Error
 from sa3train.inference.settings import VALUE_TYPES, GenerationSettings, get_default
 from sa3train.studio.play.history import compute_waveform
 from sa3train.studio.play.settings import (
     MODES,
+    SHORTEST_SECONDS,
     AdapterSettings,
     PlaySettings,
     parse_number,
@@ -30,7 +32,6 @@ from sa3train.studio.server.workspace import StudioError, Workspace
 DEFAULT_DURATION = 10.0
 MODEL_DEFAULT = "model's default"
 DECODING: dict[str, bool | None] = {MODEL_DEFAULT: None, "in chunks (less memory)": True, "whole (no seams)": False}
-PRECISIONS = ("auto", "fp32", "bf16", "fp16")
 MODE_LABELS = {mode: label for label, mode in MODES.items()}
 FORM_SETTINGS = (
     *("prompt", "duration", "seed", "batch_size", "negative_prompt", "steps", "cfg_scale", "sampler_type"),
@@ -337,10 +338,11 @@ def describe_waveform(
     path, note = workspace.resolve_file(source, "audio file"), NOTES[mode]
     if mode == "continue":
         seconds, end = read_audio_info(path).seconds, duration or 0.0
-        regions = [(seconds, end)] if end > seconds else []
+        regions = [(seconds, end)] if end - seconds >= SHORTEST_SECONDS else []
         note = note if regions else f"Set a duration above {seconds:.2f} s, the length of the audio, to continue it."
     return {
         **compute_waveform(path),
+        "mode": mode,
         "note": note,
         "duration": 0.0 if mode == "restyle" else duration or 0.0,
         "regions": [list(region) for region in regions] if mode in ("inpaint", "continue") else [],

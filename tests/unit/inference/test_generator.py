@@ -12,10 +12,13 @@ from helpers.audio import tone, write_clip
 from helpers.generation import generate_latents, inpaint
 from helpers.golden import GOLDEN
 from sa3train.adapters.formats.io import load_adapter
+from sa3train.adapters.layers.inject import inject
+from sa3train.adapters.spec import AdapterSpec
 from sa3train.core.errors import AudioError, ConfigError, GenerationError, MemoryShortageError
 from sa3train.diffusion.samplers import SAMPLERS
 from sa3train.inference import Generator, clip, generator, runtime
 from sa3train.inference.runtime import choose_dtype, suggest_generation_fixes
+from sa3train.models import int8_linear
 from sa3train.models.dit import compile_blocks
 
 QUICK: dict[str, Any] = {"prompt": "low hum", "duration": 0.5, "steps": 3, "seed": 4, "cfg_scale": 1.0}
@@ -263,6 +266,40 @@ def test_from_pretrained_loads_at_the_asked_precision(tmp_path: Any) -> None:
     assert result.audio[0].dtype == torch.float32
     assert result.record["precision"] == "bf16"
     assert result.record["model"]["source"] == "nano-base"
+
+
+def test_int8_is_near_fp32_and_follows_adapters() -> None:
+    settings: dict[str, Any] = {"prompt": "solo cello", "duration": 1.0, "steps": 4, "seed": 1, "return_latents": True}
+    exact, integers = (Generator.from_pretrained("nano", "cpu", precision) for precision in ("fp32", "int8"))
+    injected = inject(exact.model.get_adapter_root(), AdapterSpec("lora", rank=2))
+    for parameter in injected.parameters():
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
+    adapter = injected.export()
+    injected.remove()
+    first: dict[float, torch.Tensor] = {}
+    for each in (exact, integers):
+        each.load_adapter(adapter)
+    for strength in (0.0, 1.0, 0.0):
+        latents = []
+        for each in (exact, integers):
+            each.set_strength(strength)
+            output = each.generate(**settings)
+            assert output.latents is not None
+            latents.append(output.latents.flatten())
+        assert torch.cosine_similarity(*latents, dim=0) > 0.995
+        assert torch.equal(first.setdefault(strength, latents[1]), latents[1])
+    assert torch.cosine_similarity(first[0.0], first[1.0], dim=0) < 0.95
+    assert output.record["precision"] == "int8"
+
+
+def test_int8_is_refused_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="int8 does not run here: it is for CPUs, not cuda"):
+        choose_dtype("int8", torch.device("cuda"))
+    with pytest.raises(ConfigError, match="compiled has no effect on precision=int8"):
+        Generator.from_pretrained("nano", "cpu", "int8", compiled=True)
+    monkeypatch.setattr(int8_linear, "_pack", lambda W_OI: (_ for _ in ()).throw(RuntimeError("no such kernel")))
+    with pytest.raises(ConfigError, match="int8 does not run here: no such kernel"):
+        choose_dtype("int8", torch.device("cpu"))
 
 
 @pytest.mark.parametrize(("gain", "expected"), [(1.0, ("fp32", torch.float32)), (2.0, ("bf16", torch.bfloat16))])
