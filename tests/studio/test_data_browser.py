@@ -106,7 +106,7 @@ def test_captions_are_edited_saved_and_undone(page: Page, clips: Path, artefacts
     assert find_serious_violations(page) == []
     page.screenshot(path=artefacts / "data-captions.png", full_page=True)
     page.locator("#captions-undo").click()
-    expect(page.locator("#captions-status")).to_contain_text("Restored")
+    expect(page.locator("#captions-status")).to_contain_text("Undone in 2 files")
     assert not (clips / "bare.txt").exists()
     assert (clips / "0.txt").read_text() == "noise, number 0"
 
@@ -115,10 +115,10 @@ def test_clips_are_captioned_and_captions_replaced(page: Page, clips: Path, arte
     page.get_by_role("button", name="Clips without a caption").click()
     page.locator("#captions-compose textarea").fill("{name} {sound}")
     page.locator("#captions-compose-all").click()
-    expect(page.locator("#captions-status")).to_contain_text("Captioned 1 clips")
+    expect(page.locator("#captions-status")).to_contain_text("Captioned 1 clip;")
     assert (clips / "bare.txt").read_text() == "bare tonal\n"
-    page.get_by_role("button", name="Replace in all captions").click()
-    page.locator("#captions-replace").get_by_label("Replace", exact=True).fill("noise")
+    page.get_by_role("button", name="Search and replace").click()
+    page.locator("#captions-replace").get_by_label("Replace").fill("noise")
     page.locator("#captions-replace").get_by_label("With").fill("hiss")
     page.locator("#captions-replace-all").click()
     expect(page.locator("#captions-status")).to_contain_text("Replaced in 3 captions")
@@ -209,6 +209,18 @@ def test_folders_outside_and_links_out_are_refused(page: Page, clips: Path) -> N
     open_tab(page, "Audit")
     page.locator("#audit-start").click()
     close_error(page, "leads out of the studio")
+
+
+def test_an_encode_that_lacks_captions_is_helped_by_a_click(page: Page, workspace: Workspace) -> None:
+    open_tab(page, "Encode")
+    page.get_by_label("Folder for the latents").fill("composed")
+    page.locator("#encode-start").click()
+    expect(page.locator("#encode-status .notice.error")).to_contain_text("no caption")
+    page.get_by_role("button", name="Encode with Captions: auto").click()
+    expect(page.locator("#encode-result")).to_contain_text("latents/composed")
+    expect(page.locator("#encode-retry")).to_be_hidden()
+    expect(page.locator("#encode-status .command code")).to_contain_text("captions=auto")
+    assert json.loads((workspace.folder / "latents" / "composed" / "index.json").read_text())["clips"] == 4
 
 
 def test_a_failed_encode_is_dismissed(page: Page, clips: Path) -> None:

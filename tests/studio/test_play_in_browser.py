@@ -245,6 +245,7 @@ def test_uploads_are_kept_inside_the_studio(page: Page, workspace: Workspace) ->
     page.get_by_label("Audio to audio", exact=True).check()
     page.locator(".play-source-box input[type=file]").set_input_files(workspace.sources[0] / "audio" / "tone.wav")
     expect(page.locator("#play-regions canvas")).to_have_attribute("aria-label", re.compile("2 seconds"))
+    expect(page.locator("#play-duration input")).to_have_value("2")
     ask(page, "from uploads")
     record = made(page, workspace, "from uploads")
     assert Path(record["inputs"]["init_audio"]["path"]).is_relative_to(workspace.uploads)  # type: ignore[index]

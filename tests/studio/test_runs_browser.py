@@ -95,7 +95,7 @@ def open_runs_page(page: Page) -> None:
 
 def fill(page: Page, folder: str, steps: int, further: str = FAST) -> None:
     page.get_by_label("Run folder").fill(folder)
-    page.get_by_label("Steps (0: recipe)").fill(str(steps))
+    page.locator("#run-steps input, #run-steps textarea").fill(str(steps))
     page.get_by_label("Further settings").fill(further)
 
 
@@ -125,7 +125,7 @@ def other_run(folder: Path, name: str) -> None:
 
 @pytest.mark.slow
 def test_a_run_outlives_the_server_and_is_found_again(page: Page, studio: Studio, root: Path, artefacts: Path) -> None:
-    fill(page, "runs/lasting", 30)
+    fill(page, "lasting", 30)
     page.locator("#run-start").click()
     expect(page.locator("#run-plan-shown")).to_contain_text("Started runs/lasting")
     expect(page.locator("#run-head h2")).to_contain_text("runs/lasting")
@@ -144,6 +144,10 @@ def test_a_run_outlives_the_server_and_is_found_again(page: Page, studio: Studio
     expect(page.locator("#run-command")).to_contain_text("sa3-train recipe=style")
     assert find_serious_violations(page) == []
     page.screenshot(path=artefacts / "runs.png", full_page=True)
+    page.locator("#tab-runs").get_by_role("tab", name="Evaluate").click()
+    expect(page.locator("#evaluate-start")).to_be_visible()
+    page.locator("#run-head [data-play]").click()
+    expect(page.locator("#play-rack fieldset").first.get_by_label("File")).to_have_value("runs/lasting")
 
 
 @pytest.mark.slow
@@ -156,6 +160,8 @@ def test_watched_stopped_and_resumed(page: Page, root: Path) -> None:
     expect(page.locator("#run-curves")).to_contain_text("Steps per second")
     expect(page.get_by_label("Run folder")).to_have_value("")
     page.get_by_label("Run folder").fill("runs/long")
+    page.locator("#run-start").click()
+    expect(page.locator("#run-plan-shown")).to_contain_text("Press Start again")
     page.locator("#run-start").click()
     close_error(page, "already exists")
     page.locator("#run-stop").click()
@@ -208,9 +214,9 @@ def test_bad_requests_are_refused_with_a_message(page: Page, root: Path, tmp_pat
 
 def test_a_plan_and_a_wrong_number_that_is_explained_where_it_is_typed(page: Page, root: Path, artefacts: Path) -> None:
     fill(page, "runs/${oc.env:HOME}", -1)
-    page.get_by_label("Steps (0: recipe)").blur()
+    page.locator("#run-steps input, #run-steps textarea").blur()
     expect(page.locator("#run-form")).to_contain_text("Steps must be from 1")
-    page.get_by_label("Steps (0: recipe)").fill("3")
+    page.locator("#run-steps input, #run-steps textarea").fill("3")
     page.get_by_label("Further settings").focus()
     expect(page.locator("#run-form")).not_to_contain_text("Steps must be from 1")
     page.locator("#run-plan").click()

@@ -110,7 +110,7 @@ def resolve_output(workspace: Workspace, target: str, sources: Sequence[Path], o
     """
     if not (target or "").strip():
         raise StudioError("Set where to write: a path inside the workspace.")
-    found = workspace.resolve_output(target)
+    found = workspace.resolve_output(target, "adapters")
     if found in sources:
         raise StudioError(f"{found} is the adapter itself. Give another name to keep the original.")
     if found.exists() and not overwrite:

@@ -45,7 +45,7 @@ def render_inspection(workspace: Workspace, inspection: Inspection, plot: Path |
     parts = [
         *(ui.render_notice(text, "warning") for text in inspection.problems),
         _render_facts(inspection.settings, "Settings"),
-        _render_facts(inspection.provenance, "Provenance"),
+        _render_facts(inspection.list_provenance(), "Provenance"),
         ui.render_text_table("Groups of layers", ["group", "layers", "norm of the change"], groups),
     ]
     if plot is not None:
@@ -67,9 +67,9 @@ def render_comparison(comparison: Comparison, command: list[str], names: tuple[s
     Returns:
         HTML.
     """
-    changed = comparison.changed
+    changed = comparison.list_changes()
     only = zip(names, (comparison.only_in_first, comparison.only_in_second), strict=True)
-    layers = comparison.list_differences(SHOWN_LAYERS)
+    layers = [] if comparison.identical else comparison.list_differences(SHOWN_LAYERS)
     title = f"{comparison.compared}: the {len(layers)} most different of {len(comparison.layers)} shared layers"
     parts = [
         *(ui.render_notice(text, "warning") for text in comparison.warnings),
@@ -101,7 +101,7 @@ def render_result(workspace: Workspace, result: EditResult | CheckpointResult, c
     parts = [
         _render_facts(result.facts, "Written"),
         *(ui.render_notice(text, "warning") for text in result.warnings),
-        *(ui.render_notice(text) for text in result.notes),
+        *(ui.render_notice(ui.name_fields(text)) for text in result.notes),
     ]
     title = f"Written: {escape(workspace.shorten(result.target))}"
     return _render_card(title, parts, command, ' role="status"')

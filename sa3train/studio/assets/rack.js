@@ -73,6 +73,15 @@ sa3.rack = (element, props, watch, upload) => {
     make('button', {type: 'button', class: 'small', 'aria-label': `remove adapter ${index + 1}`,
       onclick: () => { change(all().filter((_, other) => other !== index)); add.focus(); }}, 'Remove'));
 
+  /* A button elsewhere plays an adapter: it takes the place of the others. */
+  document.addEventListener('click', event => {
+    const button = event.target.closest('[data-play]');
+    if (!button) return;
+    change([{...fresh(button.dataset.play), strength: Number(button.dataset.strength)}]);
+    document.getElementById('tab-play-button').click();
+    requestAnimationFrame(() => document.querySelector('#play-prompt textarea').focus());
+  });
+
   const draw = () => rows.replaceChildren(...all().map(fields));
   watch('value', draw);
   draw();

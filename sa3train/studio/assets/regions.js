@@ -1,5 +1,5 @@
 /* The waveform of the source and the regions to regenerate: drag on it, or use the table; both show the same.
-   props.value: {peaks, seconds, duration, regions: [[start, end]], url, note, fixed, edited}. `fixed`: not editable; `edited`
+   props.value: {peaks, seconds, duration, regions: [[start, end]], url, mode, note, fixed, edited}. `fixed`: not editable; `edited`
    counts changes made here, and comes back in the answer to a request. */
 sa3.regions = (element, props, watch) => {
   const {make} = sa3;

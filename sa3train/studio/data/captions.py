@@ -1,5 +1,6 @@
 """The captions of a folder of the studio's: listed, composed, edited and undone."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -74,9 +75,9 @@ def undo_save(workspace: Workspace, folder: Path) -> list[str]:
         folder: Folder of audio.
 
     Returns:
-        The restored files.
+        The restored files, by their path in the folder.
     """
-    return [workspace.shorten(path) for path in files.undo_save(folder, workspace.resolve)]
+    return [os.path.relpath(path, folder) for path in files.undo_save(folder, workspace.resolve)]
 
 
 def caption_rest(workspace: Workspace, folder: Path, template: str) -> tuple[list[Change], list[Proposal]]:

@@ -2,7 +2,7 @@
 
 import functools
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,8 @@ def _build_controls() -> dict[str, Any]:
             with gr.Accordion("Clips without a caption", open=False, elem_id="captions-compose"):
                 tab["template"] = gr.Textbox(DEFAULT_TEMPLATE.partition(", ")[2], label="Template", info=fields)
                 tab["compose"] = gr.Button("Caption them from tags, names and sound", elem_id="captions-compose-all")
-            with gr.Accordion("Replace in all captions that match the search", open=False, elem_id="captions-replace"):
-                tab["old"] = gr.Textbox("", label="Replace")
+            with gr.Accordion("Search and replace", open=False, elem_id="captions-replace"):
+                tab["old"] = gr.Textbox("", label="Replace", info="In the captions of all clips that the search finds.")
                 tab["new"] = gr.Textbox("", label="With")
                 tab["replace"] = gr.Button("Replace and save", elem_id="captions-replace-all")
             tab["player"] = gr.HTML(ui.render_placeholder(LISTEN), elem_id="captions-player")
@@ -116,7 +116,8 @@ def build_captions_tab(workspace: Workspace, folder: gr.Dropdown) -> None:
     events.append(tab["save"].click(save_edits, both, told, **held))
     for name, (run, given) in _CHANGES.items():
         change = ui.show_errors(functools.partial(change_many, run))
-        events.append(tab[name].click(change, [*both, *(tab[key] for key in given)], told, **held))
+        seen: dict[str, Any] = {"js": HOLD, "show_progress_on": tab["count"]}  # many clips take a while
+        events.append(tab[name].click(change, [*both, *(tab[key] for key in given)], told, **seen))
     for event in events:
         event.success(None, None, None, js=FREE)
         event.failure(None, None, None, js=FREE)
@@ -137,18 +138,23 @@ def _show_rows(workspace: Workspace, path: str | None, text: str, only: bool, nu
 
 
 def _undo(workspace: Workspace, folder: Path, _: str) -> str:
-    return f"Restored: {', '.join(captions.undo_save(workspace, folder)[:5])}."
+    restored = captions.undo_save(workspace, folder)
+    return f"Undone in {_count(restored, 'file')}: {list_few(restored, 5)}."
 
 
 def _compose(workspace: Workspace, folder: Path, _: str, template: str) -> str:
     changes, without = captions.caption_rest(workspace, folder, template)
     reasons = list_few([f"{one.source} ({one.problem})" for one in without], 5)
-    return f"Captioned {len(changes)} clips; Undo takes it back." + (f" Without: {reasons}." if without else "")
+    return f"Captioned {_count(changes, 'clip')}; Undo takes it back." + (f" Without: {reasons}." if without else "")
 
 
 def _replace(workspace: Workspace, folder: Path, words: str, old: str, new: str) -> str:
     changes = captions.replace_text(workspace, folder, words, old, new)
-    return f"Replaced in {len(changes)} captions; Undo takes it back."
+    return f"Replaced in {_count(changes, 'caption')}; Undo takes it back."
+
+
+def _count(items: Sequence[Any], name: str) -> str:
+    return f"{len(items):,} {name}{'s' * (len(items) != 1)}"
 
 
 _CHANGES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {

@@ -1,4 +1,4 @@
-"""Audits and encodes that the Data page starts: processes of their own, recorded in the studio's home."""
+"""Audits, encodes and evaluations that the page starts: processes of their own, recorded in the studio's home."""
 
 import hashlib
 import re
@@ -21,21 +21,23 @@ STATES = {
     "stopping": "stopping; press Stop again to kill it",
     "finished": "done",
     "failed": "failed",
-    "stopped": "stopped; start it again to resume",
+    "stopped": "stopped",
 }
-KINDS = ("audit", "encode")
+EVALUATION_FILE = "evaluation.json"
+RESULTS = {"audit": AUDIT_FILE, "encode": INDEX_FILE, "evaluate": EVALUATION_FILE}
+"""Kinds of jobs, and the file that each has written last when it is done."""
 _GRACE_SECONDS = 60.0
 """Time to finish the clip at hand after Stop."""
 
 
 @dataclass(frozen=True)
 class DataJob:
-    """An audit or encode.
+    """An audit, encode or evaluation.
 
     Attributes:
         folder: Folder of its record.
-        kind: "audit" or "encode".
-        source: Folder of audio.
+        kind: Key of `RESULTS`.
+        source: Folder of audio, or of the run that is evaluated.
         out: Output folder.
         state: Key of `STATES`.
         share: Progress from 0 to 1; None when unknown.
@@ -73,6 +75,19 @@ def get_audit_dir(workspace: Workspace, source: Path) -> Path:
     return workspace.home / "audits" / _make_name(source)
 
 
+def get_evaluation_dir(workspace: Workspace, run: Path) -> Path:
+    """Get the output folder of an evaluation.
+
+    Args:
+        workspace: The studio's folders.
+        run: The run folder.
+
+    Returns:
+        A folder in the studio's home.
+    """
+    return workspace.home / "evaluations" / _make_name(run)
+
+
 def build_audit_command(workspace: Workspace, source: Path, captions: str, model: str | None) -> list[str]:
     """Build the command that audits a folder.
 
@@ -107,12 +122,12 @@ def build_encode_command(source: Path, out: Path, model: str, settings: EncodeSe
 
 
 def start_job(workspace: Workspace, kind: str, source: Path, out: Path, command: Sequence[str]) -> Path:
-    """Start an audit or encode.
+    """Start an audit, encode or evaluation.
 
     Args:
         workspace: The studio's folders.
-        kind: "audit" or "encode".
-        source: Folder of audio.
+        kind: Key of `RESULTS`.
+        source: Folder of audio, or of a run.
         out: Output folder.
         command: The arguments.
 
@@ -158,7 +173,7 @@ def dismiss_job(job: DataJob) -> None:
 
 
 def list_jobs(workspace: Workspace) -> list[DataJob]:
-    """List all audits and encodes, running ones first, then latest first.
+    """List all jobs, running ones first, then latest first.
 
     Args:
         workspace: The studio's folders.
@@ -182,11 +197,11 @@ def read_job(folder: Path) -> DataJob | None:
     """
     record = processes.read_record(folder)
     kind = record.get("kind")
-    if kind not in KINDS or not {"out", "source", "command", "stop_asked"} <= record.keys():
+    if kind not in RESULTS or not {"out", "source", "command", "stop_asked"} <= record.keys():
         return None
     out, is_running = Path(record["out"]), processes.get_running_pid(folder) is not None
     error = None if is_running else processes.read_failure(folder)
-    made = out / (AUDIT_FILE if kind == "audit" else INDEX_FILE)
+    made = out / RESULTS[kind]
     is_made = made.is_file() and made.stat().st_mtime >= _get_start_time(folder) - 1
     if is_running:
         state = "stopping" if record["stop_asked"] else "running"

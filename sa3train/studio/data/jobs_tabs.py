@@ -1,4 +1,4 @@
-"""The Audit and Encode tabs: each starts a command in a process of its own, and shows its progress and result."""
+"""Tabs that start a command in a process of its own and show its progress and result; the Audit and Encode tabs."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -83,10 +83,10 @@ def render_audit(workspace: Workspace, audit: Audit, source: Path) -> str:
     ]
     findings = [
         [f'<span class="{item["severity"]}">{escape(item["severity"])}</span>', f"{item['clips']:,}",
-         escape(FINDING_TYPES[code].title), escape(ui.name_fields(item["remedy"]))]
+         escape(FINDING_TYPES[code].title), escape(ui.name_fields(item["fix"]))]
         for code, item in summary["findings"].items()
     ]  # fmt: skip
-    table = render_table(("", "clips", "finding", "remedy"), findings, numbers=(1,))
+    table = render_table(("", "clips", "finding", "fix"), findings, numbers=(1,))
     rows = [_render_row(workspace, source, row) for row in clips]
     listed = render_table(("waveform", "clip", "findings", "listen"), rows)
     left = summary["clips"] - len(rows)
@@ -131,12 +131,14 @@ class JobTab:
     """What one of the tabs has of its own.
 
     Attributes:
-        kind: "audit" or "encode".
+        kind: Key of `jobs.RESULTS`.
         hint: What is shown while there is no result.
         build_fields: Builds the fields, by name.
         build_command: Makes the output folder and the command, from the folder of audio and the fields' values.
         find_result: The file that shows a result, which need not exist.
         render_result: Renders it.
+        resolve: Checks the chosen folder.
+        retry: A field and its value, with which a job whose error advises it is started again by a button.
     """
 
     kind: str
@@ -145,36 +147,47 @@ class JobTab:
     build_command: Callable[[Workspace, Path, Mapping[str, Any]], tuple[Path, list[str]]]
     find_result: Callable[[Workspace, Path, DataJob | None], Path | None]
     render_result: Callable[[Workspace, Path, Path], str]
+    resolve: Callable[[Workspace, str | None], Path]
+    retry: tuple[str, str] = ("", "")
+
+    def can_retry(self, job: DataJob | None) -> bool:
+        """Check whether a job failed for what `retry` helps with.
+
+        Args:
+            job: The job; None for none.
+
+        Returns:
+            Whether it did.
+        """
+        return job is not None and bool(self.retry[0]) and "=".join(self.retry) in (job.error or "")
 
 
-def build_job_tab(workspace: Workspace, folder: gr.Dropdown, tick: gr.Timer, tab: JobTab) -> None:
+def build_job_tab(workspace: Workspace, folder: Any, tick: gr.Timer, tab: JobTab) -> None:
     """Build a tab that starts jobs.
 
     Args:
         workspace: The studio's folders.
-        folder: The chosen folder of audio.
+        folder: Component that chooses the folder that jobs are for.
         tick: Refreshes the tab.
         tab: What it has of its own.
     """
     kind = tab.kind
     with gr.Row():
         fields = tab.build_fields(workspace)
-    with gr.Row():
-        begin = gr.Button(kind.capitalize(), variant="primary", elem_id=f"{kind}-start", scale=0, min_width=160)
-        stop = gr.Button("Stop", interactive=False, elem_id=f"{kind}-stop", scale=0, min_width=100)
-        dismiss = gr.Button("Dismiss", visible=False, elem_id=f"{kind}-dismiss", scale=0, min_width=100)
+    begin, stop, retry, dismiss = _build_buttons(tab)
     status = gr.HTML("", elem_id=f"{kind}-status")
     result = gr.HTML(ui.render_placeholder(tab.hint), elem_id=f"{kind}-result")
-    seen, outputs = gr.State(None), [status, dismiss, stop]
+    seen, outputs = gr.State(None), [status, retry, dismiss, stop]
     quiet: dict[str, Any] = {"show_progress": "hidden"}
 
     def show(path: str | None) -> tuple[Any, ...]:
         job = _find_job(workspace, kind, path)
         is_over = job is not None and job.state in ("failed", "stopped")
-        return render_job(job), gr.update(visible=is_over), gr.update(interactive=job is not None and job.is_running)
+        shown = [gr.update(visible=visible) for visible in (tab.can_retry(job), is_over)]
+        return render_job(job), *shown, gr.update(interactive=job is not None and job.is_running)
 
     def on_start(path: str | None, *values: Any) -> tuple[Any, ...]:
-        source = resolve_source(workspace, path)
+        source = tab.resolve(workspace, path)
         out, command = tab.build_command(workspace, source, dict(zip(fields, values, strict=True)))
         jobs.start_job(workspace, kind, source, out, command)
         return show(path)
@@ -193,7 +206,7 @@ def build_job_tab(workspace: Workspace, folder: gr.Dropdown, tick: gr.Timer, tab
         stamp = file.stat().st_mtime_ns if file is not None and file.is_file() else 0
         now = (path, stamp, job)
         if now == before:
-            return (gr.skip(),) * 5
+            return (gr.skip(),) * 6
         if before is not None and before[:2] == now[:2]:  # what plays goes on
             return *show(path), gr.skip(), now
         if source is None or file is None or not stamp:
@@ -201,9 +214,25 @@ def build_job_tab(workspace: Workspace, folder: gr.Dropdown, tick: gr.Timer, tab
         return *show(path), tab.render_result(workspace, file, source), now
 
     begin.click(ui.show_errors(on_start), [folder, *fields.values()], outputs, **quiet)
+    if tab.retry[0]:
+        set_field = retry.click(lambda: tab.retry[1], None, fields[tab.retry[0]], **quiet)
+        set_field.then(ui.show_errors(on_start), [folder, *fields.values()], outputs, **quiet)
     stop.click(ui.show_errors(make_handler(jobs.stop_job)), folder, outputs, **quiet)
     dismiss.click(ui.show_errors(make_handler(jobs.dismiss_job)), folder, outputs, **quiet)
-    tick.tick(ui.show_errors(refresh), [folder, seen], [*outputs, result, seen], **quiet)
+    ui.keep_fresh(tick, ui.show_errors(refresh), [folder, seen], [*outputs, result, seen], folder.change)
+
+
+def _build_buttons(tab: JobTab) -> list[gr.Button]:
+    title = tab.kind.capitalize()
+    buttons: dict[str, dict[str, Any]] = {
+        "start": {"value": title, "variant": "primary", "min_width": 160},
+        "stop": {"value": "Stop", "interactive": False, "min_width": 100},
+        "retry": {"value": f"{title} with {ui.name_fields('='.join(tab.retry))}", "variant": "primary",
+                  "visible": False, "min_width": 300},
+        "dismiss": {"value": "Dismiss", "visible": False, "min_width": 100},
+    }  # fmt: skip
+    with gr.Row():
+        return [gr.Button(elem_id=f"{tab.kind}-{name}", scale=0, **options) for name, options in buttons.items()]
 
 
 def _build_audit_fields(workspace: Workspace) -> dict[str, Any]:
@@ -235,7 +264,7 @@ def _build_encode_fields(workspace: Workspace) -> dict[str, Any]:
 
 
 def _build_encode_command(workspace: Workspace, source: Path, values: Mapping[str, Any]) -> tuple[Path, list[str]]:
-    out = workspace.resolve_output(values["out"] or f"latents/{source.name}")
+    out = workspace.resolve_output(values["out"] or source.name, "latents")
     settings = EncodeSettings(**{name: values[name] for name in ENCODE_FIELDS})
     return out, jobs.build_encode_command(source, out, resolve_model_name(workspace, values["model"]), settings)
 
@@ -339,11 +368,12 @@ def _find_job(workspace: Workspace, kind: str, path: str | None) -> DataJob | No
 
 AUDIT = JobTab(
     "audit",
-    "An audit decodes and measures every clip, and lists problems with their remedies. It changes nothing.",
+    "An audit decodes and measures every clip, and lists problems with their fixes. It changes nothing.",
     _build_audit_fields,
     _build_audit_command,
     lambda workspace, source, job: jobs.get_audit_dir(workspace, source) / jobs.AUDIT_FILE,
     render_audit_file,
+    resolve_source,
 )
 ENCODE = JobTab(
     "encode",
@@ -352,4 +382,6 @@ ENCODE = JobTab(
     _build_encode_command,
     lambda workspace, source, job: None if job is None or job.is_running else job.out / INDEX_FILE,
     render_latents,
+    resolve_source,
+    ("captions", "auto"),
 )

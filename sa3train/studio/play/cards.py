@@ -1,6 +1,6 @@
 """Results, jobs and load reports as HTML. Every text from elsewhere is escaped here."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -22,7 +22,10 @@ ACTIONS = (
     ("continue", "Continue", "Continue this result"),
 )
 LAYER_COUNTS = ("matched", "missing", "unexpected", "mismatched")
-NO_RESULTS = "No results yet. Enter a prompt and press Generate. Results appear here and are saved to disk."
+NO_RESULTS = (
+    "No results yet. Enter a prompt and press Generate. Results appear here and are saved to disk. To train on sounds "
+    "of yours first: Encode on the Data page, then start a run on the Runs page."
+)
 
 
 def list_cards(workspace: Workspace, groups: Sequence[Sequence[Result]]) -> list[dict[str, str]]:
@@ -81,17 +84,24 @@ def describe_result(result: Result) -> str:
     """
     record, settings, studio = result.record, result.record["settings"], result.studio
     mode = MODE_NAMES.get(str(studio.get("mode", "text")), "")
-    facts = [studio.get("created", ""), mode, f"{record['seconds']:.1f} s", f"seed {record['seed']}"]
+    facts = [studio.get("created", ""), mode, _describe_length(record), f"seed {record['seed']}"]
     if "cell" not in studio:
         facts.insert(1, record["model"]["source"])
         facts.append(f"{settings['steps']} steps, {settings['sampler_type']}, CFG scale {settings['cfg_scale']:g}")
         for each in record["adapters"]:
             ends = each["strength"] if isinstance(each["strength"], list) else [each["strength"]]
             facts.append(f"{shorten_name(each['path'] or 'an adapter')} ×{'..'.join(f'{end:g}' for end in ends)}")
+    facts += [f"from {start:g} s: {text}" for start, text in settings.get("prompt_at") or ()]
     facts += describe_measured(record.get("measured", {}))
     if settings["negative_prompt"]:
         facts.append(f"negative prompt: {settings['negative_prompt'][record['item']]}")
     return " · ".join(str(fact) for fact in facts if fact)
+
+
+def _describe_length(record: Mapping[str, Any]) -> str:
+    settings, seconds = record["settings"], f"{record['seconds']:.1f} s"
+    bars = f"{settings['bars']} bars at {settings['bpm']:g} BPM, {seconds}" if settings.get("bars") else seconds
+    return f"loop of {bars}" if settings.get("loop") else bars
 
 
 def _render_take(workspace: Workspace, result: Result, many: bool) -> str:
@@ -102,13 +112,13 @@ def _render_take(workspace: Workspace, result: Result, many: bool) -> str:
         for action, text, title in ACTIONS
     )
     audio, picture = escape(workspace.get_url(result.audio)), escape(workspace.get_url(result.picture))
-    alt = escape(label or "the result")
+    alt, loop = escape(label or "the result"), " loop" if result.record["settings"].get("loop") else ""
     command = build_command(result.record, f"{result.name}.wav")
     return (
         f'<div class="take" data-group="{escape(result.group)}">{heading}'
         f'<div class="picture"><img alt="mel spectrogram of {alt}" src="{picture}">'
         f'<span class="playhead"></span></div>'
-        f'<audio controls preload="metadata" aria-label="{alt}" src="{audio}"></audio>'
+        f'<audio controls{loop} preload="metadata" aria-label="{alt}" src="{audio}"></audio>'
         f"<small>{escape(describe_levels(result))}</small>"
         f'<div class="actions">{buttons}<a href="{audio}" download="{name}.wav">Download</a></div>'
         f"{_render_adapters(result)}{ui.render_command(command)}</div>"

@@ -4,7 +4,6 @@ Generations run in a worker's thread and land in the history; the page only subm
 nothing, and two open pages queue behind each other.
 """
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +13,7 @@ from sa3train.inference.settings import MODEL_DEFAULTS
 from sa3train.studio.play import cards, history
 from sa3train.studio.play import form as forms
 from sa3train.studio.play.player import Player, find_missing_contrast
-from sa3train.studio.play.settings import MODES, PlaySettings, parse_strengths
+from sa3train.studio.play.settings import MODES, PlaySettings, parse_strengths, round_seconds
 from sa3train.studio.server.folders import describe_model, list_audio, list_models, load_model_config
 from sa3train.studio.server.jobs import Job, Worker
 from sa3train.studio.server.widgets import QUIET, fill_when_shown, render_notice, render_placeholder, show_errors
@@ -234,19 +233,22 @@ def _connect_form(workspace: Workspace, form: forms.Form) -> None:
         source: str | None, mode: str, duration: float | None, drawn: dict[str, Any] | None, model: str
     ) -> tuple[Any, dict[str, Any]]:
         before, code = drawn or {}, MODES[mode]
-        is_same = bool(source) and before.get("url") == workspace.get_url(source or "") and not before.get("fixed")
-        regions = before.get("regions", []) if is_same else []
+        is_known = bool(source) and (before.get("url"), before.get("mode")) == (workspace.get_url(source or ""), code)
+        regions = before.get("regions", []) if is_known else []
         # `edited` tells the script whether an answer belongs to what is drawn now or to what was drawn before.
         found = forms.describe_waveform(workspace, source, code, duration, regions) | {
             "edited": before.get("edited", 0)
         }
-        if is_same or not source or code != "inpaint":
+        continues = code == "continue"
+        if is_known or "seconds" not in found or (continues and found["regions"]):
             return gr.skip(), found
         config = load_model_config(workspace, model)
         longest = config.sample_size / config.sample_rate if config else found["seconds"]
-        seconds = math.floor(100 * min(found["seconds"], longest)) / 100
-        region = [round(seconds / 3, 2), round(2 * seconds / 3, 2)]
-        return seconds, found | {"duration": seconds, "regions": [region]}
+        seconds = min(round_seconds(found["seconds"] * (1.5 if continues else 1)), longest)
+        if code == "inpaint":
+            region = [round(seconds / 3, 2), round(2 * seconds / 3, 2)]
+            found |= {"duration": seconds, "regions": [region]}
+        return seconds, found
 
     def list_files() -> tuple[Any, ...]:
         models, audio = list_models(workspace), list_audio(workspace)

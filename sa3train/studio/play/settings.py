@@ -1,5 +1,6 @@
 """What the Play page asks for: a model, adapters and `GenerationSettings`, read from the form or from a sidecar."""
 
+import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +24,8 @@ MODES: dict[str, Mode] = {
 MODEL_SPECIFIC = ("steps", "cfg_scale", "sampler_type", *GUIDANCE_SETTINGS)
 """Settings that a base model and its post-trained sibling do not share; at their defaults they are the model's own."""
 MOST_STRENGTHS = 8
+SHORTEST_SECONDS = 0.01
+"""Shortest continuation."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ class PlaySettings:
             raise StudioError("Bars count from the start. To continue audio, set the duration instead.")
         if self.mode == "continue":
             seconds, duration = read_audio_info(source).seconds, check_number("duration", settings.duration)
-            if duration <= seconds:
+            if duration - seconds < SHORTEST_SECONDS:
                 raise StudioError(f"The audio is {seconds:.2f} s long. To continue it, increase the duration.")
             changes |= {"inpaint_mask_start_seconds": seconds, "inpaint_mask_end_seconds": duration}
         return replace(
@@ -260,7 +263,7 @@ class PlaySettings:
         regions = ((round(seconds / 3, 2), round(seconds * 2 / 3, 2)),) if mode == "inpaint" else ()
         settings = GenerationSettings(
             same.settings.prompt,
-            duration=round(seconds * 1.5 if mode == "continue" else seconds, 2),
+            duration=round_seconds(seconds * 1.5 if mode == "continue" else seconds),
             **select_source(mode, str(audio), regions),
         )
         return replace(same, mode=mode, settings=settings)
@@ -300,6 +303,18 @@ def parse_number(name: str, value: Any, default: float | None = None) -> float:
     """
     number = parse_optional_number(name, value)
     return check_number(name, default if number is None else number)
+
+
+def round_seconds(seconds: float) -> float:
+    """Round a length to few digits, up, so that it has no sample less.
+
+    Args:
+        seconds: The length.
+
+    Returns:
+        The next whole microsecond.
+    """
+    return math.ceil(round(seconds * 1e6, 3)) / 1e6
 
 
 def parse_strengths(text: str) -> list[float]:

@@ -26,6 +26,7 @@ from sa3train.data.shards.reader import LatentStore
 from sa3train.reports import run_files
 from sa3train.reports.html import format_bytes, format_duration
 from sa3train.studio.server.workspace import StudioError
+from sa3train.training.settings import TrainerSettings
 
 TRIAL_STEPS = 4
 TRIAL_SECONDS = 900
@@ -33,6 +34,7 @@ COMPOSE_SECONDS = 60
 
 SETTABLE_GROUPS = ("data", "adapter", "loss", "optimizer", "scheduler", "trainer", "callbacks", "logger", "seed")
 FIXED_SETTINGS = ("data.dir.", "data.more.", "adapter.start_from.")
+_trials: dict["RunRequest", "Trial"] = {}
 _SETTING = re.compile(r"\+{0,2}[a-z_]+(\.[A-Za-z0-9_]+)*=[^\n\0]*")
 _INTERPOLATION = re.compile(r"(?<!\\)\$\{|\\\\\$\{|\$\\+\{")
 """`${` that reaches the trainer as such, also by Hydra's escapes; `\\${` with a single backslash is text."""
@@ -111,6 +113,19 @@ def list_recipes() -> dict[str, str]:
         Their descriptions by name.
     """
     return {name: text for name, text in list_options("recipe").items() if name not in ("sweep", "decoder")}
+
+
+def get_recipe_steps(recipe: str) -> int:
+    """Get the optimizer steps of a recipe.
+
+    Args:
+        recipe: Its name.
+
+    Returns:
+        The number.
+    """
+    settings = yaml.safe_load((get_config_dir() / "recipe" / f"{recipe}.yaml").read_text(encoding="utf-8"))
+    return int(settings.get("trainer", {}).get("max_steps", TrainerSettings.max_steps))
 
 
 def get_default_recipe() -> str:
@@ -193,6 +208,18 @@ def compose_config(request: RunRequest) -> dict[str, Any]:
     return config
 
 
+def find_trial(request: RunRequest) -> Trial | None:
+    """Find the last trial of a request, whatever its steps and run folder.
+
+    Args:
+        request: What to train.
+
+    Returns:
+        What it measured; None where there was none.
+    """
+    return _trials.get(make_trial(request, Path()))
+
+
 def run_trial(request: RunRequest) -> Trial:
     """Run a few steps in a temporary folder.
 
@@ -210,7 +237,8 @@ def run_trial(request: RunRequest) -> Trial:
     folder = Path(tempfile.mkdtemp(prefix="trial-", dir=trials))
     try:
         _run(make_trial(request, folder / "run").build_command(), TRIAL_SECONDS)
-        return read_trial(folder / "run")
+        trial = _trials[make_trial(request, Path())] = read_trial(folder / "run")
+        return trial
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

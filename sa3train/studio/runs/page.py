@@ -11,11 +11,13 @@ from sa3train.core import processes
 from sa3train.core.files import write_text
 from sa3train.reports import comparison, run_files, runs
 from sa3train.reports.run_files import RunFiles
+from sa3train.studio.data.jobs_tabs import build_job_tab
 from sa3train.studio.runs import view
+from sa3train.studio.runs.evaluate_tab import EVALUATE, resolve_run_dir
 from sa3train.studio.runs.start_form import build_start_form
 from sa3train.studio.server import widgets as ui
-from sa3train.studio.server.folders import find_runs, leads_out, name_folders
-from sa3train.studio.server.workspace import StudioError, Workspace
+from sa3train.studio.server.folders import find_runs, name_folders
+from sa3train.studio.server.workspace import Workspace
 
 SECONDS = 2.0
 LOG_LINES = 60
@@ -63,8 +65,7 @@ def build_runs_page(workspace: Workspace) -> None:
 
     chosen = widgets["chosen"]
     wiring: dict[str, Any] = {"inputs": [chosen, seen], "outputs": [*widgets.values(), seen], "show_progress": "hidden"}
-    tick.tick(on_refresh, **wiring)
-    chosen.input(on_refresh, **wiring)
+    ui.keep_fresh(tick, on_refresh, wiring["inputs"], wiring["outputs"], chosen.input)
     for name, (_, act) in ACTIONS.items():
         widgets[name].click(make_handler(act), **wiring)
 
@@ -98,6 +99,8 @@ def _build_widgets(workspace: Workspace, tick: gr.Timer) -> dict[str, Any]:
                             other = gr.Dropdown([], label="Compare with run", elem_id="run-other")
                             differences = gr.HTML(elem_id="run-differences")
                         widgets[name] = gr.HTML(elem_id=f"run-{name}")
+                with gr.Tab("Evaluate"):
+                    build_job_tab(workspace, chosen, tick, EVALUATE)
                 with gr.Tab("Report"):
                     open_report = gr.Button("Show report", elem_id="run-report-open", scale=0)
                     report = gr.HTML(elem_id="run-report")
@@ -109,7 +112,7 @@ def _build_widgets(workspace: Workspace, tick: gr.Timer) -> dict[str, Any]:
 
 def _refresh(workspace: Workspace, path: str | None, before: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return updates of the widgets whose content has changed since `before`, and what the page has seen now."""
-    found = find_runs(workspace, Path(path) if path else None)
+    found = find_runs(workspace)
     labels, selected = [(view.format_label(workspace, run), str(run.path)) for run in found], path
     path = path if path in [value for _, value in labels] else (labels[0][1] if labels else None)
     run = next((run for run in found if str(run.path) == path), None)
@@ -122,7 +125,8 @@ def _refresh(workspace: Workspace, path: str | None, before: dict[str, Any]) -> 
         choice: dict[str, Any] = {} if path == selected else {"value": path}
         values["chosen"] = gr.update(choices=labels, visible=bool(labels), **choice)
         values["none"] = gr.update(visible=not labels)
-        values["other"] = gr.update(choices=name_folders(workspace, (run.path for run in found)))
+        others = [one.path for one in found if str(one.path) != path]
+        values["other"] = gr.update(choices=name_folders(workspace, others))
     if differing & {"state", "path"}:
         is_own = run is not None and run.state in ("starting", "running", "stopping")
         is_stopping = run is not None and run.state == "stopping"
@@ -135,29 +139,6 @@ def _refresh(workspace: Workspace, path: str | None, before: dict[str, Any]) -> 
             "dismiss": gr.update(visible=run is not None and run.state == "failed"),
         }
     return values, after
-
-
-def resolve_run_dir(workspace: Workspace, path: str | None) -> Path:
-    """Resolve the folder of the chosen run.
-
-    Args:
-        workspace: The workspace.
-        path: Path of the folder, or None when no run is chosen.
-
-    Returns:
-        The absolute path.
-
-    Raises:
-        StudioError: No run is chosen, or the folder holds none or is outside the roots.
-    """
-    if not path:
-        raise StudioError("Choose a run first.")
-    folder = workspace.resolve_folder(path, "run folder")
-    if leads_out(workspace, folder):
-        raise StudioError(f"A file in {workspace.shorten(folder)} is a link out of the studio's folders. Remove it.")
-    if not runs.is_run(folder):
-        raise StudioError(f"{workspace.shorten(folder)} contains no run. Choose another.")
-    return folder
 
 
 def render_parts(

@@ -1,12 +1,13 @@
 """The form that starts a run: the request is checked, planned, tried for a few steps, and started."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import gradio as gr
 
 from sa3train.core.errors import SA3Error
+from sa3train.core.text import list_few
 from sa3train.data.shards.index import summarize_data
 from sa3train.reports import runs
 from sa3train.reports.html import render_facts
@@ -27,7 +28,7 @@ def parse_request(
     recipe: str,
     data: str,
     model: str,
-    steps: float | None,
+    steps: float | str | None,
     folder: str,
     settings: str,
     adapter: str,
@@ -39,8 +40,8 @@ def parse_request(
         recipe: Name of the recipe.
         data: Folder of latents.
         model: Name or folder of the model.
-        steps: Optimizer steps; 0 or None for the recipe's.
-        folder: The run folder; empty for a new one below `runs`.
+        steps: Optimizer steps; empty, 0 or None for the recipe's.
+        folder: The run folder, below `runs` if it is a name alone; empty for a new one there.
         settings: Lines of further `key=value` settings.
         adapter: Adapter to continue from, for recipe=continue.
 
@@ -62,7 +63,7 @@ def parse_request(
         recipe,
         workspace.resolve_folder(data, "folder of latents"),
         folders.resolve_model_name(workspace, model),
-        workspace.resolve_output(folder or f"{RUNS}/{recipe}-{time.strftime('%Y%m%d-%H%M%S')}"),
+        workspace.resolve_output(folder or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}", RUNS),
         _parse_steps(steps),
         estimate.parse_settings(settings or ""),
         folders.resolve_adapter(workspace, adapter) if recipe == "continue" else None,
@@ -84,20 +85,23 @@ def build_start_form(workspace: Workspace, chosen: gr.Radio, tick: gr.Timer) -> 
     base = _get_trainable_model(workspace)
     model = gr.Dropdown(models, value=base, label="Base model", allow_custom_value=True)
     with gr.Row():
-        steps = gr.Number(0, label="Steps (0: recipe)", info="Optimizer steps.", min_width=130)
+        steps = ui.build_optional_number(
+            "Steps", info="Empty: recipe", placeholder=_format_steps(usual), elem_id="run-steps"
+        )
         ui.explain_value(steps, _parse_steps)
         folder = gr.Textbox(
-            "", label="Run folder", info="In the workspace.", placeholder="runs/RECIPE-TIME", min_width=130
-        )
+            "", label="Run folder", info="In the workspace.", placeholder="runs/RECIPE-TIME", max_lines=1, min_width=90,
+            scale=2,
+        )  # fmt: skip
     adapter = gr.Dropdown([], label="Start from adapter", allow_custom_value=True, visible=False)
     settings = gr.Textbox(
         "", lines=2, label="Further settings, one per line", placeholder="optimizer.lr=1e-3\nadapter.rank=8"
     )
     with gr.Row():
-        plan = gr.Button("Plan", elem_id="run-plan")
-        start = gr.Button("Start", variant="primary", elem_id="run-start")
+        plan = gr.Button("Plan", elem_id="run-plan", min_width=90)
+        start = gr.Button("Start", variant="primary", elem_id="run-start", min_width=90)
     shown = gr.HTML(ui.render_placeholder(PLAN_HINT), elem_id="run-plan-shown")
-    fields = [recipe, data, model, steps, folder, settings, adapter]
+    fields, known = [recipe, data, model, steps, folder, settings, adapter], gr.State(())
 
     @ui.show_errors
     def on_plan(*values: Any) -> Iterator[tuple[Any, ...]]:
@@ -105,16 +109,17 @@ def build_start_form(workspace: Workspace, chosen: gr.Radio, tick: gr.Timer) -> 
 
     @ui.show_errors
     def on_start(*values: Any) -> Iterator[tuple[Any, ...]]:
-        yield from _keep_error(stream_start(workspace, *values), 3)
+        yield from _keep_error(stream_start(workspace, *values), 4)
 
-    def on_recipe(name: str) -> tuple[Any, Any]:
+    def on_recipe(name: str) -> tuple[Any, ...]:
         is_continue = name == "continue"
         adapters = folders.list_adapters(workspace) if is_continue else []
-        return gr.update(info=recipes.get(name, "")), gr.update(visible=is_continue, choices=adapters)
+        hint, choices = gr.update(info=recipes.get(name, "")), gr.update(visible=is_continue, choices=adapters)
+        return hint, choices, gr.update(placeholder=_format_steps(name))
 
-    recipe.change(on_recipe, recipe, [recipe, adapter], show_progress="hidden")
+    recipe.change(on_recipe, recipe, [recipe, adapter, steps], show_progress="hidden")
     plan.click(on_plan, fields, [folder, shown], show_progress="hidden")
-    start.click(on_start, fields, [folder, shown, chosen], show_progress="hidden")
+    start.click(on_start, [known, *fields], [folder, shown, chosen, known], show_progress="hidden")
 
     def list_latents() -> list[Any]:
         return folders.name_folders(workspace, folders.find_folders(workspace).latents)
@@ -139,39 +144,61 @@ def stream_plan(workspace: Workspace, *values: Any) -> Iterator[tuple[Any, ...]]
     yield folder, ui.render_notice("Composing settings…")
     config, data = estimate.compose_config(request), summarize_data(request.data)
     rows = estimate.describe_plan(config, data, estimate.count_uncaptioned(request.data))
+    if others := _find_running(workspace):
+        rows.append(("Note", f"Time and memory are measured beside {list_few([*others])}."))
     progress = ui.render_notice(f"Running {estimate.TRIAL_STEPS} trial steps…")
     yield folder, ui.render_panel(render_facts(rows)) + progress + command
     rows += estimate.describe_trial(config, data, estimate.run_trial(request))
     yield folder, ui.render_panel(render_facts(rows)) + command
 
 
-def stream_start(workspace: Workspace, *values: Any) -> Iterator[tuple[Any, ...]]:
+def stream_start(workspace: Workspace, known: Sequence[str], *values: Any) -> Iterator[tuple[Any, ...]]:
     """Start a run, and yield what the page shows meanwhile.
 
     Args:
         workspace: The workspace.
+        known: Running runs that the user knows of. Others are told of, and nothing is started.
         *values: Values of the form, as for `parse_request`.
 
     Yields:
-        (run folder, HTML, update of the list of runs).
+        (run folder, HTML, update of the list of runs, running runs that the user knows of).
     """
     request = parse_request(workspace, *values)
-    folder = workspace.shorten(request.run_dir)
-    yield folder, ui.render_notice("Composing settings…"), gr.skip()
-    estimate.compose_config(request)  # a setting that is refused should be refused here, not in a log
-    summarize_data(request.data)
+    folder, command = workspace.shorten(request.run_dir), ui.render_command(request.build_command())
+    yield folder, ui.render_notice("Composing settings…"), gr.skip(), gr.skip()
+    config = estimate.compose_config(request)  # a setting that is refused should be refused here, not in a log
+    data = summarize_data(request.data)
+    rows = estimate.describe_plan(config, data, estimate.count_uncaptioned(request.data))
+    if trial := estimate.find_trial(request):
+        rows += estimate.describe_trial(config, data, trial)[:1]
+    plan, others = ui.render_panel(render_facts(rows)) + command, _find_running(workspace)
+    if not others.keys() <= set(known):
+        running = list_few([f"{name} ({state})" for name, state in others.items()])
+        text = f"Already running: {running}. Runs at the same time share processor and memory, and each takes longer. "
+        text += "Press Start again to start this one too."
+        yield gr.skip(), ui.render_notice(text, "warning") + plan, gr.skip(), tuple(others)
+        return
     runs.start_run(request.run_dir, request.build_command())
+    folders.forget_folders()
     started = ui.render_notice(f"Started {folder}. It continues when this page is closed.")
-    choices = [
-        (view.format_label(workspace, run), str(run.path)) for run in folders.find_runs(workspace, request.run_dir)
-    ]
+    choices = [(view.format_label(workspace, run), str(run.path)) for run in folders.find_runs(workspace)]
     update = gr.update(value=str(request.run_dir), choices=choices, visible=True)
-    yield "", started + ui.render_command(request.build_command()), update  # the next run gets a folder of its own
+    yield "", started + plan, update, ()  # the next run gets a folder of its own
+
+
+def _find_running(workspace: Workspace) -> dict[str, str]:
+    """Find the runs that are going on: what each does, by its name."""
+    alive = [run for run in folders.find_runs(workspace) if run.is_alive]
+    return dict(view.format_label(workspace, run).rsplit("\n", 1) for run in alive)
+
+
+def _format_steps(recipe: str) -> str:
+    return f"{estimate.get_recipe_steps(recipe):,}"
 
 
 def _parse_steps(value: Any) -> int | None:
     """Parse the number of steps; None for the recipe's."""
-    steps = ui.parse_setting(TrainerSettings, "max_steps", value or None)
+    steps = ui.parse_setting(TrainerSettings, "max_steps", None if value in (0, "0") else value)
     return cast("int | None", steps)
 
 

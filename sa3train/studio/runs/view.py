@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from sa3train.adapters.formats.run_dir import ADAPTER_FILE, list_checkpoints
 from sa3train.reports import audio, curves, html
 from sa3train.reports.audio import Media
 from sa3train.reports.loss_change import compute_loss_change
@@ -69,8 +70,32 @@ def render_head(workspace: Workspace, run: Run | None, files: RunFiles) -> str:
     return render_panel(
         f'<h2>{escape(workspace.shorten(run.path))} <span class="state {MARKS.get(run.state, "work")}" role="status">'
         f"{escape(describe_state(run))}</span></h2>{problem}{bar}"
-        f'<div class="tiles">{"".join(_render_tiles(run, files))}</div>{summary}'
+        f'<div class="tiles">{"".join(_render_tiles(run, files))}</div>{summary}{_render_play(workspace, run)}'
     )
+
+
+def render_play(name: str, strength: float = 1.0) -> str:
+    """Render a button that opens the Play page with an adapter (see `assets/rack.js`).
+
+    Args:
+        name: Short path of the adapter, or RUN_FOLDER@STEP.
+        strength: Its strength.
+
+    Returns:
+        HTML.
+    """
+    return (
+        f'<p><button type="button" class="small" data-play="{escape(name)}" data-strength="{strength:g}">'
+        f"Play {escape(name)}</button></p>"
+    )
+
+
+def _render_play(workspace: Workspace, run: Run) -> str:
+    """Render the button that plays the run's adapter, or its last checkpoint; empty where there is none yet."""
+    name, steps = workspace.shorten(run.path), list_checkpoints(run.path)
+    if not (run.path / ADAPTER_FILE).is_file():
+        return render_play(f"{name}@{max(steps)}") if steps else ""
+    return render_play(name)
 
 
 def _render_tiles(run: Run, files: RunFiles) -> list[str]:
@@ -121,7 +146,7 @@ def render_demos(workspace: Workspace, files: RunFiles) -> str:
         HTML.
     """
     if not files.demos:
-        hint = "No demos yet. They are generated at step 0 and every callbacks.demos.every steps."
+        hint = "No demos. A run generates them at step 0 and every callbacks.demos.every steps."
         return render_panel(render_placeholder(hint))
 
     def link_row(row: Sequence[DemoFile]) -> list[Media]:

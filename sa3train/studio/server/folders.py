@@ -17,14 +17,14 @@ from sa3train.core.processes import PROCESS_FILE
 from sa3train.data.sources.own_folders import LATENTS, RUN, STUDIO, iterate_folders
 from sa3train.inference.settings import MODEL_DEFAULTS
 from sa3train.models import hub
-from sa3train.models.checkpoint import read_config
+from sa3train.models.checkpoint import read_model_config
 from sa3train.models.config import ModelConfig
 from sa3train.models.parse import parse_model
 from sa3train.reports.runs import Run, load_run, sort_runs
 from sa3train.studio.server.workspace import StudioError, Workspace
 
 ADAPTER_CONFIG, ADAPTER_SUFFIXES = "adapter_config.json", (".safetensors", ".gguf")
-_STATE_NAME = re.compile(r"step-(\d{8})\.safetensors")
+_CHECKPOINT_NAME = re.compile(r"step-(\d{8})\.safetensors")
 MAX_LISTED = 400
 CACHE_SECONDS = 3
 """For how long `find_folders` returns the same result."""
@@ -86,7 +86,7 @@ def name_adapter(path: str) -> str:
         RUN_FOLDER@STEP for the file of a checkpoint, the path itself for anything else.
     """
     file = Path(path)
-    step = _STATE_NAME.fullmatch(file.name) if file.parent.name == CHECKPOINTS_DIR else None
+    step = _CHECKPOINT_NAME.fullmatch(file.name) if file.parent.name == CHECKPOINTS_DIR else None
     return f"{file.parent.parent}@{int(step[1])}" if step else path
 
 
@@ -155,7 +155,7 @@ def load_model_config(workspace: Workspace, name: str) -> ModelConfig | None:
     if entry is not None and entry.repo_id is not None and name not in hub.list_cached_names():
         return None
     files = hub.locate_checkpoint(name)
-    return parse_model(read_config(files), str(files.config))
+    return parse_model(read_model_config(files), str(files.config))
 
 
 def describe_model(workspace: Workspace, name: str) -> str:
@@ -263,20 +263,21 @@ def _find_folders(workspace: Workspace, period: int) -> FoundFolders:
     return FoundFolders(*(sorted(set(paths)) for paths in (found.runs, found.latents, found.audio)))
 
 
-def find_runs(workspace: Workspace, known: Path | None = None) -> list[Run]:
+def forget_folders() -> None:
+    """Forget what `find_folders` has found, so that a folder made since is found at once."""
+    _find_folders.cache_clear()
+
+
+def find_runs(workspace: Workspace) -> list[Run]:
     """Find all runs below the roots, but for those whose files are links that lead out of them.
 
     Args:
         workspace: The workspace.
-        known: Folder of a run that may have been started after the last search.
 
     Returns:
         Running ones first, then the newest.
     """
-    paths = find_folders(workspace).runs
-    if known is not None and known not in paths:
-        paths = [*paths, known]
-    inside = (path for path in paths if not leads_out(workspace, path))
+    inside = (path for path in find_folders(workspace).runs if not leads_out(workspace, path))
     return sort_runs(map(load_run, inside))
 
 

@@ -240,7 +240,7 @@ def name_fields(text: str) -> str:
         fields = ", ".join(f"{label}: {value}" if value else label for label, value in flags if label)
         return f"{found[1].capitalize()} on the Adapters page{fields and f', with {fields}'}"
 
-    return _NAMES.sub(replace, _TOOLS.sub(replace_tool, text))
+    return _NAMES.sub(replace, _TOOLS.sub(replace_tool, text)).replace("sa3-data caption", "on the Captions tab")
 
 
 _LABELS_BY_NAME = TOOL_LABELS | {
@@ -355,7 +355,7 @@ def build_timer(seconds: float) -> gr.Timer:
     Returns:
         The timer. Outside of tabs it always ticks.
     """
-    tab = _find_tab()
+    tab = next(_find_tabs(), None)
     if tab is None:
         return gr.Timer(seconds)
     tabs = cast(gr.Tabs, tab.parent)
@@ -388,9 +388,21 @@ def refresh_choices(tick: gr.Timer, box: gr.Dropdown, list_choices: Callable[[],
         first: dict[str, Any] = {} if chosen or not choices else {"value": choices[0][1]}
         return gr.update(choices=choices, **first), choices
 
-    tab = _find_tab()
-    triggers = [tick.tick, *([] if tab is None else [tab.select])]
-    gr.on(triggers, refresh, [known, box], [box, known], show_progress="hidden")
+    keep_fresh(tick, refresh, [known, box], [box, known])
+
+
+def keep_fresh(tick: gr.Timer, refresh: Callable[..., Any], inputs: Any, outputs: Any, *more: Any) -> None:
+    """Call a function at every tick, and at once when a tab that holds the place being built is selected.
+
+    Args:
+        tick: The timer.
+        refresh: The function.
+        inputs: Its inputs.
+        outputs: Its outputs.
+        *more: Further events that call it.
+    """
+    triggers = [tick.tick, *(tab.select for tab in _find_tabs()), *more]
+    gr.on(triggers, refresh, inputs, outputs, show_progress="hidden", trigger_mode="always_last")
 
 
 def fill_when_shown(fill: Callable[[], Any], outputs: Sequence[Any]) -> None:
@@ -401,14 +413,14 @@ def fill_when_shown(fill: Callable[[], Any], outputs: Sequence[Any]) -> None:
         outputs: The widgets.
     """
     gr.on(None, show_errors(fill), None, outputs, **QUIET)  # without a trigger: on load
-    tab = _find_tab()
-    if tab is not None:
+    for tab in _find_tabs():
         tab.select(show_errors(fill), None, outputs, **QUIET)
 
 
-def _find_tab() -> gr.Tab | None:
-    """Find the tab of `gr.Tabs` that is being built."""
+def _find_tabs() -> Iterator[gr.Tab]:
+    """Find the tabs of `gr.Tabs` around the place being built, from inside out."""
     block = Context.block
-    while block is not None and not (isinstance(block, gr.Tab) and isinstance(block.parent, gr.Tabs)):
+    while block is not None:
+        if isinstance(block, gr.Tab) and isinstance(block.parent, gr.Tabs):
+            yield block
         block = block.parent
-    return block

@@ -14,7 +14,7 @@ from sa3train.data.sources.own_folders import STUDIO_HOME, STUDIO_RESULTS
 from sa3train.models import hub
 
 FILE_ROUTE = "/gradio_api/file="
-PARTS = ("latents", "runs", STUDIO_RESULTS)
+PARTS = ("latents", "runs", "adapters", STUDIO_RESULTS)
 """Folders of a workspace."""
 
 
@@ -134,11 +134,12 @@ class Workspace:
             )
         return found
 
-    def resolve_output(self, path: str | Path) -> Path:
+    def resolve_output(self, path: str | Path, part: str = "") -> Path:
         """Resolve a path to write to.
 
         Args:
             path: A path that need not exist; a relative one starts at the workspace.
+            part: One of `PARTS`: where a name alone lands, unless the workspace itself has a file of that name.
 
         Returns:
             The absolute path.
@@ -146,7 +147,10 @@ class Workspace:
         Raises:
             StudioError: The path, or a link on the way, leads outside the workspace, or it is the workspace itself.
         """
-        found = _resolve(str(path), [self.folder])
+        name = str(path).strip()
+        is_name = bool(part and name) and Path(name).name == name and name[0] != "~" and name != ".."
+        is_known = name not in PARTS and (self.folder / name).exists()
+        found = _resolve(f"{part}/{name}" if is_name and not is_known else str(path), [self.folder])
         if not found.is_relative_to(self.folder) or found == self.folder or found.is_relative_to(self.home):
             raise StudioError(
                 f"{path} is not inside the workspace ({self.folder}), the only folder that is written to. Give "

@@ -70,7 +70,7 @@ def test_adapters_are_merged(workspace: Workspace) -> None:
     assert "truncation error" in result.facts
     assert_parses(command)
     _, command = actions.write(workspace, "merge", adapters, "merged", model="nano-base")
-    assert (workspace.resolve("merged") / "model.safetensors").is_file()
+    assert (workspace.resolve("adapters/merged") / "model.safetensors").is_file()
     assert_parses(command)
 
 

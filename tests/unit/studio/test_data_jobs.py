@@ -8,10 +8,14 @@ from typing import Any
 
 import pytest
 
+from helpers.run_dirs import make_run
+from sa3train.cli.eval import build_parser
 from sa3train.core import processes
 from sa3train.core.errors import SA3Error
 from sa3train.data.encode.settings import EncodeSettings
 from sa3train.studio.data import jobs
+from sa3train.studio.data.jobs_tabs import ENCODE
+from sa3train.studio.runs.evaluate_tab import EVALUATE
 from sa3train.studio.server.workspace import Workspace
 
 
@@ -69,6 +73,31 @@ def test_what_became_of_a_job(workspace: Workspace) -> None:
         jobs.stop_job(work)  # type: ignore[arg-type]
     jobs.dismiss_job(work)  # type: ignore[arg-type]
     assert jobs.list_jobs(workspace) == []
+
+
+def test_an_encode_that_lacks_captions_has_a_way_out(workspace: Workspace) -> None:
+    lacking = "error: 5 of 6 clips are rejected. Fix them (write one to a .txt of its name, or set captions=auto)"
+    for log, can_retry in ((lacking, True), ("error: 5 of 6 clips are rejected: too long", False)):
+        assert ENCODE.can_retry(jobs.read_job(noted(workspace, log=f"$ x\n{log}\n"))) is can_retry
+    assert not ENCODE.can_retry(None)
+
+
+def test_an_evaluation_is_a_command_and_names_what_to_use(workspace: Workspace) -> None:
+    run = make_run(workspace.folder / "runs" / "a", "finished")
+    out, command = EVALUATE.build_command(workspace, run, {"strengths": "-0.5; 1", "generated": 0})
+    flags = build_parser().parse_args(command[1:])
+    assert (flags.adapters, flags.strengths, flags.generate, flags.device) == ([str(run)], (-0.5, 1.0), 0, "cpu")
+    with pytest.raises(SA3Error, match="strength 0 is the base"):
+        EVALUATE.build_command(workspace, run, {"strengths": "0, 1", "generated": 4})
+    file = out / jobs.EVALUATION_FILE
+    assert file == Path(flags.json) == EVALUATE.find_result(workspace, run, None)
+    Path(flags.html).touch()
+    file.write_text(json.dumps({"pick": {"adapter": f"{run}@40", "strength": 0.5, "is_base": False}}))
+    shown = EVALUATE.render_result(workspace, file, run)
+    assert "Use runs/a@40 at strength 0.5" in shown and 'data-play="runs/a@40" data-strength="0.5"' in shown
+    for pick in (None, {"is_base": True}):
+        file.write_text(json.dumps({"pick": pick}))
+        assert "beyond noise" in EVALUATE.render_result(workspace, file, run)
 
 
 def test_progress_is_read_as_data(workspace: Workspace) -> None:

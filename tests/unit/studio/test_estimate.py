@@ -32,7 +32,7 @@ CONFIG: dict[str, Any] = {
         },
     },
 }  # fmt: skip
-DATA = DataSummary(100, 900.0, 10, 90.0, "nano", 1, 9000)
+DATA = DataSummary(100, 900.0, 10, "nano", 1, 9000)
 TRIAL = Trial(2.0, 1.5, "1 × CPU", {"weights": 2**30, "adapter": 2**20})
 
 
@@ -92,7 +92,7 @@ def test_the_trainer_itself_composes_and_refuses(workspace: Workspace, latents: 
 
 
 def test_the_data_is_what_its_index_says(latents: Path, tmp_path: Path) -> None:
-    assert summarize_data(latents) == DataSummary(4, 6.0, 2, 6.0, "nano", 1, 64)
+    assert summarize_data(latents) == DataSummary(4, 6.0, 2, "nano", 1, 64)
     with pytest.raises(SA3Error, match="encode a folder of audio first"):
         summarize_data(tmp_path)
     (latents / "index.json").write_text("{")
@@ -143,7 +143,7 @@ def test_the_plan_in_words() -> None:
     assert said["Steps"] == "1,000 with a batch of 8 clips"
     assert said["Epochs"] == "80"
     assert "Note" not in said
-    assert "held out" in dict(estimate.describe_plan(CONFIG, DataSummary(1, 1.0, 0, 0.0, "nano", 0, 1)))["Note"]
+    assert "held out" in dict(estimate.describe_plan(CONFIG, DataSummary(1, 1.0, 0, "nano", 0, 1)))["Note"]
     assert dict(estimate.describe_plan(CONFIG, DATA, 3))["Note"].startswith("3 of 110 clips have no caption")
     packed = CONFIG | {"data": CONFIG["data"] | {"pack_frames": 258}}
     assert dict(estimate.describe_plan(packed, DATA))["Steps"] == "1,000 with a batch of 8 packed rows"

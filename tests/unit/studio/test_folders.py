@@ -6,9 +6,9 @@ import pytest
 
 from helpers.run_dirs import make_run, write_record
 from sa3train.core.errors import SA3Error
-from sa3train.studio.runs.page import resolve_run_dir
+from sa3train.studio.runs.evaluate_tab import resolve_run_dir
 from sa3train.studio.server import folders
-from sa3train.studio.server.folders import FoundFolders, find_folders, find_runs
+from sa3train.studio.server.folders import find_folders, find_runs, forget_folders
 from sa3train.studio.server.workspace import Workspace
 
 
@@ -34,16 +34,14 @@ def test_runs_latents_and_audio_are_found_under_the_roots_alone(tmp_path: Path) 
     assert [run.path.name for run in find_runs(workspace)] == ["one", "two"]
 
 
-def test_a_run_that_began_after_the_survey_is_found_when_it_is_known(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    old, new = make_run(tmp_path / "old", "finished"), make_run(tmp_path / "new", "finished")
+def test_a_run_that_began_after_the_search_is_found_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folders, "CACHE_SECONDS", 1e9)
     workspace = Workspace.create(tmp_path / "studio", [tmp_path])
-    monkeypatch.setattr(folders, "find_folders", lambda workspace: FoundFolders(runs=[old]))
-    assert [run.path for run in find_runs(workspace)] == [old]
-    assert {run.path for run in find_runs(workspace, new)} == {old, new}
-    assert [run.path for run in find_runs(workspace, old)] == [old]
-    assert [run.path for run in find_runs(workspace, tmp_path / "gone")] == [old]
+    assert find_runs(workspace) == []
+    run = make_run(tmp_path / "new", "finished")
+    assert find_runs(workspace) == []
+    forget_folders()
+    assert [found.path for found in find_runs(workspace)] == [run]
 
 
 def test_a_run_whose_files_are_links_out_shows_nothing(tmp_path: Path) -> None:
@@ -52,6 +50,6 @@ def test_a_run_whose_files_are_links_out_shows_nothing(tmp_path: Path) -> None:
     (tmp_path / "secret.yaml").write_text("token: hidden")
     (folder / "config.yaml").unlink()
     (folder / "config.yaml").symlink_to(tmp_path / "secret.yaml")
-    assert find_runs(workspace, folder) == []
+    assert find_folders(workspace).runs == [folder] and find_runs(workspace) == []
     with pytest.raises(SA3Error, match="link out of"):
         resolve_run_dir(workspace, str(folder))

@@ -69,7 +69,7 @@ def test_base_stands_beside_the_adapter_and_the_newest_step_first(workspace: Wor
     assert html.count("<b>base model</b>") == 2
     assert html.count("<audio") == 6
     assert 'src="/gradio_api/file=' in html
-    assert "No demos yet" in view.render_demos(workspace, RunFiles(workspace.sources[0]))
+    assert "No demos" in view.render_demos(workspace, RunFiles(workspace.sources[0]))
 
 
 def test_a_part_is_rendered_again_only_when_its_files_change(workspace: Workspace) -> None:

@@ -5,8 +5,11 @@ from typing import Any
 
 import pytest
 
+from helpers.run_dirs import make_run
 from sa3train.core.errors import SA3Error
-from sa3train.studio.runs import start_form
+from sa3train.studio.runs import estimate, start_form
+from sa3train.studio.runs.estimate import Trial
+from sa3train.studio.server import folders
 from sa3train.studio.server.workspace import Workspace
 
 
@@ -18,13 +21,40 @@ def test_the_form_becomes_a_command(workspace: Workspace, latents: Path) -> None
         "trainer.max_steps=20", "seed=1",
     ]  # fmt: skip
     odd = start_form.parse_request(workspace, "instrument", "latents", "nano-base", 0, "${oc.env:HOME}, x", "", "")
-    assert odd.run_dir == root / "${oc.env:HOME}, x"
-    assert odd.build_command()[-1] == f'run_dir="{root}/\\${{oc.env:HOME}}, x"'
+    assert odd.run_dir == root / "runs" / "${oc.env:HOME}, x"
+    assert odd.build_command()[-1] == f'run_dir="{root}/runs/\\${{oc.env:HOME}}, x"'
     adapter = "adapters/one.safetensors"
     continued = start_form.parse_request(workspace, "continue", "latents", "nano-base", 0, "", "", adapter)
     assert f"adapter.start_from={workspace.sources[0] / adapter}" in continued.build_command()
     assert not any("max_steps" in part for part in continued.build_command())
     assert continued.run_dir.parent == root / "runs"
+
+
+def test_a_start_tells_of_its_steps_and_of_a_run_that_is_going_on(
+    workspace: Workspace, latents: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = ("style", "latents", "nano-base", "", "mine", "", "")
+    request = start_form.parse_request(workspace, *values)
+    config = {"trainer": {"max_steps": 2000, "accumulate": 1}, "data": {"batch_size": 4, "pack_frames": None},
+              "adapter": {"adapter_type": "lora", "rank": 8}, "model": {"name": "nano-base"},
+              "callbacks": {"validation": {"enabled": False}, "demos": {"enabled": False}}}  # fmt: skip
+    started: list[Path] = []
+    monkeypatch.setattr(estimate, "compose_config", lambda request: config)
+    monkeypatch.setattr(estimate, "count_uncaptioned", lambda folder: 0)
+    monkeypatch.setattr(estimate, "_run", lambda *_: "")
+    monkeypatch.setattr(estimate, "read_trial", lambda folder: Trial(2.0, 1.0, "1 × CPU", {}))
+    monkeypatch.setattr(start_form.runs, "start_run", lambda folder, command: started.append(folder))
+    *_, (_, shown, _, known) = start_form.stream_start(workspace, (), *values)
+    assert started == [request.run_dir] and known == ()
+    assert "2,000 with a batch of 4 clips" in shown and "about" not in shown
+    estimate.run_trial(request)
+    make_run(workspace.folder / "runs" / "other", old=False)
+    folders.forget_folders()
+    *_, (_, shown, _, known) = start_form.stream_start(workspace, (), *values)
+    assert len(started) == 1, "nothing was started"
+    assert "runs/other" in shown and "Press Start again" in shown and "about 17 min on 1 × CPU" in shown
+    *_, (_, shown, _, _) = start_form.stream_start(workspace, known, *values)
+    assert len(started) == 2 and "Started runs/mine" in shown
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from sa3train.studio.server.widgets import (
     build_timer,
     explain_value,
     get_error_message,
+    keep_fresh,
     parse_setting,
     render_command,
     render_notice,
@@ -64,6 +65,14 @@ def test_a_wrong_number_is_explained_at_its_field() -> None:
     for value in (-1, "x", "nan", float("nan"), float("inf"), "1e400", 10**400, [], True):
         assert "Keep first N tags" in handler(value)["info"]
     assert [handler(value)["info"] for value in (0, "7", "", " ", None)] == ["help"] * 5
+
+
+def test_what_is_kept_fresh_is_so_from_the_first_look() -> None:
+    with gr.Blocks() as blocks, gr.Tabs(), gr.Tab("Data") as outer, gr.Tabs(), gr.Tab("Audit") as inner:
+        tick, box = gr.Timer(2.0), gr.Textbox()
+        keep_fresh(tick, lambda: "now", None, box, box.change)
+    (event,) = [block for block in blocks.fns.values() if box in block.outputs]
+    assert {(tick._id, "tick"), (outer._id, "select"), (inner._id, "select"), (box._id, "change")} == set(event.targets)
 
 
 def test_a_timer_rests_while_its_tab_is_not_selected() -> None:

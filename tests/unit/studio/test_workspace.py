@@ -37,6 +37,14 @@ def test_all_that_it_makes_is_in_the_workspace(two: Workspace) -> None:
     assert two.history.is_dir() and two.history.is_relative_to(two.folder)
     assert two.uploads.is_dir() and two.uploads.is_relative_to(two.home)
     assert two.resolve_output("runs/a") == two.folder / "runs" / "a"
+    for path in ("a", " a ", "runs"):
+        assert two.resolve_output(path, "runs") == two.folder / "runs" / path.strip(), "a name alone"
+    (two.folder / "old").mkdir()
+    for path in ("mine/a", "old"):
+        assert two.resolve_output(path, "runs") == two.folder / path
+    for path in ("..", "~", "/", "../a"):
+        with pytest.raises(StudioError, match="inside the workspace"):
+            two.resolve_output(path, "runs")
     for path in ("file.txt", "first/file.txt"):
         assert two.resolve_output(path) == two.folder / path, "whatever the sources hold"
     for path in (two.sources[0] / "runs", "../first/x", "/etc/x", ".", ".sa3-studio/x"):

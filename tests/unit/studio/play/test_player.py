@@ -108,6 +108,9 @@ def test_a_batch_is_saved_item_by_item(workspace: Workspace, player: Player, job
     found = player.play(ask(BARE, batch_size=2), job)
     assert [result.record["item"] for result in found] == [0, 1]
     assert cards.describe_levels(found[0]) != cards.describe_levels(found[1])
+    settings = found[0].record["settings"] | {"bars": 4, "bpm": 97.5, "loop": True, "prompt_at": [[2.0, "choir"]]}
+    looped = cards.render_card(workspace, [replace(found[0], record=found[0].record | {"settings": settings})])
+    assert all(part in looped for part in ("loop of 4 bars at 97.5 BPM", "<audio controls loop", "from 2 s: choir"))
     command = build_command(found[1].record, str(tmp_path / "again.wav"))
     assert generate.main([*command[1:], "--device", "cpu"]) == 0
     assert (tmp_path / "again_1.wav").read_bytes() == found[1].audio.read_bytes()

@@ -4,11 +4,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from sa3train.core.errors import GenerationError, SA3Error
 from sa3train.inference.settings import SETTING_NAMES, GenerationSettings
 from sa3train.studio.play.form import FORM_SETTINGS, describe_waveform, fill_form, read_form
-from sa3train.studio.play.settings import AdapterSettings, PlaySettings, parse_regions, parse_strengths
+from sa3train.studio.play.settings import AdapterSettings, PlaySettings, parse_regions, parse_strengths, round_seconds
 from sa3train.studio.server.widgets import get_label
 from sa3train.studio.server.workspace import StudioError, Workspace
 
@@ -94,6 +96,13 @@ def test_the_sibling_uses_its_own_sampling() -> None:
     assert (sibling.model, sibling.settings) == ("nano-base", PLAIN.settings)
     with pytest.raises(StudioError, match="sibling"):
         replace(PLAIN, model="/some/folder").switch_to_sibling()
+
+
+@given(st.integers(1, 44100 * 400))
+def test_a_length_has_no_sample_less_and_none_more(samples: int) -> None:
+    seconds = round_seconds(samples / 44100)
+    assert int(seconds * 44100) == samples
+    assert len(f"{seconds:.10g}".partition(".")[2]) <= 6
 
 
 def test_lists_of_strengths_are_parsed() -> None:
