@@ -29,6 +29,7 @@ SLOW += tuple(
         "data/test_imported", "data/test_stream", "export/test_onnx_files", "inference/test_cuda_graphs",
         "inference/test_generator",
         "inference/test_generator_adapters", "inference/test_golden_generate", "inference/test_loops_and_windows",
+        "inference/test_openvino",
         "models/test_fp16_check", "models/test_hub", "nano/test_recipe", "reports/test_run_report",
         "studio/play/test_player", "studio/test_adapter_actions", "training/test_quantization", "training/test_resume",
         "training/test_validation",

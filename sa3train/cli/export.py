@@ -44,7 +44,9 @@ def build_parser() -> argparse.ArgumentParser:
     text = "adapter to bake in; repeatable"
     parser.add_argument("--lora", action="append", default=[], metavar="FILE[=STRENGTH]", help=text)
     parser.add_argument("--to", choices=("onnx",), default="onnx", help="format (default: onnx)")
-    text = "run the result on fixed noise, print its errors, and write nothing where they exceed 0.001"
+    text = "what weights are stored in (int8: the autoencoder in fp16); default: fp32"
+    parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32", help=text)
+    text = "run the result on fixed noise, print its errors, and write nothing where they exceed a limit"
     parser.add_argument("--check", action="store_true", help=text)
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
     parser.add_argument("--json", action="store_true", help="print JSON instead of text")
@@ -55,7 +57,9 @@ def _run(arguments: argparse.Namespace) -> int:
     from sa3train.export.onnx_files import TEXT_DTYPE, export_onnx
 
     adapters = [parse_lora(text) for text in arguments.lora]
-    result = export_onnx(arguments.model, arguments.output, adapters, arguments.check, arguments.overwrite)
+    result = export_onnx(
+        arguments.model, arguments.output, adapters, arguments.check, arguments.overwrite, arguments.precision
+    )
     if arguments.json:
         print(json.dumps(asdict(result), default=str))
         return 0

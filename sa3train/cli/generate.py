@@ -267,6 +267,7 @@ def _load_model(arguments: argparse.Namespace, source: str, precision: str, reco
         "fp32" if arguments.no_half else precision if arguments.precision == "auto" else arguments.precision,
         compiled=arguments.compile or bool(recorded.get("compiled")),
         cuda_graphs=arguments.cuda_graphs or bool(recorded.get("cuda_graphs")),
+        backend=arguments.backend or recorded.get("backend", "torch"),
     )
 
 

@@ -281,6 +281,8 @@ def _add_model(group: Any) -> None:
         "--compile", action="store_true", help="compile the denoiser with torch.compile: slow once, then faster; cached"
     )
     add("--cuda-graphs", action="store_true", help="launch each step of the denoiser as one CUDA graph (NVIDIA only)")
+    text = "what computes the denoiser: openvino is for CPUs and needs the extra openvino (default: torch)"
+    add("--backend", choices=("torch", "openvino"), help=text)
     add("--no-half", action="store_true", help="same as --precision fp32, as the public tool calls it")
 
 

@@ -4,25 +4,17 @@ Shape legend: B clips, R rows of a step (B, or 2B under guidance), L prompt toke
 T latent frames, P patches, G groups, K new tokens of a group, D width.
 """
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sa3train.models.attention import Padded
 from sa3train.models.autoencoder import BOTTLENECK_NOISE, patchify, unpatchify
 from sa3train.models.checkpoint import StableAudio3
-from sa3train.models.dit import BlockConditions, PreparedConditions
-from sa3train.models.packing import make_dense_layout
+from sa3train.models.dit_graph import EXAMPLE_FRAMES, PAIRS, PREPARED, ROWS, PrepareGraph, StepGraph
 from sa3train.models.t5gemma import T5GemmaEncoder
-
-MAX_ROWS = 64
-MIN_FRAMES, MAX_FRAMES = 4, 8192
-EXAMPLE_FRAMES = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,43 +51,6 @@ class _Conditions(nn.Module):
         seconds_B1D = number(seconds)
         prompt_BLD = torch.cat((hidden_BLD, rest_BLD), dim=1)[:, :length]
         return torch.cat((prompt_BLD, seconds_B1D), dim=1), seconds_B1D[:, 0]
-
-
-class _Prepare(nn.Module):
-    """All of a step that depends on neither x nor t."""
-
-    def __init__(self, model: StableAudio3) -> None:
-        super().__init__()
-        self.dit = model.dit
-
-    def forward(self, cross_attn_cond: Tensor, global_cond: Tensor, local_add_cond: Tensor) -> tuple[Tensor, ...]:
-        conditions = {"cross_attn_cond_BLD": cross_attn_cond, "global_cond_BD": global_cond}
-        prepared = self.dit.prepare(local_add_cond.shape, **conditions, local_add_cond_BCT=local_add_cond)
-        blocks = [block for block in prepared.blocks if isinstance(block, BlockConditions)]
-        keys = torch.stack([torch.stack(block.context[:-1]) for block in blocks])
-        values = torch.stack([block.context[-1] for block in blocks])
-        local = torch.stack([block.local_BLD for block in blocks if block.local_BLD is not None])
-        return prepared.global_SD, keys, values, local
-
-
-class _Step(nn.Module):
-    """One evaluation of the denoiser."""
-
-    def __init__(self, model: StableAudio3) -> None:
-        super().__init__()
-        self.dit = model.dit
-
-    def forward(
-        self, x: Tensor, t: Tensor, frame_mask: Tensor, embedded: Tensor, keys: Tensor, values: Tensor, local: Tensor
-    ) -> Tensor:
-        memory = self.dit.config.memory_tokens
-        # Its checks of a mask read values, which a traced graph cannot; padding of int64, since ONNX pads no booleans.
-        layout: Any = make_dense_layout(x.shape[0], x.shape[2], memory)
-        mask_BL = F.pad(frame_mask.to(torch.int64), (memory, 0), value=1).bool()
-        layout = dataclasses.replace(layout, self_pattern=Padded(mask_BL))
-        parts = zip(keys, values, local, strict=True)
-        blocks = [BlockConditions((*key.unbind(), value), each) for key, value, each in parts]
-        return self.dit.predict_velocity(x, t, PreparedConditions(layout, values.shape[2], embedded, blocks))
 
 
 class _Decode(nn.Module):
@@ -139,10 +94,8 @@ def build_graphs(model: StableAudio3) -> dict[str, Graph]:
         "conditions", "prepare", "step", "decoder" and "encoder".
     """
     dit, tokens = model.dit.config, model.conditioner.max_length
-    rows = torch.export.Dim("rows", max=MAX_ROWS)
     length = torch.export.Dim("tokens", min=1, max=tokens)
-    pairs = torch.export.Dim("pairs", min=MIN_FRAMES // 2, max=MAX_FRAMES // 2)
-    frames, count = 2 * pairs, EXAMPLE_FRAMES
+    rows, frames, count = ROWS, 2 * PAIRS, EXAMPLE_FRAMES
     rng = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
@@ -150,24 +103,8 @@ def build_graphs(model: StableAudio3) -> dict[str, Graph]:
 
     prompt = {"input_ids": torch.ones(2, 5, dtype=torch.int64), "token_mask": torch.ones(2, 5, dtype=torch.bool)}
     of_prompt = {"input_ids": {0: rows, 1: length}, "token_mask": {0: rows, 1: length}, "seconds": {0: rows}}
-    given = {
-        "cross_attn_cond": draw(2, tokens + 1, dit.context_width),
-        "global_cond": draw(2, dit.global_width),
-        "local_add_cond": draw(2, dit.local_width, count),
-    }
+    prepare, step, context = PrepareGraph(model.dit), StepGraph(model.dit), tokens + 1
     of_given = {"cross_attn_cond": {0: rows}, "global_cond": {0: rows}, "local_add_cond": {0: rows, 2: frames}}
-    names = ("embedded", "keys", "values", "local")
-    with torch.no_grad():
-        prepared = dict(zip(names, _Prepare(model)(*given.values()), strict=True))
-    of_prepared = {
-        "embedded": {0: rows},
-        "keys": {2: rows},
-        "values": {1: rows},
-        "local": {1: rows, 2: frames + dit.memory_tokens},
-    }
-    noisy = {"x": draw(2, dit.latent_width, count), "t": torch.rand(2, generator=rng)}
-    noisy["frame_mask"] = torch.arange(count)[None].expand(2, -1) < count - 2
-    of_noisy = {"x": {0: rows, 2: frames}, "t": {0: rows}, "frame_mask": {0: rows, 1: frames}}
     latents = {"latents": draw(1, dit.latent_width, count), "latent_noise": draw(1, dit.latent_width, count)}
     ratio, stacks = model.downsampling_ratio, (model.autoencoder.decoder, model.autoencoder.encoder)
     shapes = [stack.resampler.get_noise_shape(count) for stack in stacks]
@@ -178,13 +115,13 @@ def build_graphs(model: StableAudio3) -> dict[str, Graph]:
         "conditions": Graph(
             _Conditions(model), {**prompt, "seconds": torch.ones(2)}, ("cross_attn_cond", "global_cond"), of_prompt
         ),
-        "prepare": Graph(_Prepare(model), given, names, of_given),
-        "step": Graph(_Step(model), noisy | prepared, ("velocity",), of_noisy | of_prepared),
+        "prepare": Graph(prepare, prepare.make_example(context), PREPARED, of_given),
+        "step": Graph(step, step.make_example(context), ("velocity",), step.list_dynamic_sizes()),
         "decoder": Graph(
             _Decode(model), latents | {"token_noise": draw(*shapes[0])}, ("audio",), of_latents | token_noise
         ),
         "encoder": Graph(
             _Encode(model), audio | {"token_noise": draw(*shapes[1])}, ("latents",),
-            {"audio": {2: 2 * ratio * pairs}} | token_noise,
+            {"audio": {2: 2 * ratio * PAIRS}} | token_noise,
         ),
     }  # fmt: skip

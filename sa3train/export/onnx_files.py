@@ -20,7 +20,8 @@ from sa3train.core.errors import ConfigError, LibraryError, SA3Error
 from sa3train.core.files import check_target, hash_file, replace_folder, write_json
 from sa3train.diffusion.samplers import SAMPLERS
 from sa3train.diffusion.schedule import LOGSNR_AT_DATA, LOGSNR_AT_NOISE, build_schedule
-from sa3train.export.graphs import MAX_FRAMES, MAX_ROWS, MIN_FRAMES, Graph, build_graphs
+from sa3train.export.graphs import Graph, build_graphs
+from sa3train.export.precision import PRECISIONS
 from sa3train.inference.generator import Generator
 from sa3train.inference.resolve import resolve_settings
 from sa3train.inference.settings import GenerationSettings
@@ -28,14 +29,13 @@ from sa3train.models.attention import force_backend
 from sa3train.models.autoencoder import CHUNK_SIZE, OVERLAP
 from sa3train.models.checkpoint import StableAudio3
 from sa3train.models.conditioners import TextEmbedding
+from sa3train.models.dit_graph import MAX_FRAMES, MAX_ROWS, MIN_FRAMES
 
 FORMAT, VERSION = "sa3train-onnx", 1
 MANIFEST = "manifest.json"
 OPSET = 23
 EXTERNAL_BYTES = 1_500_000_000
 """Weights beyond this go to a file beside the graph: a protobuf ends at 2 GB."""
-LIMIT = 1e-3
-"""Largest relative error that `check` accepts."""
 TEXT_DTYPE = "text encoder as sa3-generate runs it"
 """A figure of the check that is no error: what the text encoder's own dtype changes in the latents."""
 LIBRARIES = ("onnx", "onnxruntime", "onnxscript")
@@ -62,9 +62,14 @@ class ExportResult:
 
 
 def export_onnx(
-    model: str, target: Path, adapters: Sequence[LoraArgument] = (), check: bool = False, overwrite: bool = False
+    model: str,
+    target: Path,
+    adapters: Sequence[LoraArgument] = (),
+    check: bool = False,
+    overwrite: bool = False,
+    precision: str = "fp32",
 ) -> ExportResult:
-    """Write a model with adapters baked in as ONNX files in fp32, whole or not at all.
+    """Write a model with adapters baked in as ONNX files, whole or not at all.
 
     Args:
         model: Name or folder.
@@ -72,6 +77,7 @@ def export_onnx(
         adapters: Adapters with constant strengths, for all noise levels.
         check: Whether to run what was written on fixed noise and refuse it where it is off.
         overwrite: Whether to replace an earlier export.
+        precision: Key of `PRECISIONS`: what weights are stored in.
 
     Returns:
         What was written.
@@ -99,15 +105,18 @@ def export_onnx(
         identity = uuid.uuid4().hex
         for name, graph in graphs.items():
             _write_graph(graph, folder / f"{name}.onnx", identity)
+            _convert_file(folder / f"{name}.onnx", precision)
         shutil.copyfile(
             generator.model.conditioner.text_encoder.source.tokenizer_folder() / "tokenizer.json",
             folder / "tokenizer.json",
         )
         sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
-        write_json(folder / MANIFEST, _describe(generator, folder, identity, versions))
+        write_json(folder / MANIFEST, _describe(generator, folder, identity, precision, versions))
         errors = compare_graphs(generator.model, graphs, folder) if check else {}
-        if off := {name: error for name, error in errors.items() if name != TEXT_DTYPE and not error <= LIMIT}:
-            raise SA3Error(f"{target} was not written: {off} exceed the limit of {LIMIT}. Report this as a bug.")
+        limit = PRECISIONS[precision].limit
+        if off := {name: error for name, error in errors.items() if name != TEXT_DTYPE and not error <= limit}:
+            advice = "Report this as a bug." if precision == "fp32" else "Export it in fp32."
+            raise SA3Error(f"{target} was not written: {off} exceed the limit of {limit} for {precision}. {advice}")
     return ExportResult(target, sizes, errors)
 
 
@@ -151,7 +160,23 @@ def _write_graph(graph: Graph, path: Path, identity: str) -> None:
         program.save(path, external_data=size > EXTERNAL_BYTES)
 
 
-def _describe(generator: Generator, folder: Path, identity: str, versions: Mapping[str, str]) -> dict[str, Any]:
+def _convert_file(path: Path, precision: str) -> None:
+    """Convert a graph that was written in fp32."""
+    convert = PRECISIONS[precision].convert
+    if convert is not None:
+        import onnx
+
+        model = onnx.load(path)
+        convert(model, path.stem)
+        data = path.with_name(f"{path.name}.data")
+        is_large = data.exists()
+        data.unlink(missing_ok=True)
+        onnx.save(model, path, save_as_external_data=is_large, location=data.name)
+
+
+def _describe(
+    generator: Generator, folder: Path, identity: str, precision: str, versions: Mapping[str, str]
+) -> dict[str, Any]:
     """Describe everything that a host needs to know."""
     model, facts = generator.model, generator.facts
     defaults = resolve_settings(GenerationSettings(prompt="", seed=0), facts)
@@ -166,7 +191,7 @@ def _describe(generator: Generator, folder: Path, identity: str, versions: Mappi
         "version": VERSION,
         "export": identity,
         "model": {"name": model.name, "objective": model.objective, "fingerprint": model.fingerprint()},
-        "precision": "fp32",
+        "precision": precision,
         "adapters": generator.adapters,
         "sample_rate": model.sample_rate,
         "samples_per_frame": model.downsampling_ratio,

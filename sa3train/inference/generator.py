@@ -24,6 +24,7 @@ from sa3train.inference.decoding import collect_warnings
 from sa3train.inference.input_audio import CHANNELS, load_input_audio
 from sa3train.inference.loops import generate_loops
 from sa3train.inference.mastering import FinishedAudio, finish_audio
+from sa3train.inference.openvino_step import check_backend, run_on_openvino
 from sa3train.inference.outputs import GenerationOutput
 from sa3train.inference.resolve import ModelFacts, ResolvedSettings, resolve_settings
 from sa3train.inference.runtime import choose_dtype, suggest_generation_fixes
@@ -58,6 +59,7 @@ class Generator:
         self.source = source or str(model.path)
         self.precision = precision
         self.compiled = self.cuda_graphs = False
+        self.backend = "torch"
         self.stack = AdapterStack(model.get_adapter_root(), decoder=model.get_adapter_root("decoder"))
         self._files: list[dict[str, Any]] = []
         self.facts = ModelFacts(
@@ -76,6 +78,7 @@ class Generator:
         *,
         compiled: bool = False,
         cuda_graphs: bool = False,
+        backend: str = "torch",
     ) -> "Generator":
         """Load a model by name or folder.
 
@@ -86,6 +89,7 @@ class Generator:
                 (the denoiser's products, on a CPU), or "auto": what the device computes fastest, measured once.
             compiled: Whether to compile the denoiser's blocks, see `compile_blocks`: pays off over many generations.
             cuda_graphs: Whether to capture the denoiser's step as a CUDA graph, which replays from the third step on.
+            backend: What computes the denoiser's steps: "torch", or "openvino" on a CPU, see `run_on_openvino`.
 
         Returns:
             The generator.
@@ -101,6 +105,7 @@ class Generator:
         if compiled and precision == "int8":
             raise ConfigError("compiled has no effect on precision=int8, whose products are not torch's. Remove one.")
         chosen, dtype = choose_dtype(precision, target)
+        check_backend(backend, target, chosen, compiled)
         with explain_device_errors(
             target, f"loading {os.fspath(name)} in {chosen}", suggest_generation_fixes(target, chosen)
         ):
@@ -116,6 +121,9 @@ class Generator:
         if compiled:
             compile_blocks(generator.model.dit)
             generator.compiled = True
+        if backend == "openvino":
+            run_on_openvino(model.dit, model.conditioner.max_length + 1)
+            generator.backend = backend
         return generator
 
     @property
@@ -367,7 +375,8 @@ class Generator:
             },
             "adapters": self.adapters,
             "environment": describe_environment(self.device)
-            | {option: True for option in EXECUTION_OPTIONS if getattr(self, option)},
+            | {option: True for option in EXECUTION_OPTIONS if getattr(self, option)}
+            | ({} if self.backend == "torch" else {"backend": self.backend}),
         }
 
 

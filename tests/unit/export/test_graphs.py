@@ -58,7 +58,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path, 
         yield runner, result.path, load_exact(folder)
 
 
-@pytest.mark.parametrize("mode", ["text", "guidance", "init", "inpaint"])
+SLOW = [pytest.param(mode, marks=pytest.mark.slow) for mode in ("guidance", "init", "inpaint")]
+
+
+@pytest.mark.parametrize("mode", ["text", *SLOW])
 def test_a_host_makes_the_latents_of_the_exact_path(base: tuple[Any, Path, Generator], mode: str) -> None:
     runner, exported, generator = base
     audio = write_noise(exported.parent / "in.wav")
@@ -111,10 +114,12 @@ def test_what_exists_is_kept(
 
 
 def test_a_failed_check_and_a_full_disk_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(onnx_files, "compare_graphs", lambda *_: {"step": float("nan")})
     monkeypatch.setattr(onnx_files, "_write_graph", lambda graph, path, identity: path.write_bytes(b""))
-    with pytest.raises(SA3Error, match="step"):
-        export_onnx("nano", tmp_path / "out", check=True)
+    monkeypatch.setattr(onnx_files, "_convert_file", lambda path, precision: None)
+    for error, precision in ((float("nan"), "fp32"), (2e-3, "fp32"), (2e-2, "fp16"), (0.1, "int8")):
+        monkeypatch.setattr(onnx_files, "compare_graphs", lambda *_, error=error: {"step": error})
+        with pytest.raises(SA3Error, match=f"step.*{precision}"):
+            export_onnx("nano", tmp_path / "out", check=True, precision=precision)
 
     def fail(*_: Any) -> None:
         raise OSError(28, "No space left on device")
