@@ -18,24 +18,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+_OBJECTIVE = ["loss=released", "trainer.ema_decay=null"]
+_RELEASED = [*_OBJECTIVE, "scheduler.warmup_steps=0"]
 VARIANTS: dict[str, list[str]] = {
-    "released": [],
-    "warm-up": ["scheduler.warmup_steps=100"],
-    "uniform": ["loss.timesteps=uniform"],
-    "ema": ["trainer.ema_decay=0.97"],
-    "cosine": ["scheduler=cosine"],
-    "lora-plus": ["optimizer.lora_plus=4"],
-    "min-snr": ["loss.weighting=min_snr"],
-    "no-coupling": ["loss.coupling=false"],
-    "no-segments": ["loss.inpainting={full: 1.0}"],
-    "uniform-ema": ["loss.timesteps=uniform", "trainer.ema_decay=0.97"],
-    "uniform-cosine": ["loss.timesteps=uniform", "scheduler=cosine"],
+    "released": _RELEASED,
+    "default": [],
+    "warm-up": [*_OBJECTIVE, "scheduler.warmup_steps=100"],
+    "uniform": [*_RELEASED, "loss.timesteps=uniform"],
+    "low-discrepancy": [*_RELEASED, "loss.timesteps=low_discrepancy"],
+    "ema": ["loss=released", "scheduler.warmup_steps=0", "trainer.ema_decay=0.97"],
+    "uniform-ema": ["loss.timesteps=uniform", "scheduler.warmup_steps=0"],
+    "cosine": [*_RELEASED, "scheduler=cosine"],
+    "lora-plus": [*_RELEASED, "optimizer.lora_plus=4"],
+    "min-snr": [*_RELEASED, "loss.weighting=min_snr"],
+    "no-coupling": [*_RELEASED, "loss.coupling=false"],
+    "no-segments": [*_RELEASED, "loss.inpainting={full: 1.0}"],
 }
-"""What each variant changes in the released objective without warm-up."""
+"""What each variant changes in the released trainer's objective and schedule; `default` has our own."""
 
 COMMON = [
     "model=nano-base",
-    "scheduler.warmup_steps=0",
     "optimizer.lr=1e-3",
     "trainer.threads=1",
     "trainer.accelerator=cpu",
@@ -56,6 +58,7 @@ def main() -> None:
     flags.add_argument("--variants", default=",".join(VARIANTS), help="the first is what others are compared with")
     flags.add_argument("--seeds", default="0,1,2")
     flags.add_argument("--steps", type=int, default=300)
+    flags.add_argument("--every", type=int, help="steps between validations (default: after the last alone)")
     arguments = flags.parse_args()
     variants, sets = arguments.variants.split(","), dict(each.split("=", 1) for each in arguments.data)
     if unknown := set(variants) - set(VARIANTS):
@@ -69,7 +72,7 @@ def main() -> None:
                 if (data, variant, seed) in losses:
                     continue
                 trial = {"data": data, "variant": variant, "seed": seed, "steps": arguments.steps}
-                trial |= run_trial(arguments.out / "run", folder, variant, seed, arguments.steps)
+                trial |= run_trial(arguments.out / "run", folder, variant, seed, arguments.steps, arguments.every)
                 with lines.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(trial) + "\n")
     losses = _read(lines, arguments.steps)
@@ -77,7 +80,7 @@ def main() -> None:
         print_table(data, variants, {key[1:]: trial for key, trial in losses.items() if key[0] == data})
 
 
-def run_trial(run: Path, data: str, variant: str, seed: int, steps: int) -> dict[str, float]:
+def run_trial(run: Path, data: str, variant: str, seed: int, steps: int, every: int | None = None) -> dict[str, Any]:
     """Train once.
 
     Args:
@@ -86,13 +89,14 @@ def run_trial(run: Path, data: str, variant: str, seed: int, steps: int) -> dict
         variant: Name of the variant.
         seed: Seed of the run.
         steps: Optimizer steps.
+        every: Steps between validations. None: after the last alone.
 
     Returns:
-        Losses of held-out and training clips, and processor seconds of the whole run.
+        Losses of held-out clips by step; of held-out and training clips after the last; processor seconds of the run.
     """
     shutil.rmtree(run, ignore_errors=True)
     settings = [f"data={data}", f"run_dir={run}", f"seed={seed}", f"trainer.max_steps={steps}", *COMMON]
-    settings += [f"callbacks.validation.every={steps}", *VARIANTS[variant]]
+    settings += [f"callbacks.validation.every={every or steps}", *VARIANTS[variant]]
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     subprocess.run([sys.executable, Path(__file__).with_name("train.py"), *settings], check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -102,6 +106,7 @@ def run_trial(run: Path, data: str, variant: str, seed: int, steps: int) -> dict
     return {
         "base": found["base"]["val"]["loss"],
         "loss": last["val"]["loss"],
+        "losses": {row["step"]: row["val"]["loss"] for row in found["history"]},
         "training_loss": last["train_eval"]["loss"],
         "processor_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
     }

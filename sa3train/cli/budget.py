@@ -165,7 +165,7 @@ def measure_folder(root: Path) -> int:
 def guard_job(
     folder: Path, root: Path, deadline: float, soft_bytes: int, max_bytes: int, is_alone: threading.Event
 ) -> None:
-    """Watch a job until it ends, and end it when it must.
+    """Watch a job until it ends, and the runs that a sweep has started; end them when they must.
 
     Args:
         folder: Folder of its process record.
@@ -176,16 +176,24 @@ def guard_job(
         is_alone: Set when the server is gone.
     """
     grace, asked = _get_grace(deadline - time.time()), None
-    while processes.get_running_pid(folder) is not None:
+    while running := _list_running(folder):
         now, used = time.time(), measure_folder(root)
         reason = "server" if is_alone.is_set() else "disk" if used > soft_bytes else "time"
         if asked is None and (is_alone.is_set() or used > soft_bytes or deadline - now <= grace):
-            processes.stop(folder)
+            processes.stop(running[0])
             write_json(folder / processes.PROCESS_FILE, processes.read_record(folder) | {STOPPED_FOR: reason})
             asked = now
         if now >= deadline or used > max_bytes or (asked is not None and now - asked > STOP_SECONDS):
-            processes.stop(folder, at_once=True)
+            for each in running:
+                processes.stop(each, at_once=True)
         time.sleep(POLL_SECONDS)
+
+
+def _list_running(folder: Path) -> list[Path]:
+    """List the folders of processes that run: that of a job, and of runs that outlive a sweep that was stopped."""
+    runs = processes.read_record(folder).get("runs")
+    folders = [folder, *(Path(runs).glob("trial-*") if runs else ())]
+    return [each for each in folders if processes.get_running_pid(each) is not None]
 
 
 def _get_grace(seconds: float) -> float:

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
         The exit code.
     """
     arguments = build_parser().parse_args(argv)
-    return run_job(lambda: _run(arguments))
+    return run_job(lambda: _run(arguments), {"data": "--data"})
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -96,6 +96,8 @@ def _parse_strengths(text: str) -> tuple[float, ...]:
 
 def _run(arguments: argparse.Namespace) -> int:
     from sa3train.evaluation import EvaluationSettings, PageWriter, evaluate_adapters, load_generator
+    from sa3train.reports.run_files import EVALUATION_FILE, REPORT_FILE
+    from sa3train.reports.run_report import write_report
 
     for target in filter(None, (arguments.json, arguments.html)):
         check_target(target, arguments.adapters, overwrite=True)
@@ -110,6 +112,9 @@ def _run(arguments: argparse.Namespace) -> int:
         found = evaluate_adapters(arguments.adapters, data, generator, settings, keep_audio=page.keep if page else None)
     if arguments.json:
         write_json(arguments.json, found.to_dict())
+        target = Path(arguments.json)
+        if target.name == EVALUATION_FILE and (target.parent / REPORT_FILE).is_file():
+            write_report(target.parent)
     if page is not None:
         page.write(found)
     if arguments.progress_json:
@@ -155,6 +160,8 @@ def find_inputs(arguments: argparse.Namespace) -> "tuple[DataSettings | str, str
     settings = load_settings(run / CONFIG_FILE)
     if "source" in settings:
         raise ConfigError(f"{run} trains the autoencoder's decoder: see the round trips in its report.")
+    if data:
+        settings["data"] = {"dir": data}
     config = locate_inputs(build(TrainConfig, settings), run)
     return data or dataclasses.replace(config.data, num_workers=0), model or config.model.source
 
@@ -164,6 +171,8 @@ def _print_table(found: "Evaluation") -> None:
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
+
+    from sa3train.evaluation.page import format_frechet
 
     rulers = list(found.settings["rulers"])
     head = ["adapter", "strength", "loss", "change", "Fréchet", "nearest", "memorization", *rulers, "LUFS", "width"]
@@ -182,7 +191,7 @@ def _print_table(found: "Evaluation") -> None:
             "" if each is None else f"{each.strength:g}",
             f"{sum(measured.loss_by_clip) / len(measured.loss_by_clip):.4f}",
             "" if each is None else _format_change(each),
-            _format(measured.frechet, "frechet"),
+            format_frechet(measured, found.base),
             _format(measured.average("nearest"), "nearest"),
             "" if memorization is None else f"{memorization.score:.2f}{' copies' if measured.is_copying else ''}",
             *(_format(measured.average(name), name) for name in measures[1:]),
@@ -207,7 +216,7 @@ def _format_change(candidate: "Candidate") -> str:
 def _format(value: float | None, name: str) -> str:
     if value is None:
         return ""
-    return f"{value:.1f}" if name in ("loudness_lufs", "frechet") else f"{value:.3f}"
+    return f"{value:.1f}" if name == "loudness_lufs" else f"{value:.3f}"
 
 
 if __name__ == "__main__":

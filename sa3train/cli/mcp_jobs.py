@@ -118,7 +118,7 @@ class Jobs:
         record, error = processes.read_record(folder), processes.read_failure(folder)
         shown: dict[str, Any] = {"job": folder.name, "command": record.get("command"), "state": "running"}
         if processes.get_running_pid(folder) is not None:
-            has_progress = record.get("kind") not in ("generate", "plan")
+            has_progress = record.get("kind") not in ("generate", "plan", "sweep")
             return shown | ({"progress": read_progress(folder)[1]} if has_progress else {})
         result = self._read_plan(folder, record) if record.get("kind") == "plan" else _read_result(folder, record)
         if result is not None:
@@ -174,6 +174,9 @@ def _read_result(folder: Path, record: Mapping[str, Any]) -> dict[str, Any] | No
         sidecar = out.with_name(f"{out.name}.json")
         return {"audio": str(out), "settings": str(sidecar)} if out.is_file() and sidecar.is_file() else None
     log = read_file(folder / processes.LOG_FILE).decode("utf-8", "replace").rpartition("\n$ ")[2]
+    if record.get("kind") == "sweep":
+        start = log.find("\n{\n")  # progress before it
+        return None if start < 0 else dict(json.loads(log[start:]))
     line = next((line for line in reversed(log.splitlines()) if line.startswith('{"result":')), None)
     result = None if line is None else json.loads(line)["result"]
     if result is None or record.get("kind") != "evaluate":

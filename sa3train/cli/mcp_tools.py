@@ -175,6 +175,40 @@ class Tools:
         self.budget.launch(f"train {folder.name}", folder, lambda: runs.start_run(folder, command))
         return self.watch_run(str(folder), wait_seconds)
 
+    def sweep(
+        self,
+        data: str,
+        folder: str,
+        settings: list[str],
+        model: str = "nano-base",
+        recipe: str = "style",
+        steps: int | None = None,
+        trials: int = 8,
+        wait_seconds: float = 30,
+    ) -> dict[str, Any]:
+        """Search settings: one run for each point, hopeless ones stopped early, ranked by their held-out loss.
+
+        The same call continues a sweep that was stopped, and trains no point twice. list_runs shows its runs meanwhile.
+
+        Args:
+            data: Folder of latents.
+            folder: Folder of the sweep in the workspace, such as runs/sweep.
+            settings: As for train, some with several values: "adapter.rank=choice(4,8)",
+                "optimizer.lr=tag(log,interval(1e-4,1e-2))".
+            model: Base model.
+            recipe: Name of the recipe.
+            steps: Optimizer steps of each run. None: the recipe's.
+            trials: Runs in all.
+            wait_seconds: How long to wait for it, at most 50.
+
+        Returns:
+            Its state and result. While it is running, call watch_job with its name.
+        """
+        request = self._make_request(data, model, folder, recipe, steps, settings, None)
+        given = [word for word in request.build_command()[1:] if not word.startswith("run_dir=")]
+        command = ["sa3-sweep", str(request.run_dir), *given, "--trials", str(int(trials)), "--json"]
+        return self.jobs.start("sweep", command, wait_seconds, runs=str(request.run_dir))
+
     def resume_run(self, run: str, wait_seconds: float = 10) -> dict[str, Any]:
         """Resume a run that was stopped or interrupted, from its last checkpoint.
 
@@ -267,7 +301,7 @@ class Tools:
         return self.jobs.start("generate", command, wait_seconds, out=str(found))
 
     def watch_job(self, job: str, wait_seconds: float = 45) -> dict[str, Any]:
-        """Wait for a job of audit, encode, evaluate or generate.
+        """Wait for a job of audit, encode, sweep, evaluate or generate.
 
         Args:
             job: Its name.
@@ -279,7 +313,7 @@ class Tools:
         return self.jobs.watch(job, wait_seconds)
 
     def stop_job(self, job: str) -> dict[str, Any]:
-        """Stop a job. The same call starts it again; an encode goes on where it was.
+        """Stop a job. The same call starts it again; an encode and a sweep go on where they were.
 
         Args:
             job: Its name.

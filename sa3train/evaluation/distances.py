@@ -119,17 +119,23 @@ class ReferenceClips:
         if heldout and training:
             self.heldout_to_training = float(self._find_nearest_training(self._heldout_NK)[0].mean())
 
-    def measure_frechet(self, generated: Sequence[Tensor]) -> float:
+    def measure_frechet(self, generated: Sequence[Tensor]) -> tuple[float, list[float]]:
         """Measure the Fréchet distance between the frames of generated and of held-out clips.
 
         Args:
-            generated: Latents (C, T).
+            generated: Latents (C, T), together of two frames or more.
 
         Returns:
-            The distance.
+            The distance; and with each generated clip left out, in turn, for the jackknife: none for a single clip.
         """
-        sets = [torch.cat(list(clips), dim=1).T for clips in (self._scale(generated), self.heldout)]
-        return compute_frechet_distance(*sets)
+        clips, heldout_TC = self._scale(generated), torch.cat(self.heldout, dim=1).T
+
+        def compute(some: Sequence[Tensor]) -> float:
+            return compute_frechet_distance(torch.cat(list(some), dim=1).T, heldout_TC)
+
+        left_out = [[*clips[:number], *clips[number + 1 :]] for number in range(len(clips))]
+        has_covariance = all(sum(clip.shape[1] for clip in rest) > 1 for rest in left_out)
+        return compute(clips), [compute(rest) for rest in left_out] if has_covariance else []
 
     def measure_nearest(self, generated: Sequence[Tensor]) -> list[float]:
         """Measure how far each generated clip is from the held-out ones.

@@ -295,11 +295,13 @@ class _Bench:
             self.keep_audio(candidate, number, audio_CN)
             latents.append(latents_CT)
             heard.append(self._listen(audio_CN, clip.prompts[0]))
-        nearest = self.reference.measure_nearest(latents)
+        nearest, has_covariance = self.reference.measure_nearest(latents), sum(each.shape[1] for each in latents) > 1
+        frechet, without = self.reference.measure_frechet(latents) if has_covariance else (None, [])
         return Measurement(
             losses_IN,
             [replace(clip, nearest=distance) for clip, distance in zip(heard, nearest, strict=True)],
-            self.reference.measure_frechet(latents) if sum(each.shape[1] for each in latents) > 1 else None,
+            frechet,
+            without,
             self.reference.measure_memorization(latents) if self.reference.training else None,
         )
 

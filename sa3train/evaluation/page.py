@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sa3train.core.files import write_text
 from sa3train.evaluation.evaluate import BASE, REAL
-from sa3train.evaluation.results import AUDIO_MEASURES, Candidate, Evaluation, GeneratedClip
+from sa3train.evaluation.results import AUDIO_MEASURES, Candidate, Evaluation, GeneratedClip, Measurement
 from sa3train.reports.audio import MEASURES, Media, Sound, SoundEmbedder
 from sa3train.reports.charts import Line, render_line_chart
 from sa3train.reports.curves import BASELINE
@@ -96,6 +96,23 @@ class PageWriter:
         ]
 
 
+def format_frechet(measured: Measurement, base: Measurement) -> str:
+    """Format a Fréchet distance.
+
+    Args:
+        measured: What it is of.
+        base: The base's.
+
+    Returns:
+        Such as "20.1 (-3.2 ±1.1)", with the difference from the base's unless it is that; empty where there is none.
+    """
+    if measured.frechet is None:
+        return ""
+    found = None if measured is base else measured.compare_frechet(base)
+    margin = "" if found is None or found.margin is None else f" ±{found.margin:.1f}"
+    return f"{measured.frechet:.1f}" + (f" ({found.difference:+.1f}{margin})" if found else "")
+
+
 def _render_figures(found: Evaluation) -> str:
     rulers = list(found.settings["rulers"])
     head = ["adapter", "strength", "loss", "against base", "Fréchet", "nearest", "memorization", *rulers]
@@ -107,7 +124,7 @@ def _render_figures(found: Evaluation) -> str:
     ]  # fmt: skip
     for row, each in zip(rows, (found.base, *(each.measurement for each in found.candidates)), strict=True):
         score = "" if each.memorization is None else f"{each.memorization.score:.2f}"
-        row += ["" if each.frechet is None else f"{each.frechet:.1f}", _format(each.average("nearest"), "nearest")]
+        row += [format_frechet(each, found.base), _format(each.average("nearest"), "nearest")]
         row += [score + (" (copies)" if each.is_copying else ""), *(_format(each.average(n), n) for n in rulers)]
         if found.picked is not None and each is found.picked.measurement:
             row[:] = [f"<b>{cell}</b>" for cell in row]

@@ -17,6 +17,7 @@ from sa3train.evaluation.distances import Memorization
 from sa3train.reports.loss_change import LossChange, compare_clips, compute_margin
 from sa3train.reports.pick import Pick
 from sa3train.reports.run_files import ADAPTER_FILE, BEST_ADAPTER_FILE, COPY_THRESHOLD
+from sa3train.reports.verdict import ALL_COPIES
 
 FORMAT, VERSION = "sa3train-evaluation", 1
 """Name and version of the JSON. The version grows when a key changes its meaning or goes."""
@@ -40,6 +41,26 @@ class GeneratedClip:
 
 
 @dataclass(frozen=True)
+class Difference:
+    """Mean difference of a measure from the base's, over clips of the same prompt and noise.
+
+    Attributes:
+        difference: The mean, in the measure's unit.
+        margin: Half of its 95 % confidence interval (Student's t for pairs); None for fewer than two clips.
+        clips: Number of clips.
+    """
+
+    difference: float
+    margin: float | None
+    clips: int
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.margin is not None and abs(self.difference) > self.margin
+
+
+@dataclass(frozen=True)
 class Measurement:
     """All that is measured of the base, or of one adapter at one strength.
 
@@ -47,12 +68,14 @@ class Measurement:
         losses_IN: Loss of each held-out clip at each noise level.
         generated: The generated clips; empty where none were asked for.
         frechet: Fréchet distance of the generated clips' latent frames to those of the held-out clips.
+        frechet_without: The same with each generated clip left out.
         memorization: How close they come to training clips; None without training clips.
     """
 
     losses_IN: list[list[float]]
     generated: list[GeneratedClip] = field(default_factory=list)
     frechet: float | None = None
+    frechet_without: list[float] = field(default_factory=list)
     memorization: Memorization | None = None
 
     @property
@@ -64,6 +87,24 @@ class Measurement:
     def loss_by_level(self) -> list[float]:
         """Mean loss at each noise level over the clips."""
         return [statistics.fmean(losses) for losses in zip(*self.losses_IN, strict=True)]
+
+    def compare_frechet(self, other: "Measurement") -> Difference | None:
+        """Compare the Fréchet distance with that of clips of the same prompts and noise, by the paired jackknife.
+
+        The interval is that of the pseudo-values n·d − (n − 1)·d₋ᵢ (Tukey 1958, "Bias and Confidence in Not-quite Large
+        Samples"). It says how much hangs on which clips were generated; held-out clips are taken as they are.
+
+        Args:
+            other: The other.
+
+        Returns:
+            This distance minus the other; None where one was not measured.
+        """
+        if self.frechet is None or other.frechet is None:
+            return None
+        pairs = list(zip(self.frechet_without, other.frechet_without, strict=True))
+        values = [(1 - len(pairs)) * (mine - others) for mine, others in pairs]  # the margin needs no constant
+        return Difference(self.frechet - other.frechet, compute_margin(values), len(self.generated))
 
     @property
     def is_copying(self) -> bool:
@@ -114,26 +155,6 @@ class Measurement:
             "audio": {name: self.average(name) for name in AUDIO_MEASURES},
             "agreement": {name: self.average(name) for name in names},
         }
-
-
-@dataclass(frozen=True)
-class Difference:
-    """Mean difference of a measure from the base's, over clips of the same prompt and noise.
-
-    Attributes:
-        difference: The mean, in the measure's unit.
-        margin: Half of its 95 % confidence interval (Student's t for pairs); None for fewer than two clips.
-        clips: Number of clips.
-    """
-
-    difference: float
-    margin: float | None
-    clips: int
-
-    @property
-    def is_significant(self) -> bool:
-        """Whether the interval leaves out 0."""
-        return self.margin is not None and abs(self.difference) > self.margin
 
 
 @dataclass(frozen=True)
@@ -191,8 +212,8 @@ class Candidate:
             "loss": _describe_change(self.loss_change),
             "loss_by_level": [_describe_change(change) for change in self.loss_change_by_level],
         }
-        for name in names:
-            found = self.compare(name)
+        compared = {"frechet": self.measurement.compare_frechet(self.base)}
+        for name, found in (compared | {name: self.compare(name) for name in names}).items():
             against[name] = None if found is None else {**asdict(found), "is_significant": found.is_significant}
         what = {"adapter": self.adapter, "step": self.step, "strength": self.strength}
         return what | self.measurement.to_dict() | {"against_base": against}
@@ -257,7 +278,7 @@ class Evaluation:
             Some sentences, without the last period.
         """
         if self.pick is None:
-            return "base: every adapter copies its training clips"
+            return ALL_COPIES
         best = self.candidates[self.pick.winner]
         if self.picked is None:
             text = f"base: nothing beats it beyond noise. Lowest is {self.label(best)}: {self.pick.describe()}"
@@ -266,11 +287,11 @@ class Evaluation:
             text = f"{self.label(best)}: {self.pick.describe()}{f'. As good within noise: {equals}' if equals else ''}"
         copies = [self.label(each) for each in self.candidates if each.measurement.is_copying]
         text += f". Left out as copies of training clips: {'; '.join(copies)}" if copies else ""
-        nearest = min(self.candidates, key=lambda each: each.measurement.frechet or math.inf)
-        if nearest.measurement.frechet is not None and nearest is not best:
-            text += (
-                f". By Fréchet distance, clips generated with {self.label(nearest)} are nearest to the held-out ones"
-            )
+        nearest = min((each.measurement for each in self.candidates), key=lambda each: _order(each.frechet))
+        nearer = nearest.compare_frechet(best.measurement)
+        if nearer is not None and nearer.difference < 0 and nearer.is_significant:
+            name = self.label(next(each for each in self.candidates if each.measurement is nearest))
+            text += f". By Fréchet distance, clips generated with {name} are nearest to the held-out ones"
         return text
 
     def to_dict(self) -> dict[str, Any]:
@@ -315,6 +336,10 @@ def compute_difference(differences: Sequence[float]) -> Difference | None:
     if not differences:
         return None
     return Difference(statistics.fmean(differences), compute_margin(differences), len(differences))
+
+
+def _order(value: float | None) -> float:
+    return math.inf if value is None else value
 
 
 def _shorten(path: str) -> str:

@@ -28,6 +28,9 @@ SHOWN_SAMPLES = 4
 MARK = "<!-- written by sa3train -->"
 """By this line a folder is known as one of ours, which may be replaced."""
 
+NAMES_ONLY = "Its captions are names or single words, so it knows no other prompts: `sa3-data caption` describes clips."
+"""Said of an adapter whose prompts describe nothing."""
+
 _LICENSE_ID = re.compile(r"[a-z0-9][a-z0-9.-]*")
 
 
@@ -128,8 +131,8 @@ def list_demo_samples(run: RunFiles, *, shows_prompts: bool) -> list[Sample]:
     Returns:
         Some samples, with paths below the run folder.
     """
-    played = [demo for demo in run.demos if demo.mode == "text" and demo.strength == 1]
-    demos = [demo for demo in played if (run.path / demo.file).is_file()]
+    generated = [demo for demo in run.demos if demo.mode == "text" and demo.strength == 1]
+    demos = [demo for demo in generated if (run.path / demo.file).is_file()]
     newest = [demo for demo in demos if demo.step == demos[-1].step][:SHOWN_SAMPLES]
     return [
         Sample(demo.file, demo.prompt * shows_prompts, f"on {demo.model}, seed {demo.seed}, step {demo.step}")
@@ -179,6 +182,23 @@ def pack_card(
             (staging / sample.file).parent.mkdir(exist_ok=True)
             (staging / sample.file).write_bytes(content)
     return Path(target)
+
+
+def choose_example(prompts: Sequence[str]) -> str:
+    """Choose the prompt that describes most, for an example.
+
+    Args:
+        prompts: The prompts.
+
+    Returns:
+        The first with four words or more, else that with most words; words are no parts of file names and no numbers.
+        Empty without prompts.
+    """
+    return max(prompts, key=lambda prompt: min(_count_words(prompt), 4), default="")
+
+
+def _count_words(text: str) -> int:
+    return sum(bool(re.fullmatch(r"[^\W\d_]+(['’/&-][^\W\d_]+)*[.,;:!?]*", word)) for word in text.split())
 
 
 def summarize_data(data: Mapping[str, Any]) -> str:
@@ -245,11 +265,13 @@ def _describe_play(adapter: Adapter, file: str, options: CardOptions, prompts: S
     is_base = base is not None and base.name.endswith("-base")
     model = (base.sibling if is_base and base.sibling else base.name) if base else "medium"
     strength = "" if options.strength == 1 else f"={options.strength:g}"
-    prompt = prompts[0] if prompts else adapter.metadata.get(TRIGGER) or "a prompt"
+    prompt = choose_example(prompts) or adapter.metadata.get(TRIGGER) or "a prompt"
     command = ["sa3-generate", "--model", model, "--lora", f"{file}{strength}", "-p", prompt, "-o", "out.wav"]
     trigger = adapter.metadata.get(TRIGGER)
     notes = [
         f"Begin prompts with `{_clean(trigger)}`." if trigger else "",
+        # not all scripts have spaces between words
+        NAMES_ONLY if prompts and prompt.isascii() and _count_words(prompt) < 2 else "",
         f"Strength {options.strength:g} is where to start; 0 is the model without it.",
         f"It was trained on `{base.name}` and plays on both models." if is_base and base else "",
         f"For {'sa3.cpp' if adapter.part == 'decoder' else 'ComfyUI, diffusers or sa3.cpp'}: `sa3-adapter convert`.",

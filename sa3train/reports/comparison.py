@@ -10,8 +10,10 @@ import yaml
 from sa3train.adapters.formats.run_dir import ADAPTER_FILE, get_checkpoint_path
 from sa3train.core.config import find_differences
 from sa3train.core.errors import DataError
+from sa3train.core.log import get_logger
 from sa3train.core.overrides import flatten_settings
 from sa3train.core.processes import read_json
+from sa3train.core.text import list_few
 from sa3train.reports.run_files import (
     BEST_ADAPTER_FILE,
     CONFIG_FILE,
@@ -22,6 +24,8 @@ from sa3train.reports.run_files import (
 )
 from sa3train.reports.runs import find_runs, load_run
 from sa3train.reports.verdict import TOOK, describe_verdict
+
+_logger = get_logger(__name__)
 
 
 def compare_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
@@ -36,16 +40,20 @@ def compare_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
     Raises:
         DataError: No run there has been validated, or a newer version wrote one.
     """
-    runs = []
+    runs, left_out = [], []
     for path in dict.fromkeys(run.path for run in find_runs(folders)):
         files = read_run(path)
         if files.validation.get("history"):
             runs.append((path, flatten_settings(load_settings(path / CONFIG_FILE)), files.validation))
+        else:
+            left_out.append(str(path))
     if not runs:
         raise DataError(
             f"{', '.join(map(str, folders))}: no run there has a {VALIDATION_FILE}. None got as far as a "
             "validation, or callbacks.validation.enabled=false."
         )
+    if left_out:
+        _logger.warning("not validated, so not compared: %s", list_few(left_out, 5))
     keys = dict.fromkeys(key for _, settings, _ in runs for key in settings)
     varied = [key for key in keys if len({repr(settings.get(key)) for _, settings, _ in runs}) > 1]
     rows = []

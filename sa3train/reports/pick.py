@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sa3train.reports.loss_change import CONFIDENCE, LossChange, compare_clips
+from sa3train.reports.loss_change import CONFIDENCE, SMALLEST, LossChange, compare_clips
 
 RESAMPLES = 10_000
 MIN_CLIPS = 5
@@ -39,8 +39,8 @@ class Pick:
 
     @property
     def beats_base(self) -> bool:
-        """Whether it is better than the base beyond noise."""
-        return self.change.change < 0 and self.p_value <= 1 - CONFIDENCE
+        """Whether it is better than the base beyond noise, by its interval and by chance alone."""
+        return self.change.change < 0 and self.change.is_significant and self.p_value <= 1 - CONFIDENCE
 
     def describe(self) -> str:
         """Describe how sure the pick is.
@@ -52,6 +52,10 @@ class Pick:
             sure = f"p = {self.p_value:.2g}, and the best on {self.probability:.0%} of resampled sets of clips"
         elif self.change.clips < MIN_CLIPS:
             sure = f"fewer than {MIN_CLIPS} clips cannot tell"
+        elif abs(self.change.change) < SMALLEST:
+            sure = "too little to count"
+        elif self.p_value <= 1 - CONFIDENCE and self.change.change < 0:
+            sure = f"p = {self.p_value:.2g}, but the interval reaches 0"
         else:
             sure = f"chance alone does as well, p = {self.p_value:.2g}"
         change = self.change.describe("the base's")

@@ -11,10 +11,10 @@
 | `adapter_stats.json` | adapter_type, rank, alpha, parameters, step; effect (relative change of weights); layers |
 | `system.json` | device; plan (memory in bytes by part), plan_accuracy |
 | `demos/step-*/demos.json` | a list of `DemoFile` entries, next to their audio and spectrograms |
-| `checkpoints/step-*.safetensors` | resumable training state |
+| `checkpoints/step-*.safetensors` | state to resume from |
 | `adapter.safetensors` | the trained adapter |
 | `adapter-best.safetensors` | the adapter of the lowest validation loss, with `callbacks.validation.select_best` |
-| `evaluation.json` | what `sa3-eval --json` measured; `sa3-sweep` writes it |
+| `evaluation.json` | what `sa3-eval --json` measured, for the report; `sa3-sweep` writes it |
 | `report.html` | the report, made from the files above |
 | `README.md` | the adapter's card: what it is, what it was trained on, how to play it |
 | `run.lock` | locked by the process that trains |
@@ -59,7 +59,7 @@ ORIGINAL = "original"
 """`model` of a demo that is a clip itself."""
 _JSON_FILES = {
     "record": RECORD_FILE, "validation": VALIDATION_FILE, "memorization": MEMORIZATION_FILE, "data": DATA_FILE,
-    "adapter_stats": ADAPTER_STATS_FILE, "system": SYSTEM_FILE,
+    "adapter_stats": ADAPTER_STATS_FILE, "system": SYSTEM_FILE, "evaluation": EVALUATION_FILE,
 }  # fmt: skip
 """Files that hold the fields of `RunFiles`."""
 
@@ -236,6 +236,7 @@ class RunFiles:
         data: `data.json`.
         adapter_stats: `adapter_stats.json`.
         system: `system.json`.
+        evaluation: `evaluation.json`.
         demos: All demos, oldest first.
     """
 
@@ -248,6 +249,7 @@ class RunFiles:
     data: Mapping[str, Any] = field(default_factory=dict)
     adapter_stats: Mapping[str, Any] = field(default_factory=dict)
     system: Mapping[str, Any] = field(default_factory=dict)
+    evaluation: Mapping[str, Any] = field(default_factory=dict)
     demos: Sequence[DemoFile] = ()
 
     def get_curve(self, name: str) -> list[tuple[float, float]]:

@@ -325,8 +325,8 @@ def describe_run(folder: Path) -> dict[str, Any]:
 
     Returns:
         The fields of `Run` and what it means; `heldout`: change of the last held-out loss against the base, as a share
-        with half of its 95% confidence interval; `best_step` and `best_loss`; `adapter` and `best_adapter`: files, or
-        None; `summary`: sentences.
+        with half of its 95% confidence interval; `best_step` and `best_loss`, None before a step is validated;
+        `adapter` and `best_adapter`: files, or None; `summary`: sentences.
 
     Raises:
         DataError: There is no run, or a newer version wrote it.
@@ -336,6 +336,7 @@ def describe_run(folder: Path) -> dict[str, Any]:
         raise DataError(f"{folder} contains no run. Choose another folder: sa3-runs list shows them.")
     files = read_run(folder)
     change = compute_loss_change(files.validation, "val")
+    is_validated = any(row["step"] > 0 for row in files.validation.get("history", []))
     adapters = {"adapter": folder / ADAPTER_FILE, "best_adapter": folder / BEST_ADAPTER_FILE}
     return {
         **asdict(run),
@@ -343,8 +344,7 @@ def describe_run(folder: Path) -> dict[str, Any]:
         "means": STATES[run.state],
         "seconds_left": run.seconds_left,
         "heldout": None if change is None else asdict(change),
-        "best_step": files.validation.get("best_step"),
-        "best_loss": files.validation.get("best_loss"),
+        **{name: files.validation.get(name) if is_validated else None for name in ("best_step", "best_loss")},
         **{name: str(path) if path.is_file() else None for name, path in adapters.items()},
         "summary": summarize_run(files),
     }

@@ -39,14 +39,24 @@ def summarize_run(run: RunFiles) -> list[str]:
 
 
 def describe_verdict(run: RunFiles) -> list[Answer]:
-    """Describe what the validations of a run say, on held-out clips or, where nothing is held out, on training clips.
+    """Describe what the validations of a run say, and `sa3-eval` where it has measured the run.
 
     Args:
         run: The run.
 
     Returns:
-        Answers; none before a step has been validated.
+        Answers; none before a step has been validated or evaluated.
     """
+    answers = _describe_validation(run)
+    if run.evaluation:
+        pick, measured = run.evaluation.get("pick"), [row["step"] or 0 for row in run.evaluation["candidates"]]
+        later = "" if run.step <= max(measured) else f" Later steps than {max(measured):,} were not measured."
+        answers.insert(max(0, len(answers) - 1), Answer(EVALUATED, f"{pick['text'] if pick else ALL_COPIES}.{later}"))
+    return answers
+
+
+def _describe_validation(run: RunFiles) -> list[Answer]:
+    """Answer from held-out clips or, where nothing is held out, from training clips."""
     validation = run.validation
     trained = [row for row in validation.get("history", []) if row["step"] > 0]
     change, train = (compute_loss_change(validation, part) for part in ("val", "train_eval"))
@@ -80,6 +90,8 @@ def describe_verdict(run: RunFiles) -> list[Answer]:
 
 
 TOOK, WHEN, STRENGTH, NEXT = "Did it take?", "When was it best?", "At which strength?", "What to change next?"
+EVALUATED = "Which adapter to use, by sa3-eval?"
+ALL_COPIES = "base: every adapter copies its training clips"
 _COPIES = (
     "Generations are closer to training clips than held-out clips are: they may be copies. Use fewer steps, a lower "
     "rank, or more data."

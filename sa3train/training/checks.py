@@ -13,6 +13,9 @@ from sa3train.training.step import list_sampled_noise_levels
 
 _logger = get_logger(__name__)
 
+RECIPES_DECAY = 0.97
+"""`trainer.ema_decay` of recipes, which is for runs of any length."""
+
 
 def check_compatibility(model: StableAudio3, data: LatentDataModule, settings: TrainingSettings) -> None:
     """Check settings that cancel each other; warn about those that work but are rarely intended.
@@ -27,7 +30,7 @@ def check_compatibility(model: StableAudio3, data: LatentDataModule, settings: T
     """
     loss, ema_decay, steps = settings.loss, settings.trainer.ema_decay, settings.trainer.max_steps
     loss.check_packing(data.settings.pack_frames)
-    if ema_decay is not None and ema_decay > get_warmed_up_decay(steps):
+    if ema_decay is not None and ema_decay > max(get_warmed_up_decay(steps), RECIPES_DECAY):
         _logger.warning(
             "trainer.ema_decay=%g is not reached in trainer.max_steps=%d, and counts as %.3g.",
             ema_decay, steps, get_warmed_up_decay(steps),

@@ -18,12 +18,13 @@ from typing_extensions import override
 from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.layers.inject import InjectedAdapter
 from sa3train.core.device import move_to_device
+from sa3train.core.seeds import derive_seed
 from sa3train.data.loading.clip_batch import ClipBatch, make_clip_batch, pack_rows, unpack_rows
 from sa3train.data.loading.loader import Batch
 from sa3train.diffusion.objective import count_effective_frames, match_noise
 from sa3train.models.checkpoint import StableAudio3
 from sa3train.models.conditioners import TextEmbedding
-from sa3train.training.distributed import ShardedBaseStrategy, couple_across_ranks
+from sa3train.training.distributed import ShardedBaseStrategy, couple_across_ranks, get_rank_and_world_size
 from sa3train.training.ema import EMA, swap_parameters
 from sa3train.training.optim import compute_schedule_free_average, make_lr_lambda, make_optimizer
 from sa3train.training.settings import OptimizationSettings, TrainingSettings
@@ -185,13 +186,13 @@ class AdapterModule(lightning.LightningModule):
     def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True, assign: bool = False) -> None:
         """Restore what `state_dict` returned."""
         if set(state) != set(self.trainable):
-            raise KeyError("the saved training state belongs to an adapter with other layers")
+            raise KeyError("the checkpoint belongs to an adapter with other layers")
         with torch.no_grad():
             for name, tensor in state.items():
                 self.trainable[name].copy_(tensor)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the running average to the training state."""
+        """Add the running average to the checkpoint."""
         if self.ema is not None:
             checkpoint["ema"] = self.ema.state_dict()
 
@@ -279,6 +280,7 @@ class LoraModule(AdapterModule):
             frames_S,
             model.sample_rate / model.downsampling_ratio,
             clips.at_end_S,
+            list_clip_numbers(self.settings.seed, micro_step, len(clips.seeds)),
         ).to(self.device)
         if not loss.coupling:
             return draw
@@ -306,6 +308,22 @@ class LoraModule(AdapterModule):
             "t_B": draw.t_B,
             "frames": int(clips.attention_mask_SF.sum()),
         }
+
+
+def list_clip_numbers(seed: int, micro_step: int, clips: int) -> list[int]:
+    """List the numbers of a micro-batch's clips on this rank in the order of the whole run, from a start of its seed.
+
+    Args:
+        seed: Seed of the run.
+        micro_step: Number of the micro-batch in the run.
+        clips: Clips of this rank.
+
+    Returns:
+        Their numbers.
+    """
+    rank, ranks = get_rank_and_world_size()
+    first = derive_seed(seed, "timesteps") % 2**20  # small enough for the fractional part of its multiples
+    return [first + (micro_step * clips + row) * ranks + rank for row in range(clips)]
 
 
 class StepCallback(lightning.Callback):

@@ -7,7 +7,6 @@ how it is mounted: NFS passes such locks on, Lustre only with `-o flock`.
 """
 
 import contextlib
-import datetime
 import fnmatch
 import json
 import os
@@ -29,7 +28,7 @@ from sa3train.core.files import path_exists, relate_path, write_json, write_text
 from sa3train.core.log import get_logger, get_rank
 from sa3train.core.processes import describe_this_process
 from sa3train.core.signals import Interrupted
-from sa3train.core.text import format_command
+from sa3train.core.text import format_command, get_utc_time
 from sa3train.core.user_files import IS_WINDOWS, check_folder, read_file
 from sa3train.reports.run_files import (
     ADAPTER_FILE,
@@ -84,7 +83,7 @@ class RunDir:
         allowed: Settings or identities that may differ on resume.
         is_resumed: Whether the folder's own run continues.
         record: Content of `run.json`; empty until `begin`.
-        state: Step and file of the training state to resume from, or None.
+        state: Step and file of the checkpoint to resume from, or None.
         changes: What differs from the run as it was started and was allowed: old and new value by name.
         lock: Held by rank 0; the other ranks have none.
         since: Time of the last save, as of `time.perf_counter`.
@@ -192,7 +191,7 @@ class RunDir:
             _clear(self.path)
         write_text(self.path / CONFIG_FILE, format_settings(self.settings))
         self.save(
-            format=RUN_FORMAT, id=uuid.uuid4().hex[:8], version=__version__, started=_now(), status="running",
+            format=RUN_FORMAT, id=uuid.uuid4().hex[:8], version=__version__, started=get_utc_time(), status="running",
             identity=self.identity, resumed=[], directory=relate_path(".", self.path), process=_describe_process(),
         )  # fmt: skip
 
@@ -200,8 +199,9 @@ class RunDir:
         differences = self.check_changes()
         self.state = find_latest_checkpoint(self.path)
         if self.state is None:
-            _logger.warning("%s has no training state: it starts again from its first step.", self.path)
-        resumed: dict[str, Any] = {"at": _now(), "step": self.state[0] if self.state else 0, "version": __version__}
+            _logger.warning("%s has no checkpoint: it starts again from its first step.", self.path)
+        step = self.state[0] if self.state else 0
+        resumed: dict[str, Any] = {"at": get_utc_time(), "step": step, "version": __version__}
         if self.changes:
             resumed["changes"] = {key: list(change) for key, change in self.changes.items()}
         if self.changes or any(_matches(key, STORED_SETTINGS) for key in differences):
@@ -377,7 +377,3 @@ def _read_record(run_dir: Path) -> dict[str, Any]:
 
 def _describe_process() -> dict[str, Any]:
     return {**describe_this_process(), "host": platform.node()}
-
-
-def _now() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

@@ -17,11 +17,17 @@ WEIGHTINGS = ("none", "min_snr", "cosmap")
 
 @dataclass(frozen=True)
 class LossSettings:
-    """What is learned from a batch, with the values of the released models' training (docs/model.md, section 6)."""
+    """What is learned from a batch (docs/model.md, section 6).
 
-    timesteps: Literal["trunc_logit_normal", "log_snr", "log_snr_uniform", "uniform", "levels"] = setting(
-        "trunc_logit_normal",
-        help="Distribution of the noise level t. levels: those that a sampler of sampler_steps steps visits.",
+    With timesteps=trunc_logit_normal, which is loss=released, these are the values of the released models' training.
+    """
+
+    timesteps: Literal["low_discrepancy", "uniform", "trunc_logit_normal", "log_snr", "log_snr_uniform", "levels"] = (
+        setting(
+            "low_discrepancy",
+            help="Distribution of the noise level t. low_discrepancy: uniform, evenly over successive clips. "
+            "levels: those that a sampler of sampler_steps steps visits.",
+        )
     )
     sampler_steps: int | None = setting(None, help="Sampler steps of timesteps=levels.", min=1, max=1000)
     shift: Literal["full", "full.sine", "flux", "logsnr", "none"] = setting(
@@ -136,7 +142,7 @@ class TrainerSettings:
     accumulate: int = setting(1, help="Micro-batches per optimizer step.", min=1, max=100_000)
     gradient_clip: float = setting(1.0, help="Maximum gradient norm; 0 disables clipping.", min=0, max=1e6)
     ema_decay: float | None = setting(
-        None, help="Decay of the adapter's EMA, such as 0.99; null: off.", above=0, below=1
+        None, help="Decay of the adapter's EMA, such as 0.97; null: off.", above=0, below=1
     )
     log_every: int = setting(10, help="Optimizer steps per line of metrics.", min=1, max=MAX_COUNT)
     precision: Precision = setting(
@@ -169,7 +175,7 @@ class TrainerSettings:
 
 @dataclass(frozen=True)
 class CheckpointSettings:
-    """How often the training state and the adapter are saved."""
+    """How often a checkpoint and the adapter are saved."""
 
     every: int = setting(500, help="Optimizer steps between checkpoints.", min=1, max=MAX_COUNT)
     keep_last: int = setting(2, help="Checkpoints kept; older ones are deleted.", min=1, max=MAX_COUNT)
@@ -277,7 +283,7 @@ class LoggingSettings:
 class CallbackSettings:
     """What happens besides the training steps."""
 
-    checkpoint: CheckpointSettings = setting(CheckpointSettings(), help="Training state and adapter at intervals.")
+    checkpoint: CheckpointSettings = setting(CheckpointSettings(), help="Checkpoint and adapter at intervals.")
     validation: ValidationSettings = setting(ValidationSettings(), help="Loss on fixed clips, noise and noise levels.")
     demos: DemoSettings = setting(DemoSettings(), help="Audio from fixed seeds, base and adapter side by side.")
     report: bool = setting(True, help="Update report.html in the run folder at every checkpoint.")

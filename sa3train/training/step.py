@@ -111,6 +111,7 @@ def draw_step(
     effective_frames_B: Tensor,
     frames_per_second: float,
     at_end_B: Tensor | None = None,
+    numbers: Sequence[int] | None = None,
 ) -> StepDraw:
     """Draw everything random of a training step on the CPU, clip by clip.
 
@@ -123,15 +124,16 @@ def draw_step(
         frames_per_second: Latent frames per second.
         at_end_B: Clips whose real part reaches the end of their file, so that silence follows it; only these are
             extended into silence. None: all.
+        numbers: Number of each clip in the run, for timesteps that are spread over clips. None: from 0 on.
 
     Returns:
         The draw, on the CPU.
     """
     _, channels, frames = shape_BCT
     noise, t, real, inpaint, dropped = [], [], [], [], []
-    for row, seed in enumerate(seeds):
+    for row, (seed, number) in enumerate(zip(seeds, numbers or range(len(seeds)), strict=True)):
         rng = torch.Generator().manual_seed(seed)
-        t.append(_draw_timestep(settings, effective_frames_B[row : row + 1], rng))
+        t.append(_draw_timestep(settings, effective_frames_B[row : row + 1], number, rng))
         dropped.append(torch.rand(1, generator=rng) < settings.cfg_dropout)
         mask_1T = attention_mask_BT[row : row + 1]
         if settings.silence_seconds > 0 and (at_end_B is None or bool(at_end_B[row])):
@@ -145,8 +147,10 @@ def draw_step(
     return StepDraw(torch.stack(noise), torch.cat(t), torch.cat(real), torch.cat(inpaint), torch.cat(dropped))
 
 
-def _draw_timestep(settings: LossSettings, length_1: Tensor, rng: torch.Generator) -> Tensor:
-    if settings.timesteps == "levels":
+def _draw_timestep(settings: LossSettings, length_1: Tensor, number: int, rng: torch.Generator) -> Tensor:
+    if settings.timesteps == "low_discrepancy":
+        t_1 = objective.place_timesteps([number])
+    elif settings.timesteps == "levels":
         t_1 = objective.sample_levels(list_sampled_noise_levels(settings), 1, rng)
     else:
         t_1 = objective.TIMESTEP_SAMPLERS[settings.timesteps](1, rng)

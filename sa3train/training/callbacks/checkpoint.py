@@ -1,9 +1,9 @@
-"""Checkpoints, so that a run can be killed at any moment: training states at intervals, and the adapter beside them.
+"""Checkpoints at intervals, so that a run can be killed at any moment, and the adapter beside them.
 
 `adapter.safetensors` in the run folder is the newest adapter and at the end the chosen one; `checkpoints/` holds the
-last few training states; `adapter-best.safetensors` is there when `callbacks.validation.select_best` is on.
+last few checkpoints; `adapter-best.safetensors` is there when `callbacks.validation.select_best` is on.
 
-A training state is one safetensors file: tensors as tensors, everything else as JSON in the header. No pickle is
+A checkpoint is one safetensors file: tensors as tensors, everything else as JSON in the header. No pickle is
 written or read. The file appears whole or not at all, and carries a checksum of its tensors.
 """
 
@@ -22,7 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 from typing_extensions import override
 
-from sa3train.adapters.formats.io import STATE_ENTRY, STATE_FORMAT, pack_adapter, save_adapter
+from sa3train.adapters.formats.io import ADAPTER_ENTRY, CHECKPOINT_FORMAT, pack_adapter, save_adapter
 from sa3train.adapters.formats.run_dir import ADAPTER_FILE, RECORD_FILE, get_checkpoint_path, list_checkpoints
 from sa3train.core.errors import SA3Error
 from sa3train.core.files import write_bytes
@@ -35,18 +35,18 @@ from sa3train.reports.run_files import CARD_FILE
 from sa3train.training.distributed import all_reduce_max
 from sa3train.training.module import AdapterModule, StepCallback
 
-FORMAT = f"{STATE_FORMAT}2"
-"""Raise it when the content of a training state changes, so that states of other versions are refused."""
+FORMAT = f"{CHECKPOINT_FORMAT}2"
+"""Raise it when the content of a checkpoint changes, so that checkpoints of other versions are refused."""
 MARK = "__kind__"
 _logger = get_logger(__name__)
 
 
-class StateError(SA3Error):
-    """A training state that is damaged or something else."""
+class RunCheckpointError(SA3Error):
+    """A checkpoint that is damaged or something else."""
 
 
-class StateVersionError(SA3Error):
-    """A training state of another version of sa3train."""
+class CheckpointVersionError(SA3Error):
+    """A checkpoint of another version of sa3train."""
 
 
 def pack(tree: Any) -> tuple[dict[str, Tensor], Any]:
@@ -90,7 +90,7 @@ def unpack(tensors: Mapping[str, Tensor], skeleton: Any) -> Any:
     return {unpack(tensors, key): unpack(tensors, item) for key, item in value}
 
 
-def save_state(path: str | Path, tree: Any) -> None:
+def write_run_checkpoint(path: str | Path, tree: Any) -> None:
     """Save a tree atomically.
 
     Args:
@@ -99,12 +99,12 @@ def save_state(path: str | Path, tree: Any) -> None:
     """
     tensors, skeleton = pack(tree)
     stored = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    header = {"format": FORMAT, "state": json.dumps(skeleton), "sha256": _hash_state(stored)}
+    header = {"format": FORMAT, "state": json.dumps(skeleton), "sha256": _hash_checkpoint(stored)}
     write_bytes(path, save(stored, metadata=header))
 
 
-def load_state(path: str | Path) -> Any:
-    """Load what `save_state` wrote.
+def read_run_checkpoint(path: str | Path) -> Any:
+    """Load what `write_run_checkpoint` wrote.
 
     Args:
         path: File to read.
@@ -113,8 +113,8 @@ def load_state(path: str | Path) -> Any:
         The tree, its tensors on the CPU.
 
     Raises:
-        StateError: The file is missing, truncated, altered, or no training state.
-        StateVersionError: Another version of sa3train wrote it.
+        RunCheckpointError: The file is missing, truncated, altered, or not a checkpoint.
+        CheckpointVersionError: Another version of sa3train wrote it.
     """
     try:
         stat_file(path)
@@ -122,17 +122,17 @@ def load_state(path: str | Path) -> Any:
             header = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
-        raise StateError(f"cannot read the training state {path}: {error}.") from error
+        raise RunCheckpointError(f"cannot read the checkpoint {path}: {error}.") from error
     found = header.get("format", "")
-    if found != FORMAT and found.startswith(STATE_FORMAT):
-        raise StateVersionError(
-            f"the training state {path} is of format {found}, and this version of sa3train reads {FORMAT}. Resume the "
+    if found != FORMAT and found.startswith(CHECKPOINT_FORMAT):
+        raise CheckpointVersionError(
+            f"the checkpoint {path} is of format {found}, and this version of sa3train reads {FORMAT}. Resume the "
             "run with the version that started it, or start a new run from its adapter: adapter.start_from=FILE."
         )
     if found != FORMAT:
-        raise StateError(f"{path} is not a training state of sa3train ({FORMAT}).")
-    if header.get("sha256") != _hash_state(tensors):
-        raise StateError(f"the training state {path} is damaged: its checksum does not match.")
+        raise RunCheckpointError(f"{path} is not a checkpoint of sa3train ({FORMAT}).")
+    if header.get("sha256") != _hash_checkpoint(tensors):
+        raise RunCheckpointError(f"the checkpoint {path} is damaged: its checksum does not match.")
     return unpack(tensors, json.loads(header["state"]))
 
 
@@ -151,10 +151,10 @@ def _pack(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         if all(isinstance(key, str) for key in value) and MARK not in value:
             return dict(pairs)
         return {MARK: "dict", "value": [[_pack(key, f"{path}/key", tensors), item] for key, item in pairs]}
-    raise TypeError(f"a training state cannot hold {type(value).__name__} (at {path or 'its root'})")
+    raise TypeError(f"a checkpoint cannot hold {type(value).__name__} (at {path or 'its root'})")
 
 
-def _hash_state(tensors: Mapping[str, Tensor]) -> str:
+def _hash_checkpoint(tensors: Mapping[str, Tensor]) -> str:
     parts: list[str | Tensor] = []
     for name, tensor in sorted(tensors.items()):
         parts += [f"{name} {tensor.dtype} {tuple(tensor.shape)}\n", tensor]
@@ -162,26 +162,26 @@ def _hash_state(tensors: Mapping[str, Tensor]) -> str:
 
 
 class SafetensorsCheckpointIO(CheckpointIO):
-    """Reads and writes Lightning's checkpoints with `save_state` and `load_state`."""
+    """Reads and writes Lightning's checkpoints with `write_run_checkpoint` and `read_run_checkpoint`."""
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a training state."""
-        save_state(path, checkpoint)
+        """Write a checkpoint."""
+        write_run_checkpoint(path, checkpoint)
 
     @override
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a training state on the CPU."""
-        return dict(load_state(path))
+        """Read a checkpoint on the CPU."""
+        return dict(read_run_checkpoint(path))
 
     @override
     def remove_checkpoint(self, path: Any) -> None:
-        """Delete a training state."""
+        """Delete a checkpoint."""
         Path(path).unlink(missing_ok=True)
 
 
 def find_latest_checkpoint(run_dir: Path) -> tuple[int, Path] | None:
-    """Find the newest intact training state; damaged ones are skipped with a warning.
+    """Find the newest intact checkpoint; damaged ones are skipped with a warning.
 
     Args:
         run_dir: The run folder.
@@ -192,9 +192,9 @@ def find_latest_checkpoint(run_dir: Path) -> tuple[int, Path] | None:
     checkpoints = list_checkpoints(run_dir)
     for step, path in reversed(checkpoints.items()):
         try:
-            load_state(path)
+            read_run_checkpoint(path)
             return step, path
-        except StateError as error:
+        except RunCheckpointError as error:
             is_oldest = path == next(iter(checkpoints.values()))
             _logger.warning("%s %s", error, "None is left to resume from." if is_oldest else "Using the one before it.")
     return None
@@ -210,7 +210,7 @@ class CheckpointCallback(StepCallback):
     Args:
         run_dir: The run folder.
         every: Optimizer steps between checkpoints.
-        keep_last: Training states to keep.
+        keep_last: Checkpoints to keep.
         metadata: Provenance written into every adapter, to which the step is added.
 
     Attributes:
@@ -246,11 +246,11 @@ class CheckpointCallback(StepCallback):
     def on_save_checkpoint(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add the adapter to the training state, so that it can be played without the run."""
+        """Add the adapter to the checkpoint, so that it can be used without the run."""
         assert isinstance(pl_module, AdapterModule)
         if trainer.is_global_zero:
             adapter = pl_module.export({**self.metadata, "step": str(trainer.global_step)})
-            checkpoint[STATE_ENTRY] = pack_adapter(adapter, torch.float16)
+            checkpoint[ADAPTER_ENTRY] = pack_adapter(adapter, torch.float16)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Save what the interval has not, and restore the signal handlers."""

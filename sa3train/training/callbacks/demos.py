@@ -93,7 +93,7 @@ def list_demo_models(model: StableAudio3, source: str, also_sibling: bool) -> li
         return [source]
     sibling = f"{model.sibling}{PACKED}" if source.endswith(".npz") else model.sibling
     if sibling not in list_cached_names():
-        _logger.info("demos are played on %s only: its sibling %s is not downloaded", model.name, sibling)
+        _logger.info("demos are generated with %s only: its sibling %s is not downloaded", model.name, sibling)
         return [source]
     return [source, sibling]
 
@@ -103,7 +103,7 @@ class _Stopping(Exception):
 
 
 class FixedDemoCallback(StepCallback, ABC):
-    """Plays the same demos at step 0 (base) and at intervals (adapter), on rank 0. A subclass says what is played.
+    """Makes the same demos at step 0 (base) and at intervals (adapter), on rank 0. A subclass says what they are.
 
     Demo failures, including out-of-memory, are logged and never stop training.
 
@@ -111,7 +111,7 @@ class FixedDemoCallback(StepCallback, ABC):
         run_dir: The run folder.
         loggers: Where audio, spectrograms and measures go.
         every: Optimizer steps between demos.
-        is_stopping: Tells whether the run has been asked to stop; the rest is then played when it is resumed.
+        is_stopping: Tells whether the run has been asked to stop; the rest is then made when it is resumed.
     """
 
     def __init__(
@@ -216,11 +216,11 @@ class DemoCallback(FixedDemoCallback):
     Args:
         run_dir: The run folder.
         loggers: Where audio, spectrograms and measures go.
-        settings: What to play and how often.
+        settings: What to generate and how often.
         heldout: Held-out clips, batches of one.
         models: What `list_demo_models` returns.
         device: Where to generate.
-        is_stopping: Tells whether the run has been asked to stop; the rest is then played when it is resumed.
+        is_stopping: Tells whether the run has been asked to stop; the rest is then made when it is resumed.
     """
 
     def __init__(
@@ -281,10 +281,10 @@ class DemoCallback(FixedDemoCallback):
                 audio_CN = self._generate(generator, demo, is_trained)
                 model, mode = generator.model.name, "text" if demo.clip is None else "inpaint"
                 stem = f"{model}-{demo.name}-{strength:g}"
-                played = DemoFile(
+                file = DemoFile(
                     f"{stem}.wav", f"{stem}.png", demo.name, mode, demo.prompt, model, strength, demo.seed, step, {}
                 )
-                yield self.write_demo(played, audio_CN, generator.facts.sample_rate)
+                yield self.write_demo(file, audio_CN, generator.facts.sample_rate)
 
     def _generate(self, generator: Generator, demo: Demo, is_trained: bool) -> Tensor:
         duration = min(demo.duration, generator.facts.longest)

@@ -64,7 +64,7 @@ class MetricsCallback(lightning.Callback):
 
     A terminal gets a progress bar, any other output a line for each of them.
 
-    The sums are part of the training state, so that a resumed run logs exactly the numbers of an uninterrupted one.
+    The sums are part of the checkpoint, so that a resumed run logs exactly the numbers of an uninterrupted one.
 
     Args:
         loggers: Where metrics go.

@@ -180,19 +180,27 @@ class FixedValidationCallback(StepCallback, ABC):
         Returns:
             The state of this callback.
         """
-        return {name: getattr(self, name) for name in _STATE} | {"base": dict(self.base), "last": dict(self.last)}
+        keys = {part: [clip.keys[0] for clip in clips] for part, clips in self.clips.items()}
+        measured = {"base": dict(self.base), "last": dict(self.last), "clips": keys}
+        return {name: getattr(self, name) for name in _STATE} | measured
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what was measured before the interruption.
+        """Restore what was measured before the interruption; what was measured on other clips is not paired with these.
 
         Args:
             state_dict: What `state_dict` returned.
         """
         for name in _STATE:
             setattr(self, name, state_dict.get(name, getattr(self, name)))
-        for name, tables in (("base", self.base), ("last", self.last)):
-            for part, loss_IN in state_dict[name].items():
-                if len(self.clips[part]) == len(loss_IN):
+        for part, clips in self.clips.items():
+            before = state_dict.get("clips", {}).get(part)  # older states have none
+            if before is not None and before != [clip.keys[0] for clip in clips]:
+                for row in self.history:
+                    row.get(part, {}).pop("by_clip", None)
+                continue
+            for name, tables in (("base", self.base), ("last", self.last)):
+                loss_IN = state_dict[name].get(part)
+                if loss_IN is not None and len(clips) == len(loss_IN):
                     tables[part] = loss_IN
 
     @report_stage("validating the base")

@@ -77,7 +77,7 @@ class DecoderDemoSettings:
 class DecoderCallbackSettings:
     """What happens besides the training steps."""
 
-    checkpoint: CheckpointSettings = setting(CheckpointSettings(), help="Training state and adapter at intervals.")
+    checkpoint: CheckpointSettings = setting(CheckpointSettings(), help="Checkpoint and adapter at intervals.")
     validation: DecoderValidationSettings = setting(DecoderValidationSettings(), help="Round trips of fixed clips.")
     demos: DecoderDemoSettings = setting(DecoderDemoSettings(), help="Round trips to listen to.")
     report: bool = setting(True, help="Update report.html in the run folder at every checkpoint.")

@@ -18,6 +18,7 @@ from helpers.audio import noise, write_clip
 from helpers.stub_commands import write_stubs
 from sa3train.cli import budget
 from sa3train.cli.budget import Budget
+from sa3train.cli.eval import build_parser as eval_parser
 from sa3train.cli.mcp import build_server
 from sa3train.cli.mcp_tools import Tools
 from sa3train.core import processes
@@ -66,6 +67,9 @@ def wait_until_over(tools: Tools, run: str) -> dict[str, Any]:
         ("train", {"data": "latents", "run": "runs/a", "settings": ["seed=1\nlogger=wandb"]}),
         ("train", {"data": "latents", "run": "runs/a", "settings": ["seed=${oc.env:HOME}"]}),
         ("train", {"data": "latents", "run": "runs/a", "recipe": "sweep"}),
+        ("sweep", {"data": "latents", "folder": "../outside", "settings": ["adapter.rank=4,8"]}),
+        ("sweep", {"data": "latents", "folder": "runs/s", "settings": ["adapter.rank=4,8", "run_dir=choice(/a,/b)"]}),
+        ("sweep", {"data": "latents", "folder": "runs/s", "settings": ["adapter.start_from=choice(/etc/passwd,/b)"]}),
         ("generate", {"prompt": "x", "out": "/tmp/x.wav"}),
         ("generate", {"prompt": "x", "out": "x.wav", "adapters": ["/etc/passwd"]}),
         ("evaluate", {"adapters": ["/etc/passwd"], "data": "latents"}),
@@ -107,7 +111,7 @@ def test_errors_reach_the_client_in_words_and_results_as_data(tools: Tools, monk
 
     async def use(client: Any) -> None:
         names = {tool.name for tool in (await client.list_tools()).tools}
-        verbs = {"list_runs", "show_run", "watch_run", "stop_run", "compare_runs", "best_run"}
+        verbs = {"sweep", "list_runs", "show_run", "watch_run", "stop_run", "compare_runs", "best_run"}
         assert names >= verbs | {"status", "audit", "encode", "plan", "train", "evaluate", "generate"}
         refused = await client.call_tool("audit", {"source": "/etc"})
         assert refused.is_error and "outside the folders" in refused.content[0].text
@@ -135,6 +139,38 @@ def test_a_running_job_ends_with_its_time(tools: Tools, tmp_path: Path) -> None:
     tools.budget.close()
     with pytest.raises(SA3Error, match="--minutes"):
         tools.train("latents", "runs/b")
+
+
+def test_a_sweep_is_ranked_and_ends_with_all_it_started(tools: Tools, tmp_path: Path) -> None:
+    space: Any = {"data": "latents", "folder": "runs/s", "settings": ["adapter.rank=choice(4,8)"]}
+    job = tools.sweep(**space, trials=2)
+    while (job := tools.watch_job(job["job"], 5))["state"] == "running":
+        pass
+    assert [row["adapter.rank"] for row in job["result"]["trials"]] == ["4", "8"], job
+    assert job["result"]["best"]["strength"] == 1.0
+    use_slow_stubs(tmp_path)
+    job = tools.sweep(**space | {"folder": "runs/t"}, wait_seconds=0)["job"]
+    first = tmp_path / "work" / "runs" / "t" / "trial-000"
+    while not (first / "run.json").is_file():
+        time.sleep(0.1)
+    process = processes.find_process(processes.read_record(tools.workspace.home / "jobs" / job))
+    assert process is not None
+    process.kill()  # as no one should: its run is left
+    tools.budget.close()
+    assert processes.get_running_pid(first) is None, "the guard ended it"
+
+
+def test_negative_strengths_are_no_flags(tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "b"):
+        (tmp_path / "work" / f"{name}.safetensors").touch()
+    started: list[list[str]] = []
+    monkeypatch.setattr(tools.jobs, "start", lambda kind, command, *_, **__: started.append(command))
+    tools.evaluate(["a.safetensors"], "latents", strengths=[-1, 0.5])
+    tools.generate("x", "x.wav", adapters=["a.safetensors", "b.safetensors"], strengths=[-0.5, -2])
+    assert eval_parser().parse_args(started[0][1:]).strengths == (-1.0, 0.5)
+    assert [part for part in started[1] if part.endswith(("=-0.5", "=-2.0"))] == [
+        f"{tmp_path / 'work' / name}.safetensors={strength}" for name, strength in (("a", -0.5), ("b", -2.0))
+    ]
 
 
 def test_a_running_job_ends_with_its_disk(tools: Tools, tmp_path: Path) -> None:

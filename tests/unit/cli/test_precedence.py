@@ -48,7 +48,7 @@ def get(settings: dict[str, Any], key: str) -> Any:
         (["recipe=sweep", "callbacks=none"], {"callbacks.validation.select_best": False}),
         (["recipe=instrument", "optimizer=schedule-free"], {"trainer.ema_decay": None, "optimizer.lr": 5e-4}),
         (["recipe=post-trained", "loss.timesteps=uniform"], {"loss.sampler_steps": None}),
-        (["recipe=style", "trainer.max_steps=50"], {"scheduler.warmup_steps": 5}),
+        (["optimizer=schedule-free"], {"trainer.ema_decay": None}),  # the style recipe's
         (["loss.timesteps=levels", "loss.sampler_steps=4"], {"loss.shift": "none"}),
     ],
 )
@@ -80,19 +80,24 @@ def test_what_is_named_twice_or_not_at_all_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("arguments", "rate"),
+    ("arguments", "key", "value"),
     [
-        (["model=nano-base", "recipe=instrument"], 1e-3),
-        (["model.name=nano", "recipe=post-trained", "optimizer=adamw"], 1e-3),
-        (["model=nano-base", "optimizer=lion"], 3e-5),
-        (["model=nano-base", "optimizer.lr=2e-4"], 2e-4),
-        (["model=small-sfx-base", "recipe=sfx"], 1e-4),
+        (["model=nano-base", "recipe=instrument"], "optimizer.lr", 1e-3),
+        (["model.name=nano", "recipe=post-trained", "optimizer=adamw"], "optimizer.lr", 5e-4),
+        (["model=nano-base", "recipe=low-memory"], "optimizer.lr", 1e-3),
+        (["model=nano-base", "optimizer=lion"], "optimizer.lr", 3e-5),
+        (["model=nano-base", "optimizer.lr=2e-4"], "optimizer.lr", 2e-4),
+        (["model=small-sfx-base", "recipe=sfx"], "optimizer.lr", 1e-4),
+        ([], "scheduler.warmup_steps", 100),
+        (["trainer.max_steps=300"], "scheduler.warmup_steps", 15),
+        (["trainer.max_steps=9"], "scheduler.warmup_steps", 0),
+        (["trainer.max_steps=300", "scheduler.warmup_steps=100"], "scheduler.warmup_steps", 100),
     ],
 )
-def test_nano_has_a_rate_of_its_own_unless_one_is_named(
-    arguments: list[str], rate: float, capsys: pytest.CaptureFixture[str]
+def test_rate_and_warm_up_suit_the_run_unless_one_is_named(
+    arguments: list[str], key: str, value: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert get(compose(capsys, *arguments)[1], "optimizer.lr") == rate
+    assert get(compose(capsys, *arguments)[1], key) == value
 
 
 def test_a_recipe_of_ones_own_is_no_different(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -104,6 +104,14 @@ def test_every_point_is_trained_once_and_the_best_is_named(stubs: Path, capsys: 
     assert "other settings" in capsys.readouterr().err
 
 
+def test_runs_that_do_not_validate_are_ranked_too(stubs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["sw", "adapter.rank=choice(4,8)", "callbacks.validation.enabled=false", "--json"]
+    assert sweep.main(command) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [(row["adapter.rank"], row["steps"]) for row in found["trials"]] == [("4", None), ("8", None)]
+    assert found["best"]["change"] == pytest.approx(0.504 - 1)
+
+
 def test_hopeless_runs_are_stopped_early(stubs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_stubs(stubs / "slow", pause=0.1)
     monkeypatch.setattr(sys, "executable", str(stubs / "slow" / "python"))

@@ -108,4 +108,7 @@ def test_without_training_clips_there_are_distances_to_heldout_ones_alone() -> N
         pytest.approx(0, abs=1e-3),
         pytest.approx(1, abs=0.5),
     ]
-    assert clips.measure_frechet(heldout) == pytest.approx(0, abs=1e-6)
+    distance, without = clips.measure_frechet(heldout)
+    assert distance == pytest.approx(0, abs=1e-6) and len(without) == 4
+    assert without[1] == pytest.approx(clips.measure_frechet([heldout[0], *heldout[2:]])[0])
+    assert clips.measure_frechet(heldout[:1])[1] == [], "nothing is left without the only clip"

@@ -1,5 +1,6 @@
 """Evaluations on nano with few clips and steps: equal noise for all, nothing left behind, and clear refusals."""
 
+import html
 import json
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,20 @@ def test_the_model_is_left_as_it_was(
     assert again.prompts == [] and again.base.frechet is None
 
 
+def test_a_stopped_evaluation_leaves_the_model_as_it_was(
+    generator: Generator, shards: Path, adapters: list[str]
+) -> None:
+    def stop(candidate: int, *_: Any) -> None:
+        if candidate == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_adapters(adapters, shards, generator, strengths=(0.5, 1.0), keep_audio=stop, **FEW)
+    assert len(generator.stack) == 0
+    fresh = load_checkpoint("nano-base").dit.state_dict()
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in generator.model.dit.state_dict().items())
+
+
 def test_the_loss_is_that_of_validation(found: Evaluation, shards: Path, adapters: list[str]) -> None:
     """Training measures an adapter inside the model, the evaluation one on its weights."""
     model = load_checkpoint("nano-base")
@@ -149,8 +164,9 @@ def test_a_run_stands_for_its_checkpoints(tmp_path: Path, shards: Path, capsys: 
     validation = json.loads((run / "validation.json").read_text())
     assert [row["strength"] for row in validation["strengths"]] == [0.5, 0.75, 1.25]
     capsys.readouterr()
-    assert main([str(run), "--generate", "0", "--json", str(tmp_path / "out.json"), "--pick"]) == 0
-    found = json.loads((tmp_path / "out.json").read_text())
+    assert main([str(run), "--generate", "0", "--json", str(run / "evaluation.json"), "--pick"]) == 0
+    found = json.loads((run / "evaluation.json").read_text())
+    assert found["pick"]["text"] in html.unescape((run / "report.html").read_text()), "the report tells what was found"
     assert [(each["adapter"], each["step"]) for each in found["candidates"]] == [(f"{run}@1", 1), (f"{run}@2", 2)]
     assert "style@1" in capsys.readouterr().out
 

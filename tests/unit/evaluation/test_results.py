@@ -1,8 +1,10 @@
 """Results of an evaluation: differences are those of scipy, names are short, and JSON holds no NaN."""
 
 import json
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 import pytest
 from scipy import stats
 
@@ -51,12 +53,33 @@ def test_measures_are_compared_where_both_have_them() -> None:
     assert base.average("loudness_lufs") == -25.0 and base.average("stereo_width") is None
 
 
-def test_the_pick_is_named_with_what_is_nearest_by_sound() -> None:
+def test_the_interval_of_a_frechet_distance_is_that_of_the_jackknife() -> None:
+    """For a mean the jackknife's interval is Student's."""
+    mine, base = [1.0, 2.0, 4.0, 3.0], [3.0, 5.0, 4.5, 6.0]
+
+    def make(values: list[float]) -> Measurement:
+        without = [fmean(values[:number] + values[number + 1 :]) for number in range(4)]
+        return make_measurement(0.0, frechet=fmean(values), frechet_without=without)
+
+    found, plain = make(mine).compare_frechet(make(base)), compute_difference(np.subtract(mine, base).tolist())
+    assert found is not None and plain is not None
+    assert (found.difference, found.margin) == pytest.approx((plain.difference, plain.margin))
+    assert make(mine).compare_frechet(make_measurement(0.0)) is None
+
+
+@pytest.mark.parametrize(("spread", "is_said"), [(0.1, True), (2.0, False)])
+def test_what_is_nearest_by_sound_is_named_beyond_noise(spread: float, is_said: bool) -> None:
+    near = make_measurement(0.05, frechet=2.0, frechet_without=[2.0 - spread, 2.0, 2.0 + spread])
+    best = make_measurement(0.1, frechet=5.0, frechet_without=[5.0] * 3)
+    found = make_evaluation(("a.safetensors", 0.5, best), ("b.safetensors", 1.0, near)).describe_pick()
+    assert found.endswith("clips generated with b at strength 1 are nearest to the held-out ones") == is_said
+
+
+def test_the_pick_is_named() -> None:
     near = make_measurement(0.05, frechet=2.0)
     found = make_evaluation(("runs/style@20", 0.5, make_measurement(0.1, frechet=5.0)), ("x/b.safetensors", 1.0, near))
     assert found.picked is found.candidates[0]
     assert found.describe_pick().startswith("style@20 at strength 0.5: loss 10.")
-    assert found.describe_pick().endswith("clips generated with b at strength 1 are nearest to the held-out ones")
     written = found.to_dict()
     assert (written["format"], written["version"]) == ("sa3train-evaluation", 1)
     assert written["pick"]["adapter"] == "runs/style@20" and not written["pick"]["is_base"]

@@ -1,6 +1,7 @@
 """Model cards: what they say, what they leave out, and a folder that is whole or absent."""
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from helpers.golden import PLAIN
 from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.formats.io import load_adapter, save_adapter
 from sa3train.core.errors import SA3Error
-from sa3train.reports.card import CardOptions, Sample, find_run, pack_card, render_card, write_run_card
+from sa3train.reports.card import NAMES_ONLY, CardOptions, Sample, find_run, pack_card, render_card, write_run_card
 
 EVIL = "koto ``` # heading <script>"
 
@@ -61,6 +62,24 @@ def test_prompts_cannot_end_the_code_that_they_stand_in(adapter: Adapter) -> Non
     body = render_card(adapter, "a.safetensors", CardOptions("koto"), [Sample("1.wav", EVIL)]).split("---\n", 2)[2]
     outside = "".join(body.split("```")[::2])
     assert body.count("```") == 4 and "heading" not in "".join(outside.split("`")[::2])
+
+
+@pytest.mark.parametrize(
+    ("prompts", "example", "only_names"),
+    [
+        (["kick_01", "kick", "warm analog pad, 90 BPM, A minor", "a very long and slow koto melody"], 2, False),
+        (["Kick_01 wav", "lo-fi drum loop"], 1, False),
+        (["kick_01", "BassHit_4"], 0, True),
+        (["koto"], 0, True),
+    ],
+)
+def test_the_example_is_the_prompt_that_describes_most(
+    prompts: list[str], example: int, only_names: bool, adapter: Adapter
+) -> None:
+    named = replace(adapter, metadata={"prompts": json.dumps(prompts)})
+    card = render_card(named, "a.safetensors", CardOptions("koto"))
+    assert f"-p {shlex.quote(prompts[example])} -o" in card
+    assert (NAMES_ONLY in card) == only_names
 
 
 def test_a_run_folder_says_what_its_adapter_is(run: Path, adapter: Adapter) -> None:

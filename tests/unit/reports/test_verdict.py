@@ -1,5 +1,6 @@
 """What a run's figures say in words: known answers from synthetic validations, and nothing is a gain within noise."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,12 @@ def test_noise_is_neither_gain_nor_loss() -> None:
     assert 'class="good"' not in page and 'class="bad"' not in page and "-0.0%" not in page
 
 
+def test_a_change_that_reads_nothing_is_no_gain_however_sure() -> None:
+    found = judge(make_run({0: 1.0, 4: 0.9997}, noise=1e-7, train=1.0, **{"s1.25": 0.9996}))
+    assert found["did"].startswith("Not beyond noise: loss on held-out clips is the same as the base model's")
+    assert found["at"] == "None of 1, 1.25 beats the base model beyond noise."
+
+
 def test_few_clips_are_said_to_be_few() -> None:
     assert "Hold more clips out (split): with 4," in judge(make_run({0: 1.0, 10: 0.8}, clips=4))["what"]
 
@@ -96,6 +103,21 @@ def test_steps_that_diverged_or_have_other_clips_are_left_out() -> None:
     run.validation["history"][2]["val"]["by_clip"][0] = float("nan")
     said = judge(run)
     assert "at step 20" in said["did"] and "later ones diverged" in said["when"]
+
+
+@pytest.mark.parametrize(
+    ("pick", "said"),
+    [
+        ({"text": "style@10 at strength 0.5: p = 0.01"}, "style@10 at strength 0.5: p = 0.01."),
+        (None, "base: every adapter copies its training clips."),
+    ],
+)
+def test_what_an_evaluation_found_is_said_before_what_to_change(pick: dict[str, Any] | None, said: str) -> None:
+    run = replace(make_run({0: 1.0, 10: 0.8}), evaluation={"pick": pick, "candidates": [{"step": 10}, {"step": None}]})
+    assert list(judge(run).values())[-2] == said and said in render_report(run)
+    later = replace(make_run({0: 1.0, 20: 0.8}), evaluation=run.evaluation)
+    assert judge(later)["which"] == f"{said} Later steps than 10 were not measured."
+    assert list(judge(replace(run, validation={}))) == ["which"]
 
 
 def test_nothing_is_said_of_a_run_before_its_first_step() -> None:

@@ -1,4 +1,4 @@
-"""Training states: whole or refused, exact, and without code in them."""
+"""Checkpoints: whole or refused, exact, and without code in them."""
 
 import math
 from pathlib import Path
@@ -13,7 +13,13 @@ from helpers.training import Trial
 from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.formats.io import load_adapter
 from sa3train.core.errors import AdapterError
-from sa3train.training.callbacks.checkpoint import StateError, load_state, pack, save_state, unpack
+from sa3train.training.callbacks.checkpoint import (
+    RunCheckpointError,
+    pack,
+    read_run_checkpoint,
+    unpack,
+    write_run_checkpoint,
+)
 
 LEAVES = (
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5)
@@ -58,8 +64,8 @@ def test_a_file_comes_back_as_it_was_whatever_its_dtypes(tmp_path: Path) -> None
         7: (torch.ones(2, 3).T, torch.arange(3, dtype=torch.uint8), torch.ones(2, dtype=torch.bfloat16)),
         "__kind__": {"x": math.inf, "y": True},
     }
-    save_state(tmp_path / "s.safetensors", tree)
-    assert equal(load_state(tmp_path / "s.safetensors"), tree)
+    write_run_checkpoint(tmp_path / "s.safetensors", tree)
+    assert equal(read_run_checkpoint(tmp_path / "s.safetensors"), tree)
 
 
 def test_what_would_need_code_is_refused_by_its_place() -> None:
@@ -70,7 +76,7 @@ def test_what_would_need_code_is_refused_by_its_place() -> None:
 @pytest.mark.parametrize("damage", ["short", "altered", "empty", "gone", "other", "pickle"])
 def test_a_damaged_state_is_refused(tmp_path: Path, damage: str) -> None:
     path = tmp_path / "s.safetensors"
-    save_state(path, {"weights": torch.randn(100)})
+    write_run_checkpoint(path, {"weights": torch.randn(100)})
     content = bytearray(path.read_bytes())
     if damage == "short":
         path.write_bytes(content[:-40])
@@ -87,8 +93,8 @@ def test_a_damaged_state_is_refused(tmp_path: Path, damage: str) -> None:
         save_file({"x": torch.ones(1)}, path)
     else:
         torch.save({"x": 1}, path)
-    with pytest.raises(StateError):
-        load_state(path)
+    with pytest.raises(RunCheckpointError):
+        read_run_checkpoint(path)
 
 
 def flatten(adapter: Adapter) -> dict[str, torch.Tensor]:
@@ -123,6 +129,6 @@ def test_a_run_folder_and_its_checkpoints_are_adapters(shards: Path, tmp_path: P
 
 
 def test_a_state_without_an_adapter_is_named(tmp_path: Path) -> None:
-    save_state(tmp_path / "s.safetensors", {"weights": torch.randn(3)})
-    with pytest.raises(AdapterError, match="training state without an adapter"):
+    write_run_checkpoint(tmp_path / "s.safetensors", {"weights": torch.randn(3)})
+    with pytest.raises(AdapterError, match="checkpoint without an adapter"):
         load_adapter(tmp_path / "s.safetensors")

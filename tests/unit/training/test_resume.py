@@ -17,7 +17,7 @@ import torch
 from helpers.training import Children, Trial, assert_same_results, read_adapter, read_losses
 from sa3train.adapters.spec import AdapterSpec
 from sa3train.reports.run_files import read_metrics
-from sa3train.training.callbacks.checkpoint import get_checkpoint_path, list_checkpoints, load_state
+from sa3train.training.callbacks.checkpoint import get_checkpoint_path, list_checkpoints, read_run_checkpoint
 from sa3train.training.callbacks.validation import ValidationCallback
 from sa3train.training.module import LoraModule
 from sa3train.training.settings import SchedulerSettings, ValidationSettings
@@ -237,7 +237,7 @@ def test_only_the_last_states_are_kept_and_a_resumed_step_is_logged_once(shards:
 def test_a_state_holds_the_adapter_and_no_base_and_no_code(shards: Path, tmp_path: Path) -> None:
     run = make_small_trial(shards, tmp_path, "state")
     run.run()
-    state = load_state(get_checkpoint_path(run.run_dir, 6))
+    state = read_run_checkpoint(get_checkpoint_path(run.run_dir, 6))
     values = sum(tensor.numel() for tensor in state["state_dict"].values())
     most = 4 * values * 5 + 2 * values
     assert get_checkpoint_path(run.run_dir, 6).stat().st_size < most, "adapter, two moments, EMA; the adapter in fp16"

@@ -19,12 +19,12 @@ from sa3train.core.signals import Interrupted
 from sa3train.reports.run_files import RUN_FORMAT, format_settings, load_settings
 from sa3train.training import run_dir
 from sa3train.training.callbacks.checkpoint import (
-    StateError,
-    StateVersionError,
+    CheckpointVersionError,
+    RunCheckpointError,
     find_latest_checkpoint,
     get_checkpoint_path,
-    load_state,
-    save_state,
+    read_run_checkpoint,
+    write_run_checkpoint,
 )
 from sa3train.training.run_dir import RunDir, is_requeued
 
@@ -132,8 +132,8 @@ def test_pipes_in_a_run_folder_are_never_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "checkpoints" / "step-2.safetensors")
     with pytest.raises(SA3Error, match=r"step-2\.safetensors in .*checkpoints is in the way, it is a named pipe"):
         open_run(tmp_path, {}, {}, resume=False)
-    with pytest.raises(StateError, match="named pipe"):
-        load_state(tmp_path / "checkpoints" / "step-2.safetensors")
+    with pytest.raises(RunCheckpointError, match="named pipe"):
+        read_run_checkpoint(tmp_path / "checkpoints" / "step-2.safetensors")
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[]", "3"])
@@ -157,7 +157,7 @@ def test_a_requeued_job_goes_on_by_itself(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_what_differs_is_listed_and_can_be_allowed_by_name(tmp_path: Path) -> None:
     begin(tmp_path)
-    save_state(get_checkpoint_path(tmp_path, 4), {"step": 4})
+    write_run_checkpoint(get_checkpoint_path(tmp_path, 4), {"step": 4})
     other = changed(adapter__rank=8, trainer__max_steps=20)
     with pytest.raises(ConfigError) as caught:
         open_run(tmp_path, other, {"data": "xyz", "base": "def"}, resume=True)
@@ -183,7 +183,7 @@ def test_another_length_needs_no_leave_where_the_rate_does_not_follow_it(tmp_pat
         run.save(status="finished")
     assert load_settings(tmp_path / "config.yaml")["trainer"]["max_steps"] == 20
     assert run.record["seconds"] > 100, "with the starts before"
-    save_state(get_checkpoint_path(tmp_path, 20), {"step": 20})
+    write_run_checkpoint(get_checkpoint_path(tmp_path, 20), {"step": 20})
     with open_run(tmp_path, longer, IDENTITY, resume=True) as again:
         assert len(again.record["resumed"]) == len(run.record["resumed"]), "nothing was left to train"
     with pytest.raises(ConfigError, match="20 steps are done"):
@@ -222,7 +222,7 @@ def test_settings_survive_yaml_even_where_hydra_would_interpolate(tmp_path: Path
 
 def test_a_half_written_newest_state_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for step in (2, 4, 6):
-        save_state(get_checkpoint_path(tmp_path, step), {"step": torch.tensor(step)})
+        write_run_checkpoint(get_checkpoint_path(tmp_path, step), {"step": torch.tensor(step)})
     get_checkpoint_path(tmp_path, 6).write_bytes(get_checkpoint_path(tmp_path, 6).read_bytes()[:-9])
     (tmp_path / "checkpoints" / ".step-00000008.safetensors.x.part").write_bytes(b"torn")
     found = find_latest_checkpoint(tmp_path)
@@ -240,7 +240,7 @@ def test_a_run_with_other_random_draws_is_not_resumed_and_the_reason_is_given(tm
 def test_states_of_another_version_are_refused_and_not_passed_over(tmp_path: Path) -> None:
     begin(tmp_path)
     save_file({"x": torch.ones(1)}, ensure_parent(get_checkpoint_path(tmp_path, 3)), {"format": "sa3train-state-1"})
-    with pytest.raises(StateVersionError, match="sa3train-state-1"):
+    with pytest.raises(CheckpointVersionError, match="sa3train-state-1"):
         open_run(tmp_path, SETTINGS, IDENTITY, resume=True)
 
 

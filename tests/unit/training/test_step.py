@@ -3,12 +3,14 @@
 import math
 import random
 
+import numpy as np
 import pytest
 import torch
 
 from sa3train.core.errors import ConfigError
 from sa3train.core.seeds import derive_seed
 from sa3train.diffusion import masks, objective, schedule
+from sa3train.training import module
 from sa3train.training.settings import LossSettings
 from sa3train.training.step import (
     DRAWS_VERSION,
@@ -157,10 +159,9 @@ def test_an_items_randomness_is_its_own() -> None:
         and derive_clip_seeds(4, 17, shown)[0] != seeds[0]
     )
     assert derive_clip_seeds(3, 17, [4, 2**61]) == [seeds[3], seeds[1]]
-    whole = draw(LossSettings(), seeds)
-    part = draw_step(
-        LossSettings(), seeds[3:4], (1, 4, 24), masks.build_attention_mask(LENGTHS[3:4], 24), FRAMES[3:4], SECOND
-    )
+    settings = LossSettings(timesteps="uniform")
+    whole, mask = draw(settings, seeds), masks.build_attention_mask(LENGTHS[3:4], 24)
+    part = draw_step(settings, seeds[3:4], (1, 4, 24), mask, FRAMES[3:4], SECOND)
     assert torch.equal(part.t_B, whole.t_B[3:4]) and torch.equal(part.dropped_B, whole.dropped_B[3:4])
     assert torch.equal(part.noise_BCT[:, :, :16], whole.noise_BCT[3:4, :, :16])
     assert derive_seed("x", 1) == derive_seed("x", 1) and 0 <= derive_seed("x", 1) < 2**63
@@ -187,7 +188,7 @@ def test_the_names_in_the_settings_are_those_of_the_mathematics() -> None:
     from typing import get_args, get_type_hints
 
     hints = get_type_hints(LossSettings)
-    assert set(get_args(hints["timesteps"])) == {*objective.TIMESTEP_SAMPLERS, "levels"}
+    assert set(get_args(hints["timesteps"])) == {*objective.TIMESTEP_SAMPLERS, "low_discrepancy", "levels"}
     assert set(get_args(hints["shift"])) == set(schedule.SHIFTS)
     for kind in masks.MASK_KINDS:
         LossSettings(inpainting={kind: 1.0})
@@ -195,10 +196,32 @@ def test_the_names_in_the_settings_are_those_of_the_mathematics() -> None:
         LossSettings(weighting=name)
 
 
+def test_noise_levels_are_spread_over_the_clips_of_a_run_whatever_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = LossSettings(shift="none")
+
+    def spread(ranks: int, steps: int = 8, clips: int = 6, seed: int = 3) -> list[float]:
+        found = []
+        for step in range(steps):
+            for rank in range(ranks):
+                monkeypatch.setattr(module, "get_rank_and_world_size", lambda rank=rank: (rank, ranks))
+                numbers = module.list_clip_numbers(seed, step, clips // ranks)
+                mask = masks.build_attention_mask(LENGTHS[: len(numbers)], 16)
+                shape = (len(numbers), 1, 16)
+                found += draw_step(settings, numbers, shape, mask, FRAMES, SECOND, None, numbers).t_B.tolist()
+        return sorted(found)
+
+    whole = spread(1)
+    assert whole == spread(2) == spread(3) and whole != spread(1, seed=4)
+    gaps = np.diff([whole[-1] - 1, *whole])
+    assert gaps.max() < 2 / 48 and gaps.min() > 0.3 / 48, "three-distance theorem: no gap is far from the mean"
+    late = objective.place_timesteps([10**7, 10**7 + 1])
+    assert float((late[1] - late[0]) % 1) == pytest.approx(objective.GOLDEN_RATIO, abs=1e-6)
+
+
 def test_the_draws_are_those_of_their_version() -> None:
     """A resumed run continues with these very draws."""
     mask = masks.build_attention_mask(torch.tensor([12, 7]), 16)
-    settings = LossSettings(inpainting={"segments": 1.0})
+    settings = LossSettings(timesteps="trunc_logit_normal", inpainting={"segments": 1.0})
     step = draw_step(settings, derive_clip_seeds(5, 2, [11, 12]), (2, 4, 16), mask, torch.tensor([12, 7]), SECOND)
     found = [
         *step.t_B.tolist(), *step.noise_BCT[:, 0, 0].tolist(), *step.attention_mask_BT.sum(dim=1).tolist(),

@@ -1,7 +1,9 @@
 """The fixed evaluation: the same question each time, the base as its zero line, and what is decided by it."""
 
+import copy
 import json
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from sa3train.adapters.formats.io import load_adapter
 from sa3train.adapters.spec import AdapterSpec
 from sa3train.core.errors import ConfigError
 from sa3train.core.seeds import derive_seed
+from sa3train.data.loading.clip_batch import ClipBatch
 from sa3train.data.loading.datamodule import LatentDataModule
 from sa3train.diffusion.objective import compute_squared_error
 from sa3train.reports.run_files import read_metrics
@@ -146,6 +149,22 @@ def test_selection_without_held_out_clips_is_refused(shards: Path, tmp_path: Pat
     assert "training clips" in run.run().summary[0]
     with pytest.raises(ConfigError, match="no effect with enabled=false"):
         ValidationSettings(enabled=False, patience=1)
+
+
+@pytest.mark.parametrize(("first", "is_known"), [(0, True), (1, False)])
+def test_a_resumed_run_pairs_the_same_clips_only(
+    data: LatentDataModule, tmp_path: Path, first: int, is_known: bool
+) -> None:
+    every, nothing = list_heldout_clips(data, 4), cast(Any, None)
+
+    def make(clips: list[ClipBatch]) -> ValidationCallback:
+        return ValidationCallback(tmp_path, nothing, nothing, clips, [], ValidationSettings())
+
+    before, resumed = make(every[:3]), make(every[first : first + 3])
+    before.base["val"] = before.last["val"] = torch.ones(3, 10)
+    before.history = [{"step": 2, "val": {"loss": 1.0, "by_clip": [1.0] * 3}}]
+    resumed.load_state_dict(copy.deepcopy(before.state_dict()))
+    assert ("val" in resumed.base) == ("by_clip" in resumed.history[0]["val"]) == is_known
 
 
 def test_the_verdict_is_in_words() -> None:
