@@ -182,7 +182,7 @@ def add_chunks(content: bytes, chunks: dict[bytes, bytes]) -> bytes:
 def make_loop(truth: Truth, rng: np.random.Generator) -> F64:
     """Make two or four whole bars; what rings on behind the end comes in at the start."""
     assert truth.bpm
-    bars = 4 if truth.row.sound in ("chords", "bass") else 2
+    bars = 2 if truth.row.sound == "arp" else 4
     step, total = 15 / truth.bpm * RATE, round(bars * 240 / truth.bpm * RATE)
     out_N = np.zeros(total)
     for place, sound in list_notes(truth, bars, rng):

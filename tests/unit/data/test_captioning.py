@@ -196,3 +196,16 @@ def test_encode_captions_a_folder_of_nothing_but_audio(tmp_path: Path, capsys: p
     assert ["key", "A minor", "file name"] in rows[0]["facts"]
     changed = ["caption_template={key} {kind}", "captions=required"]
     assert encode([f"source={tmp_path / 'pack'}", f"out={tmp_path / 'x'}", *settings[:3], *changed]) != 0
+
+
+def test_clips_that_come_later_change_what_names_tell_apart(tmp_path: Path) -> None:
+    def list_captions(words: str) -> list[str]:
+        for number, word in enumerate(words.split()):
+            write_clip(tmp_path / "pack" / f"acme {word} pad loop.wav", noise(0.3, seed=ord(word[0]) + number))
+        settings = [f"model={PLAIN}", "device=cpu", "threads=1", "captions=auto", "split=0"]
+        assert encode([f"source={tmp_path / 'pack'}", f"out={tmp_path / 'out'}", *settings]) == 0
+        return sorted(str(record["caption"]) for _, record in LatentStore(tmp_path / "out").iterate_records())
+
+    few, more = "clean cold dusty warm", "bold deep faint grand"
+    assert list_captions(few) == [f"acme {word} pad loop" for word in few.split()]
+    assert list_captions(more) == sorted(f"{word} pad loop" for word in (few + " " + more).split())
