@@ -89,7 +89,7 @@ class StableAudioModel:
         for path in paths:
             adapter = load_adapter(path)
             kind = KINDS.get(adapter.spec.adapter_type)
-            if svd_bases_path is not None and kind is not None and kind.xs:
+            if svd_bases_path is not None and kind is not None and kind.is_xs:
                 untouched = None if self.generator.adapters else get_weights(self.generator.model)
                 adapter = attach_bases(adapter, svd_bases_path, untouched)
             self.generator.load_adapter(adapter)

@@ -21,38 +21,38 @@ BASES = ("U", "V")
 
 
 @dataclass(frozen=True)
-class Kind:
+class AdapterKind:
     """One adapter type of the SA3 family: a low-rank change, with or without frozen bases and norms.
 
     Attributes:
         name: The `adapter_type`, as the released trainer writes it.
-        xs: Whether the bases are W's frozen singular vectors, and only an r × r matrix trains.
-        rows: Whether rows are renormalized to trained magnitudes.
-        cols: Whether columns are renormalized to trained magnitudes.
+        is_xs: Whether the bases are W's frozen singular vectors, and only an r × r matrix trains.
+        scales_rows: Whether rows are renormalized to trained magnitudes.
+        scales_columns: Whether columns are renormalized to trained magnitudes.
     """
 
     name: str
-    xs: bool = False
-    rows: bool = False
-    cols: bool = False
+    is_xs: bool = False
+    scales_rows: bool = False
+    scales_columns: bool = False
 
     @property
-    def both(self) -> bool:
+    def scales_both(self) -> bool:
         """Whether rows and columns are renormalized."""
-        return self.rows and self.cols
+        return self.scales_rows and self.scales_columns
 
     @property
     def parameters(self) -> tuple[str, ...]:
         """Names of the stored tensors, as in the released files."""
-        low_rank = ("M_xs",) if self.xs else ("lora_A", "lora_B")
-        if self.both:
+        low_rank = ("M_xs",) if self.is_xs else ("lora_A", "lora_B")
+        if self.scales_both:
             return (*low_rank, "magnitude_r", "magnitude_c")
-        return (*low_rank, "magnitude") if self.rows or self.cols else low_rank
+        return (*low_rank, "magnitude") if self.scales_rows or self.scales_columns else low_rank
 
     @property
     def optional(self) -> tuple[str, ...]:
         """Names of tensors that files of other tools may hold besides: a change of the bias, and bases of their own."""
-        return (BIAS_CHANGE, *BASES) if self.xs else (BIAS_CHANGE,)
+        return (BIAS_CHANGE, *BASES) if self.is_xs else (BIAS_CHANGE,)
 
     def shapes(self, rows: int, cols: int, rank: int, names: Iterable[str] | None = None) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors for one weight.
@@ -70,7 +70,7 @@ class Kind:
             "lora_A": (rank, cols),
             "lora_B": (rows, rank),
             "M_xs": (rank, rank),
-            "magnitude": (rows,) if self.rows else (cols,),
+            "magnitude": (rows,) if self.scales_rows else (cols,),
             "magnitude_r": (rows,),
             "magnitude_c": (cols,),
             "U": (rows, rank),
@@ -80,22 +80,22 @@ class Kind:
         return {name: every[name] for name in (self.parameters if names is None else names)}
 
 
-KINDS: dict[str, Kind] = {
+KINDS: dict[str, AdapterKind] = {
     kind.name: kind
     for kind in (
-        Kind("lora"),
-        Kind("dora-rows", rows=True),
-        Kind("dora-cols", cols=True),
-        Kind("bora", rows=True, cols=True),
-        Kind("lora-xs", xs=True),
-        Kind("dora-rows-xs", xs=True, rows=True),
-        Kind("dora-cols-xs", xs=True, cols=True),
-        Kind("bora-xs", xs=True, rows=True, cols=True),
+        AdapterKind("lora"),
+        AdapterKind("dora-rows", scales_rows=True),
+        AdapterKind("dora-cols", scales_columns=True),
+        AdapterKind("bora", scales_rows=True, scales_columns=True),
+        AdapterKind("lora-xs", is_xs=True),
+        AdapterKind("dora-rows-xs", is_xs=True, scales_rows=True),
+        AdapterKind("dora-cols-xs", is_xs=True, scales_columns=True),
+        AdapterKind("bora-xs", is_xs=True, scales_rows=True, scales_columns=True),
     )
 }
 
-INFERENCE_ONLY = ("diff", "comfy")
-"""Types that files of other tools hold and that can be played but not trained: full weight deltas, and layers that only
+INFERENCE_ONLY_TYPES = ("diff", "comfy")
+"""Types that files of other tools hold, for generating and not for training: full weight deltas, and layers that only
 ComfyUI's rules give: LoHa, LoKr, OFT, and its own DoRA, which divides rows by the norms of the untouched weight."""
 
 PEFT_METHODS = (
@@ -105,7 +105,7 @@ PEFT_METHODS = (
 """PEFT methods that adapt Linear (lokr, loha and hira also Conv1d) layers and can be merged into the weight. Methods
 that share state between layers or need hooks in the training loop (VeRA, RandLoRA, AdaLoRA, …) are not supported."""
 
-ADAPTER_TYPES = (*KINDS, *INFERENCE_ONLY, *PEFT_METHODS)
+ADAPTER_TYPES = (*KINDS, *INFERENCE_ONLY_TYPES, *PEFT_METHODS)
 
 CARRIED_BY = {
     "lora": ("peft", "diffusers", "comfy", "sa3cpp"),
@@ -148,7 +148,7 @@ class AdapterSpec:
     """Settings of an adapter. Construction raises `AdapterError` for an invalid value.
 
     Attributes:
-        adapter_type: One of `KINDS`, `PEFT_METHODS` or `INFERENCE_ONLY`.
+        adapter_type: One of `KINDS`, `PEFT_METHODS` or `INFERENCE_ONLY_TYPES`.
         rank: Rank of the low-rank product.
         alpha: Scale numerator: the product is multiplied by alpha / rank. None means equal to the rank (scale 1).
         dropout: Dropout probability on the adapter's input, in [0, 1).

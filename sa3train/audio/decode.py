@@ -296,7 +296,7 @@ def _try_ffmpeg(source: Source, parts: list[DecodedAudio]) -> list[DecodedAudio]
 def _decode_with_ffmpeg(source: Source, cause: Exception | None) -> DecodedAudio:
     name, program = describe_source(source), shutil.which("ffmpeg")
     if program is None:
-        raise AudioError(f"cannot read {name}: {_explain_failure(source)}") from cause
+        raise AudioError(f"cannot read {name}: {_suggest_conversion(source)}") from cause
     with tempfile.TemporaryDirectory() as folder:
         given, wav = Path(folder) / "given", Path(folder) / "decoded.wav"
         if isinstance(source, bytes):
@@ -335,7 +335,7 @@ def _find_stated_seconds(path: Path) -> float:
     return float(file.info.length) if type(file).__name__ in ("MP4", "ASF") else 0.0
 
 
-def _explain_failure(source: Source) -> str:
+def _suggest_conversion(source: Source) -> str:
     suffix = "" if isinstance(source, bytes) else Path(source).suffix.lower()
     if suffix in NEEDS_FFMPEG:
         return (

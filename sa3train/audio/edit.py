@@ -8,6 +8,9 @@ from torch import Tensor
 from sa3train.audio.layouts import DEFAULT_LAYOUTS, compute_downmix
 from sa3train.core.errors import AudioError
 
+FADE = 1024
+"""Samples of a crossfade."""
+
 
 def mix_channels(audio_CN: Tensor, channels: int = 2, speakers: Sequence[str] | None = None) -> Tensor:
     """Mix audio to mono or stereo.
@@ -66,3 +69,31 @@ def apply_gain(audio_CN: Tensor, decibels: float) -> Tensor:
         Scaled audio.
     """
     return audio_CN * 10 ** (decibels / 20)
+
+
+def blend_region(audio_CN: Tensor, made_CN: Tensor, start: int, stop: int) -> Tensor:
+    """Put a region of one audio into another, with crossfades outside of the region.
+
+    A crossfade keeps the level whether the two agree there (as copies do) or not: the gains are those of a fade of
+    signals with the correlation that they have.
+
+    Args:
+        audio_CN: Audio.
+        made_CN: Audio of the same shape.
+        start: First sample of the region.
+        stop: Its end.
+
+    Returns:
+        Audio (C, N): `made_CN` in the region, `audio_CN` beyond the crossfades.
+    """
+    blended_CN, before, after = audio_CN.clone(), max(0, start - FADE), stop + FADE
+    blended_CN[:, start:stop] = made_CN[:, start:stop]
+    for where, falls in ((slice(before, start), False), (slice(stop, after), True)):
+        old_CN, new_CN = audio_CN[:, where], made_CN[:, where]
+        share_N = torch.linspace(0, 1, old_CN.shape[1] + 2)[1:-1]
+        share_N = share_N.flip(0) if falls else share_N
+        norm = (old_CN.square().sum() * new_CN.square().sum()).sqrt().clamp(min=1e-12)
+        likeness = ((old_CN * new_CN).sum() / norm).clamp(0, 1)
+        power_N = share_N.square() + (1 - share_N).square() + 2 * likeness * share_N * (1 - share_N)
+        blended_CN[:, where] = ((1 - share_N) * old_CN + share_N * new_CN) / power_N.sqrt()
+    return blended_CN

@@ -22,6 +22,7 @@ from sa3train.core.log import get_logger
 from sa3train.core.safetensors_file import write_tensor_stream
 from sa3train.models.blocks import compute_rotary_frequencies
 from sa3train.models.checkpoint import StableAudio3, build_modules, collect_state_dict, load_checkpoint
+from sa3train.models.mlx_layout import T5GEMMA_SETTINGS
 from sa3train.models.nano import (
     ASSETS,
     CONDITION_WIDTH,
@@ -37,17 +38,8 @@ from sa3train.models.text_source import TextEncoderSource
 
 logger = get_logger(__name__)
 
-_TEXT_WIDTH = 768
-_T5GEMMA = {  # b-b-ul2's encoder
-    "hidden_size": _TEXT_WIDTH,
-    "intermediate_size": 2048,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 12,
-    "head_dim": 64,
-    "query_pre_attn_scalar": 64,
-    "sliding_window": 4096,
-}
+_TEXT_WIDTH = T5GEMMA_SETTINGS["hidden_size"]
+_T5GEMMA = {name: value for name, value in T5GEMMA_SETTINGS.items() if name != "vocab_size"}
 _SIZES = {CONDITION_WIDTH: _TEXT_WIDTH, 384: _T5GEMMA["intermediate_size"]}
 """Sizes of that encoder for nano's."""
 _RELEASED: dict[str, tuple[int, dict[str, Any], dict[str, Any], dict[str, Any], dict[str, Any]]] = {

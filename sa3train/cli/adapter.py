@@ -275,7 +275,9 @@ def _print_json(values: dict[str, Any]) -> None:
 
 def _show_inspection(inspection: "Inspection", every_layer: bool) -> None:
     _print_line(inspection.source)
-    facts = inspection.settings | {"problems": ", ".join(inspection.problems)} | inspection.provenance
+    facts = (
+        inspection.settings | {"problems": ", ".join(inspection.problems)} | inspection.list_provenance(_choose_limit())
+    )
     _print_table([], [[name, value] for name, value in facts.items() if value])
     groups = [[name, str(group.layers), format_number(group.norm)] for name, group in inspection.groups.items()]
     _print_table(["group", "layers", "norm of the change"], groups)
@@ -313,14 +315,22 @@ def _show_report(report: "LoadReport", every_layer: bool) -> None:
 def _show_comparison(comparison: "Comparison", names: tuple[str, str], every_layer: bool) -> None:
     if comparison.identical:
         _print_line("The two adapters have the same type, scales and tensors, bit for bit.")
-    if comparison.changed:
-        _print_table(["differs", *names], comparison.changed)
+    if changes := comparison.list_changes(_choose_limit()):
+        _print_table(["differs", *names], changes)
     for name, paths in zip(names, (comparison.only_in_first, comparison.only_in_second), strict=True):
         if paths:
             _print_line(f"only in {name}: {len(paths)} layers, such as {list_few(paths)}")
     shown = comparison.list_differences(None if every_layer else SHOWN_LAYERS)
-    title = f"{comparison.compared}, {len(shown)} of {len(comparison.layers)} shared layers"
-    _print_table(["layer", "relative difference", "cosine"], shown, title)
+    if shown:
+        title = f"{comparison.compared}, {len(shown)} of {len(comparison.layers)} shared layers"
+        _print_table(["layer", "relative difference", "cosine"], shown, title)
+
+
+def _choose_limit() -> int:
+    """Most characters of a value: a pipe or file gets all of it."""
+    from sa3train.adapters.tools.inspect import SHOWN_CHARACTERS
+
+    return SHOWN_CHARACTERS if sys.stdout.isatty() else sys.maxsize
 
 
 def _print_line(text: str) -> None:
@@ -330,7 +340,7 @@ def _print_line(text: str) -> None:
 
 
 def _print_table(heads: list[str], rows: list[list[str]], title: str | None = None) -> None:
-    """Print a table; without heads, as plain columns."""
+    """Print a table; without heads, as plain columns. A pipe or file has no width to fit into."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -341,7 +351,10 @@ def _print_table(heads: list[str], rows: list[list[str]], title: str | None = No
         table.add_column(head, overflow="fold")
     for row in rows:
         table.add_row(*map(escape, row))
-    Console(soft_wrap=True).print(table)
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 1 << 16)
+    with console.capture() as captured:
+        console.print(table)
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 if __name__ == "__main__":

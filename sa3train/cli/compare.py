@@ -8,6 +8,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from sa3train.core.errors import DataError
+from sa3train.core.text import format_columns
 from sa3train.reports.comparison import compare_runs
 
 LEGEND = """\
@@ -57,8 +58,7 @@ def format_table(rows: list[dict[str, Any]]) -> list[str]:
     """
     head = [name for name in rows[0] if any(row[name] is not None for row in rows)]
     cells = [head, *([_format_value(row[key]) for key in head] for row in rows)]
-    widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    return format_columns(cells, range(len(head)))
 
 
 def format_best(best: dict[str, Any]) -> list[str]:

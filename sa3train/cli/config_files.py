@@ -13,7 +13,7 @@ from sa3train.core.overrides import format_override
 
 RECIPE = "recipe"
 GLOBAL = "_global_"
-_PACKAGE = re.compile(r"#\s*@package\s+(\S+)")
+_PACKAGE = re.compile(r"\s*#\s*@package\s+(\S+)")
 _MISREAD = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 """Numbers that YAML 1.1 reads in base 8 (`010` is 8) or 60 (`1:30` is 90)."""
 
@@ -81,7 +81,7 @@ def read_config(path: Path) -> tuple[dict[str, Any], str]:
                 f"{path}, line {token.start_mark.line + 1}: YAML reads {token.value} in base 8 or 60. "
                 "Write a decimal number, without leading zeros or colons, or quote it if it is text."
             )
-    package = _PACKAGE.search(text.partition("\n\n")[0])
+    package = _PACKAGE.match(text)  # Hydra reads it in the first line alone
     return body, package[1] if package else ""
 
 

@@ -177,11 +177,11 @@ def load_rules(
         Rules for the audit.
     """
     from sa3train.data.audit.audit import AuditRules
-    from sa3train.models.checkpoint import load_checkpoint, read_config
+    from sa3train.models.checkpoint import load_checkpoint, read_model_config
     from sa3train.models.hub import locate_checkpoint
     from sa3train.models.parse import is_autoencoder
 
-    if is_autoencoder(read_config(locate_checkpoint(name))):
+    if is_autoencoder(read_model_config(locate_checkpoint(name))):
         return AuditRules(captions, allow_promotional, template=template)
     model = load_checkpoint(name, parts=("conditioner",))
     return AuditRules(

@@ -48,7 +48,7 @@ def build_composed(
             raise ConfigError(f"{option} needs {key}. Add {key}=VALUE.")
     for key, value in (suggest(values) if suggest else {}).items():
         if _rank(origins, key) < _OPTION and (others := _get(values, key)) not in (None, value):
-            _logger.info("using %s=%s, which suits this model, in place of %s", key, value, others)
+            _logger.info("using %s=%s, which suits this run, in place of %s", key, value, others)
             _set(values, key, value)
     while True:
         try:

@@ -150,7 +150,6 @@ def _plan_training(source: Path, out: Path, run_dir: Path, steps: int) -> list[D
                 "model=nano-base",
                 format_override("run_dir", run_dir),
                 f"trainer.max_steps={steps}",
-                f"scheduler.warmup_steps={min(10, steps - 1)}",
                 f"callbacks.validation.every={max(1, steps // 2)}",
                 f"callbacks.checkpoint.every={steps}",
                 f"callbacks.demos.every={steps}",

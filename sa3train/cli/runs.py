@@ -22,6 +22,7 @@ from sa3train.cli.hydra_app import run_job
 from sa3train.cli.parser import CommandParser
 from sa3train.cli.version import add_version
 from sa3train.core.errors import DataError
+from sa3train.core.text import format_columns
 from sa3train.reports.comparison import choose_best, compare_runs
 from sa3train.reports.html import format_duration
 from sa3train.reports.runs import STATES, Run, describe_run, find_runs, load_run, stop_run
@@ -77,8 +78,8 @@ def _add_command(
 
 def _list(arguments: argparse.Namespace) -> int:
     runs = find_runs([Path(folder) for folder in arguments.folders])
-    rows = [{"run": str(run.path), "state": STATES[run.state], "progress": _format_progress(run)} for run in runs]
-    _print(arguments, [asdict(run) for run in runs], lambda: _format_rows(rows) if rows else ["There are no runs."])
+    rows = [(str(run.path), STATES[run.state], _format_progress(run)) for run in runs]
+    _print(arguments, [asdict(run) for run in runs], lambda: format_columns(rows) if rows else ["There are no runs."])
     return 0
 
 
@@ -89,7 +90,9 @@ def _show(arguments: argparse.Namespace) -> int:
         run = load_run(arguments.folder)
         lines = [f"{found['path']}: {found['means']}, {_format_progress(run)}" if run else ""]
         names = {"error": "error", "best_step": "best step", "adapter": "adapter", "best_adapter": "best adapter"}
-        lines += [f"{label}: {found[name]}" for name, label in names.items() if found[name] is not None]
+        lines += [f"{label}: {found[name]}" for name, label in names.items() if found[name]]
+        if not found["best_step"]:
+            lines.append("not validated" if found["best_step"] is None else "no step is better than its start")
         return [*lines, *found["summary"]]
 
     _print(arguments, found, format_lines)
@@ -134,11 +137,6 @@ def _best(arguments: argparse.Namespace) -> int:
 
 def _print(arguments: argparse.Namespace, content: Any, format_lines: Callable[[], list[str]]) -> None:
     print(json.dumps(content, indent=1, default=str) if arguments.json else "\n".join(format_lines()))
-
-
-def _format_rows(rows: list[dict[str, Any]]) -> list[str]:
-    widths = {name: max(len(row[name]) for row in rows) for name in rows[0]}
-    return ["  ".join(text.ljust(widths[name]) for name, text in row.items()).rstrip() for row in rows]
 
 
 def _format_progress(run: Run) -> str:

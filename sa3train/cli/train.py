@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 
 DECODER = "decoder"
 """The recipe that trains on audio instead of latents, with a configuration of its own."""
+RATE_FACTOR = 10
+"""By how much a model that wants a higher rate raises those of recipes, which differ: to continue takes half of one."""
+MAX_WARMUP_SHARE = 0.05
+"""Share of the steps that a recipe's warm-up takes at most: longer ones cost what they keep from being learned."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
         shorthand={"data": "data.dir", "model": "model.name", "weights": "model.weights"},
         paths=paths,
         resume="resume",
-        suggest=suggest_rate,
+        suggest=suggest_settings,
         check=check_run,
         argv=argv,
     )
@@ -79,14 +83,23 @@ def check_run(config: TrainConfig | DecoderTrainConfig) -> None:
     recipe = HydraConfig.get().runtime.choices.get("recipe") if HydraConfig.initialized() else None
     if recipe == DECODER and isinstance(config, TrainConfig):
         raise ConfigError(f"recipe={DECODER} trains on audio, which other recipes do not: run it by itself.")
-    if config.resume is None:  # before anything heavy is imported
+    from sa3train.cli.train_setup import check_overrides_have_effect, get_overrides, locate_inputs, report_finished
+
+    is_latent = isinstance(config, TrainConfig)
+    if config.resume is not None:
+        report_finished(config, Path(config.resume))
+        locate_inputs(config, Path(config.resume))  # what has moved is said before anything is loaded
+    else:  # before anything heavy is imported
         check_checkpoint(config.model.source)
-        data = "latents that sa3-encode made" if isinstance(config, TrainConfig) else "audio"
         for path in _list_sources(config):
-            check_exists(path, f"a folder of {data}")
+            check_exists(path, f"a folder of {'latents that sa3-encode made' if is_latent else 'audio'}")
         if config.adapter.start_from is not None:
             locate_adapter(config.adapter.start_from)
-    from sa3train.cli.train_setup import check_overrides_have_effect, get_overrides
+        if is_latent:
+            from sa3train.data.shards.reader import check_not_audio
+
+            for path in _list_sources(config):
+                check_not_audio(path, config.model.source)
     from sa3train.training.optim import check_optimization
     from sa3train.training.trainer import count_ranks
 
@@ -98,18 +111,24 @@ def _list_sources(config: TrainConfig | DecoderTrainConfig) -> list[str]:
     return [each.path for each in config.data.list_sources()] if isinstance(config, TrainConfig) else [config.source]
 
 
-def suggest_rate(values: Mapping[str, Any]) -> dict[str, float]:
-    """Suggest the learning rate that suits a model.
+def suggest_settings(values: Mapping[str, Any]) -> dict[str, float]:
+    """Suggest the learning rate that suits a model, and a warm-up that suits the length of the run.
 
     Args:
         values: The configuration.
 
     Returns:
-        The rate by its key; nothing where that of the recipes suits.
+        Values by key; nothing where those of the recipes suit.
     """
+    found: dict[str, float] = {}
     model = values.get("model")
     info = find_checkpoint(str(model.get("name"))) if isinstance(model, Mapping) else None
-    return {"optimizer.lr": info.learning_rate} if info and info.learning_rate else {}
+    if info and info.learning_rate and isinstance(rate := values["optimizer"]["lr"], int | float):
+        found["optimizer.lr"] = min(RATE_FACTOR * rate, info.learning_rate)
+    steps, warmup = values["trainer"]["max_steps"], values["scheduler"]["warmup_steps"]
+    if isinstance(steps, int) and isinstance(warmup, int):  # both are checked later
+        found["scheduler.warmup_steps"] = min(warmup, int(MAX_WARMUP_SHARE * steps))
+    return found
 
 
 def trains_decoder(arguments: Sequence[str]) -> bool:

@@ -10,10 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from sa3train.core.errors import ConfigError
+from sa3train.core.errors import ConfigError, DataError
+from sa3train.core.files import path_exists
 from sa3train.core.log import get_logger, get_rank
+from sa3train.core.processes import read_json
 from sa3train.core.signals import REQUEUE_SIGNALS, describe_signal, handle_signals
-from sa3train.reports.run_files import METRICS_FILE
+from sa3train.reports.run_files import METRICS_FILE, RECORD_FILE
 
 if TYPE_CHECKING:
     from sa3train.cli.train_config import DecoderTrainConfig, TrainConfig
@@ -179,6 +181,9 @@ def locate_inputs(config: AnyTrainConfig, run_dir: Path) -> AnyTrainConfig:
 
     Returns:
         The configuration with paths from here.
+
+    Raises:
+        DataError: Its data is not there.
     """
     from sa3train.core.config import build
     from sa3train.models.hub import find_checkpoint
@@ -196,6 +201,9 @@ def locate_inputs(config: AnyTrainConfig, run_dir: Path) -> AnyTrainConfig:
         path = settings.get(name)
         if isinstance(path, str) and path == then.get(name):
             settings[name] = locate_from_run(run_dir, path)
+            if name in ("dir", "source") and "://" not in settings[name] and not path_exists(settings[name]):
+                key = "data" if name == "dir" else name
+                raise DataError(f"{run_dir} was trained on {path}, which is not there. If it moved, set {key}=FOLDER.")
     return build(type(config), values)
 
 
@@ -344,7 +352,6 @@ def print_result(result: "TrainingResult", config: "TrainConfig | DecoderTrainCo
     """
     from sa3train.reports.run_files import read_run
     from sa3train.reports.verdict import NEXT, describe_verdict
-    from sa3train.training.optim import keeps_rates
     from sa3train.training.run_dir import format_resume_command
 
     if result.interrupted is not None:
@@ -360,10 +367,38 @@ def print_result(result: "TrainingResult", config: "TrainConfig | DecoderTrainCo
     print(f"{result.steps} steps, {minutes} min {seconds} s, peak memory {result.peak_memory_gib:.1f} GiB")
     print(f"adapter: {result.adapter}")
     print(f"run:     {result.run_dir}")
-    scheduler, steps, more = dataclasses.asdict(config.scheduler), result.steps, 2 * result.steps
-    if steps < config.trainer.max_steps:  # out of patience
-        return
-    if keeps_rates(scheduler, steps, more, steps):
-        print(f"longer:  {format_resume_command(result.run_dir)} trainer.max_steps={more}")
-    else:
-        print(f"longer:  another run with adapter.start_from={result.run_dir}; scheduler={scheduler['name']} has ended")
+    if result.steps >= config.trainer.max_steps:  # else it ran out of patience
+        print(f"longer:  {describe_extension(config, result.run_dir)}")
+
+
+def describe_extension(config: "TrainConfig | DecoderTrainConfig", run_dir: Path) -> str:
+    """Describe how to train on after the last step.
+
+    Args:
+        config: The configuration of the finished run.
+        run_dir: Its folder.
+
+    Returns:
+        The command, or the setting of another run where the learning rate has fallen towards the end.
+    """
+    from sa3train.training.optim import keeps_rates
+    from sa3train.training.run_dir import format_resume_command
+
+    scheduler, steps = dataclasses.asdict(config.scheduler), config.trainer.max_steps
+    if keeps_rates(scheduler, steps, 2 * steps, steps):
+        return f"{format_resume_command(run_dir)} trainer.max_steps={2 * steps}"
+    return f"another run with adapter.start_from={run_dir}; scheduler={scheduler['name']} has ended"
+
+
+def report_finished(config: "TrainConfig | DecoderTrainConfig", run_dir: Path) -> None:
+    """Report, before anything is loaded, what a resume does where the run has taken its last step.
+
+    Args:
+        config: The configuration to resume with.
+        run_dir: The run folder.
+    """
+    record, steps = read_json(run_dir / RECORD_FILE), config.trainer.max_steps
+    if get_rank() == 0 and record.get("status") == "finished" and record.get("steps") == steps:
+        text = f"{run_dir} is finished: all {steps:,} steps are done, and only its last files are written again."
+        print(text, flush=True)  # before torch is imported, which takes longer
+        print(f"longer:  {describe_extension(config, run_dir)}", flush=True)

@@ -5,7 +5,6 @@ started when both agree: the system may reuse an ID for another process.
 """
 
 import contextlib
-import datetime
 import json
 import os
 import shlex
@@ -25,6 +24,7 @@ from sa3train.core.errors import SA3Error
 from sa3train.core.files import write_json
 from sa3train.core.log import PROGRESS_VARIABLE
 from sa3train.core.signals import STOP_FILE_VARIABLE
+from sa3train.core.text import get_utc_time
 from sa3train.core.user_files import check_folder, read_file, stat_file
 
 PROCESS_FILE, LOG_FILE, LOCK_FILE, STOP_FILE = "process.json", "process.log", "process.lock", "process.stop"
@@ -84,7 +84,7 @@ def start(folder: Path, argv: Sequence[str], **facts: Any) -> int:
             pid = get_running_pid(folder)
             if pid is not None:
                 raise SA3Error(f"A process is already running in {folder} (PID {pid}). Wait for it or stop it.")
-            record = {"command": list(argv), "at": _get_utc_time(), "stop_asked": None, **facts}
+            record = {"command": list(argv), "at": get_utc_time(), "stop_asked": None, **facts}
             (folder / STOP_FILE).unlink(missing_ok=True)
             write_json(folder / PROCESS_FILE, record)
             log.write(f"$ {shlex.join(argv)}\n".encode())
@@ -124,7 +124,7 @@ def record_this_process(folder: Path, **facts: Any) -> None:
         folder: Folder of the process, made if needed.
         **facts: What else to record.
     """
-    record = {"command": psutil.Process().cmdline(), "at": _get_utc_time(), "stop_asked": None}
+    record = {"command": psutil.Process().cmdline(), "at": get_utc_time(), "stop_asked": None}
     write_json(folder / PROCESS_FILE, record | describe_this_process() | facts)
 
 
@@ -166,7 +166,7 @@ def stop(folder: Path, *, at_once: bool = False, grace_seconds: float | None = N
     process = _find_process(folder)
     if process is None:
         return False
-    write_json(folder / PROCESS_FILE, read_record(folder) | {"stop_asked": _get_utc_time()})
+    write_json(folder / PROCESS_FILE, read_record(folder) | {"stop_asked": get_utc_time()})
     stop_process(process, folder / STOP_FILE, at_once=at_once, grace_seconds=grace_seconds)
     return True
 
@@ -330,7 +330,3 @@ def find_process(record: Mapping[str, Any]) -> psutil.Process | None:
 def _get_start_time(process: psutil.Process) -> float:
     """Return seconds that a change of the clock leaves as they are: Linux counts from boot, others note the time."""
     return process.create_time() - (psutil.boot_time() if psutil.LINUX else 0.0)
-
-
-def _get_utc_time() -> str:
-    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")

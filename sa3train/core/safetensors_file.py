@@ -1,12 +1,11 @@
-"""Safetensors files: checking a header before any library reads the file, reading, writing, hashing tensors.
+"""Safetensors files: checking, reading and writing them, and hashing tensors.
 
-Layout: 8 bytes little-endian header length, JSON header, data. Format: https://github.com/huggingface/safetensors.
+The library checks that a header describes the file. Format: https://github.com/huggingface/safetensors.
 """
 
 import codecs
 import hashlib
 import json
-import math
 import os
 import re
 import struct
@@ -24,39 +23,17 @@ from sa3train.core.dtypes import DTYPES
 from sa3train.core.errors import AdapterError
 from sa3train.core.files import replace_file
 from sa3train.core.log import get_logger
-from sa3train.core.user_files import check_content, read_file, stat_file
+from sa3train.core.text import shorten
+from sa3train.core.user_files import check_content, read_file
 
 logger = get_logger(__name__)
 
-MAX_HEADER = 16 * 2**20
-MAX_TENSORS = 100_000
 MAX_DEPTH = 8
 MAX_DIMENSIONS = 8
 MAX_KEY = 512
-DTYPE_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1,
-    "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1,
-}  # fmt: skip
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _KEY = re.compile(r"[A-Za-z0-9_\-]+(?:\.[A-Za-z0-9_\-]+)*")
 _BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor as the header describes it.
-
-    Attributes:
-        dtype: Name such as "F16".
-        shape: Shape.
-        begin: First byte in the data.
-        end: Byte after the last.
-    """
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 @dataclass(frozen=True)
@@ -64,11 +41,11 @@ class SafetensorsHeader:
     """A checked header.
 
     Attributes:
-        entries: Tensors by key.
+        dtypes: Dtypes of the tensors by key, as the file names them.
         metadata: The file's metadata, texts by key.
     """
 
-    entries: dict[str, TensorInfo]
+    dtypes: dict[str, str]
     metadata: dict[str, str]
 
 
@@ -82,29 +59,30 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
         The header.
 
     Raises:
-        AdapterError: The file is missing, empty, truncated, a pickle or of another format; its header is longer than
-            the file or 16 MiB, or is broken, deeply nested or repeating JSON; a dtype, shape or key is not allowed; or
-            the tensors overlap, leave holes or end elsewhere than the file.
+        AdapterError: The file is missing, empty, truncated, a pickle or of another format; its header does not
+            describe its tensors; or a name or the number of dimensions of a tensor is not allowed.
     """
     file = Path(path)
     try:
-        size = stat_file(file).st_size
         check_content(file)
         with file.open("rb") as stream:
-            start = stream.read(8)
-            _refuse_other_formats(file, start)
-            if len(start) < 8:
-                raise AdapterError(f"{file} is not a safetensors file: it has only {size} bytes.")
-            (length,) = struct.unpack("<Q", start)
-            if length > size - 8 or length > MAX_HEADER:
-                raise AdapterError(
-                    f"{file} is damaged or not a safetensors file: its header claims {length} bytes, and the file has "
-                    f"{size} (at most {MAX_HEADER} are allowed). Download or save it again."
-                )
-            text = stream.read(length)
+            _refuse_other_formats(file, stream.read(8))
+        with safe_open(file, framework="np") as opened:  # maps it read-only, whatever its size
+            parts = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
+            metadata = opened.metadata() or {}
     except OSError as error:
         raise AdapterError(f"cannot read the adapter {file}: {error.strerror or error}.") from error
-    return _check_header(file, _parse_header(file, text), size - 8 - length)
+    except SafetensorError as error:
+        reason = shorten(str(error).removeprefix("Error while deserializing header: "), 200)
+        raise AdapterError(
+            f"{file} is damaged, truncated or not a safetensors file ({reason}). Download or save it again."
+        ) from error
+    for key, part in parts.items():
+        if len(key) > MAX_KEY or not _KEY.fullmatch(key) or any(name.startswith("__") for name in key.split(".")):
+            raise AdapterError(f"{file} contains a tensor whose name is not a module path: {key[:80]!r}.")
+        if len(part.get_shape()) > MAX_DIMENSIONS:
+            raise AdapterError(f"{file}: {key} has {len(part.get_shape())} dimensions, and no weight has so many.")
+    return SafetensorsHeader({key: part.get_dtype() for key, part in parts.items()}, metadata)
 
 
 def parse_json(text: bytes | str, what: str, max_bytes: int = 2**20) -> Any:
@@ -198,57 +176,6 @@ def _refuse_other_formats(file: Path, start: bytes) -> None:
         )
 
 
-def _parse_header(file: Path, text: bytes) -> dict[str, Any]:
-    if not text.startswith(b"{"):
-        raise AdapterError(f"{file} is not a safetensors file: its header is not a JSON object.")
-    header = parse_json(text, f"the header of {file}", MAX_HEADER)
-    if not isinstance(header, dict) or len(header) > MAX_TENSORS:
-        raise AdapterError(f"{file} is damaged: its header does not list its tensors.")
-    return header
-
-
-def _check_header(file: Path, header: dict[str, Any], data_bytes: int) -> SafetensorsHeader:
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise AdapterError(f"{file} is damaged: its metadata does not map texts to texts.")
-    entries = {key: _parse_tensor_info(file, key, value) for key, value in header.items()}
-    position = 0
-    for key, entry in sorted(entries.items(), key=lambda item: (item[1].begin, item[1].end)):
-        if entry.begin != position:
-            trouble = "overlaps the tensor before it" if entry.begin < position else "leaves a hole before it"
-            raise AdapterError(f"{file} is damaged: {key} {trouble} (byte {entry.begin}, expected {position}).")
-        position = entry.end
-    if position != data_bytes:
-        raise AdapterError(
-            f"{file} is truncated or damaged: its header describes {position} bytes of tensors, and the file has "
-            f"{data_bytes}. Download or save it again."
-        )
-    return SafetensorsHeader(entries, metadata)
-
-
-def _parse_tensor_info(file: Path, key: str, value: Any) -> TensorInfo:
-    if len(key) > MAX_KEY or not _KEY.fullmatch(key) or any(part.startswith("__") for part in key.split(".")):
-        raise AdapterError(f"{file} contains a tensor whose name is not a module path: {key[:80]!r}.")
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise AdapterError(f"{file} is damaged: {key} must have dtype, shape and data_offsets, and nothing else.")
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise AdapterError(f"{file}: {key} has the unknown dtype {str(dtype)[:40]!r}.")
-    if not _are_whole_numbers(shape) or len(shape) > MAX_DIMENSIONS:
-        raise AdapterError(f"{file}: {key} has an invalid shape: {str(shape)[:80]}.")
-    if not _are_whole_numbers(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise AdapterError(f"{file}: {key} has invalid data offsets: {str(offsets)[:80]}.")
-    if math.prod(shape) * DTYPE_BYTES[dtype] != offsets[1] - offsets[0]:
-        raise AdapterError(
-            f"{file} is damaged: {key} claims {dtype} {shape}, which does not take {offsets[1] - offsets[0]} bytes."
-        )
-    return TensorInfo(dtype, tuple(shape), offsets[0], offsets[1])
-
-
-def _are_whole_numbers(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and 0 <= value < 2**48 for value in values)
-
-
 def read_tensors(path: Path, header: SafetensorsHeader) -> dict[str, Tensor]:
     """Read the tensors of an adapter file.
 
@@ -262,12 +189,12 @@ def read_tensors(path: Path, header: SafetensorsHeader) -> dict[str, Tensor]:
     Raises:
         AdapterError: A tensor other than an alpha is not of floating point, or the file cannot be read.
     """
-    for key, entry in header.entries.items():
-        if entry.dtype not in FLOAT_DTYPES and not key.endswith(".alpha"):
-            raise AdapterError(f"{path}: {key} is {entry.dtype}; an adapter must be F16, BF16, F32 or F64.")
+    for key, dtype in header.dtypes.items():
+        if dtype not in FLOAT_DTYPES and not key.endswith(".alpha"):
+            raise AdapterError(f"{path}: {key} is {dtype}; an adapter must be F16, BF16, F32 or F64.")
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in header.entries}
+            tensors = {key: file.get_tensor(key) for key in header.dtypes}
     except (SafetensorError, OSError) as error:
         raise AdapterError(f"cannot read {path}: {error}. The file is damaged; download or save it again.") from error
     return {key: x.half() if x.is_floating_point() and x.itemsize == 1 else x for key, x in tensors.items()}

@@ -1,11 +1,12 @@
 """Wording of numbers and lists in messages and tables."""
 
+import datetime
 import difflib
 import math
 import os
 import shlex
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 
 def format_number(value: float | None) -> str:
@@ -31,6 +32,31 @@ def format_range(values: Sequence[float]) -> str:
     """
     low, high = min(values), max(values)
     return f"{low:g}" if low == high else f"{low:g} to {high:g}"
+
+
+def format_columns(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
+    """Format a table as aligned columns.
+
+    Args:
+        rows: Cells of each row, as many in all.
+        right: Columns that are aligned to the right.
+
+    Returns:
+        A line for each row.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [">" if number in right else "<" for number in range(len(widths))]
+    form = "  ".join(f"{{:{side}{width}}}" for side, width in zip(sides, widths, strict=True))
+    return [form.format(*row).rstrip() for row in rows]
+
+
+def get_utc_time() -> str:
+    """Get the time as records hold it.
+
+    Returns:
+        Such as "2026-11-30T12:00:00+00:00".
+    """
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def shorten(text: str, limit: int = 80) -> str:

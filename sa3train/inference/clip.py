@@ -1,12 +1,20 @@
 """One clip from start to audio: what a generation, each pass of a loop and each window of a piece have in common."""
 
+import torch
 from torch import Tensor
 
 from sa3train.adapters.apply.stack import AdapterStack
+from sa3train.audio.edit import blend_region, fit
 from sa3train.core.noise import prefetch_noise
 from sa3train.diffusion.samplers import Callback
 from sa3train.inference.decoding import decode_audio
-from sa3train.inference.sampling import Generation, list_noise_shapes, prepare_start, sample_latents
+from sa3train.inference.sampling import (
+    Generation,
+    build_inpainting_mask,
+    list_noise_shapes,
+    prepare_start,
+    sample_latents,
+)
 
 
 def generate_clip(
@@ -26,4 +34,18 @@ def generate_clip(
     start = prepare_start(generation)
     with prefetch_noise(generation.rng, list_noise_shapes(generation, start), generation.model.autoencoder.device):
         latents_BCT = sample_latents(generation, stack, start, callback, cuda_graphs)
-        return latents_BCT, decode_audio(generation, latents_BCT)
+        audio = decode_audio(generation, latents_BCT)
+    return latents_BCT, _restore_source(generation, audio) if generation.settings.keep_exact else audio
+
+
+def _restore_source(generation: Generation, audio: list[Tensor]) -> list[Tensor]:
+    """Put the samples of `inpaint_audio` back around the regenerated frames, which are faded into them."""
+    source_CN, ratio = generation.inputs["inpaint_audio"].audio_CN, generation.facts.downsampling_ratio
+    frames, restored = max(-(-item_CN.shape[1] // ratio) for item_CN in audio), list[Tensor]()
+    for kept_1T, item_CN in zip(build_inpainting_mask(generation, frames), audio, strict=True):
+        result_CN, kept = fit(source_CN, item_CN.shape[1]), torch.ones(1)
+        edges = torch.cat((kept, kept_1T[0], kept)).diff().nonzero()[:, 0] * ratio
+        for start, stop in edges.unflatten(0, (-1, 2)).tolist():
+            result_CN = blend_region(result_CN, item_CN, start, min(stop, item_CN.shape[1]))
+        restored.append(result_CN)
+    return restored

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sa3train.adapters.apply.stack import AdapterStack
-from sa3train.audio.edit import fit
+from sa3train.audio.edit import blend_region, fit
 from sa3train.core.device import move_to_device
 from sa3train.diffusion.samplers import Callback
 from sa3train.inference.clip import generate_clip
@@ -21,8 +21,6 @@ from sa3train.inference.sampling import Generation, prepare_start, report_part, 
 
 REGION_SECONDS = 0.5
 """To each side of the join, what is inpainted; at most an eighth of the loop."""
-FADE = 1024
-"""Samples."""
 
 
 def generate_loops(
@@ -84,30 +82,3 @@ def _close_loop(
     latents_BCT = sample_latents(alone, stack, start, callback, graphs)
     made_CN = decode_audio(alone, latents_BCT)[0]
     return blend_region(rotated_CN, made_CN, low * ratio, high * ratio).roll(shift, dims=1)
-
-
-def blend_region(audio_CN: Tensor, made_CN: Tensor, start: int, stop: int) -> Tensor:
-    """Put a region of one audio into another, with crossfades outside of the region.
-
-    A crossfade keeps the level whether the two agree there (as copies do) or not: the gains are those of a fade of
-    signals with the correlation that they have.
-
-    Args:
-        audio_CN: Audio (C, N).
-        made_CN: Audio of the same shape.
-        start: First sample of the region.
-        stop: Its end.
-
-    Returns:
-        Audio (C, N): `made_CN` in the region, `audio_CN` beyond the crossfades.
-    """
-    fade = min(FADE, start, audio_CN.shape[1] - stop)
-    blended_CN, rise_N = audio_CN.clone(), torch.linspace(0, 1, fade + 2)[1:-1]
-    blended_CN[:, start:stop] = made_CN[:, start:stop]
-    for where, share_N in ((slice(start - fade, start), rise_N), (slice(stop, stop + fade), rise_N.flip(0))):
-        old_CN, new_CN = audio_CN[:, where], made_CN[:, where]
-        norm = (old_CN.square().sum() * new_CN.square().sum()).sqrt().clamp(min=1e-12)
-        likeness = ((old_CN * new_CN).sum() / norm).clamp(0, 1)
-        power_N = share_N.square() + (1 - share_N).square() + 2 * likeness * share_N * (1 - share_N)
-        blended_CN[:, where] = ((1 - share_N) * old_CN + share_N * new_CN) / power_N.sqrt()
-    return blended_CN

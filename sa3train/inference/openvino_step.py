@@ -6,6 +6,7 @@ change in place, so that nothing is compiled again. The graph depends on the arc
 
 import functools
 import hashlib
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,11 @@ def _convert(dit: DiT, context_length: int) -> Any:
             (weights, *step.make_example(context_length).values()),
             dynamic_shapes=(dict.fromkeys(weights), sizes),
         )
-        decoder = TorchFXPythonDecoder.from_exported_program(program, dynamic_shapes=False)
+        disabled = logging.root.manager.disable
+        logging.disable(logging.WARNING)  # OpenVINO logs a traceback for every decomposition that this torch lacks
+        try:
+            decoder = TorchFXPythonDecoder.from_exported_program(program, dynamic_shapes=False)
+        finally:
+            logging.disable(disabled)
     frontend = FrontEndManager().load_by_framework("pytorch")
     return frontend.convert(frontend.load(decoder))

@@ -18,11 +18,12 @@ from sa3train.models.autoencoder import Autoencoder
 from sa3train.models.blocks import compute_rotary_frequencies
 from sa3train.models.conditioners import Conditioner
 from sa3train.models.config import ModelConfig
+from sa3train.models.config_reader import read_config_file
 from sa3train.models.diffusers_layout import open_pipeline, read_pipeline_config
 from sa3train.models.dit import DiT
 from sa3train.models.hub import CheckpointFiles, locate_checkpoint
 from sa3train.models.mlx_layout import build_config, find_codec_kind, open_packs
-from sa3train.models.parse import is_autoencoder, parse_autoencoder, parse_model, read_config_file
+from sa3train.models.parse import is_autoencoder, parse_autoencoder, parse_model
 from sa3train.models.precision import disable_tf32_convolutions, enable_fast_fp32_matmul
 from sa3train.models.text_source import TextEncoderSource, find_text_encoder
 from sa3train.models.weight_files import WeightFiles, check_tensor_names, open_weight_file
@@ -178,7 +179,7 @@ def load_checkpoint(
     if info is not None and info.kind == "autoencoder":
         raise _explain_autoencoder(name_or_path)
     files = locate_checkpoint(name_or_path)
-    raw = read_config(files)
+    raw = read_model_config(files)
     if is_autoencoder(raw):
         raise _explain_autoencoder(name_or_path)
     config = parse_model(raw, str(files.config))
@@ -212,7 +213,7 @@ def load_autoencoder(
         CheckpointError: As `load_checkpoint`.
     """
     files = locate_checkpoint(name_or_path)
-    raw = read_config(files)
+    raw = read_model_config(files)
     if is_autoencoder(raw):
         config, prefix = parse_autoencoder(raw, str(files.config)), ""
         with torch.device("meta"), _SkipInit():
@@ -281,7 +282,7 @@ def collect_state_dict(modules: Mapping[str, nn.Module], prefixes: Mapping[str, 
     }
 
 
-def read_config(files: CheckpointFiles) -> dict[str, Any]:
+def read_model_config(files: CheckpointFiles) -> dict[str, Any]:
     """Read a checkpoint's config in any layout.
 
     Args:

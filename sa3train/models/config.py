@@ -140,21 +140,6 @@ class DiTConfig:
 
 
 @dataclass(frozen=True)
-class ShiftConfig:
-    """The training shift of noise levels (`distribution_shift_options`).
-
-    Attributes:
-        kind: Key of `sa3train.diffusion.schedule.SHIFTS`.
-        min_length: Lower bound of the length in latent frames.
-        max_length: Upper bound of the length.
-    """
-
-    kind: str = "full"
-    min_length: int = 256
-    max_length: int = 4096
-
-
-@dataclass(frozen=True)
 class ModelConfig:
     """A whole checkpoint.
 
@@ -167,9 +152,6 @@ class ModelConfig:
         conditioner: Prompt and duration.
         autoencoder: SAME.
         chunked: Whether a generation runs the autoencoder in chunks.
-        training_shift: Shift of noise levels in training.
-        use_effective_length: Whether it depends on the clip's own length.
-        mask_padding: Whether padding is masked in attention.
     """
 
     sample_rate: int
@@ -180,6 +162,3 @@ class ModelConfig:
     conditioner: ConditionerConfig
     autoencoder: AutoencoderConfig
     chunked: bool = False
-    training_shift: ShiftConfig = ShiftConfig()
-    use_effective_length: bool = True
-    mask_padding: bool = True

@@ -18,15 +18,12 @@ from torch import Tensor
 
 from sa3train.core.errors import CheckpointError
 from sa3train.core.files import write_json
-from sa3train.core.log import get_logger
 from sa3train.core.safetensors_file import write_tensors
 from sa3train.models.blocks import compute_rotary_frequencies
 from sa3train.models.config import HEAD_WIDTH, ModelConfig
+from sa3train.models.config_reader import ConfigReader, read_config_file
 from sa3train.models.nano import build_checkpoint_config, build_same_config
-from sa3train.models.parse import read_config_file
 from sa3train.models.weight_files import StoredTensor, WeightFiles, read_tensor_shapes, reorder_rows
-
-logger = get_logger(__name__)
 
 INDEX_FILE = "model_index.json"
 TRANSFORMER, DURATION, AUTOENCODER = "transformer", "duration_embedder", "vae"
@@ -258,18 +255,18 @@ def read_pipeline_config(folder: Path) -> dict[str, Any]:
 
 
 def _build_config(folder: Path) -> dict[str, Any]:
-    transformer, duration, same = (_Component(folder, name) for name in COMPONENTS)
-    dit = {name: transformer.get(name) for name in _SHARED_SETTINGS}
-    dit["attn_kwargs"] = {"qk_norm": "rms", "differential": transformer.get("use_differential_attention")}
-    dit["ff_kwargs"] = {"mult": transformer.get("ff_mult")}
-    window = same.get("sliding_window")
-    both = {"channels": same.get("encoder_channels"), "sliding_window": [window, window]}
-    both["transformer_depths"] = same.get("encoder_transformer_depths")
+    transformer, duration, same = (_read_component(folder, name) for name in COMPONENTS)
+    dit: dict[str, Any] = {name: transformer.get(name, int) for name in _SHARED_SETTINGS}
+    dit["attn_kwargs"] = {"differential": transformer.get("use_differential_attention", bool)}
+    dit["ff_kwargs"] = {"mult": transformer.get("ff_mult", (int, float))}
+    window = same.get("sliding_window", int)
+    both: dict[str, Any] = {"channels": same.get("encoder_channels", int), "sliding_window": [window, window]}
+    both["transformer_depths"] = same.get("encoder_transformer_depths", list)
     parts = [
-        {**both, "mask_noise": noise, "sinusoidal_blocks": same.get(f"{name}_sinusoidal_blocks")}
+        {**both, "mask_noise": noise, "sinusoidal_blocks": same.get(f"{name}_sinusoidal_blocks", list)}
         for name, noise in MEDIUM_NOISE.items()
     ]
-    autoencoder = build_same_config(same.get("latent_dim"), same.get_single("encoder_c_mults"), *parts)
+    autoencoder = build_same_config(same.get("latent_dim", int), same.single("encoder_c_mults"), *parts)
     stochastic = read_config_file(folder / "scheduler" / "scheduler_config.json").get("stochastic_sampling")
     objective = "rf_denoiser" if stochastic else "rectified_flow"
     tokens = read_config_file(folder / TOKENIZER_FOLDER / "tokenizer_config.json").get("model_max_length")
@@ -277,45 +274,19 @@ def _build_config(folder: Path) -> dict[str, Any]:
     width = dit["cond_token_dim"]
     config = build_checkpoint_config(objective, MEDIUM_SAMPLES, dit, autoencoder, width, max_tokens)
     seconds = config["model"]["conditioning"]["configs"][1]["config"]
-    seconds |= {"min_val": duration.get("min_val"), "max_val": duration.get("max_val")}
-    duration.require("output_dim", width)
+    seconds |= {name: duration.get(name, (int, float)) for name in ("min_val", "max_val")}
+    duration.require(output_dim=width)
     for component in (transformer, duration, same):
         component.finish()
     return config
 
 
-class _Component:
-    """The config of a component, and which of its keys were read."""
-
-    def __init__(self, folder: Path, component: str) -> None:
-        self.file = folder / component / "config.json"
-        self.raw, self.known = read_config_file(self.file), set(_UNUSED)
-        self.require("_class_name", CLASSES[component])
-        for key, value in _FIXED[component].items():
-            self.require(key, value)
-
-    def get(self, key: str) -> Any:
-        self.known.add(key)
-        if key not in self.raw:
-            raise CheckpointError(f"{self.file}: {key} is missing. Save the pipeline again with diffusers.")
-        return self.raw[key]
-
-    def get_single(self, key: str) -> Any:
-        values = self.get(key)
-        if not isinstance(values, list) or len(values) != 1:
-            raise CheckpointError(f"{self.file}: {key} is {values!r}, but one stage is expected.")
-        return values[0]
-
-    def require(self, key: str, value: Any) -> None:
-        if (found := self.get(key)) != value:
-            raise CheckpointError(
-                f"{self.file}: {key} is {found!r}, where {value!r} is expected. Only Stable Audio 3 is supported."
-            )
-
-    def finish(self) -> None:
-        unknown = sorted(key for key in self.raw if key not in self.known and not key.startswith("_"))
-        if unknown:
-            logger.warning("%s has keys sa3train does not know: %s", self.file, ", ".join(unknown))
+def _read_component(folder: Path, component: str) -> ConfigReader:
+    file = folder / component / "config.json"
+    reader = ConfigReader(read_config_file(file), "", str(file))
+    reader.require(_class_name=CLASSES[component], **_FIXED[component])
+    reader.ignore(*_UNUSED, *(key for key in reader.raw if key.startswith("_")))
+    return reader
 
 
 def explain_missing_autoencoder(config: ModelConfig) -> str | None:

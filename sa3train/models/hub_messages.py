@@ -1,4 +1,4 @@
-"""Why a model cannot be had, by an unknown name or a failed download, said with its remedy."""
+"""Why a model is missing, by an unknown name or a failed download, and what to do about it."""
 
 from collections.abc import Iterable
 
@@ -74,5 +74,6 @@ def explain_unknown_name(name: str, known: Iterable[str]) -> CheckpointError:
     return CheckpointError(
         f"no model called '{name}' and no folder of that name. {f'{guess} ' if guess else ''}"
         f"Known names: {', '.join(known)}; or give a folder with model_config.json and model.safetensors, a folder "
-        f"or repository of diffusers with model_index.json, or packs of the MLX builds."
+        f"or repository of diffusers with model_index.json, or packs of the MLX builds. "
+        f"sa3-generate --list-models shows which are at hand."
     )

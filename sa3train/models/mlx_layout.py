@@ -54,7 +54,7 @@ _SMALL_NOISE = {"encoder": 0.0, "decoder": 0.01}
 _MEDIUM_SINES = 8
 _MAX_TOKENS = 256
 _TEXT_CONFIG, _TEXT_TOKENIZER, _TEXT_ROTARY = "META", "TOKENIZER_MODEL", "rope_inv_freq"
-_TEXT_DEFAULTS = {
+T5GEMMA_SETTINGS: dict[str, Any] = {
     "hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "num_key_value_heads": 12, "head_dim": 64,
     "intermediate_size": 2048, "vocab_size": 256_000, "rope_theta": 10_000.0, "rms_norm_eps": 1e-6,
     "attn_logit_softcapping": 50.0, "query_pre_attn_scalar": 64, "sliding_window": 4096,
@@ -282,7 +282,7 @@ def unpack_text_encoder(pack: Path) -> Path:
     logger.info("writing the text encoder of %s to %s", pack, final)
     try:
         stated = json.loads(read_npz_blob(pack, _TEXT_CONFIG).rstrip(b"\0"))
-        config = _TEXT_DEFAULTS | {key: stated[key] for key in _TEXT_DEFAULTS.keys() & stated.keys()}
+        config = T5GEMMA_SETTINGS | {key: stated[key] for key in T5GEMMA_SETTINGS.keys() & stated.keys()}
     except (ValueError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"{pack}: {_TEXT_CONFIG} is no config of T5Gemma ({error}). Download it again."

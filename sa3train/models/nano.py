@@ -46,6 +46,8 @@ def build_checkpoint_config(
 ) -> dict[str, Any]:
     """Build a `model_config.json` whose text encoder is in the folder `t5gemma` beside it.
 
+    Like the other configs built here, it leaves out what every Stable Audio 3 has: `parse.complete_config` adds that.
+
     Args:
         objective: "rectified_flow" (base) or "rf_denoiser" (post-trained).
         sample_size: Samples of the longest generation.
@@ -62,9 +64,8 @@ def build_checkpoint_config(
         "model_type": "diffusion_cond_inpaint",
         "sample_size": sample_size,
         "sample_rate": 44100,
-        "audio_channels": 2,
         "model": {
-            "pretransform": {"type": "autoencoder", "chunked": True, "config": autoencoder},
+            "pretransform": {"chunked": True, "config": autoencoder},
             "conditioning": {
                 "cond_dim": condition_width,
                 "configs": [
@@ -73,17 +74,11 @@ def build_checkpoint_config(
                 ],
             },
             "diffusion": {
-                "type": "dit",
                 "diffusion_objective": objective,
-                "cross_attention_cond_ids": ["prompt", "seconds_total"],
-                "global_cond_ids": ["seconds_total"],
-                "local_add_cond_ids": ["inpaint_mask", "inpaint_masked_input"],
                 "use_effective_length_for_schedule": True,
                 "mask_padding_attention": True,
-                "distribution_shift_options": {"type": "full", "min_length": 256, "max_length": 4096},
                 "config": dit,
             },
-            "io_channels": dit["io_channels"],
         },
     }
 
@@ -120,7 +115,7 @@ def build_dit_config(
         "cond_token_dim": condition_width,
         "global_cond_dim": condition_width,
         "local_add_cond_dim": latent_width + 1,
-        "attn_kwargs": {"qk_norm": "rms", "differential": differential},
+        "attn_kwargs": {"differential": differential},
         "ff_kwargs": {"mult": ff_mult},
         "num_memory_tokens": memory_tokens,
     }
@@ -140,16 +135,13 @@ def build_same_config(
     Returns:
         The config.
     """
-    both = {"c_mults": [width_mult], "strides": [16], "latent_dim": latent_width, "dim_heads": HEAD_WIDTH}
-    both |= {"differential": True, "dyt": True}
+    both = {"c_mults": [width_mult], "strides": [16], "latent_dim": latent_width}
     return {
-        "pretransform": {"type": "patched", "config": {"patch_size": 256, "channels": 2}},
-        "encoder": {"type": "same", "config": {"in_channels": 512, **both, **encoder}},
-        "decoder": {"type": "same", "config": {"out_channels": 512, **both, **decoder}},
-        "bottleneck": {"type": "softnorm", "config": {"dim": latent_width, "noise_regularize": True}},
+        "pretransform": {"config": {}},
+        "encoder": {"type": "same", "config": {**both, **encoder}},
+        "decoder": {"type": "same", "config": {**both, **decoder}},
+        "bottleneck": {"config": {"noise_regularize": True}},
         "latent_dim": latent_width,
-        "downsampling_ratio": 4096,
-        "io_channels": 2,
     }
 
 

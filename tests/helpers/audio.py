@@ -3,6 +3,7 @@
 import io
 import math
 import os
+import struct
 import sys
 from pathlib import Path
 from typing import Any
@@ -73,3 +74,8 @@ def write_fake_ffmpeg(folder: Path, script: str) -> None:
     program = folder / "ffmpeg"
     program.write_text(f"#!{sys.executable}\nimport sys\n{script}\n")
     program.chmod(0o755)
+
+
+def make_chunk(name: bytes, content: bytes, order: str = "<") -> bytes:
+    """A chunk of RIFF, or of AIFF with `order=">"`."""
+    return name + struct.pack(f"{order}I", len(content)) + content + bytes(len(content) % 2)

@@ -24,7 +24,7 @@ HEADERS = {
     "callbacks": "Checkpoints, validation, demos and report.",
     "data": "Latent shards, as sa3-encode makes them.",
     "logger": "metrics.csv in the run folder, and nothing else.",
-    "loss": "Rectified flow, as the base models were trained (docs/model.md, section 6).",
+    "loss": "Rectified flow, with noise levels by which adapters learn more (docs/model.md, section 6).",
     "model": "A model by name or folder.",
     "optimizer": "The optimizer; the other options of this group set its usual values.",
     "paths": "Folders.",

@@ -26,7 +26,7 @@ def write(name, text):
         file.write(text)
     os.replace(path(name + ".part"), path(name))
 if "resume" in args:
-    record, validation = json.load(open(path("run.json"))), json.load(open(path("validation.json")))
+    record, validation = json.load(open(path("run.json"))), json.load(open(path("losses.json")))
     record["resumed"].append({})
     point = record["point"]
 else:
@@ -43,7 +43,8 @@ for step in range(len(validation["history"]) + 1, 9):
         write("run.json", json.dumps(record | {"status": "interrupted", "steps": step - 1}))
         sys.exit(143)
     validation["history"].append({"step": step, "val": {"loss": 1 - (1 - reach) * step / 8}})
-    write("validation.json", json.dumps(validation))
+    for name in ("losses.json", "validation.json")[: 1 if args.get("callbacks.validation.enabled") == "false" else 2]:
+        write(name, json.dumps(validation))
     write(f"checkpoints/step-{step:08d}.safetensors", "")
 write("adapter.safetensors", "")
 write("run.json", json.dumps(record | {"status": "finished", "steps": 8}))
@@ -52,7 +53,7 @@ write("run.json", json.dumps(record | {"status": "finished", "steps": 8}))
 EVALUATE = """
 import json, sys
 folder = sys.argv[1]
-losses = [row["val"]["loss"] for row in json.load(open(folder + "/validation.json"))["history"]]
+losses = [row["val"]["loss"] for row in json.load(open(folder + "/losses.json"))["history"]]
 row = {"adapter": f"{folder}@{len(losses)}", "step": len(losses), "strength": 1.0}
 row["against_base"] = {"loss": {"change": losses[-1] - 1}}
 with open(sys.argv[sys.argv.index("--json") + 1], "w") as file:
@@ -61,16 +62,27 @@ with open(sys.argv[sys.argv.index("--json") + 1], "w") as file:
 
 
 def write_stubs(folder: Path, pause: float = 0.0) -> Path:
-    """Write the commands into a folder, for `sys.executable` to be in: there `find_program` looks."""
+    """Write the commands into a folder, for `sys.executable` to be in: there `find_program` looks.
+
+    `sa3-sweep` is the real one, and starts the others.
+    """
     folder.mkdir()
-    for name, text in (("sa3-train", TRAIN.replace("PAUSE", repr(pause))), ("sa3-eval", EVALUATE)):
+    python = folder / "python"
+    stubs = {"sa3-train": TRAIN.replace("PAUSE", repr(pause)), "sa3-eval": EVALUATE}
+    for name, text in stubs.items():
         (folder / name).write_text(f"#!{PYTHON} -S\n{text}")
+    (folder / "sa3-sweep").write_text(f"#!{PYTHON}\n{make_code('sweep', python)}")
+    for name in (*stubs, "sa3-sweep"):
         (folder / name).chmod(0o755)
-    return folder / "python"
+    return python
+
+
+def make_code(module: str, stubs: Path) -> str:
+    """Make the code of a command of ours, which starts the stubs."""
+    code = f"import sys; from sa3train.cli import {module}; sys.executable = {str(stubs)!r}\n"
+    return f"{code}{module}.POLL_SECONDS = 0.05\nsys.exit({module}.main(sys.argv[1:]))"
 
 
 def start_command(module: str, stubs: Path, *arguments: str) -> "subprocess.Popen[bytes]":
     """Start a command of ours in a process of its own, which starts the stubs."""
-    code = f"import sys; from sa3train.cli import {module}; sys.executable = {str(stubs)!r}\n"
-    code += f"{module}.POLL_SECONDS = 0.05\n"
-    return subprocess.Popen([PYTHON, "-c", f"{code}sys.exit({module}.main(sys.argv[1:]))", *arguments])
+    return subprocess.Popen([PYTHON, "-c", make_code(module, stubs), *arguments])

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sa3train.adapters.apply.products import OFT, expand_product, rotate_rows
-from sa3train.adapters.spec import KINDS, Kind
+from sa3train.adapters.spec import KINDS, AdapterKind
 from sa3train.core.errors import AdapterError
 
 EPSILON = 1e-12
@@ -71,19 +71,19 @@ def compute_effective_weight(
     return _renormalize(KINDS[adapter_type], V_OI, params).reshape(W.shape)
 
 
-def _get_factors(kind: Kind, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+def _get_factors(kind: AdapterKind, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(B, A) with Δ = B·A."""
-    if kind.xs:
+    if kind.is_xs:
         return params["U"] @ params["M_xs"], params["V"].T
     return params["lora_B"], params["lora_A"]
 
 
-def _renormalize(kind: Kind, V_OI: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+def _renormalize(kind: AdapterKind, V_OI: Tensor, params: Mapping[str, Tensor]) -> Tensor:
     multiply = Tensor.mul if torch.is_grad_enabled() else Tensor.mul_  # a weight of medium has 75 MB
-    if kind.rows:
-        V_OI = multiply(V_OI, _compute_gain(V_OI, params["magnitude_r" if kind.cols else "magnitude"], dim=1))
-    if kind.cols:
-        V_OI = multiply(V_OI, _compute_gain(V_OI, params["magnitude_c" if kind.rows else "magnitude"], dim=0))
+    if kind.scales_rows:
+        V_OI = multiply(V_OI, _compute_gain(V_OI, params["magnitude_r" if kind.scales_columns else "magnitude"], dim=1))
+    if kind.scales_columns:
+        V_OI = multiply(V_OI, _compute_gain(V_OI, params["magnitude_c" if kind.scales_rows else "magnitude"], dim=0))
     return V_OI
 
 
@@ -119,14 +119,13 @@ def detect_dora_type(magnitude: Tensor) -> str:
     return "dora-cols" if per_column else "dora-rows"
 
 
-def init_parameters(kind: Kind, W: Tensor, rank: int, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+def init_parameters(kind: AdapterKind, W: Tensor, rank: int) -> dict[str, Tensor]:
     """Initialize an adapter's tensors so that the effective weight is W.
 
     Args:
         kind: The adapter type.
         W: The layer's weight.
         rank: Rank of the adapter.
-        generator: Source of the random draws; None uses torch's default generator.
 
     Returns:
         fp32 tensors on W's device by name: A Kaiming-uniform (a = √5), B and M zero, magnitudes W's norms.
@@ -137,10 +136,9 @@ def init_parameters(kind: Kind, W: Tensor, rank: int, generator: torch.Generator
     for name, shape in shapes.items():
         if name == "lora_A":
             bound = 1 / math.sqrt(shape[1])  # kaiming_uniform with a = √5 over a fan-in of I
-            A_RI = torch.empty(shape).uniform_(-bound, bound, generator=generator)
-            params[name] = A_RI.to(W.device)
+            params[name] = torch.empty(shape).uniform_(-bound, bound).to(W.device)  # drawn on the CPU, of its generator
         elif name.startswith("magnitude"):
-            by_row = name == "magnitude_r" or (name == "magnitude" and kind.rows)
+            by_row = name == "magnitude_r" or (name == "magnitude" and kind.scales_rows)
             params[name] = torch.linalg.vector_norm(W_OI, dim=1 if by_row else 0)
         else:
             params[name] = torch.zeros(shape, device=W.device)

@@ -71,7 +71,7 @@ def get_layer_adapter(adapter: Adapter, path: str, W: Tensor) -> LayerAdapter:
     """
     params = {name: tensor.to(W.device) for name, tensor in adapter.tensors[path].items()}
     kind = KINDS.get(adapter.spec.adapter_type)
-    if kind is not None and kind.xs and not params.keys() >= set(BASES):
+    if kind is not None and kind.is_xs and not params.keys() >= set(BASES):
         trained_on = getattr(torch, adapter.metadata.get("base_dtype", ""), None)
         dtype = trained_on if isinstance(trained_on, torch.dtype) and trained_on.is_floating_point else None
         params["U"], params["V"] = get_singular_basis(W, adapter.spec.get_rank(path), dtype)

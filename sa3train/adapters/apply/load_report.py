@@ -306,7 +306,7 @@ def _find_mismatch(adapter: Adapter, path: str, layer: Any, weights: Mapping[str
         shapes = {"diff": tuple(layer.weight.shape), BIAS_CHANGE: (rows,)}
         expected: Mapping[str, tuple[int, ...]] = {name: shapes[name] for name in found}
     elif layer_type in KINDS:
-        if KINDS[layer_type].xs and spec.get_rank(path) > min(rows, cols) and "U" not in found:
+        if KINDS[layer_type].is_xs and spec.get_rank(path) > min(rows, cols) and "U" not in found:
             return f"rank {spec.get_rank(path)} is above the {min(rows, cols)} singular vectors of the weight"
         expected = KINDS[layer_type].shapes(rows, cols, spec.get_rank(path), found)
     elif layer_type == "comfy":
@@ -401,7 +401,7 @@ def _list_warnings(adapter: Adapter, recorded: dict[str, str], loaded: dict[str,
             f"weights ({loaded.get('name', 'hash')} {loaded['hash'][:12]}); it may not sound as intended"
         )
     kind = KINDS.get(adapter.spec.adapter_type)
-    from_base = kind is not None and kind.xs and not any("U" in params for params in adapter.tensors.values())
+    from_base = kind is not None and kind.is_xs and not any("U" in params for params in adapter.tensors.values())
     if from_base and adapter.metadata.get("base_dtype") == "float32" and dtype != torch.float32:
         warnings.append(f"its frozen bases are those of float32 weights, but the model is loaded in {dtype}")
     return warnings

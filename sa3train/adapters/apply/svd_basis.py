@@ -143,7 +143,7 @@ def attach_bases(
         AdapterError: The file cannot be read, or its bases are not those of the adapter's layers.
     """
     kind = KINDS.get(adapter.spec.adapter_type)
-    if kind is None or not kind.xs or any("U" in params for params in adapter.tensors.values()):
+    if kind is None or not kind.is_xs or any("U" in params for params in adapter.tensors.values()):
         raise AdapterError(f"{path} has no effect: {adapter.source} is no -xs type, or has bases of its own.")
     bases, tensors = _read_bases(path), {}
     for layer, params in adapter.tensors.items():

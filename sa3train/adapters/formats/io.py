@@ -36,11 +36,11 @@ from sa3train.core.safetensors_file import (
 
 logger = get_logger(__name__)
 
-STATE_ENTRY = "adapter"
-"""Key of the adapter in a training state."""
+ADAPTER_ENTRY = "adapter"
+"""Key of the adapter in a checkpoint."""
 
-STATE_FORMAT = "sa3train-state-"
-"""Start of the format that a training state names in its header; its version follows."""
+CHECKPOINT_FORMAT = "sa3train-state-"
+"""Start of the format that a checkpoint names in its header; its version follows."""
 
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 OTHER_FILES = (*PICKLES, ".gguf", ".npz", ".onnx", ".json", ".zip", ".safetensor", ".png")
@@ -100,10 +100,10 @@ def _load(source: Path, weights: Mapping[str, Tensor] | None) -> Adapter:
         raise AdapterError(f"{source} is no file. Give a .safetensors file, a PEFT folder or a run folder.")
     if is_gguf(source):
         return read_gguf(source)
-    if (trained := read_training_state(source)) is not None:
+    if (trained := read_checkpoint_adapter(source)) is not None:
         return trained
     header = read_header(source)
-    form = identify_format(str(source), header.entries)
+    form = identify_format(str(source), header.dtypes)
     if form == PEFT:
         return read_peft_folder(source.parent, source.name, weights)
     tensors = read_tensors(source, header)
@@ -175,7 +175,7 @@ def is_file_name(path: str | os.PathLike[str]) -> bool:
 
 
 def pack_adapter(adapter: Adapter, dtype: torch.dtype) -> dict[str, dict[str, Any]]:
-    """Pack an adapter for a training state.
+    """Pack an adapter for a checkpoint.
 
     Args:
         adapter: The adapter.
@@ -188,28 +188,28 @@ def pack_adapter(adapter: Adapter, dtype: torch.dtype) -> dict[str, dict[str, An
     return {"metadata": build_native_metadata(adapter), "tensors": tensors}
 
 
-def read_training_state(path: Path) -> Adapter | None:
-    """Read the adapter in a training state.
+def read_checkpoint_adapter(path: Path) -> Adapter | None:
+    """Read the adapter in a checkpoint.
 
     Args:
         path: A file.
 
     Returns:
-        The adapter after that step; None if the file is no training state.
+        The adapter after that step; None if the file is not a checkpoint.
 
     Raises:
         AdapterError: If the state holds no adapter.
     """
-    prefix = f"/{STATE_ENTRY}/tensors/"
+    prefix = f"/{ADAPTER_ENTRY}/tensors/"
     try:
         with safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            if not header.get("format", "").startswith(STATE_FORMAT):
+            if not header.get("format", "").startswith(CHECKPOINT_FORMAT):
                 return None
             keys = [key for key in file.keys() if key.startswith(prefix)]  # noqa: SIM118 (not a dict)
             tensors = {key.removeprefix(prefix): file.get_tensor(key) for key in keys}
     except (SafetensorError, OSError, RuntimeError):
         return None  # no safetensors file, or a damaged one, which is described by whoever reads it next
     if not tensors:
-        raise AdapterError(f"{path} is a training state without an adapter. Give the adapter file of its run.")
-    return read_native(str(path), tensors, json.loads(header["state"])[STATE_ENTRY]["metadata"])
+        raise AdapterError(f"{path} is a checkpoint without an adapter. Give the adapter file of its run.")
+    return read_native(str(path), tensors, json.loads(header["state"])[ADAPTER_ENTRY]["metadata"])

@@ -71,7 +71,7 @@ def identify_format(source: str, keys: Iterable[str]) -> str:
         `NATIVE`, `PEFT` or `COMFY`, which stands for every tool that stores a layer's factors below its path.
 
     Raises:
-        AdapterError: If the file holds no adapter, several, or one that cannot be played.
+        AdapterError: If the file holds no adapter, several, or one that cannot be used.
     """
     names = list(keys)
     found: dict[str, list[str]] = {}
@@ -236,19 +236,19 @@ def _split_flat_name(source: str, name: str, prefix: str) -> list[str]:
 
 
 def _refuse_other_parts(source: str, keys: list[str]) -> None:
-    """Refuse adapters on parts of the model, or with names, that cannot be played here."""
+    """Refuse adapters on parts of the model, or with names, that cannot be used here."""
     for pattern, what, advice in (
         (_TEXT_ENCODER, "changes the text encoder, which adapters here leave as it is", "Save its other layers alone"),
         (
             _OTHER_AUTOENCODER_PART,
             "is an adapter on the autoencoder's encoder or bottleneck, which would change what latents mean, and only "
-            "those on its decoder can be played",
+            "those on its decoder can be used",
             "Merge it into the autoencoder's weights with the tool that made it, and load that model",
         ),
         (
             _OTHER_DIFFUSERS,
             "is named as diffusers names the layers of other models than Stable Audio 3",
-            "Play it with the model it was trained on",
+            "Use it with the model it was trained on",
         ),
     ):
         found = [key for key in keys if pattern.search(key)]

@@ -77,7 +77,7 @@ def read_peft_folder(folder: Path, weights: str = WEIGHTS, base: Mapping[str, Te
     header = read_header(file)
     metadata = {key: value for key, value in header.metadata.items() if key != "format"}
     source = folder if weights == WEIGHTS else file
-    identify_format(str(source), header.entries)
+    identify_format(str(source), header.dtypes)
     return parse_peft_tensors(str(source), read_tensors(file, header), read_peft_config(folder), metadata, base)
 
 

@@ -10,7 +10,7 @@ from sa3train.core.user_files import suggest_path
 
 CHECKPOINTS_DIR = "checkpoints"
 _STEP = re.compile(r"(.+)@([0-9]{1,8})", re.DOTALL)
-_STATE_NAME = re.compile(r"step-(\d{8})\.safetensors")
+_CHECKPOINT_NAME = re.compile(r"step-(\d{8})\.safetensors")
 
 
 def locate_adapter(path: str | Path) -> Path:
@@ -39,7 +39,7 @@ def locate_adapter(path: str | Path) -> Path:
 
 
 def get_checkpoint_path(run_dir: Path, step: int) -> Path:
-    """Get the path of a training state.
+    """Get the path of a checkpoint.
 
     Args:
         run_dir: The run folder.
@@ -52,7 +52,7 @@ def get_checkpoint_path(run_dir: Path, step: int) -> Path:
 
 
 def list_checkpoints(run_dir: Path) -> dict[int, Path]:
-    """List the training states of a run.
+    """List the checkpoints of a run.
 
     Args:
         run_dir: The run folder.
@@ -61,7 +61,7 @@ def list_checkpoints(run_dir: Path) -> dict[int, Path]:
         Files by step, oldest first.
     """
     paths = sorted((run_dir / CHECKPOINTS_DIR).glob("step-*.safetensors"))
-    return {int(match.group(1)): path for path in paths if (match := _STATE_NAME.fullmatch(path.name))}
+    return {int(match.group(1)): path for path in paths if (match := _CHECKPOINT_NAME.fullmatch(path.name))}
 
 
 def _locate_checkpoint(run_dir: Path, step: int) -> Path:

@@ -287,7 +287,7 @@ def _check_architecture(file: Path, fields: Mapping[str, Any]) -> None:
     if found == ARCHITECTURE and fields.get("lora.target") == "encoder":
         raise AdapterError(
             f"{file} is an adapter on the autoencoder's encoder, which would change what latents mean. Only those on "
-            f"its decoder and on the DiT can be played."
+            f"its decoder and on the DiT can be used."
         )
     if found == ARCHITECTURE:
         return

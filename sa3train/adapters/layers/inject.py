@@ -15,7 +15,7 @@ from sa3train.adapters.apply.load_report import check_fit
 from sa3train.adapters.layer_filter import find_adaptable_layers, select_layers
 from sa3train.adapters.layers.peft_layers import SA3LoraConfig, SA3LoraTuner, batch_layers
 from sa3train.adapters.peft_methods import ADAPTER_NAME, inject_peft_method
-from sa3train.adapters.spec import BASES, BIAS_CHANGE, INFERENCE_ONLY, KINDS, AdapterSpec
+from sa3train.adapters.spec import BASES, BIAS_CHANGE, INFERENCE_ONLY_TYPES, KINDS, AdapterSpec
 from sa3train.core.errors import AdapterError
 from sa3train.core.log import get_logger
 from sa3train.core.text import list_few
@@ -42,7 +42,7 @@ def inject(root: nn.Module, spec: AdapterSpec) -> "InjectedAdapter":
     Raises:
         AdapterError: If a pattern matches no layer, the type cannot be trained, or the model has an adapter already.
     """
-    if spec.adapter_type in INFERENCE_ONLY:
+    if spec.adapter_type in INFERENCE_ONLY_TYPES:
         raise AdapterError(f"{spec.adapter_type} adapters cannot be trained. Choose one of {', '.join(KINDS)}.")
     if any(isinstance(module, BaseTunerLayer) for module in root.modules()):
         raise AdapterError("The model already has an adapter in training. Remove it before injecting another.")
@@ -234,13 +234,13 @@ _MAKE_LORA = "Make it a plain lora first: sa3-adapter merge FILE -o NEW.safetens
 
 
 def _advise_on_type(adapter: Adapter) -> str:
-    is_trainable = adapter.spec.adapter_type not in INFERENCE_ONLY
+    is_trainable = adapter.spec.adapter_type not in INFERENCE_ONLY_TYPES
     return "Set it to match." if is_trainable else f"This type is not trained. {_MAKE_LORA}"
 
 
 def _check_ranks(spec: AdapterSpec, layers: Mapping[str, nn.Module]) -> None:
     """Check that ranks of -xs types do not exceed the number of singular vectors."""
-    if spec.adapter_type not in KINDS or not KINDS[spec.adapter_type].xs:
+    if spec.adapter_type not in KINDS or not KINDS[spec.adapter_type].is_xs:
         return
     for path, layer in layers.items():
         count = min(layer.weight.flatten(1).shape)  # type: ignore[operator]

@@ -20,7 +20,7 @@ from sa3train.adapters.layers.batched_linear import BatchedAdapter, BatchedProdu
 from sa3train.adapters.layers.batched_norms import LayerState
 from sa3train.adapters.layers.frozen_weight import FrozenWeight
 from sa3train.adapters.layers.fused_linear import AdaptedProduct, FrozenInputs, find_recomputation
-from sa3train.adapters.spec import KINDS, AdapterSpec, Kind
+from sa3train.adapters.spec import KINDS, AdapterKind, AdapterSpec
 
 TRAINED = ("lora_A", "lora_B", "M_xs", "magnitude", "magnitude_r", "magnitude_c")
 
@@ -67,7 +67,7 @@ class SA3LoraLayer(nn.Module, BaseTunerLayer):
             setattr(self, name, nn.ParameterDict())
         self.basis_U, self.basis_V = _FrozenBases(), _FrozenBases()
         self.scaling: dict[str, float] = {}
-        self.kinds: dict[str, Kind] = {}
+        self.kinds: dict[str, AdapterKind] = {}
         self.dropout: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self._frozen: dict[str, FrozenWeight] = {}
@@ -84,7 +84,7 @@ class SA3LoraLayer(nn.Module, BaseTunerLayer):
         kind, rank, weight = KINDS[spec.adapter_type], spec.get_rank(path), self.base_layer.weight
         for name, tensor in init_parameters(kind, weight, rank).items():
             getattr(self, name)[adapter_name] = nn.Parameter(tensor)
-        if kind.xs:
+        if kind.is_xs:
             self.basis_U[adapter_name], self.basis_V[adapter_name] = get_singular_basis(weight, rank)
         self.scaling[adapter_name] = spec.get_scale(path)
         self.kinds[adapter_name] = kind
@@ -113,14 +113,14 @@ class SA3LoraLayer(nn.Module, BaseTunerLayer):
         kind = self.kinds[name]
         frozen = self._get_frozen(name)
         A_RI, M_or_B = self._get_factors(name)
-        magnitude_O = (self.magnitude_r if kind.cols else self.magnitude)[name] if kind.rows else None
-        magnitude_I = (self.magnitude_c if kind.rows else self.magnitude)[name] if kind.cols else None
+        magnitude_O = (self.magnitude_r if kind.scales_columns else self.magnitude)[name] if kind.scales_rows else None
+        magnitude_I = (self.magnitude_c if kind.scales_rows else self.magnitude)[name] if kind.scales_columns else None
         rate = self.dropout[name] if self.training else 0.0
         x_TI = x.reshape(-1, x.shape[-1])
         dropped_TI = F.dropout(x_TI, rate) if rate else None
         bias = self.base_layer.bias
         fixed = FrozenInputs(frozen, None if bias is None else bias.detach(), self.scaling[name])
-        recompute = find_recomputation(x, norms=kind.rows) if dropped_TI is None else None  # these save the most
+        recompute = find_recomputation(x, norms=kind.scales_rows) if dropped_TI is None else None  # these save the most
         ready = self.batched[name].prepare(self) if name in self.batched and is_launch_bound(x) else None
         if ready is not None:
             gains = (None if each is None else each.value for each in (ready.rows, ready.columns))
@@ -142,17 +142,17 @@ class SA3LoraLayer(nn.Module, BaseTunerLayer):
         kind = self.kinds[name]
         A_RI, B = self._get_factors(name)
         frozen, scale = self._get_frozen(name), self.scaling[name]
-        if kind.both:
+        if kind.scales_both:
             return LayerState(A_RI, B, self.magnitude_r[name], frozen, scale, column_magnitude=self.magnitude_c[name])
-        magnitude = self.magnitude[name] if kind.rows or kind.cols else None
-        return LayerState(A_RI, B, magnitude, frozen, scale, by_rows=not kind.cols)
+        magnitude = self.magnitude[name] if kind.scales_rows or kind.scales_columns else None
+        return LayerState(A_RI, B, magnitude, frozen, scale, by_rows=not kind.scales_columns)
 
     def _get_factors(self, name: str) -> tuple[nn.Parameter | None, nn.Parameter]:
         """A and B; None and M for -xs types."""
-        return (None, self.M_xs[name]) if self.kinds[name].xs else (self.lora_A[name], self.lora_B[name])
+        return (None, self.M_xs[name]) if self.kinds[name].is_xs else (self.lora_A[name], self.lora_B[name])
 
     def _get_frozen(self, name: str) -> FrozenWeight:
-        weight, xs = self.base_layer.weight, self.kinds[name].xs
+        weight, xs = self.base_layer.weight, self.kinds[name].is_xs
         U_OR, V_IR = (self.basis_U[name], self.basis_V[name]) if xs else (None, None)
         known = self._frozen.get(name)
         if known is None or known.weight is not weight or known.U_OR is not U_OR:

@@ -48,10 +48,10 @@ def find_axis(adapters: Sequence[Adapter]) -> str | None:
                 continue
             if layer_type == "comfy" and "lora_A" in params:
                 axes.add("rows" if params["magnitude"].shape[0] == params["lora_B"].shape[0] else "cols")
-            elif kind is None or kind.both:
+            elif kind is None or kind.scales_both:
                 axes.add(None)
             else:
-                axes.add("rows" if kind.rows else "cols" if kind.cols else "")
+                axes.add("rows" if kind.scales_rows else "cols" if kind.scales_columns else "")
     if None in axes or {"rows", "cols"} <= axes:
         return None
     return next((axis for axis in ("rows", "cols") if axis in axes), "")

@@ -96,7 +96,7 @@ def needs_base(adapter: Adapter) -> bool:
         Whether it does: for magnitudes by row, and for frozen bases that the adapter does not bring along.
     """
     kind = KINDS.get(adapter.spec.adapter_type)
-    return kind is not None and (kind.rows or (kind.xs and not has_own_bases(adapter)))
+    return kind is not None and (kind.scales_rows or (kind.is_xs and not has_own_bases(adapter)))
 
 
 @torch.no_grad()
@@ -120,7 +120,7 @@ def export_to_comfy(adapter: Adapter, weights: Weights | None, dtype: torch.dtyp
         adapter = expand_bases(adapter, weights)
     if adapter.spec.adapter_type in AS_THEY_ARE:
         return adapter
-    by_row = KINDS[adapter.spec.adapter_type].rows
+    by_row = KINDS[adapter.spec.adapter_type].scales_rows
     if by_row:
         weights = require_weights(adapter, weights, "Exporting")
     layers = {}

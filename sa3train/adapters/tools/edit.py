@@ -49,7 +49,7 @@ def resize(adapter: Adapter, truncation: Truncation, weights: Weights | None = N
         The new adapter and its truncation error.
     """
     kind = KINDS.get(adapter.spec.adapter_type)
-    if kind is not None and kind.xs:
+    if kind is not None and kind.is_xs:
         adapter = expand_bases(adapter, weights)
     elif kind is None and (adapter.spec.adapter_type != "comfy" or any(map(is_product, adapter.tensors.values()))):
         return merge([adapter], [1.0], truncation, weights, tool="resize")
@@ -64,7 +64,7 @@ def resize(adapter: Adapter, truncation: Truncation, weights: Weights | None = N
             continue  # only its bias changes
         layers[path] |= _store_factors(part)
         ranks[path] = part.A_RI.shape[0]
-        error.layers[path] = (part.error, part.total)
+        error.add(path, part)
     spec = build_spec(spec.adapter_type, ranks, dropout=spec.dropout, include=spec.include, exclude=spec.exclude)
     metadata = append_history(adapter, "resize", **truncation.describe())
     return Adapter(spec, layers, metadata, adapter.source), error
@@ -153,7 +153,7 @@ def merge(
         if active:
             part = _truncate_sum(path, active, truncation, weights)
             layers[path] |= _store_factors(part)
-            error.layers[path] = (part.error, part.total)
+            error.add(path, part)
     first, alone = adapters[0], len(adapters) == 1
     include, exclude = (first.spec.include, first.spec.exclude) if alone else (sorted(layers), None)
     metadata = merge_metadata(adapters, strengths, tool, **truncation.describe())
@@ -299,7 +299,7 @@ def extract(
         if change.any():
             part = truncate_matrix(change, truncation)
             layers[path] = _store_factors(part)
-            error.layers[path] = (part.error, part.total)
+            error.add(path, part)
     if not layers:
         raise AdapterError(f"The two models have equal weights in all {len(base)} layers: there is nothing to extract.")
     history = write_history(metadata or {}, [], "extract", **truncation.describe())

@@ -29,6 +29,8 @@ from sa3train.core.text import format_number, list_few, shorten
 RELATIVE_CHANGE, PRODUCT_NORM = "‖W' − W‖ / ‖W‖", "norm of the scaled low-rank product"
 WHOLE_CHANGES = ("lora", "lora-xs", "diff")
 """Types whose low-rank product or weight delta is the whole change of the weight."""
+SHOWN_CHARACTERS = 160
+"""Of a value in a terminal or on a page."""
 COMPARED_SETTINGS = ("adapter_type", "rank", "alpha", "rslora", "dropout", "include", "exclude", "dtypes")
 
 
@@ -122,13 +124,19 @@ class Inspection:
             "fingerprint": self.fingerprint[:16],
         }
 
-    @property
-    def provenance(self) -> dict[str, str]:
-        """The metadata and the history in words, by name."""
+    def list_provenance(self, limit: int = SHOWN_CHARACTERS) -> dict[str, str]:
+        """List the metadata and the history in words.
+
+        Args:
+            limit: Most characters of a value.
+
+        Returns:
+            Values by name.
+        """
         hidden = (HISTORY, PROMPTS, BASE_SAMPLE)
-        metadata = {key: shorten(value, 160) for key, value in self.metadata.items() if key not in hidden}
+        metadata = {key: shorten(value, limit) for key, value in self.metadata.items() if key not in hidden}
         metadata["prompts to try"] = "\n".join(self.prompts)
-        return metadata | {f"step {number}": shorten(str(entry), 160) for number, entry in enumerate(self.history, 1)}
+        return metadata | {f"step {number}": shorten(str(entry), limit) for number, entry in enumerate(self.history, 1)}
 
     @property
     def problems(self) -> list[str]:
@@ -165,12 +173,12 @@ class Comparison:
     Attributes:
         identical: Whether type, scales and tensors are equal bit for bit.
         settings: Differing settings by name: of the first and of the second.
-        metadata: Differing metadata likewise.
+        metadata: Differing metadata likewise, of what both record.
         only_in_first: Layers that only the first has.
         only_in_second: Layers that only the second has.
         compared: What was compared by layer.
         layers: Differences by module path.
-        warnings: Warnings about the adapters' provenance.
+        warnings: What is not compared, and warnings about the adapters' provenance.
     """
 
     identical: bool
@@ -182,14 +190,23 @@ class Comparison:
     layers: dict[str, LayerDifference]
     warnings: list[str]
 
-    @property
-    def changed(self) -> list[list[str]]:
-        """Rows of name, first, second for settings and metadata that differ."""
+    def list_changes(self, limit: int = SHOWN_CHARACTERS) -> list[list[str]]:
+        """List settings and metadata that differ.
+
+        Args:
+            limit: Most characters of a value.
+
+        Returns:
+            Rows of name, first, second.
+        """
         changed = self.settings | self.metadata
-        return [[name, *(shorten(str(value), 160) for value in pair)] for name, pair in changed.items()]
+        return [
+            [name, *("not set" if value is None else shorten(str(value), limit) for value in pair)]
+            for name, pair in changed.items()
+        ]
 
     def list_differences(self, count: int | None = None) -> list[list[str]]:
-        """List the layers, the most different first.
+        """List the layers that can be compared, the most different first.
 
         Args:
             count: Number of layers at most; None lists all.
@@ -197,7 +214,8 @@ class Comparison:
         Returns:
             Rows of path, relative difference, cosine.
         """
-        rows = sorted(self.layers.items(), key=lambda item: -(item[1].relative_difference or 0.0))
+        known = [item for item in self.layers.items() if item[1] != LayerDifference()]
+        rows = sorted(known, key=lambda item: -(item[1].relative_difference or 0.0))
         return [[path, format_number(row.relative_difference), format_number(row.cosine)] for path, row in rows[:count]]
 
     def to_dict(self) -> dict[str, Any]:
@@ -276,11 +294,14 @@ def compare_adapters(
     if unknown and weights is None:
         warnings = [*warnings, f"{unknown} layers are not compared: {_explain_types(one, other)}"]
     settings = [vars(inspect_adapter(adapter)) for adapter in (one, other)]
-    metadata = [_flatten_metadata(adapter) for adapter in (one, other)]
+    texts, more = _flatten_metadata(one), _flatten_metadata(other)
+    for adapter, own, others in ((one, texts, more), (other, more, texts)):
+        if names := _list_alone(own, others):
+            warnings = [*warnings, f"only {adapter.source} records {list_few(names, 6)}, which cannot be compared."]
     return Comparison(
         identical=one.fingerprint == other.fingerprint,
         settings={name: pair for name, pair in _list_changed(*settings).items() if name in COMPARED_SETTINGS},
-        metadata=_list_changed(*metadata),
+        metadata={name: pair for name, pair in _list_changed(texts, more).items() if name in texts and name in more},
         only_in_first=sorted(one.tensors.keys() - other.tensors.keys()),
         only_in_second=sorted(other.tensors.keys() - one.tensors.keys()),
         compared="weight changes" if weights is not None else "low-rank products",
@@ -410,11 +431,20 @@ def _compare_layer(first: Adapter, second: Adapter, path: str, weights: Weights 
 def _flatten_metadata(adapter: Adapter) -> dict[str, Any]:
     """An adapter's metadata, with an entry for each setting of its training."""
     texts = {key: text for key, text in adapter.metadata.items() if key != "lora_config"}
-    config = texts.pop(TRAINING_CONFIG, "{}")
+    if TRAINING_CONFIG not in texts:
+        return texts
+    config = texts.pop(TRAINING_CONFIG)
     try:
         return texts | flatten_settings({TRAINING_CONFIG: json.loads(config)})
     except ValueError:  # not ours
         return texts | {TRAINING_CONFIG: config}
+
+
+def _list_alone(own: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
+    """Names that one adapter records alone; a group such as the training settings counts as one."""
+    groups = {name.partition(".")[0] for name in others}
+    alone = (name for name in own if name not in others)
+    return list(dict.fromkeys(name if (group := name.partition(".")[0]) in groups else group for name in alone))
 
 
 def _list_changed(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, list[Any]]:

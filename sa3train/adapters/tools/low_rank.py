@@ -15,6 +15,8 @@ from sa3train.core.text import compute_relative_norm
 
 SHOWN = 1e-6
 """Smallest error that is shown as a number."""
+LITTLE = 0.1
+"""Relative error up to which a truncation needs no advice."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +73,14 @@ class LowRankFactors:
         A_RI: Right factor.
         error: Squared Frobenius norm of what was truncated.
         total: Squared Frobenius norm of the whole change.
+        squares_K: Squared singular values of the whole change in falling order.
     """
 
     B_OR: Tensor
     A_RI: Tensor
     error: float
     total: float
+    squares_K: Tensor
 
 
 @dataclass
@@ -86,10 +90,37 @@ class ErrorByLayer:
     Attributes:
         layers: (error², change²) by module path, in squared Frobenius norms.
         not_carried: What could not be carried over at all.
+        lost_R: What each rank loses of all layers that were truncated, in squared Frobenius norms.
     """
 
     layers: dict[str, tuple[float, float]] = field(default_factory=dict)
     not_carried: list[str] = field(default_factory=list)
+    lost_R: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64), repr=False, compare=False)
+
+    def add(self, path: str, part: LowRankFactors) -> None:
+        """Add a truncated layer.
+
+        Args:
+            path: Its module path.
+            part: What it was truncated to.
+        """
+        self.layers[path] = (part.error, part.total)
+        tails_R = part.squares_K.cpu().flip(0).cumsum(0).flip(0)
+        length = max(len(tails_R), len(self.lost_R))
+        pads = (torch.nn.functional.pad(each, (0, length - len(each))) for each in (self.lost_R, tails_R))
+        self.lost_R = torch.stack(list(pads)).sum(0)
+
+    @property
+    def advice(self) -> list[str]:
+        """Which rank would lose little, where the one that was given loses more."""
+        if not len(self.lost_R) or self.relative <= LITTLE:
+            return []
+        enough = int((self.lost_R > LITTLE**2 * self.lost_R[0]).sum())
+        share = 1 - LITTLE**2
+        return [
+            f"explained variance {1 - self.relative**2:.1%}: rank={enough} would reach {share:.0%} (an error of "
+            f"{LITTLE:.0%}), and explained_variance={share:g} that with the smallest rank in each layer"
+        ]
 
     @property
     def relative(self) -> float:
@@ -136,7 +167,7 @@ def truncate_product(B_OR: Tensor, A_RI: Tensor, truncation: Truncation) -> LowR
     U, S, Vh = torch.linalg.svd(left @ right.T, full_matrices=False)
     rank = truncation.choose_rank(S.square())
     B, A = _pad(Q_OK @ (U * S.sqrt())[:, :rank], (Q_IK @ (Vh.T * S.sqrt())[:, :rank]).T, rank)
-    return LowRankFactors(B, A, float(S[rank:].square().sum()), float(S.square().sum()))
+    return LowRankFactors(B, A, float(S[rank:].square().sum()), float(S.square().sum()), S.square())
 
 
 def truncate_matrix(D_OI: Tensor, truncation: Truncation) -> LowRankFactors:
@@ -163,7 +194,7 @@ def truncate_matrix(D_OI: Tensor, truncation: Truncation) -> LowRankFactors:
     root = torch.linalg.vector_norm(long, dim=0).sqrt()  # halves of σ on both sides keep F16 away from its limits
     scaled, unit = long / root.clamp_min(1e-150), Q * root
     B, A = _pad(*((scaled, unit.T) if tall else (unit, scaled.T)), rank)
-    return LowRankFactors(B, A, float((D - B @ A).square().sum()), float(D.square().sum()))
+    return LowRankFactors(B, A, float((D - B @ A).square().sum()), float(D.square().sum()), squares)
 
 
 def compute_inner_product(first: Product, second: Product) -> float:

@@ -19,7 +19,7 @@ from sa3train.adapters.tools.results import CheckpointResult
 from sa3train.core.errors import AdapterError
 from sa3train.core.files import replace_folder, write_json
 from sa3train.core.safetensors_file import read_header, write_tensor_stream
-from sa3train.models.checkpoint import read_config
+from sa3train.models.checkpoint import read_model_config
 from sa3train.models.diffusers_layout import (
     CLASSES,
     TRANSFORMER,
@@ -109,7 +109,7 @@ def merge_into_checkpoint(
             write_dit_pack(Path(target), model.weights, changed, json.dumps(metadata))
             return CheckpointResult(target, model.name, reports, [_PACK_NOTE])
         with replace_folder(target, _is_ours) as staging:
-            config = complete_config(read_config(files), str(files.config))
+            config = complete_config(read_model_config(files), str(files.config))
             if to == "diffusers":
                 not_carried = _write_pipeline(model, staging, changed, config, metadata)
             elif files.is_pipeline or files.pack is not None:

@@ -259,7 +259,8 @@ def _save(
     save_adapter(target, adapter, get_dtype(dtype))
     lost = [] if error is None else [f"not carried over: {what}" for what in error.not_carried]
     found = measure_written(adapter, adapter, target, weights)
-    return EditResult(target, adapter, notes, [*warnings, *lost], error, **found)
+    advice = [] if error is None else error.advice
+    return EditResult(target, adapter, [*notes, *advice], [*warnings, *lost], error, **found)
 
 
 def _check_target(target: AnyPath, inputs: Sequence[AnyPath], overwrite: bool) -> None:

@@ -82,29 +82,29 @@ class FindingType:
     Attributes:
         severity: "error", "warning" or "note".
         title: What is wrong.
-        remedy: What to do about it.
+        fix: What to do about it.
     """
 
     severity: str
     title: str
-    remedy: str
+    fix: str
 
     def after(self, applied: Collection[str]) -> "FindingType":
-        """Describe the finding for an encode that applies remedies.
+        """Describe the finding for an encode that applies fixes.
 
         Args:
-            applied: Settings such as "fixes=dc" that remedies advise.
+            applied: Settings such as "fixes=dc" that fixes name.
 
         Returns:
-            A note where the remedy advises one of them; otherwise the type itself.
+            A note where its fix is one of them; otherwise the type itself.
         """
-        advised = self.remedy.rpartition("encode with ")[2]
+        advised = self.fix.rpartition("encode with ")[2]
         return FindingType(NOTE, self.title, f"{advised} was applied") if advised in applied else self
 
 
 FINDING_TYPES: dict[str, FindingType] = {
-    code: FindingType(severity, title, remedy)
-    for code, severity, title, remedy in (
+    code: FindingType(severity, title, fix)
+    for code, severity, title, fix in (
         ("unreadable", ERROR, "cannot be read", "export it again, as WAV or FLAC"),
         ("not_finite", ERROR, "contains NaN or infinity", "export it again; check the effect or format that made it"),
         ("implausible", ERROR, "implausible sample rate or level", "export it again; its header may be damaged"),
@@ -295,7 +295,7 @@ def measure(audio_CN: np.ndarray, rate: int, speakers: Sequence[str] | None = No
         "silent": bool((mix_CN - measure_offset(mix_CN)).abs().max() <= SILENCE_AMPLITUDE),
         "content": hash_audio(audio_CN, rate, speakers),
         "sound_seconds": round(len(sound_N) / rate, 6),
-        "fingerprint": compute_fingerprint(sound_N, rate),
+        "fingerprint": compute_sound_fingerprint(sound_N, rate),
         "thumb": make_thumbnail(audio_CN),
     }
 
@@ -386,7 +386,7 @@ def cut_sound(mono_N: np.ndarray, rate: int) -> np.ndarray:
     return mono_N[loud[0] * block : (loud[-1] + 1) * block] if loud.size else mono_N
 
 
-def compute_fingerprint(sound_N: np.ndarray, rate: int) -> str:
+def compute_sound_fingerprint(sound_N: np.ndarray, rate: int) -> str:
     """Compute 240 bits that hardly change with level, sample rate or encoding.
 
     Fourth roots of the energies in 72 bands over 16 stretches of time, less their mean; each bit is the side of a fixed

@@ -12,6 +12,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader
 
 from sa3train.core.files import path_exists, replace_file
+from sa3train.core.text import format_columns
 from sa3train.data.audit.checks import (
     ERROR,
     FINDING_TYPES,
@@ -21,7 +22,7 @@ from sa3train.data.audit.checks import (
     find_worst_severity,
     is_rejected,
 )
-from sa3train.data.sources.facts import format_value
+from sa3train.data.sources.facts import format_fact_value
 from sa3train.data.sources.listing import OWN
 
 _EXAMPLES = 5
@@ -41,7 +42,7 @@ class AuditSummary:
         seconds: Length of the accepted clips in seconds.
         uncaptioned_seconds: Length of the clips that are rejected for nothing but a missing caption.
         findings: Number of clips with each finding.
-        applied: Remedies that the encode applies, such as "fixes=dc"; empty for an audit alone.
+        applied: Fixes that the encode applies, such as "fixes=dc"; empty for an audit alone.
         composed: The first captions that were composed, with what each rests on.
     """
 
@@ -76,7 +77,7 @@ class AuditSummary:
         """Return the summary as it is stored in `audit.json`.
 
         Returns:
-            Counts, and each finding with its severity and remedy, worst first.
+            Counts, and each finding with its severity and fix, worst first.
         """
         return {
             "source": self.source,
@@ -85,7 +86,7 @@ class AuditSummary:
             "seconds": round(self.seconds, 3),
             "uncaptioned_seconds": round(self.uncaptioned_seconds, 3),
             "findings": {
-                code: {"clips": count, "severity": kind.severity, "remedy": kind.remedy}
+                code: {"clips": count, "severity": kind.severity, "fix": kind.fix}
                 for code, count, kind in self.sort_findings()
             },
         }
@@ -94,18 +95,15 @@ class AuditSummary:
         """Format the counts as a table for the screen.
 
         Returns:
-            Several lines: findings with their remedies, worst first.
+            Several lines: findings with their fixes, worst first.
         """
         head = f"{self.source}: {self.count_clips()}"
         if not self.findings:
             return f"{head}\nno problems found"
-        rows = [("", "clips", "finding", "remedy")]
-        rows += [(kind.severity, str(count), kind.title, kind.remedy) for _, count, kind in self.sort_findings()]
-        widths = [max(len(row[column]) for row in rows) for column in range(3)]
-        lines = [
-            f"{row[0]:<{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:<{widths[2]}}  {row[3]}".rstrip() for row in rows
-        ]
-        return "\n".join([head, *lines, *(["composed, such as:"] if self.composed else []), *self.composed])
+        rows = [("", "clips", "finding", "fix")]
+        rows += [(kind.severity, str(count), kind.title, kind.fix) for _, count, kind in self.sort_findings()]
+        composed = ["composed, such as:", *self.composed] if self.composed else []
+        return "\n".join([head, *format_columns(rows, (1,)), *composed])
 
     def sort_findings(self) -> list[tuple[str, int, FindingType]]:
         """Sort the findings by severity, then by frequency.
@@ -117,13 +115,13 @@ class AuditSummary:
         return sorted(found, key=lambda entry: (SEVERITIES.index(entry[2].severity), -entry[1]))
 
     def describe_finding(self, code: str) -> FindingType:
-        """Describe a finding, whose remedy may be one that is applied.
+        """Describe a finding, whose fix may be one that is applied.
 
         Args:
             code: Key of `FINDING_TYPES`.
 
         Returns:
-            Its severity, title and remedy.
+            Its severity, title and fix.
         """
         return FINDING_TYPES[code].after(self.applied)
 
@@ -146,7 +144,7 @@ def write_audit_report(
         folder: Folder for the two files.
         source: Name of the source.
         rows: Audit rows; they are streamed to the file, one per line.
-        applied: Remedies that the encode applies, such as "fixes=dc". Findings that they remedy become notes.
+        applied: Fixes that the encode applies, such as "fixes=dc". Findings that they fix become notes.
 
     Returns:
         Counts over all rows.
@@ -222,7 +220,7 @@ def format_facts(row: Mapping[str, Any]) -> str:
     Returns:
         Such as "bpm 128 (ACID chunk), key A minor (file name)"; empty where there is nothing.
     """
-    return ", ".join(f"{name} {format_value(value)} ({source})" for name, value, source in row.get("facts", ()))
+    return ", ".join(f"{name} {format_fact_value(value)} ({source})" for name, value, source in row.get("facts", ()))
 
 
 def draw_waveform(thumbnail: str | None) -> str:

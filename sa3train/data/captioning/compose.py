@@ -12,7 +12,7 @@ from sa3train.audio.notes import get_relative_key, parse_key
 from sa3train.data.captioning.template import DEFAULT_TEMPLATE, fill_parts
 from sa3train.data.loading.prompts import list_template_fields
 from sa3train.data.sources.captions import ClipText
-from sa3train.data.sources.facts import Fact, format_value, is_same
+from sa3train.data.sources.facts import Fact, format_fact_value, is_same
 from sa3train.data.sources.names import NAME_WORDS
 
 _HEARD = "heard"
@@ -40,7 +40,7 @@ class Composed:
         Returns:
             Such as "bpm 128 (file name), key A minor (heard)".
         """
-        return ", ".join(f"{fact.name} {format_value(fact.value)} ({fact.source})" for fact in self.facts)
+        return ", ".join(f"{fact.name} {format_fact_value(fact.value)} ({fact.source})" for fact in self.facts)
 
 
 def compose_caption(
@@ -82,7 +82,7 @@ def compose_caption(
     if sound:
         heard = {name: getattr(sound, name) for name in ("brightness", "density", "sound", "loudness")}
         facts += [Fact(name, value, _HEARD) for name, value in heard.items() if value]
-    values = {fact.name: format_value(fact.value) for fact in facts if fact.value}
+    values = {fact.name: format_fact_value(fact.value) for fact in facts if fact.value}
     used = list_template_fields(template)
     return Composed(
         fill_parts(template, values), [fact for fact in facts if fact.name in used and fact.value], problems
@@ -130,8 +130,8 @@ def _choose(name: str, text: ClipText, heard: str | float | None, problems: list
     agreed = [fact for fact in stated if heard and _may_be_same(name, fact.value, heard)]
     is_single = all(is_same(name, fact.value, stated[-1].value) for fact in stated)
     if heard and not agreed:
-        known = ", ".join(f"{format_value(fact.value)} ({fact.source})" for fact in stated)
-        problems.append((f"{'tempo' if name == 'bpm' else name}_heard", f"{known}, heard {format_value(heard)}"))
+        known = ", ".join(f"{format_fact_value(fact.value)} ({fact.source})" for fact in stated)
+        problems.append((f"{'tempo' if name == 'bpm' else name}_heard", f"{known}, heard {format_fact_value(heard)}"))
         return [] if name == "bpm" else stated[-1:] if is_single else []
     return stated[-1:] if is_single else agreed[-1:] if _are_same(name, agreed) else []
 

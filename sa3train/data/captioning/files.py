@@ -5,7 +5,6 @@ interrupted save can be undone like any other, and nothing that another program 
 is a hidden file of the folder, so that a save of the studio can be undone by the command, and the reverse.
 """
 
-import datetime
 import json
 import threading
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 from sa3train.core.errors import DataError
 from sa3train.core.files import write_bytes, write_json
+from sa3train.core.text import get_utc_time
 from sa3train.core.user_files import read_file
 from sa3train.data.sources.captions import read_clip_text
 from sa3train.data.sources.listing import Clip
@@ -248,7 +248,7 @@ def _make_log_entry(folder: Path, changes: Sequence[Change]) -> dict[str, Any]:
         }
         for change in changes
     ]
-    return {"at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "files": files}
+    return {"at": get_utc_time(), "files": files}
 
 
 def _parse_change(resolve: Resolve, folder: Path, file: dict[str, str | None]) -> Change:

@@ -226,12 +226,12 @@ def _check_rejected(source: str, folder: Path, plan: EncodePlan, workers: Worker
         f"{rejected} of {total} clips of {source} are rejected, more than max_rejected={plan.settings.max_rejected:g} "
         f"allows; the first: {first['source']}, {describe_rejection(first)}. All are listed in "
         f"{folder / 'rejected.jsonl'}, with waveforms in {folder / 'audit.html'}. Fix them "
-        f"({FINDING_TYPES[code].remedy}), or raise max_rejected."
+        f"({FINDING_TYPES[code].fix}), or raise max_rejected."
     )
 
 
 def _list_applied(settings: EncodeSettings) -> list[str]:
-    """The settings that remedies of findings advise."""
+    """The settings that fixes of findings name."""
     return [f"duplicates={settings.duplicates}", *(f"fixes={name}" for name in settings.fixes)]
 
 

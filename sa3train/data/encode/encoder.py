@@ -101,12 +101,12 @@ class Encoder:
             (C, F) float32 latents of each clip, on the CPU.
         """
         longest = max((clip.shape[1] for clip in clips), default=0) / self.autoencoder.sample_rate
-        remedies = [
+        fixes = [
             *([] if self.chunked else ["chunked=true"]),
             *(["model.dtype=bf16"] if self.precision == "float32" else []),
             "another device",
         ]
-        with explain_device_errors(self.device, f"encoding a clip of {longest:.0f} s", remedies):
+        with explain_device_errors(self.device, f"encoding a clip of {longest:.0f} s", fixes):
             single: dict[int, torch.Tensor] = {}
             for index, (clip, seed) in enumerate(zip(clips, seeds, strict=True)):
                 chunked = self.chunked and self.count_frames(clip.shape[1]) > CHUNK_SIZE
@@ -131,9 +131,9 @@ class Encoder:
         audio_CN = torch.zeros(2, 48 * self.autoencoder.downsampling_ratio)
         latents_CF = self.encode([audio_CN], [0])[0]
         if latents_CF is None:
-            remedy = "copy the model again" if self.precision == "float32" else "use model.dtype=fp32"
+            fix = "copy the model again" if self.precision == "float32" else "use model.dtype=fp32"
             raise ConfigError(
-                f"the autoencoder of '{self.name}' returns non-finite latents of silence in {self.precision}: {remedy}."
+                f"the autoencoder of '{self.name}' returns non-finite latents of silence in {self.precision}: {fix}."
             )
         return latents_CF[:, 16:32]
 

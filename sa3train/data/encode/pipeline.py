@@ -19,7 +19,7 @@ from sa3train.data.audit.checks import hash_audio, make_finding
 from sa3train.data.encode.encoder import Encoder
 from sa3train.data.encode.fixes import apply_fixes
 from sa3train.data.encode.plan import ClipGroup, EncodePlan, StoredLatents
-from sa3train.data.shards.writer import ENCODED_FIELDS
+from sa3train.data.shards.shard_file import ENCODED_FIELDS
 from sa3train.data.sources.latents import ImportedLatents, read_imported_latents
 from sa3train.data.sources.listing import Clip
 

@@ -23,16 +23,8 @@ from sa3train.data.audit.audit import AuditIndex
 from sa3train.data.audit.checks import make_finding
 from sa3train.data.encode.settings import EncodeSettings
 from sa3train.data.shards.index import list_outdated_shards, list_shards, mark_outdated
-from sa3train.data.shards.writer import (
-    PART,
-    STALE,
-    ShardEntry,
-    finish_shard,
-    hash_record,
-    read_latents,
-    read_listing,
-    scan_shard,
-)
+from sa3train.data.shards.shard_file import ShardEntry, hash_record, read_latents, read_listing, scan_shard
+from sa3train.data.shards.writer import PART, STALE, finish_shard
 from sa3train.data.sources.lists import LIST_LIMIT
 from sa3train.data.sources.text import compose, decode_text
 

@@ -13,7 +13,7 @@ from sa3train.core.config import build, setting
 from sa3train.core.errors import ConfigError, DataError
 from sa3train.core.files import hash_file, write_json
 from sa3train.core.user_files import read_file
-from sa3train.data.shards.writer import ShardEntry, get_listing_path, read_listing
+from sa3train.data.shards.shard_file import ShardEntry, get_listing_path, read_listing
 from sa3train.data.sources.own_folders import INDEX_FILE
 
 SILENCE_FILE = "silence.npy"
@@ -269,7 +269,6 @@ class DataSummary:
         clips: Number of training latents.
         seconds: Their length in seconds.
         heldout: Number of held-out latents.
-        heldout_seconds: Their length in seconds.
         model: Name of the model whose autoencoder made them.
         rejected: Number of rejected clips.
         frames: Number of training frames.
@@ -278,7 +277,6 @@ class DataSummary:
     clips: int
     seconds: float
     heldout: int
-    heldout_seconds: float
     model: str
     rejected: int
     frames: int
@@ -305,7 +303,6 @@ def summarize_data(data: Path) -> DataSummary:
         int(train.get("clips", 0)),
         float(train.get("seconds", 0.0)),
         int(heldout.get("clips", 0)),
-        float(heldout.get("seconds", 0.0)),
         str(index["model"].get("name", "")),
         int(index.get("rejected", 0)),
         int(train.get("frames", 0)),

@@ -25,7 +25,7 @@ from sa3train.core.overrides import format_override
 from sa3train.core.text import format_command
 from sa3train.core.user_files import read_file, stat_file
 from sa3train.data.shards.index import SILENCE_FILE, parse_index
-from sa3train.data.sources.own_folders import INDEX_FILE
+from sa3train.data.sources.own_folders import INDEX_FILE, LATENTS, iterate_folders
 from sa3train.data.sources.storage import read_remote_file, translate_errors
 
 _logger = get_logger(__name__)
@@ -33,6 +33,29 @@ _logger = get_logger(__name__)
 _OFFSETS = ("npy_offset", "npy_size", "json_offset", "json_size")
 _COLUMNS = ("frames", "seconds", "crc32", *_OFFSETS)
 _WRONG_HASH = "its bytes do not match the hash in index.json"
+
+
+def check_not_audio(path: str, model: str = "MODEL") -> None:
+    """Check that a path given for latents is not a folder of audio.
+
+    Args:
+        path: Folder of latent shards; a URL is left alone.
+        model: The model to encode for, for the message.
+
+    Raises:
+        DataError: There is no index in it, but one below, or audio; with the command that encodes it.
+    """
+    if "://" in path or not Path(path).is_dir() or Path(path, INDEX_FILE).exists():
+        return
+    folders = list(iterate_folders([Path(path)]))
+    if below := [folder.path for folder in folders if folder.own == LATENTS]:
+        raise DataError(f"{path} is no folder of latents itself. Did you mean {below[0]}?")
+    files = (name for folder in folders for name in folder.files)
+    if any(Path(name).suffix.lower() in AUDIO_SUFFIXES for name in files):
+        out = f"{Path(path).resolve().name}-latents" if Path("latents").exists() else "latents"
+        settings = {"source": path, "out": out, "model": model}
+        command = format_command(["sa3-encode", *(format_override(*each) for each in settings.items())])
+        raise DataError(f"{path} is a folder of audio, not of latents. Encode it: {command}; then use {out}.")
 
 
 class LatentStore:
@@ -382,11 +405,9 @@ class LatentStore:
                 path = f"{self._root}/{name}"
                 return read_file(path) if self._is_local else read_remote_file(self._open_file_system()[0], path)
         except DataError as error:
+            if self._is_local and name == INDEX_FILE:
+                check_not_audio(self.path)
             advice = "Give a folder of latent shards made by sa3-encode; if that was interrupted, run it again."
-            folder = Path(self.path)
-            if self._is_local and any(path.suffix.lower() in AUDIO_SUFFIXES for path in folder.glob("*")):
-                words = ["sa3-encode", format_override("source", folder), "out=latents", "model=MODEL"]
-                advice = f"It is a folder of audio. Encode that first: {format_command(words)}"
             raise DataError(f"{error}. {advice}") from error
 
     def _join(self, name: str) -> str:

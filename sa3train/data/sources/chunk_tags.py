@@ -14,7 +14,7 @@ from sa3train.core.errors import DataError
 from sa3train.data.sources.facts import TEMPO_TOLERANCE
 from sa3train.data.sources.text import decode_text
 
-CHUNK_TAGS = {
+FIELDS_OF_CHUNKS = {
     "INAM": "title", "IART": "artist", "IPRD": "album", "IGNR": "genre", "ICMT": "comment", "ICRD": "date",
     "IKEY": "keywords", "ISBJ": "subject", "IBPM": "bpm", "NAME": "title", "AUTH": "artist", "ANNO": "comment",
 }  # fmt: skip
@@ -51,7 +51,7 @@ def read_chunk_tags(source: str | bytes, seconds: float | None) -> tuple[list[Ta
     Returns:
         (name, values, place) of each, and the seconds of the beats of a loop whose length is its beats at its tempo.
     """
-    texts = [name.encode() for name in CHUNK_TAGS if not name.startswith("I")]
+    texts = [name.encode() for name in FIELDS_OF_CHUNKS if not name.startswith("I")]
     try:
         order, chunks = read_chunks(source, *texts, *_CHUNKS)
     except OSError:
@@ -77,8 +77,8 @@ def read_chunk_tags(source: str | bytes, seconds: float | None) -> tuple[list[Ta
                 tags += _read_ixml(content)
             elif chunk == b"bext":
                 tags += _describe(decode_unnamed(content[:256]), "bext chunk")
-            elif chunk.decode() in CHUNK_TAGS:
-                tags.append((CHUNK_TAGS[chunk.decode()], [decode_unnamed(content)], "AIFF chunk"))
+            elif chunk.decode() in FIELDS_OF_CHUNKS:
+                tags.append((FIELDS_OF_CHUNKS[chunk.decode()], [decode_unnamed(content)], "AIFF chunk"))
     return tags, beats
 
 
@@ -100,10 +100,10 @@ def decode_unnamed(content: bytes) -> str:
 
 def _read_info(content: bytes, kind: bytes) -> Iterator[Tag]:
     for name, start, length in iterate_chunks(io.BytesIO(content), len(content), CHUNK_KINDS[kind], 4):
-        if name.decode() in CHUNK_TAGS:
+        if name.decode() in FIELDS_OF_CHUNKS:
             text = decode_unnamed(content[start : start + length])
             is_key = name == b"IKEY" and len(text) > 1 and parse_key(text)  # means keywords; some write the key
-            yield "key" if is_key else CHUNK_TAGS[name.decode()], [text], "INFO chunk"
+            yield "key" if is_key else FIELDS_OF_CHUNKS[name.decode()], [text], "INFO chunk"
 
 
 def _read_acid(content: bytes, sign: str, seconds: float | None) -> tuple[list[Tag], int]:

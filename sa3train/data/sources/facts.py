@@ -72,11 +72,11 @@ def find_contradictions(facts: Iterable[Fact]) -> list[tuple[str, str]]:
     for name, code in (("bpm", "tempo_conflict"), ("key", "key_conflict")):
         of_name = [fact for fact in facts if fact.name == name]
         if any(not is_same(name, of_name[0].value, fact.value) for fact in of_name[1:]):
-            found.append((code, ", ".join(f"{format_value(fact.value)} ({fact.source})" for fact in of_name)))
+            found.append((code, ", ".join(f"{format_fact_value(fact.value)} ({fact.source})" for fact in of_name)))
     return found
 
 
-def format_value(value: str | int | float) -> str:
+def format_fact_value(value: str | int | float) -> str:
     """Format a value for people.
 
     Args:

@@ -24,7 +24,7 @@ from sa3train.data.sources.lists import (
     LIST_SUFFIXES,
     PATH_FIELDS,
     ListRow,
-    is_list,
+    is_caption_list,
     is_list_stem,
     parse_object,
     read_list,
@@ -77,7 +77,7 @@ class Clip:
     is_latents: bool = False
 
 
-class Problem(NamedTuple):
+class SourceProblem(NamedTuple):
     """Something that is meant to be a clip, or the text of one, but cannot be used.
 
     Attributes:
@@ -103,7 +103,7 @@ class Listing:
     """
 
     clips: list[Clip] = field(default_factory=list)
-    problems: list[Problem] = field(default_factory=list)
+    problems: list[SourceProblem] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
     of_latents: dict[str, Blob] = field(default_factory=dict)
 
@@ -159,11 +159,11 @@ def list_source(source: str) -> Listing:
     return listing
 
 
-def _drop_repeated(clips: Iterable[Clip], problems: list[Problem]) -> Iterator[Clip]:
+def _drop_repeated(clips: Iterable[Clip], problems: list[SourceProblem]) -> Iterator[Clip]:
     before = None
     for clip in clips:
         if clip.source == before:
-            problems.append(Problem(clip.source, f"another clip has the same path; {clip.audio.path} is not used"))
+            problems.append(SourceProblem(clip.source, f"a clip has the same path; {clip.audio.path} is not used"))
         else:
             yield clip
         before = clip.source
@@ -210,7 +210,7 @@ class _Folder:
     def add_all(self) -> None:
         """Add every clip, with the rows of the folder's lists."""
         entries: dict[str, _Entry] = {}
-        used, known = set(filter(is_list, self.names)), len(self.listing.clips)
+        used, known = set(filter(is_caption_list, self.names)), len(self.listing.clips)
         for name in sorted(used):
             self.read_list(name, entries, alone=False)
         for name in self.names:
@@ -223,15 +223,15 @@ class _Folder:
         sheets = {name for name in self.names if name.lower().endswith(_SHEETS) and is_list_stem(name)} - used
         if any(not (clip.text or clip.fields or clip.row) for clip in self.listing.clips[known:]):
             reason = "clips here have no caption, and this is not read as a list: export it as .csv in UTF-8"
-            self.listing.problems += [Problem(name, reason) for name in sorted(sheets)]
+            self.listing.problems += [SourceProblem(name, reason) for name in sorted(sheets)]
             used |= sheets
         self.listing.skipped.update(_get_suffix(name) for name in self.names if name not in used)
         meant = (*AUDIO_SUFFIXES, *_TEXT, *LIST_SUFFIXES, ".tar")
         self.listing.skipped.update(suffix for suffix in map(_get_suffix, self.files.special) if suffix not in meant)
         special = {name: why for name, why in self.files.special.items() if _get_suffix(name) in meant}
         for name, reason in (special | self.files.unlisted).items():
-            self.listing.problems.append(Problem(_show(name), reason, "special_file"))
-        self.listing.problems += [Problem(_show(name), f"it is {own}", OWN) for name, own in self.files.own.items()]
+            self.listing.problems.append(SourceProblem(_show(name), reason, "special_file"))
+        self.listing.problems += [SourceProblem(_show(at), f"it is {own}", OWN) for at, own in self.files.own.items()]
 
     def add_latents(self) -> None:
         """Add the latents of another tool: each `.npy` with the `.json` beside it."""
@@ -243,7 +243,7 @@ class _Folder:
         self.listing.of_latents = {base: self.storage.get_blob(name) for name, base in of_all.items()}
         for name, fields in described.items():
             if fields not in self.names:
-                self.listing.problems.append(Problem(_show(name), f"there is no {fields}, which describes it"))
+                self.listing.problems.append(SourceProblem(_show(name), f"there is no {fields}, which describes it"))
                 continue
             audio, text = self.storage.get_blob(name), self.storage.get_blob(fields)
             stamp = f"{self.names[name]}|{self.names[fields]}"
@@ -251,7 +251,7 @@ class _Folder:
         used = {*latents, *described.values(), *of_all}
         for name in self.names:
             if _get_suffix(name) == ".json" and name not in used:
-                self.listing.problems.append(Problem(_show(name), "there is no .npy that it describes"))
+                self.listing.problems.append(SourceProblem(_show(name), "there is no .npy that it describes"))
                 used.add(name)
         self.listing.skipped = Counter(_get_suffix(name) for name in self.names if name not in used)
 
@@ -319,7 +319,7 @@ class _Folder:
         try:
             rows, encoding = read_list(self.storage.get_blob(name).read(LIST_LIMIT), name)
         except DataError as error:
-            self.listing.problems.append(Problem(name, str(error)))
+            self.listing.problems.append(SourceProblem(name, str(error)))
             return
         notes = (("text_encoding", f"{name} is read as {encoding}"),) if encoding else ()
         found: list[_Entry] = []
@@ -334,7 +334,7 @@ class _Folder:
                     given = None if row.paths[0] == path else row.paths[0]
                     found.append(_Entry(name, row.line, row.text, path, given, foreign, remarks))
             except DataError as error:
-                self.listing.problems.append(Problem(place, str(error)))
+                self.listing.problems.append(SourceProblem(place, str(error)))
         # All paths of another machine must start in one folder there: else a file that is called alike would match.
         starts = Counter(entry.foreign for entry in found if entry.foreign)
         start = next((start for start, count in starts.most_common(1) if 2 * count > starts.total()), "")
@@ -350,7 +350,7 @@ class _Folder:
                 problem = f"names {entry.given or entry.path:.200} a second time; {known.name} is used"
             else:
                 continue
-            self.listing.problems.append(Problem(entry.name, problem))
+            self.listing.problems.append(SourceProblem(entry.name, problem))
 
     def resolve(self, row: ListRow, base: str, alone: bool) -> tuple[str, str]:
         """The file that a row names, and what of its path is of another machine. Raises `DataError` for none or two."""
@@ -440,9 +440,9 @@ def _add_tar(storage: LocalStorage, name: str, stamp: str, listing: Listing) -> 
     try:
         tar = TarStorage(storage.localize(name), stamp)
     except DataError as error:
-        listing.problems.append(Problem(name, str(error)))
+        listing.problems.append(SourceProblem(name, str(error)))
         return
-    listing.problems += [Problem(name, problem) for problem in tar.problems]
+    listing.problems += [SourceProblem(name, problem) for problem in tar.problems]
     members = Listing(skipped=listing.skipped)
     _Folder(tar, tar.list_files(), members).add_all()
     for clip in members.clips:

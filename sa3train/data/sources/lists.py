@@ -60,7 +60,7 @@ class ListRow:
     note: str = ""
 
 
-def is_list(name: str) -> bool:
+def is_caption_list(name: str) -> bool:
     """Tell whether a file of a folder is a caption list.
 
     Args:

@@ -289,9 +289,9 @@ class TarStorage(LocalStorage):
         try:
             self._read_members(path)
         except (tarfile.TarError, OSError, *_TAR_ERRORS) as error:
-            remedy = " Compressed tars have no random access: unpack it, or make a plain .tar."
+            hint = " Compressed tars have no random access: unpack it, or make a plain .tar."
             reason = str(error) or type(error).__name__
-            self.problems.append(f"is not a readable tar ({reason}).{remedy if _is_compressed(path) else ''}")
+            self.problems.append(f"is not a readable tar ({reason}).{hint if _is_compressed(path) else ''}")
 
     def _read_members(self, path: str) -> None:
         check_content(path)

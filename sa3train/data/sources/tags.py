@@ -15,7 +15,7 @@ from mutagen.id3 import ID3, TCON, Encoding
 
 from sa3train.audio.notes import parse_key
 from sa3train.core.errors import DataError
-from sa3train.data.sources.chunk_tags import CHUNK_TAGS, decode_unnamed, read_chunk_tags
+from sa3train.data.sources.chunk_tags import FIELDS_OF_CHUNKS, decode_unnamed, read_chunk_tags
 from sa3train.data.sources.facts import Fact, parse_bpm
 
 MAX_TAG_LENGTH = 500
@@ -31,7 +31,7 @@ _MP4 = {
     "\xa9nam": "title", "\xa9ART": "artist", "\xa9alb": "album", "\xa9gen": "genre", "tmpo": "bpm", "\xa9day": "date",
     "\xa9cmt": "comment", "\xa9grp": "grouping", "desc": "description",
 }  # fmt: skip
-EMBEDDED_TAGS = {**_ID3, **_MP4, **CHUNK_TAGS}
+EMBEDDED_TAGS = {**_ID3, **_MP4, **FIELDS_OF_CHUNKS}
 """Names of tags inside audio files, by their code in ID3, MP4, RIFF or AIFF."""
 
 _OTHER_NAMES = {

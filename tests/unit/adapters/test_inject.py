@@ -18,8 +18,7 @@ from sa3train.core.files import get_cache_dir
 from sa3train.training.run import start_adapter
 
 BLOCK = "model.transformer.layers.{}.ff.{}"
-WITH_A = [name for name, kind in KINDS.items() if not kind.xs]
-XS = [name for name, kind in KINDS.items() if kind.xs]
+XS = [name for name, kind in KINDS.items() if kind.is_xs]
 
 
 class TestFilters:

@@ -1,4 +1,4 @@
-"""What a load says, and which adapters are refused: counts and remedy in every message, the model left as it was."""
+"""What a load says, and which adapters are refused: counts and fix in every message, the model left as it was."""
 
 import json
 import logging

@@ -23,7 +23,6 @@ from sa3train.adapters.formats.io import load_adapter, save_adapter
 from sa3train.adapters.spec import AdapterSpec
 from sa3train.adapters.tools.service import merge_adapters
 from sa3train.core.errors import AdapterError
-from sa3train.core.safetensors_file import MAX_HEADER
 
 EXAMPLES = 2100
 PATH = "model.transformer.layers.0.ff.up"
@@ -77,7 +76,7 @@ def flipped_bytes(data: bytes, draw: random.Random) -> bytes:
 def other_header_length(data: bytes, draw: random.Random) -> bytes:
     (length,) = struct.unpack("<Q", data[:8])
     lengths = [
-        0, 1, 2, length - 1, length + 1, len(data) - 8, len(data), 2**31, 2**40, 2**63, 2**64 - 1, MAX_HEADER + 1
+        0, 1, 2, length - 1, length + 1, len(data) - 8, len(data), 2**31, 2**40, 2**63, 2**64 - 1, 10**8 + 1
     ]  # fmt: skip
     return struct.pack("<Q", draw.choice(lengths)) + data[8:]
 
@@ -279,39 +278,39 @@ def entry(dtype: str = "F16", shape: Any = (2, 2), offsets: Any = (0, 8)) -> Hea
 A, B = (f"{PATH}.parametrizations.weight.0.lora_{name}" for name in "AB")
 NAMED = {
     "empty": (b"", "it is empty"),
-    "seven bytes": (b"1234567", "it has only 7 bytes"),
-    "header longer than the file": (struct.pack("<Q", 5000) + b"{}", "header claims 5000 bytes"),
-    "header of exabytes": (struct.pack("<Q", 2**63) + b"{}", "header claims 9223372036854775808"),
-    "no JSON": (joined(b"hello", b""), "not a JSON object"),
-    "no object": (joined(b"[1]", b""), "not a JSON object"),
-    "broken JSON": (joined(b'{"a": ', b""), "not valid JSON"),
-    "deep JSON": (joined(b'{"a":' * 10**5 + b"1" + b"}" * 10**5, b""), "nested deeper than 8 levels"),
-    "a key twice": (joined(b'{"a": 1, "a": 2}', b""), "a key occurs twice"),
+    "seven bytes": (b"1234567", "header too small"),
+    "header longer than the file": (struct.pack("<Q", 5000) + b"{}", "invalid header length"),
+    "header of exabytes": (struct.pack("<Q", 2**63) + b"{}", "header too large"),
+    "no JSON": (joined(b"hello", b""), "invalid JSON"),
+    "no object": (joined(b"[1]", b""), "invalid JSON"),
+    "broken JSON": (joined(b'{"a": ', b""), "invalid JSON"),
+    "deep JSON": (joined(b'{"a":' * 10**5 + b"1" + b"}" * 10**5, b""), "recursion limit"),
+    "no entries": (joined(b'{"a": 1}', b""), "expected struct TensorInfo"),
     "no tensors": (joined({}, b""), "none of its 0 tensors"),
-    "truncated": (joined({A: entry()}, b"1234567"), "truncated or damaged"),
-    "bytes behind": (joined({A: entry()}, b"123456789"), "truncated or damaged"),
-    "overlap": (joined({A: entry(), B: entry(offsets=(4, 12))}, b"0" * 12), "overlaps the tensor before it"),
-    "shared": (joined({A: entry(), B: entry()}, b"0" * 8), "overlaps the tensor before it"),
-    "hole": (joined({A: entry(), B: entry(offsets=(10, 18))}, b"0" * 18), "leaves a hole"),
-    "backwards": (joined({A: entry(offsets=(8, 0))}, b"0" * 8), "invalid data offsets"),
-    "negative": (joined({A: entry(offsets=(-8, 0))}, b"0" * 8), "invalid data offsets"),
-    "gigabytes in the shape": (joined({A: entry(shape=(2**20, 2**20))}, b"0" * 8), "does not take 8 bytes"),
+    "truncated": (joined({A: entry()}, b"1234567"), "not fully covered"),
+    "bytes behind": (joined({A: entry()}, b"123456789"), "not fully covered"),
+    "overlap": (joined({A: entry(), B: entry(offsets=(4, 12))}, b"0" * 12), "invalid offset"),
+    "shared": (joined({A: entry(), B: entry()}, b"0" * 8), "invalid offset"),
+    "hole": (joined({A: entry(), B: entry(offsets=(10, 18))}, b"0" * 18), "invalid offset"),
+    "backwards": (joined({A: entry(offsets=(8, 0))}, b"0" * 8), "invalid offset"),
+    "negative": (joined({A: entry(offsets=(-8, 0))}, b"0" * 8), "expected usize"),
+    "gigabytes in the shape": (joined({A: entry(shape=(2**20, 2**20))}, b"0" * 8), "invalid shape"),
     "gigabytes at the end": (
         joined({A: entry(shape=(2**20, 2**20), offsets=(0, 2**41))}, b"0" * 8),
-        "describes 2199023255552 bytes of tensors, and the file has 8",
+        "not fully covered",
     ),
-    "overflowing shape": (joined({A: entry(shape=(2**33, 2**33))}, b"0" * 8), "does not take 8 bytes"),
-    "negative shape": (joined({A: entry(shape=(-2, -2))}, b"0" * 8), "invalid shape"),
-    "many dimensions": (joined({A: entry(shape=(1,) * 9, offsets=(0, 2))}, b"00"), "invalid shape"),
+    "overflowing shape": (joined({A: entry(shape=(2**33, 2**33))}, b"0" * 8), "overflow"),
+    "negative shape": (joined({A: entry(shape=(-2, -2))}, b"0" * 8), "expected usize"),
+    "many dimensions": (joined({A: entry(shape=(1,) * 9, offsets=(0, 2))}, b"00"), "has 9 dimensions"),
     "whole numbers": (joined({A: entry("I16")}, b"0" * 8), "must be F16, BF16, F32 or F64"),
-    "unknown dtype": (joined({A: entry("F12")}, b"0" * 8), "unknown dtype"),
-    "dtype against bytes": (joined({A: entry("F32")}, b"0" * 8), "does not take 8 bytes"),
+    "unknown dtype": (joined({A: entry("F12")}, b"0" * 8), "unknown variant `F12`"),
+    "dtype against bytes": (joined({A: entry("F32")}, b"0" * 8), "invalid shape"),
     "path upwards": (joined({f"../../{A}": entry()}, b"0" * 8), "is not a module path"),
     "absolute path": (joined({f"/etc/{A}": entry()}, b"0" * 8), "is not a module path"),
     "NUL": (joined({f"model\x00{A}": entry()}, b"0" * 8), "is not a module path"),
     "dunder": (joined({f"model.__class__.{A}": entry()}, b"0" * 8), "is not a module path"),
     "endless key": (joined({"a" * 10**5: entry()}, b"0" * 8), "is not a module path"),
-    "metadata of numbers": (joined({"__metadata__": {"a": 1}, A: entry()}, b"0" * 8), "metadata"),
+    "metadata of numbers": (joined({"__metadata__": {"a": 1}, A: entry()}, b"0" * 8), "expected a string"),
     "half a layer": (joined({A: entry()}, b"0" * 8), "incomplete or damaged lora"),
     "a checkpoint": (joined({"model.model.x": entry()}, b"0" * 8), "whole checkpoint"),
 }
@@ -330,10 +329,10 @@ def test_refusals_say_what_is_wrong(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("start", "message"),
     [
-        (struct.pack("<Q", 2**35), "header claims 34359738368 bytes"),
-        (struct.pack("<Q", MAX_HEADER + 1), "header claims"),
-        (joined({A: entry(shape=(2**20, 2**20), offsets=(0, 2**41))}, b""), "describes 2199023255552 bytes"),
-        (joined({A: entry("I16", (2**18, 2**17), (0, 2**36))}, b""), "truncated or damaged|must be F16, BF16, F32"),
+        (struct.pack("<Q", 2**35), "header too large"),
+        (struct.pack("<Q", 10**8 + 1), "header too large"),
+        (joined({A: entry(shape=(2**20, 2**20), offsets=(0, 2**41))}, b""), "not fully covered"),
+        (joined({A: entry("I16", (2**18, 2**17), (0, 2**36))}, b""), "must be F16, BF16, F32"),
     ],
 )  # fmt: skip
 def test_a_large_file_is_refused_without_being_read(start: bytes, message: str, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def write_odd_file(folder: Path, seed: int) -> Path:
     stored = {}
     for path in PATHS:
         if is_native:
-            names = kind.parameters + (("U", "V") if kind.xs and rng.random() < 0.5 else ())
+            names = kind.parameters + (("U", "V") if kind.is_xs and rng.random() < 0.5 else ())
             names += ("diff_b",) if rng.random() < 0.1 else ()
             prefix = f"{path}.parametrizations.weight.0"
         else:

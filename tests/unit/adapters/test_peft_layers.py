@@ -228,7 +228,7 @@ class TestGradients:
         assert (columns / H.norm(dim=0) - 1).abs().max() < limit
 
     @pytest.mark.parametrize("dropout", [0.0, 0.5])
-    @pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.rows or kind.cols])
+    @pytest.mark.parametrize("kind", [name for name, kind in KINDS.items() if kind.scales_rows or kind.scales_columns])
     def test_magnitudes_may_be_zero_tiny_or_negative(self, kind: str, dropout: float) -> None:
         """What the backward pass recovers by dividing by a gain must be had otherwise where the gain is near 0."""
         layer = layer_of(kind, nn.Linear(12, 8), dropout=dropout)

@@ -37,7 +37,8 @@ from sa3train.adapters.tools.service import merge_adapters
 from sa3train.core.errors import AdapterError, SA3Error
 from sa3train.core.files import hash_file, replace_folder
 from sa3train.models.checkpoint import load_checkpoint
-from sa3train.models.parse import complete_config, read_config_file
+from sa3train.models.config_reader import read_config_file
+from sa3train.models.parse import complete_config
 
 FACTORS = {"lora_A": torch.randn(2, 4), "lora_B": torch.randn(4, 2)}
 

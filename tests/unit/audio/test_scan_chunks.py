@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from helpers.audio import encode, noise
+from helpers.audio import encode, make_chunk, noise
 from sa3train.audio.decode import decode_audio
 from sa3train.audio.scan_chunks import scan_chunks
 
@@ -14,10 +14,6 @@ RATE = 44100
 
 def encode_noise(container: str = "WAV", subtype: str = "PCM_16") -> bytes:
     return encode(noise(1.0), container, subtype)
-
-
-def make_chunk(name: bytes, content: bytes) -> bytes:
-    return name + struct.pack("<I", len(content)) + content + bytes(len(content) % 2)
 
 
 def check(content: bytes, *codes: str, seconds: float = 1.0) -> None:

@@ -47,7 +47,7 @@ def test_numbers_and_texts_that_look_alike_are_taken(recipe: Path) -> None:
     assert list(body["data"].values()) == [0, 10, 0.5, 1e-4, 1000, "1:30", -0.0]
 
 
-@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf" + OWN])
+@pytest.mark.parametrize("start", [b"", b"\xef\xbb\xbf" + OWN, b"# mine\n" + OWN])
 def test_a_recipe_whose_package_hydra_does_not_see_is_refused(recipe: Path, start: bytes) -> None:
     recipe.write_bytes(start + b"seed: 1\n")
     with pytest.raises(ConfigError, match="mine.yaml"):

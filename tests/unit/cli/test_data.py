@@ -132,7 +132,7 @@ def test_preview_refuses_settings_without_effect(shards: Path, capsys: pytest.Ca
     assert main(["preview", str(shards), "--shuffle-tags", "--template", "{caption}=2", "-n", "2"]) == 0
     assert "too many to list" in capsys.readouterr().out
     assert main(["preview", str(shards.parent)]) == 1
-    assert "index.json" in capsys.readouterr().err
+    assert f"Did you mean {shards}?" in capsys.readouterr().err
 
 
 def test_inspect_lists_verifies_and_plays(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

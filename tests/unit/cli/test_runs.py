@@ -103,3 +103,23 @@ def test_mistakes_are_explained(
 ) -> None:
     assert main(arguments) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_run_that_was_not_validated_has_no_best_step(
+    runs: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its adapter is measured before the first step, which is no validation."""
+    content = {"base": {}, "history": [{"step": 0, "val": {"loss": 0.8}}], "best_step": 0, "best_loss": 0.8}
+    (runs / "one" / "validation.json").write_text(json.dumps(content))
+    assert main(["show", "runs/one"]) == 0
+    shown = read(capsys)
+    assert "not validated" in shown and "best step" not in shown
+    assert main(["show", "runs/one", "--json"]) == 0
+    assert json.loads(read(capsys))["best_step"] is None
+    trained = json.loads((runs / "two" / "validation.json").read_text()) | {"best_step": 0}
+    (runs / "one" / "validation.json").write_text(json.dumps(trained))
+    assert main(["show", "runs/one"]) == 0
+    assert "no step is better than its start" in read(capsys)
+    (runs / "one" / "validation.json").unlink()
+    assert main(["compare", "runs"]) == 0
+    assert "not validated, so not compared: runs/failed, runs/one" in caplog.text

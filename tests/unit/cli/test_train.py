@@ -26,7 +26,7 @@ from sa3train.cli.train_config import TrainConfig
 from sa3train.models.checkpoint import load_checkpoint
 from sa3train.models.conditioners import TextEncoder
 from sa3train.reports.comparison import compare_runs
-from sa3train.reports.run_files import read_metrics
+from sa3train.reports.run_files import load_settings, read_metrics
 from sa3train.training.module import LoraModule
 from sa3train.training.prompt_embeddings import PromptEmbedder
 
@@ -123,13 +123,13 @@ def test_a_run_goes_on_from_another_folder_with_the_paths_that_it_was_started_wi
     monkeypatch.chdir("../..")
     again = ["resume=here/runs/a", "trainer.max_steps=3"]
     assert main(again) == 1
-    assert "cannot read latents/index.json" in capsys.readouterr().err
+    assert "trained on latents, which is not there. If it moved, set data=FOLDER" in capsys.readouterr().err
     assert main([*again, "data=moved"]) == 0
     assert json.loads(Path("here/runs/a/run.json").read_text())["steps"] == 3
 
 
 def test_a_run_goes_on_where_it_was_and_not_as_another(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(shards, "run_dir=out") == 0
+    assert run(shards, "run_dir=out", "loss=released", "trainer.ema_decay=null") == 0
     assert run(shards, "run_dir=out") == 1
     assert "already holds a run. Resume it: sa3-train resume=out" in capsys.readouterr().err
     assert main(["resume=out", "adapter.dropout=0.5"]) == 1
@@ -137,8 +137,15 @@ def test_a_run_goes_on_where_it_was_and_not_as_another(shards: Path, capsys: pyt
     assert "adapter.dropout: 0.0 -> 0.5" in error and "allow_resume_changes=[adapter.dropout]" in error
     assert main(["resume=out", "trainer.max_steps=3"]) == 0
     assert "resume=out trainer.max_steps=6" in capsys.readouterr().out
+    assert main(["resume=out"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(
+        "out is finished: all 3 steps are done, and only its last files are written again.\nlonger:  sa3"
+    )
     record = json.loads(Path("out/run.json").read_text())
     assert record["steps"] == 3 and record["resumed"][-1]["step"] == 2
+    kept = load_settings(Path("out/config.yaml"))
+    assert (kept["loss"]["timesteps"], kept["trainer"]["ema_decay"]) == ("trunc_logit_normal", None), "as it was begun"
     assert main(["resume=out", "recipe=style"]) == 1
     assert "recipe=style cannot be chosen" in capsys.readouterr().err
     hints = {"nowhere": "such as resume=", "outt": "Did you mean out?", "out@2": "adapter.start_from=out@2"}

@@ -236,7 +236,7 @@ OOM_ERRORS = (
 
 
 @pytest.mark.parametrize("error", OOM_ERRORS)
-def test_however_a_device_says_it_the_remedies_are_named(error: Exception) -> None:
+def test_however_a_device_says_it_the_fixes_are_named(error: Exception) -> None:
     assert is_out_of_memory(error)
     with (
         pytest.raises(MemoryShortageError, match=r"^Out of memory while generating 9 s: this machine .* a; b; or c"),

@@ -120,7 +120,7 @@ def test_signals_have_their_finding_and_no_other(tmp_path: Path, name: str) -> N
     row = audit_rows(folder)["a.wav"]
     assert codes(row) == {code} | ALSO.get(code, set())
     assert is_rejected(row) == (FINDING_TYPES[code].severity == "error")
-    assert FINDING_TYPES[code].remedy
+    assert FINDING_TYPES[code].fix
     assert FINDING_TYPES[code].title in format_clip(row)
     assert format_clip(row | {"source": "a\nb\x1b.wav"}).startswith("a\\nb\\x1b.wav: ")
 
@@ -376,7 +376,7 @@ def test_reports(tmp_path: Path) -> None:
     assert written["summary"]["rejected"] == 1
     assert written["summary"]["seconds"] == 2.0
     assert written["summary"]["findings"]["silent"] == {
-        "clips": 1, "severity": "error", "remedy": FINDING_TYPES["silent"].remedy,
+        "clips": 1, "severity": "error", "fix": FINDING_TYPES["silent"].fix,
     }  # fmt: skip
     page = (tmp_path / "out" / "audit.html").read_text()
     assert page.count("<svg") == 2
@@ -392,7 +392,7 @@ def test_reports(tmp_path: Path) -> None:
     table = summary.format_table()
     assert "2 clips, 1 rejected" in table
     assert "silent throughout" in table
-    assert FINDING_TYPES["silent"].remedy in table
+    assert FINDING_TYPES["silent"].fix in table
     assert "no problems" in AuditSummary("empty").format_table()
 
 

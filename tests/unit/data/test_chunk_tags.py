@@ -5,16 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from helpers.audio import encode, noise
+from helpers.audio import encode, make_chunk, noise
 from sa3train.data.sources.captions import ClipText, read_clip_text
 from sa3train.data.sources.listing import list_source
 from sa3train.data.sources.tags import EmbeddedTags, read_embedded_tags
 
 SECONDS = 4.0
-
-
-def make_chunk(name: bytes, content: bytes, sign: str = "<") -> bytes:
-    return name + struct.pack(f"{sign}I", len(content)) + content + bytes(len(content) % 2)
 
 
 def make_wav(*chunks: bytes, seconds: float = SECONDS) -> bytes:

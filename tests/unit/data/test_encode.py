@@ -32,7 +32,7 @@ from sa3train.data.encode.settings import EncodeSettings
 from sa3train.data.encode.workers import Workers
 from sa3train.data.shards.index import list_shards
 from sa3train.data.shards.reader import LatentStore
-from sa3train.data.shards.writer import read_listing
+from sa3train.data.shards.shard_file import read_listing
 
 
 def encode(source: Path, out: Path, encoder: Encoder, **settings: Any) -> EncodeResult:
@@ -392,7 +392,7 @@ def test_a_finding_whose_fix_is_applied_does_not_advise_it_again(tmp_path: Path,
     fixed = encode(source, out, encoder, fixes=("dc",), overwrite=True).audit
     assert plain is not None
     assert fixed is not None
-    assert "fixes=dc" in plain.as_json()["findings"]["dc_offset"]["remedy"]
+    assert "fixes=dc" in plain.as_json()["findings"]["dc_offset"]["fix"]
     assert "encode with" not in fixed.format_table()
     assert fixed.as_json()["findings"]["dc_offset"]["severity"] == "note"
     rows = json.loads((out / "audit.json").read_text())["clips"]

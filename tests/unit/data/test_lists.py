@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sa3train.audio.io import AUDIO_SUFFIXES
 from sa3train.core.errors import DataError
-from sa3train.data.sources.lists import ListRow, is_list, read_list
+from sa3train.data.sources.lists import ListRow, is_caption_list, read_list
 
 LETTERS = st.characters(exclude_categories=["Cs", "Cc", "Cf"])
 MISSING = ("", "nan", "none", "null", "n/a", "#n/a", "<na>")
@@ -160,5 +160,5 @@ def test_a_list_that_is_not_text_is_refused() -> None:
 
 
 def test_names_of_lists() -> None:
-    assert all(map(is_list, ("metadata.csv", "a/Metadata.JSONL", "captions.tsv", "b/captions.ndjson")))
-    assert not any(map(is_list, ("other.csv", "metadata.txt", "metadata.json", "metadata.csv.bak")))
+    assert all(map(is_caption_list, ("metadata.csv", "a/Metadata.JSONL", "captions.tsv", "b/captions.ndjson")))
+    assert not any(map(is_caption_list, ("other.csv", "metadata.txt", "metadata.json", "metadata.csv.bak")))

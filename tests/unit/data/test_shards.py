@@ -23,14 +23,8 @@ from helpers.shards import make_latents, make_store, mutate
 from sa3train.core.errors import DataError
 from sa3train.data.shards.index import build_index, list_shards, parse_index
 from sa3train.data.shards.reader import LatentStore
-from sa3train.data.shards.writer import (
-    ShardWriter,
-    finish_shard,
-    get_listing_path,
-    hash_record,
-    read_listing,
-    scan_shard,
-)
+from sa3train.data.shards.shard_file import get_listing_path, hash_record, read_listing, scan_shard
+from sa3train.data.shards.writer import ShardWriter, finish_shard
 
 
 def record(number: int, **more: Any) -> dict[str, Any]:
@@ -385,6 +379,8 @@ def test_500_mutated_shards_are_named_or_harmless(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_audio_is_to_be_encoded_first(tmp_path: Path) -> None:
-    (tmp_path / "a.WAV").touch()
-    with pytest.raises(DataError, match="folder of audio.*sa3-encode source="):
-        LatentStore(tmp_path)
+    pack = tmp_path / "My Pack"
+    (pack / "kicks").mkdir(parents=True)
+    (pack / "kicks" / "a.WAV").touch()
+    with pytest.raises(DataError, match="folder of audio.*sa3-encode 'source=.*My Pack\"' out=latents model=MODEL"):
+        LatentStore(pack)

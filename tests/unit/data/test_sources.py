@@ -161,7 +161,7 @@ def test_damaged_tars_are_named(tmp_path: Path) -> None:
     assert "unexpected end of data" in problem[1]
 
 
-def test_compressed_tars_are_refused_with_the_remedy(tmp_path: Path) -> None:
+def test_compressed_tars_are_refused_with_the_fix(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "a.tar", "w:gz") as tar:
         tar.add(write_clip(tmp_path / "x.wav", CLIP), "x.wav")
     (problem,) = list_source(str(tmp_path / "a.tar")).problems

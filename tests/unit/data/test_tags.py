@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from mutagen.apev2 import APEv2
 from mutagen.id3 import COMM, TBPM, TCON, TIT2, TIT3, TXXX
 
-from helpers.audio import encode, noise, write_clip
+from helpers.audio import encode, make_chunk, noise, write_clip
 from sa3train.data.audit.audit import AuditRules, audit_clip
 from sa3train.data.sources import tags
 from sa3train.data.sources.captions import read_clip_text
@@ -28,10 +28,6 @@ from sa3train.data.sources.tags import is_promotional, read_embedded_tags
 def write(path: Path, **how: Any) -> Path:
     soundfile.write(path, noise(0.2), 44100, **how)
     return path
-
-
-def make_chunk(name: bytes, content: bytes, order: str = "<") -> bytes:
-    return name + struct.pack(f"{order}I", len(content)) + content + bytes(len(content) % 2)
 
 
 def make_wav(*chunks: bytes) -> bytes:

@@ -15,6 +15,7 @@ import torch
 
 from helpers.audio import noise, tone
 from helpers.generation import generate_latents, inpaint
+from sa3train.audio.edit import FADE, fit
 from sa3train.inference import Generator
 
 SECONDS, START, END = 3.0, 1.0, 2.0
@@ -83,3 +84,30 @@ def test_kept_exactly_it_is_the_audio_of_the_source_s_own_latents(make: Callable
     far = outside(gen)
     difference = decoded(gen, exact) - decoded(gen, own * region(own))
     assert difference[:, far].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("ends", "length"),
+    [([(0.5, 1.0), (2.0, 2.5)], SECONDS), ([(0.0, 1.0)], SECONDS), ([(2.0, SECONDS)], 2.0)],
+    ids=["two regions", "at the start", "a continuation"],
+)
+def test_kept_exactly_every_sample_around_the_regions_is_the_source_s(
+    make: Callable[..., Generator], ends: list[tuple[float, float]], length: float
+) -> None:
+    source = SOURCE[:, : int(length * 44100)]
+    regions = inpaint((44100, source), *(list(each) for each in zip(*ends, strict=True)))
+    audio, copied = (
+        make("plain").generate(**SETTINGS | regions, batch_size=2, keep_exact=keep_exact).audio
+        for keep_exact in (True, False)
+    )
+    made, kept = torch.zeros(SOURCE.shape[1], dtype=torch.bool), torch.ones(SOURCE.shape[1], dtype=torch.bool)
+    for start, end in ends:
+        first, stop = (-(-int(edge * 44100) // FRAME) * FRAME for edge in (start, end))
+        made[first:stop] = True
+        kept[max(0, first - FADE) : stop + FADE] = False
+    kept[source.shape[1] :] = False
+    for item in audio:
+        assert torch.equal(item[:, kept], SOURCE[:, kept])
+        assert (item - fit(source, item.shape[1]))[:, made].abs().max() > 1e-3
+    assert kept.float().mean() > 0.5
+    assert not torch.equal(copied[0][:, kept], SOURCE[:, kept])

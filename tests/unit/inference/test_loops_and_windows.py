@@ -11,10 +11,10 @@ import torch
 
 from helpers.audio import tone
 from helpers.golden import GOLDEN
+from sa3train.audio.edit import FADE, blend_region
 from sa3train.audio.metrics import measure_seam
 from sa3train.core.errors import GenerationError
 from sa3train.inference import Generator, windows
-from sa3train.inference.loops import FADE, blend_region
 from sa3train.inference.outputs import describe_measured
 from sa3train.inference.windows import remove_work_dir
 

@@ -1,4 +1,4 @@
-"""Names resolve through huggingface_hub's cache, then download; whatever the hub answers is said with its remedy."""
+"""Names resolve through huggingface_hub's cache, then download; whatever the hub answers is said with a way on."""
 
 import hashlib
 import http.server

@@ -74,13 +74,6 @@ def test_fp32_products_are_exact_whichever_library_does_them() -> None:
     assert precision.measure_matmul_error() < 1e-5
 
 
-def test_a_choice_of_the_users_own_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "_read_cpu_field", lambda key: {"vendor_id": "AuthenticAMD"}.get(key, ""))
-    torch.set_float32_matmul_precision("high")
-    assert not precision.enable_fast_fp32_matmul()
-    assert torch.get_float32_matmul_precision() == "high"
-
-
 def test_a_setting_that_torch_refuses_to_read_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """As after the released project's `allow_tf32 = False` in the same process (torch 2.14)."""
     monkeypatch.setattr(precision, "_read_cpu_field", lambda key: {"vendor_id": "AuthenticAMD"}.get(key, ""))
@@ -93,20 +86,21 @@ def test_a_setting_that_torch_refuses_to_read_is_left_alone(monkeypatch: pytest.
         torch.set_float32_matmul_precision("highest")
 
 
-@pytest.mark.parametrize("fields", [{"vendor_id": "GenuineIntel"}, {"vendor_id": "AuthenticAMD", "flags": "amx_bf16"}])
-def test_products_are_torchs_own_on_other_processors(fields: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("fields", "chosen"),
+    [
+        ({"vendor_id": "GenuineIntel"}, "highest"),
+        ({"vendor_id": "AuthenticAMD", "flags": "amx_bf16"}, "highest"),
+        ({"vendor_id": "AuthenticAMD"}, "high"),  # the user's own choice
+        ({"vendor_id": "AuthenticAMD"}, "highest"),  # the permission is taken back where products turn out rounded
+    ],
+)
+def test_products_are_torchs_own(fields: dict[str, str], chosen: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "_read_cpu_field", lambda key: fields.get(key, ""))
-    torch.set_float32_matmul_precision("highest")
-    assert not precision.enable_fast_fp32_matmul()
-    assert torch.get_float32_matmul_precision() == "highest"
-
-
-def test_the_permission_is_taken_back_when_products_turn_out_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "_read_cpu_field", lambda key: {"vendor_id": "AuthenticAMD"}.get(key, ""))
     monkeypatch.setattr(precision, "measure_matmul_error", lambda: 1e-3)
-    torch.set_float32_matmul_precision("highest")
+    torch.set_float32_matmul_precision(chosen)
     assert not precision.enable_fast_fp32_matmul()
-    assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.get_float32_matmul_precision() == chosen
 
 
 def test_loading_leaves_no_convolution_to_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
