@@ -1,11 +1,10 @@
-#!/usr/bin/env python
 """Generate audio from a folder of `sa3-export`, with numpy, onnxruntime and tokenizers alone (docs/export.md).
 
 python inference/onnx_generate.py nano-onnx -p "solo cello" --duration 5 --seed 7 -o cello.wav
-python inference/onnx_generate.py nano-onnx -p "drum fill" --inpaint-audio in.wav --inpaint 2 4 -o out.wav
 """
 
 import argparse
+import functools
 import hashlib
 import json
 import wave
@@ -25,9 +24,8 @@ def draw(rng, *shape, is_noisy=True):
     if not is_noisy:
         return np.zeros(shape, np.float32)
     size = int(np.prod(shape))
-    raw = rng.randint(0, 2**32, size, np.uint32)
-    if size % 16:  # the last 16 are drawn again
-        raw = np.concatenate((raw[: size // 16 * 16], rng.randint(0, 2**32, 16, np.uint32)))
+    raw = rng.randint(0, 2**32, size + 16 * (size % 16 > 0), np.uint32)
+    raw = np.delete(raw, slice(size // 16 * 16, size))  # an incomplete block is drawn again
     uniform = (raw & 0xFFFFFF).astype(np.float32).reshape(-1, 2, 8) / np.float32(1 << 24)
     radius, angle = np.sqrt(-2 * np.log(1 - uniform[:, 0])), np.float32(2 * np.pi) * uniform[:, 1]
     out = np.stack((radius * np.cos(angle), radius * np.sin(angle)), 1).astype(np.float32).reshape(-1)
@@ -38,22 +36,20 @@ class Model:
     """The graphs of a folder, which must be those that its manifest lists."""
 
     def __init__(self, folder):
-        self.facts = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if (self.facts["format"], self.facts["version"]) != ("sa3train-onnx", 1):
-            raise SystemExit(f"{folder} is not an export that this script reads.")
+        manifest = folder / "manifest.json"
+        self.facts = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
+        if (self.facts.get("format"), self.facts.get("version")) != ("sa3train-onnx", 1):
+            raise SystemExit(f"{folder} is not an export that this script reads. Give a folder of sa3-export.")
         for name, digest in self.facts["files"].items():
-            if hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
+            if not (folder / name).is_file() or hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
                 raise SystemExit(f"{folder / name} has changed since the export. Export the model again.")
-        self.folder, self.sessions = folder, {}
         self.rate, self.ratio = self.facts["sample_rate"], self.facts["samples_per_frame"]
+        self.open = functools.cache(lambda name: onnxruntime.InferenceSession(folder / f"{name}.onnx"))
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.no_truncation(), self.tokenizer.no_padding()
 
     def run(self, name, *inputs):
-        if name not in self.sessions:
-            self.sessions[name] = onnxruntime.InferenceSession(self.folder / f"{name}.onnx")
-        names = (each.name for each in self.sessions[name].get_inputs())
-        return self.sessions[name].run(None, dict(zip(names, inputs, strict=True)))
+        return self.open(name).run(None, {i.name: x for i, x in zip(self.open(name).get_inputs(), inputs, strict=True)})
 
     def convert(self, side, given, rng):
         """Audio to latents ("encoder") or back ("decoder"), in overlapping chunks, each of which draws its noise."""
@@ -65,8 +61,7 @@ class Model:
         for start in sorted({*range(0, frames - size + 1, size - overlap), frames - size}):
             kept = overlap // 2 if start else 0  # where the part begins that this chunk contributes
             inputs = [np.ascontiguousarray(given[..., start * inner : (start + size) * inner])]
-            if not encodes:
-                inputs.append(draw(rng, *inputs[0].shape, is_noisy=noises["latent_noise"]))
+            inputs += [] if encodes else [draw(rng, *inputs[0].shape, is_noisy=noises["latent_noise"])]
             inputs.append(draw(rng, size, *noises[side]["token_shape"], is_noisy=noises[side]["token_noise"]))
             out[..., (start + kept) * outer : (start + size) * outer] = self.run(side, *inputs)[0][..., kept * outer :]
         return out
@@ -75,8 +70,7 @@ class Model:
 def sample(model, options, rng):
     """Latents (1, C, T) and the count of real frames."""
     facts, rate, ratio, seconds = model.facts, model.rate, model.ratio, options.duration
-    frames = -(-int((seconds + facts["tail_seconds"]) * rate) // ratio)
-    frames = min(frames + frames % 2, facts["frames"]["max"])
+    frames = min(-(-int((seconds + facts["tail_seconds"]) * rate) // (2 * ratio)) * 2, facts["frames"]["max"])
     real = min(-(-int(seconds * rate) // ratio) + int(facts["tail_seconds"] * rate / ratio), frames)
     x, sigma = draw(rng, 1, facts["latent_channels"], frames), options.init_noise_level if options.init_audio else 1.0
     if options.init_audio:
@@ -102,19 +96,20 @@ def sample(model, options, rng):
         if rows == 2:  # classifier-free guidance with adaptive projection, over the real frames
             v, difference = v[:1], v[1:] - v[:1]
             along = (x - t * v).astype(np.float64) * mask[:1, None]
-            along /= max(np.linalg.norm(along), 1e-12)
-            difference -= ((difference * mask[:1, None] * along).sum() * along).astype(np.float32)
-            v = v - np.float32(options.cfg_scale - 1) * difference
+            share = (difference * along).sum() / max((along**2).sum(), 1e-24)
+            v = v - np.float32(options.cfg_scale - 1) * (difference - (share * along).astype(np.float32))
         x = x - t * v + after * (v if options.sampler == "euler" else draw(rng, *x.shape) - (x - t * v))
     return x, real
 
 
 def read_wav(path, rate, length):
-    with wave.open(str(path)) as file:
-        if (file.getframerate(), file.getsampwidth()) != (rate, 2) or file.getnchannels() not in (1, 2):
-            raise SystemExit(f"{path} must be 16-bit WAV of {rate} Hz, mono or stereo. Convert it first.")
-        samples = np.frombuffer(file.readframes(length), "<i2").reshape(-1, file.getnchannels()).T / np.float32(32768)
-        return np.pad(np.broadcast_to(samples, (2, samples.shape[1])), ((0, 0), (0, length - samples.shape[1])))[None]
+    try:
+        with wave.open(str(path)) as file:
+            channels = {(1, 2, rate): 1, (2, 2, rate): 2}[file.getparams()[:3]]
+            samples = np.frombuffer(file.readframes(length), "<i2").reshape(-1, channels).T / np.float32(32768)
+    except (OSError, EOFError, KeyError, ValueError, wave.Error):
+        raise SystemExit(f"{path} is missing or not 16-bit WAV of {rate} Hz, mono or stereo. Convert it.") from None
+    return np.pad(np.broadcast_to(samples, (2, samples.shape[1])), ((0, 0), (0, length - samples.shape[1])))[None]
 
 
 def main(argv=None):
@@ -127,14 +122,19 @@ def main(argv=None):
         parser.add_argument("--" + name.replace("_", "-"), type=kind)
     parser.add_argument("--inpaint", type=float, nargs=2, metavar=("START", "END"), help="seconds to regenerate")
     options = parser.parse_args(argv)
+    given = {name for name, value in vars(options).items() if value is not None}
+    if ("inpaint_audio" in given) != ("inpaint" in given) or ("init_noise_level" in given) > ("init_audio" in given):
+        parser.error("--inpaint-audio and --inpaint START END belong together, --init-noise-level needs --init-audio")
+    if not all(each.parent.is_dir() and not each.is_dir() for each in (options.output, options.latents) if each):
+        parser.error("--output and --latents must be files in folders that exist")
     model = Model(options.folder)
-    defaults = (DEFAULTS | model.facts["defaults"]).items()
-    vars(options).update({name: value for name, value in defaults if getattr(options, name) is None})
+    vars(options).update({k: v for k, v in (DEFAULTS | model.facts["defaults"]).items() if k not in given})
     seconds = model.facts["frames"]["max"] * model.ratio / model.rate
+    start, end = options.inpaint or (0, options.duration)
     if not (0 < options.duration <= seconds and options.steps > 0 and 0 < options.init_noise_level <= 1):
         parser.error(f"--duration is at most {seconds:.1f}, --steps at least 1, --init-noise-level within (0, 1]")
-    if (options.inpaint_audio is None) != (options.inpaint is None):
-        parser.error("--inpaint-audio and --inpaint START END belong together")
+    if not 0 <= start < end <= options.duration:
+        parser.error("--inpaint needs START before END, both from 0 to --duration")
     rng = np.random.RandomState(options.seed & 0xFFFFFFFF)
     latents, real = sample(model, options, rng)
     audio = model.convert("decoder", latents, rng)[0, :, : int(options.duration * model.rate)]

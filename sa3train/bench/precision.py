@@ -6,6 +6,7 @@ from sa3train.bench.checkpoints import make_random_checkpoint
 from sa3train.bench.figures import Figure, Options
 from sa3train.bench.measure import use_threads
 from sa3train.inference import Generator
+from sa3train.models.int8_linear import find_int8_fault
 
 TARGET = 0.99
 PROMPTS = tuple(
@@ -26,7 +27,10 @@ def run(options: Options) -> list[Figure]:
     """
     arch, seconds = options.arch or "nano", options.seconds or 5.0
     source = arch if arch == "nano" else str(make_random_checkpoint(arch))
-    latents, compared = {}, (options.dtype, "int8") if options.device == "cpu" else (options.dtype,)
+    latents: dict[str, torch.Tensor] = {}
+    compared: tuple[str, ...] = (options.dtype,)
+    if options.device == "cpu" and not find_int8_fault():
+        compared = (options.dtype, "int8")
     with use_threads(options.threads):
         for precision in ("fp32", *compared):
             generator = Generator.from_pretrained(source, options.device, precision)

@@ -20,7 +20,8 @@ from sa3train.core.files import write_json
 
 STOP_SECONDS, STOP_SHARE = 20.0, 0.9
 """A job is asked to save and exit this long before its time is over, and at this share of the disk."""
-POLL_SECONDS = 0.5
+POLL_SECONDS, GUARD_SECONDS = 0.5, 5.0
+"""A guard looks at its job this often, and is waited for this long when the job has ended."""
 STOPPED_FOR = "stopped_for"
 _PYTHON = sys.executable
 REASONS = {
@@ -126,7 +127,10 @@ class Budget:
             guard.wait()
 
     def _take(self, name: str) -> None:
+        end = time.monotonic() + GUARD_SECONDS
         while self._job and self._folder is not None and processes.get_running_pid(self._folder) is None:
+            if time.monotonic() > end:
+                break
             time.sleep(POLL_SECONDS / 10)  # it has ended, and its guard is about to notice
         with self._lock:
             if self._job:
@@ -179,10 +183,16 @@ def guard_job(
     while running := _list_running(folder):
         now, used = time.time(), measure_folder(root)
         reason = "server" if is_alone.is_set() else "disk" if used > soft_bytes else "time"
-        if asked is None and (is_alone.is_set() or used > soft_bytes or deadline - now <= grace):
-            processes.stop(running[0])
-            write_json(folder / processes.PROCESS_FILE, processes.read_record(folder) | {STOPPED_FOR: reason})
+        is_over = is_alone.is_set() or used > soft_bytes or deadline - now <= grace
+        if asked is None and (is_over or running[0] != folder):
             asked = now
+            if is_over:
+                processes.stop(folder)
+                write_json(folder / processes.PROCESS_FILE, processes.read_record(folder) | {STOPPED_FOR: reason})
+        if running[0] != folder:  # its sweep is gone
+            for each in running:
+                if not processes.read_record(each).get("stop_asked"):
+                    processes.stop(each)
         if now >= deadline or used > max_bytes or (asked is not None and now - asked > STOP_SECONDS):
             for each in running:
                 processes.stop(each, at_once=True)
@@ -190,9 +200,10 @@ def guard_job(
 
 
 def _list_running(folder: Path) -> list[Path]:
-    """List the folders of processes that run: that of a job, and of runs that outlive a sweep that was stopped."""
-    runs = processes.read_record(folder).get("runs")
-    folders = [folder, *(Path(runs).glob("trial-*") if runs else ())]
+    """List the folders of processes that run: that of a job, and of runs that it has started as a sweep."""
+    record = processes.read_record(folder)
+    trials = Path(record["runs"]).glob("trial-*") if record.get("runs") else ()
+    folders = [folder, *(each for each in trials if processes.read_record(each).get("at", "") >= record["at"])]
     return [each for each in folders if processes.get_running_pid(each) is not None]
 
 

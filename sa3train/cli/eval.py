@@ -161,7 +161,7 @@ def find_inputs(arguments: argparse.Namespace) -> "tuple[DataSettings | str, str
     if "source" in settings:
         raise ConfigError(f"{run} trains the autoencoder's decoder: see the round trips in its report.")
     if data:
-        settings["data"] = {"dir": data}
+        settings["data"] = {**settings["data"], "dir": data, "more": [], "weight": None}
     config = locate_inputs(build(TrainConfig, settings), run)
     return data or dataclasses.replace(config.data, num_workers=0), model or config.model.source
 

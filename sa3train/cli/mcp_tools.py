@@ -4,6 +4,7 @@ A tool checks its paths against the workspace, starts one of our commands by its
 Nothing that an agent writes reaches a shell, and no setting that reaches beyond a run is accepted.
 """
 
+import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -186,7 +187,7 @@ class Tools:
         trials: int = 8,
         wait_seconds: float = 30,
     ) -> dict[str, Any]:
-        """Search settings: one run for each point, hopeless ones stopped early, ranked by their held-out loss.
+        """Search settings with Optuna: one run for each point, hopeless ones stopped early, lowest held-out loss first.
 
         The same call continues a sweep that was stopped, and trains no point twice. list_runs shows its runs meanwhile.
 
@@ -194,7 +195,8 @@ class Tools:
             data: Folder of latents.
             folder: Folder of the sweep in the workspace, such as runs/sweep.
             settings: As for train, some with several values: "adapter.rank=choice(4,8)",
-                "optimizer.lr=tag(log,interval(1e-4,1e-2))".
+                "optimizer.lr=tag(log,interval(1e-4,1e-2))". The type of adapter has one value in a sweep,
+                such as "adapter=dora-rows", never a choice.
             model: Base model.
             recipe: Name of the recipe.
             steps: Optimizer steps of each run. None: the recipe's.
@@ -203,7 +205,12 @@ class Tools:
 
         Returns:
             Its state and result. While it is running, call watch_job with its name.
+
+        Raises:
+            ConfigError: Optuna is not installed.
         """
+        if importlib.util.find_spec("optuna") is None:
+            raise ConfigError('sweep needs Optuna. Ask the user to run: pip install "sa3train[sweep]"')
         request = self._make_request(data, model, folder, recipe, steps, settings, None)
         given = [word for word in request.build_command()[1:] if not word.startswith("run_dir=")]
         command = ["sa3-sweep", str(request.run_dir), *given, "--trials", str(int(trials)), "--json"]

@@ -28,11 +28,11 @@ from sa3train.cli.parser import CommandParser
 from sa3train.cli.version import add_version
 from sa3train.core.errors import ConfigError, SA3Error
 from sa3train.core.overrides import format_override
-from sa3train.core.processes import find_program, make_environment, read_json
+from sa3train.core.processes import find_program, make_environment
 from sa3train.core.signals import Interrupted
 from sa3train.reports import runs
-from sa3train.reports.comparison import choose_best, read_evaluation
-from sa3train.reports.run_files import EVALUATION_FILE, VALIDATION_FILE
+from sa3train.reports.comparison import choose_best, read_changes, read_evaluation
+from sa3train.reports.run_files import EVALUATION_FILE
 
 if TYPE_CHECKING:
     import optuna
@@ -295,7 +295,7 @@ class Sweep:
         try:
             while True:
                 run = runs.load_run(run_dir)
-                for step, change in _read_changes(run_dir).items():
+                for step, change in read_changes(run_dir).items():
                     if step not in reported:
                         trial.report(change, step)
                         reported.add(step)
@@ -326,14 +326,6 @@ def _evaluate(run_dir: Path) -> None:
     if found.returncode:
         reason = "".join(found.stderr.strip().splitlines()[-1:]).removeprefix("error: ")
         raise SA3Error(f"{run_dir} is trained, but sa3-eval cannot measure it: {reason}")
-
-
-def _read_changes(run_dir: Path) -> dict[int, float]:
-    """Read the change of the held-out loss against the base at each validation of a run."""
-    validation: Mapping[str, Any] = read_json(run_dir / VALIDATION_FILE)
-    part = "val" if "val" in validation.get("base", {}) else "train_eval"
-    base = validation.get("base", {}).get(part, {}).get("loss")
-    return {row["step"]: row[part]["loss"] / base - 1 for row in validation.get("history", []) if base}
 
 
 def _get_key(point: Mapping[str, Any]) -> str:

@@ -28,6 +28,8 @@ DECODER = "decoder"
 """The recipe that trains on audio instead of latents, with a configuration of its own."""
 RATE_FACTOR = 10
 """By how much a model that wants a higher rate raises those of recipes, which differ: to continue takes half of one."""
+RATED_OPTIMIZERS = ("adamw", "adamw-8bit")
+"""Optimizers whose rates it raises: those of others are of another size."""
 MAX_WARMUP_SHARE = 0.05
 """Share of the steps that a recipe's warm-up takes at most: longer ones cost what they keep from being learned."""
 
@@ -83,11 +85,10 @@ def check_run(config: TrainConfig | DecoderTrainConfig) -> None:
     recipe = HydraConfig.get().runtime.choices.get("recipe") if HydraConfig.initialized() else None
     if recipe == DECODER and isinstance(config, TrainConfig):
         raise ConfigError(f"recipe={DECODER} trains on audio, which other recipes do not: run it by itself.")
-    from sa3train.cli.train_setup import check_overrides_have_effect, get_overrides, locate_inputs, report_finished
+    from sa3train.cli.train_setup import check_overrides_have_effect, get_overrides, locate_inputs
 
     is_latent = isinstance(config, TrainConfig)
     if config.resume is not None:
-        report_finished(config, Path(config.resume))
         locate_inputs(config, Path(config.resume))  # what has moved is said before anything is loaded
     else:  # before anything heavy is imported
         check_checkpoint(config.model.source)
@@ -123,8 +124,11 @@ def suggest_settings(values: Mapping[str, Any]) -> dict[str, float]:
     found: dict[str, float] = {}
     model = values.get("model")
     info = find_checkpoint(str(model.get("name"))) if isinstance(model, Mapping) else None
-    if info and info.learning_rate and isinstance(rate := values["optimizer"]["lr"], int | float):
-        found["optimizer.lr"] = min(RATE_FACTOR * rate, info.learning_rate)
+    optimizer = values["optimizer"]
+    is_adamw = optimizer.get("name") in RATED_OPTIMIZERS
+    if info and info.learning_rate and is_adamw and isinstance(rate := optimizer["lr"], int | float):
+        raised = float(f"{RATE_FACTOR * rate:.6g}")  # 0.0003, not 0.00030000000000000003
+        found["optimizer.lr"] = max(rate, min(raised, info.learning_rate))
     steps, warmup = values["trainer"]["max_steps"], values["scheduler"]["warmup_steps"]
     if isinstance(steps, int) and isinstance(warmup, int):  # both are checked later
         found["scheduler.warmup_steps"] = min(warmup, int(MAX_WARMUP_SHARE * steps))
@@ -205,6 +209,8 @@ def run_training(config: TrainConfig | DecoderTrainConfig) -> "TrainingResult":
     resume, allowed = config.resume is not None, config.allow_resume_changes
     run = run_on_rank_zero(lambda: training.open_run(run_dir, table, identity, resume=resume, allowed=allowed))
     with run:
+        if run.is_resumed:
+            train_setup.report_finished(config, run_dir)
         if isinstance(config, TrainConfig):
             assert data is not None
             run, fit, described = _load_latent_training(config, run, data, dtype)

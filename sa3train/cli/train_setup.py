@@ -391,7 +391,7 @@ def describe_extension(config: "TrainConfig | DecoderTrainConfig", run_dir: Path
 
 
 def report_finished(config: "TrainConfig | DecoderTrainConfig", run_dir: Path) -> None:
-    """Report, before anything is loaded, what a resume does where the run has taken its last step.
+    """Report, before the model is loaded, what a resume does where the run has taken its last step.
 
     Args:
         config: The configuration to resume with.
@@ -400,5 +400,5 @@ def report_finished(config: "TrainConfig | DecoderTrainConfig", run_dir: Path) -
     record, steps = read_json(run_dir / RECORD_FILE), config.trainer.max_steps
     if get_rank() == 0 and record.get("status") == "finished" and record.get("steps") == steps:
         text = f"{run_dir} is finished: all {steps:,} steps are done, and only its last files are written again."
-        print(text, flush=True)  # before torch is imported, which takes longer
+        print(text, flush=True)
         print(f"longer:  {describe_extension(config, run_dir)}", flush=True)

@@ -28,6 +28,8 @@ from sa3train.core.user_files import check_content, read_file
 
 logger = get_logger(__name__)
 
+MAX_HEADER = 16 * 2**20
+MAX_TENSORS = 100_000
 MAX_DEPTH = 8
 MAX_DIMENSIONS = 8
 MAX_KEY = 512
@@ -59,15 +61,27 @@ def read_header(path: str | os.PathLike[str]) -> SafetensorsHeader:
         The header.
 
     Raises:
-        AdapterError: The file is missing, empty, truncated, a pickle or of another format; its header does not
-            describe its tensors; or a name or the number of dimensions of a tensor is not allowed.
+        AdapterError: The file is missing, empty, truncated, a pickle or of another format; its header is above 16 MiB,
+            repeats a key or does not describe its tensors; or their number, the name of one or its number of
+            dimensions is not allowed.
     """
     file = Path(path)
     try:
         check_content(file)
         with file.open("rb") as stream:
-            _refuse_other_formats(file, stream.read(8))
+            start = stream.read(8)
+            _refuse_other_formats(file, start)
+            length = int.from_bytes(start, "little")
+            if len(start) == 8 and length > MAX_HEADER:
+                raise AdapterError(
+                    f"{file} is damaged or not a safetensors file: its header claims {length} bytes, and at most "
+                    f"{MAX_HEADER} are allowed. Download or save it again."
+                )
+            text = stream.read(min(length, MAX_HEADER))
         with safe_open(file, framework="np") as opened:  # maps it read-only, whatever its size
+            header = parse_json(text, f"the header of {file}", MAX_HEADER)  # of repeated keys, safetensors keeps one
+            if len(header) > MAX_TENSORS:
+                raise AdapterError(f"{file} lists {len(header)} tensors, and no model has so many.")
             parts = {key: opened.get_slice(key) for key in opened.keys()}  # noqa: SIM118 (not a dict)
             metadata = opened.metadata() or {}
     except OSError as error:

@@ -21,7 +21,7 @@ from sa3train.core.files import check_target, hash_file, replace_folder, write_j
 from sa3train.diffusion.samplers import SAMPLERS
 from sa3train.diffusion.schedule import LOGSNR_AT_DATA, LOGSNR_AT_NOISE, build_schedule
 from sa3train.export.graphs import Graph, build_graphs
-from sa3train.export.precision import PRECISIONS
+from sa3train.export.precision import STORED_PRECISIONS
 from sa3train.inference.generator import Generator
 from sa3train.inference.resolve import resolve_settings
 from sa3train.inference.settings import GenerationSettings
@@ -77,16 +77,18 @@ def export_onnx(
         adapters: Adapters with constant strengths, for all noise levels.
         check: Whether to run what was written on fixed noise and refuse it where it is off.
         overwrite: Whether to replace an earlier export.
-        precision: Key of `PRECISIONS`: what weights are stored in.
+        precision: Key of `STORED_PRECISIONS`: what weights are stored in.
 
     Returns:
         What was written.
 
     Raises:
         LibraryError: A package of the extra "export" is missing.
-        ConfigError: The model or an adapter cannot be exported.
+        ConfigError: The precision is unknown, or the model or an adapter cannot be exported.
         SA3Error: The folder cannot be written, or the check failed.
     """
+    if precision not in STORED_PRECISIONS:
+        raise ConfigError(f"unknown precision={precision!r}. Choose {', '.join(STORED_PRECISIONS)}.")
     versions = _find_libraries()
     check_target(target, [each.path for each in adapters], overwrite)
     for each in adapters:
@@ -113,7 +115,7 @@ def export_onnx(
         sizes = {path.name: path.stat().st_size for path in sorted(folder.iterdir())}
         write_json(folder / MANIFEST, _describe(generator, folder, identity, precision, versions))
         errors = compare_graphs(generator.model, graphs, folder) if check else {}
-        limit = PRECISIONS[precision].limit
+        limit = STORED_PRECISIONS[precision].limit
         if off := {name: error for name, error in errors.items() if name != TEXT_DTYPE and not error <= limit}:
             advice = "Report this as a bug." if precision == "fp32" else "Export it in fp32."
             raise SA3Error(f"{target} was not written: {off} exceed the limit of {limit} for {precision}. {advice}")
@@ -162,7 +164,7 @@ def _write_graph(graph: Graph, path: Path, identity: str) -> None:
 
 def _convert_file(path: Path, precision: str) -> None:
     """Convert a graph that was written in fp32."""
-    convert = PRECISIONS[precision].convert
+    convert = STORED_PRECISIONS[precision].convert
     if convert is not None:
         import onnx
 

@@ -82,7 +82,7 @@ def _replace(model: Any, tensor: Any, node: Any, parts: dict[str, np.ndarray]) -
     graph.node.insert(0, node)
 
 
-PRECISIONS = {
+STORED_PRECISIONS = {
     "fp32": Precision(None, 1e-3),
     "fp16": Precision(_store_as_fp16, 5e-3),
     "int8": Precision(_store_as_int8, 5e-2),

@@ -1,6 +1,5 @@
 """One clip from start to audio: what a generation, each pass of a loop and each window of a piece have in common."""
 
-import torch
 from torch import Tensor
 
 from sa3train.adapters.apply.stack import AdapterStack
@@ -8,13 +7,7 @@ from sa3train.audio.edit import blend_region, fit
 from sa3train.core.noise import prefetch_noise
 from sa3train.diffusion.samplers import Callback
 from sa3train.inference.decoding import decode_audio
-from sa3train.inference.sampling import (
-    Generation,
-    build_inpainting_mask,
-    list_noise_shapes,
-    prepare_start,
-    sample_latents,
-)
+from sa3train.inference.sampling import Generation, list_noise_shapes, prepare_start, sample_latents
 
 
 def generate_clip(
@@ -39,13 +32,19 @@ def generate_clip(
 
 
 def _restore_source(generation: Generation, audio: list[Tensor]) -> list[Tensor]:
-    """Put the samples of `inpaint_audio` back around the regenerated frames, which are faded into them."""
-    source_CN, ratio = generation.inputs["inpaint_audio"].audio_CN, generation.facts.downsampling_ratio
-    frames, restored = max(-(-item_CN.shape[1] // ratio) for item_CN in audio), list[Tensor]()
-    for kept_1T, item_CN in zip(build_inpainting_mask(generation, frames), audio, strict=True):
-        result_CN, kept = fit(source_CN, item_CN.shape[1]), torch.ones(1)
-        edges = torch.cat((kept, kept_1T[0], kept)).diff().nonzero()[:, 0] * ratio
-        for start, stop in edges.unflatten(0, (-1, 2)).tolist():
-            result_CN = blend_region(result_CN, item_CN, start, min(stop, item_CN.shape[1]))
+    """Put the samples of `inpaint_audio` back around the regions, which are faded into them.
+
+    Regenerated frames begin and end up to a frame later than the regions. Where the source ends before a region, as in
+    a continuation, what is behind it is the model's.
+    """
+    source_CN, rate = generation.inputs["inpaint_audio"].audio_CN, generation.facts.sample_rate
+    restored = []
+    for item_CN in audio:
+        result_CN = fit(source_CN, item_CN.shape[1])
+        for start_seconds, end_seconds in generation.settings.regions:
+            start = min(int(start_seconds * rate), source_CN.shape[1])
+            stop = min(int(end_seconds * rate), item_CN.shape[1])
+            if start < stop:
+                result_CN = blend_region(result_CN, item_CN, start, stop)
         restored.append(result_CN)
     return restored

@@ -70,6 +70,7 @@ class Generator:
         return f"Generator({self.source!r}, {self.precision} on {self.device}, {len(self.stack)} adapters)"
 
     @classmethod
+    @torch.inference_mode(False)
     def from_pretrained(
         cls,
         name: str | os.PathLike[str],

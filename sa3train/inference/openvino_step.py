@@ -6,6 +6,7 @@ change in place, so that nothing is compiled again. The graph depends on the arc
 
 import functools
 import hashlib
+import importlib.util
 import logging
 from collections.abc import Iterable
 from pathlib import Path
@@ -25,6 +26,7 @@ from sa3train.models.dit_graph import StepGraph, join_conditions
 logger = get_logger(__name__)
 
 BACKENDS = ("torch", "openvino")
+PRECISIONS = ("fp32", "bf16")
 GRAPH = "step.xml"
 
 
@@ -39,14 +41,23 @@ def check_backend(backend: str, device: torch.device, precision: str, compiled: 
 
     Raises:
         ConfigError: It is unknown, or does not.
+        LibraryError: OpenVINO is not installed.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"unknown backend={backend!r}. Choose {' or '.join(BACKENDS)}.")
-    if backend == "openvino" and (device.type != "cpu" or precision not in ("fp32", "bf16") or compiled):
+    if backend == "torch":
+        return
+    if compiled:
+        raise ConfigError("backend=openvino compiles the denoiser itself. Remove --compile (compiled=True).")
+    if device.type != "cpu":
+        raise ConfigError(f"backend=openvino is for CPUs, not {device.type}. Choose --device cpu or --backend torch.")
+    if precision not in PRECISIONS:
         raise ConfigError(
-            f"backend=openvino computes on a CPU in fp32 or bf16, not on {device.type} in {precision}"
-            f"{', and compiles for itself: remove compiled=True' if compiled else ''}. Use backend=torch for that."
+            f"backend=openvino does not compute in {precision}. Choose --precision {' or '.join(PRECISIONS)}, or "
+            f"--backend torch."
         )
+    if importlib.util.find_spec("openvino") is None:
+        raise LibraryError("openvino is not installed. Run: pip install 'sa3train[openvino]'")
 
 
 def run_on_openvino(dit: DiT, context_length: int) -> None:
@@ -55,9 +66,6 @@ def run_on_openvino(dit: DiT, context_length: int) -> None:
     Args:
         dit: The denoiser, on the CPU, in fp32 or bf16. Its weights may change in place, and must not be replaced.
         context_length: Context tokens of a clip.
-
-    Raises:
-        LibraryError: OpenVINO is not installed.
     """
     dit.predict_velocity = _OpenVINOStep(dit, context_length)  # type: ignore[method-assign]
 
@@ -66,10 +74,8 @@ class _OpenVINOStep:
     """Stands in for `DiT.predict_velocity` of unpacked rows."""
 
     def __init__(self, dit: DiT, context_length: int) -> None:
-        try:
-            import openvino
-        except ImportError:
-            raise LibraryError("openvino is not installed. Run: pip install 'sa3train[openvino]'") from None
+        import openvino
+
         self._openvino = openvino
         self._memory = dit.config.memory_tokens
         precision = "bf16" if dit.dtype == torch.bfloat16 else "f32"

@@ -23,7 +23,7 @@ def choose_dtype(precision: str, device: torch.device) -> tuple[str, torch.dtype
         device: The device.
 
     Returns:
-        The precision's name and dtype; that of "int8", which is of products alone, is as "auto" chooses.
+        The precision's name and dtype; "int8" is of products, the rest in what the processor has instructions for.
 
     Raises:
         ConfigError: When the name is unknown, or the device does not compute in it.
@@ -34,7 +34,9 @@ def choose_dtype(precision: str, device: torch.device) -> tuple[str, torch.dtype
         fault = f"it is for CPUs, not {device.type}" if device.type != "cpu" else find_int8_fault()
         if fault:
             raise ConfigError(f"precision=int8 does not run here: {fault}. Use auto.")
-        return precision, get_dtype(choose_precision(device)[0])
+        rest = "bf16" if has_bf16_instructions() else "fp32"
+        logger.info(f"precision int8: the denoiser's products; the rest in {rest}")
+        return precision, get_dtype(rest)
     if precision == "auto":
         precision, why = choose_precision(device)
         logger.info(f"precision {precision}: {why}")

@@ -89,7 +89,7 @@ def prepare_start(generation: Generation) -> SamplingStart:
     masked_BCT = torch.zeros_like(noise_BCT)
     if "inpaint_audio" in generation.inputs:
         encoded_1CT = _encode_input(generation, "inpaint_audio", frames)
-        kept_B1T = move_to_device(build_inpainting_mask(generation, frames), device)
+        kept_B1T = move_to_device(_build_inpainting_mask(generation, frames), device)
         masked_BCT = encoded_1CT * kept_B1T
     return SamplingStart(start_BCT, sigma_max, kept_B1T, masked_BCT)
 
@@ -102,16 +102,8 @@ def _encode_input(generation: Generation, role: str, frames: int) -> Tensor:
     return autoencoder.encode(audio_1CN, generator=generation.rng)[..., :frames].float()
 
 
-def build_inpainting_mask(generation: Generation, frames: int) -> Tensor:
-    """Build the mask of frames that inpainting keeps.
-
-    Args:
-        generation: The generation.
-        frames: Latent frames of the batch.
-
-    Returns:
-        (B, 1, T) on the CPU, 1 where a frame is kept.
-    """
+def _build_inpainting_mask(generation: Generation, frames: int) -> Tensor:
+    """1 where a frame is kept: (B, 1, T)."""
     facts, settings = generation.facts, generation.settings
     samples = frames * facts.downsampling_ratio
     rows = [build_region_mask(settings.regions, each, facts.sample_rate, samples, frames) for each in settings.duration]

@@ -142,7 +142,7 @@ class GenerationSettings:
     )
     keep_exact: bool = setting(
         False,
-        help="Keep every sample outside the regions, with short crossfades; else all of it is decoded, as released.",
+        help="Keep every sample outside the regions but for fades of 23 ms; else all of it is decoded, as released.",
         label="Preserve original outside the mask",
     )
     chunked_decode: bool | None = setting(

@@ -11,6 +11,7 @@ from sa3train.core.log import get_logger
 logger = get_logger(__name__)
 
 Value = TypeVar("Value")
+SUPPORTED = "Only Stable Audio 3 and SAME are supported."
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
@@ -45,25 +46,27 @@ class ConfigReader:
         raw: The object.
         where: Its place in the file, such as "model.diffusion"; empty for the whole.
         source: Name of the file, for messages.
+        advice: What to do where a key is missing.
         known: Keys that were asked for.
         missing: Values of keys where they are left out.
         children: Readers of objects inside, by key.
     """
 
-    def __init__(self, raw: Any, where: str, source: str) -> None:
+    def __init__(self, raw: Any, where: str, source: str, advice: str = SUPPORTED) -> None:
         """Wrap an object.
 
         Args:
             raw: The object.
             where: Its place in the file.
             source: Name of the file.
+            advice: What to do where a key is missing.
 
         Raises:
             CheckpointError: It is something else.
         """
         if not isinstance(raw, Mapping):
             raise CheckpointError(f"{source}: {where or 'the file'} should be a JSON object, not {type(raw).__name__}.")
-        self.raw, self.where, self.source, self.known = raw, where, source, set[str]()
+        self.raw, self.where, self.source, self.advice, self.known = raw, where, source, advice, set[str]()
         self.missing: dict[str, Any] = {}
         self.children: dict[str, ConfigReader | list[ConfigReader]] = {}
 
@@ -80,9 +83,10 @@ class ConfigReader:
         Returns:
             The error.
         """
-        return CheckpointError(
-            f"{self.source}: {self._get_path(key)} {problem}. Only Stable Audio 3 and SAME are supported."
-        )
+        return CheckpointError(f"{self.source}: {self._get_path(key)} {problem}. {SUPPORTED}")
+
+    def _fail_missing(self, key: str) -> CheckpointError:
+        return CheckpointError(f"{self.source}: {self._get_path(key)} is missing. {self.advice}")
 
     def child(self, key: str, default: Mapping[str, Any] | None = None) -> "ConfigReader":
         """Read an object inside.
@@ -99,8 +103,8 @@ class ConfigReader:
         """
         self.known.add(key)
         if key not in self.raw and default is None:
-            raise self.fail(key, "is missing")
-        child = ConfigReader(self.raw.get(key, default), self._get_path(key), self.source)
+            raise self._fail_missing(key)
+        child = ConfigReader(self.raw.get(key, default), self._get_path(key), self.source, self.advice)
         self.children[key] = child
         return child
 
@@ -116,8 +120,10 @@ class ConfigReader:
         Raises:
             CheckpointError: It is missing or something else.
         """
-        entries = enumerate(self.get(key, list))
-        found = [ConfigReader(entry, f"{self._get_path(key)}[{index}]", self.source) for index, entry in entries]
+        path, entries = self._get_path(key), self.get(key, list)
+        found = [
+            ConfigReader(entry, f"{path}[{index}]", self.source, self.advice) for index, entry in enumerate(entries)
+        ]
         self.children[key] = found
         return found
 
@@ -138,7 +144,7 @@ class ConfigReader:
         self.known.add(key)
         value = self.raw.get(key, default)
         if value is None:
-            raise self.fail(key, "is missing")
+            raise self._fail_missing(key)
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             raise self.fail(key, f"is {value!r}, of the wrong type")
         self.missing[key] = value
@@ -206,6 +212,20 @@ class ConfigReader:
         """
         self.accept(**{key: (value,) for key, value in values.items()})
         self.missing |= values
+
+    def demand(self, **values: Any) -> None:
+        """Check keys that must be there.
+
+        Args:
+            values: The one value that is allowed, by key.
+
+        Raises:
+            CheckpointError: One is missing or has another value.
+        """
+        for key in values:
+            if key not in self.raw:
+                raise self._fail_missing(key)
+        self.require(**values)
 
     def ignore(self, *keys: str, **missing: Any) -> None:
         """Skip keys that change nothing here.

@@ -275,7 +275,7 @@ def _build_config(folder: Path) -> dict[str, Any]:
     config = build_checkpoint_config(objective, MEDIUM_SAMPLES, dit, autoencoder, width, max_tokens)
     seconds = config["model"]["conditioning"]["configs"][1]["config"]
     seconds |= {name: duration.get(name, (int, float)) for name in ("min_val", "max_val")}
-    duration.require(output_dim=width)
+    duration.demand(output_dim=width)
     for component in (transformer, duration, same):
         component.finish()
     return config
@@ -283,8 +283,8 @@ def _build_config(folder: Path) -> dict[str, Any]:
 
 def _read_component(folder: Path, component: str) -> ConfigReader:
     file = folder / component / "config.json"
-    reader = ConfigReader(read_config_file(file), "", str(file))
-    reader.require(_class_name=CLASSES[component], **_FIXED[component])
+    reader = ConfigReader(read_config_file(file), "", str(file), "Save the pipeline again with diffusers.")
+    reader.demand(_class_name=CLASSES[component], **_FIXED[component])
     reader.ignore(*_UNUSED, *(key for key in reader.raw if key.startswith("_")))
     return reader
 

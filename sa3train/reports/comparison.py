@@ -1,7 +1,7 @@
 """Runs against each other: their settings, their losses, and which is best."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from sa3train.core.log import get_logger
 from sa3train.core.overrides import flatten_settings
 from sa3train.core.processes import read_json
 from sa3train.core.text import list_few
+from sa3train.reports.pick import list_comparable
 from sa3train.reports.run_files import (
     BEST_ADAPTER_FILE,
     CONFIG_FILE,
@@ -23,7 +24,7 @@ from sa3train.reports.run_files import (
     read_run,
 )
 from sa3train.reports.runs import find_runs, load_run
-from sa3train.reports.verdict import TOOK, describe_verdict
+from sa3train.reports.verdict import TOOK, describe_later, describe_verdict
 
 _logger = get_logger(__name__)
 
@@ -43,7 +44,7 @@ def compare_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
     runs, left_out = [], []
     for path in dict.fromkeys(run.path for run in find_runs(folders)):
         files = read_run(path)
-        if files.validation.get("history"):
+        if _list_measured(files.validation)[1]:
             runs.append((path, flatten_settings(load_settings(path / CONFIG_FILE)), files.validation))
         else:
             left_out.append(str(path))
@@ -60,15 +61,36 @@ def compare_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
     for path, settings, validation in runs:
         row: dict[str, Any] = {"run": str(path)}
         row |= {key: settings.get(key) for key in varied if key not in ("run_dir", "name")}
-        part = "val" if "val" in validation["base"] else "train_eval"
-        losses = [entry[part]["loss"] for entry in validation["history"]]
-        row |= {"base": validation["base"][part]["loss"], "best": min(losses), "last": losses[-1]}
-        row["best step"] = validation["history"][losses.index(min(losses))]["step"]
+        part, history = _list_measured(validation)
+        best = min(history, key=lambda entry: entry[part]["loss"])
+        last = validation["history"][-1][part]["loss"]
+        row |= {"base": validation["base"][part]["loss"], "best": best[part]["loss"], "last": last}
+        row["best step"] = best["step"]
         row["evaluated"] = (read_evaluation(path) or {}).get("change")
         rows.append(row)
     if all(row["evaluated"] is not None for row in rows):
         return sorted(rows, key=lambda row: row["evaluated"])
     return sorted(({**row, "evaluated": None} for row in rows), key=lambda row: row["best"])
+
+
+def read_changes(run_dir: Path) -> dict[int, float]:
+    """Read the change of a run's loss against the base at each validation.
+
+    Args:
+        run_dir: The run folder.
+
+    Returns:
+        The change by step, of held-out clips where there are any; without steps that cannot be compared with the base.
+    """
+    validation = read_json(run_dir / VALIDATION_FILE)
+    part, history = _list_measured(validation)
+    return {row["step"]: row[part]["loss"] / validation["base"][part]["loss"] - 1 for row in history}
+
+
+def _list_measured(validation: Mapping[str, Any]) -> tuple[str, list[Mapping[str, Any]]]:
+    """The part to judge a run by, and its rows that can be compared with the base."""
+    part = "val" if "val" in validation.get("base", {}) else "train_eval"
+    return part, list_comparable(validation, part)
 
 
 def read_evaluation(run_dir: Path) -> dict[str, Any] | None:
@@ -78,19 +100,22 @@ def read_evaluation(run_dir: Path) -> dict[str, Any] | None:
         run_dir: The run folder.
 
     Returns:
-        `adapter`, `step` and `strength` of the lowest held-out loss, its `change` against the base, and `text`: what to
-        use and how sure that is. None without an evaluation.
+        `adapter`, `step` and `strength` of the lowest held-out loss, its `change` against the base, and `notes`: what
+        to use, how sure that is, and what was not measured. None without an evaluation, or when that checkpoint is
+        gone.
     """
     found = read_json(run_dir / EVALUATION_FILE)
     if not found.get("pick"):
         return None
     row = found["candidates"][found["pick"]["candidate"]]
     name = Path(row["adapter"]).name  # the folder may have been moved since
-    adapter = f"{run_dir}@{row['step']}" if name.endswith(f"@{row['step']}") else str(run_dir / name)
-    change = row["against_base"]["loss"]["change"]
+    is_step = name.endswith(f"@{row['step']}")
+    if is_step and not get_checkpoint_path(run_dir, row["step"]).is_file():
+        return None
     return {
-        "adapter": adapter, "step": row["step"], "strength": row["strength"], "change": change,
-        "text": found["pick"]["text"],
+        "adapter": f"{run_dir}@{row['step']}" if is_step else str(run_dir / name),
+        "step": row["step"], "strength": row["strength"], "change": row["against_base"]["loss"]["change"],
+        "notes": list(filter(None, (found["pick"]["text"], describe_later(found, read_run(run_dir).step)))),
     }  # fmt: skip
 
 
@@ -110,10 +135,10 @@ def choose_best(folders: Sequence[Path]) -> dict[str, Any]:
         DataError: No run there has been validated, or the best one has no adapter.
     """
     found = {path: read_evaluation(path) for path in dict.fromkeys(run.path for run in find_runs(folders))}
-    measured = {path: each for path, each in found.items() if each or read_run(path).validation.get("history")}
+    measured = {path: each for path, each in found.items() if each or read_changes(path)}
     if measured and all(measured.values()):
         path, evaluation = min(((path, each) for path, each in measured.items() if each), key=lambda e: e[1]["change"])
-        return {"run": str(path), "notes": [evaluation.pop("text")], **evaluation}
+        return {"run": str(path), **evaluation}
     row = compare_runs(folders)[0]
     folder, step = Path(row["run"]), row["best step"]
     run, notes = load_run(folder), list[str]()

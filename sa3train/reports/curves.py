@@ -7,6 +7,7 @@ from typing import Any
 from sa3train.reports.charts import Line, Point, render_bars, render_legend, render_line_chart, smooth_points
 from sa3train.reports.html import format_bytes, render_facts, render_template
 from sa3train.reports.loss_change import LossChange
+from sa3train.reports.pick import list_comparable
 from sa3train.reports.run_files import ROUND_TRIPS, RunFiles
 
 PARTS = {"val": ("held-out clips", "c-heldout"), "train_eval": ("training clips", "c-train")}
@@ -186,10 +187,10 @@ def _render_change(run: RunFiles, level: int | None, **options: Any) -> str:
     """Chart the losses of both parts as changes from the base's, in percent; of one noise level or of all."""
     lines = []
     for part, (name, color) in PARTS.items():
-        base = run.validation.get("base", {}).get(part)
+        base = run.validation.get("base", {}).get(part, {})
         points: list[Point] = []
-        for row in run.validation.get("history", []) if base else ():
-            if part in row and _pick_loss(base, level):
+        for row in list_comparable(run.validation, part):
+            if _pick_loss(base, level):
                 change = _pick_loss(row[part], level) / _pick_loss(base, level) - 1
                 points.append((float(row["step"]), 100 * change))
         lines.append(Line(name, points, color))
@@ -205,7 +206,9 @@ def _render_gap(run: RunFiles) -> str:
     base = run.validation.get("base", {})
     if len(base) < len(PARTS):
         return ""
-    points = [(float(row["step"]), _compute_gap(row)) for row in run.validation.get("history", [])]
+    training = {row["step"] for row in list_comparable(run.validation, "train_eval")}
+    rows = [row for row in list_comparable(run.validation, "val") if row["step"] in training]
+    points = [(float(row["step"]), _compute_gap(row)) for row in rows]
     return render_line_chart(
         [Line("held-out minus training loss", points, "c-third")],
         title="Generalization gap",

@@ -4,8 +4,9 @@ Shapes: I clips, K candidates, R resamples.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -75,6 +76,23 @@ def is_comparable(base_I: Sequence[float], losses_I: Sequence[float] | None) -> 
     if losses_I is None or len(losses_I) != len(base_I):
         return False
     return bool(np.isfinite(np.asarray(losses_I, float)).all())
+
+
+def list_comparable(validation: Mapping[str, Any], part: str) -> list[Mapping[str, Any]]:
+    """List the validations whose losses can be compared with those of the base.
+
+    Args:
+        validation: Content of `validation.json`.
+        part: `val` (held-out clips) or `train_eval` (training clips).
+
+    Returns:
+        Rows of its history, oldest first; all that have the part where the base has no losses of single clips.
+    """
+    base = validation.get("base", {}).get(part)
+    rows = [row for row in validation.get("history", []) if part in row] if base else []
+    if not base or "by_clip" not in base:
+        return rows
+    return [row for row in rows if is_comparable(base["by_clip"], row[part].get("by_clip"))]
 
 
 def pick_best(base_I: Sequence[float], losses_KI: Sequence[Sequence[float]], seed: int = 0) -> Pick:

@@ -170,6 +170,9 @@ def load_run(folder: Path) -> Run | None:
     except DataError as error:
         return Run(folder, "newer", started=str(record.get("started") or ""), error=str(error))
     state = detect_state(folder, record, process)
+    if state in ("crashed", "failed"):  # or it has ended, and said so, since its record was read
+        record = processes.read_json(folder / RECORD_FILE)
+        state = detect_state(folder, record, process)
     row = read_last_metrics(folder / METRICS_FILE)
     saved_step = int(record.get("steps", 0)) if state in ("finished", "stopped") else 0
     return Run(

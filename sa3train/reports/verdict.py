@@ -49,10 +49,25 @@ def describe_verdict(run: RunFiles) -> list[Answer]:
     """
     answers = _describe_validation(run)
     if run.evaluation:
-        pick, measured = run.evaluation.get("pick"), [row["step"] or 0 for row in run.evaluation["candidates"]]
-        later = "" if run.step <= max(measured) else f" Later steps than {max(measured):,} were not measured."
-        answers.insert(max(0, len(answers) - 1), Answer(EVALUATED, f"{pick['text'] if pick else ALL_COPIES}.{later}"))
+        pick, strengths = run.evaluation.get("pick"), {row["strength"] for row in run.evaluation["candidates"]}
+        measured = f"Strengths measured: {', '.join(f'{strength:g}' for strength in sorted(strengths))}."
+        text = f"{pick['text'] if pick else ALL_COPIES}. {measured} {describe_later(run.evaluation, run.step)}"
+        answers.insert(max(0, len(answers) - 1), Answer(EVALUATED, text.strip()))
     return answers
+
+
+def describe_later(evaluation: Mapping[str, Any], step: int) -> str:
+    """Describe which steps of a run an evaluation has left out, as it was made before them.
+
+    Args:
+        evaluation: Content of `evaluation.json`.
+        step: The last step of the run.
+
+    Returns:
+        A sentence; empty where it measured the last step, or no step is known.
+    """
+    last = max((row["step"] for row in evaluation.get("candidates", []) if row["step"] is not None), default=step)
+    return "" if step <= last else f"Later steps than {last:,} were not measured."
 
 
 def _describe_validation(run: RunFiles) -> list[Answer]:

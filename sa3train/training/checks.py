@@ -14,7 +14,7 @@ from sa3train.training.step import list_sampled_noise_levels
 _logger = get_logger(__name__)
 
 RECIPES_DECAY = 0.97
-"""`trainer.ema_decay` of recipes, which is for runs of any length."""
+"""`trainer.ema_decay` of most recipes, which is for runs of any length."""
 
 
 def check_compatibility(model: StableAudio3, data: LatentDataModule, settings: TrainingSettings) -> None:

@@ -18,6 +18,7 @@ from typing_extensions import override
 from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.layers.inject import InjectedAdapter
 from sa3train.core.device import move_to_device
+from sa3train.core.log import get_logger
 from sa3train.core.seeds import derive_seed
 from sa3train.data.loading.clip_batch import ClipBatch, make_clip_batch, pack_rows, unpack_rows
 from sa3train.data.loading.loader import Batch
@@ -36,6 +37,8 @@ from sa3train.training.step import (
     draw_step,
     make_noisy_inputs,
 )
+
+_logger = get_logger(__name__)
 
 TextSource = Callable[[Sequence[str]], TextEmbedding]
 
@@ -197,9 +200,12 @@ class AdapterModule(lightning.LightningModule):
             checkpoint["ema"] = self.ema.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restore the running average."""
-        if self.ema is not None:
-            self.ema.load_state_dict(checkpoint["ema"])
+        """Restore the running average; where the run had none, it starts at the weights."""
+        if self.ema is None:
+            return
+        if "ema" not in checkpoint:
+            _logger.info("the run has no average of its weights yet: it starts at those of the checkpoint")
+        self.ema.load_state_dict(checkpoint.get("ema", {"updates": 0, "tensors": checkpoint["state_dict"]}))
 
     def _find_trainer(self) -> lightning.Trainer | None:
         try:
@@ -275,12 +281,12 @@ class LoraModule(AdapterModule):
         draw = draw_step(
             loss,
             derive_clip_seeds(self.settings.seed, micro_step, clips.seeds),
+            list_clip_numbers(self.settings.seed, micro_step, len(clips.seeds)),
             clips.data_SCF.shape,
             clips.attention_mask_SF,
             frames_S,
             model.sample_rate / model.downsampling_ratio,
             clips.at_end_S,
-            list_clip_numbers(self.settings.seed, micro_step, len(clips.seeds)),
         ).to(self.device)
         if not loss.coupling:
             return draw
@@ -312,6 +318,9 @@ class LoraModule(AdapterModule):
 
 def list_clip_numbers(seed: int, micro_step: int, clips: int) -> list[int]:
     """List the numbers of a micro-batch's clips on this rank in the order of the whole run, from a start of its seed.
+
+    They count as if all micro-batches held as many clips: where packed rows hold more or fewer, numbers repeat or are
+    left out.
 
     Args:
         seed: Seed of the run.

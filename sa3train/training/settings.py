@@ -25,8 +25,8 @@ class LossSettings:
     timesteps: Literal["low_discrepancy", "uniform", "trunc_logit_normal", "log_snr", "log_snr_uniform", "levels"] = (
         setting(
             "low_discrepancy",
-            help="Distribution of the noise level t. low_discrepancy: uniform, evenly over successive clips. "
-            "levels: those that a sampler of sampler_steps steps visits.",
+            help="Distribution of the noise level t. low_discrepancy: uniform, evenly over successive clips (packed "
+            "rows repeat some). levels: those that a sampler of sampler_steps steps visits.",
         )
     )
     sampler_steps: int | None = setting(None, help="Sampler steps of timesteps=levels.", min=1, max=1000)
@@ -107,7 +107,10 @@ class OptimizerSettings:
 
     name: str = setting("adamw", help="Optimizer: adamw, adamw-8bit, prodigy, schedule-free, lion or muon.")
     lr: float = setting(
-        1e-4, help="Peak learning rate; on nano and nano-base 0.001, unless it is set.", min=1e-12, max=100
+        1e-4,
+        help="Peak learning rate. On nano and nano-base ten times a recipe's (adamw; 0.001 at most), unless it is set.",
+        min=1e-12,
+        max=100,
     )
     betas: list[float] = setting(
         [0.9, 0.95], help="Decay rates of the first and second moments.", min=0, below=1, items=(2, 2)

@@ -106,32 +106,32 @@ def derive_clip_seeds(seed: int, micro_step: int, crop_seeds: Sequence[int]) -> 
 def draw_step(
     settings: LossSettings,
     seeds: Sequence[int],
+    numbers: Sequence[int],
     shape_BCT: torch.Size | tuple[int, int, int],
     attention_mask_BT: Tensor,
     effective_frames_B: Tensor,
     frames_per_second: float,
     at_end_B: Tensor | None = None,
-    numbers: Sequence[int] | None = None,
 ) -> StepDraw:
     """Draw everything random of a training step on the CPU, clip by clip.
 
     Args:
         settings: Distributions to draw from.
         seeds: Seed of each clip.
+        numbers: Number of each clip in the run, for timesteps that are spread over clips.
         shape_BCT: Shape of the latents.
         attention_mask_BT: True on real frames.
         effective_frames_B: Latent frames of each clip's seconds, for the shift of t.
         frames_per_second: Latent frames per second.
         at_end_B: Clips whose real part reaches the end of their file, so that silence follows it; only these are
             extended into silence. None: all.
-        numbers: Number of each clip in the run, for timesteps that are spread over clips. None: from 0 on.
 
     Returns:
         The draw, on the CPU.
     """
     _, channels, frames = shape_BCT
     noise, t, real, inpaint, dropped = [], [], [], [], []
-    for row, (seed, number) in enumerate(zip(seeds, numbers or range(len(seeds)), strict=True)):
+    for row, (seed, number) in enumerate(zip(seeds, numbers, strict=True)):
         rng = torch.Generator().manual_seed(seed)
         t.append(_draw_timestep(settings, effective_frames_B[row : row + 1], number, rng))
         dropped.append(torch.rand(1, generator=rng) < settings.cfg_dropout)

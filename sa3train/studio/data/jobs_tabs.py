@@ -264,7 +264,8 @@ def _build_encode_fields(workspace: Workspace) -> dict[str, Any]:
 
 
 def _build_encode_command(workspace: Workspace, source: Path, values: Mapping[str, Any]) -> tuple[Path, list[str]]:
-    out = workspace.resolve_output(values["out"] or source.name, "latents")
+    typed = (values["out"] or "").strip()
+    out = workspace.resolve_output(typed, "latents") if typed else workspace.resolve_output(f"latents/{source.name}")
     settings = EncodeSettings(**{name: values[name] for name in ENCODE_FIELDS})
     return out, jobs.build_encode_command(source, out, resolve_model_name(workspace, values["model"]), settings)
 

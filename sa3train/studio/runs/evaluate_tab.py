@@ -7,9 +7,13 @@ from typing import Any
 
 import gradio as gr
 
+from sa3train.adapters.formats.run_dir import locate_adapter
+from sa3train.core.errors import AdapterError
 from sa3train.core.processes import read_json
 from sa3train.evaluation.evaluate import EvaluationSettings
 from sa3train.reports import runs
+from sa3train.reports.run_files import read_run
+from sa3train.reports.verdict import describe_later
 from sa3train.studio.data import jobs
 from sa3train.studio.data.jobs_tabs import JobTab
 from sa3train.studio.runs import view
@@ -76,12 +80,18 @@ def render_evaluation(workspace: Workspace, file: Path, run: Path) -> str:
     Returns:
         HTML.
     """
-    pick = read_json(file).get("pick") or {"is_base": True}
+    found = read_json(file)
+    pick, later = found.get("pick") or {"is_base": True}, describe_later(found, read_run(run).step)
     if pick["is_base"]:
         head = "<h3>None is better than the base model beyond noise</h3>"
     else:
         name, strength = name_adapter(workspace.shorten(pick["adapter"])), pick["strength"]
-        head = f"<h3>Use {escape(name)} at strength {strength:g}</h3>{view.render_play(name, strength)}"
+        try:
+            locate_adapter(pick["adapter"])
+            head = f"<h3>Use {escape(name)} at strength {strength:g}</h3>{view.render_play(name, strength)}"
+        except AdapterError:
+            head = f"<h3>{escape(name)} was the best, and is gone</h3><p>Evaluate the run again.</p>"
+    head += f"<p>{escape(later)}</p>" if later else ""
     frame = view.render_report_frame(workspace.get_url(file.with_name(PAGE)), f"evaluation of {workspace.shorten(run)}")
     return ui.render_panel(head) + frame
 

@@ -23,6 +23,7 @@ from sa3train.adapters.formats.io import load_adapter, save_adapter
 from sa3train.adapters.spec import AdapterSpec
 from sa3train.adapters.tools.service import merge_adapters
 from sa3train.core.errors import AdapterError
+from sa3train.core.safetensors_file import MAX_HEADER
 
 EXAMPLES = 2100
 PATH = "model.transformer.layers.0.ff.up"
@@ -76,7 +77,7 @@ def flipped_bytes(data: bytes, draw: random.Random) -> bytes:
 def other_header_length(data: bytes, draw: random.Random) -> bytes:
     (length,) = struct.unpack("<Q", data[:8])
     lengths = [
-        0, 1, 2, length - 1, length + 1, len(data) - 8, len(data), 2**31, 2**40, 2**63, 2**64 - 1, 10**8 + 1
+        0, 1, 2, length - 1, length + 1, len(data) - 8, len(data), 2**31, 2**40, 2**63, 2**64 - 1, MAX_HEADER + 1
     ]  # fmt: skip
     return struct.pack("<Q", draw.choice(lengths)) + data[8:]
 
@@ -275,16 +276,23 @@ def entry(dtype: str = "F16", shape: Any = (2, 2), offsets: Any = (0, 8)) -> Hea
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
+ENTRY, EMPTY = json.dumps(entry()).encode(), entry(shape=(0,), offsets=(0, 0))
 A, B = (f"{PATH}.parametrizations.weight.0.lora_{name}" for name in "AB")
 NAMED = {
     "empty": (b"", "it is empty"),
     "seven bytes": (b"1234567", "header too small"),
     "header longer than the file": (struct.pack("<Q", 5000) + b"{}", "invalid header length"),
-    "header of exabytes": (struct.pack("<Q", 2**63) + b"{}", "header too large"),
+    "header of exabytes": (struct.pack("<Q", 2**63) + b"{}", "header claims 9223372036854775808 bytes"),
     "no JSON": (joined(b"hello", b""), "invalid JSON"),
     "no object": (joined(b"[1]", b""), "invalid JSON"),
     "broken JSON": (joined(b'{"a": ', b""), "invalid JSON"),
     "deep JSON": (joined(b'{"a":' * 10**5 + b"1" + b"}" * 10**5, b""), "recursion limit"),
+    "a tensor twice": (joined(b'{"a": %s, "\\u0061": %s}' % ((ENTRY,) * 2), b"0" * 8), "a key occurs twice"),
+    "metadata twice": (
+        joined(b'{"__metadata__": {"a": "1", "a": "2"}, "b": %s}' % ENTRY, b"0" * 8),
+        "a key occurs twice",
+    ),
+    "too many tensors": (joined({str(index): EMPTY for index in range(100_001)}, b""), "lists 100001 tensors"),
     "no entries": (joined(b'{"a": 1}', b""), "expected struct TensorInfo"),
     "no tensors": (joined({}, b""), "none of its 0 tensors"),
     "truncated": (joined({A: entry()}, b"1234567"), "not fully covered"),
@@ -329,8 +337,8 @@ def test_refusals_say_what_is_wrong(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("start", "message"),
     [
-        (struct.pack("<Q", 2**35), "header too large"),
-        (struct.pack("<Q", 10**8 + 1), "header too large"),
+        (struct.pack("<Q", 2**35), "header claims 34359738368 bytes"),
+        (struct.pack("<Q", MAX_HEADER + 1), "header claims"),
         (joined({A: entry(shape=(2**20, 2**20), offsets=(0, 2**41))}, b""), "not fully covered"),
         (joined({A: entry("I16", (2**18, 2**17), (0, 2**36))}, b""), "must be F16, BF16, F32"),
     ],

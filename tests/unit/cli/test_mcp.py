@@ -1,6 +1,7 @@
 """`sa3-mcp`: what an agent may touch, set and spend, and that it gets from audio to an adapter by itself."""
 
 import asyncio
+import importlib.util
 import json
 import shutil
 import sys
@@ -141,7 +142,9 @@ def test_a_running_job_ends_with_its_time(tools: Tools, tmp_path: Path) -> None:
         tools.train("latents", "runs/b")
 
 
-def test_a_sweep_is_ranked_and_ends_with_all_it_started(tools: Tools, tmp_path: Path) -> None:
+def test_a_sweep_is_ranked_and_ends_with_all_it_started(
+    tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     space: Any = {"data": "latents", "folder": "runs/s", "settings": ["adapter.rank=choice(4,8)"]}
     job = tools.sweep(**space, trials=2)
     while (job := tools.watch_job(job["job"], 5))["state"] == "running":
@@ -155,9 +158,17 @@ def test_a_sweep_is_ranked_and_ends_with_all_it_started(tools: Tools, tmp_path: 
         time.sleep(0.1)
     process = processes.find_process(processes.read_record(tools.workspace.home / "jobs" / job))
     assert process is not None
+    monkeypatch.setattr(budget, "GUARD_SECONDS", 0.0)
     process.kill()  # as no one should: its run is left
-    tools.budget.close()
-    assert processes.get_running_pid(first) is None, "the guard ended it"
+    process.wait()
+    with pytest.raises(SA3Error, match="is running"):
+        tools.train("latents", "runs/b")
+    while tools.budget.describe()["running"]:
+        time.sleep(0.1)
+    assert processes.get_running_pid(first) is None, "the guard ended it, with the server there"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SA3Error, match=r"sa3train\[sweep\]"):
+        tools.sweep(**space)
 
 
 def test_negative_strengths_are_no_flags(tools: Tools, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,6 +86,9 @@ def test_what_is_named_twice_or_not_at_all_is_refused(
         (["model.name=nano", "recipe=post-trained", "optimizer=adamw"], "optimizer.lr", 5e-4),
         (["model=nano-base", "recipe=low-memory"], "optimizer.lr", 1e-3),
         (["model=nano-base", "optimizer=lion"], "optimizer.lr", 3e-5),
+        (["model=nano-base", "recipe=prodigal", "--config-dir", "own"], "optimizer.lr", 1.0),
+        (["model=nano-base", "recipe=bold", "--config-dir", "own"], "optimizer.lr", 2e-3),
+        (["model=nano-base", "recipe=shy", "--config-dir", "own"], "optimizer.lr", 3e-4),
         (["model=nano-base", "optimizer.lr=2e-4"], "optimizer.lr", 2e-4),
         (["model=small-sfx-base", "recipe=sfx"], "optimizer.lr", 1e-4),
         ([], "scheduler.warmup_steps", 100),
@@ -95,8 +98,12 @@ def test_what_is_named_twice_or_not_at_all_is_refused(
     ],
 )
 def test_rate_and_warm_up_suit_the_run_unless_one_is_named(
-    arguments: list[str], key: str, value: float, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], key: str, value: float, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    recipe = place / "own" / "recipe"
+    (recipe / "prodigal.yaml").write_text(f"{OWN}defaults: [override /optimizer: prodigy]\n")
+    for name, rate in (("bold", 2e-3), ("shy", 3e-5)):
+        (recipe / f"{name}.yaml").write_text(f"{OWN}optimizer:\n  lr: {rate:.5f}\n")
     assert get(compose(capsys, *arguments)[1], key) == value
 
 

@@ -8,6 +8,7 @@ import pytest
 from helpers.run_dirs import make_run, write_record
 from sa3train.cli.runs import main
 from sa3train.core import processes
+from sa3train.reports.comparison import read_changes
 from sa3train.reports.run_files import EVALUATION_FILE
 
 
@@ -84,9 +85,32 @@ def test_evaluations_decide_where_every_run_has_one(runs: Path, capsys: pytest.C
         assert main(["best", "runs", "--json"]) == 0
         assert json.loads(read(capsys))["run"] == "runs/two", "one run has none"
         (runs / name / EVALUATION_FILE).write_text(json.dumps(found))
+        (runs / name / "checkpoints").mkdir()
+        (runs / name / "checkpoints" / "step-00000020.safetensors").touch()
     assert main(["best", "runs", "--json"]) == 0
     best = json.loads(read(capsys))
-    assert (best["adapter"], best["strength"], best["notes"]) == ("runs/one@20", 0.5, ["surely"])
+    notes = ["surely", "Later steps than 20 were not measured."]
+    assert (best["adapter"], best["strength"], best["notes"]) == ("runs/one@20", 0.5, notes)
+    (runs / "one" / "checkpoints" / "step-00000020.safetensors").unlink()
+    assert main(["best", "runs", "--json"]) == 0
+    assert json.loads(read(capsys))["adapter"] == "runs/two/adapter.safetensors", "what is gone cannot be used"
+
+
+def test_losses_of_other_clips_are_not_compared(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = runs / "one" / "validation.json"
+    validation = json.loads(file.read_text())
+    validation["history"][0]["val"] = {"loss": 0.1}
+    validation["history"].insert(1, {"step": 30, "val": {"loss": float("nan"), "by_clip": [0.5, float("nan")]}})
+    file.write_text(json.dumps(validation))
+    assert main(["compare", "runs", "--json"]) == 0
+    rows = json.loads(read(capsys))
+    assert [(row["best"], row["best step"]) for row in rows] == [(0.4, 40), (0.6, 40)]
+    assert read_changes(runs / "one") == {40: pytest.approx(-0.25)}
+    assert main(["best", "runs/one", "--json"]) == 0
+    assert json.loads(read(capsys))["step"] == 40
+    validation["history"] = validation["history"][:2]
+    file.write_text(json.dumps(validation))
+    assert main(["best", "runs/one"]) == 1 and main(["best", "runs"]) == 0
 
 
 @pytest.mark.parametrize(

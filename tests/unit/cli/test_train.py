@@ -133,8 +133,9 @@ def test_a_run_goes_on_where_it_was_and_not_as_another(shards: Path, capsys: pyt
     assert run(shards, "run_dir=out") == 1
     assert "already holds a run. Resume it: sa3-train resume=out" in capsys.readouterr().err
     assert main(["resume=out", "adapter.dropout=0.5"]) == 1
-    error = capsys.readouterr().err
+    said, error = capsys.readouterr()
     assert "adapter.dropout: 0.0 -> 0.5" in error and "allow_resume_changes=[adapter.dropout]" in error
+    assert "is finished" not in said, "nothing is written"
     assert main(["resume=out", "trainer.max_steps=3"]) == 0
     assert "resume=out trainer.max_steps=6" in capsys.readouterr().out
     assert main(["resume=out"]) == 0

@@ -15,7 +15,7 @@ from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.formats.io import load_adapter, save_adapter
 from sa3train.adapters.layer_filter import find_adaptable_layers
 from sa3train.adapters.spec import AdapterSpec
-from sa3train.cli.eval import main
+from sa3train.cli.eval import build_parser, find_inputs, main
 from sa3train.core.errors import AdapterError, ConfigError, DataError
 from sa3train.evaluation import Evaluation, EvaluationSettings, evaluate_adapters, load_generator
 from sa3train.evaluation.clips import load_clips
@@ -169,6 +169,7 @@ def test_a_run_stands_for_its_checkpoints(tmp_path: Path, shards: Path, capsys: 
     assert found["pick"]["text"] in html.unescape((run / "report.html").read_text()), "the report tells what was found"
     assert [(each["adapter"], each["step"]) for each in found["candidates"]] == [(f"{run}@1", 1), (f"{run}@2", 2)]
     assert "style@1" in capsys.readouterr().out
+    assert find_inputs(build_parser().parse_args([str(run), "--data", "other"])) == ("other", "nano-base")
 
 
 def test_wrong_flags_are_named(adapters: list[str], capsys: pytest.CaptureFixture[str]) -> None:

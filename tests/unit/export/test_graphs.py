@@ -15,7 +15,7 @@ from helpers.nano_adapters import write_lora_adapters
 from helpers.onnx_runner import SCRIPT, STRENGTHS, load_exact, load_runner, measure_error, write_noise
 from sa3train.adapters.lora_argument import LoraArgument
 from sa3train.cli.export import main
-from sa3train.core.errors import SA3Error
+from sa3train.core.errors import ConfigError, SA3Error
 from sa3train.export import export_onnx, onnx_files
 from sa3train.export.graphs import Graph
 from sa3train.inference import Generator
@@ -94,6 +94,32 @@ def test_the_runner_refuses_a_changed_file_and_another_format(
     assert not (tmp_path / "out.wav").exists()
 
 
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--init-noise-level 0.5", "--init-noise-level needs --init-audio"),
+        ("--inpaint 1 2", "belong together"),
+        ("--inpaint-audio {0}/in.wav --inpaint 2 1", "START before END"),
+        ("--inpaint-audio {0}/in.wav --inpaint 1 9 --duration 8", "from 0 to --duration"),
+        ("--inpaint-audio {0}/in.wav --inpaint -1 2", "from 0 to --duration"),
+        ("--init-audio {0}/none.wav", "none.wav is missing or not 16-bit WAV"),
+        ("--init-audio {0}/manifest.json", "manifest.json is missing or not 16-bit WAV"),
+        ("--latents {0}/none/x.npy", "folders that exist"),
+        ("-o {0}", "must be files"),
+    ],
+)
+def test_the_runner_says_what_is_wrong(
+    base: tuple[Any, Path, Generator], tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str, message: str
+) -> None:
+    runner, exported, _ = base
+    arguments = ["-p", "x", "-o", str(tmp_path / "out.wav"), *flags.format(exported).split()]
+    with pytest.raises(SystemExit) as caught:
+        runner.main([str(exported), *arguments])
+    assert message in f"{caught.value} {capsys.readouterr().err}"
+    with pytest.raises(SystemExit):
+        runner.main([str(tmp_path / "none"), *arguments])
+
+
 @pytest.mark.parametrize(("lora", "word"), [("=0.2..0.9", "0.2..0.9"), ("=0.8@0.1-0.5", "@MIN-MAX")])
 def test_strengths_that_change_are_refused(
     base: tuple[Any, Path, Generator], tmp_path: Path, capsys: pytest.CaptureFixture[str], lora: str, word: str
@@ -111,6 +137,8 @@ def test_what_exists_is_kept(
     (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(SA3Error, match="something else"):
         export_onnx("nano", tmp_path, overwrite=True)
+    with pytest.raises(ConfigError, match=r"unknown precision='bf16'\. Choose fp32, fp16, int8\."):
+        export_onnx("nano", tmp_path / "out", precision="bf16")
 
 
 def test_a_failed_check_and_a_full_disk_leave_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

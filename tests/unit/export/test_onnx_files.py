@@ -11,7 +11,7 @@ from helpers.onnx_runner import STRENGTHS, load_exact, load_runner, measure_erro
 from sa3train.cli.export import main
 from sa3train.export.graphs import build_graphs
 from sa3train.export.onnx_files import TEXT_DTYPE, _convert_file, compare_graphs
-from sa3train.export.precision import PRECISIONS
+from sa3train.export.precision import STORED_PRECISIONS
 
 
 @pytest.fixture(scope="module")
@@ -44,4 +44,4 @@ def test_fewer_bits_are_smaller_and_near(folder: Path, precision: str, size: flo
         _convert_file(path, precision)
     assert sum(path.stat().st_size for path in paths) < size * before
     errors = compare_graphs(generator.model, build_graphs(generator.model), folder / precision)
-    assert errors.pop(TEXT_DTYPE) < 1e-12 < max(errors.values()) < PRECISIONS[precision].limit
+    assert errors.pop(TEXT_DTYPE) < 1e-12 < max(errors.values()) < STORED_PRECISIONS[precision].limit

@@ -268,9 +268,13 @@ def test_from_pretrained_loads_at_the_asked_precision(tmp_path: Any) -> None:
     assert result.record["model"]["source"] == "nano-base"
 
 
+@pytest.mark.skipif(bool(int8_linear.find_int8_fault()), reason="this processor does not sum 8-bit products exactly")
 def test_int8_is_near_fp32_and_follows_adapters() -> None:
     settings: dict[str, Any] = {"prompt": "solo cello", "duration": 1.0, "steps": 4, "seed": 1, "return_latents": True}
-    exact, integers = (Generator.from_pretrained("nano", "cpu", precision) for precision in ("fp32", "int8"))
+    state = torch.get_rng_state()
+    with torch.inference_mode():
+        exact, integers = (Generator.from_pretrained("nano", "cpu", precision) for precision in ("fp32", "int8"))
+    assert torch.equal(torch.get_rng_state(), state)
     injected = inject(exact.model.get_adapter_root(), AdapterSpec("lora", rank=2))
     for parameter in injected.parameters():
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(0))
@@ -286,7 +290,7 @@ def test_int8_is_near_fp32_and_follows_adapters() -> None:
             output = each.generate(**settings)
             assert output.latents is not None
             latents.append(output.latents.flatten())
-        assert torch.cosine_similarity(*latents, dim=0) > 0.995
+        assert torch.cosine_similarity(latents[0], latents[1], dim=0) > 0.995
         assert torch.equal(first.setdefault(strength, latents[1]), latents[1])
     assert torch.cosine_similarity(first[0.0], first[1.0], dim=0) < 0.95
     assert output.record["precision"] == "int8"
@@ -299,6 +303,9 @@ def test_int8_is_refused_where_it_does_not_run(monkeypatch: pytest.MonkeyPatch) 
         Generator.from_pretrained("nano", "cpu", "int8", compiled=True)
     monkeypatch.setattr(int8_linear, "_pack", lambda W_OI: (_ for _ in ()).throw(RuntimeError("no such kernel")))
     with pytest.raises(ConfigError, match="int8 does not run here: no such kernel"):
+        choose_dtype("int8", torch.device("cpu"))
+    monkeypatch.setattr(int8_linear.Int8Linear, "forward", lambda self, x: torch.zeros(4, 32))
+    with pytest.raises(ConfigError, match="int8 does not run here: products are wrong by 100%"):
         choose_dtype("int8", torch.device("cpu"))
 
 

@@ -87,27 +87,30 @@ def test_kept_exactly_it_is_the_audio_of_the_source_s_own_latents(make: Callable
 
 
 @pytest.mark.parametrize(
-    ("ends", "length"),
-    [([(0.5, 1.0), (2.0, 2.5)], SECONDS), ([(0.0, 1.0)], SECONDS), ([(2.0, SECONDS)], 2.0)],
-    ids=["two regions", "at the start", "a continuation"],
+    ("ends", "length", "durations"),
+    [
+        ([(0.5, 1.0), (1.5, 2.0)], SECONDS, [SECONDS, 2.41]),
+        ([(0.0, 0.77)], SECONDS, [SECONDS, SECONDS]),
+        ([(2.0, SECONDS)], 2.0, [SECONDS, SECONDS]),
+    ],
+    ids=["two regions, two lengths", "at the start", "a continuation"],
 )
 def test_kept_exactly_every_sample_around_the_regions_is_the_source_s(
-    make: Callable[..., Generator], ends: list[tuple[float, float]], length: float
+    make: Callable[..., Generator], ends: list[tuple[float, float]], length: float, durations: list[float]
 ) -> None:
     source = SOURCE[:, : int(length * 44100)]
-    regions = inpaint((44100, source), *(list(each) for each in zip(*ends, strict=True)))
-    audio, copied = (
-        make("plain").generate(**SETTINGS | regions, batch_size=2, keep_exact=keep_exact).audio
-        for keep_exact in (True, False)
-    )
-    made, kept = torch.zeros(SOURCE.shape[1], dtype=torch.bool), torch.ones(SOURCE.shape[1], dtype=torch.bool)
+    settings = SETTINGS | inpaint((44100, source), *(list(each) for each in zip(*ends, strict=True)))
+    settings |= {"prompt": ["low hum", "rain"], "duration": durations}
+    exact, copied = (make("plain").generate(**settings, keep_exact=keep_exact).audio for keep_exact in (True, False))
+    kept = torch.ones(SOURCE.shape[1], dtype=torch.bool)
+    made = ~kept
     for start, end in ends:
-        first, stop = (-(-int(edge * 44100) // FRAME) * FRAME for edge in (start, end))
+        first, stop = int(start * 44100), int(end * 44100)
         made[first:stop] = True
         kept[max(0, first - FADE) : stop + FADE] = False
-    kept[source.shape[1] :] = False
-    for item in audio:
-        assert torch.equal(item[:, kept], SOURCE[:, kept])
-        assert (item - fit(source, item.shape[1]))[:, made].abs().max() > 1e-3
+    for item, decoded_item in zip(exact, copied, strict=True):
+        here, there = kept[: item.shape[1]], made[: item.shape[1]]
+        assert torch.equal(item[:, here], fit(source, item.shape[1])[:, here])
+        assert (item[:, there] != 0).all() and (item - fit(source, item.shape[1]))[:, there].abs().max() > 1e-3
+        assert not torch.equal(decoded_item[:, here], item[:, here])
     assert kept.float().mean() > 0.5
-    assert not torch.equal(copied[0][:, kept], SOURCE[:, kept])

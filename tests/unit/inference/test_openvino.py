@@ -4,14 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from helpers.generation import generate_latents, inpaint
 from helpers.nano_adapters import write_lora_adapters
 from helpers.onnx_runner import write_noise
-from sa3train.core.errors import ConfigError
+from sa3train.core.errors import ConfigError, LibraryError
 from sa3train.inference import Generator
+from sa3train.inference.openvino_step import check_backend
 
 LIMIT = 1e-4
+STRENGTHS = (0.8, 0.5)
 SETTINGS = {"seed": 3, "steps": 4, "duration": 3.0, "cfg_scale": 5.0}
 
 
@@ -22,8 +25,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Generator, Generator
     write_lora_adapters(folder)
     generators = [Generator.from_pretrained("nano-base", "cpu", "fp32", backend=name) for name in ("openvino", "torch")]
     for each in generators:
-        each.load_adapter(folder / "one.safetensors", 0.8)
-        each.load_adapter(folder / "two.safetensors", 0.5, interval=(0.0, 0.6))
+        each.load_adapter(folder / "one.safetensors", STRENGTHS[0])
+        each.load_adapter(folder / "two.safetensors", STRENGTHS[1], interval=(0.0, 0.6))
     return generators[0], generators[1], folder
 
 
@@ -55,7 +58,7 @@ def test_strengths_change_without_compiling_again(
     changed = generate_latents(pair[0], "solo cello", **SETTINGS)
     assert float((changed - before).norm() / before.norm()) > 100 * LIMIT
     for each in pair[:2]:
-        each.set_strength(0.8, 0)
+        each.set_strength(STRENGTHS[0], 0)
     assert generate_latents(pair[0], "solo cello", **SETTINGS).equal(before)
 
 
@@ -63,15 +66,31 @@ def test_bf16_is_near_and_a_sidecar_names_the_backend(pair: tuple[Generator, Gen
     near = Generator.from_pretrained("nano-base", "cpu", "bf16", backend="openvino")
     output = near.generate("solo cello", return_latents=True, **SETTINGS)
     assert output.latents is not None and output.record["environment"]["backend"] == "openvino"
-    for each in pair[:2]:
-        each.set_strength(0.0)
+    pair[1].set_strength(0.0)
     exact = generate_latents(pair[1], "solo cello", **SETTINGS)
+    for index, strength in enumerate(STRENGTHS):
+        pair[1].set_strength(strength, index)
     assert float((output.latents - exact).norm() / exact.norm()) < 0.1
 
 
 @pytest.mark.parametrize(
-    "options", [{"precision": "fp16"}, {"precision": "int8"}, {"compiled": True}, {"backend": "onnx"}]
+    ("options", "message"),
+    [
+        ({"precision": "fp16"}, "not compute in fp16. Choose --precision fp32 or bf16, or --backend torch"),
+        ({"precision": "int8"}, "not compute in int8. Choose --precision fp32 or bf16, or --backend torch"),
+        ({"compiled": True}, "Remove --compile"),
+        ({"backend": "onnx"}, "Choose torch or openvino"),
+    ],
 )
-def test_what_does_not_fit_is_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="backend"):
+def test_what_does_not_fit_is_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         Generator.from_pretrained("nano", **{"device": "cpu", "precision": "fp32", "backend": "openvino"} | options)
+
+
+def test_another_device_and_a_missing_package_are_refused_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="for CPUs, not cuda. Choose --device cpu or --backend torch"):
+        check_backend("openvino", torch.device("cuda"), "fp32", False)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("sa3train.inference.generator.load_checkpoint", None)
+    with pytest.raises(LibraryError, match=r"pip install 'sa3train\[openvino\]'"):
+        Generator.from_pretrained("nano", "cpu", "fp32", backend="openvino")

@@ -13,7 +13,7 @@ from helpers.golden import GOLDEN
 from sa3train.adapters.tools.merge_checkpoint import merge_into_checkpoint
 from sa3train.core.errors import CheckpointError
 from sa3train.models.checkpoint import StableAudio3, load_autoencoder, load_checkpoint
-from sa3train.models.diffusers_layout import convert_name, revert_name
+from sa3train.models.diffusers_layout import _FIXED, COMPONENTS, convert_name, revert_name
 
 DIFF = GOLDEN / "diff"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -133,6 +133,16 @@ def test_another_model_is_refused(pipeline: Path, damage: Callable[[Path], None]
     damage(pipeline)
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(pipeline).conditioner(["a dog"], [3.0])
+
+
+@pytest.mark.parametrize("component", COMPONENTS)
+def test_a_missing_setting_is_refused(pipeline: Path, component: str) -> None:
+    file = pipeline / component / "config.json"
+    content = json.loads(file.read_text())
+    for key in {"_class_name", *_FIXED[component], {"duration_embedder": "output_dim"}.get(component, "_class_name")}:
+        file.write_text(json.dumps({name: value for name, value in content.items() if name != key}))
+        with pytest.raises(CheckpointError, match=rf"{key} is missing\. Save the pipeline again with diffusers\.$"):
+            load_checkpoint(pipeline, parts=())
 
 
 def test_unknown_settings_are_reported(pipeline: Path, caplog: pytest.LogCaptureFixture) -> None:

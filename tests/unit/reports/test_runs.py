@@ -68,6 +68,20 @@ def test_a_run_that_failed_while_it_was_stopped_did_not_stop(tmp_path: Path) -> 
     assert (run.state, run.error) == ("crashed", "OSError: full")
 
 
+def test_a_run_that_finishes_while_it_is_looked_at_did_not_crash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_run(tmp_path / "a", "running")
+    write_record(folder)
+
+    def end(folder: Path) -> None:
+        record = json.loads((folder / "run.json").read_text())
+        (folder / "run.json").write_text(json.dumps(record | {"status": "finished"}))
+
+    monkeypatch.setattr(processes, "get_running_pid", end)
+    assert get_run(folder).state == "finished"
+
+
 def test_a_run_of_somebody_else_is_seen_while_it_writes(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run", old=False)
     assert get_run(folder).state == "elsewhere"

@@ -106,17 +106,21 @@ def test_steps_that_diverged_or_have_other_clips_are_left_out() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pick", "said"),
+    ("pick", "steps", "said", "later"),
     [
-        ({"text": "style@10 at strength 0.5: p = 0.01"}, "style@10 at strength 0.5: p = 0.01."),
-        (None, "base: every adapter copies its training clips."),
+        ({"text": "a@10: p = 0.01"}, [10, None], "a@10: p = 0.01.", " Later steps than 10 were not measured."),
+        (None, [None], "base: every adapter copies its training clips.", ""),
     ],
 )
-def test_what_an_evaluation_found_is_said_before_what_to_change(pick: dict[str, Any] | None, said: str) -> None:
-    run = replace(make_run({0: 1.0, 10: 0.8}), evaluation={"pick": pick, "candidates": [{"step": 10}, {"step": None}]})
+def test_what_an_evaluation_found_is_said_before_what_to_change(
+    pick: dict[str, Any] | None, steps: list[int | None], said: str, later: str
+) -> None:
+    said += " Strengths measured: 1."
+    candidates = [{"step": step, "strength": 1.0} for step in steps]
+    run = replace(make_run({0: 1.0, 10: 0.8}), evaluation={"pick": pick, "candidates": candidates})
     assert list(judge(run).values())[-2] == said and said in render_report(run)
-    later = replace(make_run({0: 1.0, 20: 0.8}), evaluation=run.evaluation)
-    assert judge(later)["which"] == f"{said} Later steps than 10 were not measured."
+    longer = replace(make_run({0: 1.0, 20: 0.8}), evaluation=run.evaluation)
+    assert judge(longer)["which"] == said + later
     assert list(judge(replace(run, validation={}))) == ["which"]
 
 

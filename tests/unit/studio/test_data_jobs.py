@@ -14,7 +14,7 @@ from sa3train.core import processes
 from sa3train.core.errors import SA3Error
 from sa3train.data.encode.settings import EncodeSettings
 from sa3train.studio.data import jobs
-from sa3train.studio.data.jobs_tabs import ENCODE
+from sa3train.studio.data.jobs_tabs import ENCODE, ENCODE_FIELDS
 from sa3train.studio.runs.evaluate_tab import EVALUATE
 from sa3train.studio.server.workspace import Workspace
 
@@ -75,6 +75,14 @@ def test_what_became_of_a_job(workspace: Workspace) -> None:
     assert jobs.list_jobs(workspace) == []
 
 
+def test_latents_land_beside_the_other_latents(workspace: Workspace) -> None:
+    source = workspace.folder / "my_pack"
+    source.mkdir()
+    values = {name: getattr(EncodeSettings(), name) for name in ENCODE_FIELDS} | {"model": "nano"}
+    for typed, out in (("", "latents/my_pack"), (" ", "latents/my_pack"), ("other", "latents/other")):
+        assert ENCODE.build_command(workspace, source, values | {"out": typed})[0] == workspace.folder / out
+
+
 def test_an_encode_that_lacks_captions_has_a_way_out(workspace: Workspace) -> None:
     lacking = "error: 5 of 6 clips are rejected. Fix them (write one to a .txt of its name, or set captions=auto)"
     for log, can_retry in ((lacking, True), ("error: 5 of 6 clips are rejected: too long", False)):
@@ -92,11 +100,17 @@ def test_an_evaluation_is_a_command_and_names_what_to_use(workspace: Workspace) 
     file = out / jobs.EVALUATION_FILE
     assert file == Path(flags.json) == EVALUATE.find_result(workspace, run, None)
     Path(flags.html).touch()
-    file.write_text(json.dumps({"pick": {"adapter": f"{run}@40", "strength": 0.5, "is_base": False}}))
+    pick = {"adapter": f"{run}@10", "strength": 0.5, "is_base": False}
+    file.write_text(json.dumps({"pick": pick, "candidates": [{"step": 10}]}))
     shown = EVALUATE.render_result(workspace, file, run)
-    assert "Use runs/a@40 at strength 0.5" in shown and 'data-play="runs/a@40" data-strength="0.5"' in shown
-    for pick in (None, {"is_base": True}):
-        file.write_text(json.dumps({"pick": pick}))
+    assert "runs/a@10 was the best, and is gone" in shown and "data-play" not in shown
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "step-00000010.safetensors").touch()
+    shown = EVALUATE.render_result(workspace, file, run)
+    assert "Later steps than 10 were not measured." in shown
+    assert "Use runs/a@10 at strength 0.5" in shown and 'data-play="runs/a@10" data-strength="0.5"' in shown
+    for base in (None, {"is_base": True}):
+        file.write_text(json.dumps({"pick": base}))
         assert "beyond noise" in EVALUATE.render_result(workspace, file, run)
 
 

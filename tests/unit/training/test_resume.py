@@ -225,6 +225,18 @@ def test_a_run_that_is_made_longer_is_the_run_that_was_long(pair: tuple[Trial, T
     assert same(read_adapter(part.run_dir), read_adapter(whole.run_dir))
 
 
+def test_an_average_that_begins_with_a_resume_starts_at_the_weights(shards: Path, tmp_path: Path) -> None:
+    run = Trial(shards, tmp_path / "run", max_steps=2)
+    run.run(loop="any")
+    run.max_steps, run.trainer = 3, {"ema_decay": 0.97}
+    run.run(resume=True, loop="any")
+    before, after = (read_run_checkpoint(get_checkpoint_path(run.run_dir, step)) for step in (2, 3))
+    assert "ema" not in before and after["ema"]["updates"] == 1
+    for name, average in after["ema"]["tensors"].items():
+        expected = torch.lerp(before["state_dict"][name], after["state_dict"][name], 0.9)
+        assert torch.allclose(average, expected, atol=1e-7), name
+
+
 def test_only_the_last_states_are_kept_and_a_resumed_step_is_logged_once(shards: Path, tmp_path: Path) -> None:
     run = make_small_trial(shards, tmp_path, "kept")
     run.run()
