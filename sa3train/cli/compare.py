@@ -71,7 +71,8 @@ def format_best(best: dict[str, Any]) -> list[str]:
         Lines.
     """
     text = f"best: {best['run']}, {best['change']:+.1%} held-out loss vs. base at step {best['step']}"
-    return [text, f"use it: --lora {best['adapter']}={best['strength']:g}", *best["notes"]]
+    use = "use it" if not best["notes"] else "to try it all the same"
+    return [text, *best["notes"], f"{use}: --lora {best['adapter']}={best['strength']:g}"]
 
 
 def _format_value(value: Any) -> str:

@@ -23,6 +23,7 @@
 import csv
 import io
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -280,7 +281,7 @@ class RunFiles:
         return max((value for _, value in self.get_curve("time/peak_memory_gib")), default=None)
 
 
-def read_run(run_dir: Path) -> RunFiles:
+def read_run(run_dir: str | os.PathLike[str]) -> RunFiles:
     """Read a run folder, at any moment of a run.
 
     Args:
@@ -292,6 +293,7 @@ def read_run(run_dir: Path) -> RunFiles:
     Raises:
         DataError: A newer version wrote it.
     """
+    run_dir = Path(run_dir)
     metrics, config = run_dir / METRICS_FILE, run_dir / CONFIG_FILE
     rows = read_metrics(metrics)[1] if metrics.is_file() else []
     contents = {}

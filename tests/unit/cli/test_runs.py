@@ -65,7 +65,7 @@ def test_text_says_the_same(runs: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "adapter.rank" in table and "evaluated" not in table and table.index("two") < table.index("one")
     main(["best", "runs"])
     assert "Not beyond noise: loss on held-out clips is" in (said := read(capsys))
-    assert "use it: --lora runs/two/adapter.safetensors=1" in said
+    assert "to try it all the same: --lora runs/two/adapter.safetensors=1" in said
 
 
 def test_the_best_step_may_be_gone(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,7 @@ from sa3train.reports.verdict import summarize_run
 
 
 def test_what_the_metrics_say(run: Path) -> None:
-    files = read_run(run)
+    files = read_run(str(run))
     assert files.seconds == 90.0
     assert files.peak_memory_gib == 1.5
     summary = " ".join(summarize_run(files))
