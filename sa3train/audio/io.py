@@ -23,6 +23,7 @@ from sa3train.core.errors import AudioError
 from sa3train.core.files import write_bytes
 from sa3train.core.imports import explain_imports
 from sa3train.core.log import get_logger
+from sa3train.core.mapped import iterate_parts
 
 with explain_imports():
     import soundfile
@@ -215,7 +216,7 @@ def encode_audio(
     with tempfile.TemporaryFile() if is_long else io.BytesIO() as buffer:
         try:
             with soundfile.SoundFile(buffer, "w", sample_rate, len(audio_CN), chosen, format=container) as file:
-                for part_CN in audio_CN.split(BLOCK if is_long else audio_CN.shape[1], dim=1):
+                for part_CN in iterate_parts(audio_CN, BLOCK if is_long else audio_CN.shape[1]):
                     file.write(part_CN.float().cpu().T.numpy())
         except soundfile.LibsndfileError as error:
             raise AudioError(f"cannot write {name} as {container} at {sample_rate} Hz: {error.error_string}") from error
@@ -246,7 +247,7 @@ def check_audio(audio_CN: Tensor, sample_rate: int, name: str = "the audio") -> 
         raise AudioError(f"{name}: the sample rate must be above 0 Hz, not {sample_rate}.")
     if audio_CN.shape[1] == 0:
         raise AudioError(f"{name}: it contains no audio (0 samples).")
-    bad = sum(int((~torch.isfinite(part_CN)).sum()) for part_CN in audio_CN.split(BLOCK, dim=1))
+    bad = sum(int((~torch.isfinite(part_CN)).sum()) for part_CN in iterate_parts(audio_CN, BLOCK))
     if bad:
         raise AudioError(f"{name}: {bad} samples are NaN or infinite. Export the audio again and check the source.")
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from sa3train.audio.edit import mix_channels
 from sa3train.audio.resample import resample
 from sa3train.core.imports import explain_imports
+from sa3train.core.mapped import release_pages
 
 with explain_imports():
     import torchaudio.functional
@@ -75,6 +76,7 @@ def _measure_long_loudness(audio_CN: Tensor, sample_rate: int) -> float:
             meter.integrated_loudness(mix_channels(part_CN, 2).double().cpu().T.numpy())
         loudness = np.asarray(meter.blockwise_loudness)[skipped : skipped + count]
         powers += (10 ** ((loudness[loudness >= -70] + 0.691) / 10)).tolist()
+        release_pages(audio_CN)
     if not powers:
         return -math.inf
     kept = np.asarray(powers)

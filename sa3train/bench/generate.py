@@ -4,6 +4,7 @@ Shapes: B items, C latent channels, T latent frames, L context tokens, D widths.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import psutil
@@ -26,7 +27,7 @@ from sa3train.inference.resolve import count_generated_frames, count_real_frames
 from sa3train.models.checkpoint import StableAudio3
 from sa3train.models.int8_linear import find_int8_fault, quantize_linears
 
-DENOISER_TARGET, ROOFLINE_TARGET, ADAPTER_TARGET = 0.40, 1.6, 1.03
+DENOISER_TARGET, ROOFLINE_TARGET, ADAPTER_TARGET, STRENGTH_TARGET = 0.40, 1.6, 1.03, 0.25
 CUDA_TARGETS: dict[tuple[str, float], tuple[float | None, float | None]] = {
     ("medium", 120): (0.30, 5.0),
     ("small", 30): (0.10, None),
@@ -161,7 +162,7 @@ def _make_random_adapter(model: StableAudio3, adapter_type: str, seed: int) -> A
 
 
 def _measure_with_adapters(options: Options, arch: str, seconds: float, model: StableAudio3) -> list[Figure]:
-    """Measure the denoiser with 0, 1 and 3 baked adapters, in turn."""
+    """Measure the denoiser with 0, 1 and 3 baked adapters, in turn, and the time that another strength takes."""
     start_BCT, conditions = make_inputs(model, seconds, options.device)
     with torch.enable_grad():
         adapters = [_make_random_adapter(model, name, seed) for seed, name in enumerate(("dora-rows", "lora", "bora"))]
@@ -178,11 +179,29 @@ def _measure_with_adapters(options: Options, arch: str, seconds: float, model: S
             step = time_interleaved({name: lambda: denoise(model, start_BCT, conditions, 1)}, 1, options.device)
             timings.rounds[name] += step.rounds[name]
             timings.processor[name] += step.processor[name]
+    strengths = itertools.cycle((0.3, 0.8))
+    stack.set_strength(0.0)
+
+    def change_strength() -> None:
+        stack.set_strength(next(strengths), 0)
+        stack.apply()
+
+    changes = time_interleaved({"change": change_strength}, options.repeats, options.device)
     stack.clear()
-    target = ADAPTER_TARGET if options.device == "cpu" and arch == "small" else None
+    has_target = options.device == "cpu" and arch == "small"
+    target = ADAPTER_TARGET if has_target else None
     return [
-        timings.compare(f"{arch} denoiser with {names[count]} / without", names[count], names[0], target)
-        for count in (1, 3)
+        *(
+            timings.compare(f"{arch} denoiser with {names[count]} / without", names[count], names[0], target)
+            for count in (1, 3)
+        ),
+        Figure(
+            f"{arch}: another strength of a dora-rows adapter",
+            changes.median("change"),
+            "s",
+            STRENGTH_TARGET if has_target else None,
+            note=f"fastest round {changes.best('change'):.2f} s",
+        ),
     ]
 
 

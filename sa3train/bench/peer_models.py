@@ -18,6 +18,7 @@ from sa3train.bench.adapters import RANK
 from sa3train.bench.checkpoints import load_random_model, make_random_checkpoint
 from sa3train.bench.figures import Options
 from sa3train.core.dtypes import get_dtype
+from sa3train.inference.openvino_step import run_on_openvino
 from sa3train.models.checkpoint import collect_state_dict
 from sa3train.models.diffusers_layout import TRANSFORMER, add_tensor, build_component_configs
 from sa3train.models.parse import complete_config
@@ -50,12 +51,14 @@ class Peer:
         imported: Modules that it needs.
         packages: Packages whose versions are stated.
         load: Loads its denoiser: options, architecture, conditions and adapter type (None: no adapter).
+        trains: Whether it trains adapters.
     """
 
     name: str
     imported: tuple[str, ...]
     packages: tuple[str, ...]
     load: Callable[[Options, str, Conditions, str | None], Denoiser]
+    trains: bool = True
 
     def name_versions(self) -> str:
         """Name the packages with their versions.
@@ -183,6 +186,24 @@ def load_official(options: Options, arch: str, conditions: Conditions, adapter_t
     return Denoiser(predict, parameters, _count_bytes(network))
 
 
+def load_openvino(options: Options, arch: str, conditions: Conditions, adapter_type: str | None) -> Denoiser:
+    """Load our denoiser with OpenVINO as its backend.
+
+    Args:
+        options: `device` and `dtype`.
+        arch: Architecture.
+        conditions: Conditions of every prediction.
+        adapter_type: None, since it trains none.
+
+    Returns:
+        The denoiser.
+    """
+    dit = load_random_model(arch, options, "dit").dit
+    run_on_openvino(dit, conditions["cross_attn_cond_BLD"].shape[1])
+    prepare = functools.cache(lambda shape: dit.prepare(shape, **conditions))
+    return Denoiser(lambda x_BCT, t_B: dit.predict_velocity(x_BCT, t_B, prepare(x_BCT.shape)), [], _count_bytes(dit))
+
+
 def load_official_decoder(options: Options, arch: str, weights: Mapping[str, Tensor]) -> Callable[[Tensor], Tensor]:
     """Load the official implementation's autoencoder.
 
@@ -215,5 +236,6 @@ def _count_bytes(module: nn.Module) -> int:
 
 PEERS = (
     Peer("diffusers", ("diffusers", "peft"), ("diffusers", "peft"), load_diffusers),
+    Peer("OpenVINO", ("openvino",), ("openvino",), load_openvino, trains=False),
     Peer("official", ("stable_audio_3.factory",), ("stable-audio-3",), load_official),
 )

@@ -1,8 +1,10 @@
-"""Other programs on the same weights, in turn with ours: diffusers, PEFT on diffusers, the official implementation.
+"""Other programs on the same weights, in turn with ours: diffusers, PEFT on it, OpenVINO, the official implementation.
 
-diffusers and peft are packages (`pip install "sa3train[peers]"`). The official implementation is none: it is measured
-where `stable_audio_3` can be imported, with a clone of its repository on PYTHONPATH and `einops` and `einops-exts`
-installed. A peer that is not installed is a row that says so. Each row states how far the outputs are apart.
+diffusers, peft and openvino are packages (`pip install "sa3train[peers,openvino]"`). The official implementation is
+none: it is measured where `stable_audio_3` can be imported, with a clone of its repository on PYTHONPATH and `einops`
+and `einops-exts` installed. A peer that is not installed is a row that says so. Each row states how far the outputs are
+apart; the official denoiser rounds the noise level to 16 bits before its Fourier features, of which random weights
+make much.
 
 Shapes: B items, C latent channels, T latent frames.
 """
@@ -25,7 +27,7 @@ from sa3train.core.dtypes import get_dtype
 from sa3train.diffusion.samplers import SAMPLERS
 from sa3train.diffusion.schedule import build_schedule
 
-DENOISER_TARGETS = {"diffusers": 1.6}
+DENOISER_TARGETS = {"diffusers": 1.6, "OpenVINO": 1.1}
 STEP_TARGETS: dict[str, dict[str | None, float]] = {
     "diffusers": {None: 1.4, "lora": 1.3, "dora-rows": 2.5},
     "official": {"dora-rows": 4.0},
@@ -53,7 +55,7 @@ def run(options: Options) -> list[Figure]:
                 figures.append(Figure(f"{peer.name} / ours", None, "", note=f"cannot be imported: {error}"))
                 continue
             figures.append(_measure_denoiser(options, peer))
-            for adapter_type in (None, "lora", "dora-rows"):
+            for adapter_type in (None, "lora", "dora-rows") if peer.trains else ():
                 figures += _measure_step(options, peer, adapter_type)
             if peer.name == "official":
                 figures.append(_measure_decoding(options, peer))

@@ -22,6 +22,7 @@ from sa3train.core.config import list_settings
 from sa3train.core.errors import ConfigError, DataError
 from sa3train.core.files import check_exists, relate_path
 from sa3train.core.log import write_json_line, write_json_progress
+from sa3train.core.text import list_few
 from sa3train.data.captioning.template import CAPTION_VALUES, DEFAULT_TEMPLATE
 from sa3train.data.encode.settings import EncodeSettings
 from sa3train.data.loading.prompts import PromptSettings, Template
@@ -98,7 +99,7 @@ def _add_caption_flags(flags: argparse.ArgumentParser) -> None:
 
 def _add_preview_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("shards", nargs="?", help="folder or URL of latent shards")
-    flags.add_argument("--run", dest="run_dir", metavar="RUN_DIR", help="shards and all settings of a training run")
+    flags.add_argument("--run", dest="run_dir", metavar="RUN_DIR", help="settings and shards of a training run")
     flags.add_argument("-n", type=int, default=20, help="number of clips (default: 20)")
     flags.add_argument("--seed", type=int, default=0, help="the training run's seed: then these are its first clips")
     flags.add_argument("--batch-size", type=int, default=4, help="the training run's")
@@ -209,8 +210,10 @@ def run_caption_command(arguments: argparse.Namespace) -> int:
         unset = vars(build_parser().parse_args(["caption", arguments.folder, "--undo"]))
         if ignored := [name for name, value in vars(arguments).items() if value != unset[name]]:
             raise ConfigError(f"{', '.join(ignored)} has no effect with --undo.")
-        restored = undo_save(arguments.folder)
-        print(f"{len(restored)} captions taken back")
+        undone = undo_save(arguments.folder)
+        print(f"{len(undone.restored)} captions taken back")
+        if undone.kept:
+            print(f"{len(undone.kept)} edited since, left as they are: {list_few(list(map(str, undone.kept)), 10)}")
         return 0
     captioner = Captioner.load(arguments.captioner) if arguments.captioner else None
     threads = EncodeSettings(threads=arguments.threads).count_threads()
@@ -284,6 +287,7 @@ def load_run_data(arguments: argparse.Namespace) -> "LatentDataModule":
 
     Raises:
         ConfigError: When other flags are set, or there is no run.
+        DataError: When its shards are gone.
     """
     from sa3train.cli.train_config import TrainConfig
     from sa3train.cli.train_setup import locate_inputs, make_data_module
@@ -291,7 +295,8 @@ def load_run_data(arguments: argparse.Namespace) -> "LatentDataModule":
     from sa3train.reports.run_files import CONFIG_FILE, RECORD_FILE, holds_run, load_settings
 
     unset = vars(build_parser().parse_args(["preview"]))
-    ignored = [name for name, value in vars(arguments).items() if name not in ("run_dir", "n") and value != unset[name]]
+    free = {"run_dir", "shards", "n"}
+    ignored = [name for name, value in vars(arguments).items() if name not in free and value != unset[name]]
     if ignored:
         names = ", ".join(name.replace("_", "-") for name in ignored)
         raise ConfigError(f"{names} has no effect with --run, which uses every setting of the run.")
@@ -299,7 +304,12 @@ def load_run_data(arguments: argparse.Namespace) -> "LatentDataModule":
     if not holds_run(run_dir):
         raise ConfigError(f"{run_dir} is not a training run: it has no {CONFIG_FILE} and {RECORD_FILE}.")
     config = build(TrainConfig, load_settings(run_dir / CONFIG_FILE))
-    config = locate_inputs(config, run_dir)
+    if arguments.shards is not None:
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=arguments.shards))
+    try:
+        config = locate_inputs(config, run_dir)
+    except DataError as error:
+        raise DataError(str(error).replace("set data=FOLDER", "give its folder before --run")) from error
     return make_data_module(dataclasses.replace(config.data, num_workers=0), config.seed)
 
 

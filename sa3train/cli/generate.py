@@ -35,7 +35,6 @@ from sa3train.core.log import get_logger
 from sa3train.core.text import format_command, list_few
 from sa3train.core.user_files import read_file
 from sa3train.data.sources.text import decode_text
-from sa3train.inference.resolve import resolve_settings
 from sa3train.inference.settings import PER_ITEM_SETTINGS, SETTING_NAMES, GenerationSettings, count_items, is_list
 from sa3train.models.hub import check_checkpoint, choose_weights, list_checkpoints
 
@@ -44,6 +43,7 @@ if TYPE_CHECKING:
 
     from sa3train.inference.generator import Generator
     from sa3train.inference.outputs import GenerationOutput
+    from sa3train.inference.resolve import ModelFacts
 
 _logger = get_logger(__name__)
 
@@ -180,6 +180,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     model = arguments.model or DEFAULT_MODEL
     check_checkpoint(model)  # before torch is imported, which takes longer
     _check_inputs(arguments, adapters)
+    from sa3train.inference.checks import check_files
     from sa3train.inference.outputs import check_output, choose_output_paths, get_work_dir, list_output_paths
 
     count = sum(map(count_items, batches))
@@ -187,18 +188,25 @@ def _generate(arguments: argparse.Namespace) -> int:
     for path in list_output_paths(output, count):
         check_output(path, subtype, inputs, arguments.overwrite)
     paths = choose_output_paths(output, count, arguments.overwrite)
+    given = [name for name in SETTING_NAMES if getattr(arguments, name) is not None]
+    check_files(batches, _describe_model(model), adapters, given)
     generator = _load_model(arguments, model, "auto", {})
     for adapter in adapters:
         generator.load_adapter(**adapter)
-    given = [name for name in SETTING_NAMES if getattr(arguments, name) is not None]
-    for batch in batches:
-        resolve_settings(batch, generator.facts, given=given)  # refuse a bad batch before the first is generated
     with write_in_background(subtype, arguments.overwrite) as write:
         for batch in batches:
             result = generator.generate_from(batch, work_dir=get_work_dir(paths[0]))
             write(result, paths[: len(result.audio)])
             paths = paths[len(result.audio) :]
     return 0
+
+
+def _describe_model(source: str) -> "ModelFacts":
+    from sa3train.inference.resolve import ModelFacts
+    from sa3train.models.checkpoint import describe_checkpoint
+
+    name, config = describe_checkpoint(source)
+    return ModelFacts.from_config(config, name)
 
 
 def _list_models() -> int:
@@ -228,7 +236,7 @@ def _replay(arguments: argparse.Namespace, given: set[str]) -> int:
     changes, adapters = parse_changes(arguments), parse_adapters(arguments)
     _check_inputs(arguments, adapters)
     from sa3train.inference.outputs import check_output
-    from sa3train.inference.replay import locate_model, replay
+    from sa3train.inference.replay import locate_model, prepare_replay, replay
     from sa3train.inference.sidecar import list_inputs, read_sidecar
 
     sidecar = Path(arguments.sidecar)
@@ -242,8 +250,9 @@ def _replay(arguments: argparse.Namespace, given: set[str]) -> int:
     try:
         check_output(output, subtype, list_inputs(record, sidecar.parent), arguments.overwrite)
         source = arguments.model or locate_model(record, sidecar.parent)
+        prepared = prepare_replay(record, sidecar.parent, _describe_model(source), changes, adapters)
         generator = _load_model(arguments, source, record["precision"], record["environment"])
-        result = replay(generator, record, sidecar.parent, changes, adapters)
+        result = replay(generator, record, prepared)
     except SA3Error as error:
         raise type(error)(f"{sidecar}: {error}") from error
     if is_same:

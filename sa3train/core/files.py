@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa3train.core.errors import DataError, SA3Error
+from sa3train.core.mapped import iterate_bytes
 from sa3train.core.text import shorten
 from sa3train.core.user_files import find_special, stat_file, suggest_path
 
@@ -177,7 +178,12 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
         content: Its content.
     """
     with replace_file(path) as temporary:
-        temporary.write_bytes(content)
+        _write(temporary, content)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.writelines(iterate_bytes(content))
 
 
 def write_text(path: str | os.PathLike[str], content: str) -> None:
@@ -354,7 +360,7 @@ def write_files(
             with create_staging_dir(paths[0]) as folder, contextlib.ExitStack() as undo:
                 parts = [folder / path.name for path in paths]
                 for part, content in zip(parts, make_contents(paths), strict=True):
-                    part.write_bytes(content)
+                    _write(part, content)
                     _fsync(part)
                 try:
                     for path in () if overwrite else paths:

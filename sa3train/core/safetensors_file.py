@@ -23,6 +23,7 @@ from sa3train.core.dtypes import DTYPES
 from sa3train.core.errors import AdapterError
 from sa3train.core.files import replace_file
 from sa3train.core.log import get_logger
+from sa3train.core.mapped import BLOCK_BYTES, iterate_parts
 from sa3train.core.text import shorten
 from sa3train.core.user_files import check_content, read_file
 
@@ -249,7 +250,7 @@ def convert_for_saving(tensors: Mapping[str, Tensor], dtype: torch.dtype | None)
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a safetensors file atomically, with keys in sorted order so that equal tensors give equal files.
+    """Write a safetensors file atomically, with keys in sorted order so that equal content gives equal files.
 
     Args:
         path: Target.
@@ -267,6 +268,20 @@ def write_tensors(
             if code is None:
                 raise
             raise OSError(int(code[1]), os.strerror(int(code[1])), str(temporary)) from error
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Sort the metadata in a header, whose order safetensors draws anew in each process."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if metadata := header.get("__metadata__"):
+            header["__metadata__"] = dict(sorted(metadata.items()))
+            content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+            assert len(content) <= size
+            file.seek(8)
+            file.write(content.ljust(size))
 
 
 def write_tensor_stream(
@@ -319,5 +334,6 @@ def hash_tensors(parts: Iterable[str | Tensor]) -> str:
         if isinstance(part, str):
             digest.update(part.encode())
         elif part.numel():
-            digest.update(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            for block in iterate_parts(part.detach().cpu().contiguous().reshape(-1).view(torch.uint8), BLOCK_BYTES):
+                digest.update(block.numpy().data)
     return digest.hexdigest()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sa3train.core.device import move_to_device, move_to_host
 from sa3train.core.errors import GenerationError
-from sa3train.inference.prompt_weights import parse_prompt_weights
+from sa3train.inference.prompt_weights import find_nested_weight, parse_prompt_weights
 from sa3train.inference.resolve import count_samples
 from sa3train.inference.sampling import Generation, build_item_mask
 
@@ -60,7 +60,7 @@ def collect_warnings(generation: Generation, clipped_shares: list[float]) -> lis
     Returns:
         Warnings about prompts and audio that were cut, input without effect, and clipping.
     """
-    warnings = _warn_of_long_prompts(generation)
+    warnings = _warn_of_prompts(generation)
     if generation.settings.init_noise_level == 1.0:
         warnings.append("init_audio had no effect: init_noise_level=1 replaces it by noise. Try 0.9.")
     if generation.settings.init_noise_level == 0.0:
@@ -74,13 +74,18 @@ def collect_warnings(generation: Generation, clipped_shares: list[float]) -> lis
     return warnings
 
 
-def _warn_of_long_prompts(generation: Generation) -> list[str]:
+def _warn_of_prompts(generation: Generation) -> list[str]:
     conditioner, settings = generation.model.conditioner, generation.settings
     later = [str(text) for _, text in settings.prompt_at or ()]
     given = dict.fromkeys([*settings.prompt, *later, *(settings.negative_prompt or ())])
+    nested = [
+        f"only the inner weight of {found} counts, the outer one is text. Give each phrase its own."
+        for found in map(find_nested_weight, given)
+        if found
+    ]
     prompts = [parse_prompt_weights(prompt)[0] for prompt in given]
     counts = zip(prompts, conditioner.count_tokens(prompts), strict=True)
-    return [
+    return nested + [
         f"the prompt {prompt[:40]!r}… has {count} tokens and was truncated to {conditioner.max_length}."
         for prompt, count in counts
         if count > conditioner.max_length

@@ -18,7 +18,9 @@ from sa3train.core.device import choose_device
 from sa3train.core.device_errors import explain_device_errors
 from sa3train.core.errors import ConfigError, GenerationError
 from sa3train.core.log import get_logger
+from sa3train.core.mapped import map_tensor
 from sa3train.diffusion.samplers import Callback
+from sa3train.inference.checks import check_generation
 from sa3train.inference.clip import generate_clip
 from sa3train.inference.decoding import collect_warnings
 from sa3train.inference.input_audio import CHANNELS, load_input_audio
@@ -26,12 +28,12 @@ from sa3train.inference.loops import generate_loops
 from sa3train.inference.mastering import FinishedAudio, finish_audio
 from sa3train.inference.openvino_step import check_backend, run_on_openvino
 from sa3train.inference.outputs import GenerationOutput
-from sa3train.inference.resolve import ModelFacts, ResolvedSettings, resolve_settings
+from sa3train.inference.resolve import ModelFacts, ResolvedSettings
 from sa3train.inference.runtime import choose_dtype, suggest_generation_fixes
-from sa3train.inference.sampling import Generation, check_intervals
+from sa3train.inference.sampling import Generation
 from sa3train.inference.settings import AUDIO_SETTINGS, SETTING_NAMES, GenerationSettings
 from sa3train.inference.sidecar import describe_adapter, describe_environment
-from sa3train.inference.windows import generate_windows, list_windows, map_audio, open_work_dir
+from sa3train.inference.windows import generate_windows, open_work_dir
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
 from sa3train.models.dit import compile_blocks
 from sa3train.models.fp16_check import convert_to_fp16
@@ -62,9 +64,7 @@ class Generator:
         self.backend = "torch"
         self.stack = AdapterStack(model.get_adapter_root(), decoder=model.get_adapter_root("decoder"))
         self._files: list[dict[str, Any]] = []
-        self.facts = ModelFacts(
-            model.name, model.objective, model.sample_rate, model.downsampling_ratio, model.max_frames
-        )
+        self.facts = ModelFacts.from_config(model.config, model.name)
 
     def __repr__(self) -> str:
         return f"Generator({self.source!r}, {self.precision} on {self.device}, {len(self.stack)} adapters)"
@@ -300,9 +300,7 @@ class Generator:
         """
         if generator is not None and generator.device.type != "cpu":
             raise GenerationError("generator must be a CPU generator: all draws are made on the CPU, for every device.")
-        resolved = resolve_settings(settings, self.facts, has_generator=generator is not None)
-        check_intervals(resolved, self.stack)
-        self._check_windows(resolved)
+        resolved = check_generation(settings, self.facts, self.adapters, has_generator=generator is not None)
         inputs = {
             role: load_input_audio(getattr(resolved, role), self.facts.sample_rate, role)
             for role in AUDIO_SETTINGS
@@ -345,19 +343,8 @@ class Generator:
             generate = generate_loops if settings.loop else generate_clip
             latents_BCT, audio = generate(generation, self.stack, callback, self.cuda_graphs)
         rate, limits_piece = self.facts.sample_rate, settings.window is not None and settings.peak is not None
-        second = map_audio(audio[0].shape[1], folder) if limits_piece else None  # where the limiter writes
+        second = map_tensor((CHANNELS, audio[0].shape[1]), folder) if limits_piece else None  # where the limiter writes
         return latents_BCT, [finish_audio(audio_CN, settings, rate, second) for audio_CN in audio]
-
-    def _check_windows(self, settings: ResolvedSettings) -> None:
-        """Refuse what needs windows where there are none, and the other way round."""
-        if settings.window is not None and settings.seed is None:
-            raise GenerationError("a piece of several windows needs a seed, from which each draws. Give seed.")
-        changing = [each.adapter.source or "an adapter" for each in self.stack.changing]
-        if changing and (settings.window is None or len(list_windows(settings, self.facts)) == 1):
-            raise GenerationError(
-                f"the strength of {changing[0]} changes from window to window, but the audio is generated at once. Set "
-                f"window to less than its length, such as window={max(1, round(max(settings.duration) / 4))}."
-            )
 
     def _record(self, generation: Generation) -> dict[str, Any]:
         """What the sidecars of all items share."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sa3train.audio.metrics import OVERSAMPLING, measure_loudness_lufs, measure_seam, measure_true_peak_db
 from sa3train.audio.resample import resample
+from sa3train.core.mapped import iterate_parts, release_pages
 from sa3train.inference.resolve import ResolvedSettings
 
 BLOCK = 1 << 20
@@ -58,8 +59,10 @@ def finish_audio(
     measured = dict[str, float]()
     if settings.loudness is not None or settings.peak is not None:
         audio_CN, measured = master(audio_CN, sample_rate, settings.loudness, settings.peak, settings.loop, out_CN)
-    clipped = sum(int((part_CN.abs() > 1).sum()) for part_CN in audio_CN.split(BLOCK, dim=1))
-    audio_CN = audio_CN.clamp_(-1, 1)
+    clipped = 0
+    for part_CN in iterate_parts(audio_CN, BLOCK):
+        clipped += int((part_CN.abs() > 1).sum())
+        part_CN.clamp_(-1, 1)
     if measured:
         reached = {
             "loudness_lufs": measure_loudness_lufs(audio_CN, sample_rate),
@@ -98,7 +101,8 @@ def master(
     if loudness is not None:
         before = measure_loudness_lufs(audio_CN, sample_rate)
         done["gain_db"] = loudness - before if math.isfinite(before) else 0.0
-        audio_CN *= 10 ** (done["gain_db"] / 20)
+        for part_CN in iterate_parts(audio_CN, BLOCK):
+            part_CN *= 10 ** (done["gain_db"] / 20)
     if peak is not None:
         reach = min(CONTEXT, audio_CN.shape[1]) if is_loop else 0
         limited_CN, done["limited_db"] = limit_peaks(_wrap(audio_CN, reach), sample_rate, peak, out_CN)
@@ -132,7 +136,7 @@ def limit_peaks(audio_CN: Tensor, sample_rate: int, peak: float, out_CN: Tensor 
     ceiling, limited_CN, lowest = peak, torch.empty_like(audio_CN) if out_CN is None else out_CN, 1.0
     for _ in range(TRIES):
         lowest = 1.0
-        for whole, inner, kept in _list_blocks(audio_CN.shape[1]):
+        for whole, inner, kept in _list_blocks(audio_CN, limited_CN):
             gain_N = _compute_gain(audio_CN[:, whole], sample_rate, 10 ** (ceiling / 20))[kept]
             limited_CN[:, inner] = audio_CN[:, inner] * gain_N
             lowest = min(lowest, float(gain_N.min()))
@@ -140,7 +144,8 @@ def limit_peaks(audio_CN: Tensor, sample_rate: int, peak: float, out_CN: Tensor 
             break
         ceiling -= excess + 1e-4
     else:
-        limited_CN *= 10 ** (-excess / 20)
+        for part_CN in iterate_parts(limited_CN, BLOCK):
+            part_CN *= 10 ** (-excess / 20)
     return limited_CN, -20 * math.log10(max(lowest, 1e-12))
 
 
@@ -154,14 +159,17 @@ def measure_blocks(audio_CN: Tensor, sample_rate: int) -> float:
     Returns:
         True peak in dBTP, as `measure_true_peak_db` gives it; -inf for silence.
     """
-    return max(measure_true_peak_db(audio_CN[:, whole], sample_rate) for whole, _, _ in _list_blocks(audio_CN.shape[1]))
+    return max(measure_true_peak_db(audio_CN[:, whole], sample_rate) for whole, _, _ in _list_blocks(audio_CN))
 
 
-def _list_blocks(samples: int) -> Iterator[tuple[slice, slice, slice]]:
+def _list_blocks(audio_CN: Tensor, *others: Tensor) -> Iterator[tuple[slice, slice, slice]]:
     """Each block with what is around it, the block alone, and where the block lies in the first."""
+    samples = audio_CN.shape[1]
     for start in range(0, samples, BLOCK):
         stop, first = min(start + BLOCK, samples), max(0, start - CONTEXT)
         yield slice(first, stop + CONTEXT), slice(start, stop), slice(start - first, stop - first)
+        for each_CN in (audio_CN, *others):
+            release_pages(each_CN)
 
 
 def _compute_gain(audio_CN: Tensor, sample_rate: int, ceiling: float) -> Tensor:

@@ -1,6 +1,5 @@
 """The output of a generation, saved as an audio file with a sidecar for each item."""
 
-import hashlib
 import itertools
 import json
 import math
@@ -26,6 +25,7 @@ from sa3train.core.files import (
     write_files,
 )
 from sa3train.core.log import get_logger
+from sa3train.core.mapped import hash_bytes
 from sa3train.core.safetensors_file import hash_tensors
 from sa3train.core.user_files import read_file
 from sa3train.inference.sidecar import FORMAT, list_inputs
@@ -151,7 +151,7 @@ class GenerationOutput:
             "file": path.name,
             "directory": relate_path(".", path.parent),
             "item": item,
-            "sha256": hashlib.sha256(content).hexdigest(),
+            "sha256": hash_bytes(content),
             "audio_sha256": hash_tensors((self.audio[item],)),
             "subtype": subtype,
             "seed": self.seeds[item],

@@ -3,7 +3,8 @@ r"""Weights of phrases in a prompt, `(phrase:1.3)`, as the MLX tools of Stable A
 Only a group that ends in a number within ±10 is a weight: a prompt that merely has parentheses stays as it is, and
 `\(phrase:1.3\)` is the text itself. A weight w moves the text encoder's output e of a phrase's tokens to p + w (e - p),
 where p is the model's learned embedding of an empty position. (ComfyUI computes the same with the encoder's output for
-empty tokens as p, and reads a bare `(phrase)` as 1.1.)
+empty tokens as p, and reads a bare `(phrase)` as 1.1.) A token that reaches over the edge of a phrase, as where that
+begins within a word, counts as inside; the MLX tools leave such a phrase unweighted.
 """
 
 import re
@@ -14,7 +15,9 @@ from torch import Tensor
 from sa3train.models.conditioners import Conditioner, TextEmbedding
 
 MAX_WEIGHT = 10.0
-_GROUP = re.compile(r"(?<!\\)\(([^():]+):([+-]?\d+(?:\.\d+)?)\)|\\([()])")
+_NUMBER = r"[+-]?\d+(?:\.\d+)?"
+_GROUP = re.compile(rf"(?<!\\)\(([^():]+):({_NUMBER})\)|\\([()])")
+_NESTED = re.compile(rf"(?<!\\)\([^()]*\([^():]+:{_NUMBER}\)[^()]*:{_NUMBER}\)")
 
 
 def parse_prompt_weights(prompt: str) -> tuple[str, list[tuple[int, int, float]]]:
@@ -37,6 +40,19 @@ def parse_prompt_weights(prompt: str) -> tuple[str, list[tuple[int, int, float]]
             spans.append((start, len(text) + len(phrase.rstrip()), float(found[2])))
         text += phrase
     return text + prompt[read:], spans
+
+
+def find_nested_weight(prompt: str) -> str | None:
+    """Find a weight around another one, which is text: only the inner one counts, as in the MLX tools.
+
+    Args:
+        prompt: The prompt as it was given.
+
+    Returns:
+        The outer group; None where there is none.
+    """
+    found = _NESTED.search(prompt)
+    return found and found[0]
 
 
 def encode_prompts(conditioner: Conditioner, prompts: Sequence[str]) -> TextEmbedding:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from sa3train.adapters.formats.run_dir import list_checkpoints, locate_adapter
 from sa3train.adapters.lora_argument import LoraArgument, format_lora
 from sa3train.core.errors import GenerationError
 from sa3train.core.log import get_logger
+from sa3train.inference.checks import check_files
 from sa3train.inference.generator import Generator
 from sa3train.inference.outputs import GenerationOutput
-from sa3train.inference.resolve import compute_longest_window, resolve_settings
+from sa3train.inference.resolve import ModelFacts, compute_longest_window
 from sa3train.inference.settings import (
     PER_ITEM_SETTINGS,
     SETTING_NAMES,
@@ -35,45 +37,50 @@ NAMED_SETTINGS = ("duration", "init_noise_level")
 ADAPTER_SETTINGS = ("strength", "conditioner_strength", "interval", "exclude_layers", "allow_partial")
 
 
-def replay(
-    generator: Generator,
+@dataclass(frozen=True)
+class Replay:
+    """A recorded generation, or the same with changes.
+
+    Attributes:
+        settings: What to generate.
+        adapters: Keyword arguments of `Generator.load_adapter` for each.
+    """
+
+    settings: GenerationSettings
+    adapters: list[dict[str, Any]]
+
+
+def prepare_replay(
     record: Mapping[str, Any],
     folder: Path,
+    facts: ModelFacts,
     changes: Mapping[str, Any] | None = None,
     adapters: Sequence[Mapping[str, Any]] = (),
-) -> GenerationOutput:
-    """Generate again what a sidecar records, or the same with changes.
+) -> Replay:
+    """Prepare to generate again what a sidecar records, or the same with changes.
 
     Args:
-        generator: The model, without adapters.
         record: Content of the sidecar.
         folder: Folder of the sidecar, where adapters and input audio are looked for too.
+        facts: The model's.
         changes: Settings to replace, by name; prompt, negative_prompt and duration for the sidecar's item alone.
         adapters: Keyword arguments of `Generator.load_adapter`: of a recorded adapter its new settings; others take
             the place of the recorded ones that are not named.
 
     Returns:
-        The audio of the whole batch.
+        What to generate, checked.
 
     Raises:
-        GenerationError: When the model, an adapter or an input is not what was used, or the seed is unknown.
+        GenerationError: When an adapter or an input is not what was used, or the seed is unknown.
     """
-    model, recorded = generator.model, record["model"]
-    for part, fingerprint in (("fingerprint", model.fingerprint()), ("autoencoder", model.autoencoder.fingerprint())):
-        if fingerprint != recorded[part]:
-            raise GenerationError(
-                f"model {recorded['source']} has changed: its {part} is {fingerprint[:12]}…, but "
-                f"{recorded[part][:12]}… was used. Give the original model."
-            )
     if record["settings"]["seed"] is None:
         raise GenerationError("the audio was drawn from the caller's own generator and cannot be generated again.")
     changes = dict(changes or {})
-    for adapter in _combine_adapters(record, folder, adapters):
-        generator.load_adapter(**adapter)
+    combined = _combine_adapters(record, folder, adapters)
     kept = {role: entry for role, entry in record["inputs"].items() if entry and role not in changes}
     inputs = {role: locate_input(entry, record, folder, "input audio") for role, entry in kept.items()}
     recorded_settings = dict(record["settings"])
-    if changes and recorded_settings["window"] == compute_longest_window(generator.facts, recorded_settings["tail"]):
+    if changes and recorded_settings["window"] == compute_longest_window(facts, recorded_settings["tail"]):
         recorded_settings["window"] = None  # chosen for the recorded length, not by the user
     for one, other in ((LENGTH_IN_BARS, ("duration",)), (("duration",), LENGTH_IN_BARS)):
         if changes.keys() & set(one):
@@ -83,8 +90,34 @@ def replay(
         values[record["item"]] = changes[name]
         changes[name] = values
     settings = GenerationSettings.from_dict(recorded_settings | changes, **inputs)
-    resolve_settings(settings, generator.facts, given=changes)  # refuse changes without effect
-    return generator.generate_from(settings)
+    check_files([settings], facts, combined, given=changes)
+    return Replay(settings, combined)
+
+
+def replay(generator: Generator, record: Mapping[str, Any], prepared: Replay) -> GenerationOutput:
+    """Generate again what a sidecar records, or the same with changes.
+
+    Args:
+        generator: The model, without adapters.
+        record: Content of the sidecar.
+        prepared: What `prepare_replay` made of it.
+
+    Returns:
+        The audio of the whole batch.
+
+    Raises:
+        GenerationError: When the model is not what was used.
+    """
+    model, recorded = generator.model, record["model"]
+    for part, fingerprint in (("fingerprint", model.fingerprint()), ("autoencoder", model.autoencoder.fingerprint())):
+        if fingerprint != recorded[part]:
+            raise GenerationError(
+                f"model {recorded['source']} has changed: its {part} is {fingerprint[:12]}…, but "
+                f"{recorded[part][:12]}… was used. Give the original model."
+            )
+    for adapter in prepared.adapters:
+        generator.load_adapter(**adapter)
+    return generator.generate_from(prepared.settings)
 
 
 def locate_model(record: Mapping[str, Any], folder: Path) -> str:

@@ -3,6 +3,7 @@
 Times are in seconds, lengths in samples at the model's rate or in latent frames.
 """
 
+import itertools
 import secrets
 from collections.abc import Collection
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ from sa3train.inference.settings import (
     get_default,
     is_list,
 )
+from sa3train.models.config import ModelConfig
 
 NEEDED_AUDIO = {
     "init_noise_level": "init_audio",
@@ -79,6 +81,20 @@ class ModelFacts:
     downsampling_ratio: int
     max_frames: int
     keeps_tail: bool = False
+
+    @classmethod
+    def from_config(cls, config: ModelConfig, name: str) -> "ModelFacts":
+        """Read them from a model's configuration, for which nothing is loaded.
+
+        Args:
+            config: The configuration.
+            name: The model's name.
+
+        Returns:
+            The facts.
+        """
+        ratio = config.autoencoder.downsampling_ratio
+        return cls(name, config.objective, config.sample_rate, ratio, config.sample_size // ratio)
 
     @property
     def longest(self) -> float:
@@ -255,6 +271,9 @@ def _choose_window(facts: ModelFacts, settings: GenerationSettings, durations: t
     for time, _ in settings.prompt_at or ():
         if not frame <= time <= longest - frame:
             raise GenerationError(f"prompt_at={time:g} lies outside of the piece of {longest:g} s.")
+    for (earlier, _), (later, _) in itertools.pairwise(settings.prompt_at or ()):
+        if round(earlier / frame) == round(later / frame):
+            raise GenerationError(f"prompt_at={earlier:g} and {later:g} lie in the same {frame:.2g} s. Remove one.")
     return window
 
 

@@ -15,10 +15,8 @@ from torch import Tensor
 from sa3train.adapters.apply.stack import AdapterStack
 from sa3train.audio.edit import fit
 from sa3train.core.device import move_to_device
-from sa3train.core.errors import GenerationError
 from sa3train.core.log import track_progress
 from sa3train.core.noise import randn
-from sa3train.core.text import list_few
 from sa3train.diffusion.guidance import Condition, Guidance, VelocityInputs, compute_guided_velocity
 from sa3train.diffusion.masks import build_attention_mask, build_region_mask
 from sa3train.diffusion.samplers import SAMPLERS, Callback
@@ -142,32 +140,6 @@ def list_noise_shapes(generation: Generation, start: SamplingStart) -> list[tupl
     return [tuple(start.latents_BCT.shape)] * steps + of_decoder
 
 
-def check_intervals(settings: ResolvedSettings, stack: AdapterStack) -> None:
-    """Check that guidance and adapters that are limited to some noise levels act at one that is sampled.
-
-    Args:
-        settings: What to generate.
-        stack: The adapters.
-
-    Raises:
-        GenerationError: When one never acts.
-    """
-    guidance, idle = _build_guidance(settings), list[str]()
-    is_limited = settings.cfg_scale != 1.0 and settings.cfg_interval != (0.0, 1.0)
-    if not is_limited and not stack.list_idle(()):
-        return
-    levels = list_noise_levels(settings)
-    if is_limited and not any(map(guidance.acts_at, levels)):
-        idle.append(f"cfg_interval={settings.cfg_interval}")
-    idle += [f"interval={each.interval} of {each.adapter.source or 'an adapter'}" for each in stack.list_idle(levels)]
-    if idle:
-        shown = list_few([f"{level:.3g}" for level in dict.fromkeys(levels)], 8) or "none, with init_noise_level=0"
-        raise GenerationError(
-            f"{' and '.join(idle)} would have no effect: no noise level that is sampled lies within ({shown}). "
-            f"Widen it, or increase steps."
-        )
-
-
 def list_noise_levels(settings: ResolvedSettings) -> list[float]:
     """List the noise levels at which the model is evaluated.
 
@@ -190,7 +162,15 @@ def list_noise_levels(settings: ResolvedSettings) -> list[float]:
     return levels
 
 
-def _build_guidance(settings: ResolvedSettings) -> Guidance:
+def build_guidance(settings: ResolvedSettings) -> Guidance:
+    """Build the guidance of a generation.
+
+    Args:
+        settings: What to generate.
+
+    Returns:
+        The guidance.
+    """
     return Guidance(
         settings.cfg_scale, settings.cfg_interval, settings.apg_scale, settings.cfg_norm_threshold, settings.scale_phi
     )
@@ -233,7 +213,7 @@ def _denoise(
     # The conditions are computed once, with every adapter on whatever its interval of noise levels.
     stack.apply(None)
     condition = _encode_condition(generation, local_BCT)
-    guidance = _build_guidance(settings)
+    guidance = build_guidance(settings)
 
     def velocity(x_BCT: Tensor, t: Tensor) -> Tensor:
         if stack.apply(float(t)):

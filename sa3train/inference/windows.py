@@ -8,13 +8,11 @@ memory. So the memory that is needed does not grow with the length of the piece.
 
 import contextlib
 import json
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -23,6 +21,7 @@ from sa3train.adapters.apply.stack import AdapterStack
 from sa3train.core.errors import GenerationError
 from sa3train.core.files import path_exists, write_bytes, write_json
 from sa3train.core.log import get_logger
+from sa3train.core.mapped import map_tensor, release_pages
 from sa3train.core.seeds import derive_seed
 from sa3train.core.user_files import read_file
 from sa3train.diffusion.samplers import Callback
@@ -78,23 +77,26 @@ def generate_windows(
         Latents (1, C, T) and the audio (2, N), which may exceed ±1 and is mapped from a temporary file.
     """
     windows = list_windows(generation.settings, generation.facts)
-    parts = list[Tensor]()
+    latents_1CT = map_tensor((1, generation.model.latent_channels, windows[-1].stop), folder)
     try:
         for number, window in enumerate(windows):
             path = None if folder is None else folder / f"window-{number:04d}.safetensors"
+            new_1CT = latents_1CT[..., window.new : window.stop]
             if path is not None and path_exists(path):
-                parts.append(safetensors.torch.load(read_file(path))["latents"])
+                new_1CT.copy_(safetensors.torch.load(read_file(path))["latents"])
                 continue
-            logger.info("window %d of %d", number + 1, len(windows))
-            stack.position = number / max(1, len(windows) - 1)
-            kept_1CT = torch.cat(parts, dim=-1)[..., window.start :] if window.start < window.new else None
+            stack.position = window.new / max(1, windows[-1].new)
+            ramps = [each["strength"] for each in stack.settings if isinstance(each["strength"], list)]
+            strengths = ", ".join(f"{start + stack.position * (end - start):.3g}" for start, end in ramps)
+            logger.info("window %d of %d%s", number + 1, len(windows), strengths and f", adapter strength {strengths}")
+            kept_1CT = latents_1CT[..., window.start : window.new]
             report = report_part(callback, number, len(windows))
-            parts.append(_generate_window(generation, stack, windows, number, kept_1CT, report, cuda_graphs))
+            new_1CT.copy_(_generate_window(generation, stack, windows, number, kept_1CT, report, cuda_graphs))
             if path is not None:
-                write_bytes(path, safetensors.torch.save({"latents": parts[-1]}))
+                write_bytes(path, safetensors.torch.save({"latents": new_1CT.contiguous()}))
+            release_pages(latents_1CT)
     finally:
         stack.position = 0.0
-    latents_1CT = torch.cat(parts, dim=-1)
     return latents_1CT, [_decode_in_blocks(generation, latents_1CT, folder)]
 
 
@@ -103,11 +105,11 @@ def _generate_window(
     stack: AdapterStack,
     windows: list[Window],
     number: int,
-    kept_1CT: Tensor | None,
+    kept_1CT: Tensor,
     callback: Callback | None,
     cuda_graphs: bool,
 ) -> Tensor:
-    """Latents of what is new in a window, on the CPU."""
+    """Latents of what is new in a window, which begins with those that are kept."""
     settings, facts, window = generation.settings, generation.facts, windows[number]
     ratio, is_last = facts.downsampling_ratio, number == len(windows) - 1
     samples = count_samples(facts, settings.duration[0]) - window.start * ratio
@@ -126,13 +128,13 @@ def _generate_window(
     )
     one = replace(generation, settings=own, rng=_make_rng(settings, number))
     start = prepare_start(one)
-    if kept_1CT is not None:
+    if kept_1CT.shape[-1]:
         kept_B1T, masked_BCT = start.kept_B1T.clone(), torch.zeros_like(start.masked_BCT)
         kept_B1T[..., : kept_1CT.shape[-1]] = 1
         masked_BCT[..., : kept_1CT.shape[-1]] = kept_1CT.to(masked_BCT)
         start = replace(start, kept_B1T=kept_B1T, masked_BCT=masked_BCT)
     latents_1CT = sample_latents(one, stack, start, callback, cuda_graphs)
-    return latents_1CT[..., window.new - window.start : window.stop - window.start].cpu().contiguous()
+    return latents_1CT[..., window.new - window.start : window.stop - window.start]
 
 
 def _make_rng(settings: ResolvedSettings, number: int) -> torch.Generator:
@@ -144,7 +146,7 @@ def _decode_in_blocks(generation: Generation, latents_1CT: Tensor, folder: Path 
     """Audio (2, N) of a piece: each block is decoded with some of its neighbors and faded into the one before it."""
     settings, facts = generation.settings, generation.facts
     ratio, frames, samples = facts.downsampling_ratio, latents_1CT.shape[-1], count_samples(facts, settings.duration[0])
-    audio_CN = map_audio(samples, folder)
+    audio_CN = map_tensor((2, samples), folder)
     device, rise_N = generation.model.autoencoder.device, torch.linspace(0, 1, FADE + 2)[1:-1]
     for number, first in enumerate(range(0, frames, BLOCK_FRAMES)):
         low, high = max(0, first - MARGIN_FRAMES), min(frames, first + BLOCK_FRAMES + MARGIN_FRAMES)
@@ -157,22 +159,9 @@ def _decode_in_blocks(generation: Generation, latents_1CT: Tensor, folder: Path 
             fade = min(FADE, stop - start)
             made_CN[:, :fade] = audio_CN[:, start : start + fade].lerp(made_CN[:, :fade], rise_N[:fade])
         audio_CN[:, start:stop] = made_CN
+        release_pages(audio_CN)
+        release_pages(latents_1CT)
     return audio_CN
-
-
-def map_audio(samples: int, folder: Path | None = None) -> Tensor:
-    """Map a temporary file into memory as stereo audio; it goes away with the tensor.
-
-    Args:
-        samples: Length.
-        folder: Where to put it; None for the system's folder of temporary files.
-
-    Returns:
-        Audio (2, samples), zero.
-    """
-    with tempfile.TemporaryFile(dir=folder) as file:
-        mapped = np.memmap(file, dtype=np.float32, mode="w+", shape=(2, samples))
-    return torch.from_numpy(mapped)
 
 
 def open_work_dir(folder: Path, record: Mapping[str, Any], has_seed: bool) -> int:

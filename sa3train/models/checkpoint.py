@@ -196,6 +196,25 @@ def load_checkpoint(
     return StableAudio3(files.name, files.path, config, **loaded, weights=weights, sibling=sibling)
 
 
+def describe_checkpoint(name_or_path: str | os.PathLike[str]) -> tuple[str, ModelConfig]:
+    """Read what a model is, without its weights.
+
+    Args:
+        name_or_path: As for `load_checkpoint`.
+
+    Returns:
+        Its name and architecture.
+
+    Raises:
+        CheckpointError: As `load_checkpoint`.
+    """
+    files = hub.locate_config(os.fspath(name_or_path))
+    raw = read_model_config(files)
+    if is_autoencoder(raw):
+        raise _explain_autoencoder(name_or_path)
+    return files.name, parse_model(raw, str(files.config))
+
+
 def load_autoencoder(
     name_or_path: str | os.PathLike[str], device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Autoencoder:

@@ -173,6 +173,24 @@ def locate_checkpoint(name_or_path: str | os.PathLike[str]) -> CheckpointFiles:
     return CheckpointFiles(info.name, fetch_file(info.repo_id, WEIGHTS_FILE).parent, info)
 
 
+def locate_config(name: str) -> CheckpointFiles:
+    """Locate a checkpoint of which only the config is needed: of a released one no more is downloaded.
+
+    Args:
+        name: As for `locate_checkpoint`.
+
+    Returns:
+        The files, of which the config is there.
+
+    Raises:
+        CheckpointError: As `locate_checkpoint` does.
+    """
+    info = check_checkpoint(name)
+    if info is None or info.repo_id is None or name.endswith(PACKED):
+        return locate_checkpoint(name)
+    return CheckpointFiles(info.name, fetch_file(info.repo_id, CONFIG_FILE).parent, info)
+
+
 def check_checkpoint(name: str) -> CheckpointInfo | None:
     """Check that a checkpoint can be had, before anything large is imported or downloaded.
 

@@ -9,10 +9,11 @@ import yaml
 
 from sa3train.adapters.formats.run_dir import ADAPTER_FILE, get_checkpoint_path
 from sa3train.core.config import find_differences
-from sa3train.core.errors import DataError
+from sa3train.core.errors import DataError, SA3Error
 from sa3train.core.log import get_logger
 from sa3train.core.overrides import flatten_settings
 from sa3train.core.processes import read_json
+from sa3train.core.safetensors_file import read_header
 from sa3train.core.text import list_few
 from sa3train.reports.pick import list_comparable
 from sa3train.reports.run_files import (
@@ -101,22 +102,31 @@ def read_evaluation(run_dir: Path) -> dict[str, Any] | None:
 
     Returns:
         `adapter`, `step` and `strength` of the lowest held-out loss, its `change` against the base, and `notes`: what
-        to use, how sure that is, and what was not measured. None without an evaluation, or when that checkpoint is
-        gone.
+        to use, how sure that is, and what was not measured. None without an evaluation, or when the adapter of that
+        step is gone: a resumed run replaces the file of its end.
     """
     found = read_json(run_dir / EVALUATION_FILE)
     if not found.get("pick"):
         return None
     row = found["candidates"][found["pick"]["candidate"]]
-    name = Path(row["adapter"]).name  # the folder may have been moved since
-    is_step = name.endswith(f"@{row['step']}")
-    if is_step and not get_checkpoint_path(run_dir, row["step"]).is_file():
-        return None
+    step, file = row["step"], run_dir / Path(row["adapter"]).name  # the folder may have been moved since
+    adapter = str(file)
+    if file.name.endswith(f"@{step}") or not _is_of_step(file, step):
+        if not get_checkpoint_path(run_dir, step).is_file():
+            return None
+        adapter = f"{run_dir}@{step}"
     return {
-        "adapter": f"{run_dir}@{row['step']}" if is_step else str(run_dir / name),
-        "step": row["step"], "strength": row["strength"], "change": row["against_base"]["loss"]["change"],
+        "adapter": adapter, "step": step, "strength": row["strength"], "change": row["against_base"]["loss"]["change"],
         "notes": list(filter(None, (found["pick"]["text"], describe_later(found, read_run(run_dir).step)))),
     }  # fmt: skip
+
+
+def _is_of_step(file: Path, step: int | None) -> bool:
+    """Whether an adapter file is still that of a step."""
+    try:
+        return step is None or read_header(file).metadata.get("step") == str(step)
+    except SA3Error:
+        return False
 
 
 def choose_best(folders: Sequence[Path]) -> dict[str, Any]:

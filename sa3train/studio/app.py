@@ -21,6 +21,7 @@ from sa3train.studio.play.page import build_play_page
 from sa3train.studio.runs.page import build_runs_page
 from sa3train.studio.server.access import LOCAL_NAMES, AccessMiddleware, AccessSettings
 from sa3train.studio.server.folders import find_runs
+from sa3train.studio.server.kept_forms import keep_form
 from sa3train.studio.server.workspace import StudioError, Workspace
 
 MAX_UPLOAD = "512mb"
@@ -48,10 +49,15 @@ def build_app(workspace: Workspace) -> gr.Blocks:
     head = f"<h1>sa3train studio</h1><p>{escape(places)}</p>"
     with gr.Blocks(title="sa3train studio", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(head, elem_id="studio-head", apply_default_css=False)
+        forms = []
         with gr.Tabs(elem_id="studio-tabs"):
             for name, build in PAGES.items():
-                with gr.Tab(name, id=name.lower(), elem_id=f"tab-{name.lower()}"):
+                with gr.Tab(name, id=name.lower(), elem_id=f"tab-{name.lower()}") as tab:
+                    reset = gr.Button("Reset this page's fields", size="sm", elem_classes="reset-form", scale=0)
                     build(workspace)
+                forms.append((tab, reset))
+        for tab, reset in forms:
+            keep_form(workspace, page, tab, reset)
     return page
 
 

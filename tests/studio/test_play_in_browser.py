@@ -210,6 +210,58 @@ def test_two_at_once_queue_cancel_is_immediate_and_a_reload_loses_nothing(
     assert len(list(workspace.history.glob("*.json"))) == before + 1
 
 
+def test_a_form_outlives_a_reload_until_it_is_reset(page: Page, workspace: Workspace) -> None:
+    ask(page, "kept for later", duration="3")
+    add_adapters(page)
+    page.get_by_label("Inpaint", exact=True).check()
+    choose_source(page, "audio/tone.wav")
+    page.get_by_label("region 1, end in seconds").fill("1.9")
+    page.get_by_label("region 1, end in seconds").press("Tab")
+    page.locator("#tab-adapters-button").click()
+    page.fill("#inspect-adapter input", "adapters/one.safetensors")
+    page.locator("#inspect-adapter input").press("Enter")
+    settle(page)
+    page.reload()
+    expect(page.locator("#play-prompt textarea")).to_have_value("kept for later")
+    expect(page.locator("#play-steps textarea, #play-steps input")).to_have_value("2")  # what is set is not hidden
+    expect(page.locator("#play-rack fieldset").nth(1).get_by_label("Strength", exact=True)).to_have_value("0.5")
+    expect(page.get_by_label("region 1, end in seconds")).to_have_value("1.9")
+    page.locator("#tab-adapters-button").click()
+    expect(page.locator("#inspect-adapter input")).to_have_value("adapters/one.safetensors")
+    page.locator("#tab-play-button").click()
+    page.locator("#tab-play .reset-form").click()
+    for _ in range(2):
+        expect(page.locator("#play-prompt textarea")).to_have_value("")
+        expect(page.locator("#play-rack fieldset")).to_have_count(0)
+        expect(page.locator("#play-source")).to_be_hidden()
+        settle(page)
+        page.reload()
+        page.wait_for_function("() => Object.keys(sa3).filter(name => name.startsWith('kept_')).length === 4")
+
+
+@pytest.mark.parametrize(
+    ("fields", "marked"),
+    [
+        ({"bars": "4"}, "bars"),
+        ({"prompt-at": "2: choir"}, "prompt-at"),
+        ({"cfg-interval-max": "0.2"}, "cfg-interval-min"),
+    ],
+)
+def test_what_the_generator_would_refuse_is_told_at_the_field_and_starts_nothing(
+    page: Page, fields: dict[str, str], marked: str
+) -> None:
+    ask(page, "refused")
+    page.get_by_role("button", name="Bars, loops").click()
+    for name, value in fields.items():
+        fill_opened(page, f"#play-{name} textarea, #play-{name} input", value)
+    page.click("#play-generate")
+    field = page.locator(f"#play-{marked}")
+    expect(field).to_have_attribute("data-error", re.compile("."))
+    assert page.locator(".job").count() == 0
+    field.locator("textarea, input").first.fill("1")
+    expect(page.locator("[data-error]")).to_have_count(0)
+
+
 def test_bad_uses_are_told(page: Page, workspace: Workspace, tmp_path: Path) -> None:
     before = len(list(workspace.history.glob("*")))
     page.click("#play-generate")

@@ -5,7 +5,8 @@ Shape suffixes: O rows (out), I columns (in, or in·taps), R rank.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,13 @@ COMFY_EPSILON = torch.finfo(torch.float32).eps
 """Added to the norms of its DoRA by ComfyUI."""
 
 
+BLOCK_VALUES = 2**18
+"""Values of one fp32 block: 1 MiB."""
+
+MIN_BLOCKS = 4
+"""Least number of blocks of a weight, so that none is weight-sized."""
+
+
 def flatten_weight(W: Tensor) -> Tensor:
     """Flatten a weight to a matrix.
 
@@ -31,6 +39,31 @@ def flatten_weight(W: Tensor) -> Tensor:
         A view of shape (out, in) or (out, in·taps).
     """
     return W.reshape(W.shape[0], -1)
+
+
+def iterate_row_blocks(W_OI: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Iterate over a weight block by block of its rows.
+
+    Block and buffer reuse the same memory each time: fresh memory would cost more than what is computed. On a GPU the
+    whole weight is one block, since launches cost more there than passes over memory.
+
+    Args:
+        W_OI: The weight.
+
+    Yields:
+        The rows, the block (N, I) in fp32, and a buffer of its size; both are valid until the next.
+    """
+    rows, columns = W_OI.shape
+    step = rows if W_OI.is_cuda else max(1, min(BLOCK_VALUES // columns, rows // MIN_BLOCKS))
+    exact = W_OI.dtype == torch.float32
+    buffer_NI = torch.empty(step, columns, device=W_OI.device)
+    copy_NI = None if exact else torch.empty_like(buffer_NI)
+    for start in range(0, rows, step):
+        block_NI = W_OI[start : start + step]
+        size = block_NI.shape[0]
+        if copy_NI is not None:
+            block_NI = copy_NI[:size].copy_(block_NI)
+        yield slice(start, start + size), block_NI, buffer_NI[:size]
 
 
 def compute_effective_weight(
@@ -68,7 +101,66 @@ def compute_effective_weight(
     if adapter_type not in KINDS:
         raise AdapterError(f"Unknown adapter_type {adapter_type!r}. Choose one of {', '.join(KINDS)}.")
     V_OI = torch.addmm(W_OI, *_get_factors(KINDS[adapter_type], params), alpha=strength_scale)
-    return _renormalize(KINDS[adapter_type], V_OI, params).reshape(W.shape)
+    return _renormalize(KINDS[adapter_type], V_OI, params)[0].reshape(W.shape)
+
+
+class FactoredWeight(NamedTuple):
+    """An effective weight as parts: W' = gain_O ⊙ W ⊙ gain_I + B·A.
+
+    Attributes:
+        B_OR: Left factor.
+        A_RI: Right factor.
+        gain_O: Gain of each row, 1 for a type without.
+        gain_I: Gain of each column, 1 for a type without.
+    """
+
+    B_OR: Tensor
+    A_RI: Tensor
+    gain_O: Tensor
+    gain_I: Tensor
+
+
+@torch.no_grad()
+def compute_gains(
+    kind: AdapterKind, W: Tensor, params: Mapping[str, Tensor], strength_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Compute the gains of the rows and columns of an effective weight.
+
+    Args:
+        kind: The adapter type.
+        W: The weight to adapt.
+        params: The adapter's tensors by name, with U and V of -xs types.
+        strength_scale: s, that is alpha / rank × strength.
+
+    Returns:
+        (O,) and (I,) in fp32, 1 for a type without.
+    """
+    W_OI = flatten_weight(W)
+    gain_O1 = gain_1I = torch.ones(1, 1, device=W.device)
+    if kind.scales_rows or kind.scales_columns:
+        params = {name: tensor.float() for name, tensor in params.items()}
+        V_OI = torch.addmm(W_OI.float(), *_get_factors(kind, params), alpha=strength_scale)
+        _, gain_O1, gain_1I = _renormalize(kind, V_OI, params)
+    return gain_O1[:, 0].expand(W_OI.shape[0]), gain_1I[0].expand(W_OI.shape[1])
+
+
+@torch.no_grad()
+def factor_effective_weight(
+    kind: AdapterKind, params: Mapping[str, Tensor], strength_scale: float, gains: tuple[Tensor, Tensor]
+) -> FactoredWeight:
+    """Compute the parts of the effective weight that `compute_effective_weight` computes.
+
+    Args:
+        kind: The adapter type.
+        params: The adapter's tensors by name, with U and V of -xs types.
+        strength_scale: s, that is alpha / rank × strength.
+        gains: The gains of `compute_gains`.
+
+    Returns:
+        The parts, fp32.
+    """
+    B_OR, A_RI = _get_factors(kind, {name: tensor.float() for name, tensor in params.items()})
+    return FactoredWeight(strength_scale * B_OR * gains[0][:, None], A_RI * gains[1], *gains)
 
 
 def _get_factors(kind: AdapterKind, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -78,13 +170,17 @@ def _get_factors(kind: AdapterKind, params: Mapping[str, Tensor]) -> tuple[Tenso
     return params["lora_B"], params["lora_A"]
 
 
-def _renormalize(kind: AdapterKind, V_OI: Tensor, params: Mapping[str, Tensor]) -> Tensor:
+def _renormalize(kind: AdapterKind, V_OI: Tensor, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Renormalize rows and columns, and return the gains of both too."""
     multiply = Tensor.mul if torch.is_grad_enabled() else Tensor.mul_  # a weight of medium has 75 MB
+    gain_O1 = gain_1I = V_OI.new_ones(1, 1)
     if kind.scales_rows:
-        V_OI = multiply(V_OI, _compute_gain(V_OI, params["magnitude_r" if kind.scales_columns else "magnitude"], dim=1))
+        gain_O1 = _compute_gain(V_OI, params["magnitude_r" if kind.scales_columns else "magnitude"], dim=1)
+        V_OI = multiply(V_OI, gain_O1)
     if kind.scales_columns:
-        V_OI = multiply(V_OI, _compute_gain(V_OI, params["magnitude_c" if kind.scales_rows else "magnitude"], dim=0))
-    return V_OI
+        gain_1I = _compute_gain(V_OI, params["magnitude_c" if kind.scales_rows else "magnitude"], dim=0)
+        V_OI = multiply(V_OI, gain_1I)
+    return V_OI, gain_O1, gain_1I
 
 
 def _compute_gain(reference_OI: Tensor, magnitude: Tensor, dim: int, epsilon: float = EPSILON) -> Tensor:

@@ -1,15 +1,20 @@
 """One adapter at one layer: the effective weight that it makes, whatever its type."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from sa3train.adapters.adapter import Adapter
-from sa3train.adapters.apply.effective_weight import compute_effective_weight
+from sa3train.adapters.apply.effective_weight import (
+    FactoredWeight,
+    compute_effective_weight,
+    compute_gains,
+    factor_effective_weight,
+)
 from sa3train.adapters.apply.svd_basis import get_singular_basis
-from sa3train.adapters.spec import BASES, BIAS_CHANGE, KINDS, PEFT_METHODS, get_layer_type
+from sa3train.adapters.spec import BASES, BIAS_CHANGE, KINDS, PEFT_METHODS, AdapterKind, get_layer_type
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,7 @@ class LayerAdapter:
     adapter: Adapter
     path: str
     params: Mapping[str, Tensor]
+    _gains: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False, compare=False)
 
     def weight(self, W: Tensor, strength: float = 1.0) -> Tensor:
         """Compute the effective weight of this adapter alone.
@@ -47,6 +53,27 @@ class LayerAdapter:
         layer_type = get_layer_type(spec.adapter_type, self.params)
         scale = 1.0 if layer_type == "diff" else spec.get_scale(self.path)
         return compute_effective_weight(layer_type, W, params, scale * strength)
+
+    @property
+    def kind(self) -> AdapterKind | None:
+        """The kind of the SA3 family that it is at this layer; None for what is more than factors and gains."""
+        return KINDS.get(get_layer_type(self.adapter.spec.adapter_type, self.params))
+
+    def factor(self, W: Tensor) -> FactoredWeight | None:
+        """Compute the parts of the effective weight of this adapter alone.
+
+        Args:
+            W: The weight to adapt, the same at every call: the gains are computed at the first.
+
+        Returns:
+            Its parts; None without a `kind`.
+        """
+        if self.kind is None:
+            return None
+        scale = self.adapter.spec.get_scale(self.path)
+        if not self._gains:
+            self._gains.append(compute_gains(self.kind, W, self.params, scale))
+        return factor_effective_weight(self.kind, self.params, scale, self._gains[0])
 
     def bias_change(self) -> Tensor | None:
         """Return the change of the layer's bias at strength 1.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sa3train.adapters.adapter import Adapter
+from sa3train.adapters.apply.effective_weight import flatten_weight, iterate_row_blocks
 from sa3train.adapters.apply.layer_weight import LayerAdapter
 from sa3train.adapters.apply.load_report import BaseModel, LoadReport, check_fit
 from sa3train.adapters.layer_filter import find_adaptable_layers, select_layers, split_patterns
@@ -68,11 +69,10 @@ class LoadedAdapter:
             Strength in the DiT (0 outside the interval) and in the conditioner, which runs before there is a noise
             level, so that the interval has no effect on it.
         """
-        low, high = self.interval
         strength = self.strength
         if isinstance(strength, tuple):
             strength = strength[0] + position * (strength[1] - strength[0])
-        is_on = sigma is None or _round_to_fp32(low) <= _round_to_fp32(sigma) <= _round_to_fp32(high)
+        is_on = sigma is None or is_within(sigma, self.interval)
         in_conditioner = strength if self.conditioner_strength is None else self.conditioner_strength
         return strength if is_on else 0.0, in_conditioner
 
@@ -89,7 +89,7 @@ class AdapterStack:
         decoder: A module with the autoencoder's decoder at `pretransform.model.decoder.`; None refuses adapters on it.
 
     Attributes:
-        position: Where in a piece of several windows it is, from 0 to 1, for strengths that change.
+        position: Where in a piece of several windows it is, from 0 to 1 by time, for strengths that change.
     """
 
     def __init__(
@@ -126,23 +126,6 @@ class AdapterStack:
         found = [{name: getattr(loaded, name) for name in SETTINGS} for loaded in self._loaded]
         return [{name: list(v) if isinstance(v, tuple) else v for name, v in each.items()} for each in found]
 
-    @property
-    def changing(self) -> list[LoadedAdapter]:
-        """The adapters whose strength changes over a piece."""
-        return [loaded for loaded in self._loaded if isinstance(loaded.strength, tuple)]
-
-    def list_idle(self, sigmas: Sequence[float]) -> list[LoadedAdapter]:
-        """List the adapters that an interval keeps off at all of some noise levels.
-
-        Args:
-            sigmas: Noise levels.
-
-        Returns:
-            The adapters; none whose strength is 0.
-        """
-        limited = [loaded for loaded in self._loaded if loaded.interval != (0.0, 1.0) and loaded.strength != 0]
-        return [each for each in limited if not any(each.strengths(sigma, at)[0] for sigma in sigmas for at in (0, 1))]
-
     def add(
         self,
         adapter: Adapter,
@@ -171,7 +154,7 @@ class AdapterStack:
             adapter,
             strength=_check_strengths(strength),
             conditioner_strength=_check_conditioner_strength(conditioner_strength),
-            interval=_check_interval(interval),
+            interval=check_interval(interval),
             exclude_layers=split_patterns(exclude_layers),
             allow_partial=allow_partial,
             base=base,
@@ -252,8 +235,12 @@ class AdapterStack:
             self._base[path] = (weight.detach().clone(), None if bias is None else bias.detach().clone())
         base_weight, base_bias = self._base[path]
         parts = [(loaded.parts[path], strength) for loaded, strength in active]
-        combine = _chain if self.semantics == "reference" else _sum
-        weight.copy_(combine(base_weight, parts) if parts else base_weight)
+        if not parts:
+            weight.copy_(base_weight)
+        elif self.semantics == "reference":
+            weight.copy_(_chain(base_weight, parts))
+        else:
+            _write_sum(weight, base_weight, parts)
         if bias is not None and base_bias is not None:
             changes = [strength * change for part, strength in parts if (change := part.bias_change()) is not None]
             bias.copy_(base_bias.float() + sum(changes) if changes else base_bias)
@@ -266,16 +253,7 @@ class AdapterStack:
         layers = self._parts[adapter.part]
         if not layers:
             raise AdapterError(f"{adapter.source} is on the autoencoder's decoder, which is not loaded here.")
-        if adapter.part == "decoder" and settings["interval"] != (0.0, 1.0):
-            raise AdapterError(
-                f"interval={settings['interval']} has no effect: {adapter.source} is on the autoencoder's decoder, "
-                f"which runs after the last noise level. Remove it."
-            )
-        if adapter.part == "decoder" and isinstance(settings["strength"], tuple):
-            raise AdapterError(
-                f"{adapter.source} is on the autoencoder's decoder, which runs once for the whole piece, so its "
-                f"strength cannot change from {settings['strength'][0]:g} to {settings['strength'][1]:g}. Give one."
-            )
+        check_use(adapter, settings["strength"], settings["interval"])
         report, parts = check_fit(
             adapter,
             layers,
@@ -300,15 +278,36 @@ def _get_signature(active: list[tuple[LoadedAdapter, float]]) -> tuple[tuple[int
     return tuple((loaded.serial, strength) for loaded, strength in active)
 
 
-def _sum(W: Tensor, parts: list[tuple[LayerAdapter, float]]) -> Tensor:
-    """W + Σ sᵢ (Wᵢ' − W), added in an order that does not depend on the stack's."""
+def _write_sum(target: Tensor, W: Tensor, parts: list[tuple[LayerAdapter, float]]) -> None:
+    """Write W + Σ sᵢ (Wᵢ' − W), added in an order that does not depend on the stack's.
+
+    Where every Wᵢ' has factors, it is ((1 − Σ sᵢ) + Σ sᵢ gain_O ⊗ gain_I) ⊙ W + Σ sᵢ B·A, in one pass over W.
+    """
     if len(parts) == 1 and parts[0][1] == 1.0:
-        return parts[0][0].weight(W)
-    base = W.float()
-    total = torch.zeros_like(base)
-    for part, strength in sorted(parts, key=lambda item: (item[0].adapter.fingerprint, item[1])):
-        total.add_(part.weight(W) - base, alpha=strength)
-    return base + total
+        target.copy_(parts[0][0].weight(W))
+        return
+    parts = sorted(parts, key=lambda item: (item[0].adapter.fingerprint, item[1]))
+    factored = [(strength, each) for part, strength in parts if (each := part.factor(W)) is not None]
+    if len(factored) < len(parts):
+        base = W.float()
+        total = torch.zeros_like(base)
+        for part, strength in parts:
+            total.add_(part.weight(W) - base, alpha=strength)
+        target.copy_(base + total)
+        return
+    B_OR = torch.cat([strength * each.B_OR for strength, each in factored], dim=1)
+    A_RI = torch.cat([each.A_RI for _, each in factored])
+    rest = torch.full_like(A_RI[0], 1 - sum(strength for strength, _ in factored))
+    left_ON = torch.stack([torch.ones_like(B_OR[:, 0]), *(strength * each.gain_O for strength, each in factored)], 1)
+    right_NI = torch.stack([rest, *(each.gain_I for _, each in factored)])
+    has_gains = any(part.kind.scales_rows or part.kind.scales_columns for part, _ in parts if part.kind)
+    target_OI = flatten_weight(target)
+    for rows, block_NI, sum_NI in iterate_row_blocks(flatten_weight(W)):
+        if has_gains:
+            torch.mm(left_ON[rows], right_NI, out=sum_NI).mul_(block_NI)
+        else:
+            sum_NI.copy_(block_NI)
+        target_OI[rows] = sum_NI.addmm_(B_OR[rows], A_RI)
 
 
 def _chain(W: Tensor, parts: list[tuple[LayerAdapter, float]]) -> Tensor:
@@ -343,7 +342,57 @@ def _check_conditioner_strength(value: float | None) -> float | None:
     return None if value is None else _check_strength("conditioner_strength", value)
 
 
-def _check_interval(interval: Sequence[float]) -> tuple[float, float]:
+def is_within(sigma: float, interval: tuple[float, float]) -> bool:
+    """Check whether a noise level lies in an interval, ends included.
+
+    Args:
+        sigma: The noise level.
+        interval: Its ends.
+
+    Returns:
+        Whether it does.
+    """
+    low, high = map(_round_to_fp32, interval)
+    return low <= _round_to_fp32(sigma) <= high
+
+
+def check_use(adapter: Adapter, strength: float | tuple[float, float], interval: tuple[float, float]) -> None:
+    """Check that an adapter can be used as asked, whatever the model.
+
+    Args:
+        adapter: The adapter.
+        strength: Its strength, or (start, end).
+        interval: Noise levels at which it is on.
+
+    Raises:
+        AdapterError: If one of them is none, or it is on the autoencoder's decoder, which has neither noise levels
+            nor windows.
+    """
+    strength, interval = _check_strengths(strength), check_interval(interval)
+    if adapter.part == "decoder" and interval != (0.0, 1.0):
+        raise AdapterError(
+            f"interval={interval} has no effect: {adapter.source} is on the autoencoder's decoder, which runs after "
+            f"the last noise level. Remove it."
+        )
+    if adapter.part == "decoder" and isinstance(strength, tuple):
+        raise AdapterError(
+            f"{adapter.source} is on the autoencoder's decoder, which runs once for the whole piece, so its strength "
+            f"cannot change from {strength[0]:g} to {strength[1]:g}. Give one."
+        )
+
+
+def check_interval(interval: Sequence[float]) -> tuple[float, float]:
+    """Check an interval of noise levels.
+
+    Args:
+        interval: Its ends.
+
+    Returns:
+        The ends as numbers.
+
+    Raises:
+        AdapterError: When they are none, or not in order within 0 and 1.
+    """
     try:
         low, high = (float(end) for end in interval)
     except (TypeError, ValueError) as error:

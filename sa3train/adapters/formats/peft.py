@@ -37,6 +37,8 @@ from sa3train.core.safetensors_file import (
     read_tensors,
     write_tensors,
 )
+from sa3train.core.user_files import read_file
+from sa3train.data.sources.own_folders import identify_own_folder
 
 CONFIG = "adapter_config.json"
 DIFFUSERS_SETTINGS = "lora_adapter_metadata"
@@ -73,6 +75,8 @@ def read_peft_folder(folder: Path, weights: str = WEIGHTS, base: Mapping[str, Te
             advice = f"It holds a pickle. Convert it: sa3-adapter convert {pickled} NEW.safetensors"
         elif found := [str(path) for form in ("*.safetensors", f"*/{ADAPTER_FILE}") for path in folder.glob(form)]:
             advice = f"Give one of the files in it: {', '.join(sorted(found)[:5])}{', …' if found[5:] else ''}."
+        elif own := identify_own_folder(str(folder), [path.name for path in folder.iterdir()], read_file):
+            advice = f"It holds {own}. Give the folder of a run, or an adapter file."
         raise AdapterError(f"{folder} is no PEFT adapter: {weights} is missing. {advice}")
     header = read_header(file)
     metadata = {key: value for key, value in header.metadata.items() if key != "format"}

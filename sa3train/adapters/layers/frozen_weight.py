@@ -5,44 +5,13 @@ so whatever else is computed from it costs no further pass over memory.
 Shape suffixes: O rows (out), I columns (in, or in·taps), R rank, N rows of one block.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from sa3train.adapters.apply.effective_weight import flatten_weight
-
-BLOCK_VALUES = 2**18
-"""Values of one fp32 block: 1 MiB."""
-
-MIN_BLOCKS = 4
-"""Least number of blocks of a weight, so that none is weight-sized."""
-
-
-def iterate_row_blocks(W_OI: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Iterate over a weight block by block of its rows.
-
-    Block and buffer reuse the same memory each time: fresh memory would cost more than what is computed. On a GPU the
-    whole weight is one block, since launches cost more there than passes over memory.
-
-    Args:
-        W_OI: The weight.
-
-    Yields:
-        The rows, the block (N, I) in fp32, and a buffer of its size; both are valid until the next.
-    """
-    rows, columns = W_OI.shape
-    step = rows if W_OI.is_cuda else max(1, min(BLOCK_VALUES // columns, rows // MIN_BLOCKS))
-    exact = W_OI.dtype == torch.float32
-    buffer_NI = torch.empty(step, columns, device=W_OI.device)
-    copy_NI = None if exact else torch.empty_like(buffer_NI)
-    for start in range(0, rows, step):
-        block_NI = W_OI[start : start + step]
-        size = block_NI.shape[0]
-        if copy_NI is not None:
-            block_NI = copy_NI[:size].copy_(block_NI)
-        yield slice(start, start + size), block_NI, buffer_NI[:size]
+from sa3train.adapters.apply.effective_weight import flatten_weight, iterate_row_blocks
 
 
 def compute_product(W_OI: Tensor, M_IR: Tensor) -> Tensor:

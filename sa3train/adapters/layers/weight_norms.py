@@ -14,12 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sa3train.adapters.apply.effective_weight import EPSILON
+from sa3train.adapters.apply.effective_weight import EPSILON, iterate_row_blocks
 from sa3train.adapters.layers.frozen_weight import (
     FrozenWeight,
     compute_product,
     compute_transposed_product,
-    iterate_row_blocks,
 )
 
 

@@ -44,7 +44,8 @@ class EditResult:
         spec, paths = self.adapter.spec, self.adapter.tensors
         facts = {"adapter type": spec.adapter_type, "rank": spec.format_rank(paths), "layers": str(len(paths))}
         lost = {} if self.truncation is None else {"truncation error": self.truncation.summary}
-        return {**facts, **lost, f"relative error of the written {self.measured}, read back": self.written.summary}
+        name = f"relative error of the written {self.measured}, rounding included"
+        return {**facts, **lost, name: self.written.summary}
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain values for JSON.

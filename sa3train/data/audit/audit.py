@@ -52,7 +52,8 @@ READ_ERRORS = (AudioError, DataError, MemoryError, RuntimeError, ValueError, Ove
 """What reading a damaged file may raise."""
 
 _COPY_NAME = re.compile(
-    r"(^|/)copy of [^/]*$|[ _-]+copy([ _-]?\d+)?( ?\(\d+\))?(\.\w+)?$| ?\(\d+\)(\.\w+)?$", re.IGNORECASE
+    r"(^|/)copy of [^/]*$|[ _-]+(copy|dup(licate|e)?)([ _-]?\d+)?( ?\(\d+\))?(\.\w+)?$| ?\(\d+\)(\.\w+)?$",
+    re.IGNORECASE,
 )
 """Names that file managers give to copies."""
 

@@ -59,6 +59,19 @@ class Change:
     after: bytes
 
 
+@dataclass(frozen=True)
+class Undone:
+    """What `undo_save` did.
+
+    Attributes:
+        restored: Files that are again as they were before the save.
+        kept: Files that were edited after it and stay as they are.
+    """
+
+    restored: list[Path]
+    kept: list[Path]
+
+
 Resolve = Callable[[str | Path], Path]
 """Checks a path that is about to be written, and returns it."""
 
@@ -95,34 +108,33 @@ def save_captions(
     return changes
 
 
-def undo_save(folder: str | Path, resolve: Resolve = Path) -> list[Path]:
-    """Undo the last save.
+def undo_save(folder: str | Path, resolve: Resolve = Path) -> Undone:
+    """Undo the last save, in all files that were not edited after it.
 
     Args:
         folder: Folder of audio.
         resolve: Checks each path.
 
     Returns:
-        The restored files.
+        The restored files, and those that stay.
 
     Raises:
-        DataError: When there is nothing to undo, or a file has been changed since.
+        DataError: When there is nothing to undo, or a file cannot be read or written.
     """
     with _lock:
         log = _read_log(folder)
         if not log:
             raise DataError(f"there is nothing to undo in {folder}.")
         changes = [_parse_change(resolve, Path(folder), file) for file in log[-1]["files"]]
-        for change in changes:
-            if _read_content(change.path) not in (change.before, change.after):
-                raise DataError(f"{change.path} has been changed elsewhere since: edit it by hand. Nothing was undone.")
-        for change in changes:
+        kept = [change.path for change in changes if _read_content(change.path) not in (change.before, change.after)]
+        restored = [change for change in changes if change.path not in kept]
+        for change in restored:
             if change.before is None:
                 change.path.unlink(missing_ok=True)
             else:
                 write_bytes(change.path, change.before)
         _write_log(folder, log[:-1])
-    return [change.path for change in changes]
+    return Undone([change.path for change in restored], kept)
 
 
 def count_saves(folder: str | Path) -> int:

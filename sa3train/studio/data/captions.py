@@ -67,7 +67,7 @@ def save_captions(workspace: Workspace, folder: Path, edits: Sequence[Edit]) -> 
     return files.save_captions(folder, list_clips(workspace, folder), edits, workspace.resolve)
 
 
-def undo_save(workspace: Workspace, folder: Path) -> list[str]:
+def undo_save(workspace: Workspace, folder: Path) -> tuple[list[str], list[str]]:
     """Undo the last save, of the studio or of `sa3-data caption`.
 
     Args:
@@ -75,9 +75,11 @@ def undo_save(workspace: Workspace, folder: Path) -> list[str]:
         folder: Folder of audio.
 
     Returns:
-        The restored files, by their path in the folder.
+        The restored files, and those that were edited since and stay, by their path in the folder.
     """
-    return [os.path.relpath(path, folder) for path in files.undo_save(folder, workspace.resolve)]
+    undone = files.undo_save(folder, workspace.resolve)
+    restored, kept = ([os.path.relpath(path, folder) for path in paths] for paths in (undone.restored, undone.kept))
+    return restored, kept
 
 
 def caption_rest(workspace: Workspace, folder: Path, template: str) -> tuple[list[Change], list[Proposal]]:
@@ -114,7 +116,7 @@ def replace_text(workspace: Workspace, folder: Path, words: str, old: str, new: 
         StudioError: When there is nothing to replace.
     """
     if not old:
-        raise StudioError("name the text to replace.")
+        raise StudioError("Replace is empty. Enter the text to replace.")
     pairs = [(clip, get_caption(clip)) for clip in list_clips(workspace, folder)]
     wanted = words.strip().lower()
     pairs = [pair for pair in pairs if wanted in pair[0].source.lower() or wanted in pair[1].lower()]

@@ -138,8 +138,9 @@ def _show_rows(workspace: Workspace, path: str | None, text: str, only: bool, nu
 
 
 def _undo(workspace: Workspace, folder: Path, _: str) -> str:
-    restored = captions.undo_save(workspace, folder)
-    return f"Undone in {_count(restored, 'file')}: {list_few(restored, 5)}."
+    restored, kept = captions.undo_save(workspace, folder)
+    left = f" Edited since, left as they are: {list_few(kept, 5)}." if kept else ""
+    return f"Undone in {_count(restored, 'file')}{': ' if restored else ''}{list_few(restored, 5)}.{left}"
 
 
 def _compose(workspace: Workspace, folder: Path, _: str, template: str) -> str:
@@ -184,7 +185,7 @@ def resolve_shown_folder(workspace: Workspace, shown: Shown) -> Path:
         StudioError: When the table is empty.
     """
     if not shown[0]:
-        raise StudioError("choose a folder of audio first.")
+        raise StudioError("Folder of audio is empty. Choose one first.")
     return workspace.resolve_folder(shown[0])
 
 

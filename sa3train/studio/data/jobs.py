@@ -146,7 +146,7 @@ def start_job(workspace: Workspace, kind: str, source: Path, out: Path, command:
 
 
 def stop_job(job: DataJob) -> None:
-    """Stop a job, or kill one that was asked already; the same command resumes it.
+    """Stop a job, or kill one that was asked already. The same command resumes an audit or an encode.
 
     Args:
         job: The job.
@@ -209,7 +209,8 @@ def read_job(folder: Path) -> DataJob | None:
         state = "failed"
         last = processes.read_log_tail(folder, 1)
         how = last if last.startswith("stopped by") else "killed, possibly out of memory"
-        error = error or f"The process was {how}. Start it again to resume."
+        again = "It starts anew when you start it again." if kind == "evaluate" else "Start it again to resume."
+        error = error or f"The process was {how}. {again}"
     else:
         state = "finished" if is_made else "stopped"
     share, progress = read_progress(folder) if is_running else (1.0, "")

@@ -284,7 +284,7 @@ def resolve_source(workspace: Workspace, path: str | None) -> Path:
         StudioError: When none is chosen.
     """
     if not path:
-        raise StudioError("choose a folder of audio first.")
+        raise StudioError("Folder of audio is empty. Choose one first.")
     folder = workspace.resolve_folder(path, "folder of audio")
     list_clips(workspace, folder)
     return folder

@@ -12,7 +12,7 @@ import gradio as gr
 from sa3train.inference.settings import MODEL_DEFAULTS
 from sa3train.studio.play import cards, history
 from sa3train.studio.play import form as forms
-from sa3train.studio.play.player import Player, find_missing_contrast
+from sa3train.studio.play.player import Player, check_request, find_missing_contrast, plan_comparison
 from sa3train.studio.play.settings import MODES, PlaySettings, parse_strengths, round_seconds
 from sa3train.studio.server.folders import describe_model, list_audio, list_models, load_model_config
 from sa3train.studio.server.jobs import Job, Worker
@@ -120,7 +120,7 @@ class PlayPage:
         Returns:
             The job.
         """
-        request.resolve(self.workspace)
+        check_request(self.workspace, request.resolve(self.workspace))
         return self.worker.submit(_shorten_prompt(request), lambda job: self.player.play(request, job))
 
     def compare(self, request: PlaySettings, strengths: str, with_sibling: bool) -> Job:
@@ -141,6 +141,8 @@ class PlayPage:
         missing = find_missing_contrast(resolved, factors, with_sibling)
         if missing:
             raise StudioError(missing)
+        for cell in plan_comparison(resolved, factors, with_sibling):
+            check_request(self.workspace, cell.request)
         title = f"Compare: {_shorten_prompt(request)}"
         return self.worker.submit(title, lambda job: self.player.compare(resolved, factors, with_sibling, job))
 

@@ -9,11 +9,14 @@ from torch import Tensor
 
 from sa3train.adapters.apply.load_report import LoadReport
 from sa3train.adapters.formats.run_dir import locate_adapter
+from sa3train.inference.checks import check_files
 from sa3train.inference.generator import Generator
 from sa3train.inference.outputs import GenerationOutput
+from sa3train.inference.resolve import ModelFacts
 from sa3train.models.hub import find_checkpoint
 from sa3train.studio.play.history import Result, make_name, save_results
 from sa3train.studio.play.settings import MODEL_SPECIFIC, AdapterSettings, PlaySettings
+from sa3train.studio.server.folders import load_model_config
 from sa3train.studio.server.jobs import Job
 from sa3train.studio.server.workspace import Workspace
 
@@ -140,6 +143,21 @@ class Player:
         for index, adapter in enumerate(request.adapters):
             generator.set_strength(adapter.strengths, index, adapter.conditioner_strength)
         return generator
+
+
+def check_request(workspace: Workspace, request: PlaySettings) -> None:
+    """Check a request as its generation will, as far as the model need not be loaded.
+
+    Args:
+        workspace: The studio's folders.
+        request: What to generate, resolved. An `SA3Error` is raised for what would be refused.
+    """
+    config = load_model_config(workspace, request.model)
+    if config is not None:  # else it is checked when it has been downloaded
+        adapters = [
+            {"adapter": each.path, "strength": each.strengths, "interval": each.interval} for each in request.adapters
+        ]
+        check_files([request.settings], ModelFacts.from_config(config, request.model), adapters)
 
 
 def plan_comparison(request: PlaySettings, factors: Sequence[float], with_sibling: bool) -> list[ComparisonCell]:

@@ -171,11 +171,11 @@ class PlaySettings:
         """
         settings = self.settings
         if not str(settings.prompt).strip():
-            raise StudioError("The prompt is empty. Enter one.")
+            raise StudioError("Prompt is empty. Enter one.")
         changes: dict[str, Any] = {"seed": secrets.randbelow(2**32) if settings.seed == -1 else settings.seed}
         if self.mode != "text":
             if not (self.source or "").strip():
-                raise StudioError("This mode needs source audio. Choose a file or upload one.")
+                raise StudioError("Source audio is missing, which this mode needs. Choose a file or upload one.")
             source = str(workspace.resolve_file(self.source or "", "audio file"))
             changes |= {"init_audio" if self.mode == "restyle" else "inpaint_audio": source}
         if self.mode == "inpaint" and not settings.inpaint_mask_start_seconds:

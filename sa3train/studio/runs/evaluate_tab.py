@@ -23,7 +23,7 @@ from sa3train.studio.server.workspace import StudioError, Workspace
 
 HINT = (
     "An evaluation measures every checkpoint of the run at each strength, on clips that no training saw and on "
-    "generated ones, and picks one to use."
+    "generated ones, and picks one to use. One that is stopped starts anew."
 )
 PAGE = "evaluation.html"
 

@@ -54,11 +54,11 @@ def parse_request(
     if recipe not in estimate.list_recipes():
         raise StudioError(f"There is no recipe {recipe!r}. Choose from: {', '.join(estimate.list_recipes())}.")
     if not data:
-        raise StudioError("Choose the latents to train on. To create some, encode a folder of audio on the Data page.")
+        raise StudioError("Latents are missing. To create some, encode a folder of audio on the Data page.")
     if steps and "trainer.max_steps=" in (settings or ""):
         raise StudioError("The steps are set twice: in the field Steps and among the further settings. Remove one.")
     if recipe == "continue" and not adapter:
-        raise StudioError("The recipe continue needs an adapter to start from. Choose its file.")
+        raise StudioError("Start from adapter is empty, which the recipe continue needs. Choose its file.")
     return RunRequest(
         recipe,
         workspace.resolve_folder(data, "folder of latents"),

@@ -382,7 +382,7 @@ def refresh_choices(tick: gr.Timer, box: gr.Dropdown, list_choices: Callable[[],
 
     def refresh(before: list[Any], chosen: str | None) -> tuple[Any, Any]:
         choices = list_choices()
-        if choices == before:
+        if choices == before and (chosen or not choices):
             return gr.skip(), gr.skip()
         # A choice is not sent again: the user may have made another meanwhile.
         first: dict[str, Any] = {} if chosen or not choices else {"value": choices[0][1]}

@@ -25,6 +25,7 @@ from sa3train.adapters.spec import ADAPTER_TYPES, CARRIED_BY, KINDS, AdapterSpec
 from sa3train.adapters.tools.convert import FORMATS, convert_adapter
 from sa3train.adapters.tools.low_rank import Truncation
 from sa3train.core.errors import AdapterError, SA3Error
+from sa3train.core.safetensors_file import write_tensors
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
 
 CONV, LINEAR = "model.preprocess_conv", "model.transformer.layers.0.self_attn.to_qkv"
@@ -497,3 +498,13 @@ def test_the_target_must_suit_the_format(tmp_path: Path) -> None:
 def test_each_type_says_which_formats_carry_it() -> None:
     assert CARRIED_BY.keys() == set(ADAPTER_TYPES)
     assert {name for formats in CARRIED_BY.values() for name in formats} <= set(FORMATS)
+
+
+def test_equal_content_gives_equal_files(tmp_path: Path) -> None:
+    tensors, names = {"b": torch.ones(2), "a": torch.zeros(3)}, [f"ä{number}\n" for number in range(12)]
+    for file, order in (("one.safetensors", names), ("two.safetensors", names[::-1])):
+        write_tensors(tmp_path / file, tensors, dict.fromkeys(order, '漢 😀\x1f"'))
+    content = (tmp_path / "one.safetensors").read_bytes()
+    assert content == (tmp_path / "two.safetensors").read_bytes()
+    assert list(json.loads(content[8 : 8 + content[0] + 256 * content[1]])["__metadata__"]) == sorted(names)
+    assert load_file(tmp_path / "one.safetensors").keys() == tensors.keys()

@@ -92,6 +92,16 @@ class TestStrength:
         stack.apply()
         assert_sum(model, base, *((adapter, 2.0) for adapter in adapters.values()))
 
+    def test_16_bit_weights_are_rounded_once(self, adapters: dict[str, Adapter]) -> None:
+        model = Small(dtype=torch.bfloat16)
+        base, stack = weights(model), AdapterStack(model)
+        for name in SPECS:
+            stack.add(adapters[name], 0.6)
+        stack.apply()
+        for path, weight in weights(model).items():
+            exact = base[path].float() + 0.6 * sum(change(adapter, base, path) for adapter in adapters.values())
+            torch.testing.assert_close(weight.float(), exact, rtol=2**-8, atol=1e-6)
+
     @pytest.mark.parametrize("name", SPECS)
     def test_at_1_the_effective_weight_is_exact(self, model: Any, adapters: dict[str, Adapter], name: str) -> None:
         base, stack = weights(model), AdapterStack(model)

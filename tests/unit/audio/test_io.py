@@ -12,6 +12,7 @@ import torch
 from helpers.audio import noise, tone, write_fake_ffmpeg
 from sa3train.audio import io as audio_io
 from sa3train.audio.io import encode_audio, load_audio, read_audio, read_audio_info, write_audio
+from sa3train.core import files
 from sa3train.core.errors import AudioError, SA3Error
 
 RATE = 44100
@@ -226,12 +227,11 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path, name: str, subtype: s
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(self: Path, content: bytes) -> int:
-        with self.open("wb") as file:
-            file.write(content[:100])
-        raise OSError(errno.ENOSPC, "No space left on device", str(self))
+    def full(path: Path, content: bytes) -> None:
+        path.write_bytes(content[:100])
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(files, "_write", full)
     with pytest.raises(SA3Error, match="No space left on device"):
         audio_io.write_audio(tmp_path / "a.wav", torch.zeros(2, 4410), RATE)
     assert list(tmp_path.iterdir()) == []

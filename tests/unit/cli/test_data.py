@@ -117,8 +117,10 @@ def test_preview_of_a_run_tells_what_it_was_told(
     flags = ["--trigger", "sks", "--crop-seconds", "0.3", "--seed", "5", "--batch-size", "2"]
     assert main(["preview", str(shards), "-n", "3", *flags]) == 0
     assert of_run == capsys.readouterr().out and "sks" in of_run
+    assert main(["preview", os.path.relpath(shards), "--run", ".", "-n", "3"]) == 0
+    assert capsys.readouterr().out == of_run, "shards that have moved"
     for arguments, message in (
-        (["--run", ".", "--trigger", "x", str(shards)], "shards, trigger has no effect with --run"),
+        (["--run", ".", "--trigger", "x", str(shards)], "trigger has no effect with --run"),
         (["--run", "none"], "none is not a training run"),
         ([], "name a folder of latent shards, or a training run"),
     ):

@@ -26,7 +26,7 @@ from sa3train.cli.generate import main
 from sa3train.cli.generate_args import build_parser, parse_adapters, parse_output
 from sa3train.core.errors import GenerationError, SA3Error
 from sa3train.core.files import hash_file
-from sa3train.inference import Generator, outputs
+from sa3train.inference import Generator, generator, outputs
 from sa3train.inference.settings import GenerationSettings
 
 MODEL = str(GOLDEN / "plain")
@@ -533,6 +533,7 @@ BAD: list[tuple[tuple[Any, ...], str]] = [
     (("--device", "abacus"), "device=abacus is unknown"),
     (("--lora", GOLDEN / "diff" / "adapters" / "lora.safetensors"), "fit"),
     (("--lora", "old.ckpt"), "pickle"),
+    (("--lora", GOLDEN), "is no PEFT adapter"),
     (("--lora", "none.safetensors"), "There is no adapter at none.safetensors"),
     (("--lora", f"{LORA}=loud"), "strength 'loud'"),
     (("--lora", f"{LORA}=nan"), "strength 'nan'"),
@@ -604,10 +605,15 @@ BAD: list[tuple[tuple[Any, ...], str]] = [
 ]
 
 
+NEEDS_THE_MODEL = ("fit", "Out of memory while generating 10000 items")
+
+
 @pytest.mark.parametrize(("flags", "message"), BAD, ids=[message for _, message in BAD])
-def test_bad_input_is_one_line_and_exit_code_one(
-    flags: tuple[Any, ...], message: str, capsys: pytest.CaptureFixture[str]
+def test_bad_input_is_one_line_and_exit_code_one_before_weights_are_read(
+    flags: tuple[Any, ...], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if message not in NEEDS_THE_MODEL:
+        monkeypatch.setattr(generator, "load_checkpoint", lambda *_, **__: pytest.fail("weights are read"))
     clip("clip.wav")
     clip("nan.wav", float("nan"))
     Path("text.wav").write_text("this is text")

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from helpers.run_dirs import make_run, write_record
 from sa3train.cli.runs import main
 from sa3train.core import processes
+from sa3train.core.safetensors_file import write_tensors
 from sa3train.reports.comparison import read_changes
 from sa3train.reports.run_files import EVALUATION_FILE
 
@@ -94,6 +96,13 @@ def test_evaluations_decide_where_every_run_has_one(runs: Path, capsys: pytest.C
     (runs / "one" / "checkpoints" / "step-00000020.safetensors").unlink()
     assert main(["best", "runs", "--json"]) == 0
     assert json.loads(read(capsys))["adapter"] == "runs/two/adapter.safetensors", "what is gone cannot be used"
+    evaluation = runs / "two" / EVALUATION_FILE
+    for step, adapter in ((20, "runs/two@20"), (40, "runs/two/adapter.safetensors")):
+        write_tensors(runs / "two" / "adapter.safetensors", {"a": torch.ones(1)}, {"step": "40"})
+        row |= {"adapter": "elsewhere/two/adapter.safetensors", "step": step}
+        evaluation.write_text(json.dumps({"pick": {"candidate": 0, "text": "surely"}, "candidates": [row]}))
+        assert main(["best", "runs/two", "--json"]) == 0
+        assert json.loads(read(capsys))["adapter"] == adapter, "the file of the end is of a later step"
 
 
 def test_losses_of_other_clips_are_not_compared(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -178,7 +178,11 @@ def test_the_command_writes_and_takes_back(folder: Path, capsys: pytest.CaptureF
     printed = capsys.readouterr().out
     assert "broken kick.wav" in printed and "pad loop" in printed and "--undo" in printed
     (folder / "mine.txt").write_text("of no clip")
+    edited = next(path for path in folder.rglob("*.txt") if str(path.relative_to(folder)) not in before)
+    edited.write_text("my own words")
     assert main(["caption", str(folder), "--undo"]) == 0
+    assert "1 edited since" in capsys.readouterr().out
+    edited.unlink()
     assert read_all(folder) == before | {"mine.txt": b"of no clip"}
     assert main(["caption", str(folder), "--undo"]) != 0
     assert main(["caption", str(folder), "--undo", "--dry-run"]) != 0

@@ -21,6 +21,7 @@ NAMES = [
     ("Trap/808 Bass.wav", {"genre": "trap", "kind": "bass"}),
     ("drum_bass_hard.flac", {"kind": "kick", "words": ("hard",)}),
     ("rain_on_tin_roof_03.wav", {"words": ("rain", "tin", "roof")}),
+    ("dusty_pad_dup truncated.wav", {"kind": "pad", "words": ("dusty",)}),
     ("HiHatOpen.wav", {"kind": "hi-hat", "words": ("open",)}),
     ("Pad A minor slow.wav", {"key": "A minor", "kind": "pad"}),
 ]

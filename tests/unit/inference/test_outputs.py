@@ -142,15 +142,15 @@ def test_an_input_is_never_replaced(tmp_path: Path, kind: str, role: str) -> Non
 
 @pytest.mark.parametrize("failing", ["audio", "sidecar"])
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str) -> None:
-    whole = Path.write_bytes
+    whole = files._write
 
-    def full(self: Path, content: bytes) -> int:
-        if (".json" in self.name) == (failing == "sidecar"):
-            whole(self, content[: len(content) // 2])
-            raise OSError(errno.ENOSPC, "No space left on device", str(self))
-        return whole(self, content)
+    def full(path: Path, content: bytes) -> None:
+        if (".json" in path.name) == (failing == "sidecar"):
+            whole(path, content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        whole(path, content)
 
-    monkeypatch.setattr(files.Path, "write_bytes", full)
+    monkeypatch.setattr(files, "_write", full)
     with pytest.raises(SA3Error, match="No space left on device"):
         output().save(tmp_path / "a.wav")
     assert list(tmp_path.iterdir()) == []

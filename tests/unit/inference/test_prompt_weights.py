@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sa3train.inference import Generator
-from sa3train.inference.prompt_weights import encode_prompts, parse_prompt_weights
+from sa3train.inference.prompt_weights import encode_prompts, find_nested_weight, parse_prompt_weights
 
 
 @pytest.mark.parametrize(
@@ -19,12 +19,28 @@ from sa3train.inference.prompt_weights import encode_prompts, parse_prompt_weigh
         ("loop (tempo:120)", "loop (tempo:120)", {}),
         (r"the text \(pad:2\)", "the text (pad:2)", {}),
         ("(unclosed and (no weight)", "(unclosed and (no weight)", {}),
+        ("sparse ((rhythm:2):3) tail", "sparse (rhythm:3) tail", {"rhythm": 2.0}),
+        ("a:1.3) and ((b:1.3)", "a:1.3) and (b", {"b": 1.3}),
     ],
 )
 def test_a_group_that_ends_in_a_number_is_a_weight(prompt: str, text: str, phrases: dict[str, float]) -> None:
     clean, spans = parse_prompt_weights(prompt)
     assert clean == text
     assert {clean[start:end]: weight for start, end, weight in spans} == phrases
+
+
+@pytest.mark.parametrize(
+    ("prompt", "outer"),
+    [
+        ("sparse ((rhythm:2):3) tail", "((rhythm:2):3)"),
+        ("(low (hum:2) and bells:0.5)", "(low (hum:2) and bells:0.5)"),
+        ("(low (hum:2) and bells)", None),
+        (r"\(take (hum:2):3\)", None),
+        ("(hum:2) (bells:3)", None),
+    ],
+)
+def test_a_weight_around_another_is_named(prompt: str, outer: str | None) -> None:
+    assert find_nested_weight(prompt) == outer
 
 
 def test_only_the_tokens_of_the_phrase_move_along_the_line_to_the_empty_embedding(gen: Generator) -> None:

@@ -134,6 +134,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"prompt_at": [(0, "b")]}, "time 0"),
     ({"prompt_at": [(4, "b"), (4, "c")]}, "4 s twice"),
     ({"prompt_at": "b"}, "prompt_at must be pairs"),
+    ({"prompt_at": [(4, "b"), (4.01, "c")]}, "4 and 4.01 lie in the same 0.093 s"),
     ({"prompt_at": [(40, "b")]}, "prompt_at=40 lies outside"),
     ({"peak": 1}, "peak=1.*from -40 to 0"),
     ({"prompt": None}, "prompt must be text"),

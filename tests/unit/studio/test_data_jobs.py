@@ -60,6 +60,9 @@ def test_what_became_of_a_job(workspace: Workspace) -> None:
     assert (work.state, work.is_running) == ("failed", False)
     assert "killed" in str(work.error)
     assert "stopped by SIGTERM" in str(jobs.read_job(noted(workspace, log="$ x\nstopped by SIGTERM\n")).error)  # type: ignore[union-attr]
+    for kind, hint in (("evaluate", "anew"), ("encode", "to resume")):
+        assert hint in str(jobs.read_job(noted(workspace, kind)).error)  # type: ignore[union-attr]
+        jobs.dismiss_job(jobs.read_job(noted(workspace, kind)))  # type: ignore[arg-type]
     folder = noted(workspace, stop_asked="now")
     assert jobs.read_job(folder).state == "stopped"  # type: ignore[union-attr]
     (latents / "index.json").touch()

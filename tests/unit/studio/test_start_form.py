@@ -61,7 +61,7 @@ def test_a_start_tells_of_its_steps_and_of_a_run_that_is_going_on(
     ("changed", "message"),
     [
         ({"recipe": "sweep"}, "no recipe"),
-        ({"data": ""}, "latents"),
+        ({"data": ""}, "Latents are missing"),
         ({"data": "/etc"}, "outside the folders"),
         ({"data": "nothing"}, "no folder of latents"),
         ({"model": "../../etc"}, "outside the folders"),
@@ -73,7 +73,7 @@ def test_a_start_tells_of_its_steps_and_of_a_run_that_is_going_on(
         ),
         ({"steps": 5, "settings": "trainer.max_steps=6"}, "set twice"),
         ({"settings": "seed=1\nseed=2"}, "set twice"),
-        ({"recipe": "continue"}, "adapter to start from"),
+        ({"recipe": "continue"}, "Start from adapter"),
         ({"recipe": "continue", "adapter": "/etc/passwd"}, "outside the folders"),
     ],
 )

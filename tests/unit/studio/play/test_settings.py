@@ -55,8 +55,8 @@ def test_a_request_is_resolved(workspace: Workspace) -> None:
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
-        (ask(prompt="  "), "prompt"),
-        (ask("restyle"), "source audio"),
+        (ask(prompt="  "), "Prompt"),
+        (ask("restyle"), "Source audio"),
         (ask("restyle", init_audio="../x.wav"), "outside"),
         (ask("inpaint", inpaint_audio="audio/none.wav"), "audio file"),
         (ask("inpaint", inpaint_audio=TONE), "region"),

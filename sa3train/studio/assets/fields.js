@@ -1,0 +1,41 @@
+/* An error also stands at the field that it names or quotes first, until that field is changed or something else is started. */
+(() => {
+  const told = new WeakMap();
+  let marked = null;
+  const clear = () => {
+    if (!marked) return;
+    delete marked.dataset.error;
+    for (const input of marked.querySelectorAll('[aria-invalid]')) for (const name of ['aria-invalid', 'aria-description']) input.removeAttribute(name);
+    marked = null;
+  };
+  const first = (elements, text, words) => {
+    const places = [...elements].filter(one => one.offsetParent !== null).flatMap(one => words(one).filter(word => word.length > 1)
+      .map(word => [text.search(new RegExp(`(?<!\\w)${RegExp.escape(word)}(?!\\w)`)), one]));
+    return places.filter(([at]) => at >= 0).sort(([one], [other]) => one - other)[0]?.[1].closest('fieldset, div.block');
+  };
+  const labels = '[data-testid="block-info"], label:has(> input[type=checkbox]) > span, legend';
+  /* By its label, or else by its value. */
+  const find = text => first(document.querySelectorAll(labels), text, one => [one.textContent.trim().split(/ \(|, /)[0]])
+    || first(document.querySelectorAll('textarea, input:is([type=text], [role=combobox])'), text, one => one.value.trim().split(/[\n=]/));
+  const mark = text => {
+    clear();
+    marked = find(text) || null;
+    if (!marked) return;
+    marked.dataset.error = text;
+    for (const input of marked.querySelectorAll('input, textarea')) {
+      input.setAttribute('aria-invalid', 'true');
+      input.setAttribute('aria-description', text);
+    }
+    marked.scrollIntoView({block: 'nearest'});
+  };
+  document.addEventListener('input', event => { if (marked?.contains(event.target)) clear(); }, true);
+  document.addEventListener('click', event => { if (event.target.closest('button.primary')) clear(); }, true);
+  new MutationObserver(() => {
+    for (const message of document.querySelectorAll('.toast-body.error [data-testid="toast-text"]')) {
+      const text = message.textContent.trim();
+      if (told.get(message) === text) continue;
+      told.set(message, text);
+      mark(text);
+    }
+  }).observe(document.documentElement, {childList: true, subtree: true, characterData: true});
+})();
