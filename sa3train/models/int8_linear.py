@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 _LARGEST = 127
 _ZERO = 128
+_INTEGERS = 2.0**23  # from here up to twice of it, fp32 has the integers alone
 _TINY = 1e-12  # a scale above zero for rows of zeros
 _MAX_ERROR = 0.05  # of a random product, relative; a right one has about 0.01
 
@@ -34,15 +35,22 @@ class Int8Linear(nn.Linear):
         if version != self.weight._version:
             version, packed, scale_O, zero_O = self._packed = (self.weight._version, *_pack(self.weight))
         x_TI = x.reshape(-1, x.shape[-1])
-        scale_T1 = x_TI.abs().amax(dim=1, keepdim=True).float().clamp_(min=_TINY).div_(_LARGEST)
-        # Conversion cuts off fractions, and what it converts is positive, so half a step more rounds.
-        rounded_TI = (x_TI * scale_T1.reciprocal()).add_(_ZERO + 0.5).to(torch.uint8)
+        scale_T1 = _find_largest(x_TI).float().clamp_(min=_TINY).div_(_LARGEST)
+        # The sum is rounded to an integer, which is its lowest byte; torch converts fp32 to uint8 eight times slower.
+        shifted_TI = x_TI.to(torch.float32, copy=True).mul_(scale_T1.reciprocal()).add_(_INTEGERS + _ZERO)
+        rounded_TI = shifted_TI.view(torch.int32).to(torch.uint8)
         y_TO: Tensor = torch.ops.onednn.qlinear_pointwise(
             rounded_TI, 1.0, _ZERO, packed, scale_O, zero_O, None, 1.0, 0, x.dtype, "none", [], ""
         )
         scale_T1 = scale_T1.to(x.dtype)
         y_TO = y_TO.mul_(scale_T1) if self.bias is None else torch.addcmul(self.bias, y_TO, scale_T1)
         return y_TO.unflatten(0, x.shape[:-1])
+
+
+def _find_largest(x_TI: Tensor) -> Tensor:
+    """Largest magnitude of each row (T, 1): bits without the sign compare as numbers do, three times as fast."""
+    integers, mask = (torch.int32, 0x7FFFFFFF) if x_TI.dtype == torch.float32 else (torch.int16, 0x7FFF)
+    return (x_TI.view(integers) & mask).amax(dim=1, keepdim=True).view(x_TI.dtype)
 
 
 def _pack(W_OI: Tensor) -> tuple[Tensor, Tensor, Tensor]:
