@@ -31,7 +31,7 @@ from typing import Any
 
 import yaml
 
-from sa3train.adapters.formats.run_dir import ADAPTER_FILE, CHECKPOINTS_DIR
+from sa3train.adapters.formats.run_dir import ADAPTER_FILE, CHECKPOINTS_DIR, list_checkpoints
 from sa3train.core.errors import DataError
 from sa3train.core.overrides import escape_interpolations, unescape_interpolations
 from sa3train.core.user_files import read_file, read_text
@@ -266,9 +266,12 @@ class RunFiles:
 
     @property
     def step(self) -> int:
-        """The last step of which a metric or validation is known."""
+        """The last step of which a metric, validation or checkpoint is known."""
         last = [int(row[STEP]) for row in self.rows[-1:]]
-        return max([*last, *(row["step"] for row in self.validation.get("history", []))], default=0)
+        return max(
+            [*last, *list_checkpoints(self.path), *(row["step"] for row in self.validation.get("history", []))],
+            default=0,
+        )
 
     @property
     def seconds(self) -> float:

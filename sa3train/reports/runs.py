@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from sa3train.adapters.formats.run_dir import list_checkpoints
 from sa3train.core import processes
 from sa3train.core.errors import DataError
 from sa3train.core.log import get_logger
@@ -178,7 +179,7 @@ def load_run(folder: Path) -> Run | None:
     return Run(
         folder,
         state,
-        max(int(row.get(STEP, 0)), saved_step),
+        max(int(row.get(STEP, 0)), saved_step, *list_checkpoints(folder)),
         _read_total_steps(folder / CONFIG_FILE, _get_mtime_ns(folder / CONFIG_FILE)),
         row.get("time/steps_per_second"),
         row.get("train/loss"),

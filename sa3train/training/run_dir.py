@@ -172,7 +172,7 @@ class RunDir:
             ]  # fmt: skip
             raise ConfigError(
                 f"cannot resume {self.path}: this differs from the run as it was started:\n{''.join(lines)}"
-                f"       Leave it as it was, or allow it: allow_resume_changes=[{','.join((*self.allowed, *refused))}]"
+                f"       Leave it as it was, or allow it: 'allow_resume_changes=[{','.join((*self.allowed, *refused))}]'"
             )
         return differences
 

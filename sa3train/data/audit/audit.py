@@ -190,7 +190,8 @@ def _audit_text(
     columns["caption"] = text.caption
     if text.beats:
         columns["beats"] = text.beats
-    if not text.caption and rules.captions != "optional":
+    is_unheard = rules.captions == "auto" and any(each["code"] in ("unreadable", "not_finite") for each in findings)
+    if not text.caption and rules.captions != "optional" and not is_unheard:
         findings.append(make_finding("no_caption" if clip.text is None else "empty_caption"))
     if text.caption and rules.count_tokens is not None:
         tokens = columns["tokens"] = rules.count_tokens([text.caption])[0]

@@ -71,7 +71,7 @@ def compose_caption(
     facts += [Fact("name", words, "file name")] if words else []
     facts += [_name_kind(text, sound, form, bool(words))]
     if form.value != "one-shot":
-        facts += _choose("bpm", text, sound.bpm if sound else None, problems)
+        facts += _choose("bpm", text, _fit_genre(text, sound.bpm) if sound and sound.bpm else None, problems)
     is_hit = text.name.kind in NAME_WORDS["hits"]
     if not (is_hit and form.value == "one-shot"):  # the key of a single drum is that of its kit, its root a pad
         keys = _choose("key", text, sound.key if sound and form.value != "one-shot" else None, problems)
@@ -101,9 +101,10 @@ def _find_form(text: ClipText, sound: AudioAnalysis | None) -> Fact:
     for fact in reversed(text.facts):
         if fact.name == "type" and fact.value in ("loop", "one-shot"):
             return fact
-    if text.name.form:
+    is_hit = text.name.kind in NAME_WORDS["hits"]
+    if text.name.form and not (is_hit and sound and sound.form == "one-shot"):  # a hit in a folder of loops is none
         return Fact("type", text.name.form, "name")
-    if sound and not sound.form and text.name.kind in NAME_WORDS["hits"]:
+    if sound and not sound.form and is_hit:
         return Fact("type", "one-shot", "name")
     return Fact("type", sound.form if sound else "", _HEARD)
 
@@ -114,6 +115,12 @@ def _name_kind(text: ClipText, sound: AudioAnalysis | None, form: Fact, has_word
     kind = " ".join(filter(None, (text.name.kind or heard, str(form.value) or ("sound" if heard else ""))))
     sources = ("name" if text.name.kind else _HEARD if heard else "", form.source if form.value else "")
     return Fact("kind", kind, " and ".join(dict.fromkeys(filter(None, sources))))
+
+
+def _fit_genre(text: ClipText, heard: float) -> float:
+    """The heard tempo, or its half or double where that alone is one of the genre's."""
+    low, high = NAME_WORDS["tempos"].get(str(text.tags.get("genre", "")).lower(), (0, 1000))
+    return next((heard * times for times in (1, 0.5, 2) if low <= heard * times <= high), heard)
 
 
 def _choose(name: str, text: ClipText, heard: str | float | None, problems: list[tuple[str, str]]) -> Sequence[Fact]:

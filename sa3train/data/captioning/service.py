@@ -156,8 +156,8 @@ def describe_proposals(done: CaptionedFolder) -> str:
         done: The result.
 
     Returns:
-        Such as "12 captions composed, 3 clips had one, 1 without: broken.wav (unreadable)".
+        Such as "captions: 12 composed, 3 kept; without one: broken.wav (unreadable)".
     """
     without = [f"{one.source} ({one.problem.rstrip('.')})" for one in done.proposals if one.problem]
-    named = f", {len(without)} without: {list_few(without, 5)}" if without else ""
-    return f"{len(done.proposals) - len(without)} captions composed, {done.kept} clips had one{named}"
+    named = f"; without one: {list_few(without, 5)}" if without else ""
+    return f"captions: {len(done.proposals) - len(without)} composed, {done.kept} kept{named}"

@@ -63,6 +63,10 @@ HEARD_CLEARLY = {"key": "E major", "key_strength": 0.95}
         ("pad.wav", [Fact("root", "C", "sampler chunk")], {}, "pad, C", []),
         ("bass loop.wav", [NAME], {"bpm": 60.2}, "bass loop, 120 BPM", []),  # half of it is heard
         ("bass loop.wav", [], {"bpm": 60.2, "key": "C major"}, "bass loop, 60 BPM, C major", []),
+        ("Hip Hop/bass.wav", [Fact("genre", "hip hop", "name")], {"bpm": 176.0}, "hip hop bass, 88 BPM", []),
+        ("dnb bass.wav", [Fact("genre", "drum and bass", "name")], {"bpm": 87.0}, "drum and bass bass, 174 BPM", []),
+        ("Hip Hop/bass.wav", [Fact("genre", "hip hop", "name")], {"bpm": 56.0}, "hip hop bass, 112 BPM", []),
+        ("Techno/bass.wav", [Fact("genre", "techno", "name")], {"bpm": 88.0}, "techno bass, 88 BPM", []),
         ("bass loop.wav", [NAME, TAG], {}, "bass loop", []),  # undecided
         ("bass loop.wav", [Fact("bpm", "fast", "bass loop.json")], {"bpm": 120.0}, "bass loop, 120 BPM", []),
         ("bass loop.wav", [NAME, TAG], {"bpm": 120.1}, "bass loop, 120 BPM", []),
@@ -74,6 +78,8 @@ HEARD_CLEARLY = {"key": "E major", "key_strength": 0.95}
         ("pad.wav", [Fact("key", "A minor", "file name")], HEARD_CLEARLY, "pad", ["key_heard"]),
         ("pad.wav", [Fact("key", "A minor", "ACID chunk")], HEARD_CLEARLY, "pad, A minor", ["key_heard"]),
         ("kick.wav", [Fact("key", "A minor", "file name")], {"form": "one-shot"}, "kick one-shot", []),
+        ("Loops/kick.wav", [], {"form": "one-shot"}, "kick one-shot", []),
+        ("Loops/kick.wav", [], {"form": "loop"}, "kick loop", []),
         ("kick loop.wav", [Fact("key", "A minor", "file name")], {}, "kick loop, A minor", []),
         ("pad.wav", [Fact("root", "F#", "ACID chunk")], {}, "pad, F#", []),
         ("x.wav", [], {"sound": "percussive", "form": "loop"}, "percussive loop", []),

@@ -12,6 +12,7 @@ import psutil
 import pytest
 
 from helpers.run_dirs import make_run, write_record
+from sa3train.adapters.formats.run_dir import get_checkpoint_path
 from sa3train.core import processes
 from sa3train.core.errors import ConfigError, DataError, SA3Error
 from sa3train.reports import comparison, runs
@@ -41,6 +42,9 @@ def test_state_from_the_files_alone(tmp_path: Path, status: str, started: bool, 
     run = get_run(folder)
     assert (run.state, run.total, run.loss, run.speed) == (state, 100, 1.25, 2.0)
     assert run.step == (20 if state == "crashed" else 40)
+    get_checkpoint_path(folder, 30).parent.mkdir()
+    get_checkpoint_path(folder, 30).touch()
+    assert get_run(folder).step == (30 if state == "crashed" else 40)
 
 
 def test_a_process_makes_it_run_and_a_request_to_stop_makes_it_stopped(
