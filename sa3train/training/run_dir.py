@@ -170,9 +170,10 @@ class RunDir:
                 f"         {key}: {old} -> {new}{f' ({reasons[key]})' if key in reasons else ''}\n"
                 for key, (old, new) in self.changes.items() if key in refused
             ]  # fmt: skip
+            keys = ",".join((*self.allowed, *refused))
             raise ConfigError(
                 f"cannot resume {self.path}: this differs from the run as it was started:\n{''.join(lines)}"
-                f"       Leave it as it was, or allow it: 'allow_resume_changes=[{','.join((*self.allowed, *refused))}]'"
+                f"       Leave it as it was, or allow it: 'allow_resume_changes=[{keys}]'"
             )
         return differences
 
