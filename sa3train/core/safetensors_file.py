@@ -220,8 +220,9 @@ def convert_for_saving(tensors: Mapping[str, Tensor], dtype: torch.dtype | None)
 
     Args:
         tensors: Tensors by key.
-        dtype: Dtype for those in fp32 and fp64; None keeps theirs. A tensor with values that it cannot represent stays
-            in fp32, with a warning in the log.
+        dtype: Dtype for matrices in fp32 and fp64; None keeps theirs. Vectors stay as they are: rounding a magnitude
+            to fp16 changes a weight by as much as a short training. A matrix with values that it cannot represent
+            stays in fp32, with a warning in the log.
 
     Returns:
         Contiguous copies by key.
@@ -237,7 +238,8 @@ def convert_for_saving(tensors: Mapping[str, Tensor], dtype: torch.dtype | None)
                 f"{key} contains NaN or infinity, so the adapter is not written. If it was trained, training diverged: "
                 f"lower the learning rate."
             )
-        if dtype is not None and value.dtype in (torch.float32, torch.float64):
+        is_matrix = value.numel() > max(value.shape, default=1)
+        if dtype is not None and is_matrix and value.dtype in (torch.float32, torch.float64):
             cast = value.to(dtype)
             if torch.isfinite(cast).all():
                 value = cast

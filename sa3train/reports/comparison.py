@@ -51,7 +51,7 @@ def compare_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
             left_out.append(str(path))
     if not runs:
         raise DataError(
-            f"{', '.join(map(str, folders))}: no run there has a {VALIDATION_FILE}. None got as far as a "
+            f"{', '.join(map(str, folders)) or 'nothing to compare'}: no run there has a {VALIDATION_FILE}. None got as far as a "
             "validation, or callbacks.validation.enabled=false."
         )
     if left_out:

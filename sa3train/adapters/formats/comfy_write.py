@@ -74,4 +74,4 @@ def _read_tensor(adapter: Adapter, path: str, name: str, dtype: torch.dtype | No
     if name == "alpha":
         return torch.tensor(spec.get_scale(path) * (get_product_rank(params) or 1), dtype=torch.float32)
     tensor = params[name].float() if name == "magnitude" else params[name]
-    return convert_for_saving({f"{path} {name}": tensor}, None if name == "magnitude" else dtype).popitem()[1]
+    return convert_for_saving({f"{path} {name}": tensor}, dtype).popitem()[1]
