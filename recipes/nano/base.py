@@ -22,9 +22,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from parts import LONG, SHORT, WHOLE, Average, Batch, Cap, Corpus, Nano, optimizers, set_rate, state_of, tokenizer_of
+from parts import (
+    LONG,
+    SHORT,
+    WHOLE,
+    Average,
+    Batch,
+    Cap,
+    Corpus,
+    Nano,
+    load_silence,
+    optimizers,
+    set_rate,
+    state_of,
+    tokenizer_of,
+)
 from speed import autocast, fast_cpu_blocks
-from targets import load_code, silence
 from torch import Tensor, nn
 
 from sa3train.core.files import replace_file
@@ -76,8 +89,8 @@ class Run:
         self.work, self.rate, self.cool, self.caps = work, rate, cool, WHOLE if cool else LONG if long else SHORT
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         torch.manual_seed(0)
-        self.tokenizer, self.silence_C = tokenizer_of(work), silence(load_code(work))
-        self.model = Nano(len(self.tokenizer)).to(self.device)
+        self.tokenizer, self.silence_C = tokenizer_of(work), load_silence(work)
+        self.model = Nano(len(self.tokenizer), len(self.silence_C)).to(self.device)
         if self.device.type == "cpu":
             fast_cpu_blocks(self.model.dit.transformer.layers)
         self.optimizers = optimizers(self.model, rate)

@@ -1,6 +1,7 @@
 """Render a broad corpus for nano: beside the classes of `datasets/nano`, sounds like those that people bring.
 
     python recipes/nano/broad.py FOLDER --chunks 40 [--seed 0]     # resumable; the layout of store.py
+    python recipes/nano/broad.py FOLDER --first 40 --chunks 52 --grooves    # loops at any tempo (`grooves.py`)
 
 A chunk has 240 clips, 1 s to 12 s: a third composed (`datasets/nano`), a sixth other General MIDI instruments, the rest
 drum kits and one-shots, synthesizers, plucked strings, basses, pads, voices, textures, effects and layered loops at
@@ -25,6 +26,7 @@ import numpy as np
 import synthesis
 from composer import compose, make_plan
 from corpus import chunk
+from grooves import make_grooves
 from render import fade_ends, render
 from score import DRUMS, Note, Score
 from sounds import HELD_OUT, Sound
@@ -181,8 +183,8 @@ def make_loops(rng: random.Random, noise: np.random.Generator) -> Iterator[Clip]
         yield facts, finish(noise, np.tanh(x), "loop"), write_captions(rng, "electronic beat", facts)
 
 
-def write_chunk(folder: Path, seed: int, number: int) -> float:
-    """Render and write a chunk, its JSON last, so that a chunk with JSON is complete. Returns its seconds."""
+def make_clips(seed: int, number: int) -> list[Clip]:
+    """Make the clips of a chunk."""
     rng, noise = random.Random(f"broad/{seed}/{number}"), np.random.default_rng([seed, number])
     clips: list[Clip] = []
     for clip in chunk(seed, number, CLIPS["composed"]):
@@ -190,6 +192,11 @@ def write_chunk(folder: Path, seed: int, number: int) -> float:
         clips.append((facts, clip.audio.astype(np.float64), clip.captions))
     for make in (make_scored, make_one_shots, make_synths, make_free, make_loops):
         clips += [(facts | {"sound": ""}, x, texts) for facts, x, texts in make(rng, noise)]
+    return clips
+
+
+def write_chunk(folder: Path, number: int, clips: list[Clip]) -> float:
+    """Write a chunk, its JSON last, so that a chunk with JSON is complete. Returns its seconds."""
     firsts = np.cumsum([0, *(x.shape[1] for _, x, _ in clips)])
     audio = np.concatenate([x for _, x, _ in clips], 1).T
     np.save(folder / f"{number}.npy", np.round(np.clip(audio, -1, 1) * 32767).astype(np.int16))
@@ -208,11 +215,17 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=40)
     parser.add_argument("--first", type=int, default=0, help="number of the first chunk, to share the work")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--grooves", action="store_true", help="loops at any tempo instead")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     for number in range(args.first, args.chunks):
         if not (args.folder / f"{number}.json").exists():
-            seconds = write_chunk(args.folder, args.seed, number)
+            if args.grooves:
+                rng, noise = random.Random(f"grooves/{args.seed}/{number}"), np.random.default_rng([args.seed, number])
+                clips = list(make_grooves(rng, noise, sum(CLIPS.values())))
+            else:
+                clips = make_clips(args.seed, number)
+            seconds = write_chunk(args.folder, number, clips)
             print(f"chunk {number + 1} of {args.chunks}: {seconds:.0f} s", flush=True)
 
 

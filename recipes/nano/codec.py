@@ -43,7 +43,7 @@ MIXES = torch.tensor([[0.5, 0.5], [0.5, -0.5], [1.0, 0.0], [0.0, 1.0]])  # mid, 
 MIX_SHARES = torch.tensor([0.55, 0.15, 0.15, 0.15])
 SCALES = ((2048, 128), (512, 48), (1024, 80), (4096, 160))  # window, mel bands
 FLOOR, QUIET = 3e-9, 1e-7  # powers below which cells and clips count as silent
-WEIGHTS = {"mel": 1.0, "bins": 0.3, "energy": 0.4, "wave": 1.0, "level": 1.0, "scale": 0.02, "again": 0.3}
+WEIGHTS = {"mel": 1.0, "bins": 0.3, "energy": 0.8, "wave": 1.0, "level": 2.0, "scale": 0.02, "again": 1.0}
 NOISE, LARGEST = 0.15, 6.0  # noise on latents, which have unit scale; what is beyond is penalized
 GATHERS = ("encoder.layers.0.transformers.1.", "decoder.layers.3.transformers.0.")
 

@@ -23,9 +23,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent))
 
 import torch
-from parts import WHOLE, Average, Batch, Corpus, Nano, optimizers, set_rate, state_of, tokenizer_of
+from parts import WHOLE, Average, Batch, Corpus, Nano, load_silence, optimizers, set_rate, state_of, tokenizer_of
 from speed import autocast, fast_cpu_blocks
-from targets import load_code, silence
 from torch import Tensor, nn
 
 from sa3train.core.files import replace_file
@@ -99,8 +98,8 @@ class Run:
     def __init__(self, work: Path, minutes: float, rate: float) -> None:
         self.work, self.total, self.rate = work, 60 * minutes, rate
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.tokenizer = tokenizer_of(work)
-        self.teacher = Nano(len(self.tokenizer)).to(self.device).requires_grad_(False)
+        self.tokenizer, self.silence_C = tokenizer_of(work), load_silence(work)
+        self.teacher = Nano(len(self.tokenizer), len(self.silence_C)).to(self.device).requires_grad_(False)
         cooled = work / "base-cool.pt"
         base = torch.load(cooled if cooled.exists() else work / "base.pt", weights_only=True, map_location=self.device)
         self.teacher.load_state_dict(base["average"])
@@ -132,7 +131,7 @@ class Run:
     def train(self) -> None:
         """Train until the time is over."""
         caps = [cap._replace(items=cap.items // 2) for cap in WHOLE]
-        corpus = Corpus(self.work, "train", self.tokenizer, silence(load_code(self.work)))
+        corpus = Corpus(self.work, "train", self.tokenizer, self.silence_C)
         batches = corpus.batches(10_000 + self.step, caps)
         generator, rng = torch.Generator().manual_seed(self.step), random.Random(self.step)
         pool: list[Walks] = []

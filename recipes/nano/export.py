@@ -11,7 +11,6 @@ import argparse
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[2] / "datasets" / "nano"))
@@ -21,7 +20,7 @@ import soundfile
 import torch
 from decoder import first
 from numpy.typing import NDArray
-from parts import Nano, tokenizer_of
+from parts import Nano, latest, tokenizer_of
 from sounds import NAMES
 from store import Store
 from torch import Tensor
@@ -31,16 +30,6 @@ from sa3train.core.safetensors_file import write_tensors
 from sa3train.models.autoencoder import Autoencoder
 from sa3train.models.checkpoint import collect_state_dict
 from sa3train.models.nano import ASSETS, TEXT_FOLDER
-
-
-def latest(work: Path, name: str) -> dict[str, Any] | None:
-    """Find the checkpoint of a part, the cooled one if there is one; None without any."""
-    found = [work / f"{name}-cool.pt", work / f"{name}.pt"]
-    for path in found:
-        if path.exists():
-            saved: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-            return saved
-    return None
 
 
 def load_autoencoder(work: Path) -> Autoencoder:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import load_file
 from speed import fast_cpu_muon
+from start import MASK_NOISE, PATCH
 from store import Store
-from targets import LOUDEST
+from targets import LOUDEST, load_code, silence
 from text import Prompts, embed, new_encoder, train_tokenizer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
@@ -22,11 +24,23 @@ from transformers import PreTrainedTokenizerFast
 from sa3train.diffusion.masks import build_attention_mask, extend_into_silence
 from sa3train.models.checkpoint import build_modules
 from sa3train.models.conditioners import Conditioning
-from sa3train.models.nano import build_nano_config
+from sa3train.models.nano import (
+    CONDITION_WIDTH,
+    LATENT_WIDTH,
+    MAX_TOKENS,
+    SAMPLE_SIZE,
+    build_checkpoint_config,
+    build_dit_config,
+    build_nano_config,
+    build_same_config,
+)
 from sa3train.models.parse import parse_model
 from sa3train.models.text_source import TextEncoderSource
 
 FRAMES_PER_SECOND = 44100 / 4096
+SILENCE = "silence.safetensors"  # of `latents.py`: the frame of silence, and the scale of waveform latents
+WIDE_LOUDEST = 16.0  # of the next nano's latents: at 8 the loudest waveforms lose 6 % of their energy
+DIT = {"width": 256, "depth": 3, "memory_tokens": 8, "ff_mult": 2.0}  # of the next nano
 
 
 class Cap(NamedTuple):
@@ -45,6 +59,21 @@ class Cap(NamedTuple):
 SHORT = (Cap(24, 96, 8, 0.5, 0.6), Cap(48, 56, 16, 1.0, 0.4))  # to begin with: more clips a second
 LONG = (Cap(24, 96, 24, 1.5, 0.35), Cap(48, 56, 48, 3.0, 0.4), Cap(130, 20, 62, 4.0, 0.25))
 WHOLE = (Cap(24, 48, 66, 10.0, 0.4), Cap(48, 40, 66, 10.0, 0.4), Cap(130, 18, 66, 10.0, 0.2))  # tails as generation has
+
+
+def latest(work: Path, name: str) -> dict[str, Any] | None:
+    """Find the checkpoint of a part, the cooled one if there is one; None without any."""
+    for path in (work / f"{name}-cool.pt", work / f"{name}.pt"):
+        if path.exists():
+            saved: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+            return saved
+    return None
+
+
+def load_silence(work: Path) -> Tensor:
+    """Load the latent frame of silence, (C,): of `latents.py` if that encoded the corpus, else of `targets.py`."""
+    path = work / SILENCE
+    return load_file(path)["silence"] if path.exists() else silence(load_code(work))
 
 
 def load(work: Path, split: str) -> list[Tensor]:
@@ -77,6 +106,7 @@ class Corpus:
         self.entries = Store(work / split).entries[: len(self.latents)]
         self.prompts = Prompts(tokenizer, [entry["captions"] for entry in self.entries])
         self.silence_C = silence_C
+        self.loudest = LOUDEST if len(silence_C) == LATENT_WIDTH else WIDE_LOUDEST
 
     def batch(self, picks: list[int], cap: Cap, rng: random.Random) -> Batch:
         """Make a batch of clips cut to `cap` (two in three from their start), each with a random caption."""
@@ -84,16 +114,17 @@ class Corpus:
         latents_BCT = self.silence_C[None, :, None].repeat(len(picks), 1, whole_length)
         frames, seconds, texts = [], [], []
         for row, pick in enumerate(picks):
-            whole = -(-self.entries[pick]["length"] // 4096)
+            entry = self.entries[pick]
+            whole, caption = -(-entry["length"] // 4096), rng.randrange(len(entry["captions"]))
             length = min(whole, cap.frames)
-            moved = whole > length and self.entries[pick]["plan"]["tempo"] and rng.random() < 1 / 3
+            moved = whole > length and entry["plan"].get("tempo") and rng.random() < 1 / 3
+            moved = moved and "BPM" not in entry["captions"][caption]  # a loop at a stated tempo starts on a beat
             start = rng.randrange(whole - length + 1) if moved else 0
-            latents_BCT[row, :, :length] = (
-                self.latents[pick][:, start : start + length].float().clamp(-LOUDEST, LOUDEST)
-            )
+            z_CT = self.latents[pick][:, start : start + length].float()
+            latents_BCT[row, :, :length] = z_CT.clamp(-self.loudest, self.loudest)
             frames.append(length)
-            seconds.append(length / FRAMES_PER_SECOND if whole > length else self.entries[pick]["length"] / 44100)
-            texts.append((pick, rng.randrange(len(self.entries[pick]["captions"]))))
+            seconds.append(length / FRAMES_PER_SECOND if whole > length else entry["length"] / 44100)
+            texts.append((pick, caption))
         frames_B = torch.tensor(frames)
         generator = torch.Generator().manual_seed(rng.getrandbits(48))
         real_BT = build_attention_mask(frames_B, whole_length)
@@ -102,27 +133,58 @@ class Corpus:
         return Batch(latents_BCT, real_BT, torch.tensor(seconds), frames_B, ids_BL, mask_BL)
 
     def batches(self, seed: int, caps: Sequence[Cap]) -> Iterator[Batch]:
-        """Yield random batches without end; clips much shorter than the cap go to batches of a smaller one."""
+        """Yield random batches without end; clips much shorter than the cap go to batches of a smaller one.
+
+        A clip of a class is drawn twice as often as others.
+        """
         rng = random.Random(seed)
         groups = {}
         for cap, below in zip(caps, (0, *(cap.frames for cap in caps)), strict=False):
             fitting = [i for i, z in enumerate(self.latents) if z.shape[1] > below * 2 / 3]
             groups[cap] = fitting or list(range(len(self.latents)))
+        weights = {cap: [1 + bool(self.entries[i]["plan"]["sound"]) for i in group] for cap, group in groups.items()}
         while True:
             cap = rng.choices(caps, [cap.share for cap in caps])[0]
-            yield self.batch(rng.choices(groups[cap], k=cap.items), cap, rng)
+            yield self.batch(rng.choices(groups[cap], weights[cap], k=cap.items), cap, rng)
+
+
+def build_config(latent_width: int) -> dict[str, Any]:
+    """Build the config of nano, or of the next nano if its latents are wider."""
+    if latent_width == LATENT_WIDTH:
+        return build_nano_config("rectified_flow")
+    dit = build_dit_config(latent_width=latent_width, **DIT, condition_width=CONDITION_WIDTH)
+    shared = {"channels": 128, "strides": [4], "chunk_size": 8, "chunk_midpoint_shift": True, "transformer_depths": [2]}
+    decoder = {**shared, "sinusoidal_blocks": [2], "conv_mapping": True, "mask_noise": MASK_NOISE}
+    autoencoder = build_same_config(latent_width, 2, {**shared, "mask_noise": 0.0}, decoder)
+    autoencoder["pretransform"]["config"]["patch_size"] = PATCH
+    return build_checkpoint_config("rectified_flow", SAMPLE_SIZE, dit, autoencoder, CONDITION_WIDTH, MAX_TOKENS)
+
+
+@torch.no_grad()
+def give_noise_back(dit: Any) -> None:
+    """Let a DiT begin with its input as its output, which is right for pure noise: branches and convolutions are 0."""
+    into, out = dit.transformer.project_in.weight, dit.transformer.project_out.weight
+    nn.init.orthogonal_(into)
+    out.copy_(into.T)
+    empty = [dit.preprocess_conv, dit.postprocess_conv]
+    for layer in dit.transformer.layers:
+        empty += [layer.self_attn.to_out, layer.cross_attn.to_out, layer.ff.ff[2], layer.to_local_embed[2]]
+    for part in empty:
+        for parameter in part.parameters():
+            parameter.zero_()
 
 
 class Nano(nn.Module):
     """The trainable parts: DiT, conditioner and text encoder (a submodule here, unlike in `StableAudio3`)."""
 
-    def __init__(self, pieces: int) -> None:
+    def __init__(self, pieces: int, latent_width: int = LATENT_WIDTH) -> None:
         super().__init__()
-        built = build_modules(
-            parse_model(build_nano_config("rectified_flow"), "nano"), TextEncoderSource((), ()), device="cpu"
-        )
+        model = parse_model(build_config(latent_width), "nano")
+        built = build_modules(model, TextEncoderSource((), ()), device="cpu")
         self.dit, self.conditioner = built["dit"], built["conditioner"]
         self.text = new_encoder(pieces)
+        if latent_width > LATENT_WIDTH:
+            give_noise_back(self.dit)
 
     def condition(self, batch: Batch, drop_B: Tensor | None = None) -> Conditioning:
         """Compute the conditions of a batch; `drop_B` zeroes the cross-attention condition of those items."""

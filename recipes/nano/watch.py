@@ -2,8 +2,8 @@
 
     python recipes/nano/watch.py WORK [--file base-cool.pt] [--cfg 4]     # prints and appends to WORK/watch.jsonl
 
-A small classifier is trained on statistics of real latents' band envelopes, once (WORK/watch.pt), and applied to
-sampled ones; beside the class it gives the share of prompts whose loudness ends within half a second of the asked end.
+A small classifier is trained on statistics of real latents, once (WORK/watch.pt), and applied to sampled ones: of their
+band envelopes where `targets.py` computed them, else of the levels of `latents.py`.
 Shapes: B items, C latent channels, T latent frames, E band energies of a frame.
 """
 
@@ -19,9 +19,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[2] / "datasets" / "nano"))
 
 import torch
-from parts import FRAMES_PER_SECOND, Batch, Nano, load, tokenizer_of
+from parts import FRAMES_PER_SECOND, Batch, Nano, load, load_silence, tokenizer_of
 from sounds import NAMES
 from speed import autocast
+from start import LATENTS
 from store import Store
 from targets import ENVELOPE, FLOOR, MID_BANDS, POWER, QUARTERS, load_code
 from torch import Tensor, nn
@@ -30,10 +31,22 @@ from sa3train.diffusion.samplers import sample_euler
 from sa3train.diffusion.schedule import build_schedule
 
 SECONDS, STEPS, LOOK = 3.0, 25, 48
+WAVES = LATENTS[0]
+
+
+def summarize_levels(z_CT: Tensor) -> Tensor:
+    """Compute features of a clip's latents of `latents.py`: moments of levels, and strengths of waveforms."""
+    waves, levels = z_CT[:WAVES], z_CT[WAVES:]
+    step = levels.diff(dim=1)
+    parts = [levels.mean(1), levels.std(1), step.clamp_min(0).mean(1), step.clamp_max(0).mean(1), levels.amax(1)]
+    parts += [levels[:, :2].mean(1), waves.square().mean(1).sqrt(), (waves[:, 1:] * waves[:, :-1]).mean(1)]
+    return torch.cat(parts)
 
 
 def statistics(code: dict[str, Tensor], z_CT: Tensor) -> Tensor:
     """Compute the classifier's features of a clip's latents, (D,): moments of band envelopes relative to its level."""
+    if not code:
+        return summarize_levels(z_CT)
     bands_ET = code["envelope_back"] @ z_CT[:ENVELOPE] + code["envelope_mean"][:, None]
     bands_ET = bands_ET.clamp_min(FLOOR**POWER)
     bands_ET = bands_ET / bands_ET.square().mean().sqrt()
@@ -51,11 +64,11 @@ def load_classifier(work: Path, code: dict[str, Tensor]) -> dict[str, Any]:
     if not path.exists():
         sets = {}
         for split in ("train", "val"):
-            entries = Store(work / split).entries
-            latents = load(work, split)[: 4800 if split == "train" else 600]
-            rows = torch.stack([statistics(code, z[:, :LOOK].float()) for z in latents])
-            labels = torch.tensor([NAMES.index(entry["plan"]["sound"]) for entry in entries[: len(latents)]])
-            sets[split] = rows, labels
+            both = zip(load(work, split), Store(work / split).entries, strict=False)
+            known = [(z, entry["plan"]["sound"]) for z, entry in both if entry["plan"]["sound"] and z.shape[1] > 3]
+            known = known[: 4800 if split == "train" else 600]
+            rows = torch.stack([statistics(code, z[:, :LOOK].float()) for z, _ in known])
+            sets[split] = rows, torch.tensor([NAMES.index(sound) for _, sound in known])
         rows, labels = sets["train"]
         mean, spread = rows.mean(0), rows.std(0).clamp_min(1e-4)
         network = _network(rows.shape[1])
@@ -121,10 +134,10 @@ def main() -> None:
     parser.add_argument("--file", default="base.pt")
     parser.add_argument("--cfg", type=float, default=4.0)
     args = parser.parse_args()
-    code = load_code(args.work)
+    code = load_code(args.work) if (args.work / "code.safetensors").exists() else {}
     classifier = load_classifier(args.work, code)
     tokenizer = tokenizer_of(args.work)
-    model = Nano(len(tokenizer)).eval()
+    model = Nano(len(tokenizer), len(load_silence(args.work))).eval()
     saved = torch.load(args.work / args.file, weights_only=True, map_location="cpu")
     model.load_state_dict(saved["average"])
     latents = sample(model, tokenizer, [f"solo {name}" for name in NAMES], SECONDS, args.cfg)

@@ -52,7 +52,7 @@ def test_held_out_instruments_are_in_no_score() -> None:
 def test_a_chunk_is_the_same_again_and_is_read_as_a_store(few: None, tmp_path: Path) -> None:
     for folder in ("first", "again"):
         (tmp_path / folder).mkdir()
-        seconds = broad.write_chunk(tmp_path / folder, 0, 2)
+        seconds = broad.write_chunk(tmp_path / folder, 2, broad.make_clips(0, 2))
     first, again = (store.Store(tmp_path / folder) for folder in ("first", "again"))
     assert sum(entry["length"] for entry in first.entries) == pytest.approx(seconds * 44_100)
     assert first.entries == again.entries
