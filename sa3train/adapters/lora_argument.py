@@ -120,7 +120,7 @@ def _parse_strength(text: str, whole: str) -> float | tuple[float, float]:
         start, end = _read_number(text[: found.start()]), _read_number(text[found.start() + 2 :])
         if start is not None and end is not None:
             return start, end
-    raise AdapterError(f"strength {text!r} in {whole!r} is not a number. Write PATH=0.8.")
+    raise AdapterError(f"strength {text!r} in {whole!r} is not a number. Write PATH=0.8 or PATH=0.2..0.9.")
 
 
 def _read_number(text: str) -> float | None:

@@ -32,10 +32,10 @@ _LOOP_SHARE = 0.7
 """Least share of the strongest pulse that the pulse of whole bars has in a loop: 99% of 164 loops, none of them cut."""
 _LEAST_PULSE, _LEAST_ONSETS, _LEAST_ODDS = 0.25, 6, 0.7
 """Below these a tempo is not said: strength of the pulse, attacks in the clip, log odds against the half or double."""
-_MULTIPLES = (0.25, 0.5, 1.0, 2.0, 4.0)
-_OCTAVE_WEIGHTS = np.array([-3.38, 0.37, -0.26, -1.71, -6.86, -8.01, 22.7])
-"""Logistic regression of "the faster of two tempos": of the log strength of `_MULTIPLES` of the slower one, of its
-log₂, and the constant. Fitted by `launch/check_captions.py --fit`.
+_MULTIPLES = (0.125, 0.25, 0.375, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+_OCTAVE_WEIGHTS = np.array([1.52, -1.53, 1.56, -0.1, -1.59, -1.21, -0.86, -0.22, -0.51, -1.91, -0.67, 1.55, -9.56])
+"""Logistic regression of "the faster of two tempos": of the log strength of `_MULTIPLES` of the slower one, and the
+constant. It knows nothing of how fast music usually is. Fitted by `launch/check_captions.py --fit`.
 """
 
 _PROFILES = {
@@ -237,12 +237,12 @@ def measure_octave(centered_T: np.ndarray, bpm: float) -> np.ndarray:
         bpm: The slower tempo.
 
     Returns:
-        Log strength of each of `_MULTIPLES` of its beat, its log₂, and 1.
+        Log strength of each of `_MULTIPLES` of its beat, and 1.
     """
     seconds_T = np.arange(len(centered_T)) / _FRAMES_PER_SECOND
     scale = np.linalg.norm(centered_T) * math.sqrt(len(centered_T) / 2)
     waves = (np.exp(-2j * np.pi * seconds_T * bpm / 60 * multiple) for multiple in _MULTIPLES)
-    return np.array([*(math.log(abs(wave @ centered_T) / scale + 1e-3) for wave in waves), math.log2(bpm), 1.0])
+    return np.array([*(math.log(abs(wave @ centered_T) / scale + 0.01) for wave in waves), 1.0])
 
 
 def measure_percussion(mono_N: torch.Tensor) -> tuple[float, float]:

@@ -1,21 +1,25 @@
-"""`sa3-export`: write a model with adapters baked in as files that run without PyTorch.
+"""`sa3-export`: write a model with adapters as files that run without PyTorch.
 
 sa3-export --model nano --to onnx nano-onnx --check
 sa3-export --model small-music --lora style.safetensors=0.8 --to onnx style-onnx
+sa3-export --model nano --lora-inputs 16 nano-onnx                                  adapters are inputs of its graphs
+sa3-export scales --model nano --rank 16 --lora style.safetensors=0.8 style-inputs.safetensors    and a file of these
 """
 
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from sa3train.adapters.lora_argument import parse_lora
 from sa3train.cli.hydra_app import run_job
 from sa3train.cli.parser import CommandParser
 from sa3train.cli.version import add_version
 
-FLAGS = {"overwrite": "--overwrite"}
+FLAGS = {"overwrite": "--overwrite", "lora_inputs": "--lora-inputs"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -28,7 +32,36 @@ def main(argv: list[str] | None = None) -> int:
         The exit code.
     """
     arguments = build_parser().parse_args(argv)
-    return run_job(lambda: _run(arguments), FLAGS)
+    return run_job(lambda: arguments.run(arguments), FLAGS)
+
+
+class _ExportParser(CommandParser):
+    """Leaves what follows "scales" to a parser of its own; a folder of that name is ./scales."""
+
+    def parse_known_args(  # type: ignore[override]  # of two overloads
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> Any:
+        given = sys.argv[1:] if args is None else list(args)
+        if given[:1] == ["scales"]:
+            return _build_scales_parser().parse_known_args(given[1:], namespace)
+        return super().parse_known_args(given, namespace)
+
+
+def _build_scales_parser() -> argparse.ArgumentParser:
+    text = "Write adapters as inputs of a model that was exported with --lora-inputs."
+    parser = CommandParser(prog="sa3-export scales", description=text)
+    parser.add_argument("output", type=Path, metavar="OUT", help="the safetensors file to write")
+    _add_common(parser, "adapter to write; repeatable", "replace the file")
+    parser.add_argument("--rank", type=int, required=True, help="RANK of --lora-inputs")
+    parser.set_defaults(run=_run_scales)
+    return parser
+
+
+def _add_common(parser: argparse.ArgumentParser, of_lora: str, of_overwrite: str) -> None:
+    parser.add_argument("--model", required=True, help="registry name or folder")
+    parser.add_argument("--lora", action="append", default=[], metavar="FILE[=STRENGTH]", help=of_lora)
+    parser.add_argument("--overwrite", action="store_true", help=of_overwrite)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -37,28 +70,49 @@ def build_parser() -> argparse.ArgumentParser:
     Returns:
         The parser.
     """
-    parser = CommandParser(prog="sa3-export", description="Write a model as files that run without PyTorch.")
+    text = "Write a model as files that run without PyTorch."
+    epilog = "sa3-export scales writes adapters for --lora-inputs; see sa3-export scales --help."
+    parser = _ExportParser(prog="sa3-export", description=text, epilog=epilog)
+    parser.set_defaults(run=_run)
     add_version(parser)
     parser.add_argument("output", type=Path, metavar="OUT", help="the folder to write")
-    parser.add_argument("--model", required=True, help="registry name or folder")
-    text = "adapter to bake in; repeatable"
-    parser.add_argument("--lora", action="append", default=[], metavar="FILE[=STRENGTH]", help=text)
+    _add_common(parser, "adapter to bake in; repeatable", "replace an earlier export")
+    text = "let hosts choose adapters: low-rank factors and scales of this rank as inputs, filled by sa3-export scales"
+    parser.add_argument("--lora-inputs", type=int, metavar="RANK", help=text)
     parser.add_argument("--to", choices=("onnx",), default="onnx", help="format (default: onnx)")
-    text = "what weights are stored in (int8: the autoencoder in fp16); default: fp32"
-    parser.add_argument("--precision", choices=("fp32", "fp16", "int8"), default="fp32", help=text)
+    text = "what weights are stored in (int8: the autoencoder in fp16; int8-products also multiplies so); default: fp32"
+    parser.add_argument("--precision", choices=("fp32", "fp16", "int8", "int8-products"), default="fp32", help=text)
     text = "run the result on fixed noise, print its errors, and write nothing where they exceed a limit"
     parser.add_argument("--check", action="store_true", help=text)
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
     return parser
 
 
+def _run_scales(arguments: argparse.Namespace) -> int:
+    from sa3train.export.factors import write_scales
+
+    adapters = [parse_lora(text) for text in arguments.lora]
+    result = write_scales(arguments.model, arguments.output, adapters, arguments.rank, arguments.overwrite)
+    if arguments.json:
+        print(json.dumps(asdict(result), default=str))
+        return 0
+    strength = "1 alone" if result.fixed else "any"
+    print(f"{result.path}: {len(adapters)} adapters, rank {result.used} of {result.rank}, lora_strength: {strength}")
+    return 0
+
+
 def _run(arguments: argparse.Namespace) -> int:
-    from sa3train.export.onnx_files import TEXT_DTYPE, export_onnx
+    from sa3train.export.check import TEXT_DTYPE
+    from sa3train.export.onnx_files import export_onnx
 
     adapters = [parse_lora(text) for text in arguments.lora]
     result = export_onnx(
-        arguments.model, arguments.output, adapters, arguments.check, arguments.overwrite, arguments.precision
+        arguments.model,
+        arguments.output,
+        adapters,
+        arguments.check,
+        arguments.overwrite,
+        arguments.precision,
+        arguments.lora_inputs,
     )
     if arguments.json:
         print(json.dumps(asdict(result), default=str))

@@ -1,4 +1,4 @@
-"""Models with adapters baked in, as ONNX files that run without PyTorch (docs/export.md)."""
+"""Models with adapters, as ONNX files that run without PyTorch (docs/export.md)."""
 
 import lazy_loader
 

@@ -4,6 +4,7 @@ Shape legend: B clips, R rows of a step (B, or 2B under guidance), L prompt toke
 T latent frames, P patches, G groups, K new tokens of a group, D width.
 """
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,13 @@ class Graph:
     inputs: Mapping[str, Tensor]
     outputs: tuple[str, ...]
     dynamic: Mapping[str, Mapping[int, Any]]
+
+    @property
+    def dynamic_shapes(self) -> tuple[Any, ...]:
+        """Dynamic dimensions by argument of the module."""
+        shapes = tuple(self.dynamic[name] for name in self.inputs)
+        takes_any = inspect.signature(self.module.forward).parameters.keys() == {"inputs"}
+        return (shapes,) if takes_any else shapes
 
 
 class _Conditions(nn.Module):

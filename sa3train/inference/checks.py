@@ -104,9 +104,11 @@ def _check_windows(settings: ResolvedSettings, facts: ModelFacts, adapters: Sequ
         raise GenerationError("a piece of several windows needs a seed, from which each draws. Give seed.")
     changing = [each["path"] or "an adapter" for each in adapters if _is_changing(each["strength"])]
     if changing and (settings.window is None or len(list_windows(settings, facts)) == 1):
+        other = next((name for name in ("loop", *AUDIO_SETTINGS) if getattr(settings, name)), None)
+        fix = f"Set window to less than its length, such as window={max(1, round(max(settings.duration) / 4))}."
         raise GenerationError(
-            f"the strength of {changing[0]} changes from window to window, but the audio is generated at once. Set "
-            f"window to less than its length, such as window={max(1, round(max(settings.duration) / 4))}."
+            f"the strength of {changing[0]} changes from window to window, but the audio is generated at once. "
+            + (f"Give one strength, or remove {other}, which does not go with windows." if other else fix)
         )
 
 

@@ -21,13 +21,15 @@ from sa3train.core.files import get_cache_dir, replace_folder
 from sa3train.core.log import get_logger
 from sa3train.models.attention import Padded, force_backend
 from sa3train.models.dit import DiT, PreparedConditions
-from sa3train.models.dit_graph import StepGraph, join_conditions
+from sa3train.models.dit_graph import EmbeddedStepGraph, join_conditions
 
 logger = get_logger(__name__)
 
 BACKENDS = ("torch", "openvino")
 PRECISIONS = ("fp32", "bf16")
-GRAPH = "step.xml"
+GRAPH, GRAPH_VERSION = "step.xml", 2
+INPUTS = 6
+"""Inputs before the weights."""
 
 
 def check_backend(backend: str, device: torch.device, precision: str, compiled: bool) -> None:
@@ -67,11 +69,11 @@ def run_on_openvino(dit: DiT, context_length: int) -> None:
         dit: The denoiser, on the CPU, in fp32 or bf16. Its weights may change in place, and must not be replaced.
         context_length: Context tokens of a clip.
     """
-    dit.predict_velocity = _OpenVINOStep(dit, context_length)  # type: ignore[method-assign]
+    dit.predict_embedded = _OpenVINOStep(dit, context_length)  # type: ignore[method-assign]
 
 
 class _OpenVINOStep:
-    """Stands in for `DiT.predict_velocity` of unpacked rows."""
+    """Stands in for `DiT.predict_embedded` of unpacked rows; bf16 of OpenVINO would round the angles of t."""
 
     def __init__(self, dit: DiT, context_length: int) -> None:
         import openvino
@@ -83,22 +85,23 @@ class _OpenVINOStep:
         compiled = openvino.Core().compile_model(_ensure_graph(dit, context_length), "CPU", hints)
         self._request = compiled.create_infer_request()
         weights = [weight.detach() for weight in dit.parameters()]
-        self._share(0, weights)
-        self._count = len(weights)
+        assert len(compiled.inputs) == INPUTS + len(weights), "OpenVINO dropped inputs"
+        self._share(INPUTS, weights)
         self._prepared: PreparedConditions | None = None
         self._conditions: list[Tensor] = []
 
-    def __call__(self, x_BCT: Tensor, t_B: Tensor, prepared: PreparedConditions) -> Tensor:
+    def __call__(self, x_BCT: Tensor, global_SD: Tensor, prepared: PreparedConditions) -> Tensor:
         if prepared is not self._prepared:
             pattern = prepared.layout.self_pattern
             mask_BT = torch.ones(len(x_BCT), x_BCT.shape[2], dtype=torch.bool)
             if isinstance(pattern, Padded):
                 mask_BT = pattern.key_mask_BM[:, self._memory :]
             self._conditions = [each.contiguous() for each in (mask_BT, *join_conditions(prepared))]
-            self._share(self._count + 2, self._conditions)
+            self._share(1, self._conditions)
             self._prepared = prepared
-        given = x_BCT.float().contiguous(), t_B.float().contiguous()
-        self._share(self._count, given)
+        given = x_BCT.float().contiguous(), global_SD.detach().contiguous()
+        for index, tensor in zip((0, 2), given, strict=True):
+            self._share(index, [tensor])
         self._request.infer()
         return torch.from_numpy(self._request.get_output_tensor(0).data.copy()).to(x_BCT.dtype)
 
@@ -116,7 +119,8 @@ def _ensure_graph(dit: DiT, context_length: int) -> Path:
     import openvino
 
     versions = (__version__, torch.__version__, openvino.__version__)
-    key = hashlib.sha256(repr((dit.config, context_length, dit.dtype, versions)).encode()).hexdigest()[:16]
+    content = repr((dit.config, context_length, dit.dtype, versions, GRAPH_VERSION))
+    key = hashlib.sha256(content.encode()).hexdigest()[:16]
     folder = get_cache_dir() / "openvino" / key
     if not (folder / GRAPH).is_file():
         logger.info("converting the denoiser for OpenVINO, once for its architecture")
@@ -132,22 +136,22 @@ class _WithWeights(nn.Module):
         super().__init__()
         self._call = functools.partial(torch.func.functional_call, module)
 
-    def forward(self, weights: dict[str, Tensor], *inputs: Tensor) -> Tensor:
-        return self._call(weights, inputs)
+    def forward(self, inputs: tuple[Tensor, ...], weights: dict[str, Tensor]) -> Tensor:
+        return self._call(weights, inputs)  # the first input must be used: OpenVINO drops that one otherwise
 
 
 def _convert(dit: DiT, context_length: int) -> Any:
     from openvino.frontend import FrontEndManager
     from openvino.frontend.pytorch.fx_decoder import TorchFXPythonDecoder
 
-    step = StepGraph(dit).eval()
+    step = EmbeddedStepGraph(dit).eval()
     weights = dict(step.named_parameters())
     sizes = tuple(step.list_dynamic_sizes().values())
     with torch.no_grad(), force_backend("reference"):
         program = torch.export.export(
             _WithWeights(step),
-            (weights, *step.make_example(context_length).values()),
-            dynamic_shapes=(dict.fromkeys(weights), sizes),
+            (tuple(step.make_example(context_length).values()), weights),
+            dynamic_shapes=(sizes, dict.fromkeys(weights)),
         )
         disabled = logging.root.manager.disable
         logging.disable(logging.WARNING)  # OpenVINO logs a traceback for every decomposition that this torch lacks

@@ -265,9 +265,10 @@ def _choose_window(facts: ModelFacts, settings: GenerationSettings, durations: t
     if len(durations) > 1:
         raise GenerationError(f"{cause} is generated in windows, one item at a time. Give one, or --at-a-time 1.")
     if idle := next((name for name in AUDIO_SETTINGS if getattr(settings, name) is not None), None):
-        raise GenerationError(f"{cause} is generated in windows, which have no {idle}. Remove it, or shorten duration.")
-    if not MIN_FRAMES * frame <= window <= most:
-        raise GenerationError(f"window={window:g} must be from {MIN_FRAMES * frame:.2g} to {most:.5g} seconds here.")
+        fix = f"Remove {idle}, or shorten duration." if is_long else "Remove one of the two."
+        raise GenerationError(f"{cause} is generated in windows, which have no {idle}. {fix}")
+    if not (least := max(1.0, MIN_FRAMES * frame)) <= window <= most:
+        raise GenerationError(f"window={window:g} must be from {least:.2g} to {most:.5g} seconds here.")
     for time, _ in settings.prompt_at or ():
         if not frame <= time <= longest - frame:
             raise GenerationError(f"prompt_at={time:g} lies outside of the piece of {longest:g} s.")

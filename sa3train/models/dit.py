@@ -281,10 +281,33 @@ class DiT(nn.Module):
         Returns:
             Velocity (B, C, T) in the dtype of `x_BCT`.
         """
+        return self.predict_embedded(x_BCT, prepared.global_SD + self.embed_noise_level(t_B), prepared)
+
+    def embed_noise_level(self, t_B: Tensor) -> Tensor:
+        """Embed noise levels.
+
+        Args:
+            t_B: Noise level of each clip.
+
+        Returns:
+            The embeddings (S, D), which add to the embedded global condition.
+        """
+        embedded: Tensor = self.to_timestep_embed(compute_fourier_features(t_B, self.config.features).to(self.dtype))
+        return embedded
+
+    def predict_embedded(self, x_BCT: Tensor, global_SD: Tensor, prepared: PreparedConditions) -> Tensor:
+        """Predict velocity at an embedded noise level.
+
+        Args:
+            x_BCT: Noisy latents.
+            global_SD: Embedded noise level and global condition of each clip.
+            prepared: From `prepare`.
+
+        Returns:
+            Velocity (B, C, T) in the dtype of `x_BCT`.
+        """
         x = x_BCT.to(self.dtype)
         x = self.preprocess_conv(x) + x
-        features = compute_fourier_features(t_B, self.config.features).to(self.dtype)
-        global_SD = prepared.global_SD + self.to_timestep_embed(features)
         picked = prepared.layout.gather_frames(x.transpose(1, 2))
         picked = self.transformer(picked, global_SD, prepared)
         out_BCT = prepared.layout.scatter_frames(picked).transpose(1, 2)

@@ -73,8 +73,8 @@ class PrepareGraph(nn.Module):
         }
 
 
-class StepGraph(nn.Module):
-    """One evaluation of the denoiser.
+class EmbeddedStepGraph(nn.Module):
+    """One evaluation of the denoiser, given the sum of the embedded noise level and global condition.
 
     Args:
         dit: The denoiser.
@@ -85,7 +85,7 @@ class StepGraph(nn.Module):
         self.dit = dit
 
     def forward(
-        self, x: Tensor, t: Tensor, frame_mask: Tensor, embedded: Tensor, keys: Tensor, values: Tensor, local: Tensor
+        self, x: Tensor, frame_mask: Tensor, embedded: Tensor, keys: Tensor, values: Tensor, local: Tensor
     ) -> Tensor:
         memory = self.dit.config.memory_tokens
         # Its checks of a mask read values, which a traced graph cannot; padding of int64, since ONNX pads no booleans.
@@ -94,7 +94,8 @@ class StepGraph(nn.Module):
         layout = dataclasses.replace(layout, self_pattern=Padded(mask_BL))
         parts = zip(keys, values, local, strict=True)
         blocks = [BlockConditions((*key.unbind(), value), each) for key, value, each in parts]
-        return DiT.predict_velocity(self.dit, x, t, PreparedConditions(layout, values.shape[2], embedded, blocks))
+        prepared = PreparedConditions(layout, values.shape[2], embedded, blocks)
+        return DiT.predict_embedded(self.dit, x, embedded, prepared)
 
     def make_example(self, context_length: int) -> dict[str, Tensor]:
         """Make inputs to trace with.
@@ -110,7 +111,6 @@ class StepGraph(nn.Module):
             prepared = prepare(*prepare.make_example(context_length).values())
         return {
             "x": torch.randn(2, self.dit.config.latent_width, frames, generator=rng),
-            "t": torch.rand(2, generator=rng),
             "frame_mask": torch.arange(frames)[None].expand(2, -1) < frames - 2,
             **dict(zip(PREPARED, prepared, strict=True)),
         }
@@ -124,10 +124,37 @@ class StepGraph(nn.Module):
         frames = 2 * PAIRS
         return {
             "x": {0: ROWS, 2: frames},
-            "t": {0: ROWS},
             "frame_mask": {0: ROWS, 1: frames},
             "embedded": {0: ROWS},
             "keys": {2: ROWS},
             "values": {1: ROWS},
             "local": {1: ROWS, 2: frames + self.dit.config.memory_tokens},
         }
+
+
+class StepGraph(EmbeddedStepGraph):
+    """One evaluation of the denoiser, with the noise level as its last input."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, frame_mask: Tensor, embedded: Tensor, keys: Tensor, values: Tensor, local: Tensor, t: Tensor
+    ) -> Tensor:
+        return super().forward(x, frame_mask, embedded + self.dit.embed_noise_level(t), keys, values, local)
+
+    def make_example(self, context_length: int) -> dict[str, Tensor]:
+        """Make inputs to trace with.
+
+        Args:
+            context_length: Context tokens, which are fixed.
+
+        Returns:
+            Tensors by name, in order.
+        """
+        return super().make_example(context_length) | {"t": torch.tensor([0.3, 0.8])}
+
+    def list_dynamic_sizes(self) -> dict[str, dict[int, Any]]:
+        """List the sizes that vary.
+
+        Returns:
+            Dimensions by index, for each input in order.
+        """
+        return super().list_dynamic_sizes() | {"t": {0: ROWS}}

@@ -50,9 +50,10 @@ def compare_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
         else:
             left_out.append(str(path))
     if not runs:
+        where = ", ".join(map(str, folders)) or "nothing to compare"
         raise DataError(
-            f"{', '.join(map(str, folders)) or 'nothing to compare'}: no run there has a {VALIDATION_FILE}. None got as far as a "
-            "validation, or callbacks.validation.enabled=false."
+            f"{where}: no run there has a {VALIDATION_FILE}. None got as far as a validation, or "
+            "callbacks.validation.enabled=false."
         )
     if left_out:
         _logger.warning("not validated, so not compared: %s", list_few(left_out, 5))

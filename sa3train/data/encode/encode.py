@@ -224,7 +224,7 @@ def _check_rejected(source: str, folder: Path, plan: EncodePlan, workers: Worker
     code = next(finding["code"] for finding in first["findings"] if finding["severity"] == ERROR)
     raise DataError(
         f"{rejected} of {total} clips of {source} are rejected, more than max_rejected={plan.settings.max_rejected:g} "
-        f"allows; the first: {first['source']}, {describe_rejection(first)}. All are listed in "
+        f"allows; the first: {first['source']}, {describe_rejection(first).rstrip('.')}. All are listed in "
         f"{folder / 'rejected.jsonl'}, with waveforms in {folder / 'audit.html'}. Fix them "
         f"({FINDING_TYPES[code].fix}), or raise max_rejected."
     )

@@ -570,6 +570,7 @@ BAD: list[tuple[tuple[Any, ...], str]] = [
     (("--duration", 4, "--window", 2, "--init-audio", "clip.wav"), "--init-audio"),
     (("--prompt-at", 2, "x"), "--prompt-at 2 lies outside"),
     (("--lora", f"{LORA}=0..1"), "changes from window to window"),
+    (("--lora", f"{LORA}=0..1", "--init-audio", "clip.wav"), "remove --init-audio"),
     (("--duration", 1, 2, 3, "-p", "a"), "prompt has 2 values for 3 items"),
     (("--cfg-scale", 1, "--negative-prompt", "x"), "--negative-prompt has no effect with --cfg-scale 1"),
     (("--init-noise-level", 0.5), "no effect without --init-audio"),

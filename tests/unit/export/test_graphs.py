@@ -2,60 +2,36 @@
 
 import ast
 import json
+import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from helpers.generation import inpaint
 from helpers.nano_adapters import write_lora_adapters
-from helpers.onnx_runner import SCRIPT, STRENGTHS, load_exact, load_runner, measure_error, write_noise
+from helpers.onnx_runner import SCRIPT, STRENGTHS, load_exact, measure_error, run_modules, write_noise
 from sa3train.adapters.lora_argument import LoraArgument
 from sa3train.cli.export import main
 from sa3train.core.errors import ConfigError, SA3Error
 from sa3train.export import export_onnx, onnx_files
-from sa3train.export.graphs import Graph
 from sa3train.inference import Generator
 
 LIMIT = 1e-4
 
 
-class Session:
-    """A graph as onnxruntime would run it, without the translation."""
-
-    def __init__(self, graph: Graph) -> None:
-        self.graph = graph
-
-    def get_inputs(self) -> list[Any]:
-        return [type("Input", (), {"name": name}) for name in self.graph.inputs]
-
-    def run(self, outputs: None, inputs: dict[str, Any]) -> list[Any]:
-        with torch.no_grad():
-            found = self.graph.module(*(torch.from_numpy(each) for each in inputs.values()))
-        return [each.numpy() for each in ((found,) if isinstance(found, torch.Tensor) else found)]
-
-
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Path, Generator]]:
     """The runner on the graphs of nano-base with two adapters, their folder, and the exact path."""
-    folder, graphs = tmp_path_factory.mktemp("export"), dict[str, Graph]()
+    folder = tmp_path_factory.mktemp("export")
     write_lora_adapters(folder, tuple(STRENGTHS))
-
-    def keep(graph: Graph, path: Path, identity: str) -> None:
-        graphs[path.stem] = graph
-        path.write_text(identity, encoding="utf-8")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(onnx_files, "_write_graph", keep)
-        adapters = [LoraArgument(str(folder / f"{name}.safetensors"), each) for name, each in STRENGTHS.items()]
-        result = export_onnx("nano-base", folder / "base", adapters)
-        assert result.errors == {} and {*result.sizes, "manifest.json"} == {path.name for path in result.path.iterdir()}
-        runner = load_runner()
-        patch.setattr(runner.onnxruntime, "InferenceSession", lambda path: Session(graphs[path.stem]))
-        yield runner, result.path, load_exact(folder)
+    adapters = [LoraArgument(str(folder / f"{name}.safetensors"), each) for name, each in STRENGTHS.items()]
+    with run_modules(folder / "base", adapters) as (runner, path):
+        yield runner, path, load_exact(folder)
 
 
 SLOW = [pytest.param(mode, marks=pytest.mark.slow) for mode in ("guidance", "init", "inpaint")]
@@ -137,7 +113,7 @@ def test_what_exists_is_kept(
     (tmp_path / "mine.txt").write_text("mine", encoding="utf-8")
     with pytest.raises(SA3Error, match="something else"):
         export_onnx("nano", tmp_path, overwrite=True)
-    with pytest.raises(ConfigError, match=r"unknown precision='bf16'\. Choose fp32, fp16, int8\."):
+    with pytest.raises(ConfigError, match=r"unknown precision='bf16'\. Choose fp32, fp16, int8, int8-products\."):
         export_onnx("nano", tmp_path / "out", precision="bf16")
 
 
@@ -145,7 +121,8 @@ def test_a_failed_check_and_a_full_disk_leave_nothing(tmp_path: Path, monkeypatc
     monkeypatch.setattr(onnx_files, "_write_graph", lambda graph, path, identity: path.write_bytes(b""))
     monkeypatch.setattr(onnx_files, "_convert_file", lambda path, precision: None)
     for error, precision in ((float("nan"), "fp32"), (2e-3, "fp32"), (2e-2, "fp16"), (0.1, "int8")):
-        monkeypatch.setattr(onnx_files, "compare_graphs", lambda *_, error=error: {"step": error})
+        exact = SimpleNamespace(compare=lambda _, error=error: {"step": error})
+        monkeypatch.setattr(onnx_files, "GraphCheck", lambda *_, exact=exact: exact)
         with pytest.raises(SA3Error, match=f"step.*{precision}"):
             export_onnx("nano", tmp_path / "out", check=True, precision=precision)
 
@@ -165,3 +142,30 @@ def test_the_runner_is_short_and_needs_three_packages() -> None:
     names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
     assert names - sys.stdlib_module_names == {"numpy", "onnxruntime", "tokenizers"}
     assert text.count("\n") <= 150
+
+
+@pytest.mark.parametrize("is_replaced", [False, True], ids=["new", "replaced"])
+def test_a_killed_export_leaves_nothing_or_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_replaced: bool
+) -> None:
+    earlier = {"manifest.json": "{}"} if is_replaced else {}
+    target = tmp_path / "out"
+    for name, text in earlier.items():
+        target.mkdir()
+        (target / name).write_text(text, encoding="utf-8")
+
+    def die(generator: Any, folder: Path, *_: Any) -> None:
+        (folder / "step.onnx").write_bytes(b"half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(onnx_files, "_load_model", lambda *_: None)
+    monkeypatch.setattr(onnx_files, "_write_graphs", die)
+    if not (child := os.fork()):
+        export_onnx("nano", target, overwrite=True)
+        os._exit(0)
+    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert {path.name: path.read_text(encoding="utf-8") for path in target.glob("*")} == earlier
+    monkeypatch.setattr(onnx_files, "_write_graphs", lambda *_: ({"new": 1}, None))
+    export_onnx("nano", target, overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert json.loads((target / "manifest.json").read_text(encoding="utf-8"))["new"] == 1

@@ -1,0 +1,44 @@
+"""inference/tensorrt_build.py: the shapes that it asks for. TensorRT itself needs a GPU."""
+
+import importlib.util
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnx
+import pytest
+from onnx import TensorProto, helper
+
+SCRIPT = Path(__file__).parents[3] / "inference" / "tensorrt_build.py"
+SHAPES: dict[str, list[int | str]] = {
+    "strength": [],
+    "local": [3, "rows", "2*pairs + 16", 256],
+    "audio": [1, 2, "8192*pairs"],
+    "ids": ["rows", "tokens"],
+}
+
+
+def test_each_graph_gets_a_profile_of_its_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = importlib.util.spec_from_file_location("tensorrt_build", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    script: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in SHAPES.items()]
+    output = helper.make_tensor_value_info("out", TensorProto.FLOAT, [])
+    graph = helper.make_graph([helper.make_node("Identity", ["strength"], ["out"])], "step", inputs, [output])
+    onnx.save(helper.make_model(graph), tmp_path / "step.onnx")
+    facts = (
+        '{"tail_seconds": 6, "sample_rate": 44100, "samples_per_frame": 4096, "max_tokens": 64, "max_seconds": 99.1, '
+    )
+    (tmp_path / "manifest.json").write_text(facts + '"frames": {"max": 1024}}', encoding="utf-8")
+    built = SimpleNamespace(calls=[])
+    monkeypatch.setattr(script, "build_engine", lambda *given: built.calls.append(given))
+    script.main([str(tmp_path), str(tmp_path / "engines"), "--seconds", "10", "--rows", "2"])
+    ((path, target, _, profiles),) = built.calls
+    assert (path.name, target.name) == ("step.onnx", "step.engine")
+    assert [each["strength"] for each in profiles] == [(), (), ()]
+    assert [each["local"] for each in profiles] == [(3, 1, 20, 256), (3, 2, 190, 256), (3, 4, 1040, 256)]
+    assert [each["audio"][2] for each in profiles] == [16384, 8192 * 87, 8192 * 512]
+    assert [each["ids"] for each in profiles] == [(1, 1), (2, 16), (4, 64)]
+    with pytest.raises(SystemExit):
+        script.main([str(tmp_path), str(tmp_path / "engines"), "--seconds", "100"])
