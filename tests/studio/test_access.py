@@ -35,12 +35,13 @@ def test_axe_finds_nothing_serious(page: Page, artefacts: Path) -> None:
     assert found == {}, json.dumps(found, indent=1)
 
 
-def test_the_keyboard_reaches_the_form_in_its_order(page: Page) -> None:
+def test_the_keyboard_reaches_the_form_in_its_order_and_shows_where_it_is(page: Page) -> None:
     page.locator("#play-model input").focus()
-    reached = []
+    reached, outlines = [], set()
     for _ in range(14):
         page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.closest('[id^=play-]')?.id"))
+        outlines.add(page.evaluate("getComputedStyle(document.activeElement).outlineStyle"))
     wanted = [
         "play-mode",
         "play-prompt",
@@ -52,3 +53,4 @@ def test_the_keyboard_reaches_the_form_in_its_order(page: Page) -> None:
         "play-generate",
     ]
     assert [name for name in dict.fromkeys(reached) if name in wanted] == wanted
+    assert outlines == {"solid"}

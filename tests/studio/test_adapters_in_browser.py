@@ -1,5 +1,6 @@
 """The Adapters page as a person meets it."""
 
+import re
 from pathlib import Path
 
 from playwright.sync_api import Page, expect
@@ -21,6 +22,8 @@ def test_an_adapter_is_inspected_and_converted(page: Page, workspace: Workspace,
     page.click("#tab-adapters-button")
     result = page.locator("#adapters-result")
     expect(result.locator(".empty")).to_be_visible()
+    page.click("#inspect-run")
+    expect(page.locator("#inspect-adapter")).to_have_attribute("data-error", re.compile("choose one first"))
     choose(page, "inspect-adapter", "adapters/one.safetensors")
     page.click("#inspect-run")
     expect(result.locator("h3")).to_have_text(f"{workspace.sources[0].name}/adapters/one.safetensors")

@@ -262,6 +262,16 @@ def test_what_the_generator_would_refuse_is_told_at_the_field_and_starts_nothing
     expect(page.locator("[data-error]")).to_have_count(0)
 
 
+def test_a_message_leaves_its_field_visible_on_a_phone(page: Page) -> None:
+    page.set_viewport_size({"width": 390, "height": 800})
+    page.click("#play-generate")
+    field = page.locator("#play-prompt")
+    expect(field).to_have_attribute("data-error", re.compile("empty"))
+    message, box = page.locator(".toast-body").bounding_box(), field.bounding_box()
+    assert message is not None and box is not None
+    assert message["y"] + message["height"] <= box["y"] <= box["y"] + box["height"] <= 800
+
+
 def test_bad_uses_are_told(page: Page, workspace: Workspace, tmp_path: Path) -> None:
     before = len(list(workspace.history.glob("*")))
     page.click("#play-generate")
@@ -277,7 +287,15 @@ def test_bad_uses_are_told(page: Page, workspace: Workspace, tmp_path: Path) -> 
         page.click("#play-generate")
         close_error(page, "outside the folders")
     link.unlink()
-    page.get_by_role("button", name="remove adapter 1").click()
+    file.fill("adapters/one.safetensors")
+    page.get_by_role("button", name="Add adapter").click()
+    second = page.locator("#play-rack fieldset").nth(1)
+    second.get_by_label("File").fill("adapters/one.safetensors@7")
+    page.click("#play-generate")
+    close_error(page, "step 7")
+    expect(second).to_have_attribute("data-error", re.compile("^Adapter 2: "))
+    for number in (2, 1):
+        page.get_by_role("button", name=f"remove adapter {number}").click()
     page.get_by_label("Audio to audio", exact=True).check()
     choose_source(page, "audio/words.wav")
     close_error(page, "words.wav")

@@ -14,6 +14,7 @@ from sa3train.studio.server.folders import resolve_adapter, resolve_model_name
 from sa3train.studio.server.widgets import parse_numbers
 from sa3train.studio.server.workspace import StudioError, Workspace
 
+STRENGTHS_LABEL = "Strengths in the same order"
 TOOLS: dict[str, Any] = {
     "convert": tools.convert_adapter, "merge": tools.merge_adapters, "resize": tools.resize_adapter,
 }  # fmt: skip
@@ -109,7 +110,7 @@ def resolve_output(workspace: Workspace, target: str, sources: Sequence[Path], o
         StudioError: If it is outside, exists already, or is a source itself.
     """
     if not (target or "").strip():
-        raise StudioError("Set where to write: a path inside the workspace.")
+        raise StudioError("Write to is empty. Enter a path inside the workspace, such as adapters/style.safetensors.")
     found = workspace.resolve_output(target, "adapters")
     if found in sources:
         raise StudioError(f"{found} is the adapter itself. Give another name to keep the original.")
@@ -133,7 +134,7 @@ def parse_strengths(text: str, count: int) -> list[float]:
     """
     strengths = parse_numbers(text)
     if strengths and len(strengths) != count:
-        raise StudioError(f"Got {len(strengths)} strengths for {count} adapters. Give one each, in the chosen order.")
+        raise StudioError(f"{STRENGTHS_LABEL}: {len(strengths)} for {count} adapters. Give one each.")
     return strengths or [1.0] * count
 
 

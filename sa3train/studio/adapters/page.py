@@ -16,7 +16,7 @@ from sa3train.studio.adapters import actions
 from sa3train.studio.play.cards import render_load_report
 from sa3train.studio.server import widgets as ui
 from sa3train.studio.server.folders import list_adapters, list_models, name_adapter
-from sa3train.studio.server.workspace import Workspace
+from sa3train.studio.server.workspace import StudioError, Workspace
 
 SHOWN_LAYERS = 15
 FORMATS = [
@@ -131,11 +131,24 @@ def build_adapters_page(workspace: Workspace) -> None:
         return [gr.update(choices=found) for _ in choosers]
 
     quiet: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 1, "concurrency_id": "adapter-tools"}
-    for button, run, inputs, _ in tools:
-        button.click(ui.show_errors(run), inputs, result, **quiet).success(
+    for button, run, inputs, own in tools:
+        button.click(ui.show_errors(_require(run, inputs, own)), inputs, result, **quiet).success(
             refresh, None, choosers, show_progress="hidden", **quiet
         )
     ui.fill_when_shown(refresh, choosers)
+
+
+def _require(run: Callable[..., str], inputs: list[Any], choosers: list[gr.Dropdown]) -> Callable[..., str]:
+    """Make a tool's handler name the first field that should choose an adapter and does not."""
+
+    def run_chosen(*values: Any) -> str:
+        for field, value in zip(inputs, values, strict=True):
+            if field in choosers and not value:
+                name = str(field.label).partition(",")[0]
+                raise StudioError(f"{name}: choose one first, from the list or by its path.")
+        return run(*values)
+
+    return run_chosen
 
 
 def _choose_inspection(workspace: Workspace) -> Tool:
@@ -176,7 +189,7 @@ def _choose_conversion(workspace: Workspace) -> Tool:
 def _choose_merge(workspace: Workspace) -> Tool:
     sources = gr.Dropdown([], multiselect=True, label="Adapters", allow_custom_value=True, elem_id="merge-paths")
     strengths = gr.Textbox(
-        "", label="Strengths in the same order, with commas (empty: 1 each)", elem_id="merge-strengths"
+        "", label=f"{actions.STRENGTHS_LABEL}, with commas (empty: 1 each)", elem_id="merge-strengths"
     )
     target = _choose_target("merge", "a .safetensors file for one adapter; a folder for a checkpoint")
     model = _choose_model(workspace, "The checkpoint to merge into, or what the adapters were trained on.")

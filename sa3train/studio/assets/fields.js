@@ -10,12 +10,12 @@
   };
   const first = (elements, text, words) => {
     const places = [...elements].filter(one => one.offsetParent !== null).flatMap(one => words(one).filter(word => word.length > 1)
-      .map(word => [text.search(new RegExp(`(?<!\\w)${RegExp.escape(word)}(?!\\w)`)), one]));
+      .map(word => [text.search(new RegExp(`(?<!\\w)${RegExp.escape(word)}(?![\\w@])`)), one]));
     return places.filter(([at]) => at >= 0).sort(([one], [other]) => one - other)[0]?.[1].closest('fieldset, div.block');
   };
   const labels = '[data-testid="block-info"], label:has(> input[type=checkbox]) > span, legend';
   /* By its label, or else by its value. */
-  const find = text => first(document.querySelectorAll(labels), text, one => [one.textContent.trim().split(/ \(|, /)[0]])
+  const find = text => first(document.querySelectorAll(labels), text.charAt(0).toUpperCase() + text.slice(1), one => [one.textContent.trim().split(/ \(|, /)[0]])
     || first(document.querySelectorAll('textarea, input:is([type=text], [role=combobox])'), text, one => one.value.trim().split(/[\n=]/));
   const mark = text => {
     clear();

@@ -14,14 +14,13 @@ from sa3train.audio.io import read_audio_info
 from sa3train.core.config import list_settings
 from sa3train.core.dtypes import PRECISIONS
 from sa3train.core.errors import SA3Error
-from sa3train.inference.settings import VALUE_TYPES, GenerationSettings, get_default
+from sa3train.inference.settings import VALUE_TYPES, GenerationSettings, check_number, get_default
 from sa3train.studio.play.history import compute_waveform
 from sa3train.studio.play.settings import (
     MODES,
     SHORTEST_SECONDS,
     AdapterSettings,
     PlaySettings,
-    parse_number,
     parse_regions,
     select_source,
 )
@@ -264,11 +263,16 @@ def _parse_value(name: str, value: Any) -> Any:
 
 
 def _parse_prompts(text: str) -> list[tuple[float, str]]:
-    lines = [line.partition(":") for line in text.splitlines() if line.strip()]
-    label = ui.get_label(GenerationSettings, "prompt_at")
-    if wrong := next((time for time, colon, prompt in lines if not colon or not prompt.strip()), None):
-        raise StudioError(f"{label}: write {wrong.strip()!r} as seconds, a colon and a prompt, such as 60: choir.")
-    return [(parse_number(f"{label}: the time", time), prompt.strip()) for time, _, prompt in lines]
+    label, found = ui.get_label(GenerationSettings, "prompt_at"), list[tuple[float, str]]()
+    for line in filter(str.strip, text.splitlines()):
+        time, _, prompt = line.partition(":")
+        try:
+            found.append((check_number(label, float(time)), prompt.strip()))
+        except ValueError:
+            prompt = ""
+        if not prompt.strip():
+            raise StudioError(f"{label}: write {line.strip()!r} as seconds, a colon and a prompt, such as 60: choir.")
+    return found
 
 
 def fill_form(workspace: Workspace, request: PlaySettings) -> dict[str, Any]:

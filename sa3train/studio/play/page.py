@@ -13,7 +13,14 @@ from sa3train.inference.settings import MODEL_DEFAULTS
 from sa3train.studio.play import cards, history
 from sa3train.studio.play import form as forms
 from sa3train.studio.play.player import Player, check_request, find_missing_contrast, plan_comparison
-from sa3train.studio.play.settings import MODES, PlaySettings, parse_strengths, round_seconds
+from sa3train.studio.play.settings import (
+    MODES,
+    SIBLING_LABEL,
+    STRENGTHS_LABEL,
+    PlaySettings,
+    parse_strengths,
+    round_seconds,
+)
 from sa3train.studio.server.folders import describe_model, list_audio, list_models, load_model_config
 from sa3train.studio.server.jobs import Job, Worker
 from sa3train.studio.server.widgets import QUIET, fill_when_shown, render_notice, render_placeholder, show_errors
@@ -161,11 +168,11 @@ def build_play_page(workspace: Workspace) -> None:
             with gr.Accordion("Compare, same seed", open=False, elem_id="play-compare-box"):
                 strengths = gr.Textbox(
                     "0, 0.5, 1",
-                    label="Strength multipliers",
+                    label=STRENGTHS_LABEL,
                     info="Multiply each adapter's strength; 0 is without adapters.",
                     elem_id="play-strengths",
                 )
-                sibling = gr.Checkbox(label="Base and post-trained model side by side", elem_id="play-sibling")
+                sibling = gr.Checkbox(label=SIBLING_LABEL, elem_id="play-sibling")
                 compare = gr.Button("Generate grid", elem_id="play-compare")
             with gr.Accordion("Load report", open=False, elem_id="play-report-box"):
                 check = gr.Button("Check adapters on this model", size="sm", elem_id="play-check")

@@ -15,7 +15,13 @@ from sa3train.inference.outputs import GenerationOutput
 from sa3train.inference.resolve import ModelFacts
 from sa3train.models.hub import find_checkpoint
 from sa3train.studio.play.history import Result, make_name, save_results
-from sa3train.studio.play.settings import MODEL_SPECIFIC, AdapterSettings, PlaySettings
+from sa3train.studio.play.settings import (
+    MODEL_SPECIFIC,
+    SIBLING_LABEL,
+    STRENGTHS_LABEL,
+    AdapterSettings,
+    PlaySettings,
+)
 from sa3train.studio.server.folders import load_model_config
 from sa3train.studio.server.jobs import Job
 from sa3train.studio.server.workspace import Workspace
@@ -103,8 +109,8 @@ class Player:
         Returns:
             The load report of each adapter.
         """
-        adapters = tuple(adapter.resolve(self.workspace) for adapter in request.adapters)
-        return self._load(replace(request, adapters=adapters), job.report_progress).stack.reports
+        request = replace(request, adapters=request.resolve_adapters(self.workspace))
+        return self._load(request, job.report_progress).stack.reports
 
     def _generate(self, request: PlaySettings, report: Report) -> tuple[GenerationOutput, list[dict[str, Any]]]:
         generator = self._load(request, report)
@@ -204,9 +210,9 @@ def find_missing_contrast(request: PlaySettings, factors: Sequence[float], with_
     if len(plan_comparison(request, factors, with_sibling)) > 1:
         return None
     if not request.adapters and not with_sibling:
-        sibling = " or select the model's sibling" if find_checkpoint(request.model) else ""
+        sibling = f", or tick {SIBLING_LABEL}" if find_checkpoint(request.model) else ""
         return f"There is nothing to compare. Add an adapter{sibling}."
-    return "There is nothing to compare. Give two strength multipliers or more."
+    return f"{STRENGTHS_LABEL}: one alone is nothing to compare. Give two or more, such as 0, 1."
 
 
 def _remove_adapters(generator: Generator) -> None:

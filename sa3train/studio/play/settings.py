@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from sa3train.audio.io import read_audio_info
+from sa3train.core.errors import SA3Error
 from sa3train.inference.settings import GUIDANCE_SETTINGS, GenerationSettings, check_number
 from sa3train.inference.sidecar import list_places
 from sa3train.studio.server import folders
@@ -24,6 +25,8 @@ MODES: dict[str, Mode] = {
 MODEL_SPECIFIC = ("steps", "cfg_scale", "sampler_type", *GUIDANCE_SETTINGS)
 """Settings that a base model and its post-trained sibling do not share; at their defaults they are the model's own."""
 MOST_STRENGTHS = 8
+STRENGTHS_LABEL, SIBLING_LABEL = "Strength multipliers", "Base and post-trained model side by side"
+"""Labels of the fields of a comparison."""
 SHORTEST_SECONDS = 0.01
 """Shortest continuation."""
 
@@ -67,20 +70,25 @@ class AdapterSettings:
             The adapter.
 
         Raises:
-            StudioError: When no file is chosen.
+            StudioError: When no file is chosen, or the noise levels are not in order.
         """
-        path, name = str(row.get("path") or ""), f"of adapter {number}"
+        path, name = str(row.get("path") or ""), f"Adapter {number}"
         if not path.strip():
-            raise StudioError(f"Adapter {number} has no file. Choose one from the list, upload one, or press Remove.")
-        low, high = (parse_number(f"a noise level {name}", row.get(end), top) for end, top in (("low", 0), ("high", 1)))
+            raise StudioError(f"{name} has no file. Choose one from the list, upload one, or press Remove.")
+        low = parse_number(f"{name}: Min noise level", row.get("low"), 0.0)
+        high = parse_number(f"{name}: Max noise level", row.get("high"), 1.0)
+        if not 0 <= low <= high <= 1:
+            raise StudioError(
+                f"{name}: Min noise level {low:g} and Max noise level {high:g} must be between 0 and 1, in this order."
+            )
         return cls(
             path,
-            parse_number(f"the strength {name}", row.get("strength"), 1.0),
-            parse_optional_number(f"the conditioner strength {name}", row.get("conditioner_strength")),
+            parse_number(f"{name}: Strength", row.get("strength"), 1.0),
+            parse_optional_number(f"{name}: Conditioner strength", row.get("conditioner_strength")),
             (low, high),
             str(row.get("exclude_layers") or ""),
             bool(row.get("allow_partial")),
-            parse_optional_number(f"the strength in the last window {name}", row.get("end_strength")),
+            parse_optional_number(f"{name}: Strength in the last window", row.get("end_strength")),
         )
 
     @classmethod
@@ -109,17 +117,6 @@ class AdapterSettings:
         row = asdict(self)
         low, high = row.pop("interval")
         return row | {"low": low, "high": high}
-
-    def resolve(self, workspace: Workspace) -> "AdapterSettings":
-        """Return a copy with its full path.
-
-        Args:
-            workspace: The studio's folders.
-
-        Returns:
-            The adapter. A path that does not exist is refused as by `Workspace.resolve_existing`.
-        """
-        return replace(self, path=str(folders.resolve_adapter(workspace, self.path)))
 
     def scale(self, factor: float) -> "AdapterSettings":
         """Return a copy with its strengths multiplied.
@@ -191,8 +188,28 @@ class PlaySettings:
             self,
             model=folders.resolve_model_name(workspace, self.model),
             settings=replace(settings, **changes),
-            adapters=tuple(adapter.resolve(workspace) for adapter in self.adapters),
+            adapters=self.resolve_adapters(workspace),
         )
+
+    def resolve_adapters(self, workspace: Workspace) -> tuple[AdapterSettings, ...]:
+        """Return copies of the adapters with full paths.
+
+        Args:
+            workspace: The studio's folders.
+
+        Returns:
+            The adapters.
+
+        Raises:
+            StudioError: When a path does not exist or may not be used.
+        """
+        found = []
+        for number, adapter in enumerate(self.adapters, 1):
+            try:
+                found.append(replace(adapter, path=str(folders.resolve_adapter(workspace, adapter.path))))
+            except SA3Error as error:
+                raise StudioError(f"Adapter {number}: {error}") from error
+        return tuple(found)
 
     def scale_adapters(self, factor: float) -> "PlaySettings":
         """Return a copy with the strength of every adapter multiplied, without adapters for 0.
@@ -331,7 +348,7 @@ def parse_strengths(text: str) -> list[float]:
     """
     found = sorted(set(parse_numbers(text)))
     if not 1 <= len(found) <= MOST_STRENGTHS or any(abs(value) > 100 for value in found):
-        raise StudioError(f"Compare between 1 and {MOST_STRENGTHS} strength multipliers, each within ±100.")
+        raise StudioError(f"{STRENGTHS_LABEL} must be 1 to {MOST_STRENGTHS} numbers within ±100, such as 0, 0.5, 1.")
     return found
 
 

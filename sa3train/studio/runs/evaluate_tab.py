@@ -60,6 +60,8 @@ def _build_fields(workspace: Workspace) -> dict[str, Any]:
 
 def _build_command(workspace: Workspace, run: Path, values: Mapping[str, Any]) -> tuple[Path, list[str]]:
     count = ui.parse_optional_number("Generated clips", values["generated"], is_integer=True) or 0
+    if count < 0:
+        raise StudioError(f"Generated clips must be 0 or more, not {count}.")
     settings = EvaluationSettings(ui.parse_numbers(values["strengths"]), generated=count)
     out = jobs.get_evaluation_dir(workspace, run)
     out.mkdir(parents=True, exist_ok=True)

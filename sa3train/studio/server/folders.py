@@ -13,6 +13,7 @@ from pathlib import Path
 from sa3train.adapters.formats.run_dir import ADAPTER_FILE, CHECKPOINTS_DIR, list_checkpoints, locate_adapter
 from sa3train.audio.io import AUDIO_SUFFIXES
 from sa3train.core.errors import SA3Error
+from sa3train.core.files import path_exists
 from sa3train.core.processes import PROCESS_FILE
 from sa3train.data.sources.own_folders import LATENTS, RUN, STUDIO, iterate_folders
 from sa3train.inference.settings import MODEL_DEFAULTS
@@ -67,12 +68,18 @@ def resolve_adapter(workspace: Workspace, path: str | None) -> Path:
         Its path, in the same form. One that is missing or outside is refused.
 
     Raises:
-        StudioError: If none is chosen.
+        StudioError: If none is chosen, or the run has no such checkpoint.
     """
-    if not (path or "").strip():
+    if not path or not path.strip():
         raise StudioError("Choose an adapter: a file from the list, or its path.")
-    found = workspace.resolve(path or "")
-    workspace.resolve_existing(locate_adapter(found), "adapter")
+    found, (run, at, step) = workspace.resolve(path), path.rpartition("@")
+    if at and not path_exists(found):  # then the run is looked for in all folders
+        found = Path(f"{workspace.resolve(run)}@{step}")
+    try:
+        located = locate_adapter(found)
+    except SA3Error as error:  # the page finds the field by its text
+        raise StudioError(str(error) if path in str(error) else f"{path}: {error}") from error
+    workspace.resolve_existing(located, "adapter")
     return found
 
 

@@ -91,7 +91,7 @@ def test_an_adapter_is_resized_with_its_error(workspace: Workspace) -> None:
         ("adapters/none.safetensors", "a.safetensors", "no adapter"),
         (ONE, "../a.safetensors", "inside the workspace"),
         (ONE, "{source}/a.safetensors", "inside the workspace"),
-        (ONE, "", "where to write"),
+        (ONE, "", "Write to is empty"),
         ("copy.safetensors", "copy.safetensors", "the adapter itself"),
         (ONE, ".", "inside the workspace"),
         (ONE, ".sa3-studio/a", "inside the workspace"),

@@ -98,8 +98,9 @@ def test_an_evaluation_is_a_command_and_names_what_to_use(workspace: Workspace) 
     out, command = EVALUATE.build_command(workspace, run, {"strengths": "-0.5; 1", "generated": 0})
     flags = build_parser().parse_args(command[1:])
     assert (flags.adapters, flags.strengths, flags.generate, flags.device) == ([str(run)], (-0.5, 1.0), 0, "cpu")
-    with pytest.raises(SA3Error, match="strength 0 is the base"):
-        EVALUATE.build_command(workspace, run, {"strengths": "0, 1", "generated": 4})
+    for strengths, generated, message in (("0, 1", 4, "strength 0 is the base"), ("1", -1, "Generated clips")):
+        with pytest.raises(SA3Error, match=message):
+            EVALUATE.build_command(workspace, run, {"strengths": strengths, "generated": generated})
     file = out / jobs.EVALUATION_FILE
     assert file == Path(flags.json) == EVALUATE.find_result(workspace, run, None)
     Path(flags.html).touch()

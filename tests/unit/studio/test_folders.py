@@ -8,7 +8,7 @@ from helpers.run_dirs import make_run, write_record
 from sa3train.core.errors import SA3Error
 from sa3train.studio.runs.evaluate_tab import resolve_run_dir
 from sa3train.studio.server import folders
-from sa3train.studio.server.folders import find_folders, find_runs, forget_folders
+from sa3train.studio.server.folders import find_folders, find_runs, forget_folders, resolve_adapter
 from sa3train.studio.server.workspace import Workspace
 
 
@@ -53,3 +53,14 @@ def test_a_run_whose_files_are_links_out_shows_nothing(tmp_path: Path) -> None:
     assert find_folders(workspace).runs == [folder] and find_runs(workspace) == []
     with pytest.raises(SA3Error, match="link out of"):
         resolve_run_dir(workspace, str(folder))
+
+
+def test_a_checkpoint_of_a_run_in_any_folder_is_found_and_a_missing_one_named_as_entered(tmp_path: Path) -> None:
+    checkpoints = make_run(tmp_path / "one", "finished") / "checkpoints"
+    checkpoints.mkdir()
+    (checkpoints / "step-00000005.safetensors").touch()
+    workspace = Workspace.create(tmp_path / "studio", [tmp_path])
+    for path in ("one@5", f"{tmp_path.name}/one@5"):
+        assert resolve_adapter(workspace, path) == Path(f"{tmp_path}/one@5")
+    with pytest.raises(SA3Error, match=r"^one@7: There is no checkpoint of step 7 .*has: 5"):
+        resolve_adapter(workspace, "one@7")

@@ -17,7 +17,7 @@ from sa3train.inference.resolve import ModelFacts, resolve_settings
 from sa3train.inference.settings import GenerationSettings
 from sa3train.studio.play import cards, history
 from sa3train.studio.play.player import Player, find_missing_contrast, plan_comparison
-from sa3train.studio.play.settings import AdapterSettings, PlaySettings
+from sa3train.studio.play.settings import SIBLING_LABEL, STRENGTHS_LABEL, AdapterSettings, PlaySettings
 from sa3train.studio.server.jobs import Cancelled, Job
 from sa3train.studio.server.workspace import StudioError, Workspace
 
@@ -91,8 +91,8 @@ def test_a_comparison_keeps_its_seed(workspace: Workspace, player: Player, job: 
 
 
 def test_comparisons_without_a_difference_are_refused() -> None:
-    assert "adapter" in (find_missing_contrast(BARE, [0.0, 1.0], False) or "")
-    assert "two strength" in (find_missing_contrast(REQUEST, [1.0], False) or "")
+    assert SIBLING_LABEL in (find_missing_contrast(BARE, [0.0, 1.0], False) or "")
+    assert STRENGTHS_LABEL in (find_missing_contrast(REQUEST, [1.0], False) or "")
     assert find_missing_contrast(BARE, [1.0], True) is None
     assert len(plan_comparison(BARE, [0.0, 1.0], True)) == 2
 

@@ -37,8 +37,10 @@ def test_a_row_of_the_rack_is_an_adapter() -> None:
     ("row", "message"),
     [
         ({"path": ""}, "no file"),
-        ({"path": "a", "strength": "loud"}, "must be a number"),
+        ({"path": "a", "strength": "loud"}, "Adapter 1: Strength must be a number"),
         ({"path": "a", "low": True}, "number"),
+        ({"path": "a", "low": 0.9, "high": 0.2}, "Adapter 1: Min noise level 0.9"),
+        ({"path": "a", "high": 1.5}, "between 0 and 1"),
     ],
 )
 def test_unusable_rows_are_refused(row: dict[str, object], message: str) -> None:
@@ -50,6 +52,8 @@ def test_a_request_is_resolved(workspace: Workspace) -> None:
     resolved = replace(PLAIN, adapters=(AdapterSettings("adapters/one.safetensors"),)).resolve(workspace)
     assert resolved.settings.seed >= 0
     assert resolved.adapters[0].path == str(workspace.sources[0] / "adapters" / "one.safetensors")
+    with pytest.raises(StudioError, match="Adapter 2: There is no"):
+        replace(resolved, adapters=(*resolved.adapters, AdapterSettings("nowhere"))).resolve(workspace)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +112,7 @@ def test_a_length_has_no_sample_less_and_none_more(samples: int) -> None:
 def test_lists_of_strengths_are_parsed() -> None:
     assert parse_strengths("1, 0; 0.5 ,1") == [0.0, 0.5, 1.0]
     for text in ("", "loud", ",".join(map(str, range(9))), "1e9"):
-        with pytest.raises(StudioError):
+        with pytest.raises(StudioError, match="list of numbers" if text == "loud" else "Strength multipliers"):
             parse_strengths(text)
 
 
@@ -149,8 +153,9 @@ def test_bars_take_the_place_of_the_duration_and_later_prompts_are_lines(workspa
     settings = read_form(bars).settings
     assert (settings.bars, settings.bpm, settings.duration) == (4, 97.3, GenerationSettings.duration)
     assert settings.prompt_at == ((4.0, "drums: loud"), (8.0, "a choir"))
-    with pytest.raises(StudioError, match="Later prompts"):
-        read_form(bars | {"prompt_at": "a choir"})
+    for wrong in ("a choir", "ten: a choir", ": a choir", "8:", "nan: a choir"):
+        with pytest.raises(SA3Error, match="Later prompts"):
+            read_form(bars | {"prompt_at": wrong})
 
 
 @pytest.mark.parametrize("value", [-9, 1.5, "x", "nan", float("nan"), float("inf"), 1e308, "1e400", True])
