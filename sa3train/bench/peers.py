@@ -24,8 +24,10 @@ from sa3train.bench.generate import make_inputs
 from sa3train.bench.measure import Timings, measure_peak_allocation, time_interleaved, use_threads
 from sa3train.bench.peer_models import PEERS, Denoiser, Peer, load_official_decoder, load_ours
 from sa3train.core.dtypes import get_dtype
+from sa3train.core.errors import SA3Error
 from sa3train.diffusion.samplers import SAMPLERS
 from sa3train.diffusion.schedule import build_schedule
+from sa3train.inference.openvino_step import check_backend
 
 DENOISER_TARGETS = {"diffusers": 1.6, "OpenVINO": 1.1}
 STEP_TARGETS: dict[str, dict[str | None, float]] = {
@@ -51,8 +53,10 @@ def run(options: Options) -> list[Figure]:
             try:
                 for module in peer.imported:
                     importlib.import_module(module)
-            except ImportError as error:
-                figures.append(Figure(f"{peer.name} / ours", None, "", note=f"cannot be imported: {error}"))
+                if peer.name == "OpenVINO":
+                    check_backend("openvino", torch.device(options.device), options.dtype, compiled=False)
+            except (ImportError, SA3Error) as error:
+                figures.append(Figure(f"{peer.name} / ours", None, "", note=f"cannot be used: {error}"))
                 continue
             figures.append(_measure_denoiser(options, peer))
             for adapter_type in (None, "lora", "dora-rows") if peer.trains else ():

@@ -32,7 +32,7 @@ BENCHMARKS = {
     "load": "time and host memory of loading a checkpoint",
     "adapters": "a training step with each adapter type against the frozen-base baseline",
     "train": "the whole training loop against its step",
-    "peers": "diffusers, PEFT and the official implementation against ours, on the same weights",
+    "peers": "diffusers, PEFT, OpenVINO and the official implementation against ours, on the same weights",
     "nano": "how well nano follows its prompts and reconstructs audio",
 }
 UNUSED: dict[str, set[str]] = {

@@ -178,7 +178,8 @@ class Sweep:
         """List the trials that were trained.
 
         Returns:
-            Run folder, searched settings, change of held-out loss against the base and how each ended, best first.
+            Run folder, searched settings, change of held-out loss against the base and how each ended; finished ones
+            first, and the best of them first.
         """
         rows = []
         for trial in self._list_trained():
@@ -190,8 +191,9 @@ class Sweep:
             row["ended"] = _ENDS.get(trial.state.name, "running")
             rows.append(row)
 
-        def rank(row: dict[str, Any]) -> tuple[bool, float]:
-            return row["ended"] == "failed", math.inf if row[CHANGE] is None else row[CHANGE]
+        def rank(row: dict[str, Any]) -> tuple[int, float]:
+            order = ("finished", "running", "stopped early", "failed")  # sa3-eval measured the finished ones alone
+            return order.index(row["ended"]), math.inf if row[CHANGE] is None else row[CHANGE]
 
         return sorted(rows, key=rank)
 

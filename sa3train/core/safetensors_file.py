@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sa3train.core.dtypes import DTYPES
-from sa3train.core.errors import AdapterError
+from sa3train.core.errors import AdapterError, SA3Error
 from sa3train.core.files import replace_file
 from sa3train.core.log import get_logger
 from sa3train.core.mapped import BLOCK_BYTES, iterate_parts
@@ -220,8 +220,8 @@ def convert_for_saving(tensors: Mapping[str, Tensor], dtype: torch.dtype | None)
 
     Args:
         tensors: Tensors by key.
-        dtype: Dtype for matrices in fp32 and fp64; None keeps theirs. Vectors stay as they are: rounding a magnitude
-            to fp16 changes a weight by as much as a short training. A matrix with values that it cannot represent
+        dtype: Dtype for those in fp32 and fp64; None keeps theirs. Magnitudes are in fp32 then: rounding one to fp16
+            changes a weight by as much as a short training. A tensor with values that the dtype cannot represent
             stays in fp32, with a warning in the log.
 
     Returns:
@@ -238,9 +238,9 @@ def convert_for_saving(tensors: Mapping[str, Tensor], dtype: torch.dtype | None)
                 f"{key} contains NaN or infinity, so the adapter is not written. If it was trained, training diverged: "
                 f"lower the learning rate."
             )
-        is_matrix = value.numel() > max(value.shape, default=1)
-        if dtype is not None and is_matrix and value.dtype in (torch.float32, torch.float64):
-            cast = value.to(dtype)
+        if dtype is not None and value.dtype in (torch.float32, torch.float64):
+            is_magnitude = "magnitude" in key or key.endswith("dora_scale")
+            cast = value.to(torch.float32 if is_magnitude else dtype)
             if torch.isfinite(cast).all():
                 value = cast
             else:
@@ -281,7 +281,11 @@ def _sort_metadata(path: Path) -> None:
         if metadata := header.get("__metadata__"):
             header["__metadata__"] = dict(sorted(metadata.items()))
             content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-            assert len(content) <= size
+            if len(content) > size:  # it would reach into the tensors
+                raise SA3Error(
+                    f"cannot write {path.name}: its header has {size} bytes, and {len(content)} when its metadata is "
+                    f"sorted. Install the release of safetensors that constraints.txt names, then run again."
+                )
             file.seek(8)
             file.write(content.ljust(size))
 

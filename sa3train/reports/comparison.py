@@ -1,6 +1,7 @@
 """Runs against each other: their settings, their losses, and which is best."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ _logger = get_logger(__name__)
 
 
 def compare_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """Compare runs by their validation loss.
+    """Compare runs by how much their validation loss falls below the base's.
 
     Args:
         folders: Run folders, or folders that hold runs.
@@ -42,6 +43,8 @@ def compare_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
     Raises:
         DataError: No run there has been validated, or a newer version wrote one.
     """
+    if not folders:
+        raise DataError("name at least one run.")
     runs, left_out = [], []
     for path in dict.fromkeys(run.path for run in find_runs(folders)):
         files = read_run(path)
@@ -50,7 +53,7 @@ def compare_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
         else:
             left_out.append(str(path))
     if not runs:
-        where = ", ".join(map(str, folders)) or "nothing to compare"
+        where = ", ".join(map(str, folders))
         raise DataError(
             f"{where}: no run there has a {VALIDATION_FILE}. None got as far as a validation, or "
             "callbacks.validation.enabled=false."
@@ -72,7 +75,9 @@ def compare_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
         rows.append(row)
     if all(row["evaluated"] is not None for row in rows):
         return sorted(rows, key=lambda row: row["evaluated"])
-    return sorted(({**row, "evaluated": None} for row in rows), key=lambda row: row["best"])
+    if any(not math.isclose(row["base"], rows[0]["base"], rel_tol=1e-3) for row in rows):
+        _logger.warning("measured on other clips or base models: each is ranked by its change against its own base")
+    return sorted(({**row, "evaluated": None} for row in rows), key=lambda row: row["best"] / row["base"])
 
 
 def read_changes(run_dir: Path) -> dict[int, float]:

@@ -176,7 +176,8 @@ def _advise(
 ) -> list[str]:
     found = []
     if change.clips < MIN_CLIPS:
-        found.append(f"Hold more clips out (split): with {change.clips}, nothing can be told from chance.")
+        few = f"with {change.clips}, nothing can be told from chance."
+        return [f"Measure on more held-out clips (split, callbacks.validation.clips): {few}"]
     learned = train is not None and train.is_significant and train.change < 0
     if best is not None and since is not None and since.is_significant and since.change > 0:
         found.append(

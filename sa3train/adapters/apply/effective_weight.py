@@ -54,7 +54,7 @@ def iterate_row_blocks(W_OI: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
         The rows, the block (N, I) in fp32, and a buffer of its size; both are valid until the next.
     """
     rows, columns = W_OI.shape
-    step = rows if W_OI.is_cuda else max(1, min(BLOCK_VALUES // columns, rows // MIN_BLOCKS))
+    step = rows if W_OI.device.type != "cpu" else max(1, min(BLOCK_VALUES // columns, rows // MIN_BLOCKS))
     exact = W_OI.dtype == torch.float32
     buffer_NI = torch.empty(step, columns, device=W_OI.device)
     copy_NI = None if exact else torch.empty_like(buffer_NI)
@@ -129,7 +129,7 @@ def compute_gains(
     Args:
         kind: The adapter type.
         W: The weight to adapt.
-        params: The adapter's tensors by name, with U and V of -xs types.
+        params: The adapter's tensors by name in fp32, with U and V of -xs types.
         strength_scale: s, that is alpha / rank × strength.
 
     Returns:
@@ -138,7 +138,6 @@ def compute_gains(
     W_OI = flatten_weight(W)
     gain_O1 = gain_1I = torch.ones(1, 1, device=W.device)
     if kind.scales_rows or kind.scales_columns:
-        params = {name: tensor.float() for name, tensor in params.items()}
         V_OI = torch.addmm(W_OI.float(), *_get_factors(kind, params), alpha=strength_scale)
         _, gain_O1, gain_1I = _renormalize(kind, V_OI, params)
     return gain_O1[:, 0].expand(W_OI.shape[0]), gain_1I[0].expand(W_OI.shape[1])
@@ -152,14 +151,14 @@ def factor_effective_weight(
 
     Args:
         kind: The adapter type.
-        params: The adapter's tensors by name, with U and V of -xs types.
+        params: The adapter's tensors by name in fp32, with U and V of -xs types.
         strength_scale: s, that is alpha / rank × strength.
         gains: The gains of `compute_gains`.
 
     Returns:
         The parts, fp32.
     """
-    B_OR, A_RI = _get_factors(kind, {name: tensor.float() for name, tensor in params.items()})
+    B_OR, A_RI = _get_factors(kind, params)
     return FactoredWeight(strength_scale * B_OR * gains[0][:, None], A_RI * gains[1], *gains)
 
 

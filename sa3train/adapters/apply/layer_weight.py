@@ -1,5 +1,6 @@
 """One adapter at one layer: the effective weight that it makes, whatever its type."""
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -30,7 +31,9 @@ class LayerAdapter:
     adapter: Adapter
     path: str
     params: Mapping[str, Tensor]
-    _gains: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False, compare=False)
+    _gains: "list[tuple[weakref.ref[Tensor], tuple[Tensor, Tensor]]]" = field(
+        default_factory=list, repr=False, compare=False
+    )
 
     def weight(self, W: Tensor, strength: float = 1.0) -> Tensor:
         """Compute the effective weight of this adapter alone.
@@ -63,7 +66,7 @@ class LayerAdapter:
         """Compute the parts of the effective weight of this adapter alone.
 
         Args:
-            W: The weight to adapt, the same at every call: the gains are computed at the first.
+            W: The weight to adapt, unchanged since it was given before: its gains are kept while it is.
 
         Returns:
             Its parts; None without a `kind`.
@@ -71,9 +74,10 @@ class LayerAdapter:
         if self.kind is None:
             return None
         scale = self.adapter.spec.get_scale(self.path)
-        if not self._gains:
-            self._gains.append(compute_gains(self.kind, W, self.params, scale))
-        return factor_effective_weight(self.kind, self.params, scale, self._gains[0])
+        params = {name: tensor.to(W.device, torch.float32) for name, tensor in self.params.items()}
+        if not self._gains or self._gains[0][0]() is not W:
+            self._gains[:] = [(weakref.ref(W), compute_gains(self.kind, W, params, scale))]
+        return factor_effective_weight(self.kind, params, scale, self._gains[0][1])
 
     def bias_change(self) -> Tensor | None:
         """Return the change of the layer's bias at strength 1.

@@ -26,6 +26,8 @@ from sa3train.core.log import get_logger
 logger = get_logger(__name__)
 
 CONDITIONERS = "conditioners."
+_HALF_WRITTEN = ((-1, 0.0),)
+"""Signature of no adapters that there can be."""
 SETTINGS = ("strength", "conditioner_strength", "interval", "exclude_layers", "allow_partial")
 """What can be set for each adapter of a stack."""
 
@@ -110,7 +112,7 @@ class AdapterStack:
         self._loaded: list[LoadedAdapter] = []
         self._base: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._baked: dict[str, tuple[tuple[int, float], ...]] = {}
-        self._applied: tuple[tuple[int, tuple[float, float]], ...] = ()
+        self._applied: tuple[tuple[int, tuple[float, float]], ...] | None = ()
 
     def __len__(self) -> int:
         return len(self._loaded)
@@ -221,6 +223,7 @@ class AdapterStack:
                 if strength != 0.0:
                     wanted.setdefault(path, []).append((loaded, strength))
         changed = [path for path, active in wanted.items() if self._baked.get(path, ()) != _get_signature(active)]
+        self._applied = None  # until all is written: an interrupt leaves layers of both
         for path in changed:
             self._bake(path, wanted[path])
         self._applied = now
@@ -235,6 +238,7 @@ class AdapterStack:
             self._base[path] = (weight.detach().clone(), None if bias is None else bias.detach().clone())
         base_weight, base_bias = self._base[path]
         parts = [(loaded.parts[path], strength) for loaded, strength in active]
+        self._baked[path] = _HALF_WRITTEN
         if not parts:
             weight.copy_(base_weight)
         elif self.semantics == "reference":
@@ -281,14 +285,14 @@ def _get_signature(active: list[tuple[LoadedAdapter, float]]) -> tuple[tuple[int
 def _write_sum(target: Tensor, W: Tensor, parts: list[tuple[LayerAdapter, float]]) -> None:
     """Write W + Σ sᵢ (Wᵢ' − W), added in an order that does not depend on the stack's.
 
-    Where every Wᵢ' has factors, it is ((1 − Σ sᵢ) + Σ sᵢ gain_O ⊗ gain_I) ⊙ W + Σ sᵢ B·A, in one pass over W.
+    Where every Wᵢ' has factors, it is (1 + Σ sᵢ (gain_O ⊗ gain_I − 1)) ⊙ W + Σ sᵢ B·A, in one pass over W.
     """
     if len(parts) == 1 and parts[0][1] == 1.0:
         target.copy_(parts[0][0].weight(W))
         return
     parts = sorted(parts, key=lambda item: (item[0].adapter.fingerprint, item[1]))
     factored = [(strength, each) for part, strength in parts if (each := part.factor(W)) is not None]
-    if len(factored) < len(parts):
+    if len(factored) < len(parts) or not target.is_contiguous():
         base = W.float()
         total = torch.zeros_like(base)
         for part, strength in parts:
@@ -297,16 +301,22 @@ def _write_sum(target: Tensor, W: Tensor, parts: list[tuple[LayerAdapter, float]
         return
     B_OR = torch.cat([strength * each.B_OR for strength, each in factored], dim=1)
     A_RI = torch.cat([each.A_RI for _, each in factored])
-    rest = torch.full_like(A_RI[0], 1 - sum(strength for strength, _ in factored))
-    left_ON = torch.stack([torch.ones_like(B_OR[:, 0]), *(strength * each.gain_O for strength, each in factored)], 1)
-    right_NI = torch.stack([rest, *(each.gain_I for _, each in factored)])
-    has_gains = any(part.kind.scales_rows or part.kind.scales_columns for part, _ in parts if part.kind)
+    gain_O, gains = torch.ones_like(B_OR[:, 0]), []  # not as a product, which may be rounded to 16 bits on a GPU
+    for (part, strength), (_, each) in zip(parts, factored, strict=True):
+        if part.kind is not None and part.kind.scales_columns:
+            gain_O -= strength
+            gains.append((strength * each.gain_O, each.gain_I))
+        else:
+            gain_O += strength * (each.gain_O - 1)
     target_OI = flatten_weight(target)
     for rows, block_NI, sum_NI in iterate_row_blocks(flatten_weight(W)):
-        if has_gains:
-            torch.mm(left_ON[rows], right_NI, out=sum_NI).mul_(block_NI)
+        if gains:
+            sum_NI.copy_(gain_O[rows, None].expand_as(sum_NI))
+            for one_O, one_I in gains:
+                sum_NI.addcmul_(one_O[rows, None], one_I)
+            sum_NI.mul_(block_NI)
         else:
-            sum_NI.copy_(block_NI)
+            torch.mul(block_NI, gain_O[rows, None], out=sum_NI)
         target_OI[rows] = sum_NI.addmm_(B_OR[rows], A_RI)
 
 
@@ -365,8 +375,8 @@ def check_use(adapter: Adapter, strength: float | tuple[float, float], interval:
         interval: Noise levels at which it is on.
 
     Raises:
-        AdapterError: If one of them is none, or it is on the autoencoder's decoder, which has neither noise levels
-            nor windows.
+        AdapterError: If the strength is not a number, the interval no interval, or the adapter is on the autoencoder's
+            decoder, which has neither noise levels nor windows.
     """
     strength, interval = _check_strengths(strength), check_interval(interval)
     if adapter.part == "decoder" and interval != (0.0, 1.0):
@@ -391,7 +401,7 @@ def check_interval(interval: Sequence[float]) -> tuple[float, float]:
         The ends as numbers.
 
     Raises:
-        AdapterError: When they are none, or not in order within 0 and 1.
+        AdapterError: When they are not numbers, or not in order within 0 and 1.
     """
     try:
         low, high = (float(end) for end in interval)

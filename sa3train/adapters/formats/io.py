@@ -170,7 +170,10 @@ def is_file_name(path: str | os.PathLike[str]) -> bool:
     """
     suffix = Path(path).suffix.lower()
     if suffix in OTHER_FILES:
-        raise AdapterError(f"{path} does not suit an adapter. Give a file that ends in .safetensors, or a folder.")
+        raise AdapterError(
+            f"{path} does not suit an adapter. Give a file that ends in .safetensors (or in .gguf without --to), or a "
+            "folder."
+        )
     return suffix == ".safetensors"
 
 

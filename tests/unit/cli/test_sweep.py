@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
@@ -120,6 +121,22 @@ def test_hopeless_runs_are_stopped_early(stubs: Path, monkeypatch: pytest.Monkey
     rows = sweep.Sweep(Path("sw").absolute(), [], 0, prunes=True).list_trials()
     early = [row for row in rows if row["ended"] == "stopped early"]
     assert early and all(row["steps"] < 8 for row in early) and rows[0]["optimizer.lr"] == "0.001"
+
+
+def test_a_run_that_sa3_eval_did_not_measure_is_never_before_one_that_it_did(stubs: Path) -> None:
+    found = sweep.Sweep(stubs, ["adapter.rank=choice(4,8)"], 0, prunes=True)
+    for number, (state, changes) in enumerate((("PRUNED", {6: -0.5}), ("FAIL", {}), ("COMPLETE", {6: -0.1}))):
+        found.study.add_trial(
+            optuna.trial.create_trial(
+                state=optuna.trial.TrialState[state],
+                value=changes.get(6),
+                params={"adapter.rank": "4"},
+                distributions=found.space,
+                intermediate_values=changes,
+                user_attrs={"run_dir": f"trial-{number:03d}"},
+            )
+        )
+    assert [row["run"] for row in found.list_trials()] == ["trial-002", "trial-000", "trial-001"]
 
 
 def test_a_setting_that_no_run_takes_ends_the_sweep_and_leaves_nothing(

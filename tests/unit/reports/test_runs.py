@@ -26,6 +26,17 @@ def get_run(folder: Path) -> runs.Run:
     return run
 
 
+def test_runs_on_other_clips_are_ranked_by_what_each_gained(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name, base, loss in (("few", 1.76, 1.63), ("many", 2.86, 2.23)):
+        rows = [{"step": 20, "val": {"loss": loss}}]
+        validation = {"base": {"val": {"loss": base}}, "history": rows}
+        (make_run(tmp_path / name, "finished") / "validation.json").write_text(json.dumps(validation))
+    assert [Path(row["run"]).name for row in comparison.compare_runs([tmp_path])] == ["many", "few"]
+    assert "by its change against its own base" in caplog.text
+    with pytest.raises(DataError, match=r"^name at least one run\.$"):
+        comparison.compare_runs([])
+
+
 @pytest.mark.parametrize(
     ("status", "started", "state"),
     [
