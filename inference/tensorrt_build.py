@@ -17,8 +17,10 @@ def list_shapes(path, **sizes):
     def compute(dim):
         if dim.HasField("dim_value"):
             return dim.dim_value
-        factor, name, offset = SIZE.fullmatch(dim.dim_param).groups()
-        return int(factor or 1) * sizes[name] + int(offset or 0)
+        found = SIZE.fullmatch(dim.dim_param)
+        if not found or found[2] not in sizes:
+            raise SystemExit(f"{path}: cannot compute the size {dim.dim_param!r} from {', '.join(sizes)}. Report this.")
+        return int(found[1] or 1) * sizes[found[2]] + int(found[3] or 0)
 
     graph = onnx.load(path, load_external_data=False).graph
     return {each.name: tuple(map(compute, each.type.tensor_type.shape.dim)) for each in graph.input}

@@ -11,6 +11,16 @@ from composer import Plan
 TRACK_TYPES = {"pitched": "Instrument", "drum": "Drums", "band": "Music", "effect": "SFX"}
 
 
+def capitalize_first(text: str) -> str:
+    """Capitalize the first letter alone: "BPM" and keys stay as they are."""
+    return text[:1].upper() + text[1:]
+
+
+def add_article(text: str) -> str:
+    """Put "A" or "An" in front: "An organ", "An 808 beat"."""
+    return f"{'An' if text[0] in 'aeiou8' else 'A'} {text}"
+
+
 def _facts(plan: Plan) -> list[str]:
     """The audible facts as short phrases, most telling first; empty ones are left out."""
     facts = [plan.register and f"{plan.register} register", plan.articulation, plan.figure]
@@ -49,14 +59,15 @@ def sentence(plan: Plan, rng: random.Random) -> str:
     room = {"reverb": rng.choice((", with reverb", ", in a large hall")), "dry": rng.choice(("", ", dry"))}[plan.room]
     if kind == "drum":
         doing = "a single hit" if plan.figure == "one-shot" else "a loop"
-        return f"{who} playing {doing}{'' if plan.figure == 'one-shot' else tempo}{room}{stereo}.".capitalize()
+        tempo = "" if plan.figure == "one-shot" else tempo
+        return capitalize_first(f"{who} playing {doing}{tempo}{room}{stereo}.")
     if kind == "band":
-        return f"{who} in {plan.key}{tempo}{room}{stereo}.".capitalize()
+        return capitalize_first(f"{who} in {plan.key}{tempo}{room}{stereo}.")
     article = "" if plan.figure in ("chords", "repeated notes") else "a "
     play = rng.choice(("plays", "playing"))
     where = f" in the {plan.register} register" if rng.random() < 0.7 else ""
     key = f" in {plan.key}" if rng.random() < 0.5 else ""
-    return f"A {who} {play} {article}{plan.articulation} {plan.figure}{where}{key}{tempo}{room}{stereo}."
+    return f"{add_article(who)} {play} {article}{plan.articulation} {plan.figure}{where}{key}{tempo}{room}{stereo}."
 
 
 def captions(plan: Plan, rng: random.Random, count: int = 3) -> list[str]:

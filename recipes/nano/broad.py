@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import numpy as np
 import synthesis
+from captions import add_article
 from composer import compose, make_plan
 from corpus import chunk
 from grooves import make_grooves
@@ -62,7 +63,7 @@ def write_captions(rng: random.Random, name: str, facts: dict[str, Any]) -> list
     words = [str(facts[key]) for key in ("kind", "mood", "register") if facts.get(key)]
     tempo = f"{facts['bpm']} BPM" if facts.get("bpm") else ""
     phrase = ", ".join(part for part in (name, *rng.sample(words, len(words)), tempo) if part)
-    sentence = f"A {' '.join([*words[1:], name])}{' at ' + tempo if tempo else ''}.".replace("  ", " ")
+    sentence = f"{add_article(' '.join([*words[1:], name]))}{' at ' + tempo if tempo else ''}."
     tags = [f"TrackType: {facts.get('type', 'Instrument')}", f"Instruments: {name.capitalize()}"]
     tags += [f"Mood: {facts['mood'].capitalize()}"] if facts.get("mood") else []
     return [", ".join([*tags, *([f"BPM: {facts['bpm']}"] if tempo else [])]), sentence, phrase]

@@ -1,7 +1,7 @@
 """Compose loops whose tempo is heard: at any whole number of beats per minute, whole bars long, starting on a beat.
 
 Half of them are classes of `datasets/nano` playing on a beat; half are grooves on the soundfont's kits or synthesized
-drums, by chance with a bass. Beats lie off the 10.77 frames a second of nano's latents at nearly all of these tempi,
+drums. Beats lie off the 10.77 frames a second of nano's latents at nearly all of these tempi,
 so a model cannot do with hits at the starts of frames. Shapes: N samples.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import synthesis
-from captions import captions
+from captions import add_article, captions
 from composer import Plan, compose, make_plan
 from corpus import finish as finish_clip
 from render import render
@@ -90,11 +90,11 @@ def synthesize(noise: np.random.Generator, seconds: float, strokes: list[tuple[f
     return x
 
 
-def write_captions(rng: random.Random, name: str, bpm: int) -> list[str]:
+def write_captions(rng: random.Random, kind: str, name: str, bpm: int) -> list[str]:
     """Write three captions that say the tempo."""
     head, mood = rng.choice(("", "dry ", "punchy ", "simple ")), rng.choice(("", ", loop", ", drums"))
-    kind = "SFX" if name == "click track" else "Drums"
-    sentence = rng.choice((f"A {head}{name} at {bpm} BPM.", f"{bpm} BPM {head}{name}.", f"A {head}{name}, {bpm} BPM."))
+    what = add_article(f"{head}{name}")
+    sentence = rng.choice((f"{what} at {bpm} BPM.", f"{bpm} BPM {head}{name}.", f"{what}, {bpm} BPM."))
     return [
         f"TrackType: {kind}, Instruments: {name.capitalize()}, BPM: {bpm}",
         sentence,
@@ -120,6 +120,7 @@ def make_grooves(rng: random.Random, noise: np.random.Generator, count: int) -> 
     for kit, (name, bpm, seconds, strokes) in zip(kits, drums, strict=True):
         x = synthesize(noise, seconds, strokes) if kit is None else next(played).astype(np.float64)
         x = np.tanh(1.5 * x / (np.abs(x).max() + 1e-9)) * 10 ** (noise.uniform(-8, -1) / 20)
-        if kit is not None and rng.random() < 0.3:
+        kind = "SFX" if name == "click track" else "Drums"
+        if kit is not None and rng.random() < 0.3 and KITS[kit] not in name:
             name = f"{KITS[kit]} {name}"
-        yield {"kind": "loop", "bpm": bpm, "type": "Drums", "sound": ""}, x, write_captions(rng, name, bpm)
+        yield {"kind": "loop", "bpm": bpm, "type": kind, "sound": ""}, x, write_captions(rng, kind, name, bpm)

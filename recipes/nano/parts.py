@@ -38,7 +38,7 @@ from sa3train.models.parse import parse_model
 from sa3train.models.text_source import TextEncoderSource
 
 FRAMES_PER_SECOND = 44100 / 4096
-SILENCE = "silence.safetensors"  # of `latents.py`: the frame of silence, and the scale of waveform latents
+SILENCE = "silence.safetensors"  # of `latents.py`: the frame of silence
 WIDE_LOUDEST = 16.0  # of the next nano's latents: at 8 the loudest waveforms lose 6 % of their energy
 DIT = {"width": 256, "depth": 3, "memory_tokens": 8, "ff_mult": 2.0}  # of the next nano
 
@@ -77,8 +77,15 @@ def load_silence(work: Path) -> Tensor:
 
 
 def load(work: Path, split: str) -> list[Tensor]:
-    """Load all latents of a split encoded so far, in the order of the store."""
-    paths = sorted((work / "latents").glob(f"{split}-*.pt"), key=lambda path: int(path.stem.split("-")[1]))
+    """Load the latents of a split's first chunks, as far as they are encoded, in the order of the store."""
+    chunks, folder = list(Store(work / split).chunks), work / "latents"
+    encoded = sorted(int(path.stem.split("-")[1]) for path in folder.glob(f"{split}-*.pt"))
+    if encoded != chunks[: len(encoded)]:
+        raise FileNotFoundError(
+            f"{folder} has chunks {encoded} of {split}, which are not the first of {chunks}: delete those that are not"
+            " there, and run the script that encoded the others (recipes/nano/latents.py or targets.py)"
+        )
+    paths = [folder / f"{split}-{number}.pt" for number in encoded]
     return [z for path in paths for z in torch.load(path, weights_only=True)]
 
 
@@ -118,7 +125,7 @@ class Corpus:
             whole, caption = -(-entry["length"] // 4096), rng.randrange(len(entry["captions"]))
             length = min(whole, cap.frames)
             moved = whole > length and entry["plan"].get("tempo") and rng.random() < 1 / 3
-            moved = moved and "BPM" not in entry["captions"][caption]  # a loop at a stated tempo starts on a beat
+            moved = moved and "bpm" not in entry["captions"][caption].lower()  # a stated tempo starts on a beat
             start = rng.randrange(whole - length + 1) if moved else 0
             z_CT = self.latents[pick][:, start : start + length].float()
             latents_BCT[row, :, :length] = z_CT.clamp(-self.loudest, self.loudest)

@@ -45,22 +45,30 @@ def write_chunk(folder: Path, seed: int, number: int) -> None:
 
 
 class Store:
-    """The finished chunks of a folder: `entries`, and their samples (2, N) float32 by `audio(i)`."""
+    """The finished chunks of a folder: `entries`, and their samples (2, N) float32 by `audio(i)`.
+
+    `chunks` are the samples of each chunk by the number that its file has, as `entries` name it.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.entries: list[dict[str, Any]] = []
-        self._chunks: list[NDArray[np.int16]] = []
+        self.chunks: dict[int, NDArray[np.int16]] = {}
         for path in sorted(folder.glob("*.json"), key=lambda path: int(path.stem)):
-            self.entries += [entry | {"chunk": len(self._chunks)} for entry in json.loads(path.read_text())]
-            self._chunks.append(np.load(path.with_suffix(".npy"), mmap_mode="r"))
+            number = int(path.stem)
+            self.entries += [entry | {"chunk": number} for entry in json.loads(path.read_text())]
+            self.chunks[number] = np.load(path.with_suffix(".npy"), mmap_mode="r")
         if not self.entries:
             raise FileNotFoundError(f"no chunks in {folder}: run recipes/nano/store.py {folder}")
+
+    def indices(self, number: int) -> list[int]:
+        """List the clips of a chunk."""
+        return [index for index, entry in enumerate(self.entries) if entry["chunk"] == number]
 
     def audio(self, index: int, start: int = 0, length: int | None = None) -> NDArray[np.float32]:
         """Return at most `length` samples of a clip from `start`."""
         entry = self.entries[index]
         end = entry["length"] if length is None else min(entry["length"], start + length)
-        samples = self._chunks[entry["chunk"]][entry["first"] + start : entry["first"] + end]
+        samples = self.chunks[entry["chunk"]][entry["first"] + start : entry["first"] + end]
         return samples.T.astype(np.float32) / 32767
 
 

@@ -208,12 +208,11 @@ def main() -> None:
     (args.work / "latents").mkdir(exist_ok=True)
     for split in ("val", "train"):
         store = Store(args.work / split)
-        for number in range(len(store.entries) // CHUNK):
+        for number in store.chunks:
             path = args.work / "latents" / f"{split}-{number}.pt"
             if path.exists():
                 continue
-            indices = range(number * CHUNK, (number + 1) * CHUNK)
-            made = [latents_of(code, clip(store, index)).half() for index in indices]
+            made = [latents_of(code, clip(store, index)).half() for index in store.indices(number)]
             with replace_file(path) as temporary:
                 torch.save(made, temporary)
             print(path.name, flush=True)

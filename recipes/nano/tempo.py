@@ -3,7 +3,7 @@
     python recipes/nano/tempo.py WORK [--file base-cool.pt] [--cfg 4]    # after latents.py; prints, WORK/tempo.jsonl
 
 The estimator knows a loop by its length, so loops of other lengths are asked for: six seconds. It hears some real loops
-at half or double tempo: `real` is its share of right answers on held-out loops of `grooves.py`, cut to that length.
+at half or double tempo: `real` is its share of right answers on held-out longer loops, cut to that length.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ def judge(heard: list[float], asked: list[float]) -> dict[str, float]:
 
 
 def hear_real(work: Path) -> dict[str, float]:
-    """Judge held-out loops at tempi in the range of `TEMPI`."""
+    """Judge held-out loops at tempi in the range of `TEMPI`, none of them whole."""
     store, heard, asked = Store(work / "val"), [], []
     length = round(SECONDS * 44_100)
     for index, entry in enumerate(store.entries):
         plan = entry["plan"]
         is_loop = any(kind in entry["captions"][0].lower() for kind in KINDS) and plan.get("bpm")
-        if is_loop and TEMPI[0] <= plan["bpm"] <= TEMPI[-1] and entry["length"] > length / 2:
+        if is_loop and TEMPI[0] <= plan["bpm"] <= TEMPI[-1] and entry["length"] > length:
             heard.append(hear_tempo(torch.from_numpy(store.audio(index, 0, length))))
             asked.append(plan["bpm"])
     return judge(heard, asked)

@@ -4,9 +4,10 @@ Arrays are float32 tensors (C, N), full scale ±1, channels in the order of the 
 """
 
 import contextlib
+import errno
 import io
 import mmap
-import tempfile
+import os
 from dataclasses import dataclass
 from os import PathLike, fsencode
 from pathlib import Path
@@ -23,7 +24,7 @@ from sa3train.core.errors import AudioError
 from sa3train.core.files import write_bytes
 from sa3train.core.imports import explain_imports
 from sa3train.core.log import get_logger
-from sa3train.core.mapped import iterate_parts
+from sa3train.core.mapped import iterate_parts, open_temporary
 
 with explain_imports():
     import soundfile
@@ -202,6 +203,7 @@ def encode_audio(
 
     Raises:
         AudioError: The suffix or encoding is unknown, or the audio contains NaN.
+        SA3Error: The disk has no room for the temporary file.
     """
     if suffix.lower() not in WRITERS:
         known = ", ".join(WRITERS)
@@ -213,21 +215,18 @@ def encode_audio(
         )
     check_audio(audio_CN, sample_rate, name)
     is_long = audio_CN.shape[1] > LONG
-    with tempfile.TemporaryFile() if is_long else io.BytesIO() as buffer:
+    with open_temporary() if is_long else io.BytesIO() as buffer:
         try:
             with soundfile.SoundFile(buffer, "w", sample_rate, len(audio_CN), chosen, format=container) as file:
                 for part_CN in iterate_parts(audio_CN, BLOCK if is_long else audio_CN.shape[1]):
                     file.write(part_CN.float().cpu().T.numpy())
         except soundfile.LibsndfileError as error:
             raise AudioError(f"cannot write {name} as {container} at {sample_rate} Hz: {error.error_string}") from error
-        content: Any = bytearray(buffer.getvalue()) if isinstance(buffer, io.BytesIO) else _map_file(buffer)
+        except AssertionError as error:  # fewer samples were written than given
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        content: Any = bytearray(buffer.getvalue()) if isinstance(buffer, io.BytesIO) else mmap.mmap(buffer.fileno(), 0)
     _clear_timestamp(content)
     return cast("bytes", content) if is_long else bytes(content)
-
-
-def _map_file(file: Any) -> mmap.mmap:
-    file.flush()
-    return mmap.mmap(file.fileno(), 0)
 
 
 def check_audio(audio_CN: Tensor, sample_rate: int, name: str = "the audio") -> None:

@@ -203,7 +203,7 @@ def run_caption_command(arguments: argparse.Namespace) -> int:
         ConfigError: When other flags are set beside `--undo`.
     """
     from sa3train.data.captioning.captioner import Captioner
-    from sa3train.data.captioning.files import undo_save
+    from sa3train.data.captioning.files import UNDO_FILE, undo_save
     from sa3train.data.captioning.service import caption_folder, describe_proposals
 
     if arguments.undo:
@@ -211,9 +211,10 @@ def run_caption_command(arguments: argparse.Namespace) -> int:
         if ignored := [name for name, value in vars(arguments).items() if value != unset[name]]:
             raise ConfigError(f"{', '.join(ignored)} has no effect with --undo.")
         undone = undo_save(arguments.folder)
-        print(f"{len(undone.restored)} captions taken back")
+        print(f"captions taken back: {len(undone.restored)}")
         if undone.kept:
-            print(f"{len(undone.kept)} edited since, left as they are: {list_few(list(map(str, undone.kept)), 10)}")
+            names = list_few(list(map(str, undone.kept)), 10)
+            print(f"edited since, so left alone: {names}. What was there before the save stays in {UNDO_FILE}")
         return 0
     captioner = Captioner.load(arguments.captioner) if arguments.captioner else None
     threads = EncodeSettings(threads=arguments.threads).count_threads()
@@ -229,7 +230,7 @@ def run_caption_command(arguments: argparse.Namespace) -> int:
         print(f"… and {len(composed) - arguments.n} more")
     print(describe_proposals(done))
     if done.changes:
-        print(f"{len(done.changes)} files written; take them back with: sa3-data caption {arguments.folder} --undo")
+        print(f"files written: {len(done.changes)}; to undo: sa3-data caption {arguments.folder} --undo")
     return 0
 
 
@@ -305,7 +306,10 @@ def load_run_data(arguments: argparse.Namespace) -> "LatentDataModule":
         raise ConfigError(f"{run_dir} is not a training run: it has no {CONFIG_FILE} and {RECORD_FILE}.")
     config = build(TrainConfig, load_settings(run_dir / CONFIG_FILE))
     if arguments.shards is not None:
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=arguments.shards))
+        check_exists(arguments.shards, "a folder or URL of latent shards")
+        # paths of the run are relative to where it started
+        shards = arguments.shards if "://" in arguments.shards else str(Path(arguments.shards).absolute())
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, dir=shards))
     try:
         config = locate_inputs(config, run_dir)
     except DataError as error:

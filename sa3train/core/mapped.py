@@ -4,14 +4,18 @@ So neither the anonymous nor the resident memory of a process grows with the len
 keep such pages while there is room.
 """
 
+import contextlib
 import hashlib
 import math
 import mmap
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 from weakref import WeakValueDictionary
+
+from sa3train.core.errors import SA3Error
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,6 +23,33 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 1 << 22
 _MAPS = WeakValueDictionary[int, mmap.mmap]()
 """The map of a tensor's storage, by its address."""
+_LARGE_FILES = Path("/var/tmp")
+"""Where Linux keeps large temporary files: /tmp is in memory on many systems (file-hierarchy(7) of systemd)."""
+
+
+@contextlib.contextmanager
+def open_temporary(folder: Path | None = None) -> Iterator[IO[bytes]]:
+    """Open an unbuffered temporary file for long data.
+
+    Args:
+        folder: Where to put it; None for TMPDIR, TEMP or TMP where one is set, then /var/tmp, then the system's folder.
+
+    Yields:
+        The file, which has no name and goes away when it is neither open nor mapped.
+
+    Raises:
+        SA3Error: The disk is full, or the folder cannot be written.
+    """
+    is_chosen = any(map(os.environ.get, ("TMPDIR", "TEMP", "TMP"))) or not os.access(_LARGE_FILES, os.W_OK)
+    place = folder or (Path(tempfile.gettempdir()) if is_chosen else _LARGE_FILES)
+    try:
+        with tempfile.TemporaryFile(dir=place, buffering=0) as file:
+            yield file
+    except OSError as error:
+        raise SA3Error(
+            f"cannot write a temporary file in {place}: {error.strerror or error}. Nothing was left behind. Free disk "
+            f"space or {'choose' if folder else 'set TMPDIR to'} a folder you may write to, then run again."
+        ) from error
 
 
 def map_tensor(shape: tuple[int, ...], folder: Path | None = None) -> "Tensor":
@@ -26,15 +57,22 @@ def map_tensor(shape: tuple[int, ...], folder: Path | None = None) -> "Tensor":
 
     Args:
         shape: Shape.
-        folder: Where to put the file; None for the system's folder of temporary files.
+        folder: As in `open_temporary`.
 
     Returns:
         A float32 tensor of zeros.
+
+    Raises:
+        SA3Error: The disk has no room for it, or the folder cannot be written.
     """
     import torch
 
-    with tempfile.TemporaryFile(dir=folder) as file:
-        file.truncate(math.prod(shape) * torch.float32.itemsize)
+    size = math.prod(shape) * torch.float32.itemsize
+    with open_temporary(folder) as file:
+        if hasattr(os, "posix_fallocate"):  # a page without room on the disk would end the process when it is written
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
         mapped = mmap.mmap(file.fileno(), 0)
     tensor = torch.frombuffer(mapped, dtype=torch.float32).view(shape)
     _MAPS[tensor.untyped_storage().data_ptr()] = mapped

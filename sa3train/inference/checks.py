@@ -4,6 +4,8 @@ import functools
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from sa3train.adapters.apply.stack import check_interval, check_use, is_within
 from sa3train.adapters.formats.io import load_adapter
 from sa3train.core.errors import GenerationError
@@ -40,10 +42,10 @@ def check_generation(
 
     Raises:
         GenerationError: When the model cannot do what is asked, or a setting would have no effect.
-        AdapterError: When an interval is none.
+        AdapterError: When an interval is not two noise levels in order.
     """
     resolved = resolve_settings(settings, facts, has_generator=has_generator, given=given)
-    _check_intervals(resolved, adapters)
+    _check_noise_levels(resolved, adapters)
     _check_windows(resolved, facts, adapters)
     return resolved
 
@@ -79,22 +81,22 @@ def check_files(
             load_input_audio(audio, facts.sample_rate, role)
 
 
-def _check_intervals(settings: ResolvedSettings, adapters: Sequence[AdapterUse]) -> None:
+def _check_noise_levels(settings: ResolvedSettings, adapters: Sequence[AdapterUse]) -> None:
     """Check that guidance and adapters that are limited to some noise levels act at one that is sampled."""
     limits = {}
     if settings.cfg_scale != 1.0 and settings.cfg_interval != (0.0, 1.0):
         limits[f"cfg_interval={settings.cfg_interval}"] = build_guidance(settings).acts_at
     for each in adapters:
         interval = check_interval(each["interval"])
-        if interval != (0.0, 1.0) and each["strength"] != 0:
+        if interval != (0.0, 1.0) and np.any(each["strength"]):
             name = f"interval={interval} of {each['path'] or 'an adapter'}"
             limits[name] = functools.partial(is_within, interval=interval)
     levels = list_noise_levels(settings) if limits else []
     if idle := [name for name, acts_at in limits.items() if not any(map(acts_at, levels))]:
         shown = list_few([f"{level:.3g}" for level in dict.fromkeys(levels)], 8) or "none, with init_noise_level=0"
         raise GenerationError(
-            f"{' and '.join(idle)} would have no effect: no noise level that is sampled lies within ({shown}). "
-            f"Widen it, or increase steps."
+            f"{' and '.join(idle)} would have no effect, since none of the noise levels that are sampled lies "
+            f"within: {shown}. Widen it, or increase steps."
         )
 
 

@@ -287,8 +287,8 @@ class Generator:
             return_latents: Whether the output holds latents too.
             generator: CPU generator to draw from instead of the seed.
             callback: Called as `callback(step, total, sigma, denoised_BCT)` after each step; may raise to cancel.
-            work_dir: Where finished windows of a piece are kept; the same call continues with them. The caller removes
-                it when the audio is saved.
+            work_dir: Where finished windows of a piece are kept, and its temporary files (else in TMPDIR or /var/tmp);
+                the same call continues with them. The caller removes it when the audio is saved.
 
         Returns:
             The audio, with what its sidecar will record.

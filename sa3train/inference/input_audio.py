@@ -1,5 +1,7 @@
 """Audio that a generation starts from, inpaints or continues: a path, or an array with its sample rate."""
 
+import contextlib
+import functools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from sa3train.audio.resample import RELEASED, resample
 from sa3train.core.errors import AudioError, GenerationError
 from sa3train.core.files import hash_file
 from sa3train.core.safetensors_file import hash_tensors
+from sa3train.core.user_files import stat_file
 
 CHANNELS = 2
 
@@ -60,14 +63,22 @@ def load_input_audio(value: Any, sample_rate: int, role: str) -> InputAudio:
         GenerationError: When the value is something else.
     """
     if isinstance(value, str | os.PathLike):
-        path = Path(value)
-        audio_CN = load_audio(path, sample_rate, CHANNELS, RELEASED)
-        return InputAudio(audio_CN, str(value), hash_file(path))
+        stamp: object = None
+        with contextlib.suppress(OSError):  # loading tells what is wrong
+            state = stat_file(value)
+            stamp = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+        return _load_file(str(value), sample_rate, stamp)
     array, rate = _array_and_rate(value, role)
     check_audio(array, rate, role)
     check_plausible(array, rate, role)
     digest = hash_tensors((f"{rate} {tuple(array.shape)} ", array))
     return InputAudio(resample(mix_channels(array, CHANNELS), rate, sample_rate, RELEASED), None, digest)
+
+
+@functools.lru_cache(maxsize=2)
+def _load_file(path: str, sample_rate: int, stamp: object) -> InputAudio:
+    """Audio of a file: read once for the check before the model is loaded and for all batches."""
+    return InputAudio(load_audio(Path(path), sample_rate, CHANNELS, RELEASED), path, hash_file(path))
 
 
 def _array_and_rate(value: Any, role: str) -> tuple[Tensor, int]:

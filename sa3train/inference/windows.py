@@ -3,7 +3,7 @@
 Each window is generated with the end of the one before it as its beginning (inpainted, as a continuation is), and all
 but the last play on behind their end, so that nothing fades out there. The latents of finished windows can be kept in
 a folder, from which an interrupted piece is continued; the audio is decoded in blocks to a file that is mapped into
-memory. So the memory that is needed does not grow with the length of the piece.
+memory. So the memory that is needed does not grow with the length of the piece, where that file is on a disk.
 """
 
 import contextlib

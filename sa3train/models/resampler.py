@@ -170,7 +170,7 @@ class Resampler(nn.Module):
         """Apply the mapping within each clip: a kernel of 3 must not reach into a neighbor."""
         if self.mapping.weight_v.shape[-1] == 1:
             return self.mapping(x_LD)
-        if len(set(lengths)) == 1:
+        if all(each == lengths[0] for each in lengths):
             return self.mapping(x_LD.unflatten(0, (len(lengths), -1))).flatten(0, 1)
         return torch.cat([self.mapping(part[None])[0] for part in x_LD.split(lengths)])
 

@@ -23,9 +23,9 @@ SECONDS = 8.0
 """Long enough for two chunks of the autoencoder."""
 
 
-def load_runner() -> Any:
-    """Import the script."""
-    spec = importlib.util.spec_from_file_location("onnx_generate", SCRIPT)
+def load_script(name: str = SCRIPT.stem) -> Any:
+    """Import a script of inference/."""
+    spec = importlib.util.spec_from_file_location(name, SCRIPT.with_stem(name))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -60,7 +60,7 @@ def run_modules(target: Path, adapters: Sequence[LoraArgument] = (), **options: 
         patch.setattr(onnx_files, "_write_graph", keep)
         result = export_onnx("nano-base", target, adapters, **options)
         assert result.errors == {} and {*result.sizes, "manifest.json"} == {path.name for path in result.path.iterdir()}
-        runner = load_runner()
+        runner = load_script()
         patch.setattr(runner.onnxruntime, "InferenceSession", lambda path: Session(graphs[path.stem]))
         yield runner, result.path
 

@@ -30,12 +30,11 @@ from sa3train.data.audit.checks import (
     LIMITS,
     check_measurements,
     check_usable,
-    find_duplicates,
-    find_near_duplicates,
     is_rejected,
     make_finding,
     measure,
 )
+from sa3train.data.audit.duplicates import find_duplicates, find_near_duplicates
 from sa3train.data.captioning import compose, template
 from sa3train.data.captioning.template import DEFAULT_TEMPLATE, check_template
 from sa3train.data.sources import facts, names
@@ -287,6 +286,7 @@ class AuditIndex:
         original: Index of the first clip with the same audio, of those that are accepted, captioned and not named as
             copies ("kick copy.wav", "kick (1).wav") if there are any; a clip's own index where there is none.
         similar: Index of the first clip that sounds the same; a clip's own index where there is none.
+        alike: The same when clips at a close tempo count too.
     """
 
     def __init__(self, journals: Sequence[Path], stamps: dict[str, str], extra: Sequence[dict[str, Any]] = ()) -> None:
@@ -311,7 +311,7 @@ class AuditIndex:
         is_copy = np.array([_COPY_NAME.search(source) is not None for source in self.sources], dtype=bool)
         self.original = find_duplicates(self.content, comparable, 4 * self.rejected + 2 * ~has_caption + is_copy)
         distinct = comparable & (self.original == np.arange(len(self)))
-        self.similar = find_near_duplicates(fingerprints, sound, distinct)
+        self.similar, self.alike = find_near_duplicates(fingerprints, sound, distinct)
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -343,12 +343,12 @@ class AuditIndex:
         yield from map(self.row, range(len(self) + len(self._remarks)))
 
     def find_groups(self) -> np.ndarray:
-        """Find groups of clips that belong in one split because they are or sound the same.
+        """Find groups of clips that belong in one split because they are or sound the same, at a close tempo too.
 
         Returns:
             (n,) index of the group's first clip, for each clip.
         """
-        return np.asarray(self.similar[self.original])
+        return np.asarray(self.alike[self.original])
 
     def _read_row(self, index: int) -> dict[str, Any]:
         file, offset = int(self._file[index]), int(self._offset[index])

@@ -6,7 +6,7 @@ Shapes: C audio channels, N samples, F frequency bands, S time segments.
 import functools
 import hashlib
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,23 +58,6 @@ _FEWEST_CLIPPED = 8
 """Clipping is looked for at peaks above the first: samples at `_TOP` of the peak are counted, and those down to
 `_BELOW` of the peak below it.
 """
-
-_NEAR_BITS = 18
-"""Most fingerprint bits in which near duplicates differ. Measured on 323 clips of two public packs, the sample set and
-made ones: 98 of 100 copies (MP3, Ogg, other rates and levels, silence added or cut) differ in up to 18 bits, kicks two
-semitones apart in 23 or more.
-"""
-
-_NEAR_SHARE, _NEAR_SECONDS = 0.05, 0.04
-"""Largest difference of near duplicates in how long they sound, as a share and in seconds: a loop at another tempo is
-another loop. All of 178 copies as MP3 or Ogg, and 175 of 178 at another rate or with silence, are within.
-"""
-
-_WORD_BITS = 20
-"""Bits of a hash word. Fingerprints that differ in 18 bits share one of the 12 words with a probability of 96 %."""
-
-_MAX_NEIGHBORS = 64
-"""Number of neighbors that each clip is compared with in a crowded hash bucket."""
 
 
 @dataclass(frozen=True)
@@ -425,75 +408,3 @@ def _measure_band_energies(mono_N: np.ndarray, rate: int) -> np.ndarray:
 @functools.cache
 def _get_planes() -> np.ndarray:
     return np.random.default_rng(0).standard_normal((_BANDS * _SEGMENTS, FINGERPRINT_BITS)).astype(np.float32)
-
-
-def find_duplicates(content: np.ndarray, comparable: np.ndarray, rank: np.ndarray) -> np.ndarray:
-    """Find clips with the same audio.
-
-    Args:
-        content: (n,) audio hashes.
-        comparable: (n,) bool, which clips to compare.
-        rank: (n,) clips of a lower rank count as the original before others.
-
-    Returns:
-        (n,) index of the first clip with the same audio, a clip's own index where not comparable.
-    """
-    originals = np.arange(len(content))
-    chosen = np.flatnonzero(comparable)
-    chosen = chosen[np.argsort(rank[chosen], kind="stable")]
-    if chosen.size:
-        _, first, inverse = np.unique(content[chosen], return_index=True, return_inverse=True)
-        originals[chosen] = chosen[first[inverse]]
-    return originals
-
-
-def find_near_duplicates(fingerprints: np.ndarray, seconds: np.ndarray, comparable: np.ndarray) -> np.ndarray:
-    """Find clips that sound the same, directly or through others.
-
-    Args:
-        fingerprints: (n, 30) uint8.
-        seconds: (n,) how long the clips sound, in seconds.
-        comparable: (n,) bool, which clips to compare.
-
-    Returns:
-        (n,) index of the first clip that sounds the same; a clip's own index where there is none.
-    """
-    parents = np.arange(len(fingerprints))
-    chosen = np.flatnonzero(comparable)
-    if chosen.size < 2:
-        return parents
-    bits = np.unpackbits(fingerprints[chosen], axis=1)
-    weights = 1 << np.arange(_WORD_BITS, dtype=np.int64)
-    for start in range(0, bits.shape[1], _WORD_BITS):
-        words = bits[:, start : start + _WORD_BITS] @ weights
-        for left, right in _iterate_pairs(words):
-            one, two = chosen[left], chosen[right]
-            near = _are_near(fingerprints[one], fingerprints[two], seconds[one], seconds[two])
-            for first, second in zip(one[near].tolist(), two[near].tolist(), strict=True):
-                roots = sorted((_find_root(parents, first), _find_root(parents, second)))
-                parents[roots[1]] = roots[0]
-    return np.array([_find_root(parents, index) for index in range(len(parents))], dtype=np.int64)
-
-
-def _iterate_pairs(words: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of indices with equal words: neighbors at distance 1, 2, … in sorted order while any pair is equal."""
-    order = np.argsort(words, kind="stable")
-    ordered = words[order]
-    for distance in range(1, min(_MAX_NEIGHBORS, len(words) - 1) + 1):
-        equal = np.flatnonzero(ordered[distance:] == ordered[:-distance])
-        if not equal.size:
-            break
-        yield order[equal], order[equal + distance]
-
-
-def _are_near(one: np.ndarray, two: np.ndarray, seconds_one: np.ndarray, seconds_two: np.ndarray) -> np.ndarray:
-    differing = np.bitwise_count(one ^ two).sum(axis=1)
-    limit = np.minimum(_NEAR_SECONDS, _NEAR_SHARE * np.maximum(seconds_one, seconds_two))
-    return (differing <= _NEAR_BITS) & (np.abs(seconds_one - seconds_two) <= limit)
-
-
-def _find_root(parents: np.ndarray, index: int) -> int:
-    while parents[index] != index:
-        parents[index] = parents[parents[index]]
-        index = int(parents[index])
-    return index

@@ -4,6 +4,7 @@ A wrong tempo or key in a caption is worse than none: sources that contradict on
 decides between them, and left out otherwise.
 """
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +14,7 @@ from sa3train.data.captioning.template import DEFAULT_TEMPLATE, fill_parts
 from sa3train.data.loading.prompts import list_template_fields
 from sa3train.data.sources.captions import ClipText
 from sa3train.data.sources.facts import Fact, format_fact_value, is_same
-from sa3train.data.sources.names import NAME_WORDS
+from sa3train.data.sources.names import NAME_WORDS, normalize_name
 
 _HEARD = "heard"
 _CLEAR_KEY = 0.93
@@ -102,7 +103,10 @@ def _find_form(text: ClipText, sound: AudioAnalysis | None) -> Fact:
         if fact.name == "type" and fact.value in ("loop", "one-shot"):
             return fact
     is_hit = text.name.kind in NAME_WORDS["hits"]
-    if text.name.form and not (is_hit and sound and sound.form == "one-shot"):  # a hit in a folder of loops is none
+    is_loop_by_folder = (text.name.form, text.name.form_source) == ("loop", "folder name")
+    has_tempo = any(fact.name == "bpm" and fact.source != "folder name" for fact in text.facts)
+    is_single = is_loop_by_folder and is_hit and not has_tempo and sound is not None and sound.form == "one-shot"
+    if text.name.form and not is_single:  # a hit in a folder of loops is none
         return Fact("type", text.name.form, "name")
     if sound and not sound.form and is_hit:
         return Fact("type", "one-shot", "name")
@@ -119,8 +123,10 @@ def _name_kind(text: ClipText, sound: AudioAnalysis | None, form: Fact, has_word
 
 def _fit_genre(text: ClipText, heard: float) -> float:
     """The heard tempo, or its half or double where that alone is one of the genre's."""
-    low, high = NAME_WORDS["tempos"].get(str(text.tags.get("genre", "")).lower(), (0, 1000))
-    return next((heard * times for times in (1, 0.5, 2) if low <= heard * times <= high), heard)
+    genres = map(normalize_name, re.split("[,;/]", str(text.tags.get("genre", ""))))
+    ranges = [NAME_WORDS["tempos"][genre] for genre in genres if genre in NAME_WORDS["tempos"]]
+    fitting = (bpm for bpm in (heard, heard / 2, heard * 2) if any(low <= bpm <= high for low, high in ranges))
+    return next(fitting, heard)
 
 
 def _choose(name: str, text: ClipText, heard: str | float | None, problems: list[tuple[str, str]]) -> Sequence[Fact]:

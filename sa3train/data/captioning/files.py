@@ -2,7 +2,8 @@
 
 Every save is logged before a file is touched, with the content of each file before; files are replaced whole. So an
 interrupted save can be undone like any other, and nothing that another program wrote meanwhile is overwritten. The log
-is a hidden file of the folder, so that a save of the studio can be undone by the command, and the reverse.
+is a hidden file of the folder, so that a save of the studio can be undone by the command, and the reverse. Contents
+before a save that its undo could not restore stay in the log, as "kept".
 """
 
 import json
@@ -123,9 +124,10 @@ def undo_save(folder: str | Path, resolve: Resolve = Path) -> Undone:
     """
     with _lock:
         log = _read_log(folder)
-        if not log:
+        last = next(reversed(_list_saves(log)), None)
+        if last is None:
             raise DataError(f"there is nothing to undo in {folder}.")
-        changes = [_parse_change(resolve, Path(folder), file) for file in log[-1]["files"]]
+        changes = [_parse_change(resolve, Path(folder), file) for file in last["files"]]
         kept = [change.path for change in changes if _read_content(change.path) not in (change.before, change.after)]
         restored = [change for change in changes if change.path not in kept]
         for change in restored:
@@ -133,7 +135,11 @@ def undo_save(folder: str | Path, resolve: Resolve = Path) -> Undone:
                 change.path.unlink(missing_ok=True)
             else:
                 write_bytes(change.path, change.before)
-        _write_log(folder, log[:-1])
+        log.remove(last)
+        lost = [file for file, change in zip(last["files"], changes, strict=True) if change.path in kept]
+        if lost := [file for file in lost if file["before"] is not None]:
+            log.append({**last, "files": lost, "kept": True})
+        _write_log(folder, log)
     return Undone([change.path for change in restored], kept)
 
 
@@ -146,7 +152,7 @@ def count_saves(folder: str | Path) -> int:
     Returns:
         The number.
     """
-    return len(_read_log(folder))
+    return len(_list_saves(_read_log(folder)))
 
 
 def has_sidecar(clip: Clip) -> bool:
@@ -242,10 +248,16 @@ def _read_log(folder: str | Path) -> list[dict[str, Any]]:
     return list(log)
 
 
+def _list_saves(log: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that can be undone."""
+    return [entry for entry in log if not entry.get("kept")]
+
+
 def _write_log(folder: str | Path, log: Sequence[dict[str, Any]]) -> None:
     path = Path(folder) / UNDO_FILE
     if log:
-        write_json(path, list(log[-_MAX_SAVES:]))
+        kept = [entry for entry in log if entry.get("kept")]
+        write_json(path, [*kept, *_list_saves(log)[-_MAX_SAVES:]])
     else:
         path.unlink(missing_ok=True)
 

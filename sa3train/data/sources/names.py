@@ -56,6 +56,7 @@ _KIND_PATTERNS = {
 }
 _LOOP = re.compile(r"(?<![a-z])(?:loops?|loopable)(?![a-z])")
 _ONE_SHOT = re.compile(r"(?<![a-z])(?:one ?shots?|shots?|single hits?)(?![a-z])")
+_FORMS = ((_ONE_SHOT, "one-shot"), (_LOOP, "loop"))
 _MOST_WORDS = 5
 
 
@@ -72,6 +73,7 @@ class NameFacts:
         genre: Genre, such as "deep house".
         kind: Instrument or kind of sound, such as "kick".
         form: "loop" or "one-shot".
+        form_source: "file name" or "folder name".
         words: Other words of the file's name.
     """
 
@@ -83,6 +85,7 @@ class NameFacts:
     genre: str = ""
     kind: str = ""
     form: str = ""
+    form_source: str = ""
     words: tuple[str, ...] = ()
 
 
@@ -97,12 +100,12 @@ def parse_name(source: str) -> NameFacts:
     """
     path = PurePosixPath(source)
     stem, folders = path.stem, list(reversed(path.parent.parts))
-    plain, plain_folders = _simplify(stem), [_simplify(folder) for folder in folders]
+    plain, plain_folders = normalize_name(stem), [normalize_name(folder) for folder in folders]
     bpm = _find_bpm(stem)
     of_folders = next((found for found in map(_find_bpm, folders) if found), None)
     kind = next((found for text in (plain, *plain_folders) if (found := _find_kind(text))), "")
-    forms = ((_ONE_SHOT, "one-shot"), (_LOOP, "loop"))
-    form = next((name for text in (plain, *plain_folders) for pattern, name in forms if pattern.search(text)), "")
+    form_of_file = _find_form(plain)
+    form = form_of_file or next(filter(None, map(_find_form, plain_folders)), "")
     key = _find_key(stem)
     root = _ROOT.search(stem) if bpm and not key else None
     return NameFacts(
@@ -116,6 +119,7 @@ def parse_name(source: str) -> NameFacts:
         genre=next((found for text in (*plain_folders, plain) if (found := _find_genre(text, text != plain))), ""),
         kind=kind,
         form=form,
+        form_source="file name" if form_of_file else "folder name" if form else "",
         words=_list_words(stem),
     )
 
@@ -153,14 +157,25 @@ def find_common_words(sources: Iterable[str]) -> frozenset[str]:
     return frozenset(word for word, count in counts.items() if len(words) >= 8 and count > len(words) / 2)
 
 
-def _simplify(text: str) -> str:
-    """Lower-case words with single spaces, genres in one spelling: "HiHat_01-DnB" is "hi hat 01 drum and bass"."""
+def normalize_name(text: str) -> str:
+    """Normalize a name or a genre, so that it can be looked up in `NAME_WORDS`.
+
+    Args:
+        text: Such as "HiHat_01-DnB".
+
+    Returns:
+        Lower-case words with single spaces, genres in one spelling: "hi hat 01 drum and bass".
+    """
     text = re.sub(r"(?<=[a-z])(?=[A-Z][a-z])|(?<=[A-Za-z])(?=\d)|(?<=\d)(?=[A-Za-z])", " ", text)
     words = re.sub(r"[^\w&#']+|_", " ", text).lower().split()
     plain = f" {' '.join(words)} "
     for spelling, genre in _SPELLINGS.items():
         plain = plain.replace(f" {spelling} ", f" {genre} ")
     return plain.strip()
+
+
+def _find_form(plain: str) -> str:
+    return next((form for pattern, form in _FORMS if pattern.search(plain)), "")
 
 
 def _find_bpm(text: str) -> int | float | None:
@@ -223,7 +238,7 @@ def _list_words(stem: str) -> tuple[str, ...]:
     for pattern in (*_BPM, *_KEYS, _CHORD):
         stem = pattern.sub(" ", stem)
     codes = {word.lower() for word in re.findall(r"[A-Z]{2,4}(?![a-z])", stem)}
-    rest = _simplify(stem)
+    rest = normalize_name(stem)
     for genre in _GENRES:
         rest = f" {rest} ".replace(f" {genre} ", " ")
     for pattern in (*_KIND_PATTERNS.values(), _LOOP, _ONE_SHOT):

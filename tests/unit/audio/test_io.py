@@ -1,8 +1,10 @@
 """Reading and writing audio files of every kind a user may bring."""
 
 import errno
+import io
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -224,6 +226,17 @@ def test_what_cannot_be_written_is_refused(tmp_path: Path, name: str, subtype: s
     with pytest.raises(AudioError, match=message):
         write_audio(tmp_path / name, torch.full((2, 4410), value), RATE, subtype)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_long_audio_says_that_the_disk_is_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Full(io.BytesIO):
+        def write(self, content: Any) -> int:
+            return min(len(content), 100)
+
+    monkeypatch.setattr(audio_io, "LONG", 1000)
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda **options: Full())
+    with pytest.raises(SA3Error, match="cannot write a temporary file in .*: No space left on device"):
+        encode_audio(torch.zeros(2, 4410), RATE)
 
 
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,7 +109,8 @@ def test_preview_of_a_run_tells_what_it_was_told(
         "seed=5",
         "data.batch_size=2",
     ]
-    assert train([f"data={os.path.relpath(shards)}", f"model={MODEL}", "run_dir=run", *quick, *told]) == 0
+    shutil.copytree(shards, "latents")
+    assert train(["data=latents", f"model={MODEL}", "run_dir=run", *quick, *told]) == 0
     os.environ.pop("SA3TRAIN_RUN_STAMP", None)
     capsys.readouterr()
     monkeypatch.chdir(tmp_path / "run")
@@ -117,10 +119,13 @@ def test_preview_of_a_run_tells_what_it_was_told(
     flags = ["--trigger", "sks", "--crop-seconds", "0.3", "--seed", "5", "--batch-size", "2"]
     assert main(["preview", str(shards), "-n", "3", *flags]) == 0
     assert of_run == capsys.readouterr().out and "sks" in of_run
-    assert main(["preview", os.path.relpath(shards), "--run", ".", "-n", "3"]) == 0
+    (tmp_path / "latents").rename("latents")
+    (tmp_path / "latents").mkdir()
+    assert main(["preview", "latents", "--run", ".", "-n", "3"]) == 0
     assert capsys.readouterr().out == of_run, "shards that have moved"
     for arguments, message in (
         (["--run", ".", "--trigger", "x", str(shards)], "trigger has no effect with --run"),
+        (["gone", "--run", "."], "cannot open gone (it does not exist)"),
         (["--run", "none"], "none is not a training run"),
         ([], "name a folder of latent shards, or a training run"),
     ):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from sa3train.core import files
+from sa3train.core import files, safetensors_file
 from sa3train.core.errors import SA3Error
 from sa3train.core.files import (
     check_target,
@@ -65,6 +65,17 @@ def test_nan_is_not_written_as_json(tmp_path: Path) -> None:
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(SA3Error, match=r"cannot write .*a\.bin.*No space left"), replace_file(tmp_path / "a.bin"):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_header_that_would_reach_into_the_tensors_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    header = b'{"__metadata__":{"b":"","a":""},"c":1E22}'  # Python writes 1e+22
+    content = len(header).to_bytes(8, "little") + header
+    monkeypatch.setattr(safetensors_file, "save_file", lambda tensors, path, metadata: path.write_bytes(content))
+    with pytest.raises(SA3Error, match=r"cannot write a\.safetensors: its header has 41 bytes, and 42 when"):
+        safetensors_file.write_tensors(tmp_path / "a.safetensors", {})
     assert not list(tmp_path.iterdir())
 
 

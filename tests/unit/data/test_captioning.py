@@ -12,6 +12,7 @@ from sa3train.audio.analysis import AudioAnalysis
 from sa3train.cli.data import main
 from sa3train.cli.encode import main as encode
 from sa3train.core.errors import SA3Error
+from sa3train.data.captioning import files
 from sa3train.data.captioning.captioner import Captioner
 from sa3train.data.captioning.compose import compose_caption
 from sa3train.data.captioning.service import caption_folder
@@ -19,6 +20,7 @@ from sa3train.data.captioning.template import DEFAULT_TEMPLATE, check_template, 
 from sa3train.data.shards.reader import LatentStore
 from sa3train.data.sources.captions import ClipText
 from sa3train.data.sources.facts import Fact
+from sa3train.data.sources.listing import list_source
 from sa3train.data.sources.names import parse_name
 
 VALUES = {"genre": "house", "kind": "bass loop", "bpm": "120", "key": "A minor"}
@@ -63,9 +65,11 @@ HEARD_CLEARLY = {"key": "E major", "key_strength": 0.95}
         ("pad.wav", [Fact("root", "C", "sampler chunk")], {}, "pad, C", []),
         ("bass loop.wav", [NAME], {"bpm": 60.2}, "bass loop, 120 BPM", []),  # half of it is heard
         ("bass loop.wav", [], {"bpm": 60.2, "key": "C major"}, "bass loop, 60 BPM, C major", []),
-        ("Hip Hop/bass.wav", [Fact("genre", "hip hop", "name")], {"bpm": 176.0}, "hip hop bass, 88 BPM", []),
+        ("bass.wav", [Fact("genre", "Hip-Hop", "ID3 tag")], {"bpm": 140.0}, "Hip-Hop bass, 140 BPM", []),
+        ("bass.wav", [Fact("genre", "Trip-Hop", "ID3 tag")], {"bpm": 176.0}, "Trip-Hop bass, 88 BPM", []),
+        ("bass.wav", [Fact("genre", "Dub, Drum & Bass", "tag")], {"bpm": 87.0}, "Dub, Drum & Bass bass, 174 BPM", []),
         ("dnb bass.wav", [Fact("genre", "drum and bass", "name")], {"bpm": 87.0}, "drum and bass bass, 174 BPM", []),
-        ("Hip Hop/bass.wav", [Fact("genre", "hip hop", "name")], {"bpm": 56.0}, "hip hop bass, 112 BPM", []),
+        ("Boom Bap/bass.wav", [Fact("genre", "boom bap", "name")], {"bpm": 56.0}, "boom bap bass, 112 BPM", []),
         ("Techno/bass.wav", [Fact("genre", "techno", "name")], {"bpm": 88.0}, "techno bass, 88 BPM", []),
         ("bass loop.wav", [NAME, TAG], {}, "bass loop", []),  # undecided
         ("bass loop.wav", [Fact("bpm", "fast", "bass loop.json")], {"bpm": 120.0}, "bass loop, 120 BPM", []),
@@ -80,6 +84,11 @@ HEARD_CLEARLY = {"key": "E major", "key_strength": 0.95}
         ("kick.wav", [Fact("key", "A minor", "file name")], {"form": "one-shot"}, "kick one-shot", []),
         ("Loops/kick.wav", [], {"form": "one-shot"}, "kick one-shot", []),
         ("Loops/kick.wav", [], {"form": "loop"}, "kick loop", []),
+        ("Loops/kick.wav", [Fact("bpm", 120, "folder name")], {"form": "one-shot"}, "kick one-shot", []),
+        ("Loops/kick.wav", [NAME], {"form": "one-shot"}, "kick loop, 120 BPM", []),
+        ("Loops/kick.wav", [TAG], {"form": "one-shot"}, "kick loop, 128 BPM", []),
+        ("Crash Loop 120bpm.wav", [NAME], {"form": "one-shot"}, "crash cymbal loop, 120 BPM", []),
+        ("One Shots/kick loop.wav", [], {"form": "one-shot"}, "kick loop", []),
         ("kick loop.wav", [Fact("key", "A minor", "file name")], {}, "kick loop, A minor", []),
         ("pad.wav", [Fact("root", "F#", "ACID chunk")], {}, "pad, F#", []),
         ("x.wav", [], {"sound": "percussive", "form": "loop"}, "percussive loop", []),
@@ -187,11 +196,24 @@ def test_the_command_writes_and_takes_back(folder: Path, capsys: pytest.CaptureF
     edited = next(path for path in folder.rglob("*.txt") if str(path.relative_to(folder)) not in before)
     edited.write_text("my own words")
     assert main(["caption", str(folder), "--undo"]) == 0
-    assert "1 edited since" in capsys.readouterr().out
+    assert f"captions taken back: 1\nedited since, so left alone: {edited}." in capsys.readouterr().out
     edited.unlink()
     assert read_all(folder) == before | {"mine.txt": b"of no clip"}
     assert main(["caption", str(folder), "--undo"]) != 0
     assert main(["caption", str(folder), "--undo", "--dry-run"]) != 0
+
+
+def test_what_an_undo_leaves_alone_is_not_lost(folder: Path) -> None:
+    (clip,) = (clip for clip in list_source(str(folder)).clips if clip.source == "a.wav")
+    for before, after in (("mine", "second"), ("second", "third")):
+        files.save_captions(folder, [clip], [files.Edit("a.wav", before, after)])
+    (folder / "a.txt").write_text("edited elsewhere")
+    for _ in range(2):
+        undone = files.undo_save(folder)
+        assert (undone.restored, undone.kept) == ([], [folder / "a.txt"])
+        logged = json.loads((folder / files.UNDO_FILE).read_text())
+        assert {file["before"].strip() for entry in logged for file in entry["files"]} == {"mine", "second"}
+    assert files.count_saves(folder) == 0
 
 
 def test_encode_captions_a_folder_of_nothing_but_audio(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

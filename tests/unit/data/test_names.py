@@ -22,6 +22,10 @@ NAMES = [
     ("drum_bass_hard.flac", {"kind": "kick", "words": ("hard",)}),
     ("rain_on_tin_roof_03.wav", {"words": ("rain", "tin", "roof")}),
     ("dusty_pad_dup truncated.wav", {"kind": "pad", "words": ("dusty",)}),
+    ("backup vocals resampled original.wav", {"kind": "vocal", "words": ("backup", "resampled", "original")}),
+    ("temp conv trim fixed.wav", {"words": ("temp", "conv", "trim", "fixed")}),
+    ("Loops/Crash.wav", {"form": "loop", "form_source": "folder name"}),
+    ("One Shots/Crash Loop.wav", {"form": "loop", "form_source": "file name"}),
     ("HiHatOpen.wav", {"kind": "hi-hat", "words": ("open",)}),
     ("Pad A minor slow.wav", {"key": "A minor", "kind": "pad"}),
 ]

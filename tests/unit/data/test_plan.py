@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sa3train.core.errors import DataError
-from sa3train.data.audit.checks import find_duplicates, find_near_duplicates
+from sa3train.data.audit.duplicates import find_duplicates, find_near_duplicates
 from sa3train.data.encode.plan import select_heldout
 
 
@@ -87,12 +87,14 @@ def test_near_duplicates_are_found_among_many() -> None:
         bits = np.unpackbits(prints[one])
         bits[rng.choice(240, 12, replace=False)] ^= 1
         prints[two], seconds[two] = np.packbits(bits), seconds[one] + 0.03
-    originals = find_near_duplicates(prints, seconds, np.ones(5000, bool))
+    originals, _ = find_near_duplicates(prints, seconds, np.ones(5000, bool))
     found = sum(originals[one] == originals[two] for one, two in pairs)
     assert found >= 196, "98 in 100 pairs that differ in 12 bits"
     assert (originals != np.arange(5000)).sum() <= 200, "and nothing else"
     seconds[pairs[:, 1]] += 0.02
-    assert (find_near_duplicates(prints, seconds, np.ones(5000, bool)) == np.arange(5000)).all(), "another tempo"
+    same, alike = find_near_duplicates(prints, seconds, np.ones(5000, bool))
+    assert (same == np.arange(5000)).all(), "another tempo"
+    assert (alike == originals).all(), "but held out together"
 
 
 def test_exact_duplicates_point_to_the_first() -> None:

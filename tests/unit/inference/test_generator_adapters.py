@@ -12,10 +12,13 @@ from helpers.golden import GOLDEN
 from sa3train.adapters.formats.io import load_adapter
 from sa3train.core.errors import AdapterError, GenerationError
 from sa3train.inference import Generator
+from sa3train.inference.checks import check_files
+from sa3train.inference.settings import GenerationSettings
 
 ADAPTERS = GOLDEN / "plain" / "adapters"
 LORA, DORA = ADAPTERS / "lora.safetensors", ADAPTERS / "dora-rows.safetensors"
 SETTINGS: dict[str, Any] = {"prompt": "low hum", "duration": 0.4, "steps": 3, "seed": 4, "cfg_scale": 2.0}
+LATE = (0.1, 0.5)
 
 
 def play(gen: Generator) -> torch.Tensor:
@@ -64,11 +67,12 @@ def test_a_load_says_what_fitted(gen: Generator) -> None:
 def test_an_interval_acts_at_its_noise_levels_only(gen: Generator) -> None:
     """Three steps sample at levels 1, 0.97 and 0.67; the conditioner has no level and is off by its strength."""
     without = play(gen)
-    gen.load_adapter(LORA, interval=(0.1, 0.5), conditioner_strength=0.0)
+    gen.load_adapter(LORA, interval=LATE, conditioner_strength=0.0)
     with pytest.raises(GenerationError, match=r"interval=\(0\.1, 0\.5\) of .*lora.* no effect.*1, 0\.97, 0\.676"):
         play(gen)
     gen.set_strength(0.0)
     assert torch.equal(play(gen), without)
+    check_files([GenerationSettings(**SETTINGS)], gen.facts, [{"adapter": LORA, "strength": (0, 0), "interval": LATE}])
     gen.remove_adapter(0)
     gen.load_adapter(LORA, interval=(0.6, 0.7), conditioner_strength=0.0)
     late = play(gen)

@@ -23,6 +23,15 @@ def test_a_path_is_read_and_hashed(tmp_path: Path) -> None:
     assert source.to_dict() == {"path": str(path), "sha256": hash_file(path)}
 
 
+def test_a_file_is_decoded_once_until_it_changes(tmp_path: Path) -> None:
+    path = write_clip(tmp_path / "a.wav", tone(0.2))
+    source = load_input_audio(path, RATE, "init_audio")
+    assert load_input_audio(str(path), RATE, "inpaint_audio") is source
+    assert load_input_audio(path, RATE // 2, "init_audio").audio_CN.shape[1] == source.audio_CN.shape[1] // 2
+    write_clip(path, tone(0.3))
+    assert load_input_audio(path, RATE, "init_audio").to_dict() == {"path": str(path), "sha256": hash_file(path)}
+
+
 @pytest.mark.parametrize(
     "value",
     [(RATE, AUDIO), (AUDIO, RATE), (AUDIO[None], RATE), (AUDIO.numpy(), RATE), (np.int64(RATE), AUDIO.double())],

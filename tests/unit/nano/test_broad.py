@@ -40,6 +40,7 @@ def test_clips_have_their_kinds_levels_and_captions(few: None) -> None:
             if facts.get("kind") == "one-shot":
                 assert peak_db > -2
             assert len(set(texts)) == 3
+            assert not any(text.startswith(("A a", "A e", "A i", "A o", "A u")) for text in texts)
             assert not facts.get("bpm") or any(f"{facts['bpm']}" in text for text in texts)
 
 

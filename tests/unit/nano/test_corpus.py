@@ -1,6 +1,7 @@
 """The corpus: composed by seed, within range and time, captioned by what is in it."""
 
 import random
+import re
 import stat
 import sys
 
@@ -98,7 +99,10 @@ def test_captions_claim_only_what_was_planned() -> None:
             for register in set(composer.REGISTERS) - {plan.register}:
                 assert f"{register} register" not in text
             if "bpm" in text.lower():
-                assert str(plan.bpm) in text
+                assert f"{plan.bpm} BPM" in text or f"BPM: {plan.bpm}" in text
+            if plan.sound.kind == "band" and " in " in text:
+                assert plan.key in text
+            assert not re.search(r"\b(A [aeiou8]|An [^aeiou8])", text)
 
 
 @pytest.mark.parametrize("sound", sounds.EFFECTS, ids=lambda sound: sound.name)

@@ -1,8 +1,10 @@
 """What the next nano is trained on: loops at any tempo, and latents of the trained autoencoder."""
 
 import random
+import re
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import grooves
 import latents
@@ -36,6 +38,16 @@ def test_loops_are_whole_bars_at_stated_tempi(monkeypatch: pytest.MonkeyPatch) -
         assert facts["sound"] or all(f"{facts['bpm']}" in text for text in texts)
 
 
+def test_captions_of_grooves_say_what_the_facts_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grooves, "GROOVES", {name: {36: (0,)} for name in ("click track", "electronic beat")})
+    made = [(facts, texts) for facts, _, texts in make_grooves(monkeypatch, 80) if not facts["sound"]]
+    assert sum(f"{kit} click track" in texts[2] for _, texts in made for kit in grooves.KITS.values()) > 1
+    for facts, texts in made:
+        assert facts["type"] == ("SFX" if "click track" in texts[2] else "Drums")
+        assert texts[0].startswith(f"TrackType: {facts['type']}, ")
+        assert not re.search(r"\bA [aeiou8]|electronic electronic", " ".join(texts))
+
+
 @pytest.mark.parametrize("bpm", [109, 126, 137])
 def test_tempo_is_heard(bpm: int) -> None:
     strokes = [
@@ -44,6 +56,24 @@ def test_tempo_is_heard(bpm: int) -> None:
     audio_CN = grooves.synthesize(np.random.default_rng(0), 6.0, [stroke for stroke in strokes if stroke[0] < 5.5])
     heard = tempo.hear_tempo(torch.from_numpy(audio_CN).float())
     assert tempo.judge([heard, bpm / 2, 0.0, 1.2 * bpm], [float(bpm)] * 4) == {"tempo": 0.25, "octaves": 0.5}
+
+
+def write_chunk(folder: Path, number: int, clips: list[tuple[dict[str, Any], int, str]]) -> None:
+    """Write a chunk of silent clips: facts, samples, caption."""
+    folder.mkdir(exist_ok=True)
+    np.save(folder / f"{number}.npy", np.zeros((sum(length for _, length, _ in clips), 2), np.int16))
+    entries = [{"first": 0, "length": length, "plan": plan, "captions": [text]} for plan, length, text in clips]
+    write_json(folder / f"{number}.json", entries)
+
+
+def test_no_loop_is_heard_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A whole loop's length tells its tempo."""
+    clips = [({"bpm": 120}, round(seconds * 44_100), "House beat") for seconds in (4.0, 6.0, 8.0)]
+    write_chunk(tmp_path / "val", 0, clips)
+    heard = Mock(return_value=120.0)
+    monkeypatch.setattr(tempo, "hear_tempo", heard)
+    assert tempo.hear_real(tmp_path) == {"tempo": 1.0, "octaves": 1.0}
+    assert [call.args[0].shape[1] for call in heard.call_args_list] == [6 * 44_100]
 
 
 @torch.no_grad()
@@ -59,33 +89,55 @@ def test_scaled_waveforms_are_undone_by_the_decoder() -> None:
     torch.testing.assert_close(model.decode(scaled_BCT, noise=False), made_BCN, atol=1e-4, rtol=1e-3)
 
 
-def test_a_corpus_is_encoded_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Clips of any kind, with or without a tempo word; those whose caption says the tempo start at their start."""
+@pytest.fixture
+def encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose chunks have number 3, encoded: clips of any kind, with or without a tempo word."""
+    beat = {"sound": "", "bpm": 90}, 65_536, "a beat, 90 BPM"
+    drums = {"sound": "house drums", "tempo": "slow"}, 65_536, "Loud house drums playing a loop at 72 bpm."
     for split in ("train", "val"):
-        (tmp_path / split).mkdir()
-        np.save(tmp_path / split / "0.npy", np.zeros((2 * 65_536, 2), np.int16))
-        plans: list[dict[str, Any]] = [{"sound": "", "bpm": 90}, {"sound": "wind", "tempo": "slow"}]
-        texts = (["a beat, 90 BPM"], ["slow wind, 90 BPM"])
-        entries = [
-            {"first": 65_536 * i, "length": 65_536, "plan": plan, "captions": captions}
-            for i, (plan, captions) in enumerate(zip(plans, texts, strict=True))
-        ]
-        write_json(tmp_path / split / "0.json", entries)
+        write_chunk(tmp_path / split, 3, [beat, drums])
     torch.manual_seed(0)
     torch.save({"average": start.build_codec().state_dict()}, tmp_path / "codec.pt")
-    monkeypatch.setattr("sys.argv", ["latents.py", str(tmp_path)])
+    encode(tmp_path, monkeypatch)
+    return tmp_path
+
+
+def encode(work: Path, monkeypatch: pytest.MonkeyPatch, *options: str) -> None:
+    """Run latents.py."""
+    monkeypatch.setattr("sys.argv", ["latents.py", str(work), *options])
     latents.main()
-    encoded, silence_C = parts.load(tmp_path, "train"), parts.load_silence(tmp_path)
-    assert [z.shape for z in encoded] == [(224, 16)] * 2
-    for z in encoded:  # silent clips, but for the codec's noise
+
+
+def test_a_corpus_is_encoded_and_read(encoded: Path) -> None:
+    """Clips whose caption says the tempo start at their start."""
+    made, silence_C = parts.load(encoded, "train"), parts.load_silence(encoded)
+    assert [z.shape for z in made] == [(224, 16)] * 2
+    for z in made:  # silent clips, but for the codec's noise
         torch.testing.assert_close(z[:, 5].float(), silence_C, atol=1e-2, rtol=1e-2)
-    corpus = parts.Corpus(tmp_path, "train", parts.tokenizer_of(tmp_path), silence_C)
+    corpus = parts.Corpus(encoded, "train", parts.tokenizer_of(encoded), silence_C)
     ramp = torch.arange(16.0).repeat(224, 1) / 16
     corpus.latents = [ramp, ramp]
-    cap = parts.Cap(8, 4, 2, 0.5, 1.0)
-    batch = next(corpus.batches(0, (cap,)))
-    torch.testing.assert_close(batch.latents_BCT[:, :, :8], ramp[:, :8].expand(4, -1, -1))
-    torch.testing.assert_close(batch.latents_BCT[:, :, 8:], silence_C[:, None].expand(4, -1, 2))
+    batch = next(corpus.batches(0, (parts.Cap(8, 32, 2, 0.5, 1.0),)))
+    torch.testing.assert_close(batch.latents_BCT[:, :, :8], ramp[:, :8].expand(32, -1, -1))
+    torch.testing.assert_close(batch.latents_BCT[:, :, 8:], silence_C[:, None].expand(32, -1, 2))
+
+
+def test_latents_are_of_one_codec_and_share(encoded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match=r"'share': 0\.6.*delete"):
+        encode(encoded, monkeypatch, "--share", "0.3")
+    weights = {name: 2 * tensor for name, tensor in start.build_codec().state_dict().items()}
+    torch.save({"average": weights}, encoded / "codec-cool.pt")
+    with pytest.raises(ValueError, match="delete"):
+        latents.load_codec(encoded)
+
+
+def test_chunks_keep_their_numbers(encoded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A chunk that comes before the encoded ones must not lend them its captions."""
+    write_chunk(encoded / "train", 1, [({"sound": ""}, 8192, "a click")])
+    with pytest.raises(FileNotFoundError, match=r"\[3\] of train"):
+        parts.load(encoded, "train")
+    encode(encoded, monkeypatch)
+    assert [z.shape[1] for z in parts.load(encoded, "train")] == [2, 16, 16]
 
 
 def test_the_config_names_the_autoencoder_that_is_trained() -> None:
