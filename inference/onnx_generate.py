@@ -12,15 +12,15 @@ import onnxruntime
 from tokenizers import Tokenizer
 
 DEFAULTS = {"duration": 30.0, "seed": 0, "init_noise_level": 0.9, "lora_strength": 1.0}
-FLAGS = {"duration": float, "seed": int, "steps": int, "cfg_scale": float, "init_noise_level": float}
-FLAGS |= {"init_audio": Path, "inpaint_audio": Path, "latents": Path, "lora": Path, "lora_strength": float}
+FLAGS = {int: "seed steps", float: "duration cfg-scale init-noise-level lora-strength"}
+FLAGS |= {Path: "init-audio inpaint-audio latents lora"}
+NEEDS = "inpaint inpaint_audio", "inpaint_audio inpaint", "init_noise_level init_audio", "lora_strength lora"
 
 
 class Model:
     def __init__(self, folder):
-        manifest = folder / "manifest.json"
-        self.facts = json.loads(manifest.read_text(encoding="utf-8")) if manifest.is_file() else {}
-        if (self.facts.get("format"), self.facts.get("version")) != ("sa3train-onnx", 1):
+        self.facts = json.loads(path.read_bytes()) if (path := folder / "manifest.json").is_file() else {}
+        if (self.facts.get("format"), self.facts.get("version")) != ("sa3train-onnx", 2):
             raise SystemExit(f"{folder} is not an export that this script reads. Give a folder of sa3-export.")
         for name, digest in self.facts["files"].items():
             if not (folder / name).is_file() or hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
@@ -31,9 +31,11 @@ class Model:
 
     def adapt(self, path, strength):
         """Set the inputs of an export with --lora-inputs: those in a file of `sa3-export scales`, zeros without one."""
-        inputs, data = self.facts["lora_inputs"], path.read_bytes() if path and path.is_file() else b""
+        inputs, data = self.facts["lora_inputs"], memoryview(path.read_bytes() if path and path.is_file() else b"")
+        if path and not (inputs["shapes"] and path.is_file()):
+            raise SystemExit(f"{path} is missing." if inputs["shapes"] else "For --lora, export with --lora-inputs.")
         start = 8 + int.from_bytes(data[:8], "little")
-        tensors = json.loads(data[8:start] if data[8:9] == b"{" else "{}")
+        tensors = json.loads(bytes(data[8:start]) if data[8:9] == b"{" else "{}")
         needed = inputs["metadata"] | ({} if strength in (0, 1) else {"fixed": "false"})
         if path and (wrong := dict(needed.items() - tensors.pop("__metadata__", {}).items())):
             raise SystemExit(f"{path} lacks {wrong}. Write it for this export and strength with sa3-export scales.")
@@ -42,8 +44,9 @@ class Model:
             self.lora[name] = np.frombuffer(data[start:][slice(*each["data_offsets"])], "<f4").reshape(each["shape"])
 
     def run(self, name, *inputs):
-        given, wanted = iter(inputs), self.open(name).get_inputs()
-        return self.open(name).run(None, {each.name: next(given, self.lora.get(each.name)) for each in wanted})
+        names = [each.name for each in self.open(name).get_inputs()]
+        given = dict(zip((each for each in names if each not in self.lora), inputs, strict=True))
+        return self.open(name).run(None, given | {each: self.lora[each] for each in names if each in self.lora})
 
     def draw(self, *shape, is_noisy=True):
         """The numbers of `torch.randn` on the CPU: Mersenne Twister, Box-Muller in blocks of 16, the last one whole."""
@@ -82,7 +85,6 @@ class Model:
         return self.convert("encoder", np.broadcast_to(audio, (1, 2, audio.shape[1])))
 
     def sample(self, options):
-        """Draw latents (1, C, T)."""
         facts, rate, ratio, seconds = self.facts, self.rate, self.ratio, options.duration
         frames = min(-(-int((seconds + facts["tail_seconds"]) * rate) // (2 * ratio)) * 2, facts["frames"]["max"])
         real = min(-(-int(seconds * rate) // ratio) + int(facts["tail_seconds"] * rate / ratio), frames)
@@ -120,21 +122,19 @@ def main(argv=None):
     parser.add_argument("-p", "--prompt", required=True)
     parser.add_argument("-o", "--output", type=Path, required=True)
     parser.add_argument("--sampler", choices=("euler", "pingpong"))
-    for name, kind in FLAGS.items():
-        parser.add_argument("--" + name.replace("_", "-"), type=kind)
+    for kind, name in [(kind, name) for kind, names in FLAGS.items() for name in names.split()]:
+        parser.add_argument(f"--{name}", type=kind)
     parser.add_argument("--inpaint", type=float, nargs=2, metavar=("START", "END"), help="seconds to regenerate")
-    options = parser.parse_args(argv)
-    given = {name for name, value in vars(options).items() if value is not None}
-    if ("inpaint_audio" in given) != ("inpaint" in given) or ("init_noise_level" in given) > ("init_audio" in given):
-        parser.error("--inpaint-audio and --inpaint START END belong together, --init-noise-level needs --init-audio")
+    values = vars(options := parser.parse_args(argv))
+    if lacking := [f"--{a} needs --{b}" for a, b in map(str.split, NEEDS) if values[a] is not None is values[b]]:
+        parser.error(lacking[0].replace("_", "-"))
     if not all(each.parent.is_dir() and not each.is_dir() for each in (options.output, options.latents) if each):
         parser.error("--output and --latents must be files in folders that exist")
     model = Model(options.folder)
-    vars(options).update({k: v for k, v in (DEFAULTS | model.facts["defaults"]).items() if k not in given})
+    values.update({k: v for k, v in (DEFAULTS | model.facts["defaults"]).items() if values[k] is None})
     longest, (start, end) = model.facts["max_seconds"], options.inpaint or (0, options.duration)
     if not (0 <= start < end <= options.duration <= longest and options.steps > 0 < options.init_noise_level <= 1):
-        needed = "needed: --steps of 1 or more, 0 < --init-noise-level <= 1, --inpaint START before END, both"
-        parser.error(f"{needed} from 0 to --duration, which is at most {longest:.1f}")
+        parser.error(f"need --steps > 0, 0 < --init-noise-level <= 1, 0 <= START < END <= --duration <= {longest:.1f}")
     model.rng = np.random.RandomState(options.seed & 0xFFFFFFFF)
     model.adapt(options.lora, options.lora_strength)
     latents = model.sample(options)

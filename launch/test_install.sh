@@ -33,6 +33,7 @@ with open(sys.argv[1], "rb") as file:
 extras = (project["optional-dependencies"][name] for name in "$extras".split(","))
 dependencies = sum(extras, project["dependencies"])
 bounds = dict(re.match(r"([\w.-]+)>=([\w.]+)", dependency).groups() for dependency in dependencies)
+assert len(bounds) == len(dependencies), "a package has two bounds, of which one would not be tested"
 print("\n".join(f"{name}=={bounds[name]}" for name in sys.argv[2:] or bounds))
 END
 }

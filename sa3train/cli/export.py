@@ -80,7 +80,7 @@ def build_parser() -> argparse.ArgumentParser:
     text = "let hosts choose adapters: low-rank factors and scales of this rank as inputs, filled by sa3-export scales"
     parser.add_argument("--lora-inputs", type=int, metavar="RANK", help=text)
     parser.add_argument("--to", choices=("onnx",), default="onnx", help="format (default: onnx)")
-    text = "what weights are stored in (int8: the autoencoder in fp16; int8-products also multiplies so); default: fp32"
+    text = "how weights are stored (int8: autoencoder in fp16; int8-products: also multiplies in int8; default: fp32)"
     parser.add_argument("--precision", choices=("fp32", "fp16", "int8", "int8-products"), default="fp32", help=text)
     text = "run the result on fixed noise, print its errors, and write nothing where they exceed a limit"
     parser.add_argument("--check", action="store_true", help=text)

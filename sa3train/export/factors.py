@@ -94,7 +94,7 @@ def describe_inputs(model: StableAudio3, rank: int | None) -> dict[str, Any]:
     shapes = {name: shape for layer in layers for name, shape in layer.items()}
     return {
         "how": HOW,
-        "metadata": _describe_file(model, rank or "none: export with --lora-inputs"),
+        "metadata": _describe_file(model, rank or "none"),
         "shapes": shapes | ({} if rank is None else {STRENGTH: ()}),
     }
 
@@ -108,7 +108,7 @@ class _AdaptedForward:
 
     Attributes:
         inputs: Strength, A, B, rows and columns; None for the bare layer.
-        was_called: Whether it ran.
+        was_called: Whether it ran since this was last set to False.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -146,17 +146,19 @@ def add_lora_inputs(model: StableAudio3, graphs: Mapping[str, Graph], rank: int)
     Raises:
         ConfigError: The rank is out of range, or a layer is a convolution over time.
     """
-    shapes, pending = list_shapes(model, rank), dict[str, _AdaptedForward]()
+    shapes, adapted = list_shapes(model, rank), dict[str, _AdaptedForward]()
     for path, layer in find_adaptable_layers(model.get_adapter_root()).items():
         if isinstance(layer, nn.Conv1d) and layer.kernel_size != (1,):
             raise ConfigError(f"{path} is a convolution over time, whose adapter cannot be an input. Bake it in.")
-        pending[path] = layer.forward = _AdaptedForward(layer)
-    found, rng = dict[str, Graph](), torch.Generator().manual_seed(2)
+        adapted[path] = layer.forward = _AdaptedForward(layer)
+    found, rng, idle = dict[str, Graph](), torch.Generator().manual_seed(2), set(adapted)
     for name, graph in graphs.items():
+        for each in adapted.values():
+            each.was_called = False
         with torch.no_grad():
             graph.module(*graph.inputs.values())
-        layers = {path: layer for path, layer in pending.items() if layer.was_called}
-        pending = {path: layer for path, layer in pending.items() if path not in layers}
+        layers = {path: layer for path, layer in adapted.items() if layer.was_called}
+        idle -= layers.keys()
         inputs = {each: shape for path in layers for each, shape in shapes[path].items()}
         examples = {each: torch.randn(shape, generator=rng) * 0.05 for each, shape in inputs.items()}
         if layers:
@@ -165,7 +167,7 @@ def add_lora_inputs(model: StableAudio3, graphs: Mapping[str, Graph], rank: int)
             sizes = {**graph.dynamic, **{each: {} for each in examples}}
             graph = Graph(module, {**graph.inputs, **examples}, graph.outputs, sizes)
         found[name] = graph
-    assert not pending, f"no graph runs {', '.join(pending)}"
+    assert not idle, f"no graph runs {', '.join(sorted(idle))}"
     return found
 
 

@@ -18,6 +18,7 @@ from sa3train import __version__
 from sa3train.adapters.lora_argument import LoraArgument
 from sa3train.core.errors import ConfigError, LibraryError, SA3Error
 from sa3train.core.files import check_target, hash_file, replace_folder, write_json
+from sa3train.core.log import get_logger
 from sa3train.diffusion.schedule import LOGSNR_AT_DATA, LOGSNR_AT_NOISE
 from sa3train.export.check import TEXT_DTYPE, GraphCheck
 from sa3train.export.factors import add_lora_inputs, describe_inputs
@@ -30,7 +31,9 @@ from sa3train.models.attention import force_backend
 from sa3train.models.autoencoder import CHUNK_SIZE, OVERLAP
 from sa3train.models.dit_graph import MAX_FRAMES, MAX_ROWS, MIN_FRAMES
 
-FORMAT, VERSION = "sa3train-onnx", 1
+_logger = get_logger(__name__)
+
+FORMAT, VERSION = "sa3train-onnx", 2
 MANIFEST = "manifest.json"
 OPSET = 23
 EXTERNAL_BYTES = 200_000_000
@@ -105,6 +108,8 @@ def export_onnx(
         hashes = {path.name: hash_file(path) for path in files}
         write_json(folder / MANIFEST, {**facts, "precision": precision, "versions": versions, "files": hashes})
         sizes = {path.name: path.stat().st_size for path in files}
+        if exact:
+            _logger.info("running what was written, to compare")
         errors = exact.compare(folder) if exact else {}
         limit = STORED_PRECISIONS[precision].limit
         if off := {name: error for name, error in errors.items() if name != TEXT_DTYPE and not error <= limit}:
@@ -132,6 +137,7 @@ def _write_graphs(
     if lora_inputs is not None:
         graphs = add_lora_inputs(generator.model, graphs, lora_inputs)
     for name, graph in graphs.items():
+        _logger.info("writing %s.onnx", name)
         _write_graph(graph, folder / f"{name}.onnx", identity)
         gc.collect()  # a traced program holds its weights in cycles
     tokenizer = generator.model.conditioner.text_encoder.source.tokenizer_folder() / "tokenizer.json"

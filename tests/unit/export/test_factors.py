@@ -18,7 +18,9 @@ from sa3train.adapters.formats.io import load_adapter, save_adapter
 from sa3train.adapters.layer_filter import find_adaptable_layers
 from sa3train.cli.export import main
 from sa3train.core.errors import SA3Error
-from sa3train.export import export_onnx
+from sa3train.export import export_onnx, onnx_files
+from sa3train.export.factors import add_lora_inputs
+from sa3train.export.graphs import build_graphs
 
 RANK, LIMIT = 6, 1e-4
 KINDS = ("lora", "dora-rows", "dora-cols", "bora", "lora-xs", "dora-rows-xs", "dora-cols-xs", "bora-xs")
@@ -114,8 +116,14 @@ def test_the_runner_refuses_what_does_not_fit(folder: Path, base: tuple[Any, Pat
         arguments = ["-p", "x", "-o", str(tmp_path / "out.wav"), "--lora", str(tmp_path / "x.safetensors"), *flags]
         with pytest.raises(SystemExit, match=rf"x\.safetensors lacks \{{'{word}': .*sa3-export scales"):
             runner.main([str(exported), *arguments])
-    for path in (folder / "bora.safetensors", exported / "manifest.json", tmp_path / "none"):
-        with pytest.raises(SystemExit, match="lacks .*'format': 'sa3train-onnx-lora'"):
+    wrong = "lacks .*'format': 'sa3train-onnx-lora'"
+    others = {
+        folder / "bora.safetensors": wrong,
+        exported / "manifest.json": wrong,
+        tmp_path / "none": "none is missing",
+    }
+    for path, message in others.items():
+        with pytest.raises(SystemExit, match=message):
             runner.main([str(exported), "-p", "x", "-o", str(tmp_path / "out.wav"), "--lora", str(path)])
     assert not (tmp_path / "out.wav").exists()
 
@@ -142,6 +150,15 @@ def test_what_inputs_cannot_hold_is_refused(
     assert write(folder, strengths, *flags.format(folder).split(), name="refused") == 1
     assert re.search(message, capsys.readouterr().err)
     assert not (folder / "refused.safetensors").exists()
+
+
+def test_a_layer_of_two_graphs_has_inputs_in_both() -> None:
+    model = onnx_files._load_model("nano-base", ()).model
+    graphs = build_graphs(model)
+    found = add_lora_inputs(model, {**graphs, "again": graphs["step"]}, 2)
+    assert len(graphs["step"].inputs) < len(found["step"].inputs)
+    assert found["again"].inputs.keys() == found["step"].inputs.keys()
+    assert found["decoder"].inputs.keys() == graphs["decoder"].inputs.keys()
 
 
 def test_inputs_exclude_baked_adapters(folder: Path, tmp_path: Path) -> None:

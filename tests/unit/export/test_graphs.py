@@ -74,10 +74,13 @@ def test_the_runner_refuses_a_changed_file_and_another_format(
     ("flags", "message"),
     [
         ("--init-noise-level 0.5", "--init-noise-level needs --init-audio"),
-        ("--inpaint 1 2", "belong together"),
-        ("--inpaint-audio {0}/in.wav --inpaint 2 1", "START before END"),
-        ("--inpaint-audio {0}/in.wav --inpaint 1 9 --duration 8", "from 0 to --duration"),
-        ("--inpaint-audio {0}/in.wav --inpaint -1 2", "from 0 to --duration"),
+        ("--inpaint 1 2", "--inpaint needs --inpaint-audio"),
+        ("--inpaint-audio {0}/in.wav", "--inpaint-audio needs --inpaint"),
+        ("--lora-strength 0", "--lora-strength needs --lora"),
+        ("--lora {0}/step.onnx", "For --lora, export with --lora-inputs."),
+        ("--inpaint-audio {0}/in.wav --inpaint 2 1", "START < END"),
+        ("--inpaint-audio {0}/in.wav --inpaint 1 9 --duration 8", "END <= --duration"),
+        ("--inpaint-audio {0}/in.wav --inpaint -1 2", "0 <= START"),
         ("--init-audio {0}/none.wav", "none.wav is missing or not 16-bit WAV"),
         ("--init-audio {0}/manifest.json", "manifest.json is missing or not 16-bit WAV"),
         ("--latents {0}/none/x.npy", "folders that exist"),
@@ -135,6 +138,15 @@ def test_a_failed_check_and_a_full_disk_leave_nothing(tmp_path: Path, monkeypatc
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_the_runner_gives_a_graph_what_it_takes(base: tuple[Any, Path, Generator], count: int) -> None:
+    runner, exported, _ = base
+    model = runner.Model(exported)
+    model.adapt(None, 1.0)
+    with pytest.raises(ValueError, match="zip"):
+        model.run("encoder", *range(count))
+
+
 def test_the_runner_is_short_and_needs_three_packages() -> None:
     text = SCRIPT.read_text(encoding="utf-8")
     nodes = list(ast.walk(ast.parse(text)))
@@ -161,8 +173,10 @@ def test_a_killed_export_leaves_nothing_or_the_earlier_one(
     monkeypatch.setattr(onnx_files, "_load_model", lambda *_: None)
     monkeypatch.setattr(onnx_files, "_write_graphs", die)
     if not (child := os.fork()):
-        export_onnx("nano", target, overwrite=True)
-        os._exit(0)
+        try:
+            export_onnx("nano", target, overwrite=True)
+        finally:
+            os._exit(1)
     assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
     assert {path.name: path.read_text(encoding="utf-8") for path in target.glob("*")} == earlier
     monkeypatch.setattr(onnx_files, "_write_graphs", lambda *_: ({"new": 1}, None))

@@ -6,16 +6,19 @@ from pathlib import Path
 import onnxruntime
 import pytest
 import torch
+from onnx import helper
 
 from helpers.nano_adapters import write_lora_adapters
-from helpers.onnx_runner import STRENGTHS, load_exact, load_runner, measure_error
+from helpers.onnx_runner import STRENGTHS, load_exact, load_script, measure_error
 from sa3train.cli.export import main
+from sa3train.core.errors import SA3Error
 from sa3train.export import onnx_files
+from sa3train.export import precision as precisions
 from sa3train.export.check import TEXT_DTYPE, GraphCheck
 from sa3train.export.graphs import Graph, build_graphs
 from sa3train.export.onnx_files import _convert_file
 from sa3train.export.precision import STORED_PRECISIONS
-from sa3train.models.dit_graph import ROWS
+from sa3train.models.dit_graph import EXAMPLE_FRAMES, ROWS
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +32,35 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_files_make_the_latents_of_the_exact_path(folder: Path) -> None:
-    runner, generator = load_runner(), load_exact(folder)
+    runner, generator = load_script(), load_exact(folder)
     flags = ["--cfg-scale", "5", "--steps", "8"]
     assert measure_error(runner, generator, folder / "base", flags, cfg_scale=5.0, steps=8) < 2e-4
     generator.set_strength(0.0)
     assert measure_error(runner, generator, folder / "base", flags, cfg_scale=5.0, steps=8) > 1e-2
+
+
+def test_sizes_of_inputs_are_read_from_the_files(folder: Path) -> None:
+    script = load_script("tensorrt_build")
+    for name, graph in build_graphs(load_exact(folder, {}).model).items():
+        found = script.list_shapes(folder / "base" / f"{name}.onnx", rows=2, pairs=EXAMPLE_FRAMES // 2, tokens=5)
+        assert found == {each: tuple(example.shape) for each, example in graph.inputs.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "limit"), [("fp32", 2e-4), ("int8-products", 5e-2)])
+def test_files_with_inputs_make_the_latents_of_the_exact_path(folder: Path, precision: str, limit: float) -> None:
+    exported, scales = folder / f"inputs-{precision}", folder / "scales.safetensors"
+    base = ["--model", "nano-base"]
+    assert main([*base, "--lora-inputs", "2", "--precision", precision, "--check", str(exported)]) == 0
+    assert (
+        main(["scales", *base, "--rank", "2", "--lora", f"{folder}/one.safetensors", "--overwrite", str(scales)]) == 0
+    )
+    runner, flags = load_script(), ["--cfg-scale", "5", "--steps", "8"]
+    given = [*flags, "--lora", str(scales), "--lora-strength", "0.8"]
+    exact, bare = load_exact(folder, {"one": 0.8}), load_exact(folder, {})
+    assert measure_error(runner, exact, exported, given, cfg_scale=5.0, steps=8) < limit
+    assert measure_error(runner, bare, exported, flags, cfg_scale=5.0, steps=8) < limit
+    assert measure_error(runner, exact, exported, flags, cfg_scale=5.0, steps=8) > limit
 
 
 @pytest.mark.parametrize(("precision", "size"), [("fp16", 0.56), ("int8", 0.45), ("int8-products", 0.46)])
@@ -54,6 +81,7 @@ def test_fewer_bits_are_smaller_and_near(folder: Path, precision: str, size: flo
 @pytest.mark.parametrize("precision", STORED_PRECISIONS)
 def test_large_weights_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
     monkeypatch.setattr(onnx_files, "EXTERNAL_BYTES", 1000)
+    monkeypatch.setattr(precisions, "SENSITIVE", ())
     torch.manual_seed(0)
     layer, x = torch.nn.Linear(64, 128), torch.randn(3, 64)
     path = tmp_path / "step.onnx"
@@ -65,3 +93,11 @@ def test_large_weights_lie_beside_the_graph(tmp_path: Path, monkeypatch: pytest.
     found = torch.from_numpy(onnxruntime.InferenceSession(path).run(None, {"input": x.numpy()})[0])
     exact = layer(x).detach()
     assert float((found - exact).norm() / exact.norm()) < STORED_PRECISIONS[precision].limit
+
+
+def test_products_that_int8_must_leave_out_are_found_or_missed() -> None:
+    node = helper.make_node("MatMul", ["x", "W"], ["y"])
+    node.metadata_props.add(key=precisions.SCOPES, value="['', 'dit.project_in']")
+    model = helper.make_model(helper.make_graph([node], "step", [], []))
+    with pytest.raises(SA3Error, match=r"of \.ff\.ff\.2', \.project_out', .*--precision int8"):
+        STORED_PRECISIONS["int8-products"].convert(model, "step")  # type: ignore[misc]

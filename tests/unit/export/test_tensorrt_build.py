@@ -1,15 +1,14 @@
 """inference/tensorrt_build.py: the shapes that it asks for. TensorRT itself needs a GPU."""
 
-import importlib.util
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import onnx
 import pytest
 from onnx import TensorProto, helper
 
-SCRIPT = Path(__file__).parents[3] / "inference" / "tensorrt_build.py"
+from helpers.onnx_runner import load_script
+
 SHAPES: dict[str, list[int | str]] = {
     "strength": [],
     "local": [3, "rows", "2*pairs + 16", 256],
@@ -19,10 +18,7 @@ SHAPES: dict[str, list[int | str]] = {
 
 
 def test_each_graph_gets_a_profile_of_its_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = importlib.util.spec_from_file_location("tensorrt_build", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    script: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script("tensorrt_build")
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in SHAPES.items()]
     output = helper.make_tensor_value_info("out", TensorProto.FLOAT, [])
     graph = helper.make_graph([helper.make_node("Identity", ["strength"], ["out"])], "step", inputs, [output])
@@ -42,3 +38,9 @@ def test_each_graph_gets_a_profile_of_its_inputs(tmp_path: Path, monkeypatch: py
     assert [each["ids"] for each in profiles] == [(1, 1), (2, 16), (4, 64)]
     with pytest.raises(SystemExit):
         script.main([str(tmp_path), str(tmp_path / "engines"), "--seconds", "100"])
+    for size in ("pairs//2", "clips"):
+        inputs[0].type.tensor_type.shape.dim.add().dim_param = size
+        onnx.save(helper.make_model(helper.make_graph([], "step", inputs[:1], [output])), tmp_path / "step.onnx")
+        with pytest.raises(SystemExit, match=f"step.onnx: cannot compute the size '{size}' from rows, pairs, tokens"):
+            script.main([str(tmp_path), str(tmp_path / "engines"), "--seconds", "10"])
+        inputs[0].type.tensor_type.shape.dim.pop()
