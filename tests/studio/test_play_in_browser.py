@@ -220,6 +220,11 @@ def test_a_form_outlives_a_reload_until_it_is_reset(page: Page, workspace: Works
     page.locator("#tab-adapters-button").click()
     page.fill("#inspect-adapter input", "adapters/one.safetensors")
     page.locator("#inspect-adapter input").press("Enter")
+    page.get_by_role("tab", name="Resize").click()
+    page.locator("#resize-overwrite input").check()
+    page.locator("#tab-runs-button").click()
+    settings = page.get_by_label("Further settings, one per line")
+    settings.fill("adapter.rank=8\nlogger.api_Key=123\noptimizer.lr=1e-3")
     settle(page)
     page.reload()
     expect(page.locator("#play-prompt textarea")).to_have_value("kept for later")
@@ -228,6 +233,10 @@ def test_a_form_outlives_a_reload_until_it_is_reset(page: Page, workspace: Works
     expect(page.get_by_label("region 1, end in seconds")).to_have_value("1.9")
     page.locator("#tab-adapters-button").click()
     expect(page.locator("#inspect-adapter input")).to_have_value("adapters/one.safetensors")
+    page.get_by_role("tab", name="Resize").click()
+    expect(page.locator("#resize-overwrite input")).not_to_be_checked()
+    page.locator("#tab-runs-button").click()
+    expect(settings).to_have_value("adapter.rank=8\noptimizer.lr=1e-3")
     page.locator("#tab-play-button").click()
     page.locator("#tab-play .reset-form").click()
     for _ in range(2):
@@ -270,6 +279,11 @@ def test_a_message_leaves_its_field_visible_on_a_phone(page: Page) -> None:
     message, box = page.locator(".toast-body").bounding_box(), field.bounding_box()
     assert message is not None and box is not None
     assert message["y"] + message["height"] <= box["y"] <= box["y"] + box["height"] <= 800
+    page.get_by_test_id("toast-close").click()
+    expect(page.locator(".toast-body")).to_have_count(0)
+    expect(field).to_have_attribute("data-error", re.compile("empty"))
+    page.locator("#tab-play .reset-form").click()
+    expect(page.locator("[data-error]")).to_have_count(0)
 
 
 def test_bad_uses_are_told(page: Page, workspace: Workspace, tmp_path: Path) -> None:

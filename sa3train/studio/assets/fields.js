@@ -8,9 +8,10 @@
     for (const input of marked.querySelectorAll('[aria-invalid]')) for (const name of ['aria-invalid', 'aria-description']) input.removeAttribute(name);
     marked = null;
   };
+  const quote = RegExp.escape || (text => text.replace(/[\\^$.*+?()[\]{}|\/-]/g, '\\$&')); // browsers before 2025
   const first = (elements, text, words) => {
     const places = [...elements].filter(one => one.offsetParent !== null).flatMap(one => words(one).filter(word => word.length > 1)
-      .map(word => [text.search(new RegExp(`(?<!\\w)${RegExp.escape(word)}(?![\\w@])`)), one]));
+      .map(word => [text.search(new RegExp(`(?<!\\w)${quote(word)}(?![\\w@])`)), one]));
     return places.filter(([at]) => at >= 0).sort(([one], [other]) => one - other)[0]?.[1].closest('fieldset, div.block');
   };
   const labels = '[data-testid="block-info"], label:has(> input[type=checkbox]) > span, legend';
@@ -28,8 +29,13 @@
     }
     marked.scrollIntoView({block: 'nearest'});
   };
-  document.addEventListener('input', event => { if (marked?.contains(event.target)) clear(); }, true);
-  document.addEventListener('click', event => { if (event.target.closest('button.primary')) clear(); }, true);
+  for (const type of ['input', 'change', 'keydown']) document.addEventListener(type, event => {
+    if (event.key && event.key !== 'Enter') return; // which takes a choice from a list
+    if (marked?.contains(event.target) || event.target.type === 'file') clear();
+  }, true);
+  /* A choice is gone from its list before it is clicked. What folds a box or closes the message starts nothing. */
+  const starts = 'button:not(.label-wrap, [data-testid=toast-close]), [role=option]';
+  for (const type of ['pointerdown', 'click']) document.addEventListener(type, event => { if (event.target.closest?.(starts)) clear(); }, true);
   new MutationObserver(() => {
     for (const message of document.querySelectorAll('.toast-body.error [data-testid="toast-text"]')) {
       const text = message.textContent.trim();

@@ -140,7 +140,8 @@ def start_job(workspace: Workspace, kind: str, source: Path, out: Path, command:
     folder = workspace.home / "jobs" / f"{kind}-{_make_name(out)}"
     job = read_job(folder)
     if job is not None and job.is_running:
-        raise StudioError(f"{kind.capitalize()}: {job.source} is in work already, into {out}. Wait, or press Stop.")
+        what = f"{kind.capitalize()}: {job.source} is already being processed, into {out}."
+        raise StudioError(f"{what} Wait, or press Stop.")
     processes.start(folder, command, kind=kind, source=str(source), out=str(out))
     return folder
 

@@ -148,8 +148,11 @@ class PlayPage:
         missing = find_missing_contrast(resolved, factors, with_sibling)
         if missing:
             raise StudioError(missing)
-        for cell in plan_comparison(resolved, factors, with_sibling):
-            check_request(self.workspace, cell.request)
+        cells = plan_comparison(resolved, factors, with_sibling)
+        # Once per model, with adapters where there are any: factors change nothing that is checked.
+        by_adapters = sorted((cell.request for cell in cells), key=lambda cell: len(cell.adapters))
+        for each in {cell.model: cell for cell in by_adapters}.values():
+            check_request(self.workspace, each)
         title = f"Compare: {_shorten_prompt(request)}"
         return self.worker.submit(title, lambda job: self.player.compare(resolved, factors, with_sibling, job))
 

@@ -74,7 +74,7 @@ def resolve_adapter(workspace: Workspace, path: str | None) -> Path:
         raise StudioError("Choose an adapter: a file from the list, or its path.")
     found, (run, at, step) = workspace.resolve(path), path.rpartition("@")
     if at and not path_exists(found):  # then the run is looked for in all folders
-        found = Path(f"{workspace.resolve(run)}@{step}")
+        found = Path(f"{workspace.resolve(run)}@{step.strip()}")
     try:
         located = locate_adapter(found)
     except SA3Error as error:  # the page finds the field by its text

@@ -1,5 +1,6 @@
 """What is entered on a page outlives a reload: the browser keeps it, for each workspace and page."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -7,10 +8,22 @@ from typing import Any
 
 import gradio as gr
 
+from sa3train.core.errors import SA3Error
+from sa3train.studio.server.folders import resolve_adapter
 from sa3train.studio.server.widgets import QUIET
 from sa3train.studio.server.workspace import Workspace
 
 FIELDS = (gr.Textbox, gr.Number, gr.Slider, gr.Radio, gr.Checkbox, gr.CheckboxGroup, gr.Dropdown)
+ASKED_AGAIN = ("Captions", "Overwrite", "Write to", "Folder for the latents", "Run folder")
+"""Labels of what is not kept, like all that starts with Allow: where results go, and what lifts a refusal."""
+UNTOUCHED, SUBJECT = "captions", "data-folder"
+"""IDs of what is neither kept nor reset, as captions may be unsaved there, and of a field that is kept alone."""
+SAVE = """(kept, ...values) => [!READY ? kept : USUAL.flatMap((usual, at) => {
+    const given = values[at] ?? null;
+    const value = at === SETTINGS ? given?.replace(/^.*(key|token|password|secret).*\\n?/gim, '') : given;
+    return JSON.stringify(value) === JSON.stringify(usual) ? [] : [[at, usual, value]];
+})]"""
+"""Keeps what differs from the defaults, with the default of then; of further settings no line that may be a secret."""
 
 
 def keep_form(workspace: Workspace, page: gr.Blocks, tab: gr.Tab, reset: gr.Button) -> None:
@@ -22,31 +35,32 @@ def keep_form(workspace: Workspace, page: gr.Blocks, tab: gr.Tab, reset: gr.Butt
         tab: The tab whose fields are kept.
         reset: Button that sets the fields to their defaults.
     """
-    places = list(_list_fields(tab))
-    fields = [field for field, _ in places]
-    closed = {box: None for _, box in places if box is not None and not box.open}
+    found = list(_list_fields(tab))
+    resettable = [field for field, _ in found if field.elem_id != SUBJECT]
+    places = [(field, box) for field, box in found if not str(field.label).startswith(("Allow", *ASKED_AGAIN))]
+    fields, labels = [field for field, _ in places], [str(field.label) for field, _ in places]
+    closed = list(dict.fromkeys(box for _, box in places if box is not None and not box.open))
+    usual = json.dumps([field.value for field in fields])
+    defaults = json.loads(usual)
     # A form of other fields, as after an update, starts anew.
-    about = json.dumps([str(workspace.folder), tab.label, [str(field.label) for field in fields]])
-    key = f"sa3-studio-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
-    kept = gr.BrowserState(None, storage_key=key, secret=key)  # with a secret drawn by the server it would end with it
+    about = json.dumps([str(workspace.folder), tab.label, labels])
+    key = f"sa3-studio-form-{hashlib.sha256(about.encode()).hexdigest()[:16]}"
+    kept = gr.BrowserState([], storage_key=key, secret=key)  # with a secret drawn by the server it would end with it
 
-    def restore(values: list[Any] | None) -> list[Any]:
-        if values is None:
-            return [gr.skip()] * (len(fields) + len(closed))
-        known = [_can_show(field, value) for field, value in zip(fields, values, strict=True)]
-        # What is set must not be hidden.
-        used = {
-            box for (field, box), value, can in zip(places, values, known, strict=True) if can and value != field.value
-        }
-        shown = [value if can else gr.skip() for value, can in zip(values, known, strict=True)]
-        return shown + [gr.update(open=True) if box in used else gr.skip() for box in closed]
+    def restore(entries: list[tuple[int, Any, Any]] | None) -> list[Any]:
+        known = [entry for entry in entries or [] if entry[1] == defaults[entry[0]]]  # a new default is shown
+        shown = {at: value for at, _, value in known if _can_show(workspace, fields[at], value)}
+        used = {places[at][1] for at in shown}  # what is set must not be hidden
+        boxes = [gr.update(open=True) if box in used else gr.skip() for box in closed]
+        return [shown.get(at, gr.skip()) for at in range(len(fields))] + boxes
 
     # Fields also change while the page is built, before what was kept is back.
     ready = f"sa3.kept_{key.rpartition('-')[2]}"
-    save = f"(kept, ...values) => [{ready} ? values.slice(0, {len(fields)}) : kept]"
+    settings = next((at for at, label in enumerate(labels) if label.startswith("Further settings")), -1)
+    save = SAVE.replace("READY", ready).replace("SETTINGS", str(settings)).replace("USUAL", usual)
     page.load(restore, kept, [*fields, *closed], **QUIET).then(None, None, None, js=f"() => {{ {ready} = true; }}")
     gr.on([field.change for field in fields], None, [kept, *fields], kept, js=save)
-    reset.click(lambda: [field.value for field in fields], None, fields, **QUIET)
+    reset.click(lambda: [field.value for field in resettable], None, resettable, **QUIET)
 
 
 def _list_fields(block: Any, box: gr.Accordion | None = None) -> Iterator[tuple[Any, gr.Accordion | None]]:
@@ -54,12 +68,24 @@ def _list_fields(block: Any, box: gr.Accordion | None = None) -> Iterator[tuple[
     for child in getattr(block, "children", []):
         if isinstance(child, FIELDS) or (isinstance(child, gr.HTML) and isinstance(child.value, dict)):
             yield child, box
-        else:
+        elif child.elem_id != UNTOUCHED:
             yield from _list_fields(child, child if isinstance(child, gr.Accordion) else box)
 
 
-def _can_show(field: Any, value: Any) -> bool:
-    """Check whether a kept value is still one of the choices, where nothing else may be entered."""
-    choices = [choice for _, choice in getattr(field, "choices", None) or []]
-    is_free = not hasattr(field, "choices") or getattr(field, "allow_custom_value", False)
-    return is_free or all(each in choices for each in (value if isinstance(value, list) else [value]))
+def _can_show(workspace: Workspace, field: Any, value: Any) -> bool:
+    """Check whether a kept value is still one of the choices or, where it may be entered, a file that is there."""
+    if not hasattr(field, "choices"):
+        return True
+    choices = [choice for _, choice in field.choices or []]
+    is_free = getattr(field, "allow_custom_value", False)
+    values = value if isinstance(value, list) else [value]
+    return all(each in choices or (is_free and _is_there(workspace, each)) for each in values)
+
+
+def _is_there(workspace: Workspace, path: str | None) -> bool:
+    """Check whether a file, a folder or a checkpoint of a run is in the studio's folders; nothing always is."""
+    if not path:
+        return True
+    with contextlib.suppress(SA3Error):
+        return workspace.resolve(path).exists() or bool(resolve_adapter(workspace, path))
+    return False

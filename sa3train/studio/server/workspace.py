@@ -259,7 +259,8 @@ def _resolve(text: str, bases: Sequence[Path]) -> Path:
     if not text.strip() or "\0" in text:
         raise StudioError("Enter the path of a file or folder.")
     try:
-        written = next((path for base in bases if os.path.lexists(path := base / text)), None)
+        places = (base / name for name in (text, text.strip()) for base in bases)
+        written = next(filter(os.path.lexists, places), None)
         found = (written or bases[0] / Path(text.strip()).expanduser()).resolve()
         str(found).encode()
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from helpers.run_dirs import make_run
 from sa3train.cli.eval import build_parser
@@ -104,15 +106,22 @@ def test_an_evaluation_is_a_command_and_names_what_to_use(workspace: Workspace) 
     file = out / jobs.EVALUATION_FILE
     assert file == Path(flags.json) == EVALUATE.find_result(workspace, run, None)
     Path(flags.html).touch()
-    pick = {"adapter": f"{run}@10", "strength": 0.5, "is_base": False}
-    file.write_text(json.dumps({"pick": pick, "candidates": [{"step": 10}]}))
-    shown = EVALUATE.render_result(workspace, file, run)
-    assert "runs/a@10 was the best, and is gone" in shown and "data-play" not in shown
-    (run / "checkpoints").mkdir()
-    (run / "checkpoints" / "step-00000010.safetensors").touch()
-    shown = EVALUATE.render_result(workspace, file, run)
-    assert "Later steps than 10 were not measured." in shown
-    assert "Use runs/a@10 at strength 0.5" in shown and 'data-play="runs/a@10" data-strength="0.5"' in shown
+    end = run / "adapter.safetensors"
+    names = {"runs/a@10": f"{run}@10", "runs/a/adapter.safetensors": str(end)}
+    save_file({"a": torch.zeros(1)}, end, metadata={"step": "20"})  # as after a resume
+    for is_kept in (False, True):
+        for name, adapter in names.items():
+            pick = {"adapter": adapter, "strength": 0.5, "is_base": False, "candidate": 0}
+            file.write_text(json.dumps({"pick": pick, "candidates": [{"step": 10}]}))
+            shown = EVALUATE.render_result(workspace, file, run)
+            assert "Later steps than 10 were not measured." in shown
+            assert (f"{name} was the best, and is gone" in shown and "data-play" not in shown) is not is_kept
+            assert ("Use runs/a@10 at strength 0.5" in shown) is is_kept
+            assert ('data-play="runs/a@10" data-strength="0.5"' in shown) is is_kept
+        (run / "checkpoints").mkdir(exist_ok=True)
+        (run / "checkpoints" / "step-00000010.safetensors").touch()
+    save_file({"a": torch.zeros(1)}, end, metadata={"step": "10"})
+    assert "Use runs/a/adapter.safetensors at" in EVALUATE.render_result(workspace, file, run)
     for base in (None, {"is_base": True}):
         file.write_text(json.dumps({"pick": base}))
         assert "beyond noise" in EVALUATE.render_result(workspace, file, run)

@@ -60,7 +60,7 @@ def test_a_checkpoint_of_a_run_in_any_folder_is_found_and_a_missing_one_named_as
     checkpoints.mkdir()
     (checkpoints / "step-00000005.safetensors").touch()
     workspace = Workspace.create(tmp_path / "studio", [tmp_path])
-    for path in ("one@5", f"{tmp_path.name}/one@5"):
+    for path in ("one@5", " one@5 ", f"{tmp_path.name}/one@5"):
         assert resolve_adapter(workspace, path) == Path(f"{tmp_path}/one@5")
     with pytest.raises(SA3Error, match=r"^one@7: There is no checkpoint of step 7 .*has: 5"):
         resolve_adapter(workspace, "one@7")

@@ -15,10 +15,10 @@ from sa3train.inference.outputs import GenerationOutput
 from sa3train.inference.replay import build_command
 from sa3train.inference.resolve import ModelFacts, resolve_settings
 from sa3train.inference.settings import GenerationSettings
-from sa3train.studio.play import cards, history
+from sa3train.studio.play import cards, history, page
 from sa3train.studio.play.player import Player, find_missing_contrast, plan_comparison
 from sa3train.studio.play.settings import SIBLING_LABEL, STRENGTHS_LABEL, AdapterSettings, PlaySettings
-from sa3train.studio.server.jobs import Cancelled, Job
+from sa3train.studio.server.jobs import Cancelled, Job, Worker
 from sa3train.studio.server.workspace import StudioError, Workspace
 
 BOTH = (
@@ -88,6 +88,17 @@ def test_a_comparison_keeps_its_seed(workspace: Workspace, player: Player, job: 
     (group,) = history.group_results(history.list_results(workspace))
     assert [result.name for result in group] == [result.name for result in found]
     assert "--columns: 2" in cards.render_card(workspace, group)
+
+
+def test_a_comparison_is_checked_once_per_model_and_with_its_adapters(
+    workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked, sent = list[PlaySettings](), list[str]()
+    monkeypatch.setattr(page, "check_request", lambda _, request: checked.append(request))
+    monkeypatch.setattr(Worker, "submit", lambda _, title, run: sent.append(title))
+    page.PlayPage(workspace, Player(workspace), Worker()).compare(REQUEST, "-1, 0, 1", True)
+    assert [(each.model, len(each.adapters)) for each in checked] == [("nano", 2), ("nano-base", 2)]
+    assert len(sent) == 1
 
 
 def test_comparisons_without_a_difference_are_refused() -> None:
