@@ -33,9 +33,10 @@
     if (event.key && event.key !== 'Enter') return; // which takes a choice from a list
     if (marked?.contains(event.target) || event.target.type === 'file') clear();
   }, true);
-  /* A choice is gone from its list before it is clicked. What folds a box or closes the message starts nothing. */
-  const starts = 'button:not(.label-wrap, [data-testid=toast-close]), [role=option]';
-  for (const type of ['pointerdown', 'click']) document.addEventListener(type, event => { if (event.target.closest?.(starts)) clear(); }, true);
+  /* At the click: with the message gone at the press, the page would move and the click be lost. A choice is gone from its
+     list before it is clicked. What folds a box or closes the message starts nothing. */
+  const starts = {click: 'button:not(.label-wrap, [data-testid=toast-close])', pointerdown: '[role=option]'};
+  for (const [type, what] of Object.entries(starts)) document.addEventListener(type, event => { if (event.target.closest?.(what)) clear(); }, true);
   new MutationObserver(() => {
     for (const message of document.querySelectorAll('.toast-body.error [data-testid="toast-text"]')) {
       const text = message.textContent.trim();
