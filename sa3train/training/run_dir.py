@@ -59,6 +59,12 @@ FREE_SETTINGS = (
 STORED_SETTINGS = ("trainer.activation_checkpointing", "trainer.max_steps")
 """Settings that may change and that later resumes keep: one makes the run fit into memory, one is its length."""
 
+FIXED_SETTINGS = (
+    "adapter.adapter_type", "adapter.rank", "adapter.rank_pattern*", "adapter.include", "adapter.exclude",
+    "adapter.options*",
+)  # fmt: skip
+"""Settings that decide which tensors an adapter has: those of the checkpoint fit no other ones."""
+
 LENGTH = "trainer.max_steps"
 """May change where the learning rate does not depend on it."""
 
@@ -163,6 +169,11 @@ class RunDir:
             changes.pop(LENGTH, None)
         known = {name: started.get(name) for name in self.identity}
         self.changes = changes | find_differences(known, self.identity, "identity.")
+        if fixed := [key for key in self.changes if _matches(key, FIXED_SETTINGS)]:
+            raise ConfigError(
+                f"cannot resume {self.path} with another {', '.join(fixed)}: what it has learned fits no other "
+                f"tensors. Leave it as it was, or start another run."
+            )
         refused = [key for key in self.changes if "all" not in self.allowed and not _matches(key, self.allowed)]
         if refused:
             reasons = REASONS | {LENGTH: length}

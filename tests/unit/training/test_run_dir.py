@@ -158,21 +158,31 @@ def test_a_requeued_job_goes_on_by_itself(tmp_path: Path, monkeypatch: pytest.Mo
 def test_what_differs_is_listed_and_can_be_allowed_by_name(tmp_path: Path) -> None:
     begin(tmp_path)
     write_run_checkpoint(get_checkpoint_path(tmp_path, 4), {"step": 4})
-    other = changed(adapter__rank=8, trainer__max_steps=20)
+    other = changed(callbacks__validation__every=8, trainer__max_steps=20)
     with pytest.raises(ConfigError) as caught:
         open_run(tmp_path, other, {"data": "xyz", "base": "def"}, resume=True)
     message = str(caught.value)
-    assert "adapter.rank: 4 -> 8" in message and "trainer.max_steps: 10 -> 20" in message
+    assert "callbacks.validation.every: 5 -> 8" in message and "trainer.max_steps: 10 -> 20" in message
     assert "identity.data: abc -> xyz" in message
-    assert "allow_resume_changes=[adapter.rank,trainer.max_steps,identity.data]" in message
-    with pytest.raises(ConfigError, match=r"adapter\.rank"):
+    assert "allow_resume_changes=[callbacks.validation.every,trainer.max_steps,identity.data]" in message
+    with pytest.raises(ConfigError, match=r"callbacks\.validation\.every"):
         open_run(tmp_path, other, IDENTITY, resume=True, allowed=["trainer.max_steps"])
-    with open_run(tmp_path, other, IDENTITY, resume=True, allowed=["trainer", "adapter.*"]) as run:
+    with open_run(tmp_path, other, IDENTITY, resume=True, allowed=["trainer", "callbacks.validation.*"]) as run:
         pass
-    assert run.changes == {"adapter.rank": (4, 8), "trainer.max_steps": (10, 20)}
-    assert run.record["resumed"][-1]["changes"] == {"adapter.rank": [4, 8], "trainer.max_steps": [10, 20]}
-    assert load_settings(tmp_path / "config.yaml")["adapter"] == {"rank": 8}, "the next resume compares with this"
+    assert run.changes == {"callbacks.validation.every": (5, 8), "trainer.max_steps": (10, 20)}
+    assert run.record["resumed"][-1]["changes"] == {"callbacks.validation.every": [5, 8], "trainer.max_steps": [10, 20]}
+    assert load_settings(tmp_path / "config.yaml")["callbacks"]["validation"] == {"every": 8}, "compared at the next"
     open_run(tmp_path, other, {"data": "new", "base": "new"}, resume=True, allowed=["all"])
+
+
+@pytest.mark.parametrize("allowed", [[], ["adapter.rank"], ["all"]])
+def test_what_decides_the_tensors_is_never_changed(tmp_path: Path, allowed: list[str]) -> None:
+    begin(tmp_path)
+    write_run_checkpoint(get_checkpoint_path(tmp_path, 4), {"step": 4})
+    before = (tmp_path / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError, match=r"with another adapter\.rank: what it has learned fits no other tensors"):
+        open_run(tmp_path, changed(adapter__rank=8), IDENTITY, resume=True, allowed=allowed)
+    assert (tmp_path / "config.yaml").read_bytes() == before
 
 
 def test_another_length_needs_no_leave_where_the_rate_does_not_follow_it(tmp_path: Path) -> None:
