@@ -26,7 +26,7 @@ from sa3train.reports.run_files import (
     read_run,
 )
 from sa3train.reports.runs import find_runs, load_run
-from sa3train.reports.verdict import TOOK, describe_later, describe_verdict
+from sa3train.reports.verdict import ALL_COPIES, TOOK, describe_later, describe_verdict
 
 _logger = get_logger(__name__)
 
@@ -169,6 +169,9 @@ def choose_best(folders: Sequence[Path]) -> dict[str, Any]:
         notes += [] if ends_best else [f"The adapter is not that of step {step}: no checkpoint of it was kept."]
     else:
         raise DataError(f"{folder}, the best run, has no adapter yet: its first checkpoint writes one.")
+    evaluation = read_json(folder / EVALUATION_FILE)
+    if evaluation.get("candidates") and not evaluation.get("pick"):
+        notes.append(f"sa3-eval picks the {ALL_COPIES}.")
     change = row["best"] / row["base"] - 1
     if change >= 0:
         notes.append("No run is better than the base model.")

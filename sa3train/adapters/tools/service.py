@@ -93,7 +93,7 @@ def merge_adapters(
         raise AdapterError("conditioner_strength, allow_partial and to= are for checkpoints, not for one adapter.")
     weights, warnings = get_base_weights(adapters, model)
     adapter, error = _merge(adapters, strengths, truncation, weights, "merge", allow_loss)
-    return _save(target, adapter, dtype or "fp16", error, weights, warnings)
+    return _save(target, adapter, dtype or "fp16", error, weights, warnings, _say_where_exact(adapter, model))
 
 
 def _merge(
@@ -224,7 +224,15 @@ def scale_adapter(
     else:
         check_factor(factor)
         adapter, error = _merge([original], [factor], truncation, weights, "scale", allow_loss)
-    return _save(target, adapter, dtype, error, weights, warnings)
+    return _save(target, adapter, dtype, error, weights, warnings, _say_where_exact(adapter, model))
+
+
+def _say_where_exact(adapter: Adapter, model: LoadedModel | None) -> list[str]:
+    """Say for which weights the magnitudes of a sum hold."""
+    if not any(name.startswith("magnitude") for params in adapter.tensors.values() for name in params):
+        return []
+    known = model.name if model is not None else adapter.metadata.get("base_model") or "the model it was trained on"
+    return [f"exact on {known}, whose norms its magnitudes hold; for another model, its sibling too, give --model NAME"]
 
 
 def require_rank(truncation: Truncation | None) -> Truncation:

@@ -280,6 +280,7 @@ def test_resize_and_scale(capsys: pytest.CaptureFixture[str]) -> None:
     for dtype, low, high in (("fp32", 0, 1e-6), ("fp16", 1e-4, 1e-2)):  # rounding is what the file is wrong by
         found = run_json(capsys, "scale", DORA, f"{dtype}.safetensors", "0.5", "--model", PLAIN, "--dtype", dtype)
         assert (found["adapter_type"], found["rank"]) == ("dora-rows", "3")
+        assert "for another model, its sibling too, give --model NAME" in found["notes"][0]
         assert low <= found["error"] < high
     words = ["scale", BORA, "b.safetensors", "0.5", "--model", PLAIN, "--rank", 8]
     assert run(*words) == 1

@@ -103,6 +103,9 @@ def test_evaluations_decide_where_every_run_has_one(runs: Path, capsys: pytest.C
         evaluation.write_text(json.dumps({"pick": {"candidate": 0, "text": "surely"}, "candidates": [row]}))
         assert main(["best", "runs/two", "--json"]) == 0
         assert json.loads(read(capsys))["adapter"] == adapter, "the file of the end is of a later step"
+    evaluation.write_text(json.dumps({"pick": None, "candidates": [row]}))
+    assert main(["best", "runs/two", "--json"]) == 0
+    assert "sa3-eval picks the base: every adapter copies its training clips." in json.loads(read(capsys))["notes"]
 
 
 def test_losses_of_other_clips_are_not_compared(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
