@@ -14,7 +14,6 @@ from sa3train.core.errors import DataError, SA3Error
 from sa3train.core.log import get_logger
 from sa3train.core.overrides import flatten_settings
 from sa3train.core.processes import read_json
-from sa3train.core.safetensors_file import read_header
 from sa3train.core.text import list_few
 from sa3train.reports.pick import list_comparable
 from sa3train.reports.run_files import (
@@ -129,6 +128,8 @@ def read_evaluation(run_dir: Path) -> dict[str, Any] | None:
 
 def _is_of_step(file: Path, step: int | None) -> bool:
     """Whether an adapter file is still that of a step."""
+    from sa3train.core.safetensors_file import read_header  # imports torch
+
     try:
         return step is None or read_header(file).metadata.get("step") == str(step)
     except SA3Error:
