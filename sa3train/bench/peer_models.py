@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sa3train.adapters.layers.inject import inject
@@ -18,7 +19,7 @@ from sa3train.bench.adapters import RANK
 from sa3train.bench.checkpoints import load_random_model, make_random_checkpoint
 from sa3train.bench.figures import Options
 from sa3train.core.dtypes import get_dtype
-from sa3train.inference.openvino_step import run_on_openvino
+from sa3train.inference.openvino_step import check_backend, run_on_openvino
 from sa3train.models.checkpoint import collect_state_dict
 from sa3train.models.diffusers_layout import TRANSFORMER, add_tensor, build_component_configs
 from sa3train.models.parse import complete_config
@@ -197,7 +198,11 @@ def load_openvino(options: Options, arch: str, conditions: Conditions, adapter_t
 
     Returns:
         The denoiser.
+
+    Raises:
+        SA3Error: OpenVINO does not compute on this device or in this dtype.
     """
+    check_backend("openvino", torch.device(options.device), options.dtype, compiled=False)
     dit = load_random_model(arch, options, "dit").dit
     run_on_openvino(dit, conditions["cross_attn_cond_BLD"].shape[1])
     prepare = functools.cache(lambda shape: dit.prepare(shape, **conditions))

@@ -27,7 +27,6 @@ from sa3train.core.dtypes import get_dtype
 from sa3train.core.errors import SA3Error
 from sa3train.diffusion.samplers import SAMPLERS
 from sa3train.diffusion.schedule import build_schedule
-from sa3train.inference.openvino_step import check_backend
 
 DENOISER_TARGETS = {"diffusers": 1.6, "OpenVINO": 1.1}
 STEP_TARGETS: dict[str, dict[str | None, float]] = {
@@ -53,16 +52,18 @@ def run(options: Options) -> list[Figure]:
             try:
                 for module in peer.imported:
                     importlib.import_module(module)
-                if peer.name == "OpenVINO":
-                    check_backend("openvino", torch.device(options.device), options.dtype, compiled=False)
+                figures += _measure_peer(options, peer)
             except (ImportError, SA3Error) as error:
                 figures.append(Figure(f"{peer.name} / ours", None, "", note=f"cannot be used: {error}"))
-                continue
-            figures.append(_measure_denoiser(options, peer))
-            for adapter_type in (None, "lora", "dora-rows") if peer.trains else ():
-                figures += _measure_step(options, peer, adapter_type)
-            if peer.name == "official":
-                figures.append(_measure_decoding(options, peer))
+    return figures
+
+
+def _measure_peer(options: Options, peer: Peer) -> list[Figure]:
+    figures = [_measure_denoiser(options, peer)]
+    for adapter_type in (None, "lora", "dora-rows") if peer.trains else ():
+        figures += _measure_step(options, peer, adapter_type)
+    if peer.name == "official":
+        figures.append(_measure_decoding(options, peer))
     return figures
 
 

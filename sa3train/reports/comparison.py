@@ -99,24 +99,25 @@ def _list_measured(validation: Mapping[str, Any]) -> tuple[str, list[Mapping[str
     return part, list_comparable(validation, part)
 
 
-def read_evaluation(run_dir: Path) -> dict[str, Any] | None:
+def read_evaluation(run_dir: Path, file: Path | None = None) -> dict[str, Any] | None:
     """Read which of a run's adapters `sa3-eval` found best.
 
     Args:
         run_dir: The run folder.
+        file: What `sa3-eval --json` has written; None for that in the folder.
 
     Returns:
         `adapter`, `step` and `strength` of the lowest held-out loss, its `change` against the base, and `notes`: what
         to use, how sure that is, and what was not measured. None without an evaluation, or when the adapter of that
         step is gone: a resumed run replaces the file of its end.
     """
-    found = read_json(run_dir / EVALUATION_FILE)
+    found = read_json(file or run_dir / EVALUATION_FILE)
     if not found.get("pick"):
         return None
     row = found["candidates"][found["pick"]["candidate"]]
-    step, file = row["step"], run_dir / Path(row["adapter"]).name  # the folder may have been moved since
-    adapter = str(file)
-    if file.name.endswith(f"@{step}") or not _is_of_step(file, step):
+    step, written = row["step"], run_dir / Path(row["adapter"]).name  # the folder may have been moved since
+    adapter = str(written)
+    if written.name.endswith(f"@{step}") or not _is_of_step(written, step):
         if not get_checkpoint_path(run_dir, step).is_file():
             return None
         adapter = f"{run_dir}@{step}"

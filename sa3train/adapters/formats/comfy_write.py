@@ -9,8 +9,9 @@ from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.apply.products import get_product_rank
 from sa3train.adapters.formats.naming import DIT
 from sa3train.adapters.formats.native import build_native_metadata
+from sa3train.adapters.formats.saving import convert_for_saving
 from sa3train.core.errors import AdapterError
-from sa3train.core.safetensors_file import convert_for_saving, write_tensor_stream
+from sa3train.core.safetensors_file import write_tensor_stream
 
 COMFYUI = "comfyui"
 """Key of the metadata that names the ComfyUI version for whose rules a file is written."""

@@ -24,10 +24,10 @@ from sa3train.adapters.formats.peft import (
 )
 from sa3train.adapters.formats.run_dir import locate_adapter
 from sa3train.adapters.formats.sa3cpp import is_gguf, read_gguf
+from sa3train.adapters.formats.saving import convert_for_saving
 from sa3train.core.errors import AdapterError
 from sa3train.core.log import get_logger
 from sa3train.core.safetensors_file import (
-    convert_for_saving,
     read_header,
     read_json_object,
     read_tensors,

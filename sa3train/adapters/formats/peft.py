@@ -26,11 +26,11 @@ from sa3train.adapters.formats.naming import (
 from sa3train.adapters.formats.native import build_native_metadata, build_spec, check_tensors
 from sa3train.adapters.formats.peft_initial import get_initialization, subtract_initial
 from sa3train.adapters.formats.run_dir import ADAPTER_FILE
+from sa3train.adapters.formats.saving import convert_for_saving
 from sa3train.adapters.spec import BIAS_CHANGE, PEFT_METHODS, AdapterSpec
 from sa3train.core.errors import AdapterError
 from sa3train.core.files import replace_folder, write_text
 from sa3train.core.safetensors_file import (
-    convert_for_saving,
     parse_json,
     read_header,
     read_json_object,

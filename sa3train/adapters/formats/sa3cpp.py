@@ -25,11 +25,12 @@ from sa3train.adapters.formats.native import (
     build_native_tensors,
     unify_ranks,
 )
+from sa3train.adapters.formats.saving import convert_for_saving
 from sa3train.adapters.spec import KINDS, is_finite_number
 from sa3train.core.dtypes import DTYPES, get_dtype
 from sa3train.core.errors import AdapterError, ConfigError
 from sa3train.core.files import format_json, replace_file
-from sa3train.core.safetensors_file import convert_for_saving, parse_json, write_tensors
+from sa3train.core.safetensors_file import parse_json, write_tensors
 from sa3train.core.text import shorten
 from sa3train.core.user_files import read_file
 

@@ -18,11 +18,11 @@ from sa3train.adapters.apply.products import LOHA, LOKR, get_product_rank
 from sa3train.adapters.formats.comfy_write import COMFYUI_VERSION
 from sa3train.adapters.formats.native import build_spec
 from sa3train.adapters.formats.peft import CONVOLUTIONS
+from sa3train.adapters.formats.saving import convert_for_saving
 from sa3train.adapters.spec import BIAS_CHANGE, CARRIED_BY, KINDS
 from sa3train.adapters.tools.base_weights import Weights, get_weight, require_weights
 from sa3train.adapters.tools.edit import convert_to_diff, expand_bases, has_own_bases
 from sa3train.core.errors import MissingBaseError
-from sa3train.core.safetensors_file import convert_for_saving
 
 AS_THEY_ARE = ("lora", "diff", "comfy")
 """Types that ComfyUI's files hold as they are."""

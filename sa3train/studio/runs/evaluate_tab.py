@@ -1,6 +1,5 @@
 """The Evaluate tab of a run: `sa3-eval` on its checkpoints, what it picks, and its page to listen."""
 
-import contextlib
 from collections.abc import Mapping
 from html import escape
 from pathlib import Path
@@ -8,12 +7,10 @@ from typing import Any
 
 import gradio as gr
 
-from sa3train.adapters.formats.run_dir import locate_adapter
-from sa3train.core.errors import SA3Error
 from sa3train.core.processes import read_json
-from sa3train.core.safetensors_file import read_header
 from sa3train.evaluation.evaluate import EvaluationSettings
 from sa3train.reports import runs
+from sa3train.reports.comparison import read_evaluation
 from sa3train.reports.run_files import read_run
 from sa3train.reports.verdict import describe_later
 from sa3train.studio.data import jobs
@@ -89,7 +86,7 @@ def render_evaluation(workspace: Workspace, file: Path, run: Path) -> str:
     if pick["is_base"]:
         head = "<h3>None is better than the base model beyond noise</h3>"
     else:
-        adapter, strength = _find_pick(run, found), pick["strength"]
+        adapter, strength = (read_evaluation(run, file) or {}).get("adapter"), pick["strength"]
         name = name_adapter(workspace.shorten(adapter or pick["adapter"]))
         if adapter:
             head = f"<h3>Use {escape(name)} at strength {strength:g}</h3>{view.render_play(name, strength)}"
@@ -98,17 +95,6 @@ def render_evaluation(workspace: Workspace, file: Path, run: Path) -> str:
     head += f"<p>{escape(later)}</p>" if later else ""
     frame = view.render_report_frame(workspace.get_url(file.with_name(PAGE)), f"evaluation of {workspace.shorten(run)}")
     return ui.render_panel(head) + frame
-
-
-def _find_pick(run: Path, found: Mapping[str, Any]) -> str | None:
-    """Find the picked adapter, of whose step a resumed run may keep a checkpoint alone; None where it is gone."""
-    pick, step = found["pick"], found["candidates"][found["pick"]["candidate"]]["step"]
-    for path in (pick["adapter"], f"{run}@{step}"):
-        with contextlib.suppress(SA3Error):
-            file, is_step = locate_adapter(path), step is None or path.endswith(f"@{step}")
-            if is_step or read_header(file).metadata.get("step") == str(step):
-                return str(path)
-    return None
 
 
 EVALUATE = JobTab(

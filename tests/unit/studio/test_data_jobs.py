@@ -111,8 +111,9 @@ def test_an_evaluation_is_a_command_and_names_what_to_use(workspace: Workspace) 
     save_file({"a": torch.zeros(1)}, end, metadata={"step": "20"})  # as after a resume
     for is_kept in (False, True):
         for name, adapter in names.items():
-            pick = {"adapter": adapter, "strength": 0.5, "is_base": False, "candidate": 0}
-            file.write_text(json.dumps({"pick": pick, "candidates": [{"step": 10}]}))
+            pick = {"adapter": adapter, "strength": 0.5, "is_base": False, "candidate": 0, "text": "surely"}
+            row = {"adapter": adapter, "strength": 0.5, "step": 10, "against_base": {"loss": {"change": -0.1}}}
+            file.write_text(json.dumps({"pick": pick, "candidates": [row]}))
             shown = EVALUATE.render_result(workspace, file, run)
             assert "Later steps than 10 were not measured." in shown
             assert (f"{name} was the best, and is gone" in shown and "data-play" not in shown) is not is_kept
