@@ -26,7 +26,7 @@ VERBS = frozenset(
     enable encode end ensure enter escape estimate evaluate examine exclude exit expand explain export extend
     extract fetch fill filter find finish fit fix flatten flush fold follow force forget format forward free freeze
     fuse gather generate get give grow guess halt handle has hash have hide hold identify import include infer init
-    initialize inject insert inspect install interpolate invalidate invert is iterate join keep kill know launch
+    initialize inject insert inspect install interpolate invalidate invert is iterate join judge keep kill know launch
     learn limit link list listen load localize locate lock log look lower make map mark mask match may measure merge
     migrate mix monitor move multiply must name needs normalize notify observe offload omit open override own pack pad
     parse partition patch patchify pause pick place plan play plot poll precompute predict prefetch preload prepare

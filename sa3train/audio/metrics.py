@@ -15,6 +15,8 @@ from sa3train.core.mapped import release_pages
 with explain_imports():
     import torchaudio.functional
 
+SILENCE_AMPLITUDE = 10 ** (-60 / 20)
+"""Amplitude (-60 dBFS) below which samples count as silence."""
 LOUDNESS_BLOCK = 0.4
 LONG_SECONDS, PART_SECONDS, WARM_UP_SECONDS = 120, 60, 1
 """Audio longer than the first is measured in parts, so that it needs no more memory; a filter forgets in the last."""
@@ -96,6 +98,18 @@ def measure_offset(audio_CN: Tensor) -> Tensor:
     some_CN = audio_CN[:, :: 1 + audio_CN.shape[1] // 100_000]
     both_C2 = torch.stack((audio_CN.double().mean(dim=1), some_CN.double().median(dim=1).values), dim=1)
     return both_C2.gather(1, both_C2.abs().argmin(dim=1, keepdim=True))
+
+
+def is_silent(audio_CN: Tensor) -> bool:
+    """Check whether audio is silent but for a DC offset.
+
+    Args:
+        audio_CN: Audio.
+
+    Returns:
+        Whether no sample is above `SILENCE_AMPLITUDE`.
+    """
+    return bool((audio_CN - measure_offset(audio_CN)).abs().max() <= SILENCE_AMPLITUDE)
 
 
 def measure_peak_db(audio_CN: Tensor) -> float:

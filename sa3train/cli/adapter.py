@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+from sa3train.adapters.formats.run_dir import locate_adapter
 from sa3train.cli.card import add_card_flags, write_card
 from sa3train.cli.hydra_app import run_job
 from sa3train.cli.parser import CommandParser, name_flags
@@ -27,7 +28,7 @@ from sa3train.cli.version import add_version
 from sa3train.core.dtypes import DTYPES
 from sa3train.core.errors import AdapterError, MissingBaseError
 from sa3train.core.files import check_target
-from sa3train.core.text import format_number, list_few
+from sa3train.core.text import format_number, format_share, list_few
 
 if TYPE_CHECKING:
     from sa3train.adapters.apply.load_report import LoadReport
@@ -60,6 +61,9 @@ def main(argv: list[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     if arguments.json and getattr(arguments, "layers", False):
         raise AdapterError("--layers has no effect with --json, which lists every layer. Remove it.")
+    paths = [path for name, path in vars(arguments).items() if name in ("file", "first", "second", "source")]
+    for path in (*paths, *(_parse_source(text)[0] for text in getattr(arguments, "sources", ()))):
+        locate_adapter(path)  # before anything heavy is imported
     return int(arguments.run(arguments))
 
 
@@ -302,9 +306,9 @@ def _show_report(report: "LoadReport", every_layer: bool) -> None:
     ]
     _print_table(["base model", "trained on", "loaded"], bases)
     if report.effect:
-        _print_table(["group", RELATIVE_CHANGE], [[name, f"{value:.3%}"] for name, value in report.effect.items()])
+        _print_table(["group", RELATIVE_CHANGE], [[name, format_share(value)] for name, value in report.effect.items()])
     if every_layer and report.layer_effect:
-        layers = [[path, f"{value:.3%}"] for path, value in report.layer_effect.items()]
+        layers = [[path, format_share(value)] for path, value in report.layer_effect.items()]
         _print_table(["layer", RELATIVE_CHANGE], layers)
     for warning in report.warnings:
         _print_line(f"warning: {warning}")

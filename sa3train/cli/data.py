@@ -22,7 +22,6 @@ from sa3train.core.config import list_settings
 from sa3train.core.errors import ConfigError, DataError
 from sa3train.core.files import check_exists, relate_path
 from sa3train.core.log import write_json_line, write_json_progress
-from sa3train.core.text import list_few
 from sa3train.data.captioning.template import CAPTION_VALUES, DEFAULT_TEMPLATE
 from sa3train.data.encode.settings import EncodeSettings
 from sa3train.data.loading.prompts import PromptSettings, Template
@@ -203,18 +202,14 @@ def run_caption_command(arguments: argparse.Namespace) -> int:
         ConfigError: When other flags are set beside `--undo`.
     """
     from sa3train.data.captioning.captioner import Captioner
-    from sa3train.data.captioning.files import UNDO_FILE, undo_save
+    from sa3train.data.captioning.files import undo_save
     from sa3train.data.captioning.service import caption_folder, describe_proposals
 
     if arguments.undo:
         unset = vars(build_parser().parse_args(["caption", arguments.folder, "--undo"]))
         if ignored := [name for name, value in vars(arguments).items() if value != unset[name]]:
             raise ConfigError(f"{', '.join(ignored)} has no effect with --undo.")
-        undone = undo_save(arguments.folder)
-        print(f"captions taken back: {len(undone.restored)}")
-        if undone.kept:
-            names = list_few(list(map(str, undone.kept)), 10)
-            print(f"edited since, so left alone: {names}. What was there before the save stays in {UNDO_FILE}")
+        print(undo_save(arguments.folder).describe(arguments.folder))
         return 0
     captioner = Captioner.load(arguments.captioner) if arguments.captioner else None
     threads = EncodeSettings(threads=arguments.threads).count_threads()

@@ -236,7 +236,9 @@ def print_result(result: "EncodeResult", world_size: int = 1) -> None:
     """
     index = result.index
     if result.audit is not None:
-        print(result.audit.format_table())
+        is_new = result.audited or result.encoded or result.reused
+        seen = f"{result.audit.source}: {result.audit.count_clips()}, audited before: {result.folder / 'audit.html'}"
+        print(result.audit.format_table() if is_new else seen)
     named = {"train": "for training", "heldout": "held out"}.items()
     splits = ", ".join(f"{index['splits'][key]['clips']:.0f} {name}" for key, name in named if key in index["splits"])
     print(f"\n{result.folder}: {index['clips']:.0f} latents ({splits}), {index['seconds']:.1f} s of audio, ", end="")

@@ -172,7 +172,7 @@ def _print_table(found: "Evaluation") -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from sa3train.evaluation.page import format_frechet
+    from sa3train.evaluation.page import format_frechet, format_memorization
 
     rulers = list(found.settings["rulers"])
     head = ["adapter", "strength", "loss", "change", "Fréchet", "nearest", "memorization", *rulers, "LUFS", "width"]
@@ -185,7 +185,6 @@ def _print_table(found: "Evaluation") -> None:
         table.add_row("held-out clips", "", "", "", "", "", "", *(real[name] for name in measures[1:]))
     for each in (None, *found.candidates):
         measured = found.base if each is None else each.measurement
-        memorization = measured.memorization
         cells = [
             "base" if each is None else escape(found.names[each.adapter]),
             "" if each is None else f"{each.strength:g}",
@@ -193,7 +192,7 @@ def _print_table(found: "Evaluation") -> None:
             "" if each is None else _format_change(each),
             format_frechet(measured, found.base),
             _format(measured.average("nearest"), "nearest"),
-            "" if memorization is None else f"{memorization.score:.2f}{' copies' if measured.is_copying else ''}",
+            format_memorization(measured, found.base),
             *(_format(measured.average(name), name) for name in measures[1:]),
         ]
         table.add_row(*cells, style="bold" if each is not None and each is found.picked else None)

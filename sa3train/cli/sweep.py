@@ -86,6 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.trials < 1:
+        raise ConfigError("--trials must be at least 1: it counts all runs, with those already made.")
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError('sa3-sweep needs Optuna. Run: pip install "sa3train[sweep]"')
     import optuna

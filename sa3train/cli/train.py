@@ -85,15 +85,23 @@ def check_run(config: TrainConfig | DecoderTrainConfig) -> None:
     recipe = HydraConfig.get().runtime.choices.get("recipe") if HydraConfig.initialized() else None
     if recipe == DECODER and isinstance(config, TrainConfig):
         raise ConfigError(f"recipe={DECODER} trains on audio, which other recipes do not: run it by itself.")
-    from sa3train.cli.train_setup import check_overrides_have_effect, get_overrides, locate_inputs
+    from sa3train.cli import train_setup
 
     is_latent = isinstance(config, TrainConfig)
     if config.resume is not None:
-        locate_inputs(config, Path(config.resume))  # what has moved is said before anything is loaded
+        train_setup.locate_inputs(config, Path(config.resume))  # what has moved is said before anything is loaded
+        train_setup.check_resume(config)
+        if train_setup.is_finished(config, Path(config.resume)):
+            return
     else:  # before anything heavy is imported
         check_checkpoint(config.model.source)
         for path in _list_sources(config):
             check_exists(path, f"a folder of {'latents that sa3-encode made' if is_latent else 'audio'}")
+        from sa3train.cli.hydra_app import is_sweep_job
+        from sa3train.training.run_dir import check_free, is_requeued
+
+        if get_rank() == 0 and not is_sweep_job() and not is_requeued():
+            check_free(train_setup.get_run_dir(config))
         if config.adapter.start_from is not None:
             locate_adapter(config.adapter.start_from)
         if is_latent:
@@ -105,7 +113,8 @@ def check_run(config: TrainConfig | DecoderTrainConfig) -> None:
     from sa3train.training.trainer import count_ranks
 
     check_optimization(config)
-    check_overrides_have_effect(config, get_overrides(), count_ranks(config.trainer) * config.trainer.num_nodes)
+    ranks = count_ranks(config.trainer) * config.trainer.num_nodes
+    train_setup.check_overrides_have_effect(config, train_setup.get_overrides(), ranks)
 
 
 def _list_sources(config: TrainConfig | DecoderTrainConfig) -> list[str]:
@@ -160,8 +169,14 @@ def train(config: TrainConfig | DecoderTrainConfig) -> int:
     Returns:
         Exit code: 0, or 128 + the signal that stopped the run.
     """
-    from sa3train.cli.train_setup import print_result, requeue
+    from sa3train.cli.train_setup import describe_extension, get_run_dir, is_finished, print_result, requeue
 
+    if is_finished(config, run_dir := get_run_dir(config)):
+        if get_rank() == 0:
+            steps = config.trainer.max_steps
+            print(f"nothing to do: {run_dir} is at step {steps:,} of {steps:,}.")
+            print(f"longer:  {describe_extension(config, run_dir)}")
+        return 0
     result = run_training(config)
     if get_rank() == 0:
         print_result(result, config)
@@ -190,7 +205,7 @@ def run_training(config: TrainConfig | DecoderTrainConfig) -> "TrainingResult":
     from sa3train.training.trainer import choose_training_device, resolve_precisions
 
     run_dir = train_setup.get_run_dir(config)
-    table = dataclasses.asdict(config) | {"run_dir": str(run_dir), "resume": None, "allow_resume_changes": []}
+    table = train_setup.make_table(config, run_dir)
     if config.resume is not None:
         config = train_setup.locate_inputs(config, run_dir)
     if isinstance(config, TrainConfig):
@@ -209,8 +224,6 @@ def run_training(config: TrainConfig | DecoderTrainConfig) -> "TrainingResult":
     resume, allowed = config.resume is not None, config.allow_resume_changes
     run = run_on_rank_zero(lambda: training.open_run(run_dir, table, identity, resume=resume, allowed=allowed))
     with run:
-        if run.is_resumed:
-            train_setup.report_finished(config, run_dir)
         if isinstance(config, TrainConfig):
             assert data is not None
             run, fit, described = _load_latent_training(config, run, data, dtype)

@@ -15,7 +15,7 @@ from sa3train.core.files import path_exists
 from sa3train.core.log import get_logger, get_rank
 from sa3train.core.processes import read_json
 from sa3train.core.signals import REQUEUE_SIGNALS, describe_signal, handle_signals
-from sa3train.reports.run_files import METRICS_FILE, RECORD_FILE
+from sa3train.reports.run_files import ADAPTER_FILE, METRICS_FILE, RECORD_FILE
 
 if TYPE_CHECKING:
     from sa3train.cli.train_config import DecoderTrainConfig, TrainConfig
@@ -390,15 +390,46 @@ def describe_extension(config: "TrainConfig | DecoderTrainConfig", run_dir: Path
     return f"another run with adapter.start_from={run_dir}; scheduler={scheduler['name']} has ended"
 
 
-def report_finished(config: "TrainConfig | DecoderTrainConfig", run_dir: Path) -> None:
-    """Report, before the model is loaded, what a resume does where the run has taken its last step.
+def is_finished(config: "TrainConfig | DecoderTrainConfig", run_dir: Path) -> bool:
+    """Check whether a run to be resumed has taken its last step and has its adapter: nothing is left to do.
 
     Args:
         config: The configuration to resume with.
         run_dir: The run folder.
+
+    Returns:
+        Whether it has.
     """
+    from sa3train.training.run_dir import is_requeued
+
     record, steps = read_json(run_dir / RECORD_FILE), config.trainer.max_steps
-    if get_rank() == 0 and record.get("status") == "finished" and record.get("steps") == steps:
-        text = f"{run_dir} is finished: all {steps:,} steps are done, and only its last files are written again."
-        print(text, flush=True)
-        print(f"longer:  {describe_extension(config, run_dir)}", flush=True)
+    is_over = bool(record.get("status") == "finished" and record.get("steps") == steps)
+    return is_over and (config.resume is not None or is_requeued()) and (run_dir / ADAPTER_FILE).is_file()
+
+
+def check_resume(config: "TrainConfig | DecoderTrainConfig") -> None:
+    """Check that a run can be resumed with these settings, before anything heavy is imported.
+
+    Args:
+        config: The configuration to resume with.
+
+    Raises:
+        ConfigError: A setting differs that may not.
+    """
+    from sa3train.training.run_dir import RunDir
+
+    run_dir = Path(str(config.resume))
+    RunDir(run_dir, make_table(config, run_dir), {}, config.allow_resume_changes).check_changes()
+
+
+def make_table(config: "TrainConfig | DecoderTrainConfig", run_dir: Path) -> dict[str, Any]:
+    """Make the configuration that a run folder keeps.
+
+    Args:
+        config: The configuration.
+        run_dir: The run folder.
+
+    Returns:
+        Nested dictionaries.
+    """
+    return dataclasses.asdict(config) | {"run_dir": str(run_dir), "resume": None, "allow_resume_changes": []}

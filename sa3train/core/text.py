@@ -21,6 +21,20 @@ def format_number(value: float | None) -> str:
     return "-" if value is None else f"{value:.4g}"
 
 
+def format_share(value: float) -> str:
+    """Format a share as a percentage with three significant digits, so that a small one does not look like none.
+
+    Args:
+        value: The share, 1 for all.
+
+    Returns:
+        Such as "13.9%", "0.0412%" or "0%".
+    """
+    percent = 100 * value
+    digits = 2 - math.floor(math.log10(abs(percent))) if percent and math.isfinite(percent) else 0
+    return f"{percent:.{max(0, digits)}f}%"
+
+
 def format_range(values: Sequence[float]) -> str:
     """Format the range of some numbers.
 

@@ -146,7 +146,7 @@ def _pick(candidates: Sequence[Candidate]) -> Pick | None:
     able = [
         index
         for index, each in enumerate(candidates)
-        if not each.measurement.is_copying and is_comparable(each.base.loss_by_clip, each.measurement.loss_by_clip)
+        if not each.is_copying and is_comparable(each.base.loss_by_clip, each.measurement.loss_by_clip)
     ]
     if not able:
         return None

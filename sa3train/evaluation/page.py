@@ -113,6 +113,22 @@ def format_frechet(measured: Measurement, base: Measurement) -> str:
     return f"{measured.frechet:.1f}" + (f" ({found.difference:+.1f}{margin})" if found else "")
 
 
+def format_memorization(measured: Measurement, base: Measurement) -> str:
+    """Format a memorization score with what it says.
+
+    Args:
+        measured: What was measured.
+        base: What was measured of the base.
+
+    Returns:
+        Such as "0.21 (copies)"; empty where there is none.
+    """
+    if measured.memorization is None:
+        return ""
+    verdict = measured.judge_copying(base)
+    return f"{measured.memorization.score:.2f}" + (f" ({verdict})" if verdict else "")
+
+
 def _render_figures(found: Evaluation) -> str:
     rulers = list(found.settings["rulers"])
     head = ["adapter", "strength", "loss", "against base", "Fréchet", "nearest", "memorization", *rulers]
@@ -123,9 +139,8 @@ def _render_figures(found: Evaluation) -> str:
         for each in found.candidates
     ]  # fmt: skip
     for row, each in zip(rows, (found.base, *(each.measurement for each in found.candidates)), strict=True):
-        score = "" if each.memorization is None else f"{each.memorization.score:.2f}"
         row += [format_frechet(each, found.base), _format(each.average("nearest"), "nearest")]
-        row += [score + (" (copies)" if each.is_copying else ""), *(_format(each.average(n), n) for n in rulers)]
+        row += [format_memorization(each, found.base), *(_format(each.average(n), n) for n in rulers)]
         if found.picked is not None and each is found.picked.measurement:
             row[:] = [f"<b>{cell}</b>" for cell in row]
     return render_table(head, rows, range(1, len(head)))

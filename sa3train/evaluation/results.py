@@ -16,8 +16,8 @@ import numpy as np
 from sa3train.evaluation.distances import Memorization
 from sa3train.reports.loss_change import LossChange, compare_clips, compute_margin
 from sa3train.reports.pick import Pick
-from sa3train.reports.run_files import ADAPTER_FILE, BEST_ADAPTER_FILE, COPY_THRESHOLD
-from sa3train.reports.verdict import ALL_COPIES
+from sa3train.reports.run_files import ADAPTER_FILE, BEST_ADAPTER_FILE
+from sa3train.reports.verdict import ALL_COPIES, COPIES, judge_copying
 
 FORMAT, VERSION = "sa3train-evaluation", 1
 """Name and version of the JSON. The version grows when a key changes its meaning or goes."""
@@ -106,10 +106,19 @@ class Measurement:
         values = [(1 - len(pairs)) * (mine - others) for mine, others in pairs]  # the margin needs no constant
         return Difference(self.frechet - other.frechet, compute_margin(values), len(self.generated))
 
-    @property
-    def is_copying(self) -> bool:
-        """Whether generated clips are so close to training clips that they may be copies."""
-        return self.memorization is not None and self.memorization.score < COPY_THRESHOLD
+    def judge_copying(self, base: "Measurement") -> str:
+        """Judge whether generated clips are so close to training clips that they may be copies.
+
+        Args:
+            base: What was measured of the base.
+
+        Returns:
+            See `sa3train.reports.verdict.judge_copying`.
+        """
+        if self.memorization is None or base.memorization is None:
+            return ""
+        clips = min(len(self.losses_IN), len(self.generated))
+        return judge_copying(self.memorization.score, base.memorization.score, clips)
 
     def average(self, name: str) -> float | None:
         """Average a measure of the generated clips.
@@ -174,6 +183,11 @@ class Candidate:
     strength: float
     measurement: Measurement
     base: Measurement
+
+    @property
+    def is_copying(self) -> bool:
+        """Whether its clips may be copies of training clips."""
+        return self.measurement.judge_copying(self.base) == COPIES
 
     @property
     def loss_change(self) -> LossChange:
@@ -285,7 +299,7 @@ class Evaluation:
         else:
             equals = "; ".join(self.label(self.candidates[index]) for index in self.pick.equals)
             text = f"{self.label(best)}: {self.pick.describe()}{f'. As good within noise: {equals}' if equals else ''}"
-        copies = [self.label(each) for each in self.candidates if each.measurement.is_copying]
+        copies = [self.label(each) for each in self.candidates if each.is_copying]
         text += f". Left out as copies of training clips: {'; '.join(copies)}" if copies else ""
         nearest = min((each.measurement for each in self.candidates), key=lambda each: _order(each.frechet))
         nearer = nearest.compare_frechet(best.measurement)

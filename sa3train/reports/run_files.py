@@ -64,9 +64,6 @@ _JSON_FILES = {
 }  # fmt: skip
 """Files that hold the fields of `RunFiles`."""
 
-COPY_THRESHOLD = 0.5
-"""Memorization score below which generations count as copies of training clips."""
-
 
 def holds_run(run_dir: Path) -> bool:
     """Check whether a folder holds a run.

@@ -8,6 +8,7 @@ from datetime import datetime
 from pathlib import Path
 
 from sa3train.core.files import write_text
+from sa3train.core.text import format_share
 from sa3train.reports.charts import render_bars
 from sa3train.reports.curves import (
     is_decoder_run,
@@ -83,7 +84,7 @@ def _render_tiles(run: RunFiles) -> str:
         found.append(render_tile(f"{run.validation['best_step']:,}", "step of the best validation loss"))
     if run.adapter_stats:
         effect = run.adapter_stats["effect"].get("all", 0.0)
-        found.append(render_tile(f"{100 * effect:.3g}%", "change of the adapted weights"))
+        found.append(render_tile(format_share(effect), "change of the adapted weights"))
     if run.seconds:
         found.append(render_tile(format_duration(run.seconds), "of training"))
     if run.peak_memory_gib is not None:
@@ -92,4 +93,4 @@ def _render_tiles(run: RunFiles) -> str:
 
 
 def _render_changes(changes: Mapping[str, float], color: str = "c-heldout") -> str:
-    return render_bars([(name, value, f"{100 * value:.3g}%") for name, value in changes.items()], color)
+    return render_bars([(name, value, format_share(value)) for name, value in changes.items()], color)

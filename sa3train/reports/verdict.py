@@ -9,9 +9,14 @@ from typing import Any, NamedTuple
 
 from sa3train.reports.loss_change import LossChange, compare_clips, compute_loss_change
 from sa3train.reports.pick import MIN_CLIPS, Pick, is_comparable, pick_best
-from sa3train.reports.run_files import COPY_THRESHOLD, RunFiles
+from sa3train.reports.run_files import RunFiles
 
 BASE = "the base model's"
+COPIES, TOO_FEW = "copies", "too few clips to tell copies"
+COPY_THRESHOLD = 0.5
+"""Memorization score below which generations count as copies of training clips, in units of the base's if less."""
+MIN_COPY_CLIPS = 4
+"""Held-out and generated clips with which copies can be told. Where it can, the default split holds out as many."""
 
 
 class Answer(NamedTuple):
@@ -56,6 +61,24 @@ def describe_verdict(run: RunFiles) -> list[Answer]:
     return answers
 
 
+def judge_copying(score: float, base: float, clips: int) -> str:
+    """Judge whether generations copy training clips.
+
+    The base has never heard them: where it comes as near from the same prompts, few or plain clips are the reason.
+
+    Args:
+        score: Memorization score of the adapter.
+        base: That of the base.
+        clips: Number of held-out or of generated clips, whichever is less.
+
+    Returns:
+        `COPIES`, `TOO_FEW`, or nothing.
+    """
+    if score >= COPY_THRESHOLD * min(1.0, base):
+        return ""
+    return COPIES if clips >= MIN_COPY_CLIPS else TOO_FEW
+
+
 def describe_later(evaluation: Mapping[str, Any], step: int) -> str:
     """Describe which steps of a run an evaluation has left out, as it was made before them.
 
@@ -77,7 +100,9 @@ def _describe_validation(run: RunFiles) -> list[Answer]:
     change, train = (compute_loss_change(validation, part) for part in ("val", "train_eval"))
     if not trained or (change is None and train is None):
         return []
-    copies = run.memorization.get("memorization", {}).get("score", 1.0) < COPY_THRESHOLD
+    measured = run.memorization.get("memorization", {})
+    clips = min(run.memorization.get("clips", 0), measured.get("heldout_clips", 0))
+    copies = judge_copying(measured.get("score", 1.0), measured.get("base_score", 1.0), clips) == COPIES
     if change is None:
         assert train is not None
         text = (
@@ -106,10 +131,10 @@ def _describe_validation(run: RunFiles) -> list[Answer]:
 
 TOOK, WHEN, STRENGTH, NEXT = "Did it take?", "When was it best?", "At which strength?", "What to change next?"
 EVALUATED = "Which adapter to use, by sa3-eval?"
-ALL_COPIES = "base: every adapter copies its training clips"
+ALL_COPIES = "base: every adapter copies its training clips, or has no finite loss"
 _COPIES = (
-    "Generations are closer to training clips than held-out clips are: they may be copies. Use fewer steps, a lower "
-    "rank, or more data."
+    "Generations are far closer to training clips than held-out clips and the base's are: they may be copies. Use "
+    "fewer steps, a lower rank, or more data."
 )
 
 

@@ -56,6 +56,7 @@ def build_app(workspace: Workspace) -> gr.Blocks:
                     reset = gr.Button("Reset this page's fields", size="sm", elem_classes="reset-form", scale=0)
                     build(workspace)
                 forms.append((tab, reset))
+        page.load(None, None, None, js="() => sa3.restoreTab()")
         for tab, reset in forms:
             keep_form(workspace, page, tab, reset)
     return page

@@ -17,7 +17,8 @@ from sa3train.core.log import get_logger, report_stage, track_progress
 from sa3train.data.loading.clip_batch import ClipBatch
 from sa3train.evaluation.distances import ReferenceClips, measure_spread
 from sa3train.inference import Generator
-from sa3train.reports.run_files import COPY_THRESHOLD, MEMORIZATION_FILE
+from sa3train.reports.run_files import MEMORIZATION_FILE
+from sa3train.reports.verdict import COPIES, judge_copying
 from sa3train.training.settings import DemoSettings
 
 _logger = get_logger(__name__)
@@ -98,10 +99,12 @@ def evaluate_memorization(
         )  # fmt: skip
     if heldout:
         heldout_latents, names = [clip.data_SCF[0] for clip in heldout], [clip.keys[0] for clip in training]
-        measured = ReferenceClips(heldout_latents, train_latents, names).measure_memorization(generated)
-        found["memorization"] = {"score": measured.score, **asdict(measured)}
-        if measured.score < COPY_THRESHOLD:
-            _logger.warning("generations are closer to training clips than held-out clips are: they may be copies")
+        reference = ReferenceClips(heldout_latents, train_latents, names)
+        measured, base_score = reference.measure_memorization(generated), reference.measure_memorization(base).score
+        scores = {"score": measured.score, "base_score": base_score, "heldout_clips": len(heldout)}
+        found["memorization"] = scores | asdict(measured)
+        if judge_copying(measured.score, base_score, min(len(prompts), len(heldout))) == COPIES:
+            _logger.warning("generations are far closer to training clips than held-out clips and the base's are")
     else:
         _logger.warning("no memorization score: nothing is held out. Encode with split=0.1.")
     write_json(run_dir / MEMORIZATION_FILE, found)

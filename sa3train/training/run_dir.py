@@ -3,7 +3,8 @@
 A resumed run must be the run that was started: what differs in settings, data, base model or random draws is listed and
 refused unless allowed by name. One process at a time trains in a folder: it holds the lock of `run.lock`, which the
 system releases however the process ends. On a network file system, whether processes of other hosts see it depends on
-how it is mounted: NFS passes such locks on, Lustre only with `-o flock`.
+how it is mounted: NFS passes such locks on, Lustre only with `-o flock`. Nothing heavy is imported before a
+checkpoint is read, so that what is refused is refused at once.
 """
 
 import contextlib
@@ -22,6 +23,7 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from sa3train import __version__
+from sa3train.adapters.formats.run_dir import list_checkpoints
 from sa3train.core.config import find_differences
 from sa3train.core.errors import ConfigError, SA3Error
 from sa3train.core.files import path_exists, relate_path, write_json, write_text
@@ -43,8 +45,6 @@ from sa3train.reports.run_files import (
     holds_run,
     load_settings,
 )
-from sa3train.training.callbacks.checkpoint import find_latest_checkpoint, list_checkpoints
-from sa3train.training.optim import keeps_rates
 
 _logger = get_logger(__name__)
 
@@ -190,8 +190,12 @@ class RunDir:
 
     def _explain_length(self, before: int, after: int) -> str:
         """Explain why a run of another length would not go on exactly; empty if it would."""
+        if before == after:
+            return ""
+        from sa3train.training.optim import keeps_rates
+
         done = max(list_checkpoints(self.path), default=0)
-        if before == after or (after >= done and keeps_rates(self.settings.get("scheduler", {}), before, after, done)):
+        if after >= done and keeps_rates(self.settings.get("scheduler", {}), before, after, done):
             return ""
         if after < done:
             return f"{done} steps are done"
@@ -208,6 +212,8 @@ class RunDir:
         )  # fmt: skip
 
     def _resume(self) -> None:
+        from sa3train.training.callbacks.checkpoint import find_latest_checkpoint
+
         differences = self.check_changes()
         self.state = find_latest_checkpoint(self.path)
         if self.state is None:
@@ -226,6 +232,8 @@ class RunDir:
 
     def _leave(self, error: BaseException) -> None:
         """Remove what a run left that failed before it made anything; else log how to resume."""
+        from sa3train.training.callbacks.checkpoint import find_latest_checkpoint
+
         is_stop = isinstance(error, Interrupted)
         if not self.record["resumed"] and not _has_results(self.path):
             _clear(self.path)
@@ -284,7 +292,7 @@ def open_run(
 ) -> RunDir:
     """Lock a run folder for a run to be started, or for the one in it to be resumed. Call it on rank 0.
 
-    Nothing is loaded for it, so that what is refused is refused at once. The run begins with `RunDir.begin`.
+    The run begins with `RunDir.begin`.
 
     Args:
         run_dir: The folder.
@@ -309,7 +317,7 @@ def open_run(
             run.check_changes()
             write_json(run_dir / RECORD_FILE, _read_record(run_dir) | {"process": _describe_process()})
         else:
-            _check_free(run_dir)
+            check_free(run_dir)
     except BaseException:
         run.__exit__(None, None)
         raise
@@ -357,7 +365,15 @@ def _clear(run_dir: Path) -> None:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def _check_free(run_dir: Path) -> None:
+def check_free(run_dir: Path) -> None:
+    """Check that a run can be started in a folder.
+
+    Args:
+        run_dir: The folder.
+
+    Raises:
+        ConfigError: It holds a run that made something, or files that training would replace.
+    """
     if holds_run(run_dir) and _has_results(run_dir):
         raise ConfigError(
             f"{run_dir} already holds a run. Resume it: {format_resume_command(run_dir)}; "

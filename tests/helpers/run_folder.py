@@ -70,7 +70,8 @@ def write_run(folder: Path) -> Path:
     history = [{"step": step, **make_losses(*pair)} for step, pair in losses.items()]
     write_json(folder / "validation.json", {"levels": LEVELS, "base": make_losses(1.0, 1.0), "history": history,
                "best_step": 10, "best_loss": 0.8, "items": items})  # fmt: skip
-    score = {"score": 0.3, "generated_to_training": 0.3, "generated_to_heldout": 1.1, "heldout_to_training": 1.0,
+    score = {"score": 0.3, "base_score": 0.9, "heldout_clips": 4,
+             "generated_to_training": 0.3, "generated_to_heldout": 1.1, "heldout_to_training": 1.0,
              "nearest": [{"clip": 0, "training_clip": "clip-7", "distance": 0.2}]}  # fmt: skip
     write_json(folder / "memorization.json", {"clips": 4, "seconds": 2.0, "memorization": score,
                "spread": {"data": 1.0, "base": 1.1, "adapter": 0.9}})  # fmt: skip

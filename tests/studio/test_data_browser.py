@@ -106,7 +106,7 @@ def test_captions_are_edited_saved_and_undone(page: Page, clips: Path, artefacts
     assert find_serious_violations(page) == []
     page.screenshot(path=artefacts / "data-captions.png", full_page=True)
     page.locator("#captions-undo").click()
-    expect(page.locator("#captions-status")).to_contain_text("Undone in 2 files")
+    expect(page.locator("#captions-status")).to_contain_text("Captions taken back: 2")
     assert not (clips / "bare.txt").exists()
     assert (clips / "0.txt").read_text() == "noise, number 0"
 

@@ -227,6 +227,8 @@ def test_a_form_outlives_a_reload_until_it_is_reset(page: Page, workspace: Works
     settings.fill("adapter.rank=8\nlogger.api_Key=123\noptimizer.lr=1e-3")
     settle(page)
     page.reload()
+    expect(page.locator("#tab-runs")).to_be_visible()
+    page.locator("#tab-play-button").click()
     expect(page.locator("#play-prompt textarea")).to_have_value("kept for later")
     expect(page.locator("#play-steps textarea, #play-steps input")).to_have_value("2")  # what is set is not hidden
     expect(page.locator("#play-rack fieldset").nth(1).get_by_label("Strength", exact=True)).to_have_value("0.5")

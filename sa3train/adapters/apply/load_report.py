@@ -14,7 +14,7 @@ from sa3train.adapters.apply.layer_weight import LayerAdapter, get_layer_adapter
 from sa3train.adapters.apply.products import check_product, is_product
 from sa3train.adapters.spec import BIAS_CHANGE, KINDS, PEFT_METHODS, get_layer_type
 from sa3train.core.errors import AdapterError
-from sa3train.core.text import compute_relative_norm
+from sa3train.core.text import compute_relative_norm, format_share
 from sa3train.models.weight_files import are_rounded_alike
 
 NO_EFFECT = 1e-3
@@ -128,7 +128,9 @@ class LoadReport:
     @property
     def summary(self) -> str:
         """One line: type, rank, how many layers fit, how much they change."""
-        effect = f", changes the weights by {self.effect['all']:.1%} at strength 1" if "all" in self.effect else ""
+        effect = (
+            f", changes the weights by {format_share(self.effect['all'])} at strength 1" if "all" in self.effect else ""
+        )
         absent = f", {len(self.missing)} included layers are missing" if self.missing else ""
         where = " on the autoencoder's decoder" if self.part == "decoder" else ""
         counts = f"{len(self.matched)} of {self.layer_count} layers fit"

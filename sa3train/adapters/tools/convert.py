@@ -47,6 +47,7 @@ from sa3train.adapters.tools.results import EditResult
 from sa3train.core.dtypes import DTYPES, get_dtype
 from sa3train.core.errors import AdapterError, MissingBaseError
 from sa3train.core.files import check_target
+from sa3train.core.text import format_share
 
 SA3CPP = ("sa3cpp", "gguf")
 FORMATS = ("native", "peft", "diffusers", "comfy", *SA3CPP)
@@ -203,7 +204,9 @@ def _make_portable(
         if to in (*FOLDERS, *SA3CPP):
             approximate, error.not_carried = drop_bias_changes(approximate)
         rank = approximate.spec.format_rank(approximate.tensors)
-        notes.append(f"{name} is approximated by a lora of rank {rank}, error {error.relative:.3%} of the change")
+        notes.append(
+            f"{name} is approximated by a lora of rank {rank}, error {format_share(error.relative)} of the change"
+        )
         warnings.extend(f"not carried over: {what}" for what in error.not_carried)
         return approximate
     if exact:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sa3train.adapters.spec import MAX_RANK
 from sa3train.core.errors import AdapterError
-from sa3train.core.text import compute_relative_norm
+from sa3train.core.text import compute_relative_norm, format_share
 
 SHOWN = 1e-6
 """Smallest error that is shown as a number."""
@@ -139,8 +139,8 @@ class ErrorByLayer:
         """The errors in words."""
         path, worst = self.worst
         if worst < SHOWN:
-            return f"below {SHOWN:.4%} of the change" if worst else "none"
-        return f"{self.relative:.4%} of the change over all layers, at most {worst:.4%} ({path})"
+            return f"below {format_share(SHOWN)} of the change" if worst else "none"
+        return f"{format_share(self.relative)} of the change over all layers, at most {format_share(worst)} ({path})"
 
 
 Product = tuple[Tensor, Tensor | None]

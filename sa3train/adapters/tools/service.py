@@ -27,6 +27,7 @@ from sa3train.adapters.tools.results import CheckpointResult, EditResult
 from sa3train.core.dtypes import get_dtype
 from sa3train.core.errors import AdapterError
 from sa3train.core.files import check_target
+from sa3train.core.text import format_share
 
 AnyPath = str | Path
 
@@ -116,8 +117,9 @@ def _merge(
         merged = merge(adapters, strengths, truncation or Truncation(explained_variance=1.0), weights, tool)
     error = merged[1]
     if error.relative > EXACT and find_axis(adapters) != "" and not allow_loss:
+        lost = format_share(error.relative)
         raise AdapterError(
-            f"To {tool} this way would lose {error.relative:.1%} of the change. Set allow_loss=True to accept that, "
+            f"To {tool} this way would lose {lost} of the change. Set allow_loss=True to accept that, "
             f"leave rank out to add the ranks up, or merge into a checkpoint, which is exact."
         )
     return merged

@@ -57,6 +57,8 @@ _COPY_NAME = re.compile(
 """Names that file managers give to copies."""
 
 
+_UNHEARD = frozenset(("unreadable", "not_finite", "silent"))
+"""Findings of clips of which no caption can be composed: that they have none is no finding then."""
 COMPOSITION = (analysis, notes, compose, template, facts, names)
 """Modules that decide what a composed caption says; any change of them is a new version of the audit."""
 
@@ -147,7 +149,8 @@ def audit_clip(clip: Clip, rules: AuditRules) -> dict[str, Any]:
         else:
             row |= measure(audio_CN.numpy(), rate, decoded.speakers)
             findings += check_measurements(row, rules.longest_seconds)
-            sound = analyze_audio(audio_CN.numpy(), rate) if rules.captions == "auto" else None
+            is_heard = rules.captions == "auto" and not row["silent"]
+            sound = analyze_audio(audio_CN.numpy(), rate) if is_heard else None
     row |= _audit_text(clip, content, rules, findings, sound)
     return row
 
@@ -178,18 +181,19 @@ def _audit_text(
 ) -> dict[str, Any]:
     text = read_clip_text(clip, content, rules.allow_promotional)
     findings += [make_finding(code, detail) for code, detail in (*clip.notes, *text.problems)]
-    columns: dict[str, Any] = {"tags": text.tags, "facts": text.facts}
+    pitchless = compose.list_pitchless(text, sound)
+    columns: dict[str, Any] = {"tags": text.tags, "facts": [fact for fact in text.facts if fact.name not in pitchless]}
     if sound:
         composed = compose.compose_caption(text, sound, rules.template, rules.common_words)
         findings += [make_finding(code, detail) for code, detail in composed.problems]
-        columns["facts"] = text.facts + [fact for fact in composed.facts if fact.source == "heard"]
+        columns["facts"] += [fact for fact in composed.facts if fact.source == "heard"]
         if not text.caption and composed.caption and not text.unread_caption:
             text.caption = composed.caption
             findings.append(make_finding("auto_caption", composed.describe()))
     columns["caption"] = text.caption
     if text.beats:
         columns["beats"] = text.beats
-    is_unheard = rules.captions == "auto" and any(each["code"] in ("unreadable", "not_finite") for each in findings)
+    is_unheard = rules.captions == "auto" and not _UNHEARD.isdisjoint(each["code"] for each in findings)
     if not text.caption and rules.captions != "optional" and not is_unheard:
         findings.append(make_finding("no_caption" if clip.text is None else "empty_caption"))
     if text.caption and rules.count_tokens is not None:
@@ -287,7 +291,10 @@ class AuditIndex:
             copies ("kick copy.wav", "kick (1).wav") if there are any; a clip's own index where there is none.
         similar: Index of the first clip that sounds the same; a clip's own index where there is none.
         alike: The same when clips at a close tempo count too.
+        audited: Number of clips that were audited for it, those of all processes; the others were cached.
     """
+
+    audited = 0
 
     def __init__(self, journals: Sequence[Path], stamps: dict[str, str], extra: Sequence[dict[str, Any]] = ()) -> None:
         """Load the columns and compare all clips.

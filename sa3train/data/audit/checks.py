@@ -16,15 +16,13 @@ import torch
 from sa3train.audio.edit import mix_channels
 from sa3train.audio.io import PLAUSIBLE_RATES, check_plausible
 from sa3train.audio.layouts import DEFAULT_LAYOUTS
-from sa3train.audio.metrics import measure_loudness_lufs, measure_offset
+from sa3train.audio.metrics import SILENCE_AMPLITUDE, is_silent, measure_loudness_lufs, measure_offset
 from sa3train.core.errors import AudioError
+from sa3train.core.text import format_share
 
 ERROR, WARNING, NOTE = "error", "warning", "note"
 SEVERITIES = (ERROR, WARNING, NOTE)
 """Worst first. A clip with an error is not encoded."""
-
-SILENCE_AMPLITUDE = 10 ** (-60 / 20)
-"""Amplitude (-60 dBFS) below which samples count as silence."""
 
 LIMITS = {
     "too_short": 4096 / 44100,  # seconds: one latent frame
@@ -277,7 +275,7 @@ def measure(audio_CN: np.ndarray, rate: int, speakers: Sequence[str] | None = No
         "dc": round(float(np.abs(offset_C1).max()), 6),
         "same_channels": channels == 2 and bool(np.abs(audio_CN[0] - audio_CN[1]).max() <= 1e-4 * max(peak, 1e-9)),
         "silent_channels": int((centered_CN.max(axis=1) <= SILENCE_AMPLITUDE).sum()),
-        "silent": bool((mix_CN - measure_offset(mix_CN)).abs().max() <= SILENCE_AMPLITUDE),
+        "silent": is_silent(mix_CN),
         "content": hash_audio(audio_CN, rate, speakers),
         "sound_seconds": round(len(sound_N) / rate, 6),
         "fingerprint": compute_sound_fingerprint(sound_N, rate),
@@ -299,10 +297,10 @@ def check_measurements(row: dict[str, Any], longest_seconds: float | None = None
     if row["silent"]:
         return [make_finding("silent", f"{seconds:.2f} s")]
     layout = row["speakers"] or "the file names no speakers, the usual order is assumed"
-    over = f"{row['over']:.2%} of the samples, up to {row['peak_db']:+.1f} dBFS"
+    over = f"{format_share(row['over'])} of the samples, up to {row['peak_db']:+.1f} dBFS"
     checks = (
         ("too_short", seconds < LIMITS["too_short"], f"{seconds * 1000:.0f} ms"),
-        ("clipped", row["clipped"] > LIMITS["clipped"], f"{row['clipped']:.2%} of the samples"),
+        ("clipped", row["clipped"] > LIMITS["clipped"], f"{format_share(row['clipped'])} of the samples"),
         ("over_full_scale", row["over"] > LIMITS["over_full_scale"], over),
         *((n, row[n] > LIMITS[n], f"{row[n]:.2f} s") for n in ("leading_silence", "trailing_silence")),
         ("dc_offset", row["dc"] > LIMITS["dc_offset"], f"{row['dc']:.3f} of full scale"),

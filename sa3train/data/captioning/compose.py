@@ -73,13 +73,12 @@ def compose_caption(
     facts += [_name_kind(text, sound, form, bool(words))]
     if form.value != "one-shot":
         facts += _choose("bpm", text, _fit_genre(text, sound.bpm) if sound and sound.bpm else None, problems)
-    is_hit = text.name.kind in NAME_WORDS["hits"]
-    if not (is_hit and form.value == "one-shot"):  # the key of a single drum is that of its kit, its root a pad
+    pitchless = list_pitchless(text, sound)
+    if "key" not in pitchless:
         keys = _choose("key", text, sound.key if sound and form.value != "one-shot" else None, problems)
         if problems[-1:] and problems[-1][0] == "key_heard" and sound and sound.key_strength >= _CLEAR_KEY:
             keys = [fact for fact in keys if fact.source != "file name"]
-        is_pitched = not is_hit and not (sound and sound.sound == "percussive")
-        facts += keys or (_list_root(text) if is_pitched else [])
+        facts += keys or ([] if "root" in pitchless else _list_root(text))
     if sound:
         heard = {name: getattr(sound, name) for name in ("brightness", "density", "sound", "loudness")}
         facts += [Fact(name, value, _HEARD) for name, value in heard.items() if value]
@@ -88,6 +87,22 @@ def compose_caption(
     return Composed(
         fill_parts(template, values), [fact for fact in facts if fact.name in used and fact.value], problems
     )
+
+
+def list_pitchless(text: ClipText, sound: AudioAnalysis | None) -> Collection[str]:
+    """List which of key and root say nothing of a clip: drums have neither, whatever their names and chunks state.
+
+    Args:
+        text: What its tags and names say.
+        sound: What is heard in it; None where it was not analyzed.
+
+    Returns:
+        Names of facts.
+    """
+    is_hit = text.name.kind in NAME_WORDS["hits"]
+    if is_hit and _find_form(text, sound).value == "one-shot":  # the key of a single drum is that of its kit
+        return ("key", "root")
+    return ("root",) if is_hit or (sound and sound.sound == "percussive") else ()
 
 
 def _list_last(text: ClipText, name: str) -> list[Fact]:

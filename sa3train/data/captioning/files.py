@@ -7,6 +7,7 @@ before a save that its undo could not restore stay in the log, as "kept".
 """
 
 import json
+import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any
 
 from sa3train.core.errors import DataError
 from sa3train.core.files import write_bytes, write_json
-from sa3train.core.text import get_utc_time
+from sa3train.core.text import get_utc_time, list_few
 from sa3train.core.user_files import read_file
 from sa3train.data.sources.captions import read_clip_text
 from sa3train.data.sources.listing import Clip
@@ -67,10 +68,26 @@ class Undone:
     Attributes:
         restored: Files that are again as they were before the save.
         kept: Files that were edited after it and stay as they are.
+        is_logged: Whether one of those had a content before the save, which stays in the log.
     """
 
     restored: list[Path]
     kept: list[Path]
+    is_logged: bool
+
+    def describe(self, folder: str | Path) -> str:
+        """Describe what was done.
+
+        Args:
+            folder: Folder of audio.
+
+        Returns:
+            Sentences, which name the files by their path in the folder.
+        """
+        restored, kept = ([os.path.relpath(path, folder) for path in paths] for paths in (self.restored, self.kept))
+        text = f"Captions taken back: {len(restored)}{f' ({list_few(restored, 5)})' if restored else ''}."
+        left = f" Edited since, so left alone: {list_few(kept, 10)}." if kept else ""
+        return text + left + (f" What was there before the save stays in {UNDO_FILE}." if self.is_logged else "")
 
 
 Resolve = Callable[[str | Path], Path]
@@ -136,11 +153,11 @@ def undo_save(folder: str | Path, resolve: Resolve = Path) -> Undone:
             else:
                 write_bytes(change.path, change.before)
         log.remove(last)
-        lost = [file for file, change in zip(last["files"], changes, strict=True) if change.path in kept]
-        if lost := [file for file in lost if file["before"] is not None]:
+        files = [file for file, change in zip(last["files"], changes, strict=True) if change.path in kept]
+        if lost := [file for file in files if file["before"] is not None]:
             log.append({**last, "files": lost, "kept": True})
         _write_log(folder, log)
-    return Undone([change.path for change in restored], kept)
+    return Undone([change.path for change in restored], kept, bool(lost))
 
 
 def count_saves(folder: str | Path) -> int:

@@ -7,10 +7,12 @@ from pathlib import Path
 
 from sa3train.audio.analysis import analyze_audio
 from sa3train.audio.io import read_whole
+from sa3train.audio.metrics import is_silent
 from sa3train.core.errors import ConfigError, DataError
 from sa3train.core.log import track_progress
 from sa3train.core.text import list_few
 from sa3train.data.audit.audit import READ_ERRORS
+from sa3train.data.audit.checks import FINDING_TYPES
 from sa3train.data.captioning.captioner import Captioner
 from sa3train.data.captioning.compose import Composed, compose_caption
 from sa3train.data.captioning.files import Change, Edit, get_caption_path, has_sidecar, save_captions
@@ -141,6 +143,8 @@ def _propose_caption(
     try:
         path = clip.audio.local_path()
         decoded = read_whole(path or clip.audio.read())
+        if is_silent(decoded.audio_CN):
+            return Proposal(clip.source, Composed(""), FINDING_TYPES["silent"].title)
         sound = analyze_audio(decoded.audio_CN.numpy(), decoded.sample_rate)
         description = describe(decoded.audio_CN, decoded.sample_rate) if describe else ""
     except READ_ERRORS as error:

@@ -68,6 +68,7 @@ class EncodeResult:
         elapsed: Wall time spent in the autoencoder, in seconds.
         index: Content of `index.json`; on the main process only.
         audit: Counts of the audit; on the main process only.
+        audited: Number of clips that were audited; the others were cached.
     """
 
     folder: Path
@@ -78,6 +79,7 @@ class EncodeResult:
     elapsed: float = 0.0
     index: dict[str, Any] = field(default_factory=dict)
     audit: AuditSummary | None = None
+    audited: int = 0
 
 
 def encode_dataset(
@@ -126,6 +128,7 @@ def encode_dataset(
             reconcile_shards(folder, plan.compute_digests(), workers.world_size)
         workers.wait()
         result = _encode_share(plan, encoder, listing, folder, workers)
+        result.audited = index.audited
         if workers.is_main:
             _write_descriptions(source, folder, plan, encoder, result)
         workers.wait()
@@ -210,7 +213,9 @@ def audit_clips(listing: Listing, rules: AuditRules, work_dir: Path, workers: Wo
     run_audit(missing[workers.rank :: workers.world_size], rules, journal, known, threads)
     workers.wait()
     stamps = {clip.source: clip.stamp for clip in listing.clips}
-    return AuditIndex(sorted(work_dir.glob("audit-*.jsonl")), stamps, list_problem_rows(listing))
+    index = AuditIndex(sorted(work_dir.glob("audit-*.jsonl")), stamps, list_problem_rows(listing))
+    index.audited = len(missing)
+    return index
 
 
 def _check_rejected(source: str, folder: Path, plan: EncodePlan, workers: Workers) -> None:

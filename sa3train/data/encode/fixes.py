@@ -6,8 +6,7 @@ from typing import Any
 import torch
 
 from sa3train.audio.edit import apply_gain
-from sa3train.audio.metrics import measure_loudness_lufs, measure_offset, measure_peak_db
-from sa3train.data.audit.checks import SILENCE_AMPLITUDE
+from sa3train.audio.metrics import SILENCE_AMPLITUDE, measure_loudness_lufs, measure_offset, measure_peak_db
 from sa3train.data.encode.settings import FIX_NAMES
 
 _TARGET_LUFS = -14.0

@@ -10,6 +10,7 @@ import gradio as gr
 from sa3train.adapters.tools import CheckpointResult, EditResult, Truncation
 from sa3train.adapters.tools.inspect import Comparison, Inspection
 from sa3train.core.dtypes import DTYPES
+from sa3train.core.errors import SA3Error
 from sa3train.core.text import format_number, list_few
 from sa3train.reports.html import render_details, render_facts
 from sa3train.studio.adapters import actions
@@ -264,9 +265,29 @@ def _choose_rank(name: str, label: str, *dtypes: str) -> dict[str, Any]:
             filterable=False,
             min_width=90,
         )
-    ui.explain_value(rank, NUMBERS["rank"])
-    ui.explain_value(variance, NUMBERS["explained_variance"])
+    both = [rank, variance]
+    for field in both:
+        field.blur(lambda *texts: [gr.update(info=info) for info in explain_rank(*texts)], both, both, **ui.QUIET)
     return {"rank": rank, "explained_variance": variance, "dtype": dtype}
+
+
+def explain_rank(rank: str, variance: str) -> list[str]:
+    """Explain what is wrong with the two fields of which only one is to be filled.
+
+    Args:
+        rank: Value of the first.
+        variance: Value of the second.
+
+    Returns:
+        A text for each field; empty where nothing is wrong.
+    """
+    given, problems = 0, dict.fromkeys(NUMBERS, "")
+    for (name, parse), text in zip(NUMBERS.items(), (rank, variance), strict=True):
+        try:
+            given += parse(text) is not None
+        except SA3Error as error:
+            problems[name] = str(error)
+    return ["Give only one of the two."] * 2 if given > 1 else list(problems.values())
 
 
 def _parse_rank(text: str | None) -> int | None:

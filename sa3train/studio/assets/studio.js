@@ -99,6 +99,13 @@ window.sa3 = (() => {
     const field = event.target.closest('.virtual-body [role=gridcell]')?.querySelector('textarea');
     if (field && field !== event.target) field.focus();
   });
+
+  /* The address names the page that is shown, so that a reload comes back to it. */
+  document.addEventListener('click', event => {
+    const tab = event.target.closest('#studio-tabs [role=tab][id^=tab-]');
+    if (tab) history.replaceState(null, '', '#' + tab.id.slice('tab-'.length, -'-button'.length));
+  });
+  const restoreTab = () => { document.getElementById(`tab-${location.hash.slice(1)}-button`)?.click(); };
   new MutationObserver(patch).observe(document.documentElement, {childList: true, subtree: true});
-  return {make, list};
+  return {make, list, restoreTab};
 })();

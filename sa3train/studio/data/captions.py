@@ -1,6 +1,5 @@
 """The captions of a folder of the studio's: listed, composed, edited and undone."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -65,21 +64,6 @@ def save_captions(workspace: Workspace, folder: Path, edits: Sequence[Edit]) -> 
         The changed files. A `DataError` is raised, with nothing written, where a caption cannot be saved.
     """
     return files.save_captions(folder, list_clips(workspace, folder), edits, workspace.resolve)
-
-
-def undo_save(workspace: Workspace, folder: Path) -> tuple[list[str], list[str]]:
-    """Undo the last save, of the studio or of `sa3-data caption`.
-
-    Args:
-        workspace: The studio's folders.
-        folder: Folder of audio.
-
-    Returns:
-        The restored files, and those that were edited since and stay, by their path in the folder.
-    """
-    undone = files.undo_save(folder, workspace.resolve)
-    restored, kept = ([os.path.relpath(path, folder) for path in paths] for paths in (undone.restored, undone.kept))
-    return restored, kept
 
 
 def caption_rest(workspace: Workspace, folder: Path, template: str) -> tuple[list[Change], list[Proposal]]:

@@ -138,9 +138,7 @@ def _show_rows(workspace: Workspace, path: str | None, text: str, only: bool, nu
 
 
 def _undo(workspace: Workspace, folder: Path, _: str) -> str:
-    restored, kept = captions.undo_save(workspace, folder)
-    left = f" Edited since, left as they are: {list_few(kept, 5)}." if kept else ""
-    return f"Undone in {_count(restored, 'file')}{': ' if restored else ''}{list_few(restored, 5)}.{left}"
+    return files.undo_save(folder, workspace.resolve).describe(folder)
 
 
 def _compose(workspace: Workspace, folder: Path, _: str, template: str) -> str:

@@ -5,6 +5,7 @@ from html import escape
 from typing import Any
 
 from sa3train.adapters.apply.load_report import LoadReport
+from sa3train.core.text import format_share
 from sa3train.inference.outputs import describe_measured
 from sa3train.inference.replay import build_command
 from sa3train.reports.html import render_details
@@ -213,7 +214,7 @@ def render_load_report(report: dict[str, Any], summary: str, refused: str | None
     bases = [
         [key, base.get(key, "not recorded")[:16], loaded.get(key, "-")[:16]] for key in ("name", "architecture", "hash")
     ]
-    effects = [[group, f"{value:.3%}"] for group, value in report["effect"].items()]
+    effects = [[group, format_share(value)] for group, value in report["effect"].items()]
     counts = [str(len(report[name])) for name in LAYER_COUNTS]
     parts = [
         ui.render_notice(refused, "error") if refused else "",

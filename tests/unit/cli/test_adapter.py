@@ -368,7 +368,10 @@ def test_every_tool_takes_its_output_as_a_flag(words: str) -> None:
     assert (parsed.source, parsed.target) == ("a", "b")
 
 
-def test_help_is_light() -> None:
-    code = "import sys; from sa3train.cli.adapter import build_parser; build_parser(); print('torch' in sys.modules)"
+@pytest.mark.parametrize(
+    "words", ["inspect no.pt", "diff no.pt b", "merge no.pt=0.5 b -o c", "resize no.pt b --rank 2"]
+)
+def test_what_is_not_there_is_said_before_torch_is_loaded(words: str) -> None:
+    code = f"import sys; from sa3train.cli.adapter import main; main({words.split()}); print('torch' in sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "False"
+    assert shown.stdout.strip() == "False" and "There is no adapter at no.pt" in shown.stderr

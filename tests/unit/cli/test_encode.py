@@ -39,7 +39,9 @@ def test_the_command_makes_a_set(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert store.index["model"]["name"] == MODEL
     assert store.index["settings"]["precision"] == "float32"
     assert run(f"source={source}", f"out={out}") == 0
-    assert "all cached" in capsys.readouterr().out
+    again = capsys.readouterr().out
+    assert "all cached" in again and f"6 clips, 0 rejected, 3.0 s of usable audio, audited before: {out}" in again
+    assert "problems" in printed and "problems" not in again
 
 
 def test_a_signal_leaves_what_is_encoded_and_no_half_shard(

@@ -12,6 +12,7 @@ from sa3train.core import processes
 from sa3train.core.safetensors_file import write_tensors
 from sa3train.reports.comparison import read_changes
 from sa3train.reports.run_files import EVALUATION_FILE
+from sa3train.reports.verdict import ALL_COPIES
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def test_evaluations_decide_where_every_run_has_one(runs: Path, capsys: pytest.C
         assert json.loads(read(capsys))["adapter"] == adapter, "the file of the end is of a later step"
     evaluation.write_text(json.dumps({"pick": None, "candidates": [row]}))
     assert main(["best", "runs/two", "--json"]) == 0
-    assert "sa3-eval picks the base: every adapter copies its training clips." in json.loads(read(capsys))["notes"]
+    assert f"sa3-eval picks the {ALL_COPIES}." in json.loads(read(capsys))["notes"]
 
 
 def test_losses_of_other_clips_are_not_compared(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,14 +135,14 @@ def test_a_run_goes_on_where_it_was_and_not_as_another(shards: Path, capsys: pyt
     assert main(["resume=out", "adapter.dropout=0.5"]) == 1
     said, error = capsys.readouterr()
     assert "adapter.dropout: 0.0 -> 0.5" in error and "allow_resume_changes=[adapter.dropout]" in error
-    assert "is finished" not in said, "nothing is written"
+    assert "nothing to do" not in said
     assert main(["resume=out", "trainer.max_steps=3"]) == 0
     assert "resume=out trainer.max_steps=6" in capsys.readouterr().out
+    before = {path: path.stat().st_mtime_ns for path in Path("out").rglob("*")}
     assert main(["resume=out"]) == 0
     said = capsys.readouterr().out
-    assert said.startswith(
-        "out is finished: all 3 steps are done, and only its last files are written again.\nlonger:  sa3"
-    )
+    assert said.startswith("nothing to do: out is at step 3 of 3.\nlonger:  sa3-train resume=out trainer.max_steps=6")
+    assert before == {path: path.stat().st_mtime_ns for path in Path("out").rglob("*")}
     record = json.loads(Path("out/run.json").read_text())
     assert record["steps"] == 3 and record["resumed"][-1]["step"] == 2
     kept = load_settings(Path("out/config.yaml"))
@@ -355,7 +355,7 @@ def test_wrong_data_and_a_taken_folder_are_named_before_the_base_is_loaded(
         (["data=nowhere", "run_dir=out"], "nowhere"),
         ([f"data={shards}", "run_dir=held"], "already holds a run"),
         (["resume=held", "seed=7"], "seed: 0 -> 7"),
-        (["resume=held"], "is in use"),
+        (["resume=held", "trainer.max_steps=2"], "is in use"),
     ):
         with held if "use" in message else contextlib.nullcontext():
             assert main([*([] if "resume" in arguments[0] else QUICK), *arguments]) == 1

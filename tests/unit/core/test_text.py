@@ -10,12 +10,21 @@ import torch
 
 from sa3train.core.dtypes import get_dtype, name_dtype
 from sa3train.core.safetensors_file import hash_tensors
-from sa3train.core.text import compute_relative_norm, format_command, format_number, format_range, list_few
+from sa3train.core.text import (
+    compute_relative_norm,
+    format_command,
+    format_number,
+    format_range,
+    format_share,
+    list_few,
+)
 
 
 def test_numbers_and_lists() -> None:
     assert [format_number(value) for value in (None, 0.123456, 2.0)] == ["-", "0.1235", "2"]
     assert [format_range(values) for values in ([4], [4, 16, 8])] == ["4", "4 to 16"]
+    shares = {0.0: "0%", 4.123e-7: "0.0000412%", 0.0005: "0.0500%", 0.1388: "13.9%", 12.345: "1234%", math.inf: "inf%"}
+    assert {value: format_share(value) for value in shares} == shares
     assert [list_few(list("abcde")[:n]) for n in (0, 2, 5)] == ["", "a, b", "a, b and 3 more"]
 
 

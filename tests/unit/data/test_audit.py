@@ -13,6 +13,7 @@ import pytest
 import soundfile
 
 from helpers.audio import noise, sweep, tone, write_clip
+from sa3train.audio.analysis import AudioAnalysis
 from sa3train.data.audit import audit
 from sa3train.data.audit.audit import AuditIndex, AuditRules, audit_clip, list_problem_rows, read_stamps, run_audit
 from sa3train.data.audit.checks import (
@@ -25,7 +26,10 @@ from sa3train.data.audit.checks import (
     measure_clipping,
 )
 from sa3train.data.audit.report import AuditSummary, format_clip, write_audit_report
+from sa3train.data.captioning.compose import list_pitchless
+from sa3train.data.sources.captions import ClipText
 from sa3train.data.sources.listing import list_source
+from sa3train.data.sources.names import parse_name
 
 RULES = AuditRules(longest_seconds=20.0, count_tokens=lambda texts: [len(text.split()) for text in texts], max_tokens=5)
 
@@ -192,6 +196,17 @@ def test_channels_are_named_and_measured_as_they_are_mixed(tmp_path: Path) -> No
     assert rows["named.wav"]["peak_db"] > 0
     assert "over_full_scale" in codes(rows["named.wav"])
     assert codes(rows["bass.wav"]) == {"silent"}
+
+
+def test_silence_has_no_caption_and_drums_have_no_root(tmp_path: Path) -> None:
+    write_clip(tmp_path / "set" / "soft bell.wav", silence(1.0))
+    for name in ("Kick", "Bass"):
+        write_clip(tmp_path / "set" / f"{name} Loop_F#_120bpm.wav", noise(1.0, seed=len(name)))
+    rows = audit_rows(tmp_path / "set", AuditRules(captions="auto"))
+    assert codes(rows["soft bell.wav"]) == {"silent"} and not rows["soft bell.wav"]["caption"]
+    assert "root" not in [fact[0] for fact in rows["Kick Loop_F#_120bpm.wav"]["facts"]]
+    for sound, pitchless in ((AudioAnalysis(), ()), (AudioAnalysis(sound="percussive"), ("root",))):
+        assert list_pitchless(ClipText(name=parse_name("Bass Loop_F#_120bpm.wav")), sound) == pitchless
 
 
 def test_the_same_samples_for_other_speakers_are_other_audio() -> None:

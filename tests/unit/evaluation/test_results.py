@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 
 from sa3train.evaluation.distances import Memorization
+from sa3train.evaluation.page import format_memorization
 from sa3train.evaluation.results import Candidate, Evaluation, GeneratedClip, Measurement, compute_difference
 from sa3train.reports.pick import pick_best
 
@@ -100,6 +101,21 @@ def test_names_are_whole_paths_where_short_ones_are_alike() -> None:
     assert list(found.names.values()) == ["a/adapter", "b/adapter"]
     found = make_evaluation(("one/x.safetensors", 1.0, same), ("two/x.safetensors", 1.0, same))
     assert list(found.names.values()) == ["one/x.safetensors", "two/x.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("score", "base", "generated", "expected"),
+    [(0.3, 1.1, 4, "copies"), (0.3, 0.4, 4, ""), (0.1, 0.4, 4, "copies"), (0.3, 1.1, 3, "too few"), (0.6, 1.1, 4, "")],
+)
+def test_copies_are_told_against_the_base_on_enough_clips(
+    score: float, base: float, generated: int, expected: str
+) -> None:
+    clips = [GeneratedClip(1.0, {}, {})] * generated
+    found = [Memorization(value, 1.0, 1.0, []) for value in (score, base)]
+    mine, its = (make_measurement(0.0, memorization=each, generated=clips) for each in found)
+    assert format_memorization(mine, its).startswith(f"{score:.2f}" + (f" ({expected}" if expected else ""))
+    assert Candidate("a", None, 1.0, mine, its).is_copying == (expected == "copies")
+    assert format_memorization(its, its) == f"{base:.2f}"
 
 
 def test_json_has_null_for_what_is_no_number() -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from sa3train.reports.run_files import RunFiles
 from sa3train.reports.run_report import render_report
-from sa3train.reports.verdict import describe_verdict
+from sa3train.reports.verdict import ALL_COPIES, describe_verdict
 
 
 def make_run(
@@ -42,6 +42,13 @@ def make_run(
 
 def judge(run: RunFiles) -> dict[str, str]:
     return {answer.question.split()[0].lower(): answer.text for answer in describe_verdict(run)}
+
+
+@pytest.mark.parametrize(("base_score", "heldout", "is_told"), [(1.0, 8, True), (0.4, 8, False), (1.0, 2, False)])
+def test_copies_are_what_the_base_does_not_come_near(base_score: float, heldout: int, is_told: bool) -> None:
+    scores = {"score": 0.3, "base_score": base_score, "heldout_clips": heldout}
+    run = replace(make_run({0: 1.0, 10: 0.9}), memorization={"clips": 8, "memorization": scores})
+    assert ("may be copies" in judge(run)["what"]) == is_told
 
 
 def test_a_run_that_was_still_falling() -> None:
@@ -112,7 +119,7 @@ def test_steps_that_diverged_or_have_other_clips_are_left_out() -> None:
     ("pick", "steps", "said", "later"),
     [
         ({"text": "a@10: p = 0.01"}, [10, None], "a@10: p = 0.01.", " Later steps than 10 were not measured."),
-        (None, [None], "base: every adapter copies its training clips.", ""),
+        (None, [None], f"{ALL_COPIES}.", ""),
     ],
 )
 def test_what_an_evaluation_found_is_said_before_what_to_change(

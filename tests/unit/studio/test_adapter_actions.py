@@ -112,6 +112,18 @@ def test_links_that_lead_out_are_refused(workspace: Workspace) -> None:
         actions.write(workspace, "resize", [(ONE, 1.0)], "out/a.safetensors", rank=1)
 
 
+@pytest.mark.parametrize(
+    ("rank", "variance", "told"),
+    [
+        ("4", "", ["", ""]),
+        ("4", "0.9", ["Give only one of the two."] * 2),
+        ("0", "0.9", ["rank must be from 1 to 16384, not 0.", ""]),
+    ],
+)
+def test_rank_and_explained_variance_are_checked_together(rank: str, variance: str, told: list[str]) -> None:
+    assert page.explain_rank(rank, variance) == told
+
+
 def test_strengths_are_read() -> None:
     assert actions.parse_strengths("", 2) == [1.0, 1.0]
     assert actions.parse_strengths("0.5, 2", 2) == [0.5, 2.0]

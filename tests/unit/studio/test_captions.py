@@ -35,6 +35,10 @@ def workspace(folder: Path) -> Workspace:
     return Workspace.create(folder.parent.parent / "studio", [folder.parent])
 
 
+def undo(workspace: Workspace, folder: Path) -> str:
+    return files.undo_save(folder, workspace.resolve).describe(folder)
+
+
 def read_captions(folder: Path) -> dict[str, str]:
     return {clip.source: read_clip_text(clip).caption for clip in list_source(str(folder)).clips}
 
@@ -87,12 +91,12 @@ def test_undo_restores_every_byte_save_by_save(workspace: Workspace, folder: Pat
     save(workspace, folder, text=("old words", "one"), bare=("", "two"))
     save(workspace, folder, text=("one", "three"), fields=("old fields", "four"))
     assert files.count_saves(folder) == 2
-    assert sorted(captions.undo_save(workspace, folder)[0]) == ["fields.json", "text.txt"]
+    assert undo(workspace, folder) == "Captions taken back: 2 (text.txt, fields.json)."
     assert read_captions(folder)["text.wav"] == "one"
-    captions.undo_save(Workspace.create(workspace.folder, workspace.sources), folder)  # by another server
+    undo(Workspace.create(workspace.folder, workspace.sources), folder)  # by another server
     assert {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()} == before
     with pytest.raises(SA3Error, match="nothing to undo"):
-        captions.undo_save(workspace, folder)
+        undo(workspace, folder)
 
 
 def test_nothing_changed_is_nothing_saved(workspace: Workspace, folder: Path) -> None:
@@ -118,7 +122,7 @@ def test_a_save_that_is_cut_short_can_be_undone(
         save(workspace, folder, text=("old words", "new"), bare=("", "new"))
     monkeypatch.undo()
     assert read_captions(folder)["text.wav"] == "new"
-    captions.undo_save(workspace, folder)
+    undo(workspace, folder)
     assert (folder / "text.txt").read_bytes() == before
     assert not (folder / "bare.txt").exists()
 
@@ -130,7 +134,9 @@ def test_what_others_wrote_meanwhile_is_never_overwritten(workspace: Workspace, 
     assert not (folder / "bare.txt").exists(), "half of a refused save was written"
     save(workspace, folder, text=("theirs", "mine"), bare=("", "mine"))
     (folder / "text.txt").write_text("theirs again")
-    assert captions.undo_save(workspace, folder) == (["bare.txt"], ["text.txt"])
+    told = undo(workspace, folder)
+    assert told.startswith("Captions taken back: 1 (bare.txt). Edited since, so left alone: text.txt. ")
+    assert files.UNDO_FILE in told and "theirs" in (folder / files.UNDO_FILE).read_text()
     assert (folder / "text.txt").read_text() == "theirs again"
     assert not (folder / "bare.txt").exists()
     assert files.count_saves(folder) == 0, "an earlier save can be undone next"
@@ -188,7 +194,7 @@ def test_a_damaged_undo_log_is_said(workspace: Workspace, folder: Path) -> None:
     save(workspace, folder, bare=("", "x"))
     (folder / files.UNDO_FILE).write_text("[")
     with pytest.raises(SA3Error, match="is damaged"):
-        captions.undo_save(workspace, folder)
+        undo(workspace, folder)
 
 
 def test_the_table_is_searched_and_paged(workspace: Workspace, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,8 +226,8 @@ def test_many_captions_are_replaced_at_once_and_taken_back(workspace: Workspace,
     assert len(captions.replace_text(workspace, folder, "text.wav", "old", "new")) == 1
     assert len(captions.replace_text(workspace, folder, "", "old", "new")) == 1
     assert read_captions(folder) == {name: text.replace("old", "new") for name, text in before.items()}
-    captions.undo_save(workspace, folder)
-    captions.undo_save(workspace, folder)
+    undo(workspace, folder)
+    undo(workspace, folder)
     assert read_captions(folder) == before
 
 
@@ -232,5 +238,5 @@ def test_clips_without_a_caption_are_captioned_and_taken_back(workspace: Workspa
     assert read_captions(folder) == before | {"soft kick.wav": "soft kick one-shot"}
     assert [one.source for one in without] == ["bare.wav"], "which cannot be read"
     assert [change.path.name for change in changes] == ["soft kick.txt"]
-    captions.undo_save(workspace, folder)
+    undo(workspace, folder)
     assert read_captions(folder) == before | {"soft kick.wav": ""}
