@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sa3train.core.device import move_to_device, move_to_host
 from sa3train.core.errors import GenerationError
+from sa3train.core.text import format_share
 from sa3train.inference.prompt_weights import find_nested_weight, parse_prompt_weights
 from sa3train.inference.resolve import count_samples
 from sa3train.inference.sampling import Generation, build_item_mask
@@ -70,7 +71,7 @@ def collect_warnings(generation: Generation, clipped_shares: list[float]) -> lis
     for index, share in enumerate(clipped_shares):
         if share > 0:
             which = f"item {index}" if len(clipped_shares) > 1 else "the audio"
-            warnings.append(f"{which} exceeded full scale in {share:.2%} of its samples, which were clipped.")
+            warnings.append(f"{which} exceeded full scale in {format_share(share)} of its samples, which were clipped.")
     return warnings
 
 

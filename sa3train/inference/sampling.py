@@ -57,12 +57,16 @@ class SamplingStart:
         sigma_max: Their noise level.
         kept_B1T: 1 where inpainting keeps a frame.
         masked_BCT: Latents of `inpaint_audio`, 0 where they are regenerated.
+        held_BCT: Latents on whose straight path from noise a frame stays, down to its level of `held_B1T`.
+        held_B1T: That level: 0 holds a frame to the end, 1 never. None holds none, as released.
     """
 
     latents_BCT: Tensor
     sigma_max: float
     kept_B1T: Tensor
     masked_BCT: Tensor
+    held_BCT: Tensor | None = None
+    held_B1T: Tensor | None = None
 
 
 def prepare_start(generation: Generation) -> SamplingStart:
@@ -219,7 +223,10 @@ def _denoise(
         if stack.apply(float(t)):
             denoiser.reset()
         t_B = t.float().expand(settings.batch_size)
-        return compute_guided_velocity(denoiser, x_BCT, t_B, condition, guidance)
+        v_BCT = compute_guided_velocity(denoiser, x_BCT, t_B, condition, guidance)
+        if start.held_BCT is None or start.held_B1T is None:
+            return v_BCT
+        return torch.where(start.held_B1T < t, (x_BCT - start.held_BCT) / t, v_BCT)
 
     sigmas = build_schedule(settings.steps, start.sigma_max)
     sample = SAMPLERS[settings.sampler_type].sample

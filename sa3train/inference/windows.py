@@ -1,9 +1,12 @@
 """Pieces beyond the model's length, or whose prompt or adapters change: windows that continue each other.
 
 Each window is generated with the end of the one before it as its beginning (inpainted, as a continuation is), and all
-but the last play on behind their end, so that nothing fades out there. The latents of finished windows can be kept in
-a folder, from which an interrupted piece is continued; the audio is decoded in blocks to a file that is mapped into
-memory. So the memory that is needed does not grow with the length of the piece, where that file is on a disk.
+but the last play on behind their end, so that nothing fades out there. The second half of what a window repeats is
+generated anew, less and less bound to what was there: a frame stays on the way to its old latents down to a noise level
+that rises towards the join (as in Levin and Fried 2023, "Differential Diffusion"). The latents of finished windows can
+be kept in a folder, from which an interrupted piece is continued; the audio is decoded in blocks to a file that is
+mapped into memory. So the memory that is needed does not grow with the length of the piece, where that file is on a
+disk.
 """
 
 import contextlib
@@ -25,6 +28,7 @@ from sa3train.core.mapped import map_tensor, release_pages
 from sa3train.core.seeds import derive_seed
 from sa3train.core.user_files import read_file
 from sa3train.diffusion.samplers import Callback
+from sa3train.diffusion.schedule import build_schedule
 from sa3train.inference.decoding import decode_audio
 from sa3train.inference.lengths import Window, plan_windows, to_seconds
 from sa3train.inference.resolve import MIN_FRAMES, ModelFacts, ResolvedSettings, count_samples
@@ -37,6 +41,7 @@ OVERLAP_SHARE = 4
 BLOCK_FRAMES, MARGIN_FRAMES, FADE = 512, 16, 1024
 """Latent frames decoded at a time and around them, as the released model decodes in chunks; samples of a crossfade."""
 RECORD = "piece.json"
+FORMAT = 2  # of the windows in the folder
 
 
 def list_windows(settings: ResolvedSettings, facts: ModelFacts) -> list[Window]:
@@ -81,7 +86,7 @@ def generate_windows(
     try:
         for number, window in enumerate(windows):
             path = None if folder is None else folder / f"window-{number:04d}.safetensors"
-            new_1CT = latents_1CT[..., window.new : window.stop]
+            new_1CT = latents_1CT[..., _find_release(window) : window.stop]
             if path is not None and path_exists(path):
                 new_1CT.copy_(safetensors.torch.load(read_file(path))["latents"])
                 continue
@@ -109,7 +114,7 @@ def _generate_window(
     callback: Callback | None,
     cuda_graphs: bool,
 ) -> Tensor:
-    """Latents of what is new in a window, which begins with those that are kept."""
+    """Latents of a window from where it is no longer what was before it."""
     settings, facts, window = generation.settings, generation.facts, windows[number]
     ratio, is_last = facts.downsampling_ratio, number == len(windows) - 1
     samples = count_samples(facts, settings.duration[0]) - window.start * ratio
@@ -127,14 +132,21 @@ def _generate_window(
         tail=settings.tail if is_last else 0.0,
     )
     one = replace(generation, settings=own, rng=_make_rng(settings, number))
-    start = prepare_start(one)
-    if kept_1CT.shape[-1]:
-        kept_B1T, masked_BCT = start.kept_B1T.clone(), torch.zeros_like(start.masked_BCT)
-        kept_B1T[..., : kept_1CT.shape[-1]] = 1
-        masked_BCT[..., : kept_1CT.shape[-1]] = kept_1CT.to(masked_BCT)
-        start = replace(start, kept_B1T=kept_B1T, masked_BCT=masked_BCT)
+    start, overlap, release = prepare_start(one), kept_1CT.shape[-1], _find_release(window) - window.start
+    if overlap:
+        held_BCT, held_B1T = torch.zeros_like(start.masked_BCT), torch.ones_like(start.kept_B1T)
+        held_BCT[..., :overlap] = kept_1CT.to(held_BCT)
+        held_B1T[..., :release] = 0
+        held_B1T[..., release:overlap] = build_schedule(overlap - release).flip(0)[:-1]
+        kept_B1T = (held_B1T == 0).to(held_B1T)
+        start = replace(start, kept_B1T=kept_B1T, masked_BCT=held_BCT * kept_B1T, held_BCT=held_BCT, held_B1T=held_B1T)
     latents_1CT = sample_latents(one, stack, start, callback, cuda_graphs)
-    return latents_1CT[..., window.new - window.start : window.stop - window.start]
+    return latents_1CT[..., release : window.stop - window.start]
+
+
+def _find_release(window: Window) -> int:
+    """The frame from which a window is generated again: the middle of what it repeats."""
+    return (window.start + window.new) // 2
 
 
 def _make_rng(settings: ResolvedSettings, number: int) -> torch.Generator:
@@ -197,7 +209,7 @@ def open_work_dir(folder: Path, record: Mapping[str, Any], has_seed: bool) -> in
 
 
 def _identify_piece(record: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: record[name] for name in ("model", "precision", "settings", "adapters")}
+    return {"format": FORMAT} | {name: record[name] for name in ("model", "precision", "settings", "adapters")}
 
 
 def remove_work_dir(folder: Path, record: Mapping[str, Any]) -> None:

@@ -114,7 +114,12 @@ def test_a_piece_has_its_prompts_and_strengths_window_by_window(
     def watch(generation: Any, stack: Any, start: Any, *rest: Any) -> Any:
         strength = stack._loaded[0].strengths(None, stack.position)[0]
         asked.append((generation.settings.prompt[0], strength, float(start.kept_B1T.mean())))
-        return sample(generation, stack, start, *rest)
+        made_BCT = sample(generation, stack, start, *rest)
+        if start.held_BCT is not None:
+            levels_T, moved_T = start.held_B1T[0, 0], (made_BCT - start.held_BCT)[0].abs().amax(dim=0)
+            assert moved_T[levels_T == 0].max() < 1e-4  # the end of the window before stays
+            assert moved_T[(levels_T > 0) & (levels_T < 1)].max() > 1e-3  # and turns into this one before the join
+        return made_BCT
 
     monkeypatch.setattr(windows, "sample_latents", watch)
     gen.load_adapter(LORA, strength=(0.2, 1.0))
