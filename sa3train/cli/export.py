@@ -2,6 +2,7 @@
 
 sa3-export --model nano --to onnx nano-onnx --check
 sa3-export --model small-music --lora style.safetensors=0.8 --to onnx style-onnx
+sa3-export --model nano --to coreml --seconds 10 nano-coreml                        packages for CoreML
 sa3-export --model nano --lora-inputs 16 nano-onnx                                  adapters are inputs of its graphs
 sa3-export scales --model nano --rank 16 --lora style.safetensors=0.8 style-inputs.safetensors    and a file of these
 """
@@ -18,6 +19,7 @@ from sa3train.adapters.lora_argument import parse_lora
 from sa3train.cli.hydra_app import run_job
 from sa3train.cli.parser import CommandParser
 from sa3train.cli.version import add_version
+from sa3train.core.errors import ConfigError
 
 FLAGS = {"overwrite": "--overwrite", "lora_inputs": "--lora-inputs"}
 
@@ -79,7 +81,9 @@ def build_parser() -> argparse.ArgumentParser:
     _add_common(parser, "adapter to bake in; repeatable", "replace an earlier export")
     text = "let hosts choose adapters: low-rank factors and scales of this rank as inputs, filled by sa3-export scales"
     parser.add_argument("--lora-inputs", type=int, metavar="RANK", help=text)
-    parser.add_argument("--to", choices=("onnx",), default="onnx", help="format (default: onnx)")
+    text = "format; coreml: packages for one length, in fp32 or fp16 (default: onnx)"
+    parser.add_argument("--to", choices=("onnx", "coreml"), default="onnx", help=text)
+    parser.add_argument("--seconds", type=float, metavar="S", help="length of CoreML packages' clips (default: 30)")
     text = "how weights are stored (int8: autoencoder in fp16; int8-products: also multiplies in int8; default: fp32)"
     parser.add_argument("--precision", choices=("fp32", "fp16", "int8", "int8-products"), default="fp32", help=text)
     text = "run the result on fixed noise, print its errors, and write nothing where they exceed a limit"
@@ -102,18 +106,21 @@ def _run_scales(arguments: argparse.Namespace) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     from sa3train.export.check import TEXT_DTYPE
-    from sa3train.export.onnx_files import export_onnx
 
-    adapters = [parse_lora(text) for text in arguments.lora]
-    result = export_onnx(
-        arguments.model,
-        arguments.output,
-        adapters,
-        arguments.check,
-        arguments.overwrite,
-        arguments.precision,
-        arguments.lora_inputs,
-    )
+    given = arguments.model, arguments.output, [parse_lora(text) for text in arguments.lora]
+    common = {"overwrite": arguments.overwrite, "precision": arguments.precision}
+    if arguments.to == "coreml":
+        from sa3train.export.coreml import export_coreml
+
+        if arguments.check or arguments.lora_inputs is not None:
+            raise ConfigError("--to coreml has neither --check, which only macOS could run, nor --lora-inputs.")
+        result = export_coreml(*given, seconds=30 if arguments.seconds is None else arguments.seconds, **common)
+    else:
+        from sa3train.export.onnx_files import export_onnx
+
+        if arguments.seconds is not None:
+            raise ConfigError("--seconds needs --to coreml: ONNX files take any length.")
+        result = export_onnx(*given, check=arguments.check, lora_inputs=arguments.lora_inputs, **common)
     if arguments.json:
         print(json.dumps(asdict(result), default=str))
         return 0

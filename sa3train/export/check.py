@@ -59,9 +59,12 @@ class GraphCheck:
         """
         import onnxruntime
 
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.disable_prepacking", "1")  # weights stay mapped, not copied
+
         @functools.lru_cache(maxsize=1)
         def load(name: str) -> Any:
-            return onnxruntime.InferenceSession(folder / f"{name}.onnx")
+            return onnxruntime.InferenceSession(folder / f"{name}.onnx", options)
 
         def call(name: str, inputs: Mapping[str, Tensor]) -> Sequence[Tensor]:
             found = load(name).run(None, {key: tensor.contiguous().numpy() for key, tensor in inputs.items()})

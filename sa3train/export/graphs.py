@@ -92,39 +92,48 @@ class _Encode(nn.Module):
         return autoencoder.bottleneck.encode(z_TC.T[None])
 
 
-def build_graphs(model: StableAudio3) -> dict[str, Graph]:
+def build_graphs(
+    model: StableAudio3,
+    rows: int = 2,
+    frames: int = EXAMPLE_FRAMES,
+    count: int = EXAMPLE_FRAMES,
+    prompt_tokens: int = 5,
+) -> dict[str, Graph]:
     """Build the graphs of a model whose weights are those to export.
 
     Args:
         model: The whole model in fp32 on the CPU, its autoencoder of the chunked kind.
+        rows: Rows of a step in the examples, which are the sizes of formats without dynamic ones.
+        frames: Frames of a step in the examples.
+        count: Frames of the autoencoder in the examples.
+        prompt_tokens: Tokens of a prompt in the examples.
 
     Returns:
         "conditions", "prepare", "step", "decoder" and "encoder".
     """
     dit, tokens = model.dit.config, model.conditioner.max_length
     length = torch.export.Dim("tokens", min=1, max=tokens)
-    rows, frames, count = ROWS, 2 * PAIRS, EXAMPLE_FRAMES
+    of_rows, of_frames = {0: ROWS}, 2 * PAIRS
     rng = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=rng)
 
-    prompt = {"input_ids": torch.ones(2, 5, dtype=torch.int64), "token_mask": torch.ones(2, 5, dtype=torch.bool)}
-    of_prompt = {"input_ids": {0: rows, 1: length}, "token_mask": {0: rows, 1: length}, "seconds": {0: rows}}
+    ids_RL = torch.ones(rows, prompt_tokens, dtype=torch.int64)
+    prompt = {"input_ids": ids_RL, "token_mask": ids_RL.bool(), "seconds": torch.ones(rows)}
+    of_prompt = {"input_ids": of_rows | {1: length}, "token_mask": of_rows | {1: length}, "seconds": of_rows}
     prepare, step, context = PrepareGraph(model.dit), StepGraph(model.dit), tokens + 1
-    of_given = {"cross_attn_cond": {0: rows}, "global_cond": {0: rows}, "local_add_cond": {0: rows, 2: frames}}
+    of_given = {"cross_attn_cond": of_rows, "global_cond": of_rows, "local_add_cond": of_rows | {2: of_frames}}
     latents = {"latents": draw(1, dit.latent_width, count), "latent_noise": draw(1, dit.latent_width, count)}
     ratio, stacks = model.downsampling_ratio, (model.autoencoder.decoder, model.autoencoder.encoder)
     shapes = [stack.resampler.get_noise_shape(count) for stack in stacks]
-    token_noise = {"token_noise": {0: frames}}
+    token_noise = {"token_noise": {0: of_frames}}
     audio = {"audio": draw(1, model.config.audio_channels, count * ratio)}
-    of_latents = {"latents": {2: frames}, "latent_noise": {2: frames}}
+    of_latents = {"latents": {2: of_frames}, "latent_noise": {2: of_frames}}
     return {
-        "conditions": Graph(
-            _Conditions(model), {**prompt, "seconds": torch.ones(2)}, ("cross_attn_cond", "global_cond"), of_prompt
-        ),
-        "prepare": Graph(prepare, prepare.make_example(context), PREPARED, of_given),
-        "step": Graph(step, step.make_example(context), ("velocity",), step.list_dynamic_sizes()),
+        "conditions": Graph(_Conditions(model), prompt, ("cross_attn_cond", "global_cond"), of_prompt),
+        "prepare": Graph(prepare, prepare.make_example(context, rows, frames), PREPARED, of_given),
+        "step": Graph(step, step.make_example(context, rows, frames), ("velocity",), step.list_dynamic_sizes()),
         "decoder": Graph(
             _Decode(model), latents | {"token_noise": draw(*shapes[0])}, ("audio",), of_latents | token_noise
         ),

@@ -95,12 +95,8 @@ def export_onnx(
         raise ConfigError("lora_inputs excludes adapters that are baked in. Write them with sa3-export scales.")
     versions = _find_libraries()
     check_target(target, [each.path for each in adapters], overwrite)
-    for each in adapters:
-        each.require_strength()
-        if each.interval is not None:
-            raise ConfigError(f"{each.path}: noise levels cannot be baked into a graph. Remove @MIN-MAX.")
     with replace_folder(target, lambda folder: (folder / MANIFEST).is_file()) as folder:
-        facts, exact = _write_graphs(_load_model(model, adapters), folder, check, lora_inputs)
+        facts, exact = _write_graphs(load_exportable(model, adapters), folder, check, lora_inputs)
         gc.collect()  # the model, before its files are loaded
         for path in folder.glob("*.onnx"):
             _convert_file(path, precision)
@@ -118,7 +114,24 @@ def export_onnx(
     return ExportResult(target, sizes, errors)
 
 
-def _load_model(model: str, adapters: Sequence[LoraArgument]) -> Generator:
+def load_exportable(model: str, adapters: Sequence[LoraArgument]) -> Generator:
+    """Load a model in fp32 with adapters baked in.
+
+    Args:
+        model: Name or folder.
+        adapters: Adapters with constant strengths, for all noise levels.
+
+    Returns:
+        The model, with all parts in memory.
+
+    Raises:
+        ConfigError: The model or an adapter cannot be exported.
+        SA3Error: They cannot be loaded.
+    """
+    for each in adapters:
+        each.require_strength()
+        if each.interval is not None:
+            raise ConfigError(f"{each.path}: noise levels cannot be baked into a graph. Remove @MIN-MAX.")
     generator = Generator.from_pretrained(model, "cpu", "fp32")
     if generator.model.config.autoencoder.decoder.window is not None:
         raise ConfigError(f"{model} has a SAME-L autoencoder, which is not exported yet. Export a small model or nano.")
@@ -140,10 +153,8 @@ def _write_graphs(
         _logger.info("writing %s.onnx", name)
         _write_graph(graph, folder / f"{name}.onnx", identity)
         gc.collect()  # a traced program holds its weights in cycles
-    tokenizer = generator.model.conditioner.text_encoder.source.tokenizer_folder() / "tokenizer.json"
-    rules = {"truncation": None, "padding": None}
-    write_json(folder / "tokenizer.json", json.loads(tokenizer.read_text(encoding="utf-8")) | rules)
-    return _describe(generator, identity, lora_inputs), GraphCheck(generator.model, graphs) if check else None
+    facts = write_tokenizer_and_describe(generator, folder, identity, lora_inputs)
+    return facts, GraphCheck(generator.model, graphs) if check else None
 
 
 def _find_libraries() -> dict[str, str]:
@@ -155,8 +166,12 @@ def _find_libraries() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _prepare_tracing() -> Iterator[None]:
-    """Choose attention by its definition, and silence what torch says of packages that it does without."""
+def prepare_tracing() -> Iterator[None]:
+    """Choose attention by its definition, and silence what torch says of packages that it does without.
+
+    Yields:
+        Nothing.
+    """
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -168,7 +183,7 @@ def _prepare_tracing() -> Iterator[None]:
 
 
 def _write_graph(graph: Graph, path: Path, identity: str) -> None:
-    with _prepare_tracing():
+    with prepare_tracing():
         program = torch.onnx.export(
             graph.module.eval(),
             tuple(graph.inputs.values()),
@@ -204,9 +219,24 @@ def _convert_file(path: Path, precision: str) -> None:
         onnx.save(model, path, save_as_external_data=is_large, location=data.name)
 
 
-def _describe(generator: Generator, identity: str, lora_inputs: int | None) -> dict[str, Any]:
-    """Describe everything that a host needs to know."""
+def write_tokenizer_and_describe(
+    generator: Generator, folder: Path, identity: str, lora_inputs: int | None
+) -> dict[str, Any]:
+    """Write the tokenizer, and describe everything that a host needs to know.
+
+    Args:
+        generator: The model with its adapters.
+        folder: Where to write.
+        identity: Of this export.
+        lora_inputs: Rank of inputs for adapters.
+
+    Returns:
+        What a manifest says.
+    """
     model, facts = generator.model, generator.facts
+    tokenizer = model.conditioner.text_encoder.source.tokenizer_folder() / "tokenizer.json"
+    rules = {"truncation": None, "padding": None}
+    write_json(folder / "tokenizer.json", json.loads(tokenizer.read_text(encoding="utf-8")) | rules)
     frames = min(model.max_frames, MAX_FRAMES)
     defaults = resolve_settings(GenerationSettings(prompt="", seed=0), facts)
     same = model.config.autoencoder

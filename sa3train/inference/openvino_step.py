@@ -27,7 +27,7 @@ logger = get_logger(__name__)
 
 BACKENDS = ("torch", "openvino")
 PRECISIONS = ("fp32", "bf16")
-GRAPH, GRAPH_VERSION = "step.xml", 2
+GRAPH, GRAPH_VERSION = "step.xml", 3
 INPUTS = 6
 """Inputs before the weights."""
 

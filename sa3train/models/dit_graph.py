@@ -31,11 +31,11 @@ def join_conditions(prepared: PreparedConditions) -> tuple[Tensor, ...]:
         prepared: From `DiT.prepare`, with a local condition.
 
     Returns:
-        `PREPARED`: the embedded global condition (B, D), keys (N, 1 or 2, B, ...), values (N, B, ...), local terms
+        `PREPARED`: the embedded global condition (B, D), keys (N or 2N, B, ...), values (N, B, ...), local terms
         (N, B, L, D).
     """
     blocks = [block for block in prepared.blocks if isinstance(block, BlockConditions)]
-    keys = torch.stack([torch.stack(block.context[:-1]) for block in blocks])
+    keys = torch.stack([key for block in blocks for key in block.context[:-1]])
     values = torch.stack([block.context[-1] for block in blocks])
     local = torch.stack([block.local_BLD for block in blocks if block.local_BLD is not None])
     return prepared.global_SD, keys, values, local
@@ -56,20 +56,22 @@ class PrepareGraph(nn.Module):
         conditions = {"cross_attn_cond_BLD": cross_attn_cond, "global_cond_BD": global_cond}
         return join_conditions(self.dit.prepare(local_add_cond.shape, **conditions, local_add_cond_BCT=local_add_cond))
 
-    def make_example(self, context_length: int) -> dict[str, Tensor]:
+    def make_example(self, context_length: int, rows: int = 2, frames: int = EXAMPLE_FRAMES) -> dict[str, Tensor]:
         """Make inputs to trace with.
 
         Args:
             context_length: Context tokens, which are fixed.
+            rows: Rows.
+            frames: Latent frames.
 
         Returns:
             Tensors by name, in order.
         """
         config, rng = self.dit.config, torch.Generator().manual_seed(0)
         return {
-            "cross_attn_cond": torch.randn(2, context_length, config.context_width, generator=rng),
-            "global_cond": torch.randn(2, config.global_width, generator=rng),
-            "local_add_cond": torch.randn(2, config.local_width, EXAMPLE_FRAMES, generator=rng),
+            "cross_attn_cond": torch.randn(rows, context_length, config.context_width, generator=rng),
+            "global_cond": torch.randn(rows, config.global_width, generator=rng),
+            "local_add_cond": torch.randn(rows, config.local_width, frames, generator=rng),
         }
 
 
@@ -92,26 +94,28 @@ class EmbeddedStepGraph(nn.Module):
         layout: Any = make_dense_layout(x.shape[0], x.shape[2], memory)
         mask_BL = F.pad(frame_mask.to(torch.int64), (memory, 0), value=1).bool()
         layout = dataclasses.replace(layout, self_pattern=Padded(mask_BL))
-        parts = zip(keys, values, local, strict=True)
-        blocks = [BlockConditions((*key.unbind(), value), each) for key, value, each in parts]
+        parts = zip(keys.split(len(keys) // len(values)), values, local, strict=True)
+        blocks = [BlockConditions((*key, value), each) for key, value, each in parts]
         prepared = PreparedConditions(layout, values.shape[2], embedded, blocks)
         return DiT.predict_embedded(self.dit, x, embedded, prepared)
 
-    def make_example(self, context_length: int) -> dict[str, Tensor]:
+    def make_example(self, context_length: int, rows: int = 2, frames: int = EXAMPLE_FRAMES) -> dict[str, Tensor]:
         """Make inputs to trace with.
 
         Args:
             context_length: Context tokens, which are fixed.
+            rows: Rows.
+            frames: Latent frames.
 
         Returns:
             Tensors by name, in order.
         """
-        rng, frames, prepare = torch.Generator().manual_seed(1), EXAMPLE_FRAMES, PrepareGraph(self.dit)
+        rng, prepare = torch.Generator().manual_seed(1), PrepareGraph(self.dit)
         with torch.no_grad():
-            prepared = prepare(*prepare.make_example(context_length).values())
+            prepared = prepare(*prepare.make_example(context_length, rows, frames).values())
         return {
-            "x": torch.randn(2, self.dit.config.latent_width, frames, generator=rng),
-            "frame_mask": torch.arange(frames)[None].expand(2, -1) < frames - 2,
+            "x": torch.randn(rows, self.dit.config.latent_width, frames, generator=rng),
+            "frame_mask": torch.arange(frames)[None].expand(rows, -1) < frames - 2,
             **dict(zip(PREPARED, prepared, strict=True)),
         }
 
@@ -126,7 +130,7 @@ class EmbeddedStepGraph(nn.Module):
             "x": {0: ROWS, 2: frames},
             "frame_mask": {0: ROWS, 1: frames},
             "embedded": {0: ROWS},
-            "keys": {2: ROWS},
+            "keys": {1: ROWS},
             "values": {1: ROWS},
             "local": {1: ROWS, 2: frames + self.dit.config.memory_tokens},
         }
@@ -140,16 +144,18 @@ class StepGraph(EmbeddedStepGraph):
     ) -> Tensor:
         return super().forward(x, frame_mask, embedded + self.dit.embed_noise_level(t), keys, values, local)
 
-    def make_example(self, context_length: int) -> dict[str, Tensor]:
+    def make_example(self, context_length: int, rows: int = 2, frames: int = EXAMPLE_FRAMES) -> dict[str, Tensor]:
         """Make inputs to trace with.
 
         Args:
             context_length: Context tokens, which are fixed.
+            rows: Rows.
+            frames: Latent frames.
 
         Returns:
             Tensors by name, in order.
         """
-        return super().make_example(context_length) | {"t": torch.tensor([0.3, 0.8])}
+        return super().make_example(context_length, rows, frames) | {"t": torch.linspace(0.3, 0.8, rows)}
 
     def list_dynamic_sizes(self) -> dict[str, dict[int, Any]]:
         """List the sizes that vary.

@@ -144,7 +144,7 @@ class T5GemmaEncoder:
         for index, window in enumerate(config.windows):
             seen_B1LL = mask_BL[:, None, None, :].expand(-1, 1, length, -1)
             if window is not None:
-                seen_B1LL = seen_B1LL & (distance_LL <= window)
+                seen_B1LL = seen_B1LL.logical_and(distance_LL <= window)  # coremltools knows no "&"
             name = f"layers.{index}."
             attended = self._attention(name, self._norm(f"{name}pre_self_attn_layernorm", x_BLD), rotary, seen_B1LL)
             x_BLD = x_BLD + self._norm(f"{name}post_self_attn_layernorm", attended)

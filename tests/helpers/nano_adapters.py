@@ -1,4 +1,4 @@
-"""Adapters for nano, made without training."""
+"""Adapters made without training."""
 
 from pathlib import Path
 
@@ -14,14 +14,14 @@ from sa3train.models.checkpoint import load_checkpoint
 SPREADS = {"lora_B": 0.02, "M_xs": 0.1}
 
 
-def write_lora_adapters(folder: Path, names: tuple[str, ...] = ("one", "two")) -> None:
+def write_lora_adapters(folder: Path, names: tuple[str, ...] = ("one", "two"), model: str = "nano-base") -> None:
     """Write a small random LoRA of every layer for each name, the same in every call."""
-    write_adapters(folder, dict.fromkeys(names, "lora"))
+    write_adapters(folder, dict.fromkeys(names, "lora"), model)
 
 
-def write_adapters(folder: Path, kinds: dict[str, str]) -> None:
+def write_adapters(folder: Path, kinds: dict[str, str], model_name: str = "nano-base") -> None:
     """Write a small random adapter of every layer for each name, of the given kind, the same in every call."""
-    model = load_checkpoint("nano-base", parts=("dit", "conditioner"))
+    model = load_checkpoint(model_name, parts=("dit", "conditioner"))
     root = model.get_adapter_root()
     rng = torch.Generator().manual_seed(0)
 

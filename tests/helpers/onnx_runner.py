@@ -74,9 +74,11 @@ def write_noise(path: Path) -> Path:
     return path
 
 
-def load_exact(folder: Path, strengths: dict[str, float] = STRENGTHS) -> Generator:
-    """Load nano-base with adapters of a folder, its text encoder in fp32 as exports have it."""
-    generator = Generator.from_pretrained("nano-base", "cpu", "fp32")
+def load_exact(
+    folder: Path, strengths: dict[str, float] = STRENGTHS, model: str = "nano-base", **options: Any
+) -> Generator:
+    """Load a model with adapters of a folder, its text encoder in fp32 as exports have it."""
+    generator = Generator.from_pretrained(model, "cpu", "fp32", **options)
     encoder = generator.model.conditioner.text_encoder.model(torch.device("cpu"))
     encoder.weights = {name: tensor.float() for name, tensor in encoder.weights.items()}
     for name, strength in strengths.items():

@@ -62,7 +62,7 @@ EXTRAS = [name for name in PROJECT["optional-dependencies"] if name != "dev"]
 
 
 def test_every_import_of_the_package_is_declared() -> None:
-    optional = {*list_requirements("ui", "export", "flash", "gguf", "openvino", "peers", "sweep", "mcp")}
+    optional = {*list_requirements("ui", "coreml", "export", "flash", "gguf", "openvino", "peers", "sweep", "mcp")}
     no_package = {"stable_audio_3"}  # bench/peers.py measures a clone of the official implementation
     assert list_foreign_imports("sa3train") - list_requirements().keys() - optional == no_package
 

@@ -153,7 +153,7 @@ def test_what_inputs_cannot_hold_is_refused(
 
 
 def test_a_layer_of_two_graphs_has_inputs_in_both() -> None:
-    model = onnx_files._load_model("nano-base", ()).model
+    model = onnx_files.load_exportable("nano-base", ()).model
     graphs = build_graphs(model)
     found = add_lora_inputs(model, {**graphs, "again": graphs["step"]}, 2)
     assert len(graphs["step"].inputs) < len(found["step"].inputs)

@@ -170,7 +170,7 @@ def test_a_killed_export_leaves_nothing_or_the_earlier_one(
         (folder / "step.onnx").write_bytes(b"half")
         os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr(onnx_files, "_load_model", lambda *_: None)
+    monkeypatch.setattr(onnx_files, "load_exportable", lambda *_: None)
     monkeypatch.setattr(onnx_files, "_write_graphs", die)
     if not (child := os.fork()):
         try:
