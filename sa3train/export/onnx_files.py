@@ -138,6 +138,7 @@ def load_exportable(model: str, adapters: Sequence[LoraArgument]) -> Generator:
     for each in adapters:
         generator.load_adapter(**each.to_settings())
     generator.stack.apply(None)
+    generator.stack.make_final()
     generator.model.autoencoder.encode(torch.zeros(1, 2, MIN_FRAMES * generator.model.downsampling_ratio))  # loads it
     return generator
 

@@ -113,6 +113,7 @@ class AdapterStack:
         self._base: dict[str, tuple[Tensor, Tensor | None]] = {}
         self._baked: dict[str, tuple[tuple[int, float], ...]] = {}
         self._applied: tuple[tuple[int, tuple[float, float]], ...] | None = ()
+        self._is_final = False
 
     def __len__(self) -> int:
         return len(self._loaded)
@@ -216,6 +217,8 @@ class AdapterStack:
         now = tuple((loaded.serial, loaded.strengths(sigma, self.position)) for loaded in self._loaded)
         if now == self._applied:
             return False
+        if self._is_final:
+            raise AdapterError("These adapters were made final: load the model again to change them.")
         wanted: dict[str, list[tuple[LoadedAdapter, float]]] = {path: [] for path in self._baked}
         for loaded, (_, (in_dit, in_conditioner)) in zip(self._loaded, now, strict=True):
             for path in loaded.parts:
@@ -228,6 +231,11 @@ class AdapterStack:
             self._bake(path, wanted[path])
         self._applied = now
         return bool(changed)
+
+    def make_final(self) -> None:
+        """Free the copies of the untouched weights. What is applied stays; nothing can be changed any more."""
+        self._base.clear()
+        self._is_final = True
 
     def _bake(self, path: str, active: list[tuple[LoadedAdapter, float]]) -> None:
         layer = self._layers[path]

@@ -306,6 +306,18 @@ class TestLeastBaking:
         assert not stack.apply()
         assert baked == []
 
+    def test_what_is_final_stays(self, model: Any, adapters: dict[str, Adapter]) -> None:
+        stack = AdapterStack(model)
+        stack.add(adapters["lora"])
+        stack.apply()
+        reached = weights(model)
+        stack.make_final()
+        assert not stack.apply(0.5)
+        stack.set_strength(0.5)
+        with pytest.raises(AdapterError, match="load the model again"):
+            stack.apply()
+        assert_same_bits(reached, weights(model))
+
 
 class TestReferenceSemantics:
     def test_each_acts_on_what_the_one_before_left(self, model: Any, adapters: dict[str, Adapter]) -> None:
