@@ -4,7 +4,6 @@ import contextlib
 import gc
 import importlib.metadata
 import json
-import logging
 import uuid
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,7 +17,7 @@ from sa3train import __version__
 from sa3train.adapters.lora_argument import LoraArgument
 from sa3train.core.errors import ConfigError, LibraryError, SA3Error
 from sa3train.core.files import check_target, hash_file, replace_folder, write_json
-from sa3train.core.log import get_logger
+from sa3train.core.log import get_logger, silence_logger
 from sa3train.diffusion.schedule import LOGSNR_AT_DATA, LOGSNR_AT_NOISE
 from sa3train.export.check import TEXT_DTYPE, GraphCheck
 from sa3train.export.factors import add_lora_inputs, describe_inputs
@@ -137,8 +136,7 @@ def load_exportable(model: str, adapters: Sequence[LoraArgument]) -> Generator:
         raise ConfigError(f"{model} has a SAME-L autoencoder, which is not exported yet. Export a small model or nano.")
     for each in adapters:
         generator.load_adapter(**each.to_settings())
-    generator.stack.apply(None)
-    generator.stack.make_final()
+    generator.stack.apply(None, final=True)
     generator.model.autoencoder.encode(torch.zeros(1, 2, MIN_FRAMES * generator.model.downsampling_ratio))  # loads it
     return generator
 
@@ -173,14 +171,9 @@ def prepare_tracing() -> Iterator[None]:
     Yields:
         Nothing.
     """
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with torch.no_grad(), force_backend("reference"), warnings.catch_warnings(action="ignore"):
+    with silence_logger("torch.onnx"), warnings.catch_warnings(action="ignore"):
+        with torch.no_grad(), force_backend("reference"):
             yield
-    finally:
-        logger.setLevel(level)
 
 
 def _write_graph(graph: Graph, path: Path, identity: str) -> None:

@@ -202,7 +202,7 @@ class AdapterStack:
         self.apply()
 
     @torch.no_grad()
-    def apply(self, sigma: float | None = None) -> bool:
+    def apply(self, sigma: float | None = None, final: bool = False) -> bool:
         """Write the effective weights for a noise level into the model.
 
         Only layers whose adapters or strengths changed since the last call are computed; with nothing changed this
@@ -210,15 +210,19 @@ class AdapterStack:
 
         Args:
             sigma: Noise level t in [0, 1]; None ignores the intervals.
+            final: Whether to keep no copies of the untouched weights, after which nothing can be changed.
 
         Returns:
             Whether any weight changed, so that what was derived from the weights can be updated.
         """
         now = tuple((loaded.serial, loaded.strengths(sigma, self.position)) for loaded in self._loaded)
+        if now != self._applied and self._is_final:
+            raise AdapterError("The untouched weights were not kept: load the model again to change adapters.")
+        self._is_final = self._is_final or final
         if now == self._applied:
+            if final:
+                self._base.clear()
             return False
-        if self._is_final:
-            raise AdapterError("These adapters were made final: load the model again to change them.")
         wanted: dict[str, list[tuple[LoadedAdapter, float]]] = {path: [] for path in self._baked}
         for loaded, (_, (in_dit, in_conditioner)) in zip(self._loaded, now, strict=True):
             for path in loaded.parts:
@@ -229,13 +233,10 @@ class AdapterStack:
         self._applied = None  # until all is written: an interrupt leaves layers of both
         for path in changed:
             self._bake(path, wanted[path])
+            if final:
+                self._base.pop(path, None)
         self._applied = now
         return bool(changed)
-
-    def make_final(self) -> None:
-        """Free the copies of the untouched weights. What is applied stays; nothing can be changed any more."""
-        self._base.clear()
-        self._is_final = True
 
     def _bake(self, path: str, active: list[tuple[LoadedAdapter, float]]) -> None:
         layer = self._layers[path]
@@ -243,7 +244,8 @@ class AdapterStack:
         assert isinstance(weight, Tensor)
         assert bias is None or isinstance(bias, Tensor)
         if path not in self._base:
-            self._base[path] = (weight.detach().clone(), None if bias is None else bias.detach().clone())
+            copy = Tensor.detach if self._is_final else Tensor.clone  # each value is read before it is written
+            self._base[path] = (copy(weight), None if bias is None else copy(bias))
         base_weight, base_bias = self._base[path]
         parts = [(loaded.parts[path], strength) for loaded, strength in active]
         self._baked[path] = _HALF_WRITTEN

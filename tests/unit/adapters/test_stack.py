@@ -1,5 +1,6 @@
 """Adapters at play: strengths, intervals, filters, swaps, the least of re-baking, and the base back bit for bit."""
 
+import copy
 import random
 from collections.abc import Callable
 from typing import Any
@@ -307,16 +308,21 @@ class TestLeastBaking:
         assert baked == []
 
     def test_what_is_final_stays(self, model: Any, adapters: dict[str, Adapter]) -> None:
-        stack = AdapterStack(model)
-        stack.add(adapters["lora"])
-        stack.apply()
-        reached = weights(model)
-        stack.make_final()
-        assert not stack.apply(0.5)
-        stack.set_strength(0.5)
-        with pytest.raises(AdapterError, match="load the model again"):
-            stack.apply()
-        assert_same_bits(reached, weights(model))
+        found = []
+        for final in (True, False):
+            fresh = copy.deepcopy(model)
+            stack = AdapterStack(fresh)
+            for name, strength in (("lora", 1.0), ("one", 0.7), ("rows-xs", 0.4)):
+                stack.add(adapters[name], strength)
+            assert stack.apply(final=final)
+            found.append(weights(fresh))
+            assert not stack.apply()
+            stack.set_strength(0.5)
+            if final:
+                with pytest.raises(AdapterError, match="load the model again"):
+                    stack.apply()
+                assert_same_bits(weights(fresh), found[0])
+        assert_same_bits(*found)
 
 
 class TestReferenceSemantics:
