@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from sa3train.core.errors import GenerationError
 
+LONGEST_TURN = 43
+"""Latent frames in which a window turns into the next one at most: 4 s in the released models."""
 _METER = re.compile(r"([1-9]\d?)/(1|2|4|8|16|32|64)")
 
 
@@ -17,11 +19,13 @@ class Window(NamedTuple):
 
     Attributes:
         start: Where it begins.
+        release: From where it is generated anew, though it repeats the window before it.
         new: Where it stops to repeat the window before it.
         stop: Where it ends.
     """
 
     start: int
+    release: int
     new: int
     stop: int
 
@@ -72,10 +76,16 @@ def plan_windows(frames: int, longest: int, overlap: int, cuts: Iterable[int] = 
         cuts: Frames at which a window must begin to be new.
 
     Returns:
-        Windows; each begins to be new where the one before ends.
+        Windows; each begins to be new where the one before ends. It is generated anew in the second half of what it
+        repeats, or of what is new in the window before where that is less, and in `LONGEST_TURN` frames at most.
     """
     edges = [0]
     for start, stop in itertools.pairwise(sorted({0, frames, *(cut for cut in cuts if 0 < cut < frames)})):
         parts = -(-(stop - start) // (longest - overlap))
         edges += [start + (stop - start) * part // parts for part in range(1, parts + 1)]
-    return [Window(max(0, new - overlap), new, stop) for new, stop in itertools.pairwise(edges)]
+    windows = []
+    for before, new, stop in zip([0, *edges], edges, edges[1:], strict=False):
+        start = max(0, new - overlap)
+        turn = min((new - max(start, before)) // 2, LONGEST_TURN)
+        windows.append(Window(start, new - turn, new, stop))
+    return windows

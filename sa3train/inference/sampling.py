@@ -58,7 +58,8 @@ class SamplingStart:
         kept_B1T: 1 where inpainting keeps a frame.
         masked_BCT: Latents of `inpaint_audio`, 0 where they are regenerated.
         held_BCT: Latents on whose straight path from noise a frame stays, down to its level of `held_B1T`.
-        held_B1T: That level: 0 holds a frame to the end, 1 never. None holds none, as released.
+        held_B1T: That level: 0 holds a frame to the end (with `keep_exact` whatever the sampler), 1 never. None holds
+            none, as released.
     """
 
     latents_BCT: Tensor

@@ -1,9 +1,9 @@
 """Pieces beyond the model's length, or whose prompt or adapters change: windows that continue each other.
 
 Each window is generated with the end of the one before it as its beginning (inpainted, as a continuation is), and all
-but the last play on behind their end, so that nothing fades out there. The second half of what a window repeats is
-generated anew, less and less bound to what was there: a frame stays on the way to its old latents down to a noise level
-that rises towards the join (as in Levin and Fried 2023, "Differential Diffusion"). The latents of finished windows can
+but the last play on behind their end, so that nothing fades out there. The end of what a window repeats is generated
+anew, less and less bound to what was there: a frame stays on the way to its old latents down to a noise level that
+rises towards the join (as in Levin and Fried 2023, "Differential Diffusion"). The latents of finished windows can
 be kept in a folder, from which an interrupted piece is continued; the audio is decoded in blocks to a file that is
 mapped into memory. So the memory that is needed does not grow with the length of the piece, where that file is on a
 disk.
@@ -41,7 +41,7 @@ OVERLAP_SHARE = 4
 BLOCK_FRAMES, MARGIN_FRAMES, FADE = 512, 16, 1024
 """Latent frames decoded at a time and around them, as the released model decodes in chunks; samples of a crossfade."""
 RECORD = "piece.json"
-FORMAT = 2  # of the windows in the folder
+FORMAT = 3  # of the windows in the folder
 
 
 def list_windows(settings: ResolvedSettings, facts: ModelFacts) -> list[Window]:
@@ -86,7 +86,7 @@ def generate_windows(
     try:
         for number, window in enumerate(windows):
             path = None if folder is None else folder / f"window-{number:04d}.safetensors"
-            new_1CT = latents_1CT[..., _find_release(window) : window.stop]
+            new_1CT = latents_1CT[..., window.release : window.stop]
             if path is not None and path_exists(path):
                 new_1CT.copy_(safetensors.torch.load(read_file(path))["latents"])
                 continue
@@ -94,9 +94,9 @@ def generate_windows(
             ramps = [each["strength"] for each in stack.settings if isinstance(each["strength"], list)]
             strengths = ", ".join(f"{start + stack.position * (end - start):.3g}" for start, end in ramps)
             logger.info("window %d of %d%s", number + 1, len(windows), strengths and f", adapter strength {strengths}")
-            kept_1CT = latents_1CT[..., window.start : window.new]
+            repeated_1CT = latents_1CT[..., window.start : window.new]
             report = report_part(callback, number, len(windows))
-            new_1CT.copy_(_generate_window(generation, stack, windows, number, kept_1CT, report, cuda_graphs))
+            new_1CT.copy_(_generate_window(generation, stack, windows, number, repeated_1CT, report, cuda_graphs))
             if path is not None:
                 write_bytes(path, safetensors.torch.save({"latents": new_1CT.contiguous()}))
             release_pages(latents_1CT)
@@ -110,7 +110,7 @@ def _generate_window(
     stack: AdapterStack,
     windows: list[Window],
     number: int,
-    kept_1CT: Tensor,
+    repeated_1CT: Tensor,
     callback: Callback | None,
     cuda_graphs: bool,
 ) -> Tensor:
@@ -130,23 +130,19 @@ def _generate_window(
         window=None,
         duration=(to_seconds(samples, facts.sample_rate),),
         tail=settings.tail if is_last else 0.0,
+        keep_exact=True,
     )
     one = replace(generation, settings=own, rng=_make_rng(settings, number))
-    start, overlap, release = prepare_start(one), kept_1CT.shape[-1], _find_release(window) - window.start
+    start, overlap, release = prepare_start(one), window.new - window.start, window.release - window.start
     if overlap:
         held_BCT, held_B1T = torch.zeros_like(start.masked_BCT), torch.ones_like(start.kept_B1T)
-        held_BCT[..., :overlap] = kept_1CT.to(held_BCT)
+        held_BCT[..., :overlap] = repeated_1CT.to(held_BCT)
         held_B1T[..., :release] = 0
-        held_B1T[..., release:overlap] = build_schedule(overlap - release).flip(0)[:-1]
+        held_B1T[..., release:overlap] = build_schedule(overlap - release + 1).flip(0)[1:-1]
         kept_B1T = (held_B1T == 0).to(held_B1T)
         start = replace(start, kept_B1T=kept_B1T, masked_BCT=held_BCT * kept_B1T, held_BCT=held_BCT, held_B1T=held_B1T)
     latents_1CT = sample_latents(one, stack, start, callback, cuda_graphs)
     return latents_1CT[..., release : window.stop - window.start]
-
-
-def _find_release(window: Window) -> int:
-    """The frame from which a window is generated again: the middle of what it repeats."""
-    return (window.start + window.new) // 2
 
 
 def _make_rng(settings: ResolvedSettings, number: int) -> torch.Generator:
@@ -188,7 +184,7 @@ def open_work_dir(folder: Path, record: Mapping[str, Any], has_seed: bool) -> in
         The seed of the piece.
 
     Raises:
-        GenerationError: When the folder has another piece.
+        GenerationError: When the folder has another piece, or windows of another version.
     """
     path = folder / RECORD
     content = _identify_piece(record)
@@ -199,6 +195,10 @@ def open_work_dir(folder: Path, record: Mapping[str, Any], has_seed: bool) -> in
     found = json.loads(read_file(path))
     if not has_seed:
         content["settings"] = content["settings"] | {"seed": found["settings"]["seed"]}
+    if found.get("format") != FORMAT:
+        raise GenerationError(
+            f"{folder} has the finished windows of another version of sa3train. Remove it to begin the piece again."
+        )
     if found != content:
         raise GenerationError(
             f"{folder} has the finished windows of another piece. Remove it, or write this one to another file."

@@ -214,6 +214,9 @@ class AdapterStack:
 
         Returns:
             Whether any weight changed, so that what was derived from the weights can be updated.
+
+        Raises:
+            AdapterError: Adapters changed after untouched weights were not kept.
         """
         now = tuple((loaded.serial, loaded.strengths(sigma, self.position)) for loaded in self._loaded)
         if now != self._applied and self._is_final:

@@ -14,7 +14,9 @@ from helpers.golden import GOLDEN
 from sa3train.audio.edit import FADE, blend_region
 from sa3train.audio.metrics import measure_seam
 from sa3train.core.errors import GenerationError
+from sa3train.diffusion.samplers import SAMPLERS
 from sa3train.inference import Generator, windows
+from sa3train.inference.lengths import plan_windows
 from sa3train.inference.outputs import GenerationOutput, describe_measured
 from sa3train.inference.replay import build_command, prepare_replay, replay
 from sa3train.inference.windows import remove_work_dir
@@ -78,23 +80,24 @@ def test_the_seam_is_measured_beside_the_other_joins() -> None:
     assert faded["seam_change_db"] > 3 * faded["usual_change_db"]
 
 
-def test_an_interrupted_piece_is_continued_with_the_same_audio(gen: Generator, tmp_path: Path) -> None:
+@pytest.mark.parametrize("done", [1, 2])
+def test_an_interrupted_piece_is_continued_with_the_same_audio(gen: Generator, tmp_path: Path, done: int) -> None:
     whole, steps = gen.generate(**PIECE), list[tuple[int, int]]()
 
     def stop(step: int, total: int, *_: Any) -> None:
         steps.append((step, total))
-        if step == 3:
+        if step == 2 * done + 1:
             raise Stopped
 
     with pytest.raises(Stopped):
         gen.generate(**PIECE, callback=stop, work_dir=tmp_path / "x.wav.work")
-    assert [path.name for path in tmp_path.rglob("window*")] == ["window-0000.safetensors"]
+    assert len(list(tmp_path.rglob("window*"))) == done
     assert gen.stack.position == 0
     steps.clear()
     again = gen.generate(
         **PIECE | {"seed": -1}, work_dir=tmp_path / "x.wav.work", callback=lambda *step: steps.append(step[:2])
     )
-    assert steps == [(2, 6), (3, 6), (4, 6), (5, 6)]
+    assert steps == [(step, 6) for step in range(2 * done, 6)]
     assert torch.equal(again.audio[0], whole.audio[0])
     assert again.seeds == [4]
     with pytest.raises(GenerationError, match="another piece"):
@@ -105,8 +108,32 @@ def test_an_interrupted_piece_is_continued_with_the_same_audio(gen: Generator, t
     assert not list(tmp_path.iterdir())
 
 
+def test_windows_of_another_version_are_not_continued(tmp_path: Path) -> None:
+    (tmp_path / windows.RECORD).write_text(json.dumps({"settings": {"seed": 4}}))
+    with pytest.raises(GenerationError, match="another version"):
+        windows.open_work_dir(tmp_path, dict.fromkeys(("model", "precision", "settings", "adapters")), has_seed=True)
+
+
+@pytest.mark.parametrize(
+    ("longest", "cuts", "turn"),
+    [
+        (1000, [300, 800], 43),  # no longer than some seconds
+        (1000, [300, 340], 20),  # half of what the window before has of its own
+        (1000, [300, 301], 0),
+        (80, [300], 10),  # half of what is repeated
+        (8, [300], 1),
+    ],
+)
+def test_a_window_turns_into_the_next_one_but_leaves_it_time_of_its_own(
+    longest: int, cuts: list[int], turn: int
+) -> None:
+    last = next(window for window in plan_windows(2000, longest, longest // 4, cuts) if window.new == cuts[-1])
+    assert last.new - last.release == turn
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_piece_has_its_prompts_and_strengths_window_by_window(
-    gen: Generator, monkeypatch: pytest.MonkeyPatch
+    gen: Generator, monkeypatch: pytest.MonkeyPatch, sampler: str
 ) -> None:
     asked = list[tuple[str, float, float]]()
     sample = windows.sample_latents
@@ -117,13 +144,17 @@ def test_a_piece_has_its_prompts_and_strengths_window_by_window(
         made_BCT = sample(generation, stack, start, *rest)
         if start.held_BCT is not None:
             levels_T, moved_T = start.held_B1T[0, 0], (made_BCT - start.held_BCT)[0].abs().amax(dim=0)
-            assert moved_T[levels_T == 0].max() < 1e-4  # the end of the window before stays
-            assert moved_T[(levels_T > 0) & (levels_T < 1)].max() > 1e-3  # and turns into this one before the join
+            turn_T = (levels_T > 0) & (levels_T < 1)
+            assert (levels_T.diff() >= 0).all()
+            assert int(turn_T.sum()) == 2
+            assert (levels_T[turn_T].diff() > 0).all()
+            assert moved_T[levels_T == 0].max() == 0  # the end of the window before stays
+            assert moved_T[turn_T].max() > 1e-3  # and turns into this one before the join
         return made_BCT
 
     monkeypatch.setattr(windows, "sample_latents", watch)
     gen.load_adapter(LORA, strength=(0.2, 1.0))
-    output = gen.generate(**PIECE, return_latents=True)
+    output = gen.generate(**PIECE, sampler_type=sampler, return_latents=True)
     assert [(prompt, round(strength, 6)) for prompt, strength, _ in asked] == [
         ("hum", 0.2),
         ("bells", round(0.2 + 0.8 * 16 / 30, 6)),  # by time: its first new frame among those of all windows
