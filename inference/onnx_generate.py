@@ -20,8 +20,8 @@ NEEDS = "inpaint inpaint_audio", "inpaint_audio inpaint", "init_noise_level init
 class Model:
     def __init__(self, folder):
         self.facts = json.loads(path.read_bytes()) if (path := folder / "manifest.json").is_file() else {}
-        if (self.facts.get("format"), self.facts.get("version")) != ("sa3train-onnx", 2):
-            raise SystemExit(f"{folder} is not an export that this script reads. Give a folder of sa3-export.")
+        if (self.facts.get("format"), self.facts.get("version")) != ("sa3train-onnx", 3):
+            raise SystemExit(f"{folder} is not an export that this script reads. Export with --to onnx.")
         for name, digest in self.facts["files"].items():
             if not (folder / name).is_file() or hashlib.sha256((folder / name).read_bytes()).hexdigest() != digest:
                 raise SystemExit(f"{folder / name} has changed since the export. Export the model again.")

@@ -56,7 +56,10 @@ def main(argv=None):
     parser.add_argument("--seconds", type=float, default=30, help="usual length of a clip (default: 30)")
     parser.add_argument("--rows", type=int, default=1, help="usual clips of a step, twice as many with guidance")
     options = parser.parse_args(argv)
-    facts = json.loads((options.folder / "manifest.json").read_text(encoding="utf-8"))
+    path = options.folder / "manifest.json"
+    facts = json.loads(path.read_bytes()) if path.is_file() else {}
+    if facts.get("format") != "sa3train-onnx":
+        parser.error(f"{options.folder} is not a folder of ONNX files. Give one of sa3-export --to onnx.")
     seconds = options.seconds + facts["tail_seconds"]
     pairs = -(-int(seconds * facts["sample_rate"]) // (2 * facts["samples_per_frame"]))
     longest, tokens = facts["frames"]["max"] // 2, facts["max_tokens"]

@@ -21,7 +21,7 @@ from sa3train.cli.parser import CommandParser
 from sa3train.cli.version import add_version
 from sa3train.core.errors import ConfigError
 
-FLAGS = {"overwrite": "--overwrite", "lora_inputs": "--lora-inputs"}
+FLAGS = {"overwrite": "--overwrite", "lora_inputs": "--lora-inputs", "seconds": "--seconds"}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -81,7 +81,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_common(parser, "adapter to bake in; repeatable", "replace an earlier export")
     text = "let hosts choose adapters: low-rank factors and scales of this rank as inputs, filled by sa3-export scales"
     parser.add_argument("--lora-inputs", type=int, metavar="RANK", help=text)
-    text = "format; coreml: packages for one length, in fp32 or fp16 (default: onnx)"
+    text = "format; coreml: packages for one length, in fp32 (default: onnx)"
     parser.add_argument("--to", choices=("onnx", "coreml"), default="onnx", help=text)
     parser.add_argument("--seconds", type=float, metavar="S", help="length of CoreML packages' clips (default: 30)")
     text = "how weights are stored (int8: autoencoder in fp16; int8-products: also multiplies in int8; default: fp32)"
@@ -104,23 +104,34 @@ def _run_scales(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse_for_coreml(arguments: argparse.Namespace) -> None:
+    if arguments.check:
+        raise ConfigError("--to coreml excludes --check: only macOS runs packages. Remove it.")
+    if arguments.lora_inputs is not None:
+        raise ConfigError("--to coreml excludes --lora-inputs. Remove it, or bake adapters in with --lora.")
+    if arguments.precision != "fp32":
+        raise ConfigError(
+            "--to coreml writes fp32 alone: coremltools' fp16 also computes in fp16, in which t is too coarse. "
+            "Remove --precision."
+        )
+
+
 def _run(arguments: argparse.Namespace) -> int:
     from sa3train.export.check import TEXT_DTYPE
 
     given = arguments.model, arguments.output, [parse_lora(text) for text in arguments.lora]
-    common = {"overwrite": arguments.overwrite, "precision": arguments.precision}
     if arguments.to == "coreml":
         from sa3train.export.coreml import export_coreml
 
-        if arguments.check or arguments.lora_inputs is not None:
-            raise ConfigError("--to coreml has neither --check, which only macOS could run, nor --lora-inputs.")
-        result = export_coreml(*given, seconds=30 if arguments.seconds is None else arguments.seconds, **common)
+        _refuse_for_coreml(arguments)
+        seconds = 30.0 if arguments.seconds is None else arguments.seconds
+        result = export_coreml(*given, seconds, arguments.overwrite)
     else:
         from sa3train.export.onnx_files import export_onnx
 
         if arguments.seconds is not None:
             raise ConfigError("--seconds needs --to coreml: ONNX files take any length.")
-        result = export_onnx(*given, check=arguments.check, lora_inputs=arguments.lora_inputs, **common)
+        result = export_onnx(*given, arguments.check, arguments.overwrite, arguments.precision, arguments.lora_inputs)
     if arguments.json:
         print(json.dumps(asdict(result), default=str))
         return 0

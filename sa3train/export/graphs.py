@@ -96,7 +96,7 @@ def build_graphs(
     model: StableAudio3,
     rows: int = 2,
     frames: int = EXAMPLE_FRAMES,
-    count: int = EXAMPLE_FRAMES,
+    chunk_frames: int = EXAMPLE_FRAMES,
     prompt_tokens: int = 5,
 ) -> dict[str, Graph]:
     """Build the graphs of a model whose weights are those to export.
@@ -105,7 +105,7 @@ def build_graphs(
         model: The whole model in fp32 on the CPU, its autoencoder of the chunked kind.
         rows: Rows of a step in the examples, which are the sizes of formats without dynamic ones.
         frames: Frames of a step in the examples.
-        count: Frames of the autoencoder in the examples.
+        chunk_frames: Frames of the autoencoder in the examples.
         prompt_tokens: Tokens of a prompt in the examples.
 
     Returns:
@@ -124,11 +124,12 @@ def build_graphs(
     of_prompt = {"input_ids": of_rows | {1: length}, "token_mask": of_rows | {1: length}, "seconds": of_rows}
     prepare, step, context = PrepareGraph(model.dit), StepGraph(model.dit), tokens + 1
     of_given = {"cross_attn_cond": of_rows, "global_cond": of_rows, "local_add_cond": of_rows | {2: of_frames}}
-    latents = {"latents": draw(1, dit.latent_width, count), "latent_noise": draw(1, dit.latent_width, count)}
+    size = 1, dit.latent_width, chunk_frames
+    latents = {"latents": draw(*size), "latent_noise": draw(*size)}
     ratio, stacks = model.downsampling_ratio, (model.autoencoder.decoder, model.autoencoder.encoder)
-    shapes = [stack.resampler.get_noise_shape(count) for stack in stacks]
+    shapes = [stack.resampler.get_noise_shape(chunk_frames) for stack in stacks]
     token_noise = {"token_noise": {0: of_frames}}
-    audio = {"audio": draw(1, model.config.audio_channels, count * ratio)}
+    audio = {"audio": draw(1, model.config.audio_channels, chunk_frames * ratio)}
     of_latents = {"latents": {2: of_frames}, "latent_noise": {2: of_frames}}
     return {
         "conditions": Graph(_Conditions(model), prompt, ("cross_attn_cond", "global_cond"), of_prompt),

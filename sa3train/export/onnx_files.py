@@ -32,7 +32,7 @@ from sa3train.models.dit_graph import MAX_FRAMES, MAX_ROWS, MIN_FRAMES
 
 _logger = get_logger(__name__)
 
-FORMAT, VERSION = "sa3train-onnx", 2
+FORMAT, VERSION = "sa3train-onnx", 3
 MANIFEST = "manifest.json"
 OPSET = 23
 EXTERNAL_BYTES = 200_000_000
@@ -171,9 +171,9 @@ def prepare_tracing() -> Iterator[None]:
     Yields:
         Nothing.
     """
-    with silence_logger("torch.onnx"), warnings.catch_warnings(action="ignore"):
-        with torch.no_grad(), force_backend("reference"):
-            yield
+    silence = warnings.catch_warnings(action="ignore")
+    with silence, silence_logger("torch.onnx"), torch.no_grad(), force_backend("reference"):
+        yield
 
 
 def _write_graph(graph: Graph, path: Path, identity: str) -> None:

@@ -2,8 +2,8 @@
 
 PYTHONPATH=tests python tests/integration/run_small_export.py FOLDER
 
-It is too heavy for a test: 15 minutes, 5 GB of memory, 8 GB of disk. It exports with --check and prints how far latents
-are from those of torch.
+It is too heavy for a test: 15 minutes, 5 GB of memory, 8 GB of disk. It exports with --check, prints how far latents
+are from those of torch, and ends with exit code 1 where that is beyond LIMIT.
 """
 
 import gc
@@ -20,6 +20,7 @@ from helpers.onnx_runner import SCRIPT, STRENGTHS, load_exact, write_noise
 from sa3train.bench.checkpoints import make_random_checkpoint
 
 PROMPT, DURATION, STEPS = "solo cello", 4.0, 4
+LIMIT = 1e-3
 
 
 def main() -> None:
@@ -28,7 +29,9 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model, audio, exported = str(make_random_checkpoint("small")), write_noise(folder / "in.wav"), folder / "onnx"
     write_lora_adapters(folder, tuple(STRENGTHS), model)
-    if not exported.exists():
+    if exported.exists():
+        print(f"reusing the earlier export {exported}: delete it to export again")
+    else:
         loras = [word for name, each in STRENGTHS.items() for word in ("--lora", f"{folder / name}.safetensors={each}")]
         _run("-m", "sa3train.cli.export", "--model", model, *loras, "--check", str(exported))
     modes: dict[str, tuple[list[str], dict[str, Any]]] = {
@@ -52,9 +55,14 @@ def main() -> None:
             latents[backend, mode] = generate_latents(generator, PROMPT, **common, **settings).numpy()
         del generator
         gc.collect()
+    errors = list[float]()
     for (backend, mode), found in latents.items():
-        exact = latents["torch", mode]
-        print(f"{np.linalg.norm(found - exact) / np.linalg.norm(exact):.1e} {backend}, {mode}")
+        if backend != "torch":
+            exact = latents["torch", mode]
+            errors.append(float(np.linalg.norm(found - exact) / np.linalg.norm(exact)))
+            print(f"{errors[-1]:.1e} {backend}, {mode}")
+    if not all(each <= LIMIT for each in errors):  # NaN included
+        sys.exit(f"latents are further than {LIMIT} from those of torch")
 
 
 def _run(*arguments: str) -> None:

@@ -17,7 +17,9 @@ SHAPES: dict[str, list[int | str]] = {
 }
 
 
-def test_each_graph_gets_a_profile_of_its_inputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_graph_gets_a_profile_of_its_inputs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     script = load_script("tensorrt_build")
     inputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in SHAPES.items()]
     output = helper.make_tensor_value_info("out", TensorProto.FLOAT, [])
@@ -26,7 +28,14 @@ def test_each_graph_gets_a_profile_of_its_inputs(tmp_path: Path, monkeypatch: py
     facts = (
         '{"tail_seconds": 6, "sample_rate": 44100, "samples_per_frame": 4096, "max_tokens": 64, "max_seconds": 99.1, '
     )
-    (tmp_path / "manifest.json").write_text(facts + '"frames": {"max": 1024}}', encoding="utf-8")
+    facts += '"frames": {"max": 1024}, "format": "sa3train-'
+    arguments = [str(tmp_path), str(tmp_path / "engines")]
+    for found in ("coreml", "onnx"):
+        (tmp_path / "manifest.json").write_text(f'{facts}{found}"}}', encoding="utf-8")
+        if found == "coreml":
+            with pytest.raises(SystemExit):
+                script.main(arguments)
+            assert "sa3-export --to onnx" in capsys.readouterr().err and not (tmp_path / "engines").exists()
     built = SimpleNamespace(calls=[])
     monkeypatch.setattr(script, "build_engine", lambda *given: built.calls.append(given))
     script.main([str(tmp_path), str(tmp_path / "engines"), "--seconds", "10", "--rows", "2"])
