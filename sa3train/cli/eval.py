@@ -4,9 +4,9 @@ sa3-eval a.safetensors b.safetensors --data LATENTS --model nano-base --strength
 sa3-eval runs/style --pick                   every checkpoint of a run, on its own held-out clips
 sa3-eval runs/style@300 runs/other --html compare.html
 
-The JSON of `--json` (`sa3train.evaluation.results`, version 1; docs/evaluation.md has all keys):
+The JSON of `--json` (`sa3train.evaluation.results`, version 2; docs/evaluation.md has all keys):
 
-    format, version     "sa3train-evaluation", 1
+    format, version     "sa3train-evaluation", 2
     model, data, settings, levels, clips, prompts, seconds
     real                held-out clips decoded: audio, agreement
     base                loss, loss_by_level, loss_by_clip, frechet, nearest, memorization, audio, agreement
@@ -14,7 +14,8 @@ The JSON of `--json` (`sa3train.evaluation.results`, version 1; docs/evaluation.
                         against_base: the difference of each measure with its 95 % interval
                         (loss: change, margin, clips, is_significant)
     pick                adapter, step and strength to use, null for the base; is_base, candidate (index of the lowest
-                        loss), p_value, probability, loss, equals (indices), text; null if every adapter copies
+                        loss), p_value, probability, loss, equals (indices), text; null if every adapter copies or has
+                        no finite loss
 """
 
 import argparse

@@ -39,13 +39,15 @@ if TYPE_CHECKING:
 
 STUDY_FILE, LOCK_FILE = "sweep.db", "sweep.lock"
 STARTUP_TRIALS = 4
+TRIALS = 20
 """Runs that are not stopped early, as there is too little to compare them with."""
 MAX_STARTS = 3
 """How often a run is continued that was killed together with the sweep: it may be what killed it."""
 POLL_SECONDS = 1.0
 CHANGE = "loss vs. base"
 _ENDS = {"COMPLETE": "finished", "PRUNED": "stopped early", "FAIL": "failed"}
-_SETTINGS, _FOLDER, _RUN_DIR, _STARTS, _ERROR = "settings", "working_folder", "run_dir", "starts", "error"
+_SETTINGS, _FOLDER, _TRIALS = "settings", "working_folder", "trials"
+_RUN_DIR, _STARTS, _ERROR = "run_dir", "starts", "error"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -78,7 +80,8 @@ def build_parser() -> argparse.ArgumentParser:
     text += " tag(log,interval(1e-5,1e-3)); without any, those of the sweep in the folder"
     flags.add_argument("settings", nargs="*", help=text)
     flags.add_argument("--space", type=Path, metavar="YAML", help="more of them, as key: expression")
-    flags.add_argument("--trials", type=int, default=20, help="runs in all, with those already made (default: 20)")
+    text = f"runs in all, with those already made (default: those of the start of the sweep, else {TRIALS})"
+    flags.add_argument("--trials", type=int, help=text)
     flags.add_argument("--seed", type=int, default=0, help="of the choice of points (default: 0)")
     flags.add_argument("--no-pruning", action="store_true", help="let every run finish")
     flags.add_argument("--json", action="store_true", help="print JSON at the end; progress goes to stderr")
@@ -86,7 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    if arguments.trials < 1:
+    if arguments.trials is not None and arguments.trials < 1:
         raise ConfigError("--trials must be at least 1: it counts all runs, with those already made.")
     if importlib.util.find_spec("optuna") is None:
         raise ConfigError('sa3-sweep needs Optuna. Run: pip install "sa3train[sweep]"')
@@ -108,7 +111,7 @@ def _run(arguments: argparse.Namespace) -> int:
     except Timeout as error:
         raise SA3Error(f"Another sa3-sweep works in {arguments.folder}. Wait until it ends, or stop it.") from error
     except Interrupted:
-        _say(f"The sweep is stopped. Continue it with: sa3-sweep {arguments.folder} --trials {arguments.trials}")
+        _say(f"The sweep is stopped. Continue it with: sa3-sweep {arguments.folder}")
         raise
     rows, best = sweep.list_trials(), sweep.find_best()
     if arguments.json:
@@ -158,14 +161,16 @@ class Sweep:
         self.rng = random.Random(seed + len(self.study.trials))
         self.study.sampler = optuna.samplers.TPESampler(seed=self.rng.randrange(2**31))
 
-    def search(self, trials: int) -> None:
+    def search(self, trials: int | None = None) -> None:
         """Train until there are so many runs, or no point is left. Runs that a kill has left are continued first.
 
         Args:
-            trials: Number of runs in all.
+            trials: Number of runs in all; None is that of the search before, or `TRIALS`.
         """
         import optuna
 
+        trials = trials or self.study.user_attrs.get(_TRIALS, TRIALS)
+        self.study.set_user_attr(_TRIALS, trials)
         running = self.study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.RUNNING,))
         for left in running:
             self._train(optuna.Trial(self.study, left._trial_id))

@@ -90,7 +90,7 @@ def check_run(config: TrainConfig | DecoderTrainConfig) -> None:
     is_latent = isinstance(config, TrainConfig)
     if config.resume is not None:
         train_setup.locate_inputs(config, Path(config.resume))  # what has moved is said before anything is loaded
-        train_setup.check_resume(config)
+        train_setup.check_resume(config, train_setup.get_overrides())
         if train_setup.is_finished(config, Path(config.resume)):
             return
     else:  # before anything heavy is imported
@@ -98,10 +98,10 @@ def check_run(config: TrainConfig | DecoderTrainConfig) -> None:
         for path in _list_sources(config):
             check_exists(path, f"a folder of {'latents that sa3-encode made' if is_latent else 'audio'}")
         from sa3train.cli.hydra_app import is_sweep_job
-        from sa3train.training.run_dir import check_free, is_requeued
+        from sa3train.training.run_dir import check_startable, is_requeued
 
         if get_rank() == 0 and not is_sweep_job() and not is_requeued():
-            check_free(train_setup.get_run_dir(config))
+            check_startable(train_setup.get_run_dir(config))
         if config.adapter.start_from is not None:
             locate_adapter(config.adapter.start_from)
         if is_latent:

@@ -15,7 +15,7 @@ from sa3train.core.files import path_exists
 from sa3train.core.log import get_logger, get_rank
 from sa3train.core.processes import read_json
 from sa3train.core.signals import REQUEUE_SIGNALS, describe_signal, handle_signals
-from sa3train.reports.run_files import ADAPTER_FILE, METRICS_FILE, RECORD_FILE
+from sa3train.reports.run_files import ADAPTER_FILE, CARD_FILE, METRICS_FILE, RECORD_FILE, REPORT_FILE
 
 if TYPE_CHECKING:
     from sa3train.cli.train_config import DecoderTrainConfig, TrainConfig
@@ -66,8 +66,7 @@ def check_overrides_have_effect(config: "TrainConfig | DecoderTrainConfig", give
     Raises:
         ConfigError: A setting can change nothing.
     """
-    keys = {key for key, equals, _ in (argument.lstrip("+").partition("=") for argument in given) if equals}
-    steps, callbacks = config.trainer.max_steps, config.callbacks
+    keys, steps, callbacks = _list_keys(given), config.trainer.max_steps, config.callbacks
     validations = steps // callbacks.validation.every
     idle = [
         *_list_idle_latent_settings(config, ranks),
@@ -81,7 +80,6 @@ def check_overrides_have_effect(config: "TrainConfig | DecoderTrainConfig", give
         ("trainer.strategy", config.trainer.strategy == "fsdp" and ranks == 1, "one rank: there is nothing to shard"),
         ("trainer", config.trainer.strategy == "fsdp" and ranks == 1, "one rank: fsdp shards the base over several"),
         ("allow_resume_changes", config.resume is None, "a run that is not resumed"),
-        *((key, config.resume is not None, f"resume={config.resume}") for key in ("run_dir", "paths.runs", "name")),
     ]  # fmt: skip
     for pattern, without, because in idle:
         for key in sorted(fnmatch.filter(keys, pattern)):
@@ -95,6 +93,10 @@ def check_overrides_have_effect(config: "TrainConfig | DecoderTrainConfig", give
                 every,
                 steps,
             )
+
+
+def _list_keys(given: Sequence[str]) -> set[str]:
+    return {key for key, equals, _ in (argument.lstrip("+").partition("=") for argument in given) if equals}
 
 
 def _list_idle_validation_settings(config: "TrainConfig | DecoderTrainConfig") -> list[tuple[str, bool, str]]:
@@ -243,7 +245,7 @@ def make_loggers(
     if get_rank() != 0:
         return LoggerCollection()
     settings, step = config.logger, run.state[0] if run.state else None
-    keep = (step or 0) if run.record["resumed"] else None
+    keep = (step or 0) if run.is_resumed else None
     loggers: list[RunLogger] = [CSVLogger(run.path / METRICS_FILE, keep_through=keep)]
     if settings.name == "tensorboard":
         loggers.append(TensorBoardLogger(run.path / "tensorboard", purge_from=None if step is None else step + 1))
@@ -381,8 +383,8 @@ def describe_extension(config: "TrainConfig | DecoderTrainConfig", run_dir: Path
     Returns:
         The command, or the setting of another run where the learning rate has fallen towards the end.
     """
-    from sa3train.training.optim import keeps_rates
     from sa3train.training.run_dir import format_resume_command
+    from sa3train.training.schedules import keeps_rates
 
     scheduler, steps = dataclasses.asdict(config.scheduler), config.trainer.max_steps
     if keeps_rates(scheduler, steps, 2 * steps, steps):
@@ -391,35 +393,48 @@ def describe_extension(config: "TrainConfig | DecoderTrainConfig", run_dir: Path
 
 
 def is_finished(config: "TrainConfig | DecoderTrainConfig", run_dir: Path) -> bool:
-    """Check whether a run to be resumed has taken its last step and has its adapter: nothing is left to do.
+    """Check whether a run to be resumed has taken its last step and has all of its files, and no other is asked for.
 
     Args:
         config: The configuration to resume with.
         run_dir: The run folder.
 
     Returns:
-        Whether it has.
+        Whether nothing is left to do.
+
+    Raises:
+        ConfigError: The run in the folder is another one.
     """
     from sa3train.training.run_dir import is_requeued
 
     record, steps = read_json(run_dir / RECORD_FILE), config.trainer.max_steps
-    is_over = bool(record.get("status") == "finished" and record.get("steps") == steps)
-    return is_over and (config.resume is not None or is_requeued()) and (run_dir / ADAPTER_FILE).is_file()
+    files = (ADAPTER_FILE, CARD_FILE, *([REPORT_FILE] if config.callbacks.report else []))
+    is_over = record.get("status") == "finished" and record.get("steps") == steps
+    if not (is_over and (config.resume is not None or is_requeued()) and all((run_dir / f).is_file() for f in files)):
+        return False
+    return _find_changes(config, run_dir).keys() <= {"run_dir"}
 
 
-def check_resume(config: "TrainConfig | DecoderTrainConfig") -> None:
+def check_resume(config: "TrainConfig | DecoderTrainConfig", given: Sequence[str]) -> None:
     """Check that a run can be resumed with these settings, before anything heavy is imported.
 
     Args:
         config: The configuration to resume with.
+        given: `key=value` arguments.
 
     Raises:
-        ConfigError: A setting differs that may not.
+        ConfigError: A setting differs that may not, or can have no effect.
     """
+    if idle := sorted(_list_keys(given) & {"run_dir", "paths.runs", "name"}):
+        raise ConfigError(f"{idle[0]} has no effect with resume={config.resume}. Remove it, or change that.")
+    _find_changes(config, Path(str(config.resume)))
+
+
+def _find_changes(config: "TrainConfig | DecoderTrainConfig", run_dir: Path) -> dict[str, tuple[Any, Any]]:
+    """What differs from the run as it was started; an error where that may not."""
     from sa3train.training.run_dir import RunDir
 
-    run_dir = Path(str(config.resume))
-    RunDir(run_dir, make_table(config, run_dir), {}, config.allow_resume_changes).check_changes()
+    return RunDir(run_dir, make_table(config, run_dir), {}, config.allow_resume_changes).check_changes()
 
 
 def make_table(config: "TrainConfig | DecoderTrainConfig", run_dir: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from sa3train.reports.pick import Pick
 from sa3train.reports.run_files import ADAPTER_FILE, BEST_ADAPTER_FILE
 from sa3train.reports.verdict import ALL_COPIES, COPIES, judge_copying
 
-FORMAT, VERSION = "sa3train-evaluation", 1
+FORMAT, VERSION = "sa3train-evaluation", 2
 """Name and version of the JSON. The version grows when a key changes its meaning or goes."""
 AUDIO_MEASURES = ("loudness_lufs", "true_peak_db", "spectral_centroid_hz", "stereo_width", "clipped_share")
 """Measures of level, spectrum and stereo of which the drift is reported."""
@@ -230,7 +230,10 @@ class Candidate:
         for name, found in (compared | {name: self.compare(name) for name in names}).items():
             against[name] = None if found is None else {**asdict(found), "is_significant": found.is_significant}
         what = {"adapter": self.adapter, "step": self.step, "strength": self.strength}
-        return what | self.measurement.to_dict() | {"against_base": against}
+        measured = self.measurement.to_dict()
+        if measured["memorization"]:
+            measured["memorization"]["verdict"] = self.measurement.judge_copying(self.base)
+        return what | measured | {"against_base": against}
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from sa3train.core.log import get_logger
 from sa3train.core.overrides import flatten_settings
 from sa3train.core.processes import read_json
 from sa3train.core.text import list_few
+from sa3train.reports.loss_change import compute_change
 from sa3train.reports.pick import list_comparable
 from sa3train.reports.run_files import (
     BEST_ADAPTER_FILE,
@@ -66,9 +67,9 @@ def compare_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"run": str(path)}
         row |= {key: settings.get(key) for key in varied if key not in ("run_dir", "name")}
         part, history = _list_measured(validation)
-        best = min(history, key=lambda entry: entry[part]["loss"])
-        last = validation["history"][-1][part]["loss"]
-        row |= {"base": validation["base"][part]["loss"], "best": best[part]["loss"], "last": last}
+        base, last = validation["base"][part], validation["history"][-1][part]["loss"]
+        best = min(history, key=lambda entry: compute_change(base, entry[part]))
+        row |= {"base": base["loss"], "best": best[part]["loss"], "last": last}
         row["best step"] = best["step"]
         row["evaluated"] = (read_evaluation(path) or {}).get("change")
         rows.append(row)
@@ -76,7 +77,8 @@ def compare_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
         return sorted(rows, key=lambda row: row["evaluated"])
     if any(not math.isclose(row["base"], rows[0]["base"], rel_tol=1e-3) for row in rows):
         _logger.warning("measured on other clips or base models: each is ranked by its change against its own base")
-    return sorted(({**row, "evaluated": None} for row in rows), key=lambda row: row["best"] / row["base"])
+    rows = [row | {"evaluated": None} for row in rows]
+    return sorted(rows, key=lambda row: read_changes(Path(row["run"]))[row["best step"]])
 
 
 def read_changes(run_dir: Path) -> dict[int, float]:
@@ -90,7 +92,7 @@ def read_changes(run_dir: Path) -> dict[int, float]:
     """
     validation = read_json(run_dir / VALIDATION_FILE)
     part, history = _list_measured(validation)
-    return {row["step"]: row[part]["loss"] / validation["base"][part]["loss"] - 1 for row in history}
+    return {row["step"]: compute_change(validation["base"][part], row[part]) for row in history}
 
 
 def _list_measured(validation: Mapping[str, Any]) -> tuple[str, list[Mapping[str, Any]]]:
@@ -174,7 +176,7 @@ def choose_best(folders: Sequence[Path]) -> dict[str, Any]:
     evaluation = read_json(folder / EVALUATION_FILE)
     if evaluation.get("candidates") and not evaluation.get("pick"):
         notes.append(f"sa3-eval picks the {ALL_COPIES}.")
-    change = row["best"] / row["base"] - 1
+    change = read_changes(folder)[step]
     if change >= 0:
         notes.append("No run is better than the base model.")
     else:

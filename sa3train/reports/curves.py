@@ -6,7 +6,7 @@ from typing import Any
 
 from sa3train.reports.charts import Line, Point, render_bars, render_legend, render_line_chart, smooth_points
 from sa3train.reports.html import format_bytes, render_facts, render_template
-from sa3train.reports.loss_change import LossChange
+from sa3train.reports.loss_change import LossChange, compute_change
 from sa3train.reports.pick import list_comparable
 from sa3train.reports.run_files import ROUND_TRIPS, RunFiles
 
@@ -108,8 +108,8 @@ def _render_round_trips(run: RunFiles) -> str:
 
 def _describe_loss(run: RunFiles) -> str:
     if is_decoder_run(run):
-        return f"log-mel distance after {len(run.validation['levels'])} round trips, mean over all clips"
-    return "mean over all clips and noise levels"
+        return f"log-mel distance after {len(run.validation['levels'])} round trips, each clip against itself"
+    return "mean over noise levels, each clip against itself"
 
 
 def render_clips(run: RunFiles) -> str:
@@ -190,15 +190,12 @@ def _render_change(run: RunFiles, level: int | None, **options: Any) -> str:
         base = run.validation.get("base", {}).get(part, {})
         points: list[Point] = []
         for row in list_comparable(run.validation, part):
-            if _pick_loss(base, level):
-                change = _pick_loss(row[part], level) / _pick_loss(base, level) - 1
-                points.append((float(row["step"]), 100 * change))
+            pair = (base, row[part])
+            if level is not None:
+                pair = ({"loss": base["by_level"][level]}, {"loss": row[part]["by_level"][level]})
+            points.append((float(row["step"]), 100 * compute_change(*pair)))
         lines.append(Line(name, points, color))
     return render_line_chart(lines, unit="%", baseline=BASELINE, min_range=2.0, **options)
-
-
-def _pick_loss(losses: Mapping[str, Any], level: int | None) -> float:
-    return float(losses["loss"] if level is None else losses["by_level"][level])
 
 
 def _render_gap(run: RunFiles) -> str:
@@ -232,7 +229,7 @@ def _render_training_loss(run: RunFiles) -> str:
 
 
 def _compute_change(row: Mapping[str, Any]) -> float:
-    return float(row["adapter"] / row["base"] - 1) if row["base"] else 0.0
+    return compute_change({"loss": row["base"]}, {"loss": row["adapter"]})
 
 
 def _format_change(row: Mapping[str, Any]) -> str:

@@ -1,4 +1,9 @@
-"""By how much the validation loss differs from the base model's, and how sure that is."""
+"""By how much losses differ from the base model's, and how sure that is: the one rule of reports, picks and `sa3-eval`.
+
+Losses of clips differ a lot (that of a clipped loop may be 25 times another's), so that one clip would decide over
+their mean. So each clip is compared with itself, by the ratio of its losses: a change is that of the geometric mean,
+and its interval that of the mean logarithm of the ratios.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -7,6 +12,8 @@ from typing import Any
 import numpy as np
 from scipy.special import stdtrit
 
+LEAST_LOSS = 1e-9
+"""What a loss of 0 counts as, which has no logarithm: that of silence after round trips."""
 CONFIDENCE = 0.95
 """Level of the intervals."""
 SMALLEST = 0.0005
@@ -15,13 +22,13 @@ SMALLEST = 0.0005
 
 @dataclass(frozen=True)
 class LossChange:
-    """Relative difference of the mean of some clips from the base model's.
+    """Relative difference of the losses of some clips from the base model's.
 
     Attributes:
-        change: The difference, such as -0.1 for 10 % below the base.
+        change: The geometric mean of the ratios of the same clip, less 1: -0.1 for 10 % below the base.
         clips: Number of clips.
-        margin: Half of the 95 % confidence interval, from the differences of single clips (Student's t for pairs);
-            None for fewer than two.
+        margin: From there to the end of the 95 % confidence interval that is nearer to 0 (Student's t for pairs, of
+            logarithms: `exp(mean ± t·s/√n)`); None for fewer than two.
     """
 
     change: float
@@ -48,12 +55,12 @@ class LossChange:
             base: What it is compared with, such as "the base model's"; empty to leave it out.
 
         Returns:
-            Text such as "10.0% lower than the base model's (±3.1%, 16 clips)".
+            Text such as "10.0% lower per clip than the base model's (±3.1%, 16 clips)".
         """
         if abs(self.change) < SMALLEST:
             change, link = "the same", "as"
         else:
-            change, link = f"{abs(self.change):.1%} {'lower' if self.change < 0 else 'higher'}", "than"
+            change, link = f"{abs(self.change):.1%} {'lower' if self.change < 0 else 'higher'} per clip", "than"
         return f"{change} {f'{link} {base} ' if base else ''}({self.describe_sample()})"
 
     def describe_sample(self) -> str:
@@ -68,20 +75,33 @@ class LossChange:
 
 
 def compare_clips(base_I: Sequence[float] | np.ndarray, other_I: Sequence[float] | np.ndarray) -> LossChange | None:
-    """Compare two values of the same clips, relative to the first.
+    """Compare two losses of the same clips, each clip with itself.
 
     Args:
-        base_I: Values of the base.
-        other_I: Values of the same clips with the adapter.
+        base_I: Losses of the base.
+        other_I: Losses of the same clips with the adapter.
 
     Returns:
-        The change of the mean, or None without clips or with a base of 0.
+        The change, or None without clips.
     """
-    base_I, other_I = np.asarray(base_I, float), np.asarray(other_I, float)
-    if not len(base_I) or not base_I.mean():
+    if not len(base_I):
         return None
-    scale = abs(base_I.mean())
-    return LossChange(float((other_I - base_I).mean() / scale), len(base_I), compute_margin((other_I - base_I) / scale))
+    logs_I = take_logs(other_I) - take_logs(base_I)
+    mean, half = float(logs_I.mean()), compute_margin(logs_I)
+    margin = None if half is None else float(np.abs(np.exp(mean - np.copysign(half, mean)) - np.exp(mean)))
+    return LossChange(float(np.expm1(mean)), len(logs_I), margin)
+
+
+def take_logs(losses: Any) -> np.ndarray:
+    """Take the logarithms of losses, whose differences do not depend on how large the loss of a clip is.
+
+    Args:
+        losses: Losses, of any shape.
+
+    Returns:
+        Their logarithms.
+    """
+    return np.log(np.maximum(np.asarray(losses, float), LEAST_LOSS))
 
 
 def compute_margin(differences_I: Sequence[float] | np.ndarray) -> float | None:
@@ -111,3 +131,20 @@ def compute_loss_change(validation: Mapping[str, Any], part: str) -> LossChange 
     """
     items = validation.get("items", {}).get(part, [])
     return compare_clips(*([item[name] for item in items] for name in ("base", "adapter")))
+
+
+def compute_change(base: Mapping[str, Any], row: Mapping[str, Any]) -> float:
+    """Compute the change of one validation from the base's.
+
+    Args:
+        base: A part of `base` in `validation.json`.
+        row: The same part of a row of its `history`.
+
+    Returns:
+        The change, clip by clip; of the mean loss where losses of single clips are missing.
+    """
+    pair = (base, row)
+    has_clips = all("by_clip" in each for each in pair)
+    found = compare_clips(*(each["by_clip"] if has_clips else [each["loss"]] for each in pair))
+    assert found is not None
+    return found.change

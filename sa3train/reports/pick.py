@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from sa3train.reports.loss_change import CONFIDENCE, SMALLEST, LossChange, compare_clips
+from sa3train.reports.loss_change import CONFIDENCE, SMALLEST, LossChange, compare_clips, take_logs
 
 RESAMPLES = 10_000
 MIN_CLIPS = 5
@@ -21,7 +21,7 @@ ENUMERATED_CLIPS = 12
 
 @dataclass(frozen=True)
 class Pick:
-    """The candidate of the lowest mean loss, against the base and against the other candidates.
+    """The candidate of the lowest loss (geometric mean of clips), against the base and against the other candidates.
 
     Attributes:
         winner: Its index among the candidates.
@@ -96,7 +96,7 @@ def list_comparable(validation: Mapping[str, Any], part: str) -> list[Mapping[st
 
 
 def pick_best(base_I: Sequence[float], losses_KI: Sequence[Sequence[float]], seed: int = 0) -> Pick:
-    """Pick the candidate of the lowest mean loss.
+    """Pick the candidate of the lowest loss (geometric mean of clips).
 
     The test flips the signs of whole clips' differences from the base and takes the largest t of all candidates each
     time, so that it stays honest however many candidates there are (Westfall and Young 1993, "Resampling-Based Multiple
@@ -110,10 +110,10 @@ def pick_best(base_I: Sequence[float], losses_KI: Sequence[Sequence[float]], see
     Returns:
         The pick.
     """
-    base, losses = np.asarray(base_I, float), np.asarray(losses_KI, float)
+    base, losses = take_logs(base_I), take_logs(losses_KI)
     winner = int(losses.mean(axis=1).argmin())
-    change = compare_clips(base, losses[winner])
-    assert change is not None, "a loss of 0 is not measured"
+    change = compare_clips(base_I, losses_KI[winner])
+    assert change is not None
     rng, clips = np.random.default_rng(seed), len(base)
     gains_IK = (base - losses).T
     if clips <= ENUMERATED_CLIPS:
@@ -124,7 +124,7 @@ def pick_best(base_I: Sequence[float], losses_KI: Sequence[Sequence[float]], see
     p_value = float((t_RK.max(axis=1) >= t_RK[0, winner] - 1e-9).mean())
     counts_RI = rng.multinomial(clips, np.full(clips, 1 / clips), size=RESAMPLES)
     best_R = (counts_RI @ np.vstack([base, losses]).T).argmin(axis=1)  # of equal ones the base, then the first
-    others = ((index, compare_clips(losses[winner], row)) for index, row in enumerate(losses) if index != winner)
+    others = ((index, compare_clips(losses_KI[winner], row)) for index, row in enumerate(losses_KI) if index != winner)
     equals = tuple(index for index, other in others if other is not None and not other.is_significant)
     return Pick(winner, change, p_value, float((best_R == winner + 1).mean()), equals)
 

@@ -301,6 +301,8 @@ def read_run(run_dir: str | os.PathLike[str]) -> RunFiles:
         path = run_dir / file
         contents[name] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     check_format(run_dir, contents["record"])
+    if not any(row["step"] > 0 for row in contents["validation"].get("history", [])):
+        contents["validation"].pop("items", None)  # of the base alone: no result of the adapter
     return RunFiles(
         run_dir,
         config.read_text(encoding="utf-8") if config.is_file() else "",

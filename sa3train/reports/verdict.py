@@ -74,7 +74,7 @@ def judge_copying(score: float, base: float, clips: int) -> str:
     Returns:
         `COPIES`, `TOO_FEW`, or nothing.
     """
-    if score >= COPY_THRESHOLD * min(1.0, base):
+    if not score < COPY_THRESHOLD * min(1.0, base):  # NaN is no copy
         return ""
     return COPIES if clips >= MIN_COPY_CLIPS else TOO_FEW
 
@@ -108,7 +108,7 @@ def _describe_validation(run: RunFiles) -> list[Answer]:
         text = (
             f"Loss on training clips is {train.describe(BASE)}. Without held-out clips nothing says if new ones gain."
         )
-        advice = ["Hold clips out (split=0.1)."] + [_COPIES] * copies
+        advice = ["Hold clips out (split=0.1)."] + [COPIES_ADVICE] * copies
         return [Answer(TOOK, text), Answer(NEXT, " ".join(advice))]
     base_I = validation["base"]["val"].get("by_clip", [])
     history = {row["step"]: row["val"]["by_clip"] for row in trained if _is_comparable(base_I, row)}
@@ -125,14 +125,14 @@ def _describe_validation(run: RunFiles) -> list[Answer]:
     strengths = _list_strengths(validation)
     if strengths:
         answers.append(Answer(STRENGTH, _say_strength(validation, strengths)))
-    advice = _advise(change, train, history, best, since, strengths) + [_COPIES] * copies
+    advice = _advise(change, train, history, best, since, strengths) + [COPIES_ADVICE] * copies
     return [*answers, Answer(NEXT, " ".join(advice))]
 
 
 TOOK, WHEN, STRENGTH, NEXT = "Did it take?", "When was it best?", "At which strength?", "What to change next?"
 EVALUATED = "Which adapter to use, by sa3-eval?"
 ALL_COPIES = "base: every adapter copies its training clips, or has no finite loss"
-_COPIES = (
+COPIES_ADVICE = (
     "Generations are far closer to training clips than held-out clips and the base's are: they may be copies. Use "
     "fewer steps, a lower rank, or more data."
 )
@@ -222,8 +222,10 @@ def _advise(
     elif not change.is_significant and not learned:
         found.append("Train for more steps or at a higher rate (trainer.max_steps, optimizer.lr): little has changed.")
     elif not change.is_significant:
-        found.append("Use more data or a lower rank: what it learned from its clips does not help new ones.")
-    lowest = min(strengths, key=lambda strength: sum(strengths[strength]), default=1.0)
+        found.append(
+            "Use more data or a lower rank: what it learned from its clips does not help new ones beyond noise."
+        )
+    lowest = list(strengths)[pick_best(strengths[1.0], list(strengths.values())).winner] if strengths else 1.0
     gain = compare_clips(strengths[1.0], strengths[lowest]) if strengths else None
     if gain is not None and gain.is_significant:
         more = "train for more steps" if lowest > 1 else "train for fewer steps or at a lower rate"

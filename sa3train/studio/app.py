@@ -50,7 +50,7 @@ def build_app(workspace: Workspace) -> gr.Blocks:
     with gr.Blocks(title="sa3train studio", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(head, elem_id="studio-head", apply_default_css=False)
         forms = []
-        with gr.Tabs(elem_id="studio-tabs"):
+        with gr.Tabs(elem_id="studio-tabs", overflow_behavior="wrap"):
             for name, build in PAGES.items():
                 with gr.Tab(name, id=name.lower(), elem_id=f"tab-{name.lower()}") as tab:
                     reset = gr.Button("Reset this page's fields", size="sm", elem_classes="reset-form", scale=0)

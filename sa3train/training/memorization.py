@@ -18,7 +18,7 @@ from sa3train.data.loading.clip_batch import ClipBatch
 from sa3train.evaluation.distances import ReferenceClips, measure_spread
 from sa3train.inference import Generator
 from sa3train.reports.run_files import MEMORIZATION_FILE
-from sa3train.reports.verdict import COPIES, judge_copying
+from sa3train.reports.verdict import COPIES, COPIES_ADVICE, judge_copying
 from sa3train.training.settings import DemoSettings
 
 _logger = get_logger(__name__)
@@ -104,7 +104,7 @@ def evaluate_memorization(
         scores = {"score": measured.score, "base_score": base_score, "heldout_clips": len(heldout)}
         found["memorization"] = scores | asdict(measured)
         if judge_copying(measured.score, base_score, min(len(prompts), len(heldout))) == COPIES:
-            _logger.warning("generations are far closer to training clips than held-out clips and the base's are")
+            _logger.warning(COPIES_ADVICE)
     else:
         _logger.warning("no memorization score: nothing is held out. Encode with split=0.1.")
     write_json(run_dir / MEMORIZATION_FILE, found)

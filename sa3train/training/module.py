@@ -27,7 +27,13 @@ from sa3train.models.checkpoint import StableAudio3
 from sa3train.models.conditioners import TextEmbedding
 from sa3train.training.distributed import ShardedBaseStrategy, couple_across_ranks, get_rank_and_world_size
 from sa3train.training.ema import EMA, swap_parameters
-from sa3train.training.optim import compute_schedule_free_average, make_lr_lambda, make_optimizer
+from sa3train.training.optim import (
+    compute_schedule_free_average,
+    get_group_settings,
+    make_optimizer,
+    restore_group_settings,
+)
+from sa3train.training.schedules import make_lr_lambda
 from sa3train.training.settings import OptimizationSettings, TrainingSettings
 from sa3train.training.step import (
     Losses,
@@ -86,15 +92,15 @@ class AdapterModule(lightning.LightningModule):
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Make the optimizer of the adapter and its schedule per step."""
         optimizer = make_optimizer(self.optimization.optimizer, self.trainable.items())
+        self._group_settings = get_group_settings(optimizer)
         scheduler = LambdaLR(optimizer, self._lr_lambda)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
-        """Set the learning rate by the schedule: the rate that a resumed run has saved is that of an earlier one."""
+        """Set what the optimizer is set to now: a resumed run has loaded the values of an earlier start."""
         scheduler = self.lr_schedulers()
         assert isinstance(scheduler, LambdaLR)
-        for group, base in zip(scheduler.optimizer.param_groups, scheduler.base_lrs, strict=True):
-            group["lr"] = base * self._lr_lambda(scheduler.last_epoch)
+        restore_group_settings(scheduler, self._group_settings)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Average the adapter's gradients over ranks where the base is sharded; otherwise DDP does."""

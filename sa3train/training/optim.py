@@ -1,22 +1,21 @@
-"""Optimizers and learning-rate schedules by name.
+"""Optimizers by name.
 
 The optimizers are torch's, bitsandbytes' and pytorch-optimizer's; ours are only the tables, checks and messages.
 """
 
 import importlib
-import inspect
-import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from sa3train.core.config import check_choice
 from sa3train.core.errors import ConfigError
-from sa3train.core.text import suggest_name
-from sa3train.training.settings import OptimizationSettings, OptimizerSettings, SchedulerSettings
+from sa3train.training.schedules import check_options, make_lr_lambda
+from sa3train.training.settings import OptimizationSettings, OptimizerSettings
 
 OPTIMIZERS = {
     "adamw": ("torch.optim", "AdamW", ""),
@@ -28,8 +27,8 @@ OPTIMIZERS = {
 }
 """Module and class of each optimizer, and the extra of sa3train that installs it."""
 
-_NO_OPTIONS = ("params", "kwargs", "progress", "total", "lr", "betas", "weight_decay")
-"""Parameters of optimizers and schedules that are not options: those that are given or are settings of their own."""
+GROUP_SETTINGS = ("lr", "betas", "weight_decay")
+"""What the optimizer's groups hold of its settings that may change when a run is resumed."""
 _Group = dict[str, Any]
 
 
@@ -43,7 +42,7 @@ def check_optimization(settings: OptimizationSettings) -> None:
         ConfigError: A name or option is unknown, or the optimizer's library is not installed.
     """
     check_choice("optimizer.name", settings.optimizer.name, OPTIMIZERS)
-    _check_options("optimizer", settings.optimizer, _load_class(settings.optimizer.name))
+    check_options("optimizer", settings.optimizer, _load_class(settings.optimizer.name))
     make_lr_lambda(settings.scheduler, settings.trainer.max_steps)
 
 
@@ -66,7 +65,7 @@ def make_optimizer(settings: OptimizerSettings, parameters: Iterable[tuple[str, 
         raise ConfigError("there is nothing to train: the adapter has no parameters. Check adapter.include/exclude.")
     groups = _make_groups(settings, named)
     optimizer_class = _load_class(settings.name)
-    options = _check_options("optimizer", settings, optimizer_class)
+    options = check_options("optimizer", settings, optimizer_class)
     if settings.name == "muon":
         groups = _split_for_muon(groups, settings, options.pop("adamw_lr", 1e-4))
     else:
@@ -129,92 +128,30 @@ def _split_for_muon(groups: list[_Group], settings: OptimizerSettings, adamw_lr:
     return split
 
 
-def _check_options(
-    section: str, settings: OptimizerSettings | SchedulerSettings, function: Callable[..., Any]
-) -> dict[str, Any]:
-    """Return the options if the function accepts them all; its `**kwargs` would hide a misspelled one."""
-    parameters = inspect.signature(function).parameters
-    known = [key for key in parameters if key not in _NO_OPTIONS]
-    for key, value in settings.options.items():
-        if key not in known:
-            hint = suggest_name(key, known, f"Its options: {', '.join(known) or 'none'}.")
-            raise ConfigError(f"{section} {settings.name} has no option '{section}.options.{key}'. {hint}")
-        default = parameters[key].default
-        if isinstance(value, str) != isinstance(default, str) or isinstance(default, bool) > isinstance(value, bool):
-            raise ConfigError(f"{section}.options.{key}={value} is of another kind than its default, {default}.")
-    return dict(settings.options)
-
-
-def _constant(progress: int, total: int) -> float:
-    return 1.0
-
-
-def _cosine(progress: int, total: int, floor: float = 0.0) -> float:
-    """From 1 down to `floor` along half a cosine."""
-    share = min(1.0, progress / max(1, total))
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def _inverse(progress: int, total: int, gamma: float = 1000.0, power: float = 0.5) -> float:
-    """(1 + step / gamma) ** -power: slow decay without an end, as the released trainer's InverseLR."""
-    return float((1 + progress / gamma) ** -power)
-
-
-SCHEDULES: dict[str, Callable[..., float]] = {"constant": _constant, "cosine": _cosine, "inverse": _inverse}
-"""Factor on the learning rate from the steps since the warm-up and their total, with the options of each schedule."""
-
-
-def make_lr_lambda(settings: SchedulerSettings, total_steps: int) -> Callable[[int], float]:
-    """Make the factor on the learning rate: a linear rise over the warm-up, then the schedule.
-
-    torch's and transformers' schedulers have no warm-up before an arbitrary schedule, and this one's only state is the
-    step, so that it can be saved without code.
+def get_group_settings(optimizer: Optimizer) -> list[_Group]:
+    """Get the settings of a new optimizer's groups.
 
     Args:
-        settings: Name, warm-up and options.
-        total_steps: Optimizer steps of the run.
+        optimizer: The optimizer, before it has a schedule or a state.
 
     Returns:
-        A function of the step for `torch.optim.lr_scheduler.LambdaLR`.
-
-    Raises:
-        ConfigError: The name or an option is unknown or out of range.
+        Its settings, by group.
     """
-    check_choice("scheduler.name", settings.name, SCHEDULES)
-    decay, warmup_steps = SCHEDULES[settings.name], settings.warmup_steps
-    options = _check_options("scheduler", settings, decay)
-    try:
-        factors = [decay(step, total_steps - warmup_steps, **options) for step in (0, 1, total_steps)]
-    except ArithmeticError:
-        factors = [math.nan]
-    if not all(0 <= factor <= 1 for factor in factors):
-        raise ConfigError(
-            f"scheduler.options={options} must keep the learning rate from 0 to optimizer.lr: floor from 0 to 1, gamma "
-            "above 0, power of at least 0."
-        )
-
-    def compute_factor(step: int) -> float:
-        if step < warmup_steps:
-            return (step + 1) / (warmup_steps + 1)
-        return decay(step - warmup_steps, total_steps - warmup_steps, **options)
-
-    return compute_factor
+    return [{key: group[key] for key in GROUP_SETTINGS if key in group} for group in optimizer.param_groups]
 
 
-def keeps_rates(scheduler: Mapping[str, Any], before: int, after: int, steps: int) -> bool:
-    """Check whether the first steps of a run have the same learning rates when its length changes.
+def restore_group_settings(scheduler: LambdaLR, settings: list[_Group]) -> None:
+    """Put the settings of this start in place of those that a checkpoint held, and the rate by the schedule of now.
 
     Args:
-        scheduler: Settings of the schedule, by name.
-        before: Optimizer steps of the run.
-        after: Optimizer steps of the changed run.
-        steps: How many of them are done.
-
-    Returns:
-        Whether they have.
+        scheduler: The schedule and its optimizer, with the state of the checkpoint.
+        settings: What `get_group_settings` returned.
     """
-    old, new = (make_lr_lambda(SchedulerSettings(**scheduler), total) for total in (before, after))
-    return all(old(step) == new(step) for step in (0, steps // 2, steps))
+    scheduler.base_lrs = [own["lr"] for own in settings]
+    groups = zip(scheduler.optimizer.param_groups, settings, scheduler.lr_lambdas, strict=True)
+    for group, own, compute_factor in groups:
+        rate = own["lr"] * compute_factor(scheduler.last_epoch)
+        group.update(own, initial_lr=own["lr"], lr=rate)
 
 
 def compute_schedule_free_average(optimizer: Optimizer) -> dict[int, torch.Tensor]:

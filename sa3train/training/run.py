@@ -52,6 +52,8 @@ warnings.filterwarnings("ignore", message=".*LeafSpec.*", module="lightning.*")
 
 ALL_CLIPS = 1_000_000
 """More clips than any data set has."""
+EPOCH = 2**53
+"""More micro-batches than any run has; without a length, Lightning would fetch one ahead of the position."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,7 @@ class TrainingCallbacks:
 
 
 class EndlessBatches(IterableDataset[Any]):
-    """A loader as one epoch of `total` micro-batches.
+    """A loader as one epoch that no run comes to the end of: steps are counted, whatever they accumulate.
 
     Lightning steps the optimizer on the last batch of an epoch whatever the accumulation, and stalls between epochs;
     with one epoch neither happens. The position that is saved is the loader's own at the last mark, as a step that
@@ -107,14 +109,13 @@ class EndlessBatches(IterableDataset[Any]):
 
     Args:
         loader: Iterates over batches, and tells and takes its position by `state_dict` and `load_state_dict`.
-        total: Micro-batches of the run.
     """
 
-    def __init__(self, loader: Any, total: int) -> None:
-        self.loader, self.total, self.position = loader, total, dict(loader.state_dict())
+    def __init__(self, loader: Any) -> None:
+        self.loader, self.position = loader, dict(loader.state_dict())
 
     def __len__(self) -> int:
-        return self.total
+        return EPOCH
 
     def __iter__(self) -> Any:
         while True:
@@ -343,6 +344,6 @@ def _fit(
         contextlib.closing(data.train_dataloader()) as loader,  # ends its workers
         explain_device_errors(device, f"training on {plan.rows} x {plan.frames} latent frames", plan.suggest_savings),
     ):
-        batches = EndlessBatches(loader, settings.max_steps * settings.accumulate)
+        batches = EndlessBatches(loader)
         trainer.fit(module, train_dataloaders=batches, ckpt_path=run.state[1] if run.state else None)
     return trainer

@@ -50,7 +50,7 @@ _logger = get_logger(__name__)
 
 FREE_SETTINGS = (
     "resume", "allow_resume_changes", "run_dir", "paths.*", "logger.*", "callbacks.checkpoint.*", "callbacks.demos.*",
-    "data.dir", "source", "data.num_workers", "data.shared_prompts", "trainer.log_every",
+    "callbacks.report", "data.dir", "source", "data.num_workers", "data.shared_prompts", "trainer.log_every",
     "trainer.activation_checkpointing", "launcher*",
 )  # fmt: skip
 """Settings that may change when a run is resumed: they do not touch what is learned. What `data.dir` and
@@ -59,11 +59,24 @@ FREE_SETTINGS = (
 STORED_SETTINGS = ("trainer.activation_checkpointing", "trainer.max_steps")
 """Settings that may change and that later resumes keep: one makes the run fit into memory, one is its length."""
 
-FIXED_SETTINGS = (
-    "adapter.adapter_type", "adapter.rank", "adapter.rank_pattern*", "adapter.include", "adapter.exclude",
-    "adapter.options*",
+FIXED_SETTINGS = {
+    "what it has learned fits no other tensors": (
+        "adapter.adapter_type", "adapter.rank", "adapter.rank_pattern", "adapter.include", "adapter.exclude",
+        "adapter.options",
+    ),
+    "the state of its optimizer fits no other": ("optimizer.name", "optimizer.lora_plus", "optimizer.options"),
+    "the losses measured so far could not be compared": (
+        "callbacks.validation.seed", "callbacks.validation.seconds", "callbacks.validation.round_trips",
+    ),
+    "a run starts once": ("adapter.start_from",),
+}  # fmt: skip
+"""Settings that can never change, by the reason."""
+
+STEPLESS_SETTINGS = (
+    *FREE_SETTINGS, "identity", "model", "trainer.accelerator", "trainer.devices", "trainer.num_nodes",
+    "trainer.precision", "trainer.strategy", "trainer.threads",
 )  # fmt: skip
-"""Settings that decide which tensors an adapter has: those of the checkpoint fit no other ones."""
+"""What may differ without a further step: where the last files of a run are made, and with what."""
 
 LENGTH = "trainer.max_steps"
 """May change where the learning rate does not depend on it."""
@@ -169,36 +182,47 @@ class RunDir:
             changes.pop(LENGTH, None)
         known = {name: started.get(name) for name in self.identity}
         self.changes = changes | find_differences(known, self.identity, "identity.")
-        if fixed := [key for key in self.changes if _matches(key, FIXED_SETTINGS)]:
-            raise ConfigError(
-                f"cannot resume {self.path} with another {', '.join(fixed)}: what it has learned fits no other "
-                f"tensors. Leave it as it was, or start another run."
-            )
+        every = differences | self.changes
+        if fixed := {key: reason for key in every if (reason := self._find_obstacle(key))}:
+            described = self._describe_changes("this cannot change", every, fixed)
+            way = f"start another run from what it has learned: adapter.start_from={self.path}"
+            raise ConfigError(f"{described}       Leave it as it was, or {way}")
         refused = [key for key in self.changes if "all" not in self.allowed and not _matches(key, self.allowed)]
         if refused:
             reasons = REASONS | {LENGTH: length}
-            lines = [
-                f"         {key}: {old} -> {new}{f' ({reasons[key]})' if key in reasons else ''}\n"
-                for key, (old, new) in self.changes.items() if key in refused
-            ]  # fmt: skip
+            why, what = {key: reasons.get(key, "") for key in refused}, "this differs from the run as it was started"
+            described = self._describe_changes(what, every, why)
             keys = ",".join((*self.allowed, *refused))
-            raise ConfigError(
-                f"cannot resume {self.path}: this differs from the run as it was started:\n{''.join(lines)}"
-                f"       Leave it as it was, or allow it: 'allow_resume_changes=[{keys}]'"
-            )
+            raise ConfigError(f"{described}       Leave it as it was, or allow it: 'allow_resume_changes=[{keys}]'")
         return differences
+
+    def _find_obstacle(self, key: str) -> str:
+        """Find why a change can have no effect; empty if it can."""
+        done, length = max(list_checkpoints(self.path), default=0), self.settings.get("trainer", {}).get("max_steps")
+        if key == LENGTH:
+            return f"{done} steps are done: set more" if length < done else ""
+        demos = self.settings.get("callbacks", {}).get("demos", {})
+        is_idle = key.startswith("callbacks.demos.") and not demos.get("memorization_clips")
+        if done == length and (is_idle or not _matches(key, STEPLESS_SETTINGS)):
+            return f"all of its {done} steps are done: set {LENGTH} above that"
+        return next((reason for reason, keys in FIXED_SETTINGS.items() if _matches(key, keys)), "")
+
+    def _describe_changes(self, what: str, changes: Mapping[str, Sequence[Any]], reasons: Mapping[str, str]) -> str:
+        lines = [
+            f"         {key}: {changes[key][0]} -> {changes[key][1]}{reason and f' ({reason})'}\n"
+            for key, reason in reasons.items()
+        ]
+        return f"cannot resume {self.path}: {what}:\n{''.join(lines)}"
 
     def _explain_length(self, before: int, after: int) -> str:
         """Explain why a run of another length would not go on exactly; empty if it would."""
         if before == after:
             return ""
-        from sa3train.training.optim import keeps_rates
+        from sa3train.training.schedules import keeps_rates
 
         done = max(list_checkpoints(self.path), default=0)
         if after >= done and keeps_rates(self.settings.get("scheduler", {}), before, after, done):
             return ""
-        if after < done:
-            return f"{done} steps are done"
         return f"its learning rate falls towards its end; to train on in another run: adapter.start_from={self.path}"
 
     def _start(self) -> None:
@@ -240,8 +264,8 @@ class RunDir:
             if is_stop:
                 _logger.warning("stopped before the first step: nothing is saved. The same command starts again.")
             return
-        if is_stop:
-            self.save(status="interrupted")
+        if is_stop or self.record.get("status") == "finished":  # its last files are still to be made
+            self.save(status="interrupted" if is_stop else "running")
         if state := find_latest_checkpoint(self.path):
             when = "" if is_stop else "After fixing the error, "
             _logger.warning("step %d is saved. %sresume: %s", state[0], when, format_resume_command(self.path))
@@ -317,7 +341,7 @@ def open_run(
             run.check_changes()
             write_json(run_dir / RECORD_FILE, _read_record(run_dir) | {"process": _describe_process()})
         else:
-            check_free(run_dir)
+            _check_free(run_dir)
     except BaseException:
         run.__exit__(None, None)
         raise
@@ -365,15 +389,22 @@ def _clear(run_dir: Path) -> None:
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def check_free(run_dir: Path) -> None:
-    """Check that a run can be started in a folder.
+def check_startable(run_dir: Path) -> None:
+    """Check that a run can be started in a folder, without starting it.
 
     Args:
         run_dir: The folder.
 
     Raises:
-        ConfigError: It holds a run that made something, or files that training would replace.
+        ConfigError: Another process trains in it, it holds a run that made something, or files that training would
+            replace.
     """
+    if holds_run(run_dir):
+        _unlock(run_dir, _lock(run_dir))
+    _check_free(run_dir)
+
+
+def _check_free(run_dir: Path) -> None:
     if holds_run(run_dir) and _has_results(run_dir):
         raise ConfigError(
             f"{run_dir} already holds a run. Resume it: {format_resume_command(run_dir)}; "

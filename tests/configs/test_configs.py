@@ -24,7 +24,8 @@ from sa3train.core.errors import ConfigError
 from sa3train.core.files import get_config_dir
 from sa3train.models.checkpoint import load_checkpoint
 from sa3train.models.hub import REGISTRY
-from sa3train.training.optim import OPTIMIZERS, SCHEDULES
+from sa3train.training.optim import OPTIMIZERS
+from sa3train.training.schedules import SCHEDULES
 
 ROOT = Path(__file__).parents[2]
 CONF = get_config_dir()

@@ -23,8 +23,8 @@ def make_losses(val: float, train_eval: float) -> dict[str, Any]:
 
 
 def list_clip_losses(loss: float, count: int) -> list[float]:
-    """Losses of single clips around a mean; those of the base, 1.0, are equal."""
-    return [loss + (n - (count - 1) / 2) / 10 * (loss != 1.0) for n in range(count)]
+    """Losses of single clips around a geometric mean; those of the base, 1.0, are equal."""
+    return [loss * 1.15 ** ((n - (count - 1) / 2) * (loss != 1.0)) for n in range(count)]
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -210,6 +210,13 @@ def test_two_at_once_queue_cancel_is_immediate_and_a_reload_loses_nothing(
     assert len(list(workspace.history.glob("*.json"))) == before + 1
 
 
+def test_a_narrow_screen_comes_back_to_its_page_too(page: Page) -> None:
+    page.set_viewport_size({"width": 240, "height": 600})
+    page.locator("#tab-adapters-button").click()
+    page.reload()
+    expect(page.locator("#tab-adapters")).to_be_visible()
+
+
 def test_a_form_outlives_a_reload_until_it_is_reset(page: Page, workspace: Workspace) -> None:
     ask(page, "kept for later", duration="3")
     add_adapters(page)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sa3train.audio.analysis import analyze_audio
+from sa3train.audio.edit import mix_channels
 from sa3train.audio.io import read_whole
 from sa3train.audio.metrics import is_silent
 from sa3train.core.errors import ConfigError, DataError
@@ -143,7 +144,7 @@ def _propose_caption(
     try:
         path = clip.audio.local_path()
         decoded = read_whole(path or clip.audio.read())
-        if is_silent(decoded.audio_CN):
+        if is_silent(mix_channels(decoded.audio_CN, 2, decoded.speakers)):
             return Proposal(clip.source, Composed(""), FINDING_TYPES["silent"].title)
         sound = analyze_audio(decoded.audio_CN.numpy(), decoded.sample_rate)
         description = describe(decoded.audio_CN, decoded.sample_rate) if describe else ""

@@ -31,7 +31,8 @@ from sa3train.data.sources.text import compose, decode_text
 _logger = get_logger(__name__)
 
 MIN_HELDOUT = 4
-"""Clips held out at least, unless there are fewer than five times as many: one or two tell little about the others."""
+"""Sounds (near duplicates are one) held out at least, unless there are fewer than five times as many: one or two tell
+little about the others."""
 
 SHOWN_DROPPED = 10
 """Duplicates that the log names; `rejected.jsonl` has all."""
@@ -95,11 +96,12 @@ def _draw_groups(share: float, content: np.ndarray, groups: np.ndarray, accepted
         heldout[firsts[draws < share]] = True
         least = min(MIN_HELDOUT, len(firsts) // 5)
         if heldout.sum() < least:
-            _logger.info(
-                "Held out: %d of %d clips, more than split=%g draws: at least %d, but at most a fifth",
-                least, len(firsts), share, MIN_HELDOUT,
-            )  # fmt: skip
             heldout[firsts[np.argsort(draws)[:least]]] = True
+            _logger.info(
+                "held out: %d of %d different sounds (%d clips; near duplicates are one sound), since split=%g draws "
+                "fewer: at least %d, but at most a fifth",
+                least, len(firsts), int((heldout[groups] & accepted).sum()), share, MIN_HELDOUT,
+            )  # fmt: skip
     # A group is accepted through any of its clips, while its first may itself be rejected.
     return np.asarray(heldout[groups])
 

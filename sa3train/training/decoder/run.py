@@ -95,7 +95,7 @@ def _fit(run: RunDir, module: DecoderModule, clips: AudioClips, callbacks: Train
     trainer = make_trainer(run.path, settings, callbacks.list_enabled())
     callbacks.checkpoint.after_save.insert(0, lambda *_: run.save())  # with the time so far
     loader = CropLoader(clips, samples, data.batch_size, module.settings.seed, get_rank())
-    batches = EndlessBatches(loader, settings.max_steps * settings.accumulate)
+    batches = EndlessBatches(loader)
     fixes = [
         f"data.batch_size={max(1, data.batch_size // 2)} trainer.accumulate={2 * settings.accumulate}",
         f"data.crop_seconds={data.crop_seconds / 2:g}",

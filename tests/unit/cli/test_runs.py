@@ -22,11 +22,11 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, rank, losses in (("one", 8, (0.5, 0.6)), ("two", 16, (0.7, 0.4))):
         folder = make_run(tmp_path / "runs" / name, "finished", adapter={"rank": rank})
         rows = [
-            {"step": 20 * (number + 1), "val": {"loss": loss, "by_clip": [loss - 0.3, loss + 0.3]}}
+            {"step": 20 * (number + 1), "val": {"loss": loss, "by_clip": [loss / 2, loss * 2]}}
             for number, loss in enumerate(losses)
         ]
         base = {"val": {"loss": 0.8, "by_clip": [0.8, 0.8]}}
-        items = {"val": [{"base": 0.8, "adapter": losses[-1] + change} for change in (-0.3, 0.3)]}
+        items = {"val": [{"base": 0.8, "adapter": losses[-1] * share} for share in (0.5, 2)]}
         (folder / "validation.json").write_text(json.dumps({"base": base, "history": rows, "items": items}))
         (folder / "adapter.safetensors").touch()
     write_record(tmp_path / "runs" / "failed")

@@ -101,6 +101,8 @@ def test_every_point_is_trained_once_and_the_best_is_named(stubs: Path, capsys: 
     assert result["best"]["adapter"] == f"{Path('sw').absolute() / result['trials'][0]['run']}@8"
     assert sweep.main(["sw"]) == 0, "the settings are known"
     assert len(Path("sw/starts.log").read_text().splitlines()) == 4
+    assert sweep.main(["two", "adapter.rank=choice(4,8,16)", "--trials", "2"]) == sweep.main(["two"]) == 0
+    assert len(Path("two/starts.log").read_text().splitlines()) == 2, "the number of trials is known"
     assert sweep.main(["sw", "adapter.rank=choice(4,16)"]) == 1
     assert sweep.main(["new", "adapter.rank=4,8", "--trials", "0"]) == 1 and not Path("new").exists()
     assert "other settings" in capsys.readouterr().err

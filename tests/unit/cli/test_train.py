@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -132,7 +134,7 @@ def test_a_run_goes_on_where_it_was_and_not_as_another(shards: Path, capsys: pyt
     assert run(shards, "run_dir=out", "loss=released", "trainer.ema_decay=null") == 0
     assert run(shards, "run_dir=out") == 1
     assert "already holds a run. Resume it: sa3-train resume=out" in capsys.readouterr().err
-    assert main(["resume=out", "adapter.dropout=0.5"]) == 1
+    assert main(["resume=out", "trainer.max_steps=3", "adapter.dropout=0.5"]) == 1
     said, error = capsys.readouterr()
     assert "adapter.dropout: 0.0 -> 0.5" in error and "allow_resume_changes=[adapter.dropout]" in error
     assert "nothing to do" not in said
@@ -153,6 +155,29 @@ def test_a_run_goes_on_where_it_was_and_not_as_another(shards: Path, capsys: pyt
     for name, message in hints.items():
         assert main([f"resume={name}"]) == 1
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_of_a_finished_run_what_is_missing_or_asked_for_is_made(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(shards, "run_dir=out", "callbacks.report=true") == 0
+    metrics = Path("out/metrics.csv").read_bytes()
+    for name in ("report.html", "README.md"):
+        Path("out", name).unlink()
+    assert main(["resume=out"]) == 0 and Path("out/report.html").is_file() and Path("out/README.md").is_file()
+    demos = ("callbacks.demos.enabled=true", "callbacks.demos.duration=0.2", "callbacks.demos.steps=1")
+    assert main(["resume=out", *demos, "callbacks.demos.memorization_clips=1"]) == 0
+    assert Path("out/memorization.json").is_file() and Path("out/metrics.csv").read_bytes() == metrics
+    assert main(["resume=out", *demos]) == 1
+    assert "callbacks.demos.enabled: False -> True (all of its 2 steps are done" in capsys.readouterr().err
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert run(shards, "run_dir=out", "callbacks.report=true") == 0
+    assert capsys.readouterr().out.startswith("nothing to do")
+    code = "import sys; from sa3train.cli.train import main; main(['resume=out']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0, "nothing heavy is loaded to say so"
+    assert run(shards, "run_dir=out", "callbacks.report=true", "seed=7") == 1, "another run"
+    assert "seed: 0 -> 7" in capsys.readouterr().err
 
 
 def test_a_signal_ends_the_run_with_its_exit_code_and_the_way_on(
@@ -354,7 +379,8 @@ def test_wrong_data_and_a_taken_folder_are_named_before_the_base_is_loaded(
     for arguments, message in (
         (["data=nowhere", "run_dir=out"], "nowhere"),
         ([f"data={shards}", "run_dir=held"], "already holds a run"),
-        (["resume=held", "seed=7"], "seed: 0 -> 7"),
+        (["resume=held", "seed=7", "allow_resume_changes=[all]"], "seed: 0 -> 7 (all of its 1 steps are done"),
+        (["resume=held", "run_dir=out"], "run_dir has no effect"),
         (["resume=held", "trainer.max_steps=2"], "is in use"),
     ):
         with held if "use" in message else contextlib.nullcontext():

@@ -13,10 +13,16 @@ from omegaconf import OmegaConf
 from helpers.shards import make_data_module, make_store
 from sa3train.cli.hydra_app import register_resolvers
 from sa3train.cli.train_config import DecoderTrainConfig, TrainConfig
-from sa3train.cli.train_setup import check_overrides_have_effect, describe_training_data, start_ranks
-from sa3train.core.config import build
+from sa3train.cli.train_setup import (
+    check_overrides_have_effect,
+    check_resume,
+    describe_training_data,
+    start_ranks,
+)
+from sa3train.core.config import build, list_keys
 from sa3train.core.errors import ConfigError, ConflictError, SA3Error
-from sa3train.training.optim import make_optimizer
+from sa3train.training.optim import GROUP_SETTINGS, make_optimizer
+from sa3train.training.run_dir import FIXED_SETTINGS
 from sa3train.training.settings import OptimizerSettings
 
 
@@ -41,9 +47,6 @@ def configure(*overrides: str, job: str = "train") -> Any:
         ("++loss.inpainting.segments=0", "++loss.inpainting.continuation=0", "loss.context_weight=2"),
         ("callbacks.demos.enabled=false", "callbacks.demos.seed=3"),
         ("callbacks.validation.enabled=false", "callbacks.validation.seed=3"),
-        ("resume=out", "name=other"),
-        ("resume=out", "paths.runs=other"),
-        ("resume=out", "run_dir=other"),
         ("data.weight=2",),
         ("loss.silence_seconds=0", "data.silence_tail_seconds=3"),
     ],
@@ -51,6 +54,25 @@ def configure(*overrides: str, job: str = "train") -> Any:
 def test_the_last_override_has_no_effect_and_is_refused(overrides: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError, match=rf"{overrides[-1].partition('=')[0]} has no effect"):
         check_overrides_have_effect(configure(*overrides), overrides, ranks=1)
+
+
+@pytest.mark.parametrize("key", ["name", "paths.runs", "run_dir"])
+def test_where_a_resumed_run_lies_is_not_set(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key} has no effect with resume=out"):
+        check_resume(configure("resume=out"), [f"{key}=other"])
+
+
+def test_a_setting_that_may_change_on_resume_is_read_at_every_start() -> None:
+    """Of what a checkpoint holds, only the groups of the optimizer hold settings, and those are set again."""
+    fixed = [f"{key}." for keys in FIXED_SETTINGS.values() for key in keys]
+    keys = {*list_keys(TrainConfig), *list_keys(DecoderTrainConfig)}
+    for section, free in (
+        ("optimizer", {*GROUP_SETTINGS}),
+        ("adapter", {"alpha", "alpha_pattern", "dropout", "rslora"}),
+    ):
+        own = {key for key in keys if key.startswith(f"{section}.") and not f"{key}.".startswith(tuple(fixed))}
+        assert own == {f"{section}.{name}" for name in free}
+    assert all(any(f"{key}.".startswith(name) for key in keys) for name in fixed), "none is misspelled"
 
 
 def test_demos_of_the_decoder_use_the_round_trips_of_validation() -> None:

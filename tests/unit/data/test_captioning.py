@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -158,6 +159,9 @@ def read_all(folder: Path) -> dict[str, bytes]:
 
 def test_only_clips_without_a_caption_are_captioned(folder: Path) -> None:
     write_clip(folder / "soft bell.wav", 0 * noise(0.3) + 0.1)
+    only_lfe = np.zeros((len(noise(0.3)), 6))
+    only_lfe[:, 3] = noise(0.3)[:, 0]
+    write_clip(folder / "deep drone.wav", only_lfe)
     before = read_all(folder)
     done = caption_folder(folder)
     after = {name: content for name, content in read_all(folder).items() if name not in before}
@@ -166,8 +170,8 @@ def test_only_clips_without_a_caption_are_captioned(folder: Path) -> None:
         "deep pad loop Am.txt": "deep pad loop, A minor\n",
     }
     problems = {one.source: one.problem for one in done.proposals if one.problem}
-    assert done.kept == 2 and set(problems) == {"broken kick.wav", "soft bell.wav"}
-    assert problems["soft bell.wav"] == "silent throughout"
+    assert done.kept == 2 and set(problems) == {"broken kick.wav", "soft bell.wav", "deep drone.wav"}
+    assert problems["soft bell.wav"] == problems["deep drone.wav"] == "silent throughout"
     assert {name: content for name, content in read_all(folder).items() if name in before} == before
     assert caption_folder(folder).changes == []
 

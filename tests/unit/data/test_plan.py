@@ -51,7 +51,10 @@ def test_at_least_one_of_five(caplog: pytest.LogCaptureFixture) -> None:
         assert select_heldout(0.01, names(5), contents(5, seed), alone(5), np.ones(5, bool)).sum() == 1
     for count, least in ((9, 1), (10, 2), (25, 4), (60, 4)):
         assert select_heldout(1e-9, names(count), contents(count), alone(count), np.ones(count, bool)).sum() == least
-    assert "4 of 60 clips" in caplog.text
+    assert "4 of 60 different sounds (4 clips" in caplog.text
+    pairs = np.repeat(np.arange(0, 50, 2), 2)
+    assert select_heldout(1e-9, names(50), contents(50), pairs, np.ones(50, bool)).sum() == 8
+    assert "4 of 25 different sounds (8 clips" in caplog.text
     assert not select_heldout(0.01, names(4), contents(4), alone(4), np.ones(4, bool)).any()
     assert not select_heldout(0.0, names(50), contents(50), alone(50), np.ones(50, bool)).any()
 

@@ -82,7 +82,7 @@ def test_the_pick_is_named() -> None:
     assert found.picked is found.candidates[0]
     assert found.describe_pick().startswith("style@20 at strength 0.5: loss 10.")
     written = found.to_dict()
-    assert (written["format"], written["version"]) == ("sa3train-evaluation", 1)
+    assert (written["format"], written["version"]) == ("sa3train-evaluation", 2)
     assert written["pick"]["adapter"] == "runs/style@20" and not written["pick"]["is_base"]
     assert written["candidates"][0]["against_base"]["loss"]["is_significant"]
     assert len(written["candidates"][0]["against_base"]["loss_by_level"]) == 2
@@ -105,7 +105,14 @@ def test_names_are_whole_paths_where_short_ones_are_alike() -> None:
 
 @pytest.mark.parametrize(
     ("score", "base", "generated", "expected"),
-    [(0.3, 1.1, 4, "copies"), (0.3, 0.4, 4, ""), (0.1, 0.4, 4, "copies"), (0.3, 1.1, 3, "too few"), (0.6, 1.1, 4, "")],
+    [
+        (0.3, 1.1, 4, "copies"),
+        (0.3, 0.4, 4, ""),
+        (0.1, 0.4, 4, "copies"),
+        (0.3, 1.1, 3, "too few"),
+        (0.6, 1.1, 4, ""),
+        (float("nan"), 1.1, 4, ""),
+    ],
 )
 def test_copies_are_told_against_the_base_on_enough_clips(
     score: float, base: float, generated: int, expected: str
@@ -114,7 +121,9 @@ def test_copies_are_told_against_the_base_on_enough_clips(
     found = [Memorization(value, 1.0, 1.0, []) for value in (score, base)]
     mine, its = (make_measurement(0.0, memorization=each, generated=clips) for each in found)
     assert format_memorization(mine, its).startswith(f"{score:.2f}" + (f" ({expected}" if expected else ""))
-    assert Candidate("a", None, 1.0, mine, its).is_copying == (expected == "copies")
+    candidate = Candidate("a", None, 1.0, mine, its)
+    assert candidate.is_copying == (expected == "copies")
+    assert candidate.to_dict()["memorization"]["verdict"].startswith(expected)
     assert format_memorization(its, its) == f"{base:.2f}"
 
 

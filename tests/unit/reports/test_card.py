@@ -88,7 +88,7 @@ def test_a_run_folder_says_what_its_adapter_is(run: Path, adapter: Adapter) -> N
     card = (run / "README.md").read_text()
     assert (
         "# style-1" in card
-        and "10.0% lower than the base model's (±22.9%, 12 clips: within noise)" in card
+        and "10.0% lower per clip than the base model's (±34.0%, 12 clips: within noise)" in card
         and "18 clips, 7 min" in card
     )
     assert "demos/step-00000020/nano-base-prompt0-1.wav" in card and "step-00000010" not in card

@@ -11,10 +11,10 @@ from sa3train.reports.pick import Pick, is_comparable, pick_best
 
 
 def make_losses(gains: list[float], clips: int, noise: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Losses of the base, and of a candidate for each mean gain over it."""
+    """Losses of the base, which differ by clip, and of a candidate for each gain over it (of the logarithm)."""
     rng = np.random.default_rng(seed)
-    base = rng.uniform(0.5, 1.5, clips)
-    return base, np.array([base - gain + rng.normal(0, noise, clips) for gain in gains])
+    base = rng.lognormal(0, 1, clips)
+    return base, np.array([base * np.exp(rng.normal(-gain, noise, clips)) for gain in gains])
 
 
 def test_a_real_gain_is_picked_and_is_sure() -> None:
@@ -50,8 +50,8 @@ def test_fewer_than_five_clips_are_never_sure() -> None:
 def test_the_test_is_that_of_scipy_for_one_candidate() -> None:
     base, losses = make_losses([0.03], 9, 0.1)
     expected = stats.permutation_test(
-        (base - losses[0],), lambda x, axis: np.mean(x, axis=axis), permutation_type="samples", alternative="greater",
-        n_resamples=np.inf, vectorized=True,
+        (np.log(base / losses[0]),), lambda x, axis: np.mean(x, axis=axis), permutation_type="samples",
+        alternative="greater", n_resamples=np.inf, vectorized=True,
     )  # fmt: skip
     assert pick_best(base, losses).p_value == pytest.approx(expected.pvalue)
 
@@ -59,7 +59,7 @@ def test_the_test_is_that_of_scipy_for_one_candidate() -> None:
 def test_the_probability_is_the_share_of_resampled_sets() -> None:
     base, losses = make_losses([0.02, 0.01], 4, 0.1, seed=3)
     found = pick_best(base, losses)
-    table = np.vstack([base, losses])
+    table = np.log(np.vstack([base, losses]))
     best = [table[:, list(chosen)].mean(axis=1).argmin() for chosen in itertools.product(range(4), repeat=4)]
     assert found.probability == pytest.approx(np.mean(np.array(best) == found.winner + 1), abs=0.02)
 

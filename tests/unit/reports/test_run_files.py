@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from helpers.run_folder import make_items, make_losses, write_json
+from sa3train.reports.loss_change import compute_loss_change
 from sa3train.reports.run_files import read_run
 from sa3train.reports.run_report import render_report
 from sa3train.reports.verdict import summarize_run
@@ -17,7 +18,7 @@ def test_what_the_metrics_say(run: Path) -> None:
     assert files.seconds == 90.0
     assert files.peak_memory_gib == 1.5
     summary = " ".join(summarize_run(files))
-    assert "20.0% lower than the base model's (±22.9%, 12 clips: within noise) at step 10" in summary
+    assert "20.0% lower per clip than the base model's (±30.2%, 12 clips: within noise) at step 10" in summary
     assert "At step 10; since then the loss has risen by 12.5%" in summary
     assert "may be copies" in summary
 
@@ -38,3 +39,11 @@ def test_an_empty_folder_is_an_empty_run(tmp_path: Path) -> None:
     files = read_run(tmp_path)
     assert (files.step, files.seconds, files.peak_memory_gib) == (0, 0.0, None)
     assert summarize_run(files) == []
+
+
+def test_a_run_of_which_the_base_alone_is_validated_has_no_result(run: Path) -> None:
+    path = run / "validation.json"
+    validation = json.loads(path.read_text())
+    assert compute_loss_change(read_run(run).validation, "val") is not None
+    path.write_text(json.dumps(validation | {"history": [row | {"step": 0} for row in validation["history"][:1]]}))
+    assert compute_loss_change(read_run(run).validation, "val") is None

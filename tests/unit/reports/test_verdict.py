@@ -53,7 +53,10 @@ def test_copies_are_what_the_base_does_not_come_near(base_score: float, heldout:
 
 def test_a_run_that_was_still_falling() -> None:
     found = judge(make_run({0: 1.0, 10: 0.9, 20: 0.8}))
-    assert found["did"].startswith("Yes: loss on held-out clips is ") and "lower than the base model's" in found["did"]
+    assert (
+        found["did"].startswith("Yes: loss on held-out clips is ")
+        and "lower per clip than the base model's" in found["did"]
+    )
     assert found["when"] == "At the last step that was validated, 20, and it was still falling."
     assert found["what"] == "Train for more steps (trainer.max_steps): the loss was still falling."
     assert "at" not in found, "no strength was measured"

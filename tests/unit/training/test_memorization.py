@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ from helpers.shards import make_data_module
 from helpers.training import make_shards
 from sa3train.adapters.layers.inject import inject
 from sa3train.adapters.spec import AdapterSpec
+from sa3train.evaluation.distances import ReferenceClips
 from sa3train.models.checkpoint import load_checkpoint
+from sa3train.training import memorization
 from sa3train.training.callbacks.validation import list_heldout_clips, list_training_clips
 from sa3train.training.memorization import evaluate_memorization
 from sa3train.training.settings import DemoSettings
@@ -51,3 +54,27 @@ def test_the_end_of_a_run_writes_it_and_leaves_randomness_alone(
     else:
         assert "memorization" not in found
         assert "no memorization score" in caplog.text
+
+
+@pytest.mark.parametrize("is_copy", [True, False])
+def test_copies_are_told_against_what_the_base_makes_of_the_same_prompts(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture, is_copy: bool
+) -> None:
+    clips = torch.randn(12, 3, 40, generator=torch.Generator().manual_seed(0))
+    training, held, new = clips[:4], clips[4:8], clips[8:]
+    generator = SimpleNamespace(facts=SimpleNamespace(longest=9.0), load_adapter=lambda adapter: None)
+    monkeypatch.setattr(memorization, "Generator", SimpleNamespace(from_pretrained=lambda *args, **options: generator))
+    made = iter([new, training + 0.01 if is_copy else held.flip(0) + new / 9])
+    monkeypatch.setattr(memorization, "generate_latents", lambda *args, **sampling: list(next(made)))
+    batches: list[Any] = [
+        [SimpleNamespace(prompts=[str(n)], keys=[str(n)], data_SCF=clip[None]) for n, clip in enumerate(part)]
+        for part in (training, held)
+    ]
+    adapter: Any = None
+    settings = DemoSettings(memorization_clips=4)
+    found = evaluate_memorization(tmp_path, "nano", adapter, batches[0], batches[1], settings, "cpu")
+    scores = found["memorization"]
+    direct = ReferenceClips(list(held), list(training), list("0123")).measure_memorization(list(new)).score
+    assert scores["base_score"] == pytest.approx(direct) and scores["base_score"] != scores["score"]
+    assert (found["clips"], scores["heldout_clips"]) == (4, 4)
+    assert ("they may be copies. Use fewer steps" in caplog.text) == is_copy

@@ -7,11 +7,19 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from helpers.training import Trial, assert_same_results, run_in_two_parts
 from sa3train.core.errors import ConfigError
 from sa3train.training.ema import EMA, swap_parameters
-from sa3train.training.optim import OPTIMIZERS, compute_schedule_free_average, make_lr_lambda, make_optimizer
+from sa3train.training.optim import (
+    OPTIMIZERS,
+    compute_schedule_free_average,
+    get_group_settings,
+    make_optimizer,
+    restore_group_settings,
+)
+from sa3train.training.schedules import make_lr_lambda
 from sa3train.training.settings import OptimizerSettings, SchedulerSettings
 
 HERE = [name for name in OPTIMIZERS if name != "adamw-8bit"]
@@ -39,6 +47,35 @@ def test_every_optimizer_lowers_a_loss(name: str) -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_settings_of_now_win_over_those_of_a_checkpoint_and_its_state_stays(name: str) -> None:
+    def start(**values: Any) -> tuple[LambdaLR, list[dict[str, Any]]]:
+        optimizer = build(name, parameters(), **values)
+        return LambdaLR(optimizer, lambda step: 1 / (1 + step)), get_group_settings(optimizer)
+
+    before, _ = start(betas=[0.9, 0.99], weight_decay=0.1)
+    for parameter in (p for group in before.optimizer.param_groups for p in group["params"]):
+        parameter.grad = torch.ones_like(parameter)
+    before.optimizer.step()
+    before.step()
+    (now, settings), (fresh, _) = (start(lr=1e-3, betas=[0.8, 0.95], weight_decay=0.2) for _ in range(2))
+    now.optimizer.load_state_dict(before.optimizer.state_dict())
+    now.load_state_dict(before.state_dict())
+    restore_group_settings(now, settings)
+    groups = zip(now.optimizer.param_groups, fresh.optimizer.param_groups, strict=True)
+    for group, own in groups:
+        assert {k: group[k] for k in ("betas", "weight_decay") if k in own} == {
+            k: own[k] for k in ("betas", "weight_decay") if k in own
+        }
+        assert group["lr"] == own["lr"] / 2, "by the schedule, one step after its start"
+        assert group["initial_lr"] == own["initial_lr"]
+    assert now.base_lrs == fresh.base_lrs
+    kept, saved = now.optimizer.state_dict()["state"], before.optimizer.state_dict()["state"]
+    assert saved and all(
+        torch.equal(torch.as_tensor(kept[n][k]), torch.as_tensor(v)) for n in saved for k, v in saved[n].items()
+    )
 
 
 def test_adamw_is_torchs_with_the_public_trainers_values() -> None:

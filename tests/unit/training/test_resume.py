@@ -20,7 +20,7 @@ from sa3train.reports.run_files import read_metrics
 from sa3train.training.callbacks.checkpoint import get_checkpoint_path, list_checkpoints, read_run_checkpoint
 from sa3train.training.callbacks.validation import ValidationCallback
 from sa3train.training.module import LoraModule
-from sa3train.training.settings import SchedulerSettings, ValidationSettings
+from sa3train.training.settings import OptimizerSettings, SchedulerSettings, ValidationSettings
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -120,21 +120,42 @@ def pair(shards: Path, tmp_path: Path) -> tuple[Trial, Trial]:
     return whole, part
 
 
-@pytest.mark.slow
-def test_an_extended_run_learns_from_its_first_step(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rates, step = [], LoraModule.training_step
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, float, tuple[float, ...], float]]:
+    """Number, learning rate, betas and weight decay of each micro-batch."""
+    seen: list[tuple[int, float, tuple[float, ...], float]] = []
+    step = LoraModule.training_step
 
-    def watch(self: LoraModule, *given: Any) -> Any:
-        rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
-        return step(self, *given)
+    def watch(self: LoraModule, batch: Any, batch_idx: int) -> Any:
+        group = self.trainer.optimizers[0].param_groups[0]
+        seen.append((batch_idx, group["lr"], tuple(group["betas"]), group["weight_decay"]))
+        return step(self, batch, batch_idx)
 
     monkeypatch.setattr(LoraModule, "training_step", watch)
+    return seen
+
+
+@pytest.mark.slow
+def test_an_extended_run_learns_from_its_first_step(shards: Path, tmp_path: Path, watched: list[Any]) -> None:
     run = Trial(shards, tmp_path / "run", max_steps=2, scheduler=SchedulerSettings("cosine"))
     for run.max_steps in (2, 4):
         run.run(resume=run.max_steps == 4, loop="cosine")
+    rates = [rate for _, rate, _, _ in watched]
     assert rates == pytest.approx([1e-3, 0.5e-3, 0.5e-3, 0.1464e-3], rel=1e-3), "after half of the steps half the rate"
+
+
+def test_what_may_change_wins_over_the_state_from_the_first_step(
+    shards: Path, tmp_path: Path, watched: list[Any]
+) -> None:
+    run = Trial(shards, tmp_path / "run", max_steps=4, trainer={"accumulate": 3}, stop_after=6)
+    run.run(loop="any")
+    run.stop_after, run.trainer = None, {"accumulate": 1}
+    run.optimizer = OptimizerSettings(lr=4e-4, betas=[0.8, 0.9], weight_decay=0.5)
+    run.scheduler = SchedulerSettings("inverse", options={"gamma": 2.0, "power": 1.0})
+    assert run.run(resume=True, loop="any").steps == 4
+    assert watched[-2:] == [
+        (6, pytest.approx(2e-4), (0.8, 0.9), 0.5), (7, pytest.approx(1.6e-4), (0.8, 0.9), 0.5)
+    ], "each micro-batch of its own number, and so of draws of its own"  # fmt: skip
 
 
 @pytest.mark.slow

@@ -26,12 +26,12 @@ from sa3train.training.callbacks.checkpoint import (
     read_run_checkpoint,
     write_run_checkpoint,
 )
-from sa3train.training.run_dir import RunDir, is_requeued
+from sa3train.training.run_dir import RunDir, check_startable, is_requeued
 
 SETTINGS: dict[str, Any] = {
     "run_dir": "a", "adapter": {"rank": 4}, "logger": {"name": "csv"}, "data": {"num_workers": 0, "crop": (1, 2)},
     "callbacks": {"demos": {"every": 5}, "validation": {"every": 5}}, "trainer": {"max_steps": 10, "log_every": 1},
-    "scheduler": {"name": "cosine"},
+    "scheduler": {"name": "cosine"}, "optimizer": {"name": "adamw", "lr": 0.1},
 }  # fmt: skip
 IDENTITY = {"data": "abc", "base": "def"}
 
@@ -118,8 +118,9 @@ def test_one_process_at_a_time_trains_in_a_folder(
     begin(tmp_path)
     with open_run(tmp_path, SETTINGS, IDENTITY, resume=True) as holder:
         before = (tmp_path / "run.json").read_text()
-        with pytest.raises(ConfigError, match=f"process {os.getpid()} on "):
-            open_run(tmp_path, SETTINGS, IDENTITY, resume=resume)
+        for start in (lambda: open_run(tmp_path, SETTINGS, IDENTITY, resume=resume), lambda: check_startable(tmp_path)):
+            with pytest.raises(ConfigError, match=f"process {os.getpid()} on "):
+                start()
         assert (tmp_path / "run.json").read_text() == before
         copy = pickle.loads(pickle.dumps(holder))
         assert copy.lock is None, "other ranks get a copy"
@@ -175,14 +176,33 @@ def test_what_differs_is_listed_and_can_be_allowed_by_name(tmp_path: Path) -> No
     open_run(tmp_path, other, {"data": "new", "base": "new"}, resume=True, allowed=["all"])
 
 
-@pytest.mark.parametrize("allowed", [[], ["adapter.rank"], ["all"]])
-def test_what_decides_the_tensors_is_never_changed(tmp_path: Path, allowed: list[str]) -> None:
+@pytest.mark.parametrize("allowed", [[], ["adapter.rank", "optimizer", "trainer"], ["all"]])
+@pytest.mark.parametrize(
+    ("values", "steps", "reason"),
+    [
+        ({"adapter__rank": 8}, 4, r"adapter\.rank: 4 -> 8 \(what it has learned fits no other tensors\)"),
+        ({"optimizer__name": "lion"}, 4, r"optimizer\.name: adamw -> lion \(the state of its optimizer"),
+        ({"trainer__max_steps": 3}, 4, r"trainer\.max_steps: 10 -> 3 \(4 steps are done"),
+        ({"optimizer__lr": 0.5}, 10, r"optimizer\.lr: 0\.1 -> 0\.5 \(all of its 10 steps are done"),
+        ({"callbacks__demos__every": 6}, 10, r"callbacks\.demos\.every: 5 -> 6 \(all of its 10 steps are done"),
+    ],
+)
+def test_what_can_have_no_effect_is_refused_whatever_is_allowed(
+    tmp_path: Path, values: dict[str, Any], steps: int, reason: str, allowed: list[str]
+) -> None:
     begin(tmp_path)
-    write_run_checkpoint(get_checkpoint_path(tmp_path, 4), {"step": 4})
+    write_run_checkpoint(get_checkpoint_path(tmp_path, steps), {"step": steps})
     before = (tmp_path / "config.yaml").read_bytes()
-    with pytest.raises(ConfigError, match=r"with another adapter\.rank: what it has learned fits no other tensors"):
-        open_run(tmp_path, changed(adapter__rank=8), IDENTITY, resume=True, allowed=allowed)
+    with pytest.raises(ConfigError, match=rf"this cannot change:\s+{reason}"):
+        open_run(tmp_path, changed(**values), IDENTITY, resume=True, allowed=allowed)
     assert (tmp_path / "config.yaml").read_bytes() == before
+
+
+def test_a_run_that_fails_after_its_last_step_is_not_finished(tmp_path: Path) -> None:
+    with pytest.raises(ZeroDivisionError), open_run(begin(tmp_path), SETTINGS, IDENTITY, resume=True) as run:
+        run.save(status="finished")
+        raise ZeroDivisionError  # as a report that cannot be written does
+    assert json.loads((tmp_path / "run.json").read_text())["status"] == "running"
 
 
 def test_another_length_needs_no_leave_where_the_rate_does_not_follow_it(tmp_path: Path) -> None:
