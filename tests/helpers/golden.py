@@ -1,7 +1,8 @@
 """Recorded cases of the released implementation, and where they lie.
 
-The repository keeps every tensor once (`tests/golden/tensors.npz`, an index beside it); on first use the files are laid
-out below `GOLDEN` as they were recorded. `python tests/helpers/golden.py FOLDER` packs a folder of recorded files.
+The repository keeps every tensor once (`tests/golden/tensors.npz`, an index beside it) and compresses long JSON; on
+first use the files are laid out below `GOLDEN` as they were recorded. `python tests/helpers/golden.py FOLDER` packs a
+folder of recorded files.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 PACKED = Path(__file__).parents[1] / "golden"
 INDEX = "tensors.json.xz"
 ARRAYS = "tensors.npz"
+LONG_JSON = 32_000  # bytes
 DEVICE = os.environ.get("SA3TRAIN_TEST_DEVICE", "cpu")
 """Where recorded cases are computed; `launch/bench_gpu.sh` asks for CUDA."""
 DRAWN_SEED, DRAWN_SCALE = 8, 0.3
@@ -52,7 +54,10 @@ def pack(recorded: Path, packed: Path) -> None:
         name = path.relative_to(recorded).as_posix()
         if path.suffix != ".safetensors":
             (packed / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(path, packed / name)
+            if path.suffix == ".json" and path.stat().st_size > LONG_JSON:
+                (packed / f"{name}.xz").write_bytes(lzma.compress(path.read_bytes(), preset=9))
+            else:
+                shutil.copy(path, packed / name)
             continue
         entries = {}
         with safe_open(path, framework="pt") as file:
@@ -82,7 +87,9 @@ def pack(recorded: Path, packed: Path) -> None:
 def unpack(packed: Path, folder: Path) -> None:
     """Lay the recorded files out in `folder`."""
     drawn = draw_inputs()
-    shutil.copytree(packed, folder, ignore=shutil.ignore_patterns(INDEX, ARRAYS), dirs_exist_ok=True)
+    shutil.copytree(packed, folder, ignore=shutil.ignore_patterns("*.xz", ARRAYS), dirs_exist_ok=True)
+    for path in (each for each in packed.rglob("*.json.xz") if each.name != INDEX):
+        (folder / path.relative_to(packed).with_suffix("")).write_bytes(lzma.decompress(path.read_bytes()))
     with np.load(packed / ARRAYS) as arrays:
         for name, file in json.loads(lzma.decompress((packed / INDEX).read_bytes())).items():
             tensors = {key: drawn[key] for key in file["drawn"]}
