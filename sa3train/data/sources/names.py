@@ -103,7 +103,8 @@ def parse_name(source: str) -> NameFacts:
     plain, plain_folders = normalize_name(stem), [normalize_name(folder) for folder in folders]
     bpm = _find_bpm(stem)
     of_folders = next((found for found in map(_find_bpm, folders) if found), None)
-    kind = next((found for text in (plain, *plain_folders) if (found := _find_kind(text))), "")
+    kinds = next((found for text in (plain, *plain_folders) if (found := _find_kinds(text))), [])
+    kind = kinds[-1] if kinds else ""
     form_of_file = _find_form(plain)
     form = form_of_file or next(filter(None, map(_find_form, plain_folders)), "")
     key = _find_key(stem)
@@ -120,7 +121,7 @@ def parse_name(source: str) -> NameFacts:
         kind=kind,
         form=form,
         form_source="file name" if form_of_file else "folder name" if form else "",
-        words=_list_words(stem),
+        words=tuple(dict.fromkeys((*_list_words(stem), *(each for each in _find_kinds(plain) if each != kind)))),
     )
 
 
@@ -218,12 +219,17 @@ def _has_key_place(stem: str, match: re.Match[str]) -> bool:
     return bool(beside) and not is_first_person
 
 
-def _find_kind(plain: str) -> str:
-    """The kind of sound that a name ends with: "bass drum" is a drum, "kick top loop" a top loop."""
+def _find_kinds(plain: str) -> list[str]:
+    """The kinds of sound in a name, of which the last is what it is: "pad chords" are chords, "bass drum" is a kick."""
     for genre in _GENRES:
         plain = f" {plain} ".replace(f" {genre} ", " ")
-    found = [(match.end(), len(match[0]), kind) for kind, p in _KIND_PATTERNS.items() for match in p.finditer(plain)]
-    return max(found)[2] if found else ""
+    found = [(match.start(), -match.end(), kind) for kind, p in _KIND_PATTERNS.items() for match in p.finditer(plain)]
+    kinds, behind = [], 0
+    for start, minus_end, kind in sorted(found):
+        if start >= behind:
+            kinds.append(kind)
+            behind = -minus_end
+    return kinds
 
 
 def _find_genre(plain: str, is_folder: bool) -> str:

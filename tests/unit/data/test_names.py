@@ -28,6 +28,8 @@ NAMES = [
     ("One Shots/Crash Loop.wav", {"form": "loop", "form_source": "file name"}),
     ("HiHatOpen.wav", {"kind": "hi-hat", "words": ("open",)}),
     ("Pad A minor slow.wav", {"key": "A minor", "kind": "pad"}),
+    ("Dusty_Pad_Chords_Dmin_100bpm.wav", {"key": "D minor", "kind": "chord", "words": ("dusty", "pad"), "bpm": 100}),
+    ("Bass drum top loop.wav", {"kind": "top", "words": ("kick",), "form": "loop"}),
 ]
 NO_TEMPO = [
     "808_kick", "909 Clap", "Kick 120", "Kick_128", "Snare 140", "Juno-106 pad", "SH-101 bass", "MPC60 hats", "CR-78",
