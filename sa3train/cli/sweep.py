@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     import optuna
 
 STUDY_FILE, LOCK_FILE = "sweep.db", "sweep.lock"
-STARTUP_TRIALS = 4
 TRIALS = 20
+"""Runs in all, where nothing is said."""
+STARTUP_TRIALS = 4
 """Runs that are not stopped early, as there is too little to compare them with."""
 MAX_STARTS = 3
 """How often a run is continued that was killed together with the sweep: it may be what killed it."""
