@@ -26,6 +26,7 @@ from sa3train.adapters.tools.convert import FORMATS, convert_adapter
 from sa3train.adapters.tools.low_rank import Truncation
 from sa3train.core.errors import AdapterError, SA3Error
 from sa3train.core.safetensors_file import write_tensors
+from sa3train.core.text import format_share
 from sa3train.models.checkpoint import StableAudio3, load_checkpoint
 
 CONV, LINEAR = "model.preprocess_conv", "model.transformer.layers.0.self_attn.to_qkv"
@@ -281,7 +282,7 @@ def test_an_approximation_states_the_error_that_the_file_then_has(model: StableA
         done = convert_adapter(golden("bora"), tmp_path / f"{rank}", "peft", model, Truncation(rank))
         assert done.adapter.spec.adapter_type == "lora"
         stated = next(note for note in done.notes if "approximated" in note)
-        assert f"{done.error.relative:.2%}"[:-2] in stated
+        assert format_share(done.error.relative) in stated
         errors.append(done.error.relative)
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < errors[0] / 2

@@ -40,7 +40,7 @@ def test_the_command_makes_a_set(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert store.index["settings"]["precision"] == "float32"
     assert run(f"source={source}", f"out={out}") == 0
     again = capsys.readouterr().out
-    assert "all cached" in again and f"6 clips, 0 rejected, 3.0 s of usable audio, audited before: {out}" in again
+    assert "all cached" in again and f"6 clips, 0 rejected, 2.5 s of usable audio, audited before: {out}" in again
     assert "problems" in printed and "problems" not in again
 
 
