@@ -103,8 +103,8 @@ def parse_name(source: str) -> NameFacts:
     plain, plain_folders = normalize_name(stem), [normalize_name(folder) for folder in folders]
     bpm = _find_bpm(stem)
     of_folders = next((found for found in map(_find_bpm, folders) if found), None)
-    kinds = next((found for text in (plain, *plain_folders) if (found := _find_kinds(text))), [])
-    kind = kinds[-1] if kinds else ""
+    kinds = _find_kinds(plain)
+    kind = next((found[-1] for found in (kinds, *map(_find_kinds, plain_folders)) if found), "")
     form_of_file = _find_form(plain)
     form = form_of_file or next(filter(None, map(_find_form, plain_folders)), "")
     key = _find_key(stem)
@@ -121,7 +121,7 @@ def parse_name(source: str) -> NameFacts:
         kind=kind,
         form=form,
         form_source="file name" if form_of_file else "folder name" if form else "",
-        words=tuple(dict.fromkeys((*_list_words(stem), *(each for each in _find_kinds(plain) if each != kind)))),
+        words=tuple(dict.fromkeys((*_list_words(stem), *(each for each in kinds if each != kind)))),
     )
 
 
