@@ -26,9 +26,10 @@ from sa3train.export.graphs import Graph, build_graphs
 from sa3train.export.onnx_files import (
     MANIFEST,
     ExportResult,
+    describe_export,
     load_exportable,
     prepare_tracing,
-    write_tokenizer_and_describe,
+    write_tokenizer,
 )
 from sa3train.inference.resolve import ModelFacts, count_generated_frames
 from sa3train.models.checkpoint import describe_checkpoint
@@ -75,7 +76,8 @@ def export_coreml(
     check_target(target, [each.path for each in adapters], overwrite)
     with replace_folder(target, lambda folder: (folder / MANIFEST).is_file()) as folder:
         generator = load_exportable(model, adapters)
-        facts = write_tokenizer_and_describe(generator, folder, uuid.uuid4().hex, None)
+        write_tokenizer(generator, folder)
+        facts = describe_export(generator, uuid.uuid4().hex, None)
         changes = _describe_length(facts, seconds, count_generated_frames(limits, seconds))
         for name, graph in build_graphs(generator.model, **changes["sizes"]).items():
             _logger.info("writing %s.mlpackage", name)

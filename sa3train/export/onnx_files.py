@@ -152,7 +152,8 @@ def _write_graphs(
         _logger.info("writing %s.onnx", name)
         _write_graph(graph, folder / f"{name}.onnx", identity)
         gc.collect()  # a traced program holds its weights in cycles
-    facts = write_tokenizer_and_describe(generator, folder, identity, lora_inputs)
+    write_tokenizer(generator, folder)
+    facts = describe_export(generator, identity, lora_inputs)
     return facts, GraphCheck(generator.model, graphs) if check else None
 
 
@@ -213,14 +214,23 @@ def _convert_file(path: Path, precision: str) -> None:
         onnx.save(model, path, save_as_external_data=is_large, location=data.name)
 
 
-def write_tokenizer_and_describe(
-    generator: Generator, folder: Path, identity: str, lora_inputs: int | None
-) -> dict[str, Any]:
-    """Write the tokenizer, and describe everything that a host needs to know.
+def write_tokenizer(generator: Generator, folder: Path) -> None:
+    """Write `tokenizer.json`, which neither cuts prompts nor pads them.
+
+    Args:
+        generator: The model.
+        folder: Where to write.
+    """
+    tokenizer = generator.model.conditioner.text_encoder.source.tokenizer_folder() / "tokenizer.json"
+    rules = {"truncation": None, "padding": None}
+    write_json(folder / "tokenizer.json", json.loads(tokenizer.read_text(encoding="utf-8")) | rules)
+
+
+def describe_export(generator: Generator, identity: str, lora_inputs: int | None) -> dict[str, Any]:
+    """Describe everything that a host needs to know.
 
     Args:
         generator: The model with its adapters.
-        folder: Where to write.
         identity: Of this export.
         lora_inputs: Rank of inputs for adapters.
 
@@ -228,9 +238,6 @@ def write_tokenizer_and_describe(
         What a manifest says.
     """
     model, facts = generator.model, generator.facts
-    tokenizer = model.conditioner.text_encoder.source.tokenizer_folder() / "tokenizer.json"
-    rules = {"truncation": None, "padding": None}
-    write_json(folder / "tokenizer.json", json.loads(tokenizer.read_text(encoding="utf-8")) | rules)
     frames = min(model.max_frames, MAX_FRAMES)
     defaults = resolve_settings(GenerationSettings(prompt="", seed=0), facts)
     same = model.config.autoencoder
