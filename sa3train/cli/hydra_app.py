@@ -174,8 +174,13 @@ def run_hydra_job(
             arguments, action = [*rest, "hydra.mode=RUN"], _print_settings
         primary = _find_primary_config(config_name, resume, arguments)
         arguments = adapt_options(arguments, shorthand or {}, is_resumed=primary[0] != CONF)
-        compose = functools.partial(build_composed, schema, suggest=suggest if primary[0] == CONF else None)
-        return _run_hydra(compose, action, arguments, primary, check if check and action is job else lambda _: None)
+        compose = functools.partial(
+            build_composed,
+            schema,
+            suggest=suggest if primary[0] == CONF else None,
+            check=check if action is job else None,
+        )
+        return _run_hydra(compose, action, arguments, primary)
 
     return run_job(run)
 
@@ -195,7 +200,6 @@ def _run_hydra(
     job: Callable[[Schema], int | None],
     arguments: list[str],
     primary: tuple[str, str, list[str]],
-    check: Callable[[Schema], object],
 ) -> int:
     import hydra
     from hydra.core.hydra_config import HydraConfig
@@ -213,9 +217,7 @@ def _run_hydra(
     pid, in_sweep = os.getpid(), False
 
     def build(config: DictConfig) -> Schema:
-        settings = compose(cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True)), config_name)
-        check(settings)
-        return settings
+        return compose(cast("dict[str, Any]", OmegaConf.to_container(config, resolve=True)), config_name)
 
     def task(config: DictConfig) -> None:
         nonlocal in_sweep

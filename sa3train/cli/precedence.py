@@ -27,6 +27,7 @@ def build_composed(
     values: dict[str, Any],
     command: str,
     suggest: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None,
+    check: Callable[[Schema], object] | None = None,
 ) -> Schema:
     """Build a settings dataclass from a configuration that Hydra has composed.
 
@@ -35,24 +36,27 @@ def build_composed(
         values: The configuration; settings that give way are changed in it.
         command: Name of the command's own primary configuration.
         suggest: Gives values by full key that suit the others, and replace those of defaults and recipes.
+        check: Checks the instance. Replaced values are logged after it: an error is not about them.
 
     Returns:
         An instance.
 
     Raises:
-        ConfigError: As `build` does; or a `???` of a chosen option is not filled.
+        ConfigError: As `build` and `check` do; or a `???` of a chosen option is not filled.
     """
     origins, missing = _trace_origins(command)
     for key, option in missing.items():
         if origins[key] < _NAMED or _get(values, key) in (None, MISSING):
             raise ConfigError(f"{option} needs {key}. Add {key}=VALUE.")
+    notes: list[str] = []
     for key, value in (suggest(values) if suggest else {}).items():
         if _rank(origins, key) < _OPTION and (others := _get(values, key)) not in (None, value):
-            _logger.info("using %s=%s, which suits this run, in place of %s", key, value, others)
+            notes.append(f"using {key}={value}, which suits this run, in place of {others}")
             _set(values, key, value)
     while True:
         try:
-            return build(schema, values)
+            settings = build(schema, values)
+            break
         except ConflictError as error:
             ranks = {key: _rank(origins, key) for key in error.off}
             weaker = {
@@ -63,8 +67,13 @@ def build_composed(
                 raise
             stronger = ", ".join(key for key, rank in ranks.items() if rank == max(ranks.values()))
             for key, off in weaker.items():
-                _logger.info("%s=%s gives way to %s: using %s", key, _get(values, key), stronger, off)
+                notes.append(f"{key}={_get(values, key)} gives way to {stronger}: using {off}")
                 _set(values, key, off)
+    if check:
+        check(settings)
+    for note in notes:
+        _logger.info(note)
+    return settings
 
 
 def _trace_origins(command: str) -> tuple[dict[str, int], dict[str, str]]:

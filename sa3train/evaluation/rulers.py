@@ -17,6 +17,7 @@ from sa3train.audio.resample import resample
 from sa3train.core.errors import ConfigError
 from sa3train.evaluation.attributes import ATTRIBUTES
 from sa3train.evaluation.classifier import Classifier
+from sa3train.models.hub import check_reachable
 from sa3train.models.nano import ASSETS
 
 _WORDS = {"register": ("low register", "high register")}
@@ -89,6 +90,7 @@ class ClapRuler(Ruler):
         model: Name or folder of the model, such as "laion/larger_clap_music".
 
     Raises:
+        CheckpointError: If the hub does not show it.
         ConfigError: If there is no such model.
     """
 
@@ -97,6 +99,7 @@ class ClapRuler(Ruler):
     def __init__(self, model: str | os.PathLike[str]) -> None:
         from transformers import AutoProcessor, ClapModel
 
+        check_reachable(os.fspath(model))
         try:
             self._model = ClapModel.from_pretrained(os.fspath(model)).eval()
             self._processor: Any = AutoProcessor.from_pretrained(os.fspath(model))

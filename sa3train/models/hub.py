@@ -343,17 +343,45 @@ def _download(repo_id: str, what: str, probe: str, download: Callable[[], str]) 
     The hub repeats a request without an answer six times, for up to 100 s, and waits as long as a busy server tells it
     to. So the file `probe` is asked for once first, and whoever started the command hears of a failure at once.
     """
-    import huggingface_hub
-    from huggingface_hub import constants
-
     try:
-        url = huggingface_hub.hf_hub_url(repo_id, probe)
-        huggingface_hub.get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+        _ask(repo_id, probe)
         _state_license(repo_id)
         return download()
     except Exception as error:  # the HTTP library and hf_xet raise classes that the hub neither documents nor keeps
         at_hand = f"Models at hand without the hub: {', '.join(list_cached_names())}."
         raise explain_failure(repo_id, what, error, at_hand, _offer_packs(repo_id)) from error
+
+
+def check_reachable(name: str) -> None:
+    """Ask the hub once for a model of transformers, whose own loaders repeat a request without an answer many times.
+
+    Args:
+        name: Its repository, or a folder, which needs no hub.
+
+    Raises:
+        CheckpointError: If it is a repository that is not in the cache and that the hub does not show.
+    """
+    import huggingface_hub
+
+    probe = "config.json"
+    try:
+        huggingface_hub.utils.validate_repo_id(name)
+    except ValueError:  # a path
+        return
+    if Path(name).is_dir() or isinstance(huggingface_hub.try_to_load_from_cache(name, probe), str):
+        return
+    try:
+        _ask(name, probe)
+    except Exception as error:
+        raise explain_failure(name, probe, error, "What is in the cache needs no hub.", "") from error
+
+
+def _ask(repo_id: str, probe: str) -> None:
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    url = huggingface_hub.hf_hub_url(repo_id, probe)
+    huggingface_hub.get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT)
 
 
 @functools.cache

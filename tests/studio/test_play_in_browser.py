@@ -263,6 +263,7 @@ def test_a_form_outlives_a_reload_until_it_is_reset(page: Page, workspace: Works
         ({"bars": "4"}, "bars"),
         ({"prompt-at": "2: choir"}, "prompt-at"),
         ({"cfg-interval-max": "0.2"}, "cfg-interval-min"),
+        ({"duration": "9999"}, "duration"),
     ],
 )
 def test_what_the_generator_would_refuse_is_told_at_the_field_and_starts_nothing(
@@ -275,6 +276,7 @@ def test_what_the_generator_would_refuse_is_told_at_the_field_and_starts_nothing
     page.click("#play-generate")
     field = page.locator(f"#play-{marked}")
     expect(field).to_have_attribute("data-error", re.compile("."))
+    expect(field.locator(".info-text:visible")).to_have_count(0)  # which had said the same when the field was left
     assert page.locator(".job").count() == 0
     field.locator("textarea, input").first.fill("1")
     expect(page.locator("[data-error]")).to_have_count(0)

@@ -8,6 +8,7 @@ import torch
 from sa3train.audio.resample import resample
 from sa3train.core.errors import ConfigError
 from sa3train.data.sources.text import tidy
+from sa3train.models.hub import check_reachable
 
 PROMPT = "Describe this sound in one short sentence: instruments, mood, genre."
 """What a model that reads text is asked."""
@@ -39,11 +40,13 @@ class Captioner:
             The model.
 
         Raises:
+            CheckpointError: When the hub does not show it.
             ConfigError: When there is no such model, or it reads no audio.
         """
         from transformers import AutoConfig, pipeline
         from transformers.models.auto import modeling_auto
 
+        check_reachable(name)
         try:
             kind = AutoConfig.from_pretrained(name).model_type
             is_seq2seq = kind in modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES

@@ -60,7 +60,7 @@ def _build_controls() -> dict[str, Any]:
             fields = "Fields: " + ", ".join(f"{{{name}}}" for name in CAPTION_VALUES if name != "description")
             with gr.Accordion("Clips without a caption", open=False, elem_id="captions-compose"):
                 tab["template"] = gr.Textbox(DEFAULT_TEMPLATE.partition(", ")[2], label="Template", info=fields)
-                tab["compose"] = gr.Button("Caption them from tags, names and sound", elem_id="captions-compose-all")
+                tab["compose"] = gr.Button("Caption and save them by the template", elem_id="captions-compose-all")
             with gr.Accordion("Search and replace", open=False, elem_id="captions-replace"):
                 tab["old"] = gr.Textbox("", label="Replace", info="In the captions of all clips that the search finds.")
                 tab["new"] = gr.Textbox("", label="With")

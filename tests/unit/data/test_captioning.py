@@ -153,6 +153,19 @@ def test_a_captioning_model_describes(folder: Path, tmp_path: Path) -> None:
         Captioner.load(str(tmp_path / "none"))
 
 
+def test_an_unknown_captioning_model_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def refuse(url: str, **_: object) -> None:
+        asked.append(url)
+        raise OSError("no answer")
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", refuse)
+    with pytest.raises(SA3Error, match=r"config\.json of nobody/nothing failed: no answer"):
+        Captioner.load("nobody/nothing")
+    assert len(asked) == 1
+
+
 def read_all(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
