@@ -23,7 +23,7 @@ from sa3train.core.files import check_target, hash_file, replace_folder, write_j
 from sa3train.core.log import get_logger, silence_logger
 from sa3train.core.text import shorten
 from sa3train.export.graphs import Graph, build_graphs
-from sa3train.export.onnx_files import (
+from sa3train.export.package import (
     MANIFEST,
     ExportResult,
     describe_export,

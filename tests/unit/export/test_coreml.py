@@ -11,7 +11,7 @@ from sa3train.cli.export import main
 from sa3train.core.errors import LibraryError, SA3Error
 from sa3train.export import coreml
 from sa3train.export.graphs import Graph, build_graphs
-from sa3train.export.onnx_files import load_exportable
+from sa3train.export.package import load_exportable
 
 tools = pytest.importorskip("coremltools", reason="coremltools is not installed: pip install coremltools")
 

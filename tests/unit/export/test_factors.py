@@ -18,9 +18,10 @@ from sa3train.adapters.formats.io import load_adapter, save_adapter
 from sa3train.adapters.layer_filter import find_adaptable_layers
 from sa3train.cli.export import main
 from sa3train.core.errors import SA3Error
-from sa3train.export import export_onnx, onnx_files
+from sa3train.export import export_onnx
 from sa3train.export.factors import add_lora_inputs
 from sa3train.export.graphs import build_graphs
+from sa3train.export.package import load_exportable
 
 RANK, LIMIT = 6, 1e-4
 KINDS = ("lora", "dora-rows", "dora-cols", "bora", "lora-xs", "dora-rows-xs", "dora-cols-xs", "bora-xs")
@@ -153,7 +154,7 @@ def test_what_inputs_cannot_hold_is_refused(
 
 
 def test_a_layer_of_two_graphs_has_inputs_in_both() -> None:
-    model = onnx_files.load_exportable("nano-base", ()).model
+    model = load_exportable("nano-base", ()).model
     graphs = build_graphs(model)
     found = add_lora_inputs(model, {**graphs, "again": graphs["step"]}, 2)
     assert len(graphs["step"].inputs) < len(found["step"].inputs)
