@@ -71,7 +71,7 @@ def format_best(best: dict[str, Any]) -> list[str]:
         Lines.
     """
     text = f"best: {best['run']}, {best['change']:+.1%} held-out loss vs. base at step {best['step']}"
-    use = "use it" if not best["notes"] else "to try it all the same"
+    use = "use it" if best["is_better"] else "to try it all the same"
     return [text, *best["notes"], f"{use}: --lora {best['adapter']}={best['strength']:g}"]
 
 

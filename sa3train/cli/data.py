@@ -140,7 +140,7 @@ def run_audit_command(arguments: argparse.Namespace) -> int:
     check_exists(arguments.source, "a folder of audio, a caption list, a .tar, or a URL of one")
     from sa3train.cli.encode import load_rules
     from sa3train.data.audit.audit import AuditRules
-    from sa3train.data.audit.checks import find_worst_severity
+    from sa3train.data.audit.checks import rank_clip
     from sa3train.data.audit.report import format_clip, write_audit_report
     from sa3train.data.encode.encode import audit_clips, list_clips
     from sa3train.data.encode.workers import Workers, get_work_dir, lock_output_dir
@@ -156,9 +156,7 @@ def run_audit_command(arguments: argparse.Namespace) -> int:
     if arguments.progress_json:
         write_json_line(result={"out": str(folder), **summary.as_json()})
         return 0
-    ranked = sorted(
-        (find_worst_severity(row), number) for number, row in enumerate(index.iterate_rows()) if row["findings"]
-    )
+    ranked = sorted((rank_clip(row), number) for number, row in enumerate(index.iterate_rows()) if row["findings"])
     for _, number in ranked[: arguments.n]:
         print(format_clip(index.row(number)))
     if len(ranked) > arguments.n:

@@ -51,7 +51,7 @@ OFFERED_PROMPTS = 6
 MAX_PROMPT_FILE = 1 << 24
 """Bytes."""
 SAME_WITH_FROM = {"sidecar", "output", "overwrite", "model", "device"}
-"""Flags beside --from with which the audio is still that of the sidecar."""
+"""Flags beside --from with which the audio is still that of the sidecar; --model where it is the recorded one."""
 REFUSED_WITH_FROM = {"prompt_file", "at_a_time", "batch_size"}
 """Flags of many items: a sidecar is that of one."""
 
@@ -236,7 +236,7 @@ def _replay(arguments: argparse.Namespace, given: set[str]) -> int:
     changes, adapters = parse_changes(arguments), parse_adapters(arguments)
     _check_inputs(arguments, adapters)
     from sa3train.inference.outputs import check_output
-    from sa3train.inference.replay import locate_model, prepare_replay, replay
+    from sa3train.inference.replay import check_model, locate_model, prepare_replay, replay
     from sa3train.inference.sidecar import list_inputs, read_sidecar
 
     sidecar = Path(arguments.sidecar)
@@ -252,7 +252,8 @@ def _replay(arguments: argparse.Namespace, given: set[str]) -> int:
         source = arguments.model or locate_model(record, sidecar.parent)
         prepared = prepare_replay(record, sidecar.parent, _describe_model(source), changes, adapters)
         generator = _load_model(arguments, source, record["precision"], record["environment"])
-        result = replay(generator, record, prepared)
+        is_same = check_model(generator, record, arguments.model is not None) and is_same
+        result = replay(generator, prepared)
     except SA3Error as error:
         raise type(error)(f"{sidecar}: {error}") from error
     if is_same:

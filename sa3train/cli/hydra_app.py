@@ -480,6 +480,8 @@ def _explain(error: Exception, arguments: Sequence[str]) -> str:
     """A Hydra or OmegaConf error without advice to append unknown keys; plug-ins with the command to install them."""
     text = str(error).strip()
     group = re.match(r"Could not override '([^']+)'", text)
+    if group and group[1] == "data" and "recipe=decoder" in arguments:
+        return "recipe=decoder trains on audio, not on latents. Write source=FOLDER in place of data=…"
     if group and (get_config_dir() / group[1]).is_dir():
         return (
             f"'{group[1]}' cannot be chosen here: this command, or the run that is resumed, has no such group. "

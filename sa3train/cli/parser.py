@@ -55,6 +55,8 @@ class CommandParser(argparse.ArgumentParser):
         flag = next((word for word in unknown if word.startswith("-")), None)
         if flag is not None:
             return suggest_name(flag.partition("=")[0], re.findall(r"--[\w-]+", self.format_help()))
+        if re.match(r"[a-z_.]+=", unknown[0]):
+            return "Settings written NAME=VALUE are those of sa3-encode and sa3-train."
         first = next((index for index in range(len(given)) if given[index:][: len(unknown)] == unknown), 0)
         values = [" ".join(given[start : first + len(unknown)]) for start in range(first)]
         return f'Quote a value with spaces: "{next(filter(os.path.exists, values), values[-1])}".' if values else ""

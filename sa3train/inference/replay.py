@@ -18,6 +18,7 @@ from sa3train.inference.generator import Generator
 from sa3train.inference.outputs import GenerationOutput
 from sa3train.inference.resolve import ModelFacts, compute_longest_window
 from sa3train.inference.settings import (
+    MODEL_DEFAULTS,
     PER_ITEM_SETTINGS,
     SETTING_NAMES,
     GenerationSettings,
@@ -82,6 +83,9 @@ def prepare_replay(
     recorded_settings = dict(record["settings"])
     if changes and recorded_settings["window"] == compute_longest_window(facts, recorded_settings["tail"]):
         recorded_settings["window"] = None  # chosen for the recorded length, not by the user
+    for objective, defaults in MODEL_DEFAULTS.items():
+        if objective != facts.objective and defaults.items() <= recorded_settings.items():
+            recorded_settings |= dict.fromkeys(defaults)  # another kind of model has defaults of its own
     for one, other in ((LENGTH_IN_BARS, ("duration",)), (("duration",), LENGTH_IN_BARS)):
         if changes.keys() & set(one):
             recorded_settings |= {name: None for name in other if name not in changes}
@@ -94,27 +98,43 @@ def prepare_replay(
     return Replay(settings, combined)
 
 
-def replay(generator: Generator, record: Mapping[str, Any], prepared: Replay) -> GenerationOutput:
+def check_model(generator: Generator, record: Mapping[str, Any], is_named: bool) -> bool:
+    """Check whether a model is the one that a sidecar records.
+
+    Args:
+        generator: The model.
+        record: Content of the sidecar.
+        is_named: Whether the user named it, so that it may be another one.
+
+    Returns:
+        Whether it is the recorded one.
+
+    Raises:
+        GenerationError: When the recorded model has changed.
+    """
+    model, recorded = generator.model, record["model"]
+    for part, fingerprint in (("fingerprint", model.fingerprint()), ("autoencoder", model.autoencoder.fingerprint())):
+        if fingerprint != recorded[part] and not is_named:
+            raise GenerationError(
+                f"model {recorded['source']} has changed: its {part} is {fingerprint[:12]}…, but "
+                f"{recorded[part][:12]}… was used. Give the original model, or name this one to use it in its place."
+            )
+        if fingerprint != recorded[part]:
+            _logger.info("%s in place of the recorded model %s", model.name, recorded["source"])
+            return False
+    return True
+
+
+def replay(generator: Generator, prepared: Replay) -> GenerationOutput:
     """Generate again what a sidecar records, or the same with changes.
 
     Args:
         generator: The model, without adapters.
-        record: Content of the sidecar.
-        prepared: What `prepare_replay` made of it.
+        prepared: What `prepare_replay` made of the sidecar.
 
     Returns:
         The audio of the whole batch.
-
-    Raises:
-        GenerationError: When the model is not what was used.
     """
-    model, recorded = generator.model, record["model"]
-    for part, fingerprint in (("fingerprint", model.fingerprint()), ("autoencoder", model.autoencoder.fingerprint())):
-        if fingerprint != recorded[part]:
-            raise GenerationError(
-                f"model {recorded['source']} has changed: its {part} is {fingerprint[:12]}…, but "
-                f"{recorded[part][:12]}… was used. Give the original model."
-            )
     for adapter in prepared.adapters:
         generator.load_adapter(**adapter)
     return generator.generate_from(prepared.settings)

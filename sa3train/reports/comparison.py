@@ -26,7 +26,7 @@ from sa3train.reports.run_files import (
     read_run,
 )
 from sa3train.reports.runs import find_runs, load_run
-from sa3train.reports.verdict import ALL_COPIES, TOOK, describe_later, describe_verdict
+from sa3train.reports.verdict import ALL_COPIES, TOOK, choose_strength, describe_later, describe_verdict
 
 _logger = get_logger(__name__)
 
@@ -38,7 +38,8 @@ def compare_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
         folders: Run folders, or folders that hold runs.
 
     Returns:
-        One row per run, best first: its folder, the settings that differ between runs, its losses.
+        One row per run, best first: its folder, the settings that differ between runs, its losses, and the measure
+        where they have several, each ranked by itself.
 
     Raises:
         DataError: No run there has been validated, or a newer version wrote one.
@@ -71,14 +72,21 @@ def compare_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
         best = min(history, key=lambda entry: compute_change(base, entry[part]))
         row |= {"base": base["loss"], "best": best[part]["loss"], "last": last}
         row["best step"] = best["step"]
+        row["measure"] = validation.get("measure")
         row["evaluated"] = (read_evaluation(path) or {}).get("change")
         rows.append(row)
+    measures = list(dict.fromkeys(row["measure"] for row in rows))
+    if len(measures) > 1:
+        _logger.warning("decoder runs are measured by round trips, others by their loss: each kind is ranked by itself")
+    else:
+        rows = [row | {"measure": None} for row in rows]
     if all(row["evaluated"] is not None for row in rows):
         return sorted(rows, key=lambda row: row["evaluated"])
     if any(not math.isclose(row["base"], rows[0]["base"], rel_tol=1e-3) for row in rows):
         _logger.warning("measured on other clips or base models: each is ranked by its change against its own base")
     rows = [row | {"evaluated": None} for row in rows]
-    return sorted(rows, key=lambda row: read_changes(Path(row["run"]))[row["best step"]])
+    changes = {row["run"]: read_changes(Path(row["run"]))[row["best step"]] for row in rows}
+    return sorted(rows, key=lambda row: (measures.index(row["measure"] or measures[0]), changes[row["run"]]))
 
 
 def read_changes(run_dir: Path) -> dict[int, float]:
@@ -109,9 +117,9 @@ def read_evaluation(run_dir: Path, file: Path | None = None) -> dict[str, Any] |
         file: What `sa3-eval --json` has written; None for that in the folder.
 
     Returns:
-        `adapter`, `step` and `strength` of the lowest held-out loss, its `change` against the base, and `notes`: what
-        to use, how sure that is, and what was not measured. None without an evaluation, or when the adapter of that
-        step is gone: a resumed run replaces the file of its end.
+        `adapter`, `step` and `strength` of the lowest held-out loss, its `change` against the base, whether it
+        `is_better` beyond noise, and `notes`: what to use, how sure that is, and what was not measured. None without
+        an evaluation, or when the adapter of that step is gone: a resumed run replaces the file of its end.
     """
     found = read_json(file or run_dir / EVALUATION_FILE)
     if not found.get("pick"):
@@ -125,6 +133,7 @@ def read_evaluation(run_dir: Path, file: Path | None = None) -> dict[str, Any] |
         adapter = f"{run_dir}@{step}"
     return {
         "adapter": adapter, "step": step, "strength": row["strength"], "change": row["against_base"]["loss"]["change"],
+        "is_better": not found["pick"]["is_base"],
         "notes": list(filter(None, (found["pick"]["text"], describe_later(found, read_run(run_dir).step)))),
     }  # fmt: skip
 
@@ -149,7 +158,7 @@ def choose_best(folders: Sequence[Path]) -> dict[str, Any]:
 
     Returns:
         `run`; `adapter`: a file, or RUN@STEP; its `step` and `strength`; `change` of its held-out loss against the
-        base, as a share; `notes`: what to know.
+        base, as a share; whether that `is_better` beyond noise; `notes`: what to know.
 
     Raises:
         DataError: No run there has been validated, or the best one has no adapter.
@@ -177,12 +186,15 @@ def choose_best(folders: Sequence[Path]) -> dict[str, Any]:
     if evaluation.get("candidates") and not evaluation.get("pick"):
         notes.append(f"sa3-eval picks the {ALL_COPIES}.")
     change = read_changes(folder)[step]
-    if change >= 0:
-        notes.append("No run is better than the base model.")
-    else:
-        took = [answer.text for answer in describe_verdict(read_run(folder)) if answer.question == TOOK]
-        notes += [text for text in took if not text.startswith("Yes")]
-    return {"run": row["run"], "adapter": adapter, "step": step, "strength": 1.0, "change": change, "notes": notes}
+    files = read_run(folder)
+    took = [answer.text for answer in describe_verdict(files) if answer.question == TOOK]
+    doubts = [text for text in took if not text.startswith("Yes")]
+    notes += ["No run is better than the base model."] if change >= 0 else doubts
+    strength = choose_strength(files.validation) if row["last"] == row["best"] else 1.0
+    return {
+        "run": row["run"], "adapter": adapter, "step": step, "strength": strength, "change": change,
+        "is_better": change < 0 and not doubts, "notes": notes,
+    }  # fmt: skip
 
 
 def compare_settings(one: Path, other: Path) -> list[tuple[str, str, str]]:

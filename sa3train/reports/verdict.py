@@ -61,6 +61,18 @@ def describe_verdict(run: RunFiles) -> list[Answer]:
     return answers
 
 
+def choose_strength(validation: Mapping[str, Any]) -> float:
+    """Choose the strength to play the adapter of a run's last step at.
+
+    Args:
+        validation: Content of `validation.json`.
+
+    Returns:
+        The one with the lowest held-out loss, where that is below the loss at 1 beyond noise; else 1.
+    """
+    return _choose_strength(_list_strengths(validation))
+
+
 def judge_copying(score: float, base: float, clips: int) -> str:
     """Judge whether generations copy training clips.
 
@@ -180,6 +192,14 @@ def _list_strengths(validation: Mapping[str, Any]) -> dict[float, list[float]]:
     return dict(sorted(({row["strength"]: row["by_clip"] for row in rows} | {1.0: last["val"]["by_clip"]}).items()))
 
 
+def _choose_strength(strengths: Mapping[float, list[float]]) -> float:
+    if not strengths:
+        return 1.0
+    lowest = list(strengths)[pick_best(strengths[1.0], list(strengths.values())).winner]
+    gain = compare_clips(strengths[1.0], strengths[lowest])
+    return lowest if gain is not None and gain.is_significant else 1.0
+
+
 def _say_strength(validation: Mapping[str, Any], strengths: Mapping[float, list[float]]) -> str:
     found, values = pick_best(validation["base"]["val"]["by_clip"], list(strengths.values())), list(strengths)
     if not found.beats_base:
@@ -225,9 +245,8 @@ def _advise(
         found.append(
             "Use more data or a lower rank: what it learned from its clips does not help new ones beyond noise."
         )
-    lowest = list(strengths)[pick_best(strengths[1.0], list(strengths.values())).winner] if strengths else 1.0
-    gain = compare_clips(strengths[1.0], strengths[lowest]) if strengths else None
-    if gain is not None and gain.is_significant:
-        more = "train for more steps" if lowest > 1 else "train for fewer steps or at a lower rate"
-        found.append(f"Play it at strength {lowest:g}{f', or {more}' if not found else ''}.")
+    strength = _choose_strength(strengths)
+    if strength != 1:
+        more = "train for more steps" if strength > 1 else "train for fewer steps or at a lower rate"
+        found.append(f"Play it at strength {strength:g}{f', or {more}' if not found else ''}.")
     return found or ["Nothing that these figures show."]

@@ -10,7 +10,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
 from sa3train import __version__
-from sa3train.adapters.adapter import Adapter, hash_architecture
+from sa3train.adapters.adapter import DECODER, Adapter, hash_architecture
 from sa3train.adapters.apply.load_report import check_fit
 from sa3train.adapters.layer_filter import find_adaptable_layers, select_layers
 from sa3train.adapters.layers.peft_layers import SA3LoraConfig, SA3LoraTuner, batch_layers
@@ -151,15 +151,22 @@ class InjectedAdapter:
             adapter: An adapter of the same type, scales, layers and shapes.
 
         Raises:
-            AdapterError: If it differs in one of these, was trained on another architecture, or holds NaN or infinity.
+            AdapterError: If it differs in one of these, was trained on another part or architecture, or holds NaN or
+                infinity.
         """
+        mine = self.tensors()
+        if (adapter.part == "decoder") != all(path.startswith(DECODER) for path in mine):
+            where = ("the DiT", "the autoencoder's decoder")[adapter.part == "decoder"]
+            raise AdapterError(
+                f"{adapter.source} is on {where}, and this training is not. Only recipe=decoder trains the "
+                "autoencoder's decoder."
+            )
         if adapter.spec.adapter_type != self.spec.adapter_type:
             raise AdapterError(
-                f"{adapter.source} is {adapter.spec.adapter_type}, but adapter_type is {self.spec.adapter_type}. "
+                f"{adapter.source} is {adapter.spec.adapter_type}, but this training is of {self.spec.adapter_type}. "
                 f"{_advise_on_type(adapter)}"
             )
         check_fit(adapter, find_adaptable_layers(self.root), allow_partial=True, measure=False)
-        mine = self.tensors()
         missing, unexpected = sorted(mine.keys() - adapter.tensors.keys()), sorted(adapter.tensors.keys() - mine.keys())
         if missing or unexpected:
             raise AdapterError(
@@ -234,8 +241,12 @@ _MAKE_LORA = "Make it a plain lora first: sa3-adapter merge FILE -o NEW.safetens
 
 
 def _advise_on_type(adapter: Adapter) -> str:
-    is_trainable = adapter.spec.adapter_type not in INFERENCE_ONLY_TYPES
-    return "Set it to match." if is_trainable else f"This type is not trained. {_MAKE_LORA}"
+    kind = adapter.spec.adapter_type
+    return (
+        f"This type is not trained. {_MAKE_LORA}"
+        if kind in INFERENCE_ONLY_TYPES
+        else f"Set adapter.adapter_type={kind}."
+    )
 
 
 def _check_ranks(spec: AdapterSpec, layers: Mapping[str, nn.Module]) -> None:
@@ -258,10 +269,16 @@ def _check_layer(adapter: Adapter, spec: AdapterSpec, path: str, params: Mapping
             f"{adapter.source} has {', '.join(foreign)} at {path}, which training does not continue: bases of its own, "
             f"changes of biases or full weight deltas. {_MAKE_LORA}"
         )
+    rank, wanted = adapter.spec.get_rank(path), spec.get_rank(path)
+    if found != shapes and rank != wanted:
+        raise AdapterError(
+            f"{adapter.source} has rank {rank} at {path}, but training has {wanted}. Set adapter.rank (and "
+            "adapter.rank_pattern, where layers differ) to match."
+        )
     if found != shapes:
         raise AdapterError(f"{adapter.source} does not fit at {path}: it has {found}, but training needs {shapes}.")
     if spec.adapter_type in KINDS and abs(adapter.spec.get_scale(path) - spec.get_scale(path)) > 1e-9:
         raise AdapterError(
             f"{adapter.source} has the scale {adapter.spec.get_scale(path):g} (alpha / rank) at {path}, but training "
-            f"has {spec.get_scale(path):g}. Set alpha to match."
+            f"has {spec.get_scale(path):g}. Set adapter.alpha to match."
         )

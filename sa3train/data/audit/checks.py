@@ -6,6 +6,7 @@ Shapes: C audio channels, N samples, F frequency bands, S time segments.
 import functools
 import hashlib
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -155,6 +156,10 @@ def make_finding(code: str, detail: str = "") -> dict[str, Any]:
     return {"code": code, "severity": FINDING_TYPES[code].severity, "detail": shown}
 
 
+UNCAPTIONED = {"no_caption", "empty_caption"}
+"""Codes of findings that a caption mends."""
+
+
 def is_rejected(row: dict[str, Any]) -> bool:
     """Tell whether a clip has an error and is not encoded.
 
@@ -182,16 +187,19 @@ def describe_rejection(row: dict[str, Any]) -> str:
     )
 
 
-def find_worst_severity(row: dict[str, Any]) -> int:
-    """Find the worst severity among the findings of a clip.
+def rank_clip(row: dict[str, Any]) -> tuple[int, ...]:
+    """Rank a clip by its findings.
 
     Args:
         row: Audit row.
 
     Returns:
-        Its index in `SEVERITIES`: 0 for an error, 1 for a warning, 2 for a note; 3 without findings.
+        A key that sorts the worst first: clips rejected for more than a missing caption, then those with more errors,
+        more warnings, more notes.
     """
-    return min((SEVERITIES.index(finding["severity"]) for finding in row["findings"]), default=len(SEVERITIES))
+    errors = {finding["code"] for finding in row["findings"] if finding["severity"] == ERROR}
+    counts = Counter(finding["severity"] for finding in row["findings"])
+    return (errors <= UNCAPTIONED, *(-counts[severity] for severity in SEVERITIES))
 
 
 def check_usable(audio_CN: np.ndarray, rate: int, speakers: Sequence[str] | None = None) -> dict[str, Any] | None:

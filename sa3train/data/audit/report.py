@@ -1,12 +1,13 @@
 """Present an audit: a table for the screen, `audit.json`, and a page with waveforms (`assets/audit.html`)."""
 
+import heapq
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 from urllib.parse import quote
 
 from jinja2 import Environment, FileSystemLoader
@@ -18,9 +19,10 @@ from sa3train.data.audit.checks import (
     FINDING_TYPES,
     SEVERITIES,
     THUMBNAIL_COLUMNS,
+    UNCAPTIONED,
     FindingType,
-    find_worst_severity,
     is_rejected,
+    rank_clip,
 )
 from sa3train.data.sources.facts import format_fact_value
 from sa3train.data.sources.listing import OWN
@@ -28,7 +30,6 @@ from sa3train.data.sources.listing import OWN
 _EXAMPLES = 5
 _PAGE_ROWS = 2000
 """Number of clips on the page, worst first; audit.json has all."""
-_UNCAPTIONED = {"no_caption", "empty_caption"}
 
 
 @dataclass
@@ -66,7 +67,7 @@ class AuditSummary:
         self.rejected += rejected
         if not rejected:
             self.seconds += row.get("seconds", 0.0)
-        elif {each["code"] for each in row["findings"] if each["severity"] == ERROR} <= _UNCAPTIONED:
+        elif {each["code"] for each in row["findings"] if each["severity"] == ERROR} <= UNCAPTIONED:
             self.uncaptioned_seconds += row.get("seconds", 0.0)
         self.findings.update({finding["code"] for finding in row["findings"]})
         details = [finding["detail"] for finding in row["findings"] if finding["code"] == "auto_caption"]
@@ -150,20 +151,20 @@ def write_audit_report(
         Counts over all rows.
     """
     summary = AuditSummary(source, applied=applied)
-    groups: list[list[dict[str, Any]]] = [[] for _ in range(len(SEVERITIES) + 1)]
-    with replace_file(folder / "audit.json") as path, path.open("w", encoding="utf-8") as file:
-        file.write('{"clips": [\n')
+
+    def write_rows(file: TextIO) -> Iterator[dict[str, Any]]:
         for number, row in enumerate(rows):
             for finding in row["findings"]:
                 finding["severity"] = summary.describe_finding(finding["code"]).severity
             summary.add(row)
-            group = groups[find_worst_severity(row)]
-            if len(group) < _PAGE_ROWS:
-                group.append(row)
             public = {name: value for name, value in row.items() if name != "stamp"}
             file.write((",\n" if number else "") + json.dumps(public))
+            yield row
+
+    with replace_file(folder / "audit.json") as path, path.open("w", encoding="utf-8") as file:
+        file.write('{"clips": [\n')
+        worst_first = heapq.nsmallest(_PAGE_ROWS, write_rows(file), key=rank_clip)
         file.write('\n],\n"summary": ' + json.dumps(summary.as_json(), indent=1) + "}\n")
-    worst_first = [row for group in groups for row in group][:_PAGE_ROWS]
     worst_first = [row | {"audio": _make_audio_link(folder, source, row["source"])} for row in worst_first]
     with replace_file(folder / "audit.html") as path:
         page = _templates.get_template("audit.html").render(summary=summary, rows=worst_first)

@@ -12,7 +12,7 @@ import gradio as gr
 from sa3train.core import processes
 from sa3train.core.errors import DataError, SA3Error
 from sa3train.core.user_files import read_file
-from sa3train.data.audit.checks import FINDING_TYPES, SEVERITIES, find_worst_severity
+from sa3train.data.audit.checks import FINDING_TYPES, SEVERITIES, rank_clip
 from sa3train.data.audit.report import draw_waveform, format_measurements
 from sa3train.data.encode.settings import EncodeSettings
 from sa3train.data.shards.index import INDEX_FILE, summarize_data
@@ -59,7 +59,7 @@ def read_audit(path: Path, max_rows: int = MAX_ROWS) -> Audit:
     """
     try:
         found = json.loads(read_file(path))
-        return found["summary"], sorted(found["clips"], key=find_worst_severity)[:max_rows]
+        return found["summary"], sorted(found["clips"], key=rank_clip)[:max_rows]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{path} is damaged ({error}): audit the folder again.") from error
 

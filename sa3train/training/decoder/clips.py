@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sa3train.audio.edit import fit
 from sa3train.audio.io import load_audio
+from sa3train.audio.metrics import is_silent
 from sa3train.core.errors import AudioError, DataError
 from sa3train.core.log import get_logger, track_progress
 from sa3train.core.seeds import derive_seed
@@ -28,8 +29,6 @@ from sa3train.data.sources.storage import AUDIO_LIMIT
 _logger = get_logger(__name__)
 
 CHANNELS = 2
-SILENT = 1e-4
-"""Peak of a clip below which there is nothing to learn from it."""
 CACHE_BYTES = 2**30
 """Decoded clips that are held in memory; what is beyond is read again when it is drawn."""
 DRAWS_VERSION = 1
@@ -89,7 +88,7 @@ class AudioClips:
         problems += [f"{problem.source}: {problem.detail}" for problem in listing.problems]
         if problems:
             named = "\n  ".join(problems)
-            _logger.warning("%s: %d clips cannot be used and are left out:\n  %s", source, len(problems), named)
+            _logger.warning("%s: clips that cannot be used are left out (%d):\n  %s", source, len(problems), named)
         mask = _split(clips, split)
         self.train = [clip for clip, is_heldout in zip(clips, mask, strict=True) if not is_heldout]
         self.heldout = [clip for clip, is_heldout in zip(clips, mask, strict=True) if is_heldout]
@@ -146,7 +145,7 @@ class AudioClips:
             except (AudioError, DataError) as error:
                 problems.append(f"{clip.source}: {error}")
                 continue
-            if float(audio_CN.abs().max()) < SILENT:
+            if is_silent(audio_CN):
                 problems.append(f"{clip.source}: it is silent")
                 continue
             content = _hash(audio_CN, self.sample_rate)

@@ -1,5 +1,6 @@
 """Putting adapters into a model for training: filters, ranks, scales, dropout, learning rates, bases and gradients."""
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 from helpers.small_model import Small, train, train_adapter
+from sa3train.adapters.adapter import DECODER
 from sa3train.adapters.apply import svd_basis
 from sa3train.adapters.layer_filter import find_adaptable_layers, is_included
 from sa3train.adapters.layers.inject import inject
@@ -199,8 +201,8 @@ def test_continuing_needs_the_same_kind_scale_layers_and_shapes() -> None:
     model = Small()
     adapter = train_adapter(AdapterSpec("lora", rank=2), model)
     for settings, message in (
-        ({"adapter_type": "bora", "rank": 2}, "is lora, but adapter_type is bora"),
-        ({"adapter_type": "lora", "rank": 3}, "does not fit at"),
+        ({"adapter_type": "bora", "rank": 2}, r"training is of bora\. Set adapter\.adapter_type=lora"),
+        ({"adapter_type": "lora", "rank": 3}, "has rank 2 at .* but training has 3"),
         ({"adapter_type": "lora", "rank": 2, "alpha": 4}, "scale 1 .* training has 2"),
         ({"adapter_type": "lora", "rank": 2, "include": ["layers.1"]}, "7 of its layers are not in training"),
     ):
@@ -208,6 +210,14 @@ def test_continuing_needs_the_same_kind_scale_layers_and_shapes() -> None:
         with pytest.raises(AdapterError, match=message):
             injected.load(adapter)
         injected.remove()
+
+
+def test_continuing_from_an_adapter_of_another_part_is_refused() -> None:
+    model = Small()
+    adapter = train_adapter(AdapterSpec("lora", rank=2), model)
+    tensors = {f"{DECODER}{path}": params for path, params in adapter.tensors.items()}
+    with pytest.raises(AdapterError, match="is on the autoencoder's decoder, and this training is not"):
+        inject(model, AdapterSpec("bora", rank=2)).load(dataclasses.replace(adapter, tensors=tensors))
 
 
 def test_continuing_from_an_adapter_that_diverged_is_refused() -> None:

@@ -407,6 +407,15 @@ def test_a_changed_input_adapter_or_model_is_refused(capsys: pytest.CaptureFixtu
     assert main(["--from", "a.wav.json", "--model", MODEL]) == 0
 
 
+def test_another_model_plays_the_same_with_the_defaults_of_its_kind() -> None:
+    defaults = ["--duration", "0.3", "--seed", "3", "--device", "cpu"]
+    assert main(["--model", "nano", "-p", "hum", *defaults, "-o", "a.wav"]) == 0
+    assert main(["--from", "a.wav.json", "--model", MODEL, "--steps", "2"]) == 0
+    one, other = sidecar()["settings"], sidecar("a-2.wav.json")["settings"]
+    assert {name for name in one if one[name] != other[name]} == {"steps", "cfg_scale", "sampler_type"}
+    assert (one["steps"], one["cfg_scale"]) == (8, 1.0) and (other["steps"], other["cfg_scale"]) == (2, 7.0)
+
+
 def test_another_result_does_not_overwrite_the_file(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("-p", "hum", "-o", "a.wav") == 0
     record = sidecar()

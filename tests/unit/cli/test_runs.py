@@ -71,6 +71,17 @@ def test_text_says_the_same(runs: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert "to try it all the same: --lora runs/two/adapter.safetensors=1" in said
 
 
+def test_runs_with_another_measure_are_ranked_by_themselves(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = runs / "two" / "validation.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"measure": "round_trips"}))
+    assert main(["compare", "runs", "--json"]) == 0
+    said = capsys.readouterr()
+    assert [(row["run"], row["measure"]) for row in json.loads(said.out)] == [
+        ("runs/one", None), ("runs/two", "round_trips"),
+    ]  # fmt: skip
+    assert "each kind is ranked by itself" in said.err
+
+
 def test_the_best_step_may_be_gone(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["best", "runs/one", "--json"]) == 0
     assert "not that of step 20" in json.loads(read(capsys))["notes"][0]
@@ -84,7 +95,7 @@ def test_evaluations_decide_where_every_run_has_one(runs: Path, capsys: pytest.C
     for name, change in (("one", -0.3), ("two", -0.2)):
         row = {"adapter": f"elsewhere/{name}@20", "step": 20, "strength": 0.5}
         row["against_base"] = {"loss": {"change": change}}
-        found = {"pick": {"candidate": 0, "text": "surely"}, "candidates": [row]}
+        found = {"pick": {"candidate": 0, "text": "surely", "is_base": False}, "candidates": [row]}
         assert main(["best", "runs", "--json"]) == 0
         assert json.loads(read(capsys))["run"] == "runs/two", "one run has none"
         (runs / name / EVALUATION_FILE).write_text(json.dumps(found))
@@ -94,6 +105,8 @@ def test_evaluations_decide_where_every_run_has_one(runs: Path, capsys: pytest.C
     best = json.loads(read(capsys))
     notes = ["surely", "Later steps than 20 were not measured."]
     assert (best["adapter"], best["strength"], best["notes"]) == ("runs/one@20", 0.5, notes)
+    main(["best", "runs"])
+    assert "\nuse it: --lora runs/one@20=0.5" in read(capsys)
     (runs / "one" / "checkpoints" / "step-00000020.safetensors").unlink()
     assert main(["best", "runs", "--json"]) == 0
     assert json.loads(read(capsys))["adapter"] == "runs/two/adapter.safetensors", "what is gone cannot be used"
@@ -101,7 +114,9 @@ def test_evaluations_decide_where_every_run_has_one(runs: Path, capsys: pytest.C
     for step, adapter in ((20, "runs/two@20"), (40, "runs/two/adapter.safetensors")):
         write_tensors(runs / "two" / "adapter.safetensors", {"a": torch.ones(1)}, {"step": "40"})
         row |= {"adapter": "elsewhere/two/adapter.safetensors", "step": step}
-        evaluation.write_text(json.dumps({"pick": {"candidate": 0, "text": "surely"}, "candidates": [row]}))
+        evaluation.write_text(
+            json.dumps({"pick": {"candidate": 0, "text": "surely", "is_base": False}, "candidates": [row]})
+        )
         assert main(["best", "runs/two", "--json"]) == 0
         assert json.loads(read(capsys))["adapter"] == adapter, "the file of the end is of a later step"
     evaluation.write_text(json.dumps({"pick": None, "candidates": [row]}))

@@ -24,6 +24,7 @@ from sa3train.data.audit.checks import (
     is_rejected,
     measure,
     measure_clipping,
+    rank_clip,
 )
 from sa3train.data.audit.report import AuditSummary, format_clip, write_audit_report
 from sa3train.data.captioning.compose import list_pitchless
@@ -380,6 +381,21 @@ def test_a_changed_clip_is_audited_again(tmp_path: Path) -> None:
     (row,) = AuditIndex([journal], {clip.source: clip.stamp for clip in clips}).iterate_rows()
     assert row["caption"] == "after"
     assert row["seconds"] == pytest.approx(0.7)
+
+
+def test_what_all_clips_share_does_not_hide_what_is_worse() -> None:
+    def make_row(source: str, *codes: str) -> dict[str, Any]:
+        found = [{"code": code, "severity": FINDING_TYPES[code].severity, "detail": ""} for code in codes]
+        return {"source": source, "findings": found}
+
+    rows = [
+        make_row("a", "no_caption"),
+        make_row("b"),
+        make_row("c", "no_caption", "clipped"),
+        make_row("d", "no_caption", "silent"),
+        make_row("e", "clipped"),
+    ]
+    assert "".join(row["source"] for row in sorted(rows, key=rank_clip)) == "dcaeb"
 
 
 def test_audio_that_lacks_nothing_but_captions_is_counted(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ class Stopped(Exception):
 def repeat(
     generator: Generator, record: dict[str, Any], folder: Path, changes: dict[str, Any] | None = None
 ) -> GenerationOutput:
-    return replay(generator, record, prepare_replay(record, folder, generator.facts, changes))
+    return replay(generator, prepare_replay(record, folder, generator.facts, changes))
 
 
 def test_a_loop_has_its_bars_to_the_sample_and_says_how_it_joins(gen: Generator) -> None:

@@ -9,7 +9,7 @@ import pytest
 
 from sa3train.reports.run_files import RunFiles
 from sa3train.reports.run_report import render_report
-from sa3train.reports.verdict import ALL_COPIES, describe_verdict
+from sa3train.reports.verdict import ALL_COPIES, choose_strength, describe_verdict
 
 
 def make_run(
@@ -106,8 +106,10 @@ def test_few_clips_are_said_to_be_few() -> None:
     ],
 )
 def test_the_strength_is_that_of_the_lowest_loss(shares: dict[str, float], best: str, advice: str) -> None:
-    found = judge(make_run({0: 1.0, 20: 0.8}, **shares))
+    run = make_run({0: 1.0, 20: 0.8}, **shares)
+    found = judge(run)
     assert found["at"].startswith(best) and found["what"].startswith(advice)
+    assert choose_strength(run.validation) == float(best.partition(" ")[0])
 
 
 def test_steps_that_diverged_or_have_other_clips_are_left_out() -> None:
