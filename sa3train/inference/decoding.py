@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from sa3train.audio.metrics import is_silent
 from sa3train.core.device import move_to_device, move_to_host
 from sa3train.core.errors import GenerationError
 from sa3train.core.text import format_share
@@ -67,7 +68,7 @@ def collect_warnings(generation: Generation, clipped_shares: list[float]) -> lis
     if generation.settings.init_noise_level == 0.0:
         warnings.append("prompt and sampling settings had no effect: init_noise_level=0 keeps init_audio. Try 0.5.")
     for role in generation.inputs:
-        warnings += _warn_of_length(generation, role)
+        warnings += _warn_of_input(generation, role)
     for index, share in enumerate(clipped_shares):
         if share > 0:
             which = f"item {index}" if len(clipped_shares) > 1 else "the audio"
@@ -93,7 +94,9 @@ def _warn_of_prompts(generation: Generation) -> list[str]:
     ]
 
 
-def _warn_of_length(generation: Generation, role: str) -> list[str]:
+def _warn_of_input(generation: Generation, role: str) -> list[str]:
+    if is_silent(generation.inputs[role].audio_CN):
+        return [f"{role} is silent: there is nothing in it to keep."]
     facts, settings = generation.facts, generation.settings
     frame = facts.downsampling_ratio / facts.sample_rate
     length, longest = generation.inputs[role].audio_CN.shape[1] / facts.sample_rate, max(settings.duration)

@@ -15,6 +15,7 @@ from sa3train.audio.io import AUDIO_SUFFIXES
 from sa3train.core.errors import SA3Error
 from sa3train.core.files import path_exists
 from sa3train.core.processes import PROCESS_FILE
+from sa3train.core.text import suggest_name
 from sa3train.data.sources.own_folders import LATENTS, RUN, STUDIO, iterate_folders
 from sa3train.inference.settings import MODEL_DEFAULTS
 from sa3train.models import hub
@@ -141,10 +142,16 @@ def resolve_model_name(workspace: Workspace, name: str) -> str:
 
     Returns:
         The name, or the absolute path of the folder. A path outside the roots is refused as by `Workspace.resolve`.
+
+    Raises:
+        StudioError: There is neither such a name nor such a folder.
     """
     if name in hub.list_model_names() or name == workspace.model:
         return name
-    return str(workspace.resolve_folder(name, "model folder"))
+    try:
+        return str(workspace.resolve_folder(name, "model folder"))
+    except StudioError as error:
+        raise StudioError(f"{error} {suggest_name(name, hub.list_model_names())}".rstrip()) from error
 
 
 def load_model_config(workspace: Workspace, name: str) -> ModelConfig | None:

@@ -68,7 +68,7 @@ def test_a_request_is_resolved(workspace: Workspace) -> None:
         (ask(changes={"adapters": (AdapterSettings("/etc/passwd"),)}), "outside"),
         (ask(changes={"adapters": (AdapterSettings("adapters/none.safetensors"),)}), "no adapter"),
         (ask(changes={"model": "../models/mine"}), "outside"),
-        (ask(changes={"model": "medum"}), "model folder"),
+        (ask(changes={"model": "medum"}), "model folder .* Did you mean medium"),
     ],
 )
 def test_impossible_requests_are_refused(workspace: Workspace, request_: PlaySettings, message: str) -> None:
