@@ -8,9 +8,11 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 
 from sa3train.core.errors import DataError
-from sa3train.core.text import format_columns
+from sa3train.core.text import format_columns, shorten
 from sa3train.reports.comparison import compare_runs
 
+MAX_WIDTH = 160
+"""Longest line of a table of runs; with more settings that differ they are listed below it."""
 LEGEND = """\
 base, best, last: held-out loss (on training clips where none are held out) of the base model, and of the lowest and the
 last validation. Differences below the ± that each run printed and its report shows are noise."""
@@ -54,11 +56,19 @@ def format_table(rows: list[dict[str, Any]]) -> list[str]:
         rows: Values by column.
 
     Returns:
-        Lines, the names of the columns first.
+        Lines, the names of the columns first. Where they would be too long, a second table has the settings, one in
+        each line.
     """
     head = [name for name in rows[0] if any(row[name] is not None for row in rows)]
     cells = [head, *([_format_value(row[key]) for key in head] for row in rows)]
-    return format_columns(cells, range(len(head)))
+    lines = format_columns(cells, range(len(head)))
+    if len(max(lines, key=len)) <= MAX_WIDTH:
+        return lines
+    settings = [["", *(f"#{number + 1}" for number in range(len(rows)))]]
+    settings += [list(column) for column in zip(*cells, strict=True) if "." in column[0]]
+    kept = [[name, *column] for name, *column in zip(*cells, strict=True) if "." not in name]
+    ranked = [list(row) for row in zip(settings[0], *kept, strict=True)]
+    return [*format_columns(ranked, range(len(kept) + 1)), "", *format_columns(settings, range(1, len(rows) + 1))]
 
 
 def format_best(best: dict[str, Any]) -> list[str]:
@@ -76,4 +86,4 @@ def format_best(best: dict[str, Any]) -> list[str]:
 
 
 def _format_value(value: Any) -> str:
-    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+    return "-" if value is None else f"{value:.4g}" if isinstance(value, float) else shorten(str(value), 24)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from helpers.run_dirs import make_run, write_record
+from sa3train.cli.compare import format_table
 from sa3train.cli.runs import main
 from sa3train.core import processes
 from sa3train.core.safetensors_file import write_tensors
@@ -69,6 +70,15 @@ def test_text_says_the_same(runs: Path, capsys: pytest.CaptureFixture[str]) -> N
     main(["best", "runs"])
     assert "Not beyond noise: loss on held-out clips is" in (said := read(capsys))
     assert "to try it all the same: --lora runs/two/adapter.safetensors=1" in said
+
+
+def test_many_settings_are_listed_below_the_ranking() -> None:
+    rows = [{"run": f"runs/{n}", **{f"section.setting_{k}": n * k for k in range(20)}, "best": 0.1} for n in (1, 2)]
+    lines = format_table(rows)
+    assert [line.split() for line in lines[:3]] == [["run", "best"], ["#1", "runs/1", "0.1"], ["#2", "runs/2", "0.1"]]
+    assert [line.split() for line in lines[3:]] == [
+        [], ["#1", "#2"], *([f"section.setting_{k}", str(k), str(2 * k)] for k in range(20)),
+    ]  # fmt: skip
 
 
 def test_runs_with_another_measure_are_ranked_by_themselves(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:
