@@ -26,15 +26,13 @@ from sa3train.cli.hydra_app import run_job
 from sa3train.cli.parser import CommandParser, name_flags
 from sa3train.cli.version import add_version
 from sa3train.core.dtypes import DTYPES
-from sa3train.core.errors import AdapterError, MissingBaseError
+from sa3train.core.errors import AdapterError
 from sa3train.core.files import check_target
 from sa3train.core.text import format_number, format_share, list_few
 
 if TYPE_CHECKING:
     from sa3train.adapters.apply.load_report import LoadReport
-    from sa3train.adapters.tools import CheckpointResult, EditResult
     from sa3train.adapters.tools.inspect import Comparison, Inspection
-    from sa3train.models.checkpoint import StableAudio3
 
 SHOWN_LAYERS = 12
 RANK_FLAGS = ("rank", "explained_variance")
@@ -162,8 +160,9 @@ def _add_tool(commands: Any, name: str, text: str, rank: str) -> argparse.Argume
 
 def _inspect(arguments: argparse.Namespace) -> int:
     from sa3train.adapters.tools import inspect_adapter, plot_layers
+    from sa3train.adapters.tools.service import load_base
 
-    inspection = inspect_adapter(arguments.file, _load_model(arguments.model))
+    inspection = inspect_adapter(arguments.file, load_base(arguments.model))
     if arguments.plot:
         check_target(arguments.plot, [arguments.file], overwrite=True)
         plot_layers(inspection, arguments.plot)
@@ -181,8 +180,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 def _diff(arguments: argparse.Namespace) -> int:
     from sa3train.adapters.tools import compare_adapters
+    from sa3train.adapters.tools.service import load_base
 
-    comparison = compare_adapters(arguments.first, arguments.second, _load_model(arguments.model))
+    comparison = compare_adapters(arguments.first, arguments.second, load_base(arguments.model))
     _warn(comparison.warnings)
     if arguments.json:
         _print_json(comparison.to_dict())
@@ -195,7 +195,7 @@ def _write(arguments: argparse.Namespace) -> int:
     """Run a tool that writes something: the flags have the names of the tool's parameters."""
     from sa3train.adapters import tools
     from sa3train.adapters.formats.io import is_file_name
-    from sa3train.adapters.tools.service import require_rank
+    from sa3train.adapters.tools.service import load_base, require_rank, run_with_named_base
 
     flags = vars(arguments)
     settings = {name: value for name, value in flags.items() if name not in ("run", "tool", "json", *RANK_FLAGS)}
@@ -213,16 +213,8 @@ def _write(arguments: argparse.Namespace) -> int:
     )
     for name in ("model", "tuned", "base"):
         if name in settings:
-            settings[name] = _load_model(settings[name], in_memory)
-    tool = getattr(tools, arguments.tool)
-    try:
-        result: EditResult | CheckpointResult = tool(**settings)
-    except MissingBaseError:
-        base = find_base(arguments.source if "source" in settings else settings["sources"][0][0])
-        if base is None:
-            raise
-        print(f"base model: {base}, which the adapter names", file=sys.stderr)
-        result = tool(**settings | {"model": _load_model(base, in_memory)})
+            settings[name] = load_base(settings[name], in_memory)
+    result = run_with_named_base(getattr(tools, arguments.tool), settings)
     _warn(result.warnings)
     if arguments.json:
         _print_json(result.to_dict())
@@ -233,22 +225,6 @@ def _write(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def find_base(path: str) -> str | None:
-    """Find the base model that an adapter names, where it is at hand.
-
-    Args:
-        path: The adapter.
-
-    Returns:
-        Its name; None where the adapter names none, or it would have to be downloaded.
-    """
-    from sa3train.adapters.formats.io import load_adapter
-    from sa3train.models.hub import list_cached_names
-
-    name = load_adapter(path).metadata.get("base_model")
-    return name if name in list_cached_names() else None
-
-
 def _parse_source(text: str) -> tuple[str, float]:
     """Parse `FILE[=STRENGTH]`."""
     from sa3train.adapters.lora_argument import parse_lora
@@ -257,15 +233,6 @@ def _parse_source(text: str) -> tuple[str, float]:
     if lora.interval is not None:
         raise AdapterError(f"{text}: a merged adapter has no noise levels. Remove the part after @.")
     return lora.path, lora.require_strength()
-
-
-def _load_model(name: str | None, in_memory: bool = False) -> "StableAudio3 | Any":
-    """Load the parts of a model that adapters change, or read them as they are needed; None without a name."""
-    if name is None:
-        return None
-    from sa3train.models.checkpoint import load_checkpoint
-
-    return load_checkpoint(name, "cpu" if in_memory else "meta", parts=("dit", "conditioner"))
 
 
 def _warn(warnings: Iterable[str]) -> None:

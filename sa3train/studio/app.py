@@ -59,6 +59,9 @@ def build_app(workspace: Workspace) -> gr.Blocks:
         page.load(None, None, None, js="() => sa3.restoreTab()")
         for tab, reset in forms:
             keep_form(workspace, page, tab, reset)
+    for event in page.fns.values():
+        if event.show_progress == "hidden":  # else each event makes the browser update the outputs of all events so far
+            event.show_progress_on = []
     return page
 
 

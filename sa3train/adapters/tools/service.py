@@ -4,8 +4,10 @@ Each function reads, checks, writes and reports; every one raises `AdapterError`
 adapter that does not fit the model, and a setting that is missing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from sa3train.adapters.adapter import BASE_SAMPLE, Adapter, hash_architecture
 from sa3train.adapters.formats.io import is_file_name, load_adapter, save_adapter
@@ -25,14 +27,56 @@ from sa3train.adapters.tools.measure import measure_written
 from sa3train.adapters.tools.merge_checkpoint import WeightedAdapter, merge_into_checkpoint
 from sa3train.adapters.tools.results import CheckpointResult, EditResult
 from sa3train.core.dtypes import get_dtype
-from sa3train.core.errors import AdapterError
+from sa3train.core.errors import AdapterError, MissingBaseError
 from sa3train.core.files import check_target
 from sa3train.core.text import format_share
+from sa3train.models.checkpoint import StableAudio3, load_checkpoint
+from sa3train.models.hub import list_cached_names
 
 AnyPath = str | Path
 
 EXACT = 1e-3
 """Largest error of a merge of adapters with magnitudes, relative to their change, that is no loss to be accepted."""
+
+
+def load_base(name: str | None, in_memory: bool = False) -> StableAudio3 | None:
+    """Load the parts of a model that adapters change.
+
+    Args:
+        name: Its name or folder; None for no model.
+        in_memory: Whether to read all weights at once, rather than as they are needed.
+
+    Returns:
+        The model, or None.
+    """
+    if name is None:
+        return None
+    return load_checkpoint(name, "cpu" if in_memory else "meta", parts=("dit", "conditioner"))
+
+
+def run_with_named_base(
+    tool: Callable[..., EditResult | CheckpointResult], settings: Mapping[str, Any]
+) -> EditResult | CheckpointResult:
+    """Run a tool that writes; where it lacks a base model, on the one that the adapter names, if that is at hand.
+
+    Args:
+        tool: The tool.
+        settings: Its arguments by name.
+
+    Returns:
+        The result, with a note that names a base model found so. `MissingBaseError` is raised where the adapter names
+        none, or it would have to be downloaded.
+    """
+    try:
+        return tool(**settings)
+    except MissingBaseError:
+        source = settings["source"] if "source" in settings else settings["sources"][0][0]
+        name = load_adapter(source).metadata.get("base_model")
+        if name not in list_cached_names():
+            raise
+        result = tool(**{**settings, "model": load_base(name)})
+    note = f"base model: {name}, which the adapter names"
+    return replace(result, notes=[note, *result.notes]) if isinstance(result, EditResult) else result
 
 
 def merge_adapters(

@@ -9,7 +9,8 @@ from sa3train.adapters.formats.io import is_file_name
 from sa3train.adapters.lora_argument import LoraArgument, format_lora
 from sa3train.adapters.tools import CheckpointResult, EditResult, Truncation
 from sa3train.adapters.tools.inspect import Comparison, Inspection
-from sa3train.models.checkpoint import StableAudio3, load_checkpoint
+from sa3train.adapters.tools.service import load_base, run_with_named_base
+from sa3train.models.checkpoint import StableAudio3
 from sa3train.studio.server.folders import resolve_adapter, resolve_model_name
 from sa3train.studio.server.widgets import parse_numbers
 from sa3train.studio.server.workspace import StudioError, Workspace
@@ -87,11 +88,13 @@ def write(
     given = {name: value for name, value in flags.items() if name not in rank}
     given["truncation"] = Truncation(rank.get("rank"), rank.get("explained_variance")) if rank else None
     in_memory = tool == "merge" and not rank and not is_file_name(out)
-    given["model"] = _load_model(workspace, flags.get("model"), in_memory)
+    given |= {"model": _load_model(workspace, flags.get("model"), in_memory), "target": out}
+    given |= {"sources": read} if tool == "merge" else {"source": read[0][0]}
+    result = run_with_named_base(TOOLS[tool], given)
     if tool != "merge":
-        return TOOLS[tool](read[0][0], out, **given), _build_command(tool, read[0][0], out, **flags)
+        return result, _build_command(tool, read[0][0], out, **flags)
     adapters = [format_lora(LoraArgument(str(path), strength=strength)) for path, strength in read]
-    return TOOLS[tool](read, out, **given), _build_command(tool, *adapters, output=out, **flags)
+    return result, _build_command(tool, *adapters, output=out, **flags)
 
 
 def resolve_output(workspace: Workspace, target: str, sources: Sequence[Path], overwrite: bool = False) -> Path:
@@ -140,10 +143,7 @@ def parse_strengths(text: str, count: int) -> list[float]:
 
 def _load_model(workspace: Workspace, name: str | None, in_memory: bool = False) -> StableAudio3 | None:
     """Load the parts of a model that adapters change, or read them as they are needed; None without a name."""
-    if not name:
-        return None
-    device = "cpu" if in_memory else "meta"
-    return load_checkpoint(resolve_model_name(workspace, name), device, parts=("dit", "conditioner"))
+    return load_base(resolve_model_name(workspace, name) if name else None, in_memory)
 
 
 def _build_command(tool: str, *arguments: str | Path, **flags: object) -> list[str]:

@@ -56,6 +56,26 @@ window.sa3 = (() => {
   document.addEventListener('play', event => { if (event.target.matches('audio')) played(event.target); }, true);
   document.addEventListener('timeupdate', event => { if (event.target.matches('audio')) follow(event.target); }, true);
 
+  /* Asks for a state while the element is shown, and triggers an event when it is another: soon after a change or a
+     click, less often while nothing happens. */
+  const poll = (element, server, trigger, seconds, longest) => {
+    let last, timer, wait = seconds;
+    const ask = async () => {
+      const shown = element.offsetParent && !document.hidden;
+      const state = shown ? await server.get_state().catch(() => last) : last;
+      wait = state === last ? Math.min(1.5 * wait, longest) : seconds;
+      if (state !== last) trigger('tick');
+      last = state;
+      plan();
+    };
+    const plan = () => {
+      clearTimeout(timer);
+      if (element.isConnected) timer = setTimeout(ask, 1000 * wait);
+    };
+    document.addEventListener('click', () => { if (wait > seconds) { wait = seconds; plan(); } });
+    ask();
+  };
+
   /* props.value: [{key, html}]. Items stay in place while their HTML is the same, so that playback continues. */
   const list = (element, props, watch, act) => {
     const shown = new Map();
@@ -107,5 +127,5 @@ window.sa3 = (() => {
   });
   const restoreTab = () => { document.getElementById(`tab-${location.hash.slice(1)}-button`)?.click(); };
   new MutationObserver(patch).observe(document.documentElement, {childList: true, subtree: true});
-  return {make, list, restoreTab};
+  return {make, list, poll, restoreTab};
 })();

@@ -48,7 +48,7 @@ def _build_controls() -> dict[str, Any]:
             tab["count"] = gr.HTML(ui.render_placeholder(CHOOSE), elem_id="captions-count")
             tab["table"] = gr.Dataframe(
                 [], headers=["clip", "caption"], column_count=2, static_columns=[0], type="array", datatype="str",
-                wrap=True, interactive=True, max_height=100_000, column_widths=["32%", "68%"], label="Captions",
+                wrap=True, interactive=True, max_height=100_000, column_widths=["47%", "53%"], label="Captions",
                 elem_id="captions-table",
             )  # fmt: skip
         with gr.Column(scale=2, min_width=280):

@@ -187,6 +187,20 @@ def list_jobs(workspace: Workspace) -> list[DataJob]:
     return sorted(found, key=lambda job: not job.is_running)
 
 
+def read_state(workspace: Workspace, kind: str) -> list[tuple[DataJob, int]]:
+    """Read what changes with the jobs of a kind and with their results.
+
+    Args:
+        workspace: The studio's folders.
+        kind: Key of `RESULTS`.
+
+    Returns:
+        Each job, and when its result was written; 0 for none.
+    """
+    found = [(job, job.out / RESULTS[kind]) for job in list_jobs(workspace) if job.kind == kind]
+    return [(job, file.stat().st_mtime_ns if file.is_file() else 0) for job, file in found]
+
+
 def read_job(folder: Path) -> DataJob | None:
     """Read a job from its record.
 

@@ -1,5 +1,6 @@
 """Tabs that start a command in a process of its own and show its progress and result; the Audit and Encode tabs."""
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -162,13 +163,12 @@ class JobTab:
         return job is not None and bool(self.retry[0]) and "=".join(self.retry) in (job.error or "")
 
 
-def build_job_tab(workspace: Workspace, folder: Any, tick: gr.Timer, tab: JobTab) -> None:
+def build_job_tab(workspace: Workspace, folder: Any, tab: JobTab) -> None:
     """Build a tab that starts jobs.
 
     Args:
         workspace: The studio's folders.
         folder: Component that chooses the folder that jobs are for.
-        tick: Refreshes the tab.
         tab: What it has of its own.
     """
     kind = tab.kind
@@ -219,7 +219,8 @@ def build_job_tab(workspace: Workspace, folder: Any, tick: gr.Timer, tab: JobTab
         set_field.then(ui.show_errors(on_start), [folder, *fields.values()], outputs, **quiet)
     stop.click(ui.show_errors(make_handler(jobs.stop_job)), folder, outputs, **quiet)
     dismiss.click(ui.show_errors(make_handler(jobs.dismiss_job)), folder, outputs, **quiet)
-    ui.keep_fresh(tick, ui.show_errors(refresh), [folder, seen], [*outputs, result, seen], folder.change)
+    read = functools.partial(jobs.read_state, workspace, kind)
+    ui.keep_fresh(read, ui.show_errors(refresh), [folder, seen], [*outputs, result, seen], folder.change)
 
 
 def _build_buttons(tab: JobTab) -> list[gr.Button]:

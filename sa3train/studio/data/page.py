@@ -6,10 +6,9 @@ from sa3train.studio.data.captions_tab import build_captions_tab
 from sa3train.studio.data.jobs_tabs import AUDIT, ENCODE, build_job_tab
 from sa3train.studio.data.prompts_tab import build_prompts_tab
 from sa3train.studio.server.folders import find_folders, name_folders
-from sa3train.studio.server.widgets import build_timer, refresh_choices
+from sa3train.studio.server.widgets import refresh_choices
 from sa3train.studio.server.workspace import Workspace
 
-REFRESH_SECONDS = 2.0
 CHOOSE = "A folder of yours, with all that is in it. It is only read, but for captions that you save."
 
 
@@ -19,16 +18,15 @@ def build_data_page(workspace: Workspace) -> None:
     Args:
         workspace: The studio's folders.
     """
-    tick = build_timer(REFRESH_SECONDS)
     folder = gr.Dropdown([], label="Folder of audio", info=CHOOSE, allow_custom_value=True, elem_id="data-folder")
     with gr.Tabs():
         with gr.Tab("Captions"):
             build_captions_tab(workspace, folder)
         with gr.Tab("Audit"):
-            build_job_tab(workspace, folder, tick, AUDIT)
+            build_job_tab(workspace, folder, AUDIT)
         with gr.Tab("Encode"):
-            build_job_tab(workspace, folder, tick, ENCODE)
+            build_job_tab(workspace, folder, ENCODE)
         with gr.Tab("Prompts"):
-            build_prompts_tab(workspace, folder, tick)
+            build_prompts_tab(workspace, folder)
 
-    refresh_choices(tick, folder, lambda: name_folders(workspace, find_folders(workspace).audio))
+    refresh_choices(folder, lambda: name_folders(workspace, find_folders(workspace).audio))

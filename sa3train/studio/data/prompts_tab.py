@@ -1,7 +1,7 @@
 """The Prompts tab: preview the prompts of some clips, built by the same code as in training."""
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ CLIPS = 12
 DRAWS = 3
 MAX_READ = 2000
 """Number of clips that are read for a preview."""
+EMPTY = "The prompts of some clips appear here."
 HINT = "Templates consist of text and fields: {caption}, any tag such as {genre}, {folder}, {stem}, {path[0]}."
 
 
@@ -59,7 +60,7 @@ def build_settings(templates: str, **values: Any) -> PromptSettings:
     return PromptSettings(tuple(map(Template.parse, lines)), **given)
 
 
-def read_records(workspace: Workspace, folder: Path) -> list[dict[str, Any]]:
+def read_records(workspace: Workspace, folder: Path) -> tuple[list[dict[str, Any]], str]:
     """Read the records of up to `MAX_READ` clips.
 
     Args:
@@ -67,22 +68,27 @@ def read_records(workspace: Workspace, folder: Path) -> list[dict[str, Any]]:
         folder: Folder of latents, or of audio (clips without a caption are left out, as in encoding).
 
     Returns:
-        The records.
+        The records, and what becomes of clips that are left out.
 
     Raises:
         DataError: When no clip has a caption.
     """
     if (folder / INDEX_FILE).is_file():
         records = LatentStore(folder).iterate_records()
-        return [record for _, (_, record) in zip(range(MAX_READ), records, strict=False)]
-    found = []
-    for clip in list_clips(workspace, folder)[:MAX_READ]:
+        return [record for _, (_, record) in zip(range(MAX_READ), records, strict=False)], ""
+    found, clips = [], list_clips(workspace, folder)[:MAX_READ]
+    for clip in clips:
         text = read_clip_text(clip)
         if text.caption:
             found.append({"source": clip.source, "caption": text.caption, "tags": text.tags})
     if not found:
         raise DataError(f"no clip in {folder} has a caption: write some on the Captions tab.")
-    return found
+    left = len(clips) - len(found)
+    note = (
+        f"{left:,} of {len(clips):,} clips have no caption. Encode rejects them, and training never sees them, unless "
+    )
+    note += "its field Captions is auto (it composes captions) or optional (they train on the empty prompt)."
+    return found, note if left else ""
 
 
 def render_preview(records: Sequence[Mapping[str, Any]], settings: PromptSettings, count: int, seed: int = 0) -> str:
@@ -108,9 +114,11 @@ def render_preview(records: Sequence[Mapping[str, Any]], settings: PromptSetting
         rows.append([f"<code>{escape(str(record['source']))}</code>", shown, escape(builder.build_fixed(record))])
     prompts = list_distinct_prompts(builder, records)
     total = "too many to list" if prompts is None else f"{len(prompts):,}"
+    empty = sum(not builder.build_fixed(record) for record in records)
+    bare = f"; {empty:,} of them train on the empty prompt" if empty else ""
     return ui.render_panel(
         render_table(("clip", f"training ({DRAWS} draws)", "validation"), rows)
-        + f'<p class="soft">{len(records):,} clips read, distinct prompts: {total}</p>'
+        + f'<p class="soft">{len(records):,} clips read, distinct prompts: {total}{bare}</p>'
     )
 
 
@@ -154,13 +162,12 @@ def _list_changes(settings: PromptSettings) -> dict[str, Any]:
     return {name: value for name, value in vars(settings).items() if value != getattr(PromptSettings(), name)}
 
 
-def build_prompts_tab(workspace: Workspace, folder: gr.Dropdown, tick: gr.Timer) -> None:
+def build_prompts_tab(workspace: Workspace, folder: gr.Dropdown) -> None:
     """Build the tab.
 
     Args:
         workspace: The studio's folders.
         folder: The chosen folder of audio.
-        tick: Refreshes the choices.
 
     Raises:
         StudioError: In its event handlers, when no folder is chosen.
@@ -178,21 +185,24 @@ def build_prompts_tab(workspace: Workspace, folder: gr.Dropdown, tick: gr.Timer)
             }
             show = gr.Button("Show prompts", variant="primary", elem_id="prompts-show")
         with gr.Column(scale=4, min_width=420):
-            shown = gr.HTML(ui.render_placeholder("The prompts of some clips appear here."), elem_id="prompts-shown")
+            shown = gr.HTML(ui.render_placeholder(EMPTY), elem_id="prompts-shown")
             line = gr.HTML("", elem_id="prompts-command")
 
     @ui.show_errors
-    def preview(chosen: str | None, source: str | None, text: str, *values: Any) -> tuple[str, str]:
+    def preview(chosen: str | None, source: str | None, text: str, *values: Any) -> Iterator[tuple[str, str]]:
+        yield ui.render_placeholder(EMPTY), ""  # an error does not leave the prompts of another folder
         path = chosen or source
         if not path:
             raise StudioError("choose latents, or a folder of audio above.")
         where = workspace.resolve_folder(path)
         settings = build_settings(text, **dict(zip(fields, values, strict=True)))
-        html = render_preview(read_records(workspace, where), settings, CLIPS)
-        return html, render_commands(workspace, where, settings)
+        records, note = read_records(workspace, where)
+        head = f"<h3>{escape(workspace.shorten(where))}</h3>{note and ui.render_notice(note, 'warning')}"
+        html = ui.render_panel(head) + render_preview(records, settings, CLIPS)
+        yield html, render_commands(workspace, where, settings)
 
     show.click(preview, [latents, folder, templates, *fields.values()], [shown, line], show_progress_on=shown)
-    ui.refresh_choices(tick, latents, lambda: [("none", ""), *name_folders(workspace, find_folders(workspace).latents)])
+    ui.refresh_choices(latents, lambda: [("none", ""), *name_folders(workspace, find_folders(workspace).latents)])
 
 
 def render_commands(workspace: Workspace, folder: Path, settings: PromptSettings) -> str:

@@ -23,12 +23,17 @@ from sa3train.studio.play.settings import (
 )
 from sa3train.studio.server.folders import describe_model, list_audio, list_models, load_model_config
 from sa3train.studio.server.jobs import Job, Worker
-from sa3train.studio.server.widgets import QUIET, fill_when_shown, render_notice, render_placeholder, show_errors
+from sa3train.studio.server.widgets import (
+    QUIET,
+    fill_when_shown,
+    render_notice,
+    render_placeholder,
+    show_errors,
+    watch_state,
+)
 from sa3train.studio.server.workspace import StudioError, Workspace
 
 POLL_SECONDS = 0.4
-IDLE_POLL_SECONDS = 5.0
-"""Interval while no job is pending. Polling never ends: an answer that comes late must not end it."""
 PER_PAGE = 12
 """Results shown at first; `assets/studio.css` hides the button for more below as many."""
 MAX_TITLE = 60
@@ -53,7 +58,7 @@ class Results:
         more: Button that shows earlier results.
         shown: Number of results shown.
         seen: State that `items` was drawn from.
-        timer: Polls for changes.
+        watch: Tells of changes.
     """
 
     status: gr.HTML
@@ -61,12 +66,12 @@ class Results:
     more: gr.Button
     shown: gr.State
     seen: gr.State
-    timer: gr.Timer
+    watch: gr.HTML
 
     @property
     def outputs(self) -> list[Any]:
         """Outputs of events that refresh the results."""
-        return [self.status, self.items, self.seen, self.timer]
+        return [self.status, self.items, self.seen]
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,7 @@ class PlayPage:
             One value per output.
         """
         status, state = self.get_state(shown)
-        return status, self.list_items(shown), state, gr.Timer(POLL_SECONDS)
+        return status, self.list_items(shown), state
 
     def submit(self, request: PlaySettings) -> Job:
         """Check a generation and queue it.
@@ -224,7 +229,8 @@ def _build_results(page: PlayPage) -> Results:
         padding=False,
     )
     more = gr.Button("Show earlier results", size="sm", elem_id="play-earlier")
-    return Results(status, items, more, gr.State(PER_PAGE), gr.State(""), gr.Timer(POLL_SECONDS))
+    watch = watch_state(lambda: page.get_state(PER_PAGE), POLL_SECONDS)
+    return Results(status, items, more, gr.State(PER_PAGE), gr.State(""), watch)
 
 
 def _connect_form(workspace: Workspace, form: forms.Form) -> None:
@@ -293,8 +299,7 @@ def _connect_results(page: PlayPage, form: forms.Form, results: Results) -> None
 
     def on_tick(shown: int, seen: str) -> tuple[Any, ...]:
         status, state = page.get_state(shown)
-        items = gr.skip() if state == seen else page.list_items(shown)
-        return status, items, state, gr.skip() if page.worker.pending else gr.Timer(IDLE_POLL_SECONDS)
+        return status, gr.skip() if state == seen else page.list_items(shown), state
 
     def on_cancel(shown: int, event: gr.EventData) -> tuple[Any, ...]:
         page.worker.cancel(int(event.number))
@@ -315,7 +320,7 @@ def _connect_results(page: PlayPage, form: forms.Form, results: Results) -> None
         values = forms.fill_form(workspace, request)
         return [values[name] for name in form.inputs]
 
-    results.timer.tick(show_errors(on_tick), [results.shown, results.seen], results.outputs, **QUIET)
+    results.watch.tick(show_errors(on_tick), [results.shown, results.seen], results.outputs, **QUIET)
     results.status.cancel(show_errors(on_cancel), results.shown, results.outputs, **QUIET)
     results.more.click(show_errors(on_more), results.shown, [results.shown, results.items], **QUIET)
     # None left out, one after the other: the form shows the action that was asked for last.

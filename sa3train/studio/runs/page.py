@@ -19,7 +19,6 @@ from sa3train.studio.server import widgets as ui
 from sa3train.studio.server.folders import find_runs, name_folders
 from sa3train.studio.server.workspace import Workspace
 
-SECONDS = 2.0
 LOG_LINES = 60
 PARTS = {
     "curves": (run_files.METRICS_FILE, run_files.VALIDATION_FILE, run_files.MEMORIZATION_FILE, run_files.SYSTEM_FILE),
@@ -46,9 +45,8 @@ def build_runs_page(workspace: Workspace) -> None:
     Args:
         workspace: The workspace.
     """
-    tick = ui.build_timer(SECONDS)
     seen = gr.State({})
-    widgets = _build_widgets(workspace, tick)
+    widgets = _build_widgets(workspace)
 
     @ui.show_errors
     def on_refresh(path: str | None, before: dict[str, Any]) -> dict[Any, Any]:
@@ -65,12 +63,13 @@ def build_runs_page(workspace: Workspace) -> None:
 
     chosen = widgets["chosen"]
     wiring: dict[str, Any] = {"inputs": [chosen, seen], "outputs": [*widgets.values(), seen], "show_progress": "hidden"}
-    ui.keep_fresh(tick, on_refresh, wiring["inputs"], wiring["outputs"], chosen.input)
+    read = lambda: [(run, get_stamps(run)) for run in find_runs(workspace)]  # noqa: E731
+    ui.keep_fresh(read, on_refresh, wiring["inputs"], wiring["outputs"], chosen.input)
     for name, (_, act) in ACTIONS.items():
         widgets[name].click(make_handler(act), **wiring)
 
 
-def _build_widgets(workspace: Workspace, tick: gr.Timer) -> dict[str, Any]:
+def _build_widgets(workspace: Workspace) -> dict[str, Any]:
     """Build the widgets that `_refresh` updates, by name, and those that compare runs and show the report."""
     widgets: dict[str, Any] = {}
     with gr.Row(equal_height=False):
@@ -84,7 +83,7 @@ def _build_widgets(workspace: Workspace, tick: gr.Timer) -> dict[str, Any]:
             hint = ui.render_placeholder("No runs yet. Start one above.")
             widgets |= {"chosen": chosen, "none": gr.HTML(hint, elem_id="run-none", visible=False)}
             with form:
-                build_start_form(workspace, chosen, tick)
+                build_start_form(workspace, chosen)
         with gr.Column(scale=5, min_width=480):
             widgets["head"] = gr.HTML(view.render_head(workspace, None, RunFiles(Path())), elem_id="run-head")
             with gr.Row(visible=False, elem_id="run-actions") as widgets["actions"]:
@@ -100,7 +99,7 @@ def _build_widgets(workspace: Workspace, tick: gr.Timer) -> dict[str, Any]:
                             differences = gr.HTML(elem_id="run-differences")
                         widgets[name] = gr.HTML(elem_id=f"run-{name}")
                 with gr.Tab("Evaluate"):
-                    build_job_tab(workspace, chosen, tick, EVALUATE)
+                    build_job_tab(workspace, chosen, EVALUATE)
                 with gr.Tab("Report"):
                     open_report = gr.Button("Show report", elem_id="run-report-open", scale=0)
                     report = gr.HTML(elem_id="run-report")
@@ -158,7 +157,7 @@ def render_parts(
         head = view.render_head(workspace, None, RunFiles(Path()))
         return {}, {"head": head, "commands": ""} if "run" in before else {}
     after: dict[str, Any] = {"run": run}
-    after |= {part: (str(run.path), *(_get_stamp(run.path / name) for name in names)) for part, names in PARTS.items()}
+    after |= get_stamps(run)
     changed = {part for part in after if after[part] != before.get(part)}
     html: dict[str, str] = {}
     if changed & {"curves", "demos", "data", "run"}:
@@ -230,6 +229,18 @@ def render_report(workspace: Workspace, path: str | None) -> str:
         report = workspace.home / "reports" / f"{folder.name}.html"
         write_text(report, render_page(run_files.read_run(folder)))
     return view.render_report_frame(workspace.get_url(report), workspace.shorten(report))
+
+
+def get_stamps(run: runs.Run) -> dict[str, tuple[Any, ...]]:
+    """Get what changes with the files of each part of the page.
+
+    Args:
+        run: The run.
+
+    Returns:
+        A value for each of `PARTS`.
+    """
+    return {part: (str(run.path), *(_get_stamp(run.path / name) for name in names)) for part, names in PARTS.items()}
 
 
 def _get_stamp(path: Path) -> tuple[int, int]:

@@ -70,13 +70,12 @@ def parse_request(
     )
 
 
-def build_start_form(workspace: Workspace, chosen: gr.Radio, tick: gr.Timer) -> None:
+def build_start_form(workspace: Workspace, chosen: gr.Radio) -> None:
     """Build the form inside the Runs page.
 
     Args:
         workspace: The workspace.
         chosen: The list of runs, in which a started run is selected.
-        tick: Timer that updates the list of latents.
     """
     recipes, usual = estimate.list_recipes(), estimate.get_default_recipe()
     models = [choice for choice in folders.list_models(workspace) if choice[1] != workspace.model]
@@ -126,7 +125,7 @@ def build_start_form(workspace: Workspace, chosen: gr.Radio, tick: gr.Timer) -> 
 
     data.choices = list_latents()  # on the page from its start
     data.value = data.choices[0][1] if data.choices else None
-    ui.refresh_choices(tick, data, list_latents)
+    ui.refresh_choices(data, list_latents)
 
 
 def stream_plan(workspace: Workspace, *values: Any) -> Iterator[tuple[Any, ...]]:

@@ -49,7 +49,8 @@ def keep_form(workspace: Workspace, page: gr.Blocks, tab: gr.Tab, reset: gr.Butt
 
     def restore(entries: list[tuple[int, Any, Any]] | None) -> list[Any]:
         known = [entry for entry in entries or [] if entry[1] == defaults[entry[0]]]  # a new default is shown
-        shown = {at: value for at, _, value in known if _can_show(workspace, fields[at], value)}
+        shown = {at: _show(workspace, fields[at], value) for at, _, value in known
+                 if _can_show(workspace, fields[at], value)}  # fmt: skip
         used = {places[at][1] for at in shown}  # what is set must not be hidden
         boxes = [gr.update(open=True) if box in used else gr.skip() for box in closed]
         return [shown.get(at, gr.skip()) for at in range(len(fields))] + boxes
@@ -70,6 +71,14 @@ def _list_fields(block: Any, box: gr.Accordion | None = None) -> Iterator[tuple[
             yield child, box
         elif child.elem_id != UNTOUCHED:
             yield from _list_fields(child, child if isinstance(child, gr.Accordion) else box)
+
+
+def _show(workspace: Workspace, field: Any, value: Any) -> Any:
+    """Show a kept value; a path under its short name, also before the choices that hold it are listed."""
+    choices = list(getattr(field, "choices", None) or [])
+    if not getattr(field, "allow_custom_value", False) or not isinstance(value, str) or value in dict(choices).values():
+        return value
+    return gr.update(value=value, choices=[*choices, (workspace.shorten(value), value)])
 
 
 def _can_show(workspace: Workspace, field: Any, value: Any) -> bool:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,6 +27,8 @@ from sa3train.studio.server.workspace import StudioError
 logger = get_logger(__name__)
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 TOAST_SECONDS = 20.0
+REFRESH_SECONDS = 2.0
+"""Interval at which a page looks for changes on the server."""
 QUIET: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
 """Options of events that answer at once."""
 TOOL_LABELS = {
@@ -346,35 +349,10 @@ def parse_numbers(text: str) -> list[float]:
         raise StudioError(message) from error
 
 
-def build_timer(seconds: float) -> gr.Timer:
-    """Build a timer that ticks only while the tab being built is selected.
+def refresh_choices(box: gr.Dropdown, list_choices: Callable[[], list[tuple[str, str]]]) -> None:
+    """Keep the choices of a dropdown up to date; while nothing is chosen, one that is new is, or else the first.
 
     Args:
-        seconds: Interval between ticks.
-
-    Returns:
-        The timer. Outside of tabs it always ticks.
-    """
-    tab = next(_find_tabs(), None)
-    if tab is None:
-        return gr.Timer(seconds)
-    tabs = cast(gr.Tabs, tab.parent)
-    timer = gr.Timer(seconds, active=False)
-    name = tab.label
-
-    def on_select(selected: gr.SelectData) -> gr.Timer:
-        return gr.Timer(active=selected.value == name)
-
-    # One after another and none dropped, however fast tabs change: the last one decides.
-    tabs.select(on_select, None, timer, show_progress="hidden", trigger_mode="multiple", concurrency_limit=1)
-    return timer
-
-
-def refresh_choices(tick: gr.Timer, box: gr.Dropdown, list_choices: Callable[[], list[tuple[str, str]]]) -> None:
-    """Keep the choices of a dropdown up to date; while nothing is chosen, the first is.
-
-    Args:
-        tick: When to look for changes, besides when the tab being built is selected.
         box: The dropdown.
         list_choices: Lists (label, value) of each choice.
     """
@@ -385,23 +363,45 @@ def refresh_choices(tick: gr.Timer, box: gr.Dropdown, list_choices: Callable[[],
         if choices == before and (chosen or not choices):
             return gr.skip(), gr.skip()
         # A choice is not sent again: the user may have made another meanwhile.
-        first: dict[str, Any] = {} if chosen or not choices else {"value": choices[0][1]}
+        new = [choice for choice in choices if before and choice not in before] or choices
+        first: dict[str, Any] = {} if chosen or not choices else {"value": new[0][1]}
         return gr.update(choices=choices, **first), choices
 
-    keep_fresh(tick, refresh, [known, box], [box, known])
+    keep_fresh(list_choices, refresh, [known, box], [box, known])
 
 
-def keep_fresh(tick: gr.Timer, refresh: Callable[..., Any], inputs: Any, outputs: Any, *more: Any) -> None:
-    """Call a function at every tick, and at once when a tab that holds the place being built is selected.
+def watch_state(read: Callable[[], Any], seconds: float = REFRESH_SECONDS) -> gr.HTML:
+    """Build an element whose event `tick` tells that something on the server has changed.
+
+    The page asks for the state by a plain request while the element is shown, and hears of no change by no event: each
+    event of Gradio costs the browser tens of milliseconds.
 
     Args:
-        tick: The timer.
+        read: Returns the state, of which the text is compared.
+        seconds: Interval of the requests while the state changes; it grows to `REFRESH_SECONDS` while it does not.
+
+    Returns:
+        The element.
+    """
+
+    def get_state(_: Any) -> str:
+        return hashlib.sha256(repr(read()).encode(errors="replace")).hexdigest()
+
+    script = f"sa3.poll(element, server, trigger, {seconds}, {REFRESH_SECONDS});"
+    return gr.HTML("", js_on_load=script, server_functions=[get_state], elem_classes="watch", apply_default_css=False)
+
+
+def keep_fresh(read: Callable[[], Any], refresh: Callable[..., Any], inputs: Any, outputs: Any, *more: Any) -> None:
+    """Call a function when a state changes, and at once when a tab that holds the place being built is selected.
+
+    Args:
+        read: Returns the state, as for `watch_state`.
         refresh: The function.
         inputs: Its inputs.
         outputs: Its outputs.
         *more: Further events that call it.
     """
-    triggers = [tick.tick, *(tab.select for tab in _find_tabs()), *more]
+    triggers = [watch_state(read).tick, *(tab.select for tab in _find_tabs()), *more]
     gr.on(triggers, refresh, inputs, outputs, show_progress="hidden", trigger_mode="always_last")
 
 

@@ -1,12 +1,15 @@
 """The Adapters page: the library's tools inside the studio's folders; nothing is overwritten without consent."""
 
 import shutil
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from sa3train.adapters.formats.io import load_adapter
+from helpers.nano_adapters import write_adapters
+from sa3train.adapters.formats.io import load_adapter, save_adapter
 from sa3train.cli.adapter import build_parser
-from sa3train.core.errors import SA3Error
+from sa3train.core.errors import MissingBaseError, SA3Error
 from sa3train.studio.adapters import actions, page
 from sa3train.studio.server.workspace import StudioError, Workspace
 
@@ -60,6 +63,29 @@ def test_an_adapter_is_converted_with_its_error(workspace: Workspace, to: str, t
     with pytest.raises(StudioError, match="Overwrite"):
         actions.write(workspace, "convert", [(ONE, 1.0)], target, to=to)
     actions.write(workspace, "convert", [(TWO, 1.0)], target, to=to, overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("tool", "target", "settings"),
+    [
+        ("convert", "out/c.safetensors", {"to": "comfy"}),
+        ("merge", "out/m.safetensors", {"rank": 1}),
+        ("resize", "out/r.safetensors", {"rank": 1}),
+    ],
+)
+def test_a_tool_without_a_base_model_takes_the_one_that_the_adapter_names(
+    workspace: Workspace, tool: str, target: str, settings: dict[str, Any]
+) -> None:
+    write_adapters(workspace.sources[0] / "adapters", {"kind": "lora-xs" if tool == "resize" else "dora-rows"})
+    kind = ("adapters/kind.safetensors", 1.0)
+    result, command = actions.write(workspace, tool, [kind], target, model="", allow_loss=tool == "merge", **settings)
+    assert result.notes[0] == "base model: nano-base, which the adapter names"
+    assert "base model: nano-base" in page.render_result(workspace, result, command)
+    adapter = load_adapter(workspace.resolve("adapters/kind.safetensors"))
+    save_adapter(workspace.sources[0] / "adapters" / "unnamed.safetensors", replace(adapter, metadata={}))
+    unnamed = ("adapters/unnamed.safetensors", 1.0)
+    with pytest.raises(MissingBaseError):
+        actions.write(workspace, tool, [unnamed], f"{target}2.safetensors", allow_loss=tool == "merge", **settings)
 
 
 def test_adapters_are_merged(workspace: Workspace) -> None:

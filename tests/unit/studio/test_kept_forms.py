@@ -52,6 +52,12 @@ def test_what_was_kept_returns_unless_its_default_has_changed_or_it_is_gone(work
         assert (box == gr.update(open=True)) is bool(shown.keys() & {1, 2})
 
 
+def test_a_kept_folder_returns_under_its_short_name(workspace: Workspace) -> None:
+    folder = str(workspace.sources[0] / "audio")
+    _, restore, _, _ = build(workspace, lambda: gr.Dropdown([], label="Folder", allow_custom_value=True))
+    assert restore([[0, None, folder]]) == [gr.update(value=folder, choices=[("root/audio", folder)])]
+
+
 @pytest.mark.parametrize("name", PAGES)
 def test_where_results_go_and_what_lifts_a_refusal_is_reset_but_not_kept(workspace: Workspace, name: str) -> None:
     kept, _, resettable, save = build(workspace, lambda: PAGES[name](workspace))

@@ -90,5 +90,14 @@ def test_prompts_of_a_folder_of_audio_before_it_is_encoded(workspace: Workspace)
     with pytest.raises(SA3Error, match="has a caption"):
         prompts_tab.read_records(workspace, workspace.sources[0] / "audio")
     (workspace.sources[0] / "audio" / "tone.txt").write_text("a tone")
-    (record,) = prompts_tab.read_records(workspace, workspace.sources[0] / "audio")
-    assert (record["source"], record["caption"]) == ("tone.wav", "a tone")
+    (record,), note = prompts_tab.read_records(workspace, workspace.sources[0] / "audio")
+    assert (record["source"], record["caption"], note) == ("tone.wav", "a tone", "")
+    write_clip(workspace.sources[0] / "audio" / "bare.wav", tone(1.0))
+    records, note = prompts_tab.read_records(workspace, workspace.sources[0] / "audio")
+    assert len(records) == 1 and note.startswith("1 of 2 clips have no caption. Encode rejects them")
+
+
+def test_clips_that_train_on_the_empty_prompt_are_counted() -> None:
+    bare = {"source": "bare.wav", "caption": "", "tags": {}}
+    html = prompts_tab.render_preview([*RECORDS, bare], prompts_tab.build_settings(""), 2)
+    assert "5 clips read, distinct prompts: 5; 1 of them train on the empty prompt" in html

@@ -1,4 +1,4 @@
-"""Errors reach the page, text stays text, and timers rest while nobody looks."""
+"""Errors reach the page, text stays text, and what changes on the server is shown."""
 
 from pathlib import Path
 
@@ -7,11 +7,11 @@ import pytest
 
 from sa3train.data.loading.prompts import PromptSettings
 from sa3train.studio.server.widgets import (
-    build_timer,
     explain_value,
     get_error_message,
     keep_fresh,
     parse_setting,
+    refresh_choices,
     render_command,
     render_notice,
     show_errors,
@@ -69,25 +69,24 @@ def test_a_wrong_number_is_explained_at_its_field() -> None:
 
 def test_what_is_kept_fresh_is_so_from_the_first_look() -> None:
     with gr.Blocks() as blocks, gr.Tabs(), gr.Tab("Data") as outer, gr.Tabs(), gr.Tab("Audit") as inner:
-        tick, box = gr.Timer(2.0), gr.Textbox()
-        keep_fresh(tick, lambda: "now", None, box, box.change)
+        box = gr.Textbox()
+        keep_fresh(lambda: "state", lambda: "now", None, box, box.change)
     (event,) = [block for block in blocks.fns.values() if box in block.outputs]
-    assert {(tick._id, "tick"), (outer._id, "select"), (inner._id, "select"), (box._id, "change")} == set(event.targets)
-
-
-def test_a_timer_rests_while_its_tab_is_not_selected() -> None:
-    with gr.Blocks() as blocks:
-        with gr.Tabs():
-            with gr.Tab("Play"):
-                pass
-            with gr.Tab("Runs"), gr.Row():
-                timer = build_timer(2.0)
-        free = build_timer(2.0)
-    assert (timer.active, free.active) == (False, True)
-    (handler,) = [block.fn for block in blocks.fns.values() if timer in block.outputs]
-    assert handler is not None
-    active = [
-        handler(gr.SelectData(None, {"index": number, "value": name})).active
-        for number, name in enumerate(("Play", "Runs"))
+    (watch,) = [
+        block._id for block in blocks.blocks.values() if "watch" in (getattr(block, "elem_classes", None) or ())
     ]
-    assert active == [False, True]
+    assert {(watch, "tick"), (outer._id, "select"), (inner._id, "select"), (box._id, "change")} == set(event.targets)
+
+
+def test_while_nothing_is_chosen_a_new_choice_is() -> None:
+    choices = [("none", "")]
+    with gr.Blocks() as blocks:
+        box = gr.Dropdown(choices, value="")
+        refresh_choices(box, lambda: list(choices))
+    (refresh,) = [block.fn for block in blocks.fns.values() if box in block.outputs]
+    assert refresh is not None
+    update, known = refresh([], "")
+    assert update["value"] == ""
+    choices += [("a", "/a")]
+    assert refresh(known, "")[0]["value"] == "/a"
+    assert "value" not in refresh(known, "/b")[0]

@@ -1,0 +1,27 @@
+"""A page on which nothing happens leaves the browser and the server alone."""
+
+import time
+
+import pytest
+from playwright.sync_api import Page
+
+WATCHED = {"Play": 1, "Runs": 2, "Data": 1, "Adapters": 0}
+"""Elements that look for changes on each page as it is first shown."""
+SECONDS = 6.0
+
+
+@pytest.mark.parametrize("name", WATCHED)
+def test_an_idle_page_asks_for_little_and_starts_no_event(page: Page, name: str) -> None:
+    page.click(f"#tab-{name.lower()}-button")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url.partition("/gradio_api/")[2].partition("?")[0]))
+    deadline = time.monotonic() + 40
+    while True:  # until what the page asks for as it is shown is over
+        asked.clear()
+        page.wait_for_timeout(1000 * SECONDS)
+        if "queue/join" not in asked or time.monotonic() > deadline:
+            break
+    polls = [url for url in asked if url.startswith("component_server")]
+    assert len(polls) == len(asked), f"events of an idle page: {asked}"
+    # The interval is 2 s; a crowded machine may take longer to answer.
+    assert bool(WATCHED[name]) <= len(polls) <= WATCHED[name] * (SECONDS / 2 + 1)
