@@ -4,8 +4,9 @@ python recipes/objectives.py OUT sample=LATENTS loops=LATENTS --seeds 0,1,2 --va
 
 Each trial is a run of `sa3-train` on nano-base, and a line of OUT/trials.jsonl; trials that are there are not run
 again, so that the same command goes on after a stop (a NAME stands for its data: give other data another OUT). The
-table shows the change of the held-out loss against the base after the last step, and its difference from the first
-variant on the same data and seed.
+table shows the change of the held-out loss against the base after the last step, its difference from the first variant
+on the same data and seed (both as docs/evaluation.md says, "What a change is"), and the step at which the first's last
+loss is reached, interpolated between validations.
 """
 
 import argparse
@@ -18,11 +19,26 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sa3train.reports.loss_change import compare_clips, take_logs
+
 _OBJECTIVE = ["loss=released", "trainer.ema_decay=null"]
 _RELEASED = [*_OBJECTIVE, "scheduler.warmup_steps=0"]
+_UNSHIFTED = ["loss.shift=none"]
 VARIANTS: dict[str, list[str]] = {
     "released": _RELEASED,
+    "released-rate-3": [*_RELEASED, "optimizer.lr=3e-3"],
     "default": [],
+    "rate-3": ["optimizer.lr=3e-3"],
+    "rate-3-cosine": ["optimizer.lr=3e-3", "scheduler=cosine"],
+    "rate-3-lora-plus": ["optimizer.lr=3e-3", "optimizer.lora_plus=4"],
+    "rate-2-lora-plus": ["optimizer.lr=2e-3", "optimizer.lora_plus=2"],
+    "default-lora-plus": ["optimizer.lora_plus=4"],
+    "default-lora-plus-16": ["optimizer.lora_plus=16"],
+    "default-muon": ["optimizer=muon", "optimizer.lr=1e-2", "optimizer.options.adamw_lr=1e-3"],
+    "unshifted": _UNSHIFTED,
+    "unshifted-rate-2": [*_UNSHIFTED, "optimizer.lr=2e-3"],
+    "unshifted-rate-3": [*_UNSHIFTED, "optimizer.lr=3e-3"],
+    "unshifted-rate-2-lora-plus": [*_UNSHIFTED, "optimizer.lr=2e-3", "optimizer.lora_plus=2"],
     "warm-up": [*_OBJECTIVE, "scheduler.warmup_steps=100"],
     "uniform": [*_RELEASED, "loss.timesteps=uniform"],
     "low-discrepancy": [*_RELEASED, "loss.timesteps=low_discrepancy"],
@@ -34,7 +50,8 @@ VARIANTS: dict[str, list[str]] = {
     "no-coupling": [*_RELEASED, "loss.coupling=false"],
     "no-segments": [*_RELEASED, "loss.inpainting={full: 1.0}"],
 }
-"""What each variant changes in the released trainer's objective and schedule; `default` has our own."""
+"""What each variant changes: from `warm-up` on, and in `released` ones, of the released trainer's objective and
+schedule, else of the default."""
 
 COMMON = [
     "model=nano-base",
@@ -92,7 +109,8 @@ def run_trial(run: Path, data: str, variant: str, seed: int, steps: int, every: 
         every: Steps between validations. None: after the last alone.
 
     Returns:
-        Losses of held-out clips by step; of held-out and training clips after the last; processor seconds of the run.
+        Losses of held-out clips with the base and by step; mean loss of training clips after the last step; processor
+        seconds of the run.
     """
     shutil.rmtree(run, ignore_errors=True)
     settings = [f"data={data}", f"run_dir={run}", f"seed={seed}", f"trainer.max_steps={steps}", *COMMON]
@@ -104,9 +122,8 @@ def run_trial(run: Path, data: str, variant: str, seed: int, steps: int, every: 
     shutil.rmtree(run)
     last = found["history"][-1]
     return {
-        "base": found["base"]["val"]["loss"],
-        "loss": last["val"]["loss"],
-        "losses": {row["step"]: row["val"]["loss"] for row in found["history"]},
+        "base": found["base"]["val"]["by_clip"],
+        "losses": {row["step"]: row["val"]["by_clip"] for row in found["history"]},
         "training_loss": last["train_eval"]["loss"],
         "processor_seconds": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
     }
@@ -124,16 +141,51 @@ def print_table(data: str, variants: list[str], trials: dict[tuple[str, int], di
         seeds = [seed for name, seed in trials if name == variant and (variants[0], seed) in trials]
         if not seeds:
             continue
-        mine, first = ([trials[name, seed]["loss"] for seed in seeds] for name in (variant, variants[0]))
-        changes = [100 * (loss / trials[variant, seed]["base"] - 1) for loss, seed in zip(mine, seeds, strict=True)]
-        pairs = ", ".join(f"{100 * (loss / other - 1):+.2f}%" for loss, other in zip(mine, first, strict=True))
-        cost = statistics.mean(trials[variant, seed]["processor_seconds"] for seed in seeds)
-        print(f"{data:10} {variant:16} {statistics.mean(changes):+.2f}%  against {variants[0]}: {pairs}  {cost:.0f} s")
+        mine, first = ([trials[name, seed] for seed in seeds] for name in (variant, variants[0]))
+        changes = [_compare(trial["base"], _get_last(trial)) for trial in mine]
+        pairs = [(trial, _get_last(other)) for trial, other in zip(mine, first, strict=True)]
+        differences = ", ".join(f"{_compare(goal_I, _get_last(trial)):+.2f}%" for trial, goal_I in pairs)
+        steps = ", ".join(find_step(trial, goal_I) for trial, goal_I in pairs)
+        cost = statistics.mean(trial["processor_seconds"] for trial in mine)
+        against = f"against {variants[0]}: {differences}, its loss after {steps} steps"
+        print(f"{data:10} {variant:16} {', '.join(f'{change:+.1f}%' for change in changes)}  {against}  {cost:.0f} s")
+
+
+def find_step(trial: dict[str, Any], goal_I: list[float]) -> str:
+    """Find when a trial reaches a loss.
+
+    Args:
+        trial: What `run_trial` returned.
+        goal_I: The loss, clip by clip.
+
+    Returns:
+        The first step at which the geometric mean over clips is as low, between validations on a straight line of
+        logarithms; "more than" the last step if it never is.
+    """
+    before, excess_before = 0, 0.0
+    for step, losses_I in trial["losses"].items():
+        excess = float((take_logs(losses_I) - take_logs(goal_I)).mean())
+        if excess <= 0:
+            share = excess_before / (excess_before - excess) if excess_before > excess else 1.0
+            return f"{before + share * (int(step) - before):.0f}"
+        before, excess_before = int(step), excess
+    return f"more than {before}"
+
+
+def _compare(base_I: list[float], other_I: list[float]) -> float:
+    change = compare_clips(base_I, other_I)
+    assert change is not None
+    return 100 * change.change
+
+
+def _get_last(trial: dict[str, Any]) -> list[float]:
+    return list(trial["losses"].values())[-1]
 
 
 def _read(path: Path, steps: int) -> dict[tuple[str, str, int], dict[str, Any]]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    return {(row["data"], row["variant"], row["seed"]): row for row in rows if row["steps"] == steps}
+    rows = [row for row in rows if row["steps"] == steps and isinstance(row["base"], list)]  # older ones are run again
+    return {(row["data"], row["variant"], row["seed"]): row for row in rows}
 
 
 if __name__ == "__main__":

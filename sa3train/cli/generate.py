@@ -249,8 +249,11 @@ def _replay(arguments: argparse.Namespace, given: set[str]) -> int:
         output, subtype = parse_output(arguments, str(recorded.with_suffix("")))
     try:
         check_output(output, subtype, list_inputs(record, sidecar.parent), arguments.overwrite)
-        source = arguments.model or locate_model(record, sidecar.parent)
-        prepared = prepare_replay(record, sidecar.parent, _describe_model(source), changes, adapters)
+        used = locate_model(record, sidecar.parent)
+        source, objective = arguments.model or used, None
+        with contextlib.suppress(SA3Error):  # the recorded model may be gone
+            objective = _describe_model(used).objective if arguments.model else None
+        prepared = prepare_replay(record, sidecar.parent, _describe_model(source), changes, adapters, objective)
         generator = _load_model(arguments, source, record["precision"], record["environment"])
         is_same = check_model(generator, record, arguments.model is not None) and is_same
         result = replay(generator, prepared)

@@ -174,12 +174,8 @@ def run_hydra_job(
             arguments, action = [*rest, "hydra.mode=RUN"], _print_settings
         primary = _find_primary_config(config_name, resume, arguments)
         arguments = adapt_options(arguments, shorthand or {}, is_resumed=primary[0] != CONF)
-        compose = functools.partial(
-            build_composed,
-            schema,
-            suggest=suggest if primary[0] == CONF else None,
-            check=check if action is job else None,
-        )
+        suggested, checked = (suggest if primary[0] == CONF else None), (check if action is job else None)
+        compose = functools.partial(build_composed, schema, suggest=suggested, check=checked)
         return _run_hydra(compose, action, arguments, primary)
 
     return run_job(run)

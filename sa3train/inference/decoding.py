@@ -104,6 +104,11 @@ def _warn_of_input(generation: Generation, role: str) -> list[str]:
         return ["inpaint_audio had no effect: the regions to regenerate leave nothing of it."]
     if length > longest + 1 / facts.sample_rate:
         return [f"{role} is {length:.2f} s long and was truncated to the duration of {longest:g} s."]
+    if role == "init_audio" and length + frame < longest:
+        return [
+            f"init_audio is {length:.2f} s long: what follows, to {longest:g} s, starts from silence and stays quiet. "
+            f"Set the duration to {length:.2f}, or continue the audio by inpainting from its end."
+        ]
     covered = _cover(settings.regions, length, frame)
     if role == "inpaint_audio" and covered + frame < longest:
         return [

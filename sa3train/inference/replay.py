@@ -57,6 +57,7 @@ def prepare_replay(
     facts: ModelFacts,
     changes: Mapping[str, Any] | None = None,
     adapters: Sequence[Mapping[str, Any]] = (),
+    objective: str | None = None,
 ) -> Replay:
     """Prepare to generate again what a sidecar records, or the same with changes.
 
@@ -67,6 +68,7 @@ def prepare_replay(
         changes: Settings to replace, by name; prompt, negative_prompt and duration for the sidecar's item alone.
         adapters: Keyword arguments of `Generator.load_adapter`: of a recorded adapter its new settings; others take
             the place of the recorded ones that are not named.
+        objective: The recorded model's, where another one may take its place.
 
     Returns:
         What to generate, checked.
@@ -83,9 +85,9 @@ def prepare_replay(
     recorded_settings = dict(record["settings"])
     if changes and recorded_settings["window"] == compute_longest_window(facts, recorded_settings["tail"]):
         recorded_settings["window"] = None  # chosen for the recorded length, not by the user
-    for objective, defaults in MODEL_DEFAULTS.items():
-        if objective != facts.objective and defaults.items() <= recorded_settings.items():
-            recorded_settings |= dict.fromkeys(defaults)  # another kind of model has defaults of its own
+    if objective not in (None, facts.objective):  # another kind of model has defaults of its own
+        defaults = MODEL_DEFAULTS[objective].items()
+        recorded_settings |= {name: None for name, value in defaults if recorded_settings[name] == value}
     for one, other in ((LENGTH_IN_BARS, ("duration",)), (("duration",), LENGTH_IN_BARS)):
         if changes.keys() & set(one):
             recorded_settings |= {name: None for name in other if name not in changes}
@@ -180,8 +182,21 @@ def _combine_adapters(
             settings["adapter"] = _locate_recorded_adapter(entry, record, folder)
         else:
             settings |= dict(change[2]) | {"allow_partial": change[2]["allow_partial"] or entry["allow_partial"]}
+            if change[1] != entry["sha256"]:
+                settings["adapter"] = _choose_version(settings["adapter"], entry, record, folder)
         combined.append(settings)
     return combined + [dict(each) for _, _, each in pending]
+
+
+def _choose_version(
+    given: str | os.PathLike[str], entry: Mapping[str, Any], record: Mapping[str, Any], folder: Path
+) -> str | os.PathLike[str]:
+    """Choose the recorded version of an adapter that is named by its path, or what is there now if that is gone."""
+    try:
+        return _locate_recorded_adapter(entry, record, folder)
+    except GenerationError:
+        _logger.warning("%s has changed since it was recorded: it is played as it is now", given)
+        return given
 
 
 def _locate_recorded_adapter(entry: Mapping[str, Any], record: Mapping[str, Any], folder: Path) -> Path:

@@ -353,7 +353,7 @@ def _download(repo_id: str, what: str, probe: str, download: Callable[[], str]) 
 
 
 def check_reachable(name: str) -> None:
-    """Ask the hub once for a model of transformers, whose own loaders repeat a request without an answer many times.
+    """Check once that the hub shows a model of transformers, whose own loaders repeat a request many times.
 
     Args:
         name: Its repository, or a folder, which needs no hub.

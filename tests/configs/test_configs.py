@@ -71,6 +71,24 @@ def test_the_variants_of_objectives_compose() -> None:
         assert build(TrainConfig, composed(*objectives["COMMON"], *overrides)), variant
 
 
+def test_objectives_compares_clip_by_clip(capsys: pytest.CaptureFixture[str]) -> None:
+    objectives = runpy.run_path(str(ROOT / "recipes" / "objectives.py"))
+
+    def make_trial(*losses: list[float]) -> dict[str, Any]:
+        by_step = {str(50 * number): each for number, each in enumerate(losses)}  # as JSON has it
+        return {"base": losses[0], "losses": by_step, "processor_seconds": 1.0}
+
+    first = make_trial([1.0, 100.0], [0.9, 90.0], [0.81, 81.0])
+    quick = make_trial([1.0, 100.0], [0.729, 90.0], [0.729, 72.9])
+    trials = {("first", 0): first, ("quick", 0): quick}
+    objectives["print_table"]("set", ["first", "quick"], trials)
+    lines = capsys.readouterr().out.splitlines()
+    assert "-19.0%  against first: +0.00%, its loss after 100 steps" in lines[0]
+    assert "-27.1%  against first: -10.00%, its loss after 50 steps" in lines[1]
+    find_step = objectives["find_step"]
+    assert find_step(first, [0.9**1.5, 100 * 0.9**1.5]) == "75" and find_step(first, [0.7, 70.0]) == "more than 100"
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_composes_and_is_named_after_itself(recipe: str) -> None:
     if recipe == "decoder":

@@ -188,7 +188,7 @@ def describe_rejection(row: dict[str, Any]) -> str:
 
 
 def rank_clip(row: dict[str, Any]) -> tuple[int, ...]:
-    """Rank a clip by its findings.
+    """Compute how bad the findings of a clip are.
 
     Args:
         row: Audit row.

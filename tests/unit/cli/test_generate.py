@@ -414,6 +414,9 @@ def test_another_model_plays_the_same_with_the_defaults_of_its_kind() -> None:
     one, other = sidecar()["settings"], sidecar("a-2.wav.json")["settings"]
     assert {name for name in one if one[name] != other[name]} == {"steps", "cfg_scale", "sampler_type"}
     assert (one["steps"], one["cfg_scale"]) == (8, 1.0) and (other["steps"], other["cfg_scale"]) == (2, 7.0)
+    assert main(["--from", "a-2.wav.json", "--model", "nano", "-o", "b.wav"]) == 0
+    back = sidecar("b.wav.json")["settings"]
+    assert {name for name in one if one[name] != back[name]} == {"steps"}, "it was chosen, not a default"
 
 
 def test_another_result_does_not_overwrite_the_file(capsys: pytest.CaptureFixture[str]) -> None:
@@ -510,8 +513,12 @@ def test_a_run_folder_is_recorded_as_the_file_that_it_stands_for(capsys: pytest.
     make_again()
     shutil.copy(DORA, "run/adapter.safetensors")
     make_again()  # with the checkpoint that has the same adapter
+    assert main(["--from", "a.wav.json", "--lora", "run=0.5", "-o", "b.wav"]) == 0
+    found = [(entry["strength"], entry["fingerprint"]) for entry in sidecar("b.wav.json")["adapters"]]
+    assert found == [(0.5, load_adapter(LORA).fingerprint), (1.0, load_adapter(LORA).fingerprint)]
     Path("run/checkpoints/step-00000002.safetensors").unlink()
     assert "adapter run/adapter.safetensors has changed" in replay_error(capsys)
+    assert main(["--from", "a.wav.json", "--lora", "run=0.5", "-o", "c.wav"]) == 1, "the other is gone"
 
 
 def test_models_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

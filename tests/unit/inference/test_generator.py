@@ -203,6 +203,7 @@ def test_nan_from_the_model_is_an_error(gen: Generator, monkeypatch: pytest.Monk
             "prompt and sampling settings had no effect",
         ),
         ({"init_audio": SOURCE, "init_noise_level": 0.5}, "is 1.00 s long and was truncated"),
+        ({"init_audio": SOURCE, "init_noise_level": 0.5, "duration": 2.0}, "to 2 s, starts from silence"),
         ({"duration": 1.0} | inpaint(SOURCE, [0.0, 0.5], [0.6, 1.0]), "inpaint_audio had no effect"),
         ({"duration": 2.0} | inpaint(SOURCE, 0.2, 0.4), "from 1.00 to 2 s the result is silence"),
         ({"init_audio": (44100, torch.full((2, 4410), 0.5)), "init_noise_level": 0.5}, "init_audio is silent"),
