@@ -1,6 +1,7 @@
 """Train nano's decoder on computed latents (see `targets.py`).
 
     python recipes/nano/decoder.py WORK --minutes 60     # resumes WORK/decoder.pt; --cool as in base.py
+    python recipes/nano/decoder.py WORK --match          # at last: loudness of the bands -> WORK/decoder-cool.pt
 
 It starts as a vocoder set by hand (`vocoder.py`). Loss: log magnitudes at one random resolution and channel mix per
 step, alternating between bins and mel bands, the texture of bands, and the error of the waveform relative to the
@@ -21,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 import numpy as np
 import torch
 from channels import HIGH, LEVELS, MID_NOISE, NOISE, PLACE, SHARES, SIDE_NOISE, TAKEN
-from fitted import calibrate, join_bass
-from parts import Average, load, set_rate, state_of
+from fitted import calibrate, join_bass, match_levels
+from parts import Average, latest, load, set_rate, state_of
 from sound_losses import spectral_loss, texture_loss, wave_loss
 from speed import autocast, fast_cpu_layers
 from store import Store
@@ -47,24 +48,26 @@ class Pairs:
     """Random excerpts of `FRAMES` latent frames with their audio: (B, C, T) and (B, 2, N)."""
 
     def __init__(self, work: Path, split: str, seed: int) -> None:
-        self.store, self.latents = Store(work / split), load(work, split)
-        seen = work / "seen.pt"
-        self.seen = torch.load(seen, weights_only=True) if split == "train" and seen.exists() else []
+        self.sources = []
+        for name in (split, "broad") if split == "train" and (work / "broad").is_dir() else (split,):
+            seen, latents = work / f"seen-{name}.pt", load(work, name)
+            encoded = torch.load(seen, weights_only=True) if seen.exists() else latents
+            self.sources.append((Store(work / name), latents, encoded))
         self.silence_C, self.rng = silence(load_code(work)), np.random.default_rng(seed)
 
-    def batch(self, size: int = BATCH) -> tuple[Tensor, Tensor]:
+    def batch(self, size: int = BATCH, frames: int = FRAMES, seen: float = SEEN) -> tuple[Tensor, Tensor]:
         """Draw a batch: half from the start of clips, where the attacks are; an eighth is silence."""
-        latents, audio = torch.zeros(size, LATENT, FRAMES), torch.zeros(size, 2, FRAMES * FRAME)
+        latents, audio = torch.zeros(size, LATENT, frames), torch.zeros(size, 2, frames * FRAME)
         latents[:] = self.silence_C[:, None]
         for row in range(size - size // 8):
-            source = self.seen if self.seen and self.rng.random() < SEEN else self.latents
+            store, computed, encoded = self.sources[int(self.rng.integers(len(self.sources)))]
+            source = encoded if self.rng.random() < seen else computed
             pick = int(self.rng.integers(len(source)))
-            while source[pick].shape[1] < FRAMES:
-                pick = int(self.rng.integers(len(source)))
-            slack = (source[pick].shape[1] - FRAMES) // 2
+            slack = max(0, source[pick].shape[1] - frames) // 2
             first = 0 if self.rng.random() < 0.3 else 2 * int(self.rng.integers(slack + 1))
-            latents[row] = source[pick][:, first : first + FRAMES].float().clamp(-LOUDEST, LOUDEST)
-            known = torch.from_numpy(self.store.audio(pick, first * FRAME, FRAMES * FRAME))
+            z_CT = source[pick][:, first : first + frames].float().clamp(-LOUDEST, LOUDEST)
+            latents[row, :, : z_CT.shape[1]] = z_CT
+            known = torch.from_numpy(store.audio(pick, first * FRAME, frames * FRAME))
             audio[row, :, : known.shape[1]] = known
         return latents, audio
 
@@ -148,6 +151,19 @@ def first(work: Path) -> Autoencoder:
     model = autoencoder()
     model.load_state_dict(torch.load(path, weights_only=True))
     return model
+
+
+def match(work: Path) -> None:
+    """Give the trained decoder the levels of clips of the corpora."""
+    model, saved = first(work), latest(work, "decoder")
+    if saved is None:
+        raise FileNotFoundError(f"no decoder.pt in {work}: train one first")
+    model.decoder.load_state_dict(saved["average"])
+    latents_BCT, audio_BCN = Pairs(work, "train", 0).batch(114, 16, seen=0.0)
+    heard = audio_BCN.square().mean((1, 2)) > 1e-9
+    print("dB by band:", match_levels(model, load_code(work), latents_BCT[heard], audio_BCN[heard]))
+    with replace_file(work / "decoder-cool.pt") as path:
+        torch.save(saved | {"average": model.decoder.state_dict()}, path)
 
 
 class Run:
@@ -236,7 +252,10 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-4)
     parser.add_argument("--wave", type=float, default=0.2, help="weight of the waveform's error")
     parser.add_argument("--cool", type=float, help="minutes of training a copy with a falling rate")
+    parser.add_argument("--match", action="store_true", help="set the loudness of the bands")
     args = parser.parse_args()
+    if args.match:
+        return match(args.work)
     Run(args.work, args.cool or args.minutes, args.rate, args.wave, args.cool is not None).train()
 
 

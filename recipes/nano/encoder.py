@@ -1,12 +1,13 @@
 """Make nano's encoder, which computes the latents that `targets.py` defines.
 
-    python recipes/nano/encoder.py WORK     # -> WORK/encoder.pt, WORK/seen.pt
+    python recipes/nano/encoder.py WORK     # -> WORK/encoder.pt, WORK/seen-{train,broad}.pt
 
-All but its last part is set by hand. Patches have cosine components of mid and side and short waves of the treble; a
+Two of its three layers are set by hand. Patches have cosine components of mid and side and short waves of the treble; a
 patch attends to the three before it, and the first feed-forward computes magnitudes of waves over these four patches
 (semitones, bands). A frame's new token collects from each quarter its bands, some semitones and its low components; the
-last feed-forward computes magnitudes of the frame's lowest semitones and steps along each level. The mapping from these
-to the latents is a least-squares fit over real clips, whose encoded latents are stored for `decoder.py`.
+second feed-forward computes magnitudes of the frame's lowest semitones, and turns the others into steps that are full
+above 0.001, 0.008 and 0.03: close to a logarithm. The third learns the latents from these, from clips of the corpora,
+whose encoded latents are stored for `decoder.py`. It attends to nothing.
 
 Shapes: C latent channels, T latent frames, N samples, P patches, D width.
 """
@@ -23,7 +24,21 @@ sys.path.insert(0, str(Path(__file__).parent))
 import torch
 from parts import load
 from store import Store
-from targets import ENVELOPE, FRAME, LOWEST_KEY, MID_BANDS, RATE, SIDE_BANDS, TONES, WAVE, band_centres, clip, turns
+from targets import (
+    ENVELOPE,
+    FRAME,
+    LATENT,
+    LOWEST_KEY,
+    MID_BANDS,
+    RATE,
+    SIDE_BANDS,
+    TONES,
+    WAVE,
+    band_centres,
+    clip,
+    load_code,
+    turns,
+)
 from torch import Tensor
 from vocoder import autoencoder
 from wiring import CONST, HEADS, MARK, D, FeedForward, Layer, wire_encoder
@@ -42,7 +57,17 @@ LEVELS = MID_BANDS + SIDE_BANDS + HIGH_TONES  # magnitudes of a quarter: TREBLE 
 LOW = 22  # cosine components (of 1024 samples) of the mid that reach the frame's token from each quarter
 PHASES = (0.0, math.pi / 3, 2 * math.pi / 3)  # |cos| at these three adds up to the same within 7 %
 STEEP = 1000.0  # gate per unit of a wave: SiLU of x and of -x make |x| above -50 dB
-KNOTS = (0.002, 0.02, 0.1, 0.5)  # where the curves along a level bend
+STEPS = (2.0**-10, 2.0**-7, 2.0**-5)  # a step is full above one; powers of two, which 16 bits have
+RISE = 149 / 128  # of the first step: the others, and a slope of 8 above all of them
+LOW_LEVEL = 20.0  # of the lowest semitones' magnitudes, which have no steps
+REACH = 0.05  # alpha of the last norm, which bends the loudest low components
+
+BATCH = 512  # frames
+KINDS = {  # of latents: which, and their weight
+    "envelope": (slice(0, ENVELOPE), 1.0),
+    "wave": (slice(ENVELOPE, ENVELOPE + WAVE), 1.0),
+    "tones": (slice(ENVELOPE + WAVE, LATENT), 0.6),
+}
 
 Waves = list[tuple[Tensor, Tensor]]
 
@@ -141,15 +166,18 @@ def _first(ff: FeedForward) -> None:
 
 
 def _fetched() -> list[list[int]]:
-    """List the magnitude channels that each head collects: all mid bands, and in turn the rest of the frame's token."""
+    """List the magnitude channels that each head collects: all mid bands, and in turn the rest; half of the semitones
+    twice. The last `LOW_TONES` channels of the frame's token and two more stay empty.
+    """
     bands = list(range(TREBLE, TREBLE + MID_BANDS))
-    rest = list(range(TREBLE + MID_BANDS, TREBLE + LEVELS)) + list(range(TREBLE + LEVELS - HIGH_TONES, TREBLE + LEVELS))
+    tones = TREBLE + LEVELS - HIGH_TONES
+    rest = list(range(TREBLE + MID_BANDS, TREBLE + LEVELS)) + list(range(tones, tones + LOW_TONES))
     room = 64 - MID_BANDS - LOW
     return [bands + rest[room * head : room * (head + 1)] for head in range(HEADS)]
 
 
 def _second(layers: list[Layer], ff: FeedForward) -> None:
-    """Set the second layer: the frame's token gets bands, semitones, low components, lowest semitones and steps."""
+    """Set the second layer: the frame's token gets low components, lowest semitones, and steps of the other levels."""
     low = torch.stack([_seen(row, MID_COSINES, 0) for row in cosines(1024, LOW)])
     for head, channels in enumerate(_fetched()):
         rows = layers[1].rows(2, head)
@@ -167,16 +195,18 @@ def _second(layers: list[Layer], ff: FeedForward) -> None:
                 first = 64 * head + len(channels)
                 row[first : first + LOW] = cosines(1024, LOW) @ wave[1024 * head : 1024 * (head + 1)]
             waves.append(row)
-        _magnitude(ff, waves[0], waves[1], {})
+        _magnitude(ff, waves[0], waves[1], {D - LOW_TONES + tone: LOW_LEVEL})
     for head, channels in enumerate(_fetched()):
         for index in range(len(channels)):
-            for knot in KNOTS:
-                ff.unit({}, {64 * head + index: 4 / knot}, {}, value_bias=0.25, gate_bias=-4.0)
+            channel = 64 * head + index
+            ff.unit({}, {channel: 4 / STEPS[0]}, {channel: RISE}, value_bias=0.25)
+            for step in STEPS:
+                ff.unit({}, {channel: 4 / step}, {channel: -1.0}, value_bias=0.25, gate_bias=-4.0)
 
 
 @torch.no_grad()
 def start() -> Autoencoder:
-    """Make an autoencoder with the encoder described above; its latents are meaningless before `solve`."""
+    """Make an autoencoder with the encoder described above; its latents are meaningless before `learn`."""
     torch.manual_seed(0)
     model = autoencoder()
     state, block = model.state_dict(), "encoder.layers.0"
@@ -185,6 +215,10 @@ def start() -> Autoencoder:
     parts = [FeedForward(layer) for layer in layers]
     _first(parts[0])
     _second(layers, parts[1])
+    last = Layer(state, f"{block}.transformers.2", 0.0, 0.0)
+    last["ff_norm.alpha"].fill_(REACH)
+    for head in range(HEADS):
+        last.clear(head)
     state["bottleneck.running_std"].fill_(1)
     return model
 
@@ -222,20 +256,49 @@ class Head(torch.nn.Module):
 
 
 @torch.no_grad()
-def solve(head: Head, x_FD: Tensor, z_FC: Tensor, ridge: float = 1e-4) -> None:
-    """Fit latents to tokens and units by least squares, and write the result to the two linear layers."""
-    gated = head.ff.ff[0]
-    known = torch.cat([x_FD, gated(head.norm(x_FD)), torch.ones(len(x_FD), 1)], 1).double()
-    scale = known.square().mean(0).sqrt().clamp_min(1e-9)
-    known = known / scale
-    gram = known.T @ known / len(known)
-    gram += ridge * torch.eye(len(gram))
-    weights = (torch.linalg.solve(gram, known.T @ z_FC.double() / len(known)) / scale[:, None]).T
-    direct, units = weights[:, :D], weights[:, D:-1]
-    head.linear.weight.copy_(direct)
-    head.linear.bias.copy_(weights[:, -1])
-    head.ff.ff[2].weight.copy_(torch.linalg.pinv(direct) @ units)
-    head.ff.ff[2].bias.zero_()
+def solve(head: Head, x_FD: Tensor, z_FC: Tensor, ridge: float = 1e-3) -> None:
+    """Fit the norm to the tokens, which then have mean 0 and spread 1, and the linear layer by least squares."""
+    bent = head.norm.normalize(x_FD)
+    spread = bent.std(0).clamp_min(1e-3)
+    head.norm.gamma.copy_(1 / spread)
+    head.norm.beta.copy_(-bent.mean(0) / spread)
+    mean, scale = x_FD.mean(0), x_FD.std(0).clamp_min(1e-3)
+    known = ((x_FD - mean) / scale).double()
+    gram = known.T @ known / len(known) + ridge * torch.eye(D)
+    weight = torch.linalg.solve(gram, known.T @ z_FC.double() / len(known)).T.float() / scale
+    head.linear.weight.copy_(weight)
+    head.linear.bias.copy_(z_FC.mean(0) - weight @ mean)
+
+
+def learn(head: Head, x_FD: Tensor, z_FC: Tensor, bands_EC: Tensor, epochs: int) -> None:
+    """Train the feed-forward by AdamW on what least squares miss: shares of each kind's variance, and of the bands'.
+
+    Its outputs are learned as latents and then divided by the linear layer, so that all have the same scale.
+    """
+    solve(head, x_FD, z_FC)
+    gated, units = head.ff.ff[0], torch.nn.Parameter(torch.zeros(LATENT, 3 * D))
+    torch.nn.init.normal_(gated.proj.weight, std=D**-0.5)
+    torch.nn.init.zeros_(gated.proj.bias)
+    learned = [*gated.parameters(), units]
+    optimizer = torch.optim.AdamW(learned, lr=3e-3, weight_decay=0.01, betas=(0.9, 0.99))
+    kinds, variance_C = KINDS.values(), z_FC.var(0)
+    weight_C = torch.cat([share / variance_C[part].sum().expand(variance_C[part].shape) for part, share in kinds])
+    variance = (z_FC[:, :ENVELOPE] @ bands_EC.T).var(0).sum()
+    steps = epochs * -(-len(x_FD) // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps, pct_start=0.02, cycle_momentum=False)
+    for pick in (pick for _ in range(epochs) for pick in torch.randperm(len(x_FD)).split(BATCH)):
+        with torch.no_grad():
+            known_FC = head.linear(x_FD[pick]) - z_FC[pick]
+        error_FC = known_FC + gated(head.norm(x_FD[pick])) @ units.T
+        loss = (error_FC.square() * weight_C).sum(1).mean()
+        loss = loss + (error_FC[:, :ENVELOPE] @ bands_EC.T).square().sum(1).mean() / variance
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(learned, 1.0)
+        optimizer.step()
+        schedule.step()
+    with torch.no_grad():
+        head.ff.ff[2].weight.copy_(torch.linalg.pinv(head.linear.weight) @ units)
 
 
 def missed(head: Head, x_FD: Tensor, z_FC: Tensor) -> dict[str, float]:
@@ -243,26 +306,26 @@ def missed(head: Head, x_FD: Tensor, z_FC: Tensor) -> dict[str, float]:
     with torch.no_grad():
         error = (head(x_FD) - z_FC).square().mean(0)
     spread = z_FC.var(0)
-    tones = ENVELOPE + WAVE
-    kinds = {"envelope": slice(ENVELOPE), "wave": slice(ENVELOPE, tones), "tones": slice(tones, None)}
-    return {name: round(float(error[part].sum() / spread[part].sum()), 4) for name, part in kinds.items()}
+    return {name: round(float(error[part].sum() / spread[part].sum()), 4) for name, (part, _) in KINDS.items()}
 
 
 def main() -> None:
-    """Make, fit and save the encoder."""
+    """Make, train and save the encoder."""
     parser = argparse.ArgumentParser(description="make nano's encoder")
     parser.add_argument("work", type=Path)
-    parser.add_argument("--clips", type=int, default=1900)
+    parser.add_argument("--clips", type=int, default=5400, help="at most, of each corpus")
+    parser.add_argument("--epochs", type=int, default=30)
     args = parser.parse_args()
-    model = start()
-    x_FD, z_FC = pairs(model, args.work, "train", args.clips)
-    held_out = pairs(model, args.work, "val", 100)
-    head = Head(model)
-    solve(head, x_FD, z_FC)
-    print("share of the variance that held-out clips miss:", missed(head, *held_out), flush=True)
-    lengths = [z_CT.shape[1] for z_CT in load(args.work, "train")[: args.clips]]
-    with torch.no_grad(), replace_file(args.work / "seen.pt") as path:
-        torch.save([z_FC.T.half().clone() for z_FC in head(x_FD).split(lengths)], path)
+    model = start().requires_grad_(False)
+    head, bands_EC = Head(model).requires_grad_(True), load_code(args.work)["envelope_back"]
+    splits = [split for split in ("train", "broad") if (args.work / split).is_dir()]
+    known = [pairs(model, args.work, split, args.clips) for split in splits]
+    learn(head, *(torch.cat(parts) for parts in zip(*known, strict=True)), bands_EC, args.epochs)
+    print("share of the variance that held-out clips miss:", missed(head, *pairs(model, args.work, "val", 100)))
+    for split, (x_FD, _) in zip(splits, known, strict=True):
+        lengths = [z_CT.shape[1] for z_CT in load(args.work, split)[: args.clips]]
+        with torch.no_grad(), replace_file(args.work / f"seen-{split}.pt") as path:
+            torch.save([z_FC.T.half().clone() for z_FC in head(x_FD).split(lengths)], path)
     with replace_file(args.work / "encoder.pt") as path:
         torch.save({"average": model.encoder.state_dict()}, path)
 

@@ -29,7 +29,7 @@ from sa3train.core.files import write_text
 from sa3train.core.safetensors_file import write_tensors
 from sa3train.models.autoencoder import Autoencoder
 from sa3train.models.checkpoint import collect_state_dict
-from sa3train.models.nano import ASSETS, TEXT_FOLDER
+from sa3train.models.nano import ASSETS, STEP, TEXT_FOLDER
 
 
 def load_autoencoder(work: Path) -> Autoencoder:
@@ -58,6 +58,19 @@ def write(path: Path, state: dict[str, Tensor]) -> None:
     write_tensors(path, {name: tensor.half().contiguous() for name, tensor in state.items()})
 
 
+def subtract(state: dict[str, Tensor], base: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Express matrices as whole steps from the base's fp16 weights, at most 127 in each row, and the steps' sizes."""
+    made = {}
+    for name, tensor in state.items():
+        if tensor.ndim != 2:
+            made[name] = tensor.half().contiguous()
+            continue
+        difference = tensor.float() - base[name].half().float()
+        step = (difference.abs().amax(1, keepdim=True) / 127).clamp_min(1e-7).half()
+        made[name], made[name + STEP] = (difference / step.float()).round().clamp(-127, 127).to(torch.int8), step
+    return made
+
+
 def write_references(work: Path, folder: Path) -> None:
     """Write the classifier, and the first held-out clip of each class with two seconds or more, cut to three."""
     shutil.copyfile(work / "classifier.safetensors", folder / "classifier.safetensors")
@@ -84,9 +97,10 @@ def export(work: Path, folder: Path, version: str) -> None:
     write(folder / "autoencoder.safetensors", collect_state_dict({"autoencoder": load_autoencoder(work)}))
     model, post = load_models(work)
     parts = {"dit": model.dit, "conditioner": model.conditioner}
-    write(folder / "nano-base.safetensors", collect_state_dict(parts))
+    base = {name: tensor.clone() for name, tensor in collect_state_dict(parts).items()}
+    write(folder / "nano-base.safetensors", base)
     model.dit.load_state_dict(post)
-    write(folder / "nano.safetensors", collect_state_dict(parts))
+    write_tensors(folder / "nano.safetensors", subtract(collect_state_dict(parts), base))
     model.text.to(torch.bfloat16).save_pretrained(folder / TEXT_FOLDER)
     (folder / TEXT_FOLDER / "model.safetensors").chmod(0o644)
     tokenizer_of(work).save_pretrained(folder / TEXT_FOLDER)

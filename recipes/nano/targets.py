@@ -1,6 +1,6 @@
 """Compute nano's latents from audio by formula, and encode the corpus with it.
 
-    python recipes/nano/targets.py WORK      # WORK/{train,val} from store.py -> WORK/code.safetensors, WORK/latents
+    python recipes/nano/targets.py WORK      # WORK/{train,val,broad} -> WORK/code.safetensors, WORK/latents
 
 Three kinds of channels: `ENVELOPE` principal components of the loudness of each band in each quarter of the frame;
 `WAVE` of the waveform below `BASS` Hz; `TONES` shares, one per semitone from A3 upwards: the amplitude of its partial
@@ -206,7 +206,9 @@ def main() -> None:
         write_tensors(args.work / "code.safetensors", {name: tensor.contiguous() for name, tensor in code.items()})
     code = load_code(args.work)
     (args.work / "latents").mkdir(exist_ok=True)
-    for split in ("val", "train"):
+    for split in ("val", "train", "broad"):
+        if split == "broad" and not (args.work / split).is_dir():
+            continue
         store = Store(args.work / split)
         for number in store.chunks:
             path = args.work / "latents" / f"{split}-{number}.pt"

@@ -1,7 +1,8 @@
 """nano: a trained Stable Audio 3 of about ten million parameters that needs no download, no token and no GPU.
 
-Its weights ship in `sa3train/assets/nano/`: `version.txt`, `nano.safetensors` and `nano-base.safetensors` (DiT and
-conditioner), `autoencoder.safetensors` (shared by both), all in fp16 under released names, and the folder `t5gemma`.
+Its weights ship in `sa3train/assets/nano/`: `version.txt`, `nano-base.safetensors` (DiT and conditioner),
+`nano.safetensors` (the post-trained model's difference to it, `read_post_trained`), `autoencoder.safetensors` (shared
+by both), in fp16 under released names, and the folder `t5gemma`.
 Both models are written once to `get_cache_dir()/nano/<version>-<hash>/`, in the released layout, and loaded like any
 other checkpoint. How they were trained: `recipes/nano/`.
 """
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from sa3train.core.errors import SA3Error
 from sa3train.core.files import create_staging_dir, get_cache_dir, replace_path
@@ -29,6 +31,7 @@ logger = get_logger(__name__)
 ASSETS = Path(__file__).parents[1] / "assets" / "nano"
 OBJECTIVES = {"nano": "rf_denoiser", "nano-base": "rectified_flow"}
 TEXT_FOLDER = "t5gemma"
+STEP = ".step"  # of what each row of a matrix counts in, in `nano.safetensors`
 LATENT_WIDTH = 128
 CONDITION_WIDTH = 128
 MAX_TOKENS = 64
@@ -168,7 +171,7 @@ def build_nano_autoencoder_config() -> dict[str, Any]:
         The config.
     """
     shared = {"channels": 128, "chunk_size": 32, "chunk_midpoint_shift": True}
-    encoder = {**shared, "transformer_depths": [2], "mask_noise": 0.0}
+    encoder = {**shared, "transformer_depths": [3], "mask_noise": 0.0}
     decoder = {**shared, "transformer_depths": [3], "sinusoidal_blocks": [2], "conv_mapping": True}
     return build_same_config(LATENT_WIDTH, 2, encoder, {**decoder, "mask_noise": MASK_NOISE})
 
@@ -200,6 +203,22 @@ def _read_version() -> str:
         raise SA3Error(f"{ASSETS} contains no weights of nano. Reinstall sa3train.") from None
 
 
+def read_post_trained(base: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Read the post-trained weights. Matrices ship as differences to the base's, in steps of a size for each row.
+
+    Args:
+        base: Weights of the base by name.
+
+    Returns:
+        Weights in fp16.
+    """
+    shipped = load_file(ASSETS / "nano.safetensors")
+    steps = {name.removesuffix(STEP): shipped.pop(name) for name in list(shipped) if name.endswith(STEP)}
+    return shipped | {
+        name: (base[name].float() + step.float() * shipped[name].float()).half() for name, step in steps.items()
+    }
+
+
 def _hash_configs() -> str:
     """Hash what is written to both `model_config.json`, so that a change of it is not hidden by an earlier cache."""
     configs = [complete_config(build_nano_config(objective), name) for name, objective in OBJECTIVES.items()]
@@ -211,10 +230,10 @@ def _write_once(final: Path) -> None:
     try:
         with create_staging_dir(final) as folder:
             staged = folder / final.name
-            shared = load_file(ASSETS / "autoencoder.safetensors")
+            shared, base = (load_file(ASSETS / f"{name}.safetensors") for name in ("autoencoder", "nano-base"))
             exact = compute_rotary_frequencies(torch.device("cpu"))
             for name, objective in OBJECTIVES.items():
-                state = load_file(ASSETS / f"{name}.safetensors") | shared
+                state = shared | (base if name == "nano-base" else read_post_trained(base))
                 state |= {key: exact for key in state if key.endswith("inv_freq")}  # the released code reads them
                 write_checkpoint(staged / name, build_nano_config(objective), state, torch.float16)
                 shutil.copytree(ASSETS / TEXT_FOLDER, staged / name / TEXT_FOLDER)
