@@ -64,9 +64,10 @@ class Budget:
         Returns:
             Minutes and gigabytes left, and the running job.
         """
-        left = max(0, self.max_bytes - measure_folder(self.root))
+        left, folder = max(0, self.max_bytes - measure_folder(self.root)), self._folder
+        running = "" if folder is not None and not _list_running(folder) else self._job  # before its guard notices
         minutes = round(self.seconds_left / 60, 2)
-        return {"minutes_left": minutes, "gigabytes_left": round(left / 1e9, 3), "running": self._job}
+        return {"minutes_left": minutes, "gigabytes_left": round(left / 1e9, 3), "running": running}
 
     def launch(self, name: str, folder: Path, start: Callable[[], object]) -> None:
         """Start a job, with a guard beside it.

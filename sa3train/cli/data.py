@@ -239,6 +239,8 @@ def run_preview_command(arguments: argparse.Namespace) -> int:
     Raises:
         ConfigError: When neither shards nor a run are given.
     """
+    if arguments.run_dir is None and arguments.shards is not None:
+        check_exists(arguments.shards, "a folder of latent shards, or a URL of one")
     from sa3train.data.loading.datamodule import LatentDataModule
 
     if arguments.run_dir is not None:

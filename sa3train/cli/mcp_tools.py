@@ -363,7 +363,8 @@ class Tools:
         folder = self._check_run(run)
         for _ in iterate_until(wait_seconds):
             found = runs.load_run(folder)
-            if found is None or not found.is_alive:
+            is_over = found is None or not found.is_alive
+            if is_over and processes.get_running_pid(folder) is None:  # its process ends a moment after the run
                 break
         shown = runs.describe_run(folder)
         reason = processes.read_record(folder).get(STOPPED_FOR)

@@ -14,6 +14,8 @@ from scipy.special import stdtrit
 
 LEAST_LOSS = 1e-9
 """What a loss of 0 counts as, which has no logarithm: that of silence after round trips."""
+MIN_CLIPS = 5
+"""With fewer clips nothing can be told from chance: that all of four fall by chance alone, 2⁻⁴, is above 5 %."""
 CONFIDENCE = 0.95
 """Level of the intervals."""
 SMALLEST = 0.0005
@@ -36,9 +38,14 @@ class LossChange:
     margin: float | None = None
 
     @property
+    def is_able(self) -> bool:
+        """Whether there are enough clips to tell a change from chance."""
+        return self.margin is not None and self.clips >= MIN_CLIPS
+
+    @property
     def is_significant(self) -> bool:
-        """Whether the interval leaves out 0, and the change does not read 0.0%."""
-        return self.margin is not None and abs(self.change) > max(self.margin, SMALLEST)
+        """Whether there are enough clips, the interval leaves out 0, and the change does not read 0.0%."""
+        return self.is_able and abs(self.change) > max(self.margin or 0.0, SMALLEST)
 
     def format(self) -> str:
         """Format the change with its sign.
@@ -69,9 +76,9 @@ class LossChange:
         Returns:
             Text such as "±3.1%, 16 clips", and whether that is too little to tell the change from 0.
         """
-        if self.margin is None:
-            return "1 clip: too few to tell"
-        return f"±{self.margin:.1%}, {self.clips} clips{'' if self.is_significant else ': within noise'}"
+        doubt = ": within noise" if self.is_able else ": too few to tell"
+        margin = "" if self.margin is None else f"±{self.margin:.1%}, "
+        return f"{margin}{self.clips} clip{'s' * (self.clips != 1)}{'' if self.is_significant else doubt}"
 
 
 def compare_clips(base_I: Sequence[float] | np.ndarray, other_I: Sequence[float] | np.ndarray) -> LossChange | None:

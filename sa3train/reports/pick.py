@@ -13,8 +13,6 @@ import numpy as np
 from sa3train.reports.loss_change import CONFIDENCE, SMALLEST, LossChange, compare_clips, take_logs
 
 RESAMPLES = 10_000
-MIN_CLIPS = 5
-"""With fewer clips nothing can be told from chance: 2⁻⁴ is above 5 %."""
 ENUMERATED_CLIPS = 12
 """With so many clips or fewer, every combination of signs is tried."""
 
@@ -49,17 +47,17 @@ class Pick:
         Returns:
             Text such as "loss 3.2% lower than the base's (±0.9%, 16 clips): p = 0.0001, and the best on 97% of …".
         """
+        change = self.change.describe("the base's")
+        if not self.change.is_able:
+            return f"loss {change}"
         if self.beats_base:
             sure = f"p = {self.p_value:.2g}, and the best on {self.probability:.0%} of resampled sets of clips"
-        elif self.change.clips < MIN_CLIPS:
-            sure = f"fewer than {MIN_CLIPS} clips cannot tell"
         elif abs(self.change.change) < SMALLEST:
             sure = "too little to count"
         elif self.p_value <= 1 - CONFIDENCE and self.change.change < 0:
             sure = f"p = {self.p_value:.2g}, but the interval reaches 0"
         else:
             sure = f"chance alone does as well, p = {self.p_value:.2g}"
-        change = self.change.describe("the base's")
         return f"loss {change}: {sure}"
 
 
@@ -100,7 +98,7 @@ def pick_best(base_I: Sequence[float], losses_KI: Sequence[Sequence[float]], see
 
     The test flips the signs of whole clips' differences from the base and takes the largest t of all candidates each
     time, so that it stays honest however many candidates there are (Westfall and Young 1993, "Resampling-Based Multiple
-    Testing", single-step maxT). With fewer than five clips it can never be sure.
+    Testing", single-step maxT). With fewer than `MIN_CLIPS` clips it can never be sure.
 
     Args:
         base_I: Loss of each clip with the base.

@@ -7,8 +7,8 @@ Nothing within noise is called a gain or a loss: differences are paired over the
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sa3train.reports.loss_change import LossChange, compare_clips, compute_loss_change
-from sa3train.reports.pick import MIN_CLIPS, Pick, is_comparable, pick_best
+from sa3train.reports.loss_change import MIN_CLIPS, SMALLEST, LossChange, compare_clips, compute_loss_change
+from sa3train.reports.pick import Pick, is_comparable, pick_best
 from sa3train.reports.run_files import RunFiles
 
 BASE = "the base model's"
@@ -133,6 +133,7 @@ def _describe_validation(run: RunFiles) -> list[Answer]:
         text = _say_when(best, max(history), since, _is_falling(history))
         if best == max(history) and not is_last:
             text = f"At step {best:,}: later ones diverged, or have other clips."
+        text = _say_start(validation, history) or text
         answers.append(Answer(WHEN, text))
     strengths = _list_strengths(validation)
     if strengths:
@@ -169,7 +170,7 @@ def _say_whether(last: LossChange, train: LossChange | None, pick: Pick | None, 
     if last.is_significant and last.change > 0 and not took:
         answer, change, is_last, where = "No", last, True, where and " at the last step"
     else:
-        answer = "Yes" if took else "Not beyond noise"
+        answer = "Yes" if took else "Not beyond noise" if change.is_able else "Cannot tell"
     beside = f"; on training clips {train.describe()}" if train is not None and is_last else ""
     return f"{answer}: loss on held-out clips is {change.describe(BASE)}{where}{beside}."
 
@@ -178,9 +179,22 @@ def _say_when(best: int, last: int, since: LossChange, is_falling: bool) -> str:
     if best == last:
         still = ", and it was still falling" if is_falling else ""
         return f"At the last step that was validated, {last:,}{still}."
+    if not since.is_able:
+        return f"At step {best:,}; if step {last:,} is worse, so few clips cannot tell."
     if since.is_significant:
         return f"At step {best:,}; since then the loss has risen by {since.change:.1%} (±{since.margin or 0:.1%})."
     return f"At step {best:,}, but step {last:,} is as good within noise."
+
+
+def _say_start(validation: Mapping[str, Any], history: Mapping[int, list[float]]) -> str:
+    """That no step is better than the start, which is the base model or an adapter that is trained further."""
+    base_I = validation["base"]["val"]["by_clip"]
+    start = next((row for row in validation["history"] if row["step"] == 0 and _is_comparable(base_I, row)), None)
+    if start is None or pick_best(base_I, [start["val"]["by_clip"], *history.values()]).winner:
+        return ""
+    change = compare_clips(base_I, start["val"]["by_clip"])
+    is_base = change is not None and abs(change.change) < SMALLEST
+    return f"No step is better than its start, {'the base model' if is_base else 'the adapter that it trains further'}."
 
 
 def _list_strengths(validation: Mapping[str, Any]) -> dict[float, list[float]]:
@@ -202,6 +216,8 @@ def _choose_strength(strengths: Mapping[float, list[float]]) -> float:
 
 def _say_strength(validation: Mapping[str, Any], strengths: Mapping[float, list[float]]) -> str:
     found, values = pick_best(validation["base"]["val"]["by_clip"], list(strengths.values())), list(strengths)
+    if not found.change.is_able:
+        return "So few clips cannot tell."
     if not found.beats_base:
         return "None of " + ", ".join(f"{value:g}" for value in values) + " beats the base model beyond noise."
     equals = ", ".join(f"{values[index]:g}" for index in found.equals)
@@ -220,9 +236,9 @@ def _advise(
     strengths: Mapping[float, list[float]],
 ) -> list[str]:
     found = []
-    if change.clips < MIN_CLIPS:
+    if not change.is_able:
         few = f"with {change.clips}, nothing can be told from chance."
-        return [f"Measure on more held-out clips (split, callbacks.validation.clips): {few}"]
+        return [f"Measure on {MIN_CLIPS} held-out clips or more (split, callbacks.validation.clips): {few}"]
     learned = train is not None and train.is_significant and train.change < 0
     if best is not None and since is not None and since.is_significant and since.change > 0:
         found.append(

@@ -4,6 +4,7 @@ Shape legend: S clips, C latent channels, F latent frames, T frames of a packed 
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -64,6 +65,7 @@ class AdapterModule(lightning.LightningModule):
         ema: Their running average, which is then what is validated and exported; None without `trainer.ema_decay`.
         gradient_norm: Norm of all gradients together before clipping, of the last optimizer step.
         has_stepped: Whether the last micro-batch ended with an optimizer step.
+        callback_seconds: Time that validation, demos and checkpoints have taken after steps so far.
     """
 
     strict_loading = False
@@ -78,6 +80,7 @@ class AdapterModule(lightning.LightningModule):
         self.ema = None if decay is None else EMA(self.trainable, decay)
         self.gradient_norm = torch.zeros(())
         self.has_stepped = False
+        self.callback_seconds = 0.0
 
     def start_step(self, batch_idx: int) -> None:
         """Start a micro-batch: no optimizer step yet, and dropout inside the adapter as its number says.
@@ -350,7 +353,9 @@ class StepCallback(lightning.Callback):
         """Call `on_step_end` if the micro-batch ended with an optimizer step."""
         assert isinstance(pl_module, AdapterModule)
         if pl_module.has_stepped:
+            start = time.perf_counter()
             self.on_step_end(trainer, pl_module)
+            pl_module.callback_seconds += time.perf_counter() - start
 
     def on_step_end(self, trainer: lightning.Trainer, module: AdapterModule) -> None:
         """Run after an optimizer step, once per `trainer.global_step`."""

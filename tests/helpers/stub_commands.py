@@ -57,7 +57,7 @@ losses = [row["val"]["loss"] for row in json.load(open(folder + "/losses.json"))
 row = {"adapter": f"{folder}@{len(losses)}", "step": len(losses), "strength": 1.0}
 row["against_base"] = {"loss": {"change": losses[-1] - 1}}
 with open(sys.argv[sys.argv.index("--json") + 1], "w") as file:
-    json.dump({"pick": {"candidate": 0, "text": "that one"}, "candidates": [row]}, file)
+    json.dump({"pick": {"candidate": 0, "text": "that one", "is_base": False}, "candidates": [row]}, file)
 """
 
 

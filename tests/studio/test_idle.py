@@ -5,7 +5,7 @@ import time
 import pytest
 from playwright.sync_api import Page
 
-WATCHED = {"Play": 1, "Runs": 2, "Data": 1, "Adapters": 0}
+WATCHED = {"Play": 2, "Runs": 2, "Data": 1, "Adapters": 1}
 """Elements that look for changes on each page as it is first shown."""
 SECONDS = 6.0
 

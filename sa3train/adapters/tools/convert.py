@@ -111,6 +111,7 @@ def convert_adapter(
     check_target(target, [source], overwrite)
     original, notes = read_any(source, None if model is None else get_weights(model))
     weights, warnings = get_base_weights([original], model)
+    not_carried: list[str] = []
     if svd_bases is not None:
         original = attach_bases(original, svd_bases, weights)
     if dense and (to != "comfy" or truncation is not None):
@@ -118,11 +119,11 @@ def convert_adapter(
     if to == "comfy" and truncation is None:
         adapter = make_for_comfy(original, weights, get_dtype(dtype), dense, notes)
     else:
-        adapter = _make_portable(original, to, weights, truncation, notes, warnings)
+        adapter = _make_portable(original, to, weights, truncation, notes, warnings, not_carried)
     adapter = replace(adapter, metadata=append_history(adapter, "convert", to=to, of=Path(source).name))
     adapter, left_out = _write(target, to, adapter, dtype, notes, warnings)
     error = measure_written(_remove_layers(original, left_out), adapter, target, weights)
-    return EditResult(target, adapter, notes, warnings, **error)
+    return EditResult(target, adapter, notes, warnings, not_carried=[*not_carried, *left_out], **error)
 
 
 def _write(
@@ -183,8 +184,9 @@ def _make_portable(
     truncation: Truncation | None,
     notes: list[str],
     warnings: list[str],
+    not_carried: list[str],
 ) -> Adapter:
-    """Make the adapter that the format can carry; adds to `notes` and `warnings`."""
+    """Make the adapter that the format can carry; adds to `notes`, `warnings` and `not_carried`."""
     is_comfy = adapter.spec.adapter_type == "comfy" and to != "comfy" and truncation is None
     if is_comfy and weights is not None and (combined := combine([adapter], [1.0], weights, tool="convert")):
         adapter = combined[0]
@@ -208,6 +210,7 @@ def _make_portable(
             f"{name} is approximated by a lora of rank {rank}, error {format_share(error.relative)} of the change"
         )
         warnings.extend(f"not carried over: {what}" for what in error.not_carried)
+        not_carried.extend(error.not_carried)
         return approximate
     if exact:
         if to == "native" and name not in (*KINDS, *PEFT_METHODS):

@@ -23,6 +23,7 @@ class EditResult:
         truncation: What truncation to a rank lost; None where nothing was truncated.
         written: How far what was written is from what it was made of, rounding included, found by reading it again.
         measured: What `written` compares: "file", the weights' change, or "tensors", where there is no base model.
+        not_carried: What the format cannot hold, besides what the truncation lost.
     """
 
     target: str | Path
@@ -32,6 +33,7 @@ class EditResult:
     truncation: ErrorByLayer | None = None
     written: ErrorByLayer = field(default_factory=ErrorByLayer)
     measured: str = "file"
+    not_carried: Sequence[str] = ()
 
     @property
     def error(self) -> ErrorByLayer:
@@ -63,7 +65,7 @@ class EditResult:
             "warnings": list(self.warnings),
             "error": error.relative,
             "worst_layer": dict(zip(("layer", "error"), error.worst, strict=True)),
-            "not_carried": [] if self.truncation is None else self.truncation.not_carried,
+            "not_carried": [*self.not_carried, *(self.truncation.not_carried if self.truncation else [])],
         }
 
 

@@ -194,8 +194,9 @@ def _audit_text(
     if text.beats:
         columns["beats"] = text.beats
     is_unheard = rules.captions == "auto" and not _UNHEARD.isdisjoint(each["code"] for each in findings)
-    if not text.caption and rules.captions != "optional" and not is_unheard:
-        findings.append(make_finding("no_caption" if clip.text is None else "empty_caption"))
+    if not text.caption and not is_unheard:
+        missing = "no_caption" if clip.text is None else "empty_caption"
+        findings.append(make_finding("uncaptioned" if rules.captions == "optional" else missing))
     if text.caption and rules.count_tokens is not None:
         tokens = columns["tokens"] = rules.count_tokens([text.caption])[0]
         if rules.max_tokens is not None and tokens > rules.max_tokens:

@@ -98,6 +98,7 @@ FINDING_TYPES: dict[str, FindingType] = {
         ("silent", ERROR, "silent throughout", "remove it, or export it again"),
         ("no_caption", ERROR, "no caption", "write one to a .txt of its name, or set captions=auto or optional"),
         ("empty_caption", ERROR, "empty caption", "write one, or encode with captions=auto or optional"),
+        ("uncaptioned", NOTE, "no caption: trains on the empty prompt", "nothing, or set captions=auto, or write one"),
         ("bad_text", ERROR, "caption file cannot be read", "save the caption as UTF-8 text"),
         ("bad_fields", WARNING, "unusable fields", "fix the .json: one object with text and numbers"),
         ("damaged_source", ERROR, "damaged archive, or unusable row of a caption list", "fix the list or the tar"),

@@ -42,8 +42,8 @@ class EncodeSettings:
     )
     captions: Literal["required", "optional", "auto"] = setting(
         "required",
-        help="Clips without a caption: reject them (required), encode them with an empty one (optional; prompts "
-        "then come from tags), or with one composed of tags, name and sound (auto).",
+        help="Clips without a caption: reject them (required), encode them with an empty one (optional; they train on "
+        "the empty prompt, or on a template of their tags), or with one composed of tags, name and sound (auto).",
     )
     caption_template: str = setting(
         DEFAULT_TEMPLATE,

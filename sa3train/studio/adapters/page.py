@@ -136,7 +136,7 @@ def build_adapters_page(workspace: Workspace) -> None:
         button.click(ui.show_errors(_require(run, inputs, own)), inputs, result, **quiet).success(
             refresh, None, choosers, show_progress="hidden", **quiet
         )
-    ui.fill_when_shown(refresh, choosers)
+    ui.keep_fresh(lambda: list_adapters(workspace), ui.show_errors(refresh), None, choosers)
 
 
 def _require(run: Callable[..., str], inputs: list[Any], choosers: list[gr.Dropdown]) -> Callable[..., str]:

@@ -25,7 +25,7 @@ from sa3train.studio.server.folders import describe_model, list_audio, list_mode
 from sa3train.studio.server.jobs import Job, Worker
 from sa3train.studio.server.widgets import (
     QUIET,
-    fill_when_shown,
+    keep_fresh,
     render_notice,
     render_placeholder,
     show_errors,
@@ -282,7 +282,8 @@ def _connect_form(workspace: Workspace, form: forms.Form) -> None:
     seen = gr.State([])
     fields["rack"].change(show_errors(on_rack), [fields["rack"], seen], [form.offered, seen], **QUIET)
     form.offered.input(lambda prompt: prompt, form.offered, fields["prompt"], **QUIET)
-    fill_when_shown(list_files, [fields["model"], fields["source"], form.adapters])
+    lists = [fields["model"], fields["source"], form.adapters]
+    keep_fresh(lambda: [str(each) for each in list_files()], show_errors(list_files), None, lists)
     # Without a trigger: when the page is loaded, and when an input changes.
     gr.on(None, show_errors(on_model), fields["model"], [form.facts, fields["steps"], fields["cfg_scale"]], **QUIET)
     drawn = [fields[name] for name in ("source", "mode", "duration", "regions", "model")]

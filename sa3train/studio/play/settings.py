@@ -75,6 +75,8 @@ class AdapterSettings:
         path, name = str(row.get("path") or ""), f"Adapter {number}"
         if not path.strip():
             raise StudioError(f"{name} has no file. Choose one from the list, upload one, or press Remove.")
+        if row.get("strength", 1.0) in ("", None):
+            raise StudioError(f"{name}: Strength is empty. Enter a number, such as 1.")
         low = parse_number(f"{name}: Min noise level", row.get("low"), 0.0)
         high = parse_number(f"{name}: Max noise level", row.get("high"), 1.0)
         if not 0 <= low <= high <= 1:
@@ -83,7 +85,7 @@ class AdapterSettings:
             )
         return cls(
             path,
-            parse_number(f"{name}: Strength", row.get("strength"), 1.0),
+            parse_number(f"{name}: Strength", row.get("strength", 1.0)),
             parse_optional_number(f"{name}: Conditioner strength", row.get("conditioner_strength")),
             (low, high),
             str(row.get("exclude_layers") or ""),

@@ -105,6 +105,7 @@ def _build_widgets(workspace: Workspace) -> dict[str, Any]:
                     report = gr.HTML(elem_id="run-report")
     compare = ui.show_errors(lambda path, second: render_comparison(workspace, path, second))
     other.input(compare, [chosen, other], differences)
+    chosen.change(lambda: ("", "", None), None, [report, differences, other], **ui.QUIET)  # they are another run's
     open_report.click(ui.show_errors(lambda path: render_report(workspace, path)), chosen, report)
     return widgets | {"other": other}
 

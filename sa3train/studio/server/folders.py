@@ -50,7 +50,8 @@ def list_adapters(workspace: Workspace) -> list[str]:
             names = [str(folder)] * (ADAPTER_FILE in files) + [f"{folder}@{step}" for step in steps]
             found |= dict.fromkeys(names, folder)  # dated alike, so that they stay together
         elif ADAPTER_CONFIG in files:
-            found[str(folder)] = folder
+            if str(folder.parent) not in found:  # else it is a part of that adapter
+                found[str(folder)] = folder
         elif "config.json" not in files and folder not in states:  # a text encoder, or a component of a pipeline
             model = hub.WEIGHTS_FILE if hub.CONFIG_FILE in files else ""
             adapters = [name for name in files if name.endswith(ADAPTER_SUFFIXES) and name != model]

@@ -405,18 +405,6 @@ def keep_fresh(read: Callable[[], Any], refresh: Callable[..., Any], inputs: Any
     gr.on(triggers, refresh, inputs, outputs, show_progress="hidden", trigger_mode="always_last")
 
 
-def fill_when_shown(fill: Callable[[], Any], outputs: Sequence[Any]) -> None:
-    """Fill widgets when the page is loaded, and whenever the tab being built is selected.
-
-    Args:
-        fill: Returns a value for each output.
-        outputs: The widgets.
-    """
-    gr.on(None, show_errors(fill), None, outputs, **QUIET)  # without a trigger: on load
-    for tab in _find_tabs():
-        tab.select(show_errors(fill), None, outputs, **QUIET)
-
-
 def _find_tabs() -> Iterator[gr.Tab]:
     """Find the tabs of `gr.Tabs` around the place being built, from inside out."""
     block = Context.block

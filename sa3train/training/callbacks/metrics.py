@@ -86,7 +86,8 @@ class MetricsCallback(lightning.Callback):
         self.loggers, self.every, self.max_steps, self.frame_seconds = loggers, every, max_steps, frame_seconds
         self._losses = tuple(losses)
         self._bar: Any = None
-        self._since = 0.0
+        self._since: float | None = None
+        self._callback_seconds = 0.0
         self._steps_since = 0
         self.loss = float("nan")
         self._sums: dict[str, Tensor] = {}
@@ -135,7 +136,15 @@ class MetricsCallback(lightning.Callback):
         )  # fmt: skip
         if trainer.global_step:
             _logger.info("resumed after step %d of %d", trainer.global_step, self.max_steps)
-        self._since, self._steps_since = time.perf_counter(), 0
+        self._since, self._steps_since = None, 0
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Start the clock at the first step, after what other callbacks do before it."""
+        assert isinstance(pl_module, AdapterModule)
+        if self._since is None:
+            self._since, self._callback_seconds = time.perf_counter(), pl_module.callback_seconds
 
     def on_train_batch_end(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -159,7 +168,7 @@ class MetricsCallback(lightning.Callback):
         self._bar.update()
         step = trainer.global_step
         if step % self.every == 0 or step == self.max_steps:
-            self._log(trainer, step)
+            self._log(trainer, pl_module, step)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Close the progress bar."""
@@ -170,15 +179,17 @@ class MetricsCallback(lightning.Callback):
         self._counts = dict.fromkeys(_COUNTS, 0)
         self._level_loss_N, self._level_count_N = torch.zeros(BINS, device=device), torch.zeros(BINS, device=device)
 
-    def _log(self, trainer: lightning.Trainer, step: int) -> None:
+    def _log(self, trainer: lightning.Trainer, module: AdapterModule, step: int) -> None:
         device = self._level_loss_N.device
         counts = torch.tensor([float(self._counts[name]) for name in _COUNTS], device=device)
         sums = torch.stack([*self._sums.values()])
         totals = all_reduce_sum(torch.cat((counts, sums, self._level_loss_N, self._level_count_N))).cpu()
         value = dict(zip((*_COUNTS, *self._sums), totals.tolist(), strict=False))
         loss_N, count_N = totals[-2 * BINS :].split(BINS)
+        assert self._since is not None
         now = time.perf_counter()
-        speed = self._steps_since / max(now - self._since, 1e-9)
+        took = now - self._since - (module.callback_seconds - self._callback_seconds)
+        speed = self._steps_since / max(took, 1e-9)
         seconds = value["frames"] / value["steps"] * trainer.world_size * self.frame_seconds
         self.loss = value["loss"] / value["micro"]
         metrics = {
@@ -201,4 +212,4 @@ class MetricsCallback(lightning.Callback):
                 step, self.max_steps, self.loss, rate, speed, left,
             )  # fmt: skip
         self._reset(device)
-        self._since, self._steps_since = now, 0
+        self._since, self._callback_seconds, self._steps_since = now, module.callback_seconds, 0

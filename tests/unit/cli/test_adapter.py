@@ -185,6 +185,9 @@ def test_convert_there_and_back(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr()
     assert "not carried over: 1 layer(s) of the duration embedder" in shown.err
     assert "relative error of the written file, rounding included: 0.0" in shown.out
+    for to in ("comfy", "sa3cpp"):
+        found = run_json(capsys, "convert", BORA, f"{to}-again.safetensors", "--to", to, "--model", PLAIN)
+        assert found["not_carried"] == ["conditioners.seconds_total.embedder.embedding.1"]
     found = run_json(capsys, "convert", XS, "x.safetensors", "--to", "comfy", "--model", PLAIN, "--dtype", "fp32")
     assert (found["adapter_type"], found["layers"]) == ("lora", 30)
     assert found["error"] < 1e-4

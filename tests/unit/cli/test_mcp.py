@@ -184,6 +184,16 @@ def test_negative_strengths_are_no_flags(tools: Tools, tmp_path: Path, monkeypat
     ]
 
 
+def test_no_job_is_said_to_run_that_has_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = Budget(tmp_path, 2, 1)
+    given._take("audit-1")
+    given._folder, running = tmp_path, [tmp_path]
+    monkeypatch.setattr(budget, "_list_running", lambda folder: running)
+    assert given.describe()["running"] == "audit-1"
+    running.clear()
+    assert given.describe()["running"] == ""
+
+
 def test_a_running_job_ends_with_its_disk(tools: Tools, tmp_path: Path) -> None:
     use_slow_stubs(tmp_path)
     tools.train("latents", "runs/a", wait_seconds=0)

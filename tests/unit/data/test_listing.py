@@ -283,7 +283,7 @@ def test_tars_have_lists_and_odd_members(tmp_path: Path) -> None:
 def test_a_huge_audio_file_is_not_read(tmp_path: Path) -> None:
     write_files(tmp_path, {"a.wav": ""})
     os.truncate(tmp_path / "a.wav", 1 << 40)
-    (finding,) = audit_clip(*list_source(str(tmp_path)).clips, AuditRules("optional"))["findings"]
+    finding, _ = audit_clip(*list_source(str(tmp_path)).clips, AuditRules("optional"))["findings"]
     assert finding["code"] == "unreadable"
     assert "1024 GiB" in finding["detail"]
 

@@ -27,7 +27,7 @@ def test_what_the_metrics_say(run: Path) -> None:
 def test_worse_on_held_out_clips_is_said_where_it_is_beyond_chance(run: Path, loss: float, is_said: bool) -> None:
     validation = json.loads((run / "validation.json").read_text())
     validation["history"].append({"step": 30, **make_losses(loss, 0.4)})
-    validation["items"] = {"val": make_items(loss, 12), "train_eval": make_items(0.4, 3)}
+    validation["items"] = {"val": make_items(loss, 12), "train_eval": make_items(0.4, 12)}
     write_json(run / "validation.json", validation)
     assert ("got worse on held-out clips" in " ".join(summarize_run(read_run(run)))) == is_said
     assert f'class="{"bad" if is_said else ""}">+{loss - 1:.1%}' in render_report(read_run(run))

@@ -91,10 +91,25 @@ def test_a_change_that_reads_nothing_is_no_gain_however_sure() -> None:
 
 
 def test_few_clips_are_said_to_be_few() -> None:
-    said = (
-        "Measure on more held-out clips (split, callbacks.validation.clips): with 4, nothing can be told from chance."
+    said = "Measure on 5 held-out clips or more (split, callbacks.validation.clips): with 4, "
+    run = make_run({0: 1.0, 10: 0.8, 20: 0.9}, clips=4, **{"s1.25": 0.7})
+    found = judge(run)
+    assert (
+        found["what"] == f"{said}nothing can be told from chance."
+        and found["at"] == "So few clips cannot tell."
+        and choose_strength(run.validation) == 1
     )
-    assert judge(make_run({0: 1.0, 10: 0.8}, clips=4))["what"] == said
+    assert found["did"].startswith("Cannot tell: loss on held-out clips is ")
+    assert found["did"].endswith("4 clips: too few to tell) at step 10.")
+    assert found["when"] == "At step 10; if step 20 is worse, so few clips cannot tell."
+    assert "beyond noise" not in str(found) and 'class="good"' not in render_report(run)
+
+
+@pytest.mark.parametrize(("start", "named"), [(1.0, "the base model"), (0.8, "the adapter that it trains further")])
+def test_a_run_that_is_never_better_than_its_start(start: float, named: str) -> None:
+    found = judge(make_run({0: start, 2: 1.2 * start, 4: 1.1 * start}))
+    assert found["when"] == f"No step is better than its start, {named}."
+    assert judge(make_run({0: start, 4: 0.9 * start}))["when"] == "At the last step that was validated, 4."
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from helpers.run_dirs import make_run, write_record
 from sa3train.core.errors import SA3Error
 from sa3train.studio.runs.evaluate_tab import resolve_run_dir
 from sa3train.studio.server import folders
-from sa3train.studio.server.folders import find_folders, find_runs, forget_folders, resolve_adapter
+from sa3train.studio.server.folders import find_folders, find_runs, forget_folders, list_adapters, resolve_adapter
 from sa3train.studio.server.workspace import Workspace
 
 
@@ -42,6 +42,14 @@ def test_a_run_that_began_after_the_search_is_found_at_once(tmp_path: Path, monk
     assert find_runs(workspace) == []
     forget_folders()
     assert [found.path for found in find_runs(workspace)] == [run]
+
+
+def test_a_part_of_a_folder_adapter_is_no_adapter_of_its_own(tmp_path: Path) -> None:
+    for folder in ("whole", "whole/duration_embedder", "other"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "adapter_config.json").write_text("{}")
+    workspace = Workspace.create(tmp_path / "studio", [tmp_path])
+    assert {Path(found).name for found in list_adapters(workspace)} == {"whole", "other"}
 
 
 def test_a_run_whose_files_are_links_out_shows_nothing(tmp_path: Path) -> None:

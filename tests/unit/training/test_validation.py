@@ -176,5 +176,7 @@ def test_the_verdict_is_in_words() -> None:
         "items": {"val": [{"base": 2.0, "adapter": 1.4}, {"base": 2.0, "adapter": 1.6}]},
     }
     lines = ValidationCallback.describe(summary)
-    assert "base 2.0000 -> adapter 1.5000, 25.2% lower per clip (±100.0%, 2 clips: within noise), at step 8" in lines[0]
+    assert (
+        "base 2.0000 -> adapter 1.5000, 25.2% lower per clip (±100.0%, 2 clips: too few to tell), at step 8" in lines[0]
+    )
     assert lines[1] == "best validation loss 1.0000 was at step 4"

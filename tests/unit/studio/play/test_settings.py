@@ -38,6 +38,7 @@ def test_a_row_of_the_rack_is_an_adapter() -> None:
     [
         ({"path": ""}, "no file"),
         ({"path": "a", "strength": "loud"}, "Adapter 1: Strength must be a number"),
+        ({"path": "a", "strength": ""}, "Adapter 1: Strength is empty"),
         ({"path": "a", "low": True}, "number"),
         ({"path": "a", "low": 0.9, "high": 0.2}, "Adapter 1: Min noise level 0.9"),
         ({"path": "a", "high": 1.5}, "between 0 and 1"),
