@@ -63,7 +63,7 @@ window.sa3 = (() => {
     const ask = async () => {
       const shown = element.offsetParent && !document.hidden;
       const state = shown ? await server.get_state().catch(() => last) : last;
-      wait = state === last ? Math.min(1.5 * wait, longest) : seconds;
+      wait = state === last ? Math.min(Math.max(1.5 * wait, seconds), longest) : seconds;
       if (state !== last) trigger('tick');
       last = state;
       plan();
@@ -72,7 +72,7 @@ window.sa3 = (() => {
       clearTimeout(timer);
       if (element.isConnected) timer = setTimeout(ask, 1000 * wait);
     };
-    document.addEventListener('click', () => { if (wait > seconds) { wait = seconds; plan(); } });
+    document.addEventListener('click', () => { wait = 0.15; plan(); });
     ask();
   };
 

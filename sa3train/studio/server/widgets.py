@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
 import gradio as gr
-from gradio.context import Context
 
 from sa3train.core.config import list_settings
 from sa3train.core.errors import GenerationError, SA3Error
@@ -392,7 +391,7 @@ def watch_state(read: Callable[[], Any], seconds: float = REFRESH_SECONDS) -> gr
 
 
 def keep_fresh(read: Callable[[], Any], refresh: Callable[..., Any], inputs: Any, outputs: Any, *more: Any) -> None:
-    """Call a function when a state changes, and at once when a tab that holds the place being built is selected.
+    """Call a function when a state changes, soon after a click too, such as on a tab that holds the place being built.
 
     Args:
         read: Returns the state, as for `watch_state`.
@@ -401,14 +400,5 @@ def keep_fresh(read: Callable[[], Any], refresh: Callable[..., Any], inputs: Any
         outputs: Its outputs.
         *more: Further events that call it.
     """
-    triggers = [watch_state(read).tick, *(tab.select for tab in _find_tabs()), *more]
+    triggers = [watch_state(read).tick, *more]
     gr.on(triggers, refresh, inputs, outputs, show_progress="hidden", trigger_mode="always_last")
-
-
-def _find_tabs() -> Iterator[gr.Tab]:
-    """Find the tabs of `gr.Tabs` around the place being built, from inside out."""
-    block = Context.block
-    while block is not None:
-        if isinstance(block, gr.Tab) and isinstance(block.parent, gr.Tabs):
-            yield block
-        block = block.parent

@@ -85,7 +85,7 @@ def test_a_run_leaves_adapter_settings_metrics_and_state(shards: Path, capsys: p
     assert list((folder / "checkpoints").glob("*.safetensors"))
     printed = capsys.readouterr().out
     assert "loss on fixed noise and timesteps, held-out clips: base" in printed
-    assert "\nnext:    Measure on more held-out clips (split" in printed
+    assert "\nnext:    Measure on 5 held-out clips or more (split" in printed
     assert "adapter: out/adapter.safetensors" in printed
 
 

@@ -18,6 +18,7 @@ from sa3train.export.check import TEXT_DTYPE, GraphCheck
 from sa3train.export.graphs import Graph, build_graphs
 from sa3train.export.onnx_files import _convert_file
 from sa3train.export.precision import STORED_PRECISIONS
+from sa3train.models import int8_linear
 from sa3train.models.dit_graph import EXAMPLE_FRAMES, ROWS
 
 
@@ -49,6 +50,8 @@ def test_sizes_of_inputs_are_read_from_the_files(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "limit"), [("fp32", 2e-4), ("int8-products", 5e-2)])
 def test_files_with_inputs_make_the_latents_of_the_exact_path(folder: Path, precision: str, limit: float) -> None:
+    if precision == "int8-products" and int8_linear.find_int8_fault():
+        pytest.skip("this processor does not sum 8-bit products exactly")
     exported, scales = folder / f"inputs-{precision}", folder / "scales.safetensors"
     base = ["--model", "nano-base"]
     assert main([*base, "--lora-inputs", "2", "--precision", precision, "--check", str(exported)]) == 0
