@@ -161,8 +161,7 @@ def run_hydra_job(
         _check_form(schema, shorthand or {}, given)
         given.sort(key=_is_override)  # Hydra takes no flags after the first
         folder, is_sweep = find_config_dir(given), not {"-m", "--multirun"}.isdisjoint(given)
-        if not is_sweep:
-            given = [_bracket_list(argument, lists) for argument in given]
+        given = given if is_sweep else [_bracket_list(argument, lists) for argument in given]
         expanded = [expand_argument(argument, shorthand or {}, paths, folder, is_sweep) for argument in given]
         arguments = [_open_mapping(schema, argument) for argument in expanded]
         check_overrides(schema, arguments)

@@ -242,11 +242,9 @@ _MAKE_LORA = "Make it a plain lora first: sa3-adapter merge FILE -o NEW.safetens
 
 def _advise_on_type(adapter: Adapter) -> str:
     kind = adapter.spec.adapter_type
-    return (
-        f"This type is not trained. {_MAKE_LORA}"
-        if kind in INFERENCE_ONLY_TYPES
-        else f"Set adapter.adapter_type={kind}."
-    )
+    if kind in INFERENCE_ONLY_TYPES:
+        return f"This type is not trained. {_MAKE_LORA}"
+    return f"Set adapter.adapter_type={kind}."
 
 
 def _check_ranks(spec: AdapterSpec, layers: Mapping[str, nn.Module]) -> None:
