@@ -10,9 +10,11 @@ from typing import Any
 from sa3train.core.errors import ConfigError
 from sa3train.core.files import get_config_dir
 from sa3train.core.overrides import format_override
+from sa3train.core.text import list_few
 
 RECIPE = "recipe"
 GLOBAL = "_global_"
+SHOWN_RUNS = 3
 _PACKAGE = re.compile(r"\s*#\s*@package\s+(\S+)")
 _MISREAD = re.compile(r"[-+]?(0[0-7_]+|[0-9][0-9_]*(:[0-5]?[0-9])+(\.[0-9_]*)?)")
 """Numbers that YAML 1.1 reads in base 8 (`010` is 8) or 60 (`1:30` is 90)."""
@@ -33,6 +35,24 @@ def find_flag(arguments: Sequence[str], *names: str) -> str | None:
         if name in names:
             return value if equals else following
     return None
+
+
+def suggest_runs(folder: str, setting: str) -> str:
+    """Suggest the runs in a folder that is none itself.
+
+    Args:
+        folder: The folder, as the user wrote it.
+        setting: What is written before a run, such as "resume=".
+
+    Returns:
+        A sentence with the newest of them; empty where there are none.
+    """
+    if not folder or not Path(folder).is_dir():
+        return ""
+    from sa3train.reports.runs import find_runs
+
+    names = [f"{setting}{run.path.as_posix()}" for run in find_runs([Path(folder)])]
+    return f"It holds runs: {list_few(names, SHOWN_RUNS)}." if names else ""
 
 
 def find_config_dir(arguments: Sequence[str]) -> Path | None:

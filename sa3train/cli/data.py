@@ -13,7 +13,7 @@ import itertools
 import sys
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sa3train.cli.hydra_app import run_job
 from sa3train.cli.parser import CommandParser
@@ -71,11 +71,21 @@ def _add_audit_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument("--model", help="model whose longest audio and longest caption are the limits")
     captions = list_settings(EncodeSettings)["captions"]
     flags.add_argument("--captions", choices=captions.choices, default="required", help=captions.help)
+    text = "show what remains for an encode with fixes=…: findings that these mend become notes (comma-separated)"
+    flags.add_argument("--fixes", type=_parse_fixes, default=(), metavar="A,B", help=text)
     flags.add_argument("--allow-promotional", action="store_true", help="use tags that read like an advertisement")
     flags.add_argument("--threads", type=int, help="default: the number of cores, up to 8")
     flags.add_argument("-n", type=int, default=20, help="number of clips to list, worst first (default: 20)")
     flags.add_argument("--progress-json", action="store_true", help="JSON lines on stdout; the last has the result")
     flags.set_defaults(run=run_audit_command)
+
+
+def _parse_fixes(text: str) -> list[str]:
+    names = [name.strip() for name in text.split(",")]
+    try:
+        return EncodeSettings(fixes=names).fixes
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _add_caption_flags(flags: argparse.ArgumentParser) -> None:
@@ -140,7 +150,7 @@ def run_audit_command(arguments: argparse.Namespace) -> int:
     check_exists(arguments.source, "a folder of audio, a caption list, a .tar, or a URL of one")
     from sa3train.cli.encode import load_rules
     from sa3train.data.audit.audit import AuditRules
-    from sa3train.data.audit.checks import rank_clip
+    from sa3train.data.audit.checks import FINDING_TYPES, rank_clip
     from sa3train.data.audit.report import format_clip, write_audit_report
     from sa3train.data.encode.encode import audit_clips, list_clips
     from sa3train.data.encode.workers import Workers, get_work_dir, lock_output_dir
@@ -152,13 +162,20 @@ def run_audit_command(arguments: argparse.Namespace) -> int:
     listing = list_clips(arguments.source)
     with write_json_progress(arguments.progress_json), lock_output_dir(folder, Workers()):
         index = audit_clips(listing, rules, get_work_dir(folder), Workers(), threads)
-        summary = write_audit_report(folder, arguments.source, index.iterate_rows())
+        applied = [f"fixes={name}" for name in arguments.fixes]
+        summary = write_audit_report(folder, arguments.source, index.iterate_rows(), applied)
     if arguments.progress_json:
         write_json_line(result={"out": str(folder), **summary.as_json()})
         return 0
-    ranked = sorted((rank_clip(row), number) for number, row in enumerate(index.iterate_rows()) if row["findings"])
+
+    def keep_remaining(row: dict[str, Any]) -> dict[str, Any]:
+        kinds = [(finding, FINDING_TYPES[finding["code"]]) for finding in row["findings"]]
+        return row | {"findings": [finding for finding, kind in kinds if kind.after(applied) is kind]}
+
+    remaining = enumerate(map(keep_remaining, index.iterate_rows()))
+    ranked = sorted((rank_clip(row), number) for number, row in remaining if row["findings"])
     for _, number in ranked[: arguments.n]:
-        print(format_clip(index.row(number)))
+        print(format_clip(keep_remaining(index.row(number))))
     if len(ranked) > arguments.n:
         print(f"… and {len(ranked) - arguments.n} more clips with findings")
     print(("\n" if ranked[: arguments.n] else "") + summary.format_table())

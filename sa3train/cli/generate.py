@@ -138,7 +138,7 @@ def _save(result: "GenerationOutput", item: int, asked: Path, subtype: str, over
     remove_work_dir(get_work_dir(asked), result.record)
     seconds = result.audio[item].shape[1] / result.sample_rate
     facts = "".join(f"{fact}, " for fact in describe_measured(result.measured[item] if result.measured else {}))
-    print(f"{path}: {seconds:.2f} s, seed {result.seeds[item]}, {facts}sidecar {path.name}.json", flush=True)
+    print(f"{path}: {seconds:.2f} s, seed {result.seeds[item]}, {facts}sidecar {path}.json", flush=True)
     return path
 
 

@@ -38,7 +38,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
-from sa3train.cli.config_files import adapt_options, check_config_dir, find_config_dir, read_config
+from sa3train.cli.config_files import adapt_options, check_config_dir, find_config_dir, read_config, suggest_runs
 from sa3train.cli.hydra_hooks import check_jobs_first, share_help_queries
 from sa3train.cli.parser import name_flags
 from sa3train.cli.precedence import build_composed
@@ -415,7 +415,8 @@ def _find_primary_config(config_name: str, resume: str | None, arguments: list[s
             way = f"another run starts from this one with adapter.start_from={folder}"
             hint = f"{resume}={of_step[1]} goes on from its last step; {way}."
         else:
-            hint = suggest_path(folder) or f"Give the folder of an earlier run, such as {resume}=runs/NAME."
+            hint = suggest_runs(folder, f"{resume}=") or suggest_path(folder)
+            hint = hint or f"Give the folder of an earlier run, such as {resume}=runs/NAME."
         problem = "there is no config.yaml in it" if saved.is_dir() else "there is no such folder"
         raise ConfigError(f"cannot resume {folder or 'an empty path'}: {problem}. {hint}")
     read_config(saved / "config.yaml")

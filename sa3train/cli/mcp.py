@@ -21,6 +21,7 @@ from sa3train.cli.hydra_app import run_job
 from sa3train.cli.parser import CommandParser
 from sa3train.cli.version import add_version
 from sa3train.core.errors import ConfigError, SA3Error
+from sa3train.core.text import suggest_name
 
 if TYPE_CHECKING:
     from mcp.server.mcpserver import MCPServer
@@ -102,10 +103,20 @@ def build_server(tools: "Tools") -> "MCPServer[Any]":
 
         return call
 
-    server: MCPServer[Any] = MCPServer("sa3train", instructions=INSTRUCTIONS, log_level="WARNING")
-    for name, method in inspect.getmembers(tools, inspect.ismethod):
-        if not name.startswith("_"):
-            server.tool()(explain(method))
+    class StrictServer(MCPServer[Any]):
+        """A server that refuses arguments that a tool does not have, which others ignore."""
+
+        async def call_tool(self, name: str, arguments: dict[str, Any], context: Any = None) -> Any:
+            known = inspect.signature(methods[name]).parameters if name in methods else arguments
+            if unknown := sorted(arguments.keys() - known.keys()):
+                hint = suggest_name(unknown[0], known, f"It has: {', '.join(known)}.")
+                raise ToolError(f"{name} has no argument {unknown[0]}. {hint}")
+            return await super().call_tool(name, arguments, context)
+
+    methods = {name: method for name, method in inspect.getmembers(tools, inspect.ismethod) if name[0] != "_"}
+    server = StrictServer("sa3train", instructions=INSTRUCTIONS, log_level="WARNING")
+    for method in methods.values():
+        server.tool()(explain(method))
     return server
 
 

@@ -15,9 +15,10 @@ from sa3train.cli.budget import REASONS, STOPPED_FOR, Budget
 from sa3train.cli.mcp_jobs import Jobs, format_rows, iterate_until
 from sa3train.cli.train_config import TrainConfig
 from sa3train.core import processes
-from sa3train.core.config import is_known
+from sa3train.core.config import is_known, list_keys
 from sa3train.core.errors import ConfigError, SA3Error
 from sa3train.core.files import path_exists
+from sa3train.core.text import suggest_name
 from sa3train.data.encode.settings import EncodeSettings
 from sa3train.data.shards.index import summarize_data
 from sa3train.models import hub
@@ -451,11 +452,16 @@ class Tools:
         start_from: str | None,
     ) -> RunRequest:  # fmt: skip
         if recipe not in estimate.list_recipes():
-            raise ConfigError(f"There is no recipe {recipe}. Choose from {', '.join(estimate.list_recipes())}.")
+            known = estimate.list_recipes()
+            hint = suggest_name(recipe, known, f"Choose from {', '.join(known)}.")
+            raise ConfigError(f"There is no recipe {recipe}. {hint}")
         for line in settings or []:
             key = line.partition("=")[0]
             if "\n" in line or not is_known(TrainConfig, key) or key.partition(".")[0] in REFUSED_GROUPS:
-                raise ConfigError(f"{line!r} is no setting of a run that an agent may make. Remove it.")
+                allowed = () if is_known(TrainConfig, key) else {*estimate.SETTABLE_GROUPS} - {*REFUSED_GROUPS}
+                near = [name for name in list_keys(TrainConfig) if name.partition(".")[0] in allowed]
+                hint = suggest_name(key, near, "Remove it.")
+                raise ConfigError(f"{line!r} is no setting of a run that an agent may make. {hint}")
         return RunRequest(
             recipe,
             self._check_folder(data, "folder of latents"),

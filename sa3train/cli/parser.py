@@ -82,10 +82,15 @@ def name_flags(message: str, flags: Mapping[str, str]) -> str:
         flags: Flag by setting.
 
     Returns:
-        With flags, such as "--cfg-scale 1". Names that are plain words are known by their "=" only.
+        With flags, such as "--cfg-scale 1", and values as they are written after them, such as "--cfg-interval 0 0.5".
+        Names that are plain words are known by their "=" only.
     """
+
+    def name_flag(found: re.Match[str]) -> str:
+        flag, values = flags[found[1] or found[4]], re.findall(r"[^,\s]+", found[3] or "")
+        between = " " if flag.startswith("-") else " to "
+        return flag + ("" if found[2] or not found[1] else " ") + between.join(f"{float(each):g}" for each in values)
+
     every, telling = "|".join(flags), "|".join(name for name in flags if "_" in name) or "(?!)"
-    names = rf"(?<![\w./-])(?:({every})=(True\b)?|({telling})(?![\w/-]|\.\w))"
-    return re.sub(
-        names, lambda found: flags[found[1] or found[3]] + (" " if found[1] and not found[2] else ""), message
-    )
+    names = rf"(?<![\w./-])(?:({every})=(?:(True\b)|\(([-+.,\de ]+)\))?|({telling})(?![\w/-]|\.\w))"
+    return re.sub(names, name_flag, message)

@@ -78,7 +78,7 @@ def check_run(config: TrainConfig | DecoderTrainConfig) -> None:
         ConfigError: A setting cannot be used, or the decoder's recipe is one of several in a sweep.
         CheckpointError: The model is not at hand and cannot be downloaded.
         DataError: The data is not there.
-        AdapterError: The adapter to start from is not there.
+        AdapterError: The adapter to start from is not there, or not of the type and rank that is trained.
     """
     from hydra.core.hydra_config import HydraConfig
 
@@ -104,6 +104,10 @@ def check_run(config: TrainConfig | DecoderTrainConfig) -> None:
             check_startable(train_setup.get_run_dir(config))
         if config.adapter.start_from is not None:
             locate_adapter(config.adapter.start_from)
+            from sa3train.adapters.formats.io import load_adapter
+            from sa3train.adapters.start import check_start
+
+            check_start(load_adapter(config.adapter.start_from), config.adapter.make_spec())
         if is_latent:
             from sa3train.data.shards.reader import check_not_audio
 

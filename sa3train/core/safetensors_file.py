@@ -24,7 +24,7 @@ from sa3train.core.errors import AdapterError, SA3Error
 from sa3train.core.files import replace_file
 from sa3train.core.log import get_logger
 from sa3train.core.mapped import BLOCK_BYTES, iterate_parts
-from sa3train.core.text import shorten
+from sa3train.core.text import format_command, shorten
 from sa3train.core.user_files import check_content, read_file
 
 logger = get_logger(__name__)
@@ -184,10 +184,11 @@ def _refuse_other_formats(file: Path, start: bytes) -> None:
     pickled = start[:1] == b"\x80" and start[1:2] in b"\2\3\4\5" and (len(start) < 8 or any(start[4:]))
     if zipped or pickled:
         misnamed = file.suffix.lower() == ".safetensors"
+        pickle = file.with_suffix(".ckpt") if misnamed else file
         raise AdapterError(
             f"{file} is a pickle (.ckpt, .pt, .bin), which can carry code and is never loaded as an adapter. "
-            f"{f'Rename it to {file.stem}.ckpt and convert' if misnamed else 'Convert'} it with torch's weights-only "
-            f"reader: sa3-adapter convert {f'{file.stem}.ckpt' if misnamed else file.name} {file.stem}.safetensors"
+            f"{f'Rename it to {pickle.name} and convert' if misnamed else 'Convert'} it with torch's weights-only "
+            f"reader: {format_command(['sa3-adapter', 'convert', pickle, file.with_suffix('.safetensors')])}"
         )
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from sa3train.audio.metrics import is_silent
 from sa3train.core.device import move_to_device, move_to_host
 from sa3train.core.errors import GenerationError
-from sa3train.core.text import format_share
-from sa3train.inference.prompt_weights import find_nested_weight, parse_prompt_weights
+from sa3train.core.text import format_share, shorten
+from sa3train.inference.prompt_weights import find_nested_weight, find_unread_weight, parse_prompt_weights
 from sa3train.inference.resolve import count_samples
 from sa3train.inference.sampling import Generation, build_item_mask
 
@@ -80,14 +80,19 @@ def _warn_of_prompts(generation: Generation) -> list[str]:
     conditioner, settings = generation.model.conditioner, generation.settings
     later = [str(text) for _, text in settings.prompt_at or ()]
     given = dict.fromkeys([*settings.prompt, *later, *(settings.negative_prompt or ())])
-    nested = [
+    lost = [
         f"only the inner weight of {found} counts, the outer one is text. Give each phrase its own."
         for found in map(find_nested_weight, given)
         if found
     ]
+    lost += [
+        f"{shorten(found, 40)} is text, not a weight. Write (phrase:1.3), the number right before the parenthesis."
+        for found in map(find_unread_weight, given)
+        if found
+    ]
     prompts = [parse_prompt_weights(prompt)[0] for prompt in given]
     counts = zip(prompts, conditioner.count_tokens(prompts), strict=True)
-    return nested + [
+    return lost + [
         f"the prompt {prompt[:40]!r}… has {count} tokens and was truncated to {conditioner.max_length}."
         for prompt, count in counts
         if count > conditioner.max_length

@@ -17,6 +17,7 @@ from sa3train.models.conditioners import Conditioner, TextEmbedding
 MAX_WEIGHT = 10.0
 _NUMBER = r"[+-]?\d+(?:\.\d+)?"
 _GROUP = re.compile(rf"(?<!\\)\(([^():]+):({_NUMBER})\)|\\([()])")
+_LIKE_GROUP = re.compile(r"(?<!\\)\([^()]+:\s*([+-]?\d*\.?\d+)\s*(?:\)|[^()]*(?=\(|$))")
 _NESTED = re.compile(rf"(?<!\\)\([^()]*\([^():]+:{_NUMBER}\)[^()]*:{_NUMBER}\)")
 
 
@@ -53,6 +54,19 @@ def find_nested_weight(prompt: str) -> str | None:
     """
     found = _NESTED.search(prompt)
     return found and found[0]
+
+
+def find_unread_weight(prompt: str) -> str | None:
+    """Find what looks like a weight and is text: one that is not closed, or not written as `(phrase:1.3)`.
+
+    Args:
+        prompt: The prompt as it was given.
+
+    Returns:
+        The text; None where there is none.
+    """
+    like = (found for found in _LIKE_GROUP.finditer(prompt) if abs(float(found[1])) <= MAX_WEIGHT)
+    return next((found[0].strip() for found in like if not _GROUP.fullmatch(found[0])), None)
 
 
 def encode_prompts(conditioner: Conditioner, prompts: Sequence[str]) -> TextEmbedding:

@@ -97,8 +97,8 @@ class Run:
 
     @property
     def seconds_left(self) -> float | None:
-        """Time until its last step at its last speed, or None."""
-        if not self.is_alive or not self.speed or self.total is None:
+        """Time until its last step at its last speed; None after it, or where it is not known."""
+        if not self.is_alive or not self.speed or self.total is None or self.step >= self.total:
             return None
         return (self.total - self.step) / self.speed
 
@@ -185,7 +185,7 @@ def load_run(folder: Path) -> Run | None:
         row.get("train/loss"),
         str(record.get("started") or process.get("at") or ""),
         processes.read_failure(folder) if state in ("crashed", "failed") else None,
-        str(processes.read_progress(folder).get("stage", "")) if state in ("starting", "running") else "",
+        str(processes.read_progress(folder).get("stage", "")) if state in ("starting", "running", "stopping") else "",
     )
 
 

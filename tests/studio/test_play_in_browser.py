@@ -198,7 +198,7 @@ def test_two_at_once_queue_cancel_is_immediate_and_a_reload_loses_nothing(
     expect(page.locator(".job[data-state=running]")).to_contain_text("step")
     ask(page, "kept")
     page.click("#play-generate")
-    expect(page.locator(".job[data-state=waiting]")).to_contain_text("1 ahead")
+    expect(page.locator(".job[data-state=waiting]")).to_contain_text("next to start")
     page.get_by_role("button", name="Cancel slow one").click()
     expect(page.locator(".job").filter(has_text="slow one")).to_have_count(0)
     expect(page.locator(".job[data-state=running]")).to_contain_text("kept")
@@ -295,6 +295,18 @@ def test_a_message_leaves_its_field_visible_on_a_phone(page: Page) -> None:
     expect(field).to_have_attribute("data-error", re.compile("empty"))
     page.locator("#tab-play .reset-form").click()
     expect(page.locator("[data-error]")).to_have_count(0)
+
+
+def test_an_error_that_comes_again_stays_as_long_as_the_first(page: Page) -> None:
+    page.clock.install()
+    toast = page.locator(".toast-body")
+    for _ in range(2):
+        page.click("#play-generate")
+        expect(toast.filter(has_text="Prompt is empty")).to_have_count(1)
+        page.clock.fast_forward(15_000)
+    expect(toast).to_have_count(1)
+    page.clock.fast_forward(6_000)
+    expect(toast).to_have_count(0)
 
 
 def test_bad_uses_are_told(page: Page, workspace: Workspace, tmp_path: Path) -> None:

@@ -131,7 +131,8 @@ class LoadReport:
         effect = (
             f", changes the weights by {format_share(self.effect['all'])} at strength 1" if "all" in self.effect else ""
         )
-        absent = f", {len(self.missing)} included layers are missing" if self.missing else ""
+        wanted = len(self.missing) + len(self.matched) + len(self.mismatched)
+        absent = f"; it lacks {len(self.missing)} of {wanted} layers that its settings include" if self.missing else ""
         where = " on the autoencoder's decoder" if self.part == "decoder" else ""
         counts = f"{len(self.matched)} of {self.layer_count} layers fit"
         return f"{self.adapter_type}{where}, rank {self.rank}, alpha {self.alpha}: {counts}{absent}{effect}"

@@ -419,7 +419,7 @@ def check_interval(interval: Sequence[float]) -> tuple[float, float]:
     try:
         low, high = (float(end) for end in interval)
     except (TypeError, ValueError) as error:
-        raise AdapterError(f"interval must be two noise levels such as (0.0, 0.5), not {interval!r}.") from error
+        raise AdapterError(f"interval={interval!r} must be two noise levels such as (0.0, 0.5).") from error
     if not 0.0 <= low <= high <= 1.0:
-        raise AdapterError(f"interval must satisfy 0 ≤ start ≤ end ≤ 1, not {interval!r}.")
+        raise AdapterError(f"interval={interval!r} must be two numbers from 0 to 1, the lower one first.")
     return low, high

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from sa3train.core.errors import AdapterError
-from sa3train.core.files import ADAPTER_FILE, RECORD_FILE, path_exists
+from sa3train.core.files import ADAPTER_FILE, FOLDER_FILES, RECORD_FILE, path_exists
 from sa3train.core.text import shorten
 from sa3train.core.user_files import suggest_path
 
@@ -17,7 +17,8 @@ def locate_adapter(path: str | Path) -> Path:
     """Locate the file of an adapter.
 
     Args:
-        path: A file, a PEFT folder, a run folder, or RUN_FOLDER@STEP for the checkpoint of a step.
+        path: A file, a PEFT folder, a run folder, RUN_FOLDER@STEP for the checkpoint of a step, or another folder with
+            one adapter file, such as that of a model card.
 
     Returns:
         The file or PEFT folder.
@@ -32,10 +33,18 @@ def locate_adapter(path: str | Path) -> Path:
         hint = suggest_path(source) or "Give a .safetensors file, a PEFT folder or a run folder."
         raise AdapterError(f"There is no adapter at {shorten(str(source))}. {hint}")
     if not (source / RECORD_FILE).is_file():
-        return source
+        return _find_only_file(source) if source.is_dir() else source
     if not (source / ADAPTER_FILE).is_file():
         raise AdapterError(f"The run {source} has no adapter yet: its first checkpoint writes one.")
     return source / ADAPTER_FILE
+
+
+def _find_only_file(folder: Path) -> Path:
+    """The one adapter file of a folder that is no PEFT folder, such as `sa3-adapter card` writes; else the folder."""
+    if any(path_exists(folder / name) for name in FOLDER_FILES):
+        return folder
+    files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf") and path.is_file()]
+    return files[0] if len(files) == 1 else folder
 
 
 def get_checkpoint_path(run_dir: Path, step: int) -> Path:

@@ -15,7 +15,8 @@ from sa3train.adapters.apply.load_report import check_fit
 from sa3train.adapters.layer_filter import find_adaptable_layers, select_layers
 from sa3train.adapters.layers.peft_layers import SA3LoraConfig, SA3LoraTuner, batch_layers
 from sa3train.adapters.peft_methods import ADAPTER_NAME, inject_peft_method
-from sa3train.adapters.spec import BASES, BIAS_CHANGE, INFERENCE_ONLY_TYPES, KINDS, AdapterSpec
+from sa3train.adapters.spec import INFERENCE_ONLY_TYPES, KINDS, AdapterSpec
+from sa3train.adapters.start import check_rank, check_start
 from sa3train.core.errors import AdapterError
 from sa3train.core.log import get_logger
 from sa3train.core.text import list_few
@@ -161,11 +162,7 @@ class InjectedAdapter:
                 f"{adapter.source} is on {where}, and this training is not. Only recipe=decoder trains the "
                 "autoencoder's decoder."
             )
-        if adapter.spec.adapter_type != self.spec.adapter_type:
-            raise AdapterError(
-                f"{adapter.source} is {adapter.spec.adapter_type}, but this training is of {self.spec.adapter_type}. "
-                f"{_advise_on_type(adapter)}"
-            )
+        check_start(adapter, self.spec)
         check_fit(adapter, find_adaptable_layers(self.root), allow_partial=True, measure=False)
         missing, unexpected = sorted(mine.keys() - adapter.tensors.keys()), sorted(adapter.tensors.keys() - mine.keys())
         if missing or unexpected:
@@ -237,16 +234,6 @@ class InjectedAdapter:
         self.layers = {}
 
 
-_MAKE_LORA = "Make it a plain lora first: sa3-adapter merge FILE -o NEW.safetensors --model NAME --rank R"
-
-
-def _advise_on_type(adapter: Adapter) -> str:
-    kind = adapter.spec.adapter_type
-    if kind in INFERENCE_ONLY_TYPES:
-        return f"This type is not trained. {_MAKE_LORA}"
-    return f"Set adapter.adapter_type={kind}."
-
-
 def _check_ranks(spec: AdapterSpec, layers: Mapping[str, nn.Module]) -> None:
     """Check that ranks of -xs types do not exceed the number of singular vectors."""
     if spec.adapter_type not in KINDS or not KINDS[spec.adapter_type].is_xs:
@@ -262,21 +249,6 @@ def _check_ranks(spec: AdapterSpec, layers: Mapping[str, nn.Module]) -> None:
 
 def _check_layer(adapter: Adapter, spec: AdapterSpec, path: str, params: Mapping[str, Tensor]) -> None:
     found, shapes = ({name: tuple(x.shape) for name, x in each.items()} for each in (adapter.tensors[path], params))
-    if foreign := [name for name in (*BASES, BIAS_CHANGE, "diff") if name in found]:
-        raise AdapterError(
-            f"{adapter.source} has {', '.join(foreign)} at {path}, which training does not continue: bases of its own, "
-            f"changes of biases or full weight deltas. {_MAKE_LORA}"
-        )
-    rank, wanted = adapter.spec.get_rank(path), spec.get_rank(path)
-    if found != shapes and rank != wanted:
-        raise AdapterError(
-            f"{adapter.source} has rank {rank} at {path}, but training has {wanted}. Set adapter.rank (and "
-            "adapter.rank_pattern, where layers differ) to match."
-        )
     if found != shapes:
+        check_rank(adapter, spec, path)
         raise AdapterError(f"{adapter.source} does not fit at {path}: it has {found}, but training needs {shapes}.")
-    if spec.adapter_type in KINDS and abs(adapter.spec.get_scale(path) - spec.get_scale(path)) > 1e-9:
-        raise AdapterError(
-            f"{adapter.source} has the scale {adapter.spec.get_scale(path):g} (alpha / rank) at {path}, but training "
-            f"has {spec.get_scale(path):g}. Set adapter.alpha to match."
-        )

@@ -100,14 +100,14 @@ def merge_into_checkpoint(
     try:
         for item in adapters:
             stack.add(item.adapter, item.strength, item.conditioner_strength, allow_partial=allow_partial, base=model)
-        reports = stack.reports
+        reports, strengths = stack.reports, [item.strength for item in adapters]
         stack.apply()
         changed = _list_changed_tensors(layers, {path for report in reports for path in report.matched})
         metadata = {MERGED: json.dumps([item.describe() for item in adapters])}
         if to == "mlx":
             _check_pack(target, [name for name in changed if name.startswith("pretransform.")])
             write_dit_pack(Path(target), model.weights, changed, json.dumps(metadata))
-            return CheckpointResult(target, model.name, reports, [_PACK_NOTE])
+            return CheckpointResult(target, model.name, reports, strengths, [_PACK_NOTE])
         with replace_folder(target, _is_ours) as staging:
             config = complete_config(read_model_config(files), str(files.config))
             if to == "diffusers":
@@ -121,7 +121,7 @@ def merge_into_checkpoint(
                 _copy_rest(model.path, staging)
     finally:
         stack.clear()
-    return CheckpointResult(target, model.name, reports, not_carried)
+    return CheckpointResult(target, model.name, reports, strengths, not_carried)
 
 
 def _check_pack(target: str | Path, of_autoencoder: Sequence[str]) -> None:

@@ -77,12 +77,14 @@ class CheckpointResult:
         target: The folder.
         model: Name of the model that they were merged into.
         reports: How each adapter fits the model.
+        strengths: The strength of each.
         not_carried: What the layout cannot hold.
     """
 
     target: str | Path
     model: str
     reports: Sequence[LoadReport]
+    strengths: Sequence[float]
     not_carried: Sequence[str] = ()
 
     @property
@@ -92,8 +94,9 @@ class CheckpointResult:
 
     @property
     def notes(self) -> list[str]:
-        """How each adapter fits the model."""
-        return [f"{Path(report.source).name}: {report.summary}" for report in self.reports]
+        """How each adapter fits the model, and its strength."""
+        pairs = zip(self.reports, self.strengths, strict=True)
+        return [f"{report.source}: merged at strength {strength:g}; {report.summary}" for report, strength in pairs]
 
     @property
     def warnings(self) -> list[str]:
@@ -108,4 +111,5 @@ class CheckpointResult:
             The result by name.
         """
         reports = [report.to_dict() for report in self.reports]
-        return {"written": os.fspath(self.target), "reports": reports, "not_carried": list(self.not_carried)}
+        facts = {"reports": reports, "strengths": list(self.strengths), "not_carried": list(self.not_carried)}
+        return {"written": os.fspath(self.target), **facts}

@@ -83,7 +83,7 @@ class FindingType:
             A note where its fix is one of them; otherwise the type itself.
         """
         advised = self.fix.rpartition("encode with ")[2]
-        return FindingType(NOTE, self.title, f"{advised} was applied") if advised in applied else self
+        return FindingType(NOTE, self.title, f"mended by {advised}") if advised in applied else self
 
 
 FINDING_TYPES: dict[str, FindingType] = {

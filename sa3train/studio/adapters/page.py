@@ -133,7 +133,7 @@ def build_adapters_page(workspace: Workspace) -> None:
 
     quiet: dict[str, Any] = {"api_visibility": "private", "concurrency_limit": 1, "concurrency_id": "adapter-tools"}
     for button, run, inputs, own in tools:
-        button.click(ui.show_errors(_require(run, inputs, own)), inputs, result, **quiet).success(
+        button.click(ui.keep_error(_require(run, inputs, own), 1), inputs, result, **quiet).success(
             refresh, None, choosers, show_progress="hidden", **quiet
         )
     ui.keep_fresh(lambda: list_adapters(workspace), ui.show_errors(refresh), None, choosers)

@@ -44,7 +44,7 @@ window.sa3 = (() => {
   document.addEventListener('click', event => {
     const button = event.target.closest('button.copy');
     if (button) copy(button);
-    if (event.target.closest('button.primary')) for (const one of document.querySelectorAll('.toast-close')) one.click();
+    if (event.target.closest('button:not(.label-wrap, .toast-close)')) for (const one of document.querySelectorAll('.toast-close')) one.click();
     const picture = event.target.closest('.take .picture');
     const audio = picture && picture.closest('.take').querySelector('audio');
     if (audio) {
@@ -101,14 +101,21 @@ window.sa3 = (() => {
   };
 
   /* Gradio's table labels an image without the role of one. And it lets the keyboard into an opened cell only a frame
-     later: what is typed before that would be lost, so the cell's field gets the focus, and keeps it. Several handlers
-     may report the same error at once: it is shown once. */
-  const opened = new WeakSet();
+     later: what is typed before that would be lost, so the cell's field gets the focus, and keeps it. Gradio's own
+     timer of an error would also close the next one with the same text, so an error has a timer of ours. */
+  const opened = new WeakSet(), timers = new WeakMap();
+  document.addEventListener('click', event => {
+    const toast = event.target.closest('.toast-close')?.closest('.toast-body');
+    clearTimeout(timers.get(toast)?.timer);
+    timers.delete(toast);
+  }, true);
   const patch = () => {
-    const shown = new Set();
-    for (const toast of document.querySelectorAll('.toast-body')) {
-      if (shown.has(toast.textContent)) toast.querySelector('.toast-close')?.click();
-      shown.add(toast.textContent);
+    for (const toast of document.querySelectorAll('.toast-body.error')) {
+      const text = toast.textContent, before = timers.get(toast);
+      if (before?.text === text) continue;
+      clearTimeout(before?.timer);
+      const close = () => { if (toast.isConnected) toast.querySelector('.toast-close').click(); };
+      timers.set(toast, {text, timer: setTimeout(close, 20000)});
     }
     for (const mark of document.querySelectorAll('.wrapper[aria-label]:not([role])')) mark.setAttribute('role', 'img');
     for (const field of document.querySelectorAll('.virtual-body textarea')) {

@@ -84,7 +84,6 @@ def build_captions_tab(workspace: Workspace, folder: gr.Dropdown) -> None:
         _refuse_unsaved(before, rows)
         return show_rows(path, text, only, number)
 
-    @ui.show_errors
     def save_edits(path: str, text: str, only: bool, number: float, before: Shown, rows: Rows) -> tuple[Any, ...]:
         edits = find_edits(before[1], rows)
         changes = captions.save_captions(workspace, resolve_shown_folder(workspace, before), edits)
@@ -113,9 +112,9 @@ def build_captions_tab(workspace: Workspace, folder: gr.Dropdown) -> None:
     listeners = (folder.change, tab["words"].submit, tab["bare"].input, tab["page"].submit)
     events = [listen(turn_page, both, outputs, **held) for listen in listeners]
     events.append(tab["reload"].click(ui.show_errors(show_rows), inputs, outputs, **held))
-    events.append(tab["save"].click(save_edits, both, told, **held))
+    events.append(tab["save"].click(ui.keep_error(save_edits, len(told), at=-1), both, told, **held))
     for name, (run, given) in _CHANGES.items():
-        change = ui.show_errors(functools.partial(change_many, run))
+        change = ui.keep_error(functools.partial(change_many, run), len(told), at=-1)
         seen: dict[str, Any] = {"js": HOLD, "show_progress_on": tab["count"]}  # many clips take a while
         events.append(tab[name].click(change, [*both, *(tab[key] for key in given)], told, **seen))
     for event in events:

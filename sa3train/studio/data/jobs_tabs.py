@@ -213,10 +213,11 @@ def build_job_tab(workspace: Workspace, folder: Any, tab: JobTab) -> None:
             return *show(path), ui.render_placeholder(tab.hint), now
         return *show(path), tab.render_result(workspace, file, source), now
 
-    begin.click(ui.show_errors(on_start), [folder, *fields.values()], outputs, **quiet)
+    start = ui.keep_error(on_start, len(outputs))
+    begin.click(start, [folder, *fields.values()], outputs, **quiet)
     if tab.retry[0]:
         set_field = retry.click(lambda: tab.retry[1], None, fields[tab.retry[0]], **quiet)
-        set_field.then(ui.show_errors(on_start), [folder, *fields.values()], outputs, **quiet)
+        set_field.then(start, [folder, *fields.values()], outputs, **quiet)
     stop.click(ui.show_errors(make_handler(jobs.stop_job)), folder, outputs, **quiet)
     dismiss.click(ui.show_errors(make_handler(jobs.dismiss_job)), folder, outputs, **quiet)
     read = functools.partial(jobs.read_state, workspace, kind)

@@ -25,6 +25,7 @@ DRAWS = 3
 MAX_READ = 2000
 """Number of clips that are read for a preview."""
 EMPTY = "The prompts of some clips appear here."
+ABOVE = ("the folder of audio above", "")
 HINT = "Templates consist of text and fields: {caption}, any tag such as {genre}, {folder}, {stem}, {path[0]}."
 
 
@@ -175,7 +176,12 @@ def build_prompts_tab(workspace: Workspace, folder: gr.Dropdown) -> None:
     with gr.Row(equal_height=False):
         with gr.Column(scale=2, min_width=330):
             latents = gr.Dropdown(
-                [("none", "")], value="", label="Latents (none: the folder of audio above)", allow_custom_value=True
+                [ABOVE],
+                value="",
+                label="Prompts of",
+                info=describe_choice(""),
+                allow_custom_value=True,
+                elem_id="prompts-latents",
             )
             templates = gr.Textbox(
                 "{caption}", lines=3, label="Templates, one per line: TEXT or TEXT=WEIGHT", info=HINT
@@ -202,7 +208,22 @@ def build_prompts_tab(workspace: Workspace, folder: gr.Dropdown) -> None:
         yield html, render_commands(workspace, where, settings)
 
     show.click(preview, [latents, folder, templates, *fields.values()], [shown, line], show_progress_on=shown)
-    ui.refresh_choices(latents, lambda: [("none", ""), *name_folders(workspace, find_folders(workspace).latents)])
+    latents.change(lambda chosen: gr.update(info=describe_choice(chosen)), latents, latents, **ui.QUIET)
+    ui.refresh_choices(latents, lambda: [ABOVE, *name_folders(workspace, find_folders(workspace).latents)])
+
+
+def describe_choice(latents: str | None) -> str:
+    """Describe which folder the prompts are of.
+
+    Args:
+        latents: The chosen folder of latents; empty for the folder of audio.
+
+    Returns:
+        A sentence or two.
+    """
+    if latents:
+        return "These latents. The folder of audio above has no effect on this tab."
+    return "The folder of audio above, or latents made of one."
 
 
 def render_commands(workspace: Workspace, folder: Path, settings: PromptSettings) -> str:

@@ -176,7 +176,7 @@ def render_status(jobs: Sequence[Job]) -> str:
 
 def _render_job(job: Job, ahead: int) -> str:
     title = escape(job.title)
-    message, bar = f"queued, {ahead} ahead", ""
+    message, bar = f"waits for {ahead} others" if ahead > 1 else "next to start", ""
     if job.state != "waiting":
         message = job.message or "starting"
         bar = f'<progress max="1" value="{job.progress:.3f}" aria-label="progress of {title}"></progress>'

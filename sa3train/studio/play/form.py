@@ -347,7 +347,7 @@ def describe_waveform(
     return {
         **compute_waveform(path),
         "mode": mode,
-        "note": note,
+        "note": f"{path.name}: {note}",  # the field cuts the path of an upload
         "duration": 0.0 if mode == "restyle" else duration or 0.0,
         "regions": [list(region) for region in regions] if mode in ("inpaint", "continue") else [],
         "url": workspace.get_url(path),

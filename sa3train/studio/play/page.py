@@ -194,10 +194,12 @@ def build_play_page(workspace: Workspace) -> None:
         return forms.read_form(dict(zip(form.inputs, values, strict=True)))
 
     def on_generate(shown: int, *values: Any) -> tuple[Any, ...]:
+        page.worker.forget_failed()
         _notify_queued(page, page.submit(read(values)))
         return page.refresh(shown)
 
     def on_compare(shown: int, strengths: str, with_sibling: bool, *values: Any) -> tuple[Any, ...]:
+        page.worker.forget_failed()
         _notify_queued(page, page.compare(read(values), strengths, with_sibling))
         return page.refresh(shown)
 

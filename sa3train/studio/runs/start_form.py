@@ -1,12 +1,13 @@
 """The form that starts a run: the request is checked, planned, tried for a few steps, and started."""
 
+import functools
 import time
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Any, TypeVar, cast
 
 import gradio as gr
 
-from sa3train.core.errors import SA3Error
 from sa3train.core.text import list_few
 from sa3train.data.shards.index import summarize_data
 from sa3train.reports import runs
@@ -18,7 +19,10 @@ from sa3train.studio.server import widgets as ui
 from sa3train.studio.server.workspace import StudioError, Workspace
 from sa3train.training.settings import TrainerSettings
 
+Result = TypeVar("Result")
 RUNS = "runs"
+SHOW_SECONDS = 1.0
+"""Interval at which a wait is told of."""
 DATA_HINT = "Made on the Data page, by Encode."
 PLAN_HINT = "Plan shows what the run trains on, and estimates time and memory from a few real steps."
 
@@ -102,14 +106,6 @@ def build_start_form(workspace: Workspace, chosen: gr.Radio) -> None:
     shown = gr.HTML(ui.render_placeholder(PLAN_HINT), elem_id="run-plan-shown")
     fields, known = [recipe, data, model, steps, folder, settings, adapter], gr.State(())
 
-    @ui.show_errors
-    def on_plan(*values: Any) -> Iterator[tuple[Any, ...]]:
-        yield from _keep_error(stream_plan(workspace, *values), 2)
-
-    @ui.show_errors
-    def on_start(*values: Any) -> Iterator[tuple[Any, ...]]:
-        yield from _keep_error(stream_start(workspace, *values), 4)
-
     def on_recipe(name: str) -> tuple[Any, ...]:
         is_continue = name == "continue"
         adapters = folders.list_adapters(workspace) if is_continue else []
@@ -117,7 +113,9 @@ def build_start_form(workspace: Workspace, chosen: gr.Radio) -> None:
         return hint, choices, gr.update(placeholder=_format_steps(name))
 
     recipe.change(on_recipe, recipe, [recipe, adapter, steps], show_progress="hidden")
+    on_plan = ui.keep_error(functools.partial(stream_plan, workspace), 2, at=1)
     plan.click(on_plan, fields, [folder, shown], show_progress="hidden")
+    on_start = ui.keep_error(functools.partial(stream_start, workspace), 4, at=1)
     start.click(on_start, [known, *fields], [folder, shown, chosen, known], show_progress="hidden")
 
     def list_latents() -> list[Any]:
@@ -140,14 +138,17 @@ def stream_plan(workspace: Workspace, *values: Any) -> Iterator[tuple[Any, ...]]
     """
     request = parse_request(workspace, *values)
     folder, command = workspace.shorten(request.run_dir), ui.render_command(request.build_command())
-    yield folder, ui.render_notice("Composing settings…")
-    config, data = estimate.compose_config(request), summarize_data(request.data)
+    config = yield from _wait(
+        lambda: estimate.compose_config(request), "Checking the settings", lambda line: (folder, line)
+    )
+    data = summarize_data(request.data)
     rows = estimate.describe_plan(config, data, estimate.count_uncaptioned(request.data))
     if others := _find_running(workspace):
         rows.append(("Note", f"Time and memory are measured beside {list_few([*others])}."))
-    progress = ui.render_notice(f"Running {estimate.TRIAL_STEPS} trial steps…")
-    yield folder, ui.render_panel(render_facts(rows)) + progress + command
-    rows += estimate.describe_trial(config, data, estimate.run_trial(request))
+    plan = ui.render_panel(render_facts(rows))
+    text = f"Running {estimate.TRIAL_STEPS} trial steps, after loading libraries and model"
+    trial = yield from _wait(lambda: estimate.run_trial(request), text, lambda line: (folder, plan + line + command))
+    rows += estimate.describe_trial(config, data, trial)
     yield folder, ui.render_panel(render_facts(rows)) + command
 
 
@@ -164,8 +165,11 @@ def stream_start(workspace: Workspace, known: Sequence[str], *values: Any) -> It
     """
     request = parse_request(workspace, *values)
     folder, command = workspace.shorten(request.run_dir), ui.render_command(request.build_command())
-    yield folder, ui.render_notice("Composing settings…"), gr.skip(), gr.skip()
-    config = estimate.compose_config(request)  # a setting that is refused should be refused here, not in a log
+    config = yield from _wait(  # a setting that is refused should be refused here, not in a log
+        lambda: estimate.compose_config(request),
+        "Checking the settings",
+        lambda line: (folder, line, gr.skip(), gr.skip()),
+    )
     data = summarize_data(request.data)
     rows = estimate.describe_plan(config, data, estimate.count_uncaptioned(request.data))
     if trial := estimate.find_trial(request):
@@ -201,13 +205,17 @@ def _parse_steps(value: Any) -> int | None:
     return cast("int | None", steps)
 
 
-def _keep_error(updates: Iterator[tuple[Any, ...]], outputs: int) -> Iterator[tuple[Any, ...]]:
-    """Pass on updates; an error also stays where they are shown, besides being raised."""
-    try:
-        yield from updates
-    except SA3Error as error:
-        yield gr.skip(), ui.render_notice(str(error), "error"), *(gr.skip(),) * (outputs - 2)
-        raise
+def _wait(
+    work: Callable[[], Result], text: str, show: Callable[[str], tuple[Any, ...]]
+) -> Generator[Any, None, Result]:
+    """Do something in a thread; yield what the page shows meanwhile, and return the result."""
+    started = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work)
+        while True:
+            yield show(ui.render_notice(f"{text}… {time.monotonic() - started:.0f} s"))
+            if wait([future], SHOW_SECONDS).done:
+                return future.result()
 
 
 def _get_trainable_model(workspace: Workspace) -> str:

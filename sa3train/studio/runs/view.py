@@ -43,9 +43,12 @@ def describe_state(run: Run) -> str:
         run: The run.
 
     Returns:
-        Text such as "running: validating".
+        Text such as "running: validating", or "running: all steps done, generating demos".
     """
-    return f"{STATES[run.state]}{run.stage and f': {run.stage}'}"
+    stage = run.stage
+    if run.is_alive and run.total and run.step >= run.total:
+        stage = f"all steps done, {stage or 'ending the run'}"
+    return f"{STATES[run.state]}{stage and f': {stage}'}"
 
 
 def render_head(workspace: Workspace, run: Run | None, files: RunFiles) -> str:

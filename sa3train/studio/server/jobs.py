@@ -147,6 +147,11 @@ class Worker:
         self._close(job, "cancelled", "cancelled")
         return job
 
+    def forget_failed(self) -> None:
+        """Forget the jobs that have failed, as their messages would stand beside those of the next one."""
+        with self._lock:
+            self._jobs = [job for job in self._jobs if job.state != "failed"]
+
     def _run_jobs(self) -> None:
         while True:
             job = self._queue.get()

@@ -25,7 +25,6 @@ from sa3train.studio.server.workspace import StudioError
 
 logger = get_logger(__name__)
 Handler = TypeVar("Handler", bound=Callable[..., Any])
-TOAST_SECONDS = 20.0
 REFRESH_SECONDS = 2.0
 """Interval at which a page looks for changes on the server."""
 QUIET: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
@@ -67,6 +66,32 @@ def show_errors(handler: Handler) -> Handler:
     return _convert_errors()(handler)
 
 
+def keep_error(handler: Callable[..., Any], outputs: int, at: int = 0) -> Callable[..., Iterator[tuple[Any, ...]]]:
+    """Wrap an event handler so that its errors are toasts and also replace what stands at one of its outputs.
+
+    Args:
+        handler: Function, or generator function, that returns a value per output.
+        outputs: Number of outputs.
+        at: Which of them shows messages.
+
+    Returns:
+        The wrapped handler.
+    """
+
+    @show_errors
+    def run(*arguments: Any) -> Iterator[tuple[Any, ...]]:
+        try:
+            found = handler(*arguments)
+            yield from found if inspect.isgenerator(found) else [found]
+        except SA3Error as error:
+            kept: list[Any] = [gr.skip()] * outputs
+            kept[at] = render_notice(str(error), "error")
+            yield tuple(kept)
+            raise
+
+    return run
+
+
 @contextmanager
 def _convert_errors() -> Iterator[None]:
     try:
@@ -76,7 +101,8 @@ def _convert_errors() -> Iterator[None]:
     except Exception as error:
         if not isinstance(error, SA3Error):
             logger.exception("unexpected error in the studio")
-        raise gr.Error(escape(get_error_message(error)), duration=TOAST_SECONDS, print_exception=False) from error
+        text = escape(get_error_message(error))  # `assets/studio.js` closes it
+        raise gr.Error(text, duration=None, print_exception=False) from error
 
 
 def get_error_message(error: BaseException) -> str:

@@ -118,7 +118,6 @@ class FixedDemoCallback(StepCallback, ABC):
         self, run_dir: Path, loggers: LoggerCollection, every: int, is_stopping: Callable[[], bool] = lambda: False
     ) -> None:
         self.run_dir, self.loggers, self.every, self.is_stopping = run_dir, loggers, every, is_stopping
-        self._may_wait = False
 
     @abstractmethod
     def play_module(self, module: AdapterModule, step: int) -> None:
@@ -130,7 +129,7 @@ class FixedDemoCallback(StepCallback, ABC):
         """
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Play the base once, and what was due when the run was stopped."""
+        """Play the base once, and what was due when the run was stopped; also after the last step."""
         assert isinstance(pl_module, AdapterModule)
         if not (self.get_folder(trainer.global_step) / DEMOS_FILE).is_file():
             self.on_step_end(trainer, pl_module)
@@ -139,7 +138,6 @@ class FixedDemoCallback(StepCallback, ABC):
         """Play the adapter at the interval and at the end."""
         step = trainer.global_step
         if (step % self.every == 0 or step == trainer.max_steps) and trainer.is_global_zero:
-            self._may_wait = step != trainer.max_steps  # a run that is resumed after its last step trains no more
             self._try_play(module, step)
 
     def get_folder(self, step: int) -> Path:
@@ -168,8 +166,8 @@ class FixedDemoCallback(StepCallback, ABC):
             _logger.warning("no demos at step %d: %s", step, error)
 
     def stop_if_asked(self) -> None:
-        """Stop playing if the run has been asked to stop and will be resumed."""
-        if self._may_wait and self.is_stopping():
+        """Stop playing if the run has been asked to stop."""
+        if self.is_stopping():
             raise _Stopping
 
     def write_demo(self, demo: DemoFile, audio_CN: Tensor, sample_rate: int) -> DemoFile:

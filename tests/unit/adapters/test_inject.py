@@ -201,7 +201,7 @@ def test_continuing_needs_the_same_kind_scale_layers_and_shapes() -> None:
     model = Small()
     adapter = train_adapter(AdapterSpec("lora", rank=2), model)
     for settings, message in (
-        ({"adapter_type": "bora", "rank": 2}, r"training is of bora\. Set adapter\.adapter_type=lora"),
+        ({"adapter_type": "bora", "rank": 2}, r"training is of bora\. Set adapter=lora\."),
         ({"adapter_type": "lora", "rank": 3}, "has rank 2 at .* but training has 3"),
         ({"adapter_type": "lora", "rank": 2, "alpha": 4}, "scale 1 .* training has 2"),
         ({"adapter_type": "lora", "rank": 2, "include": ["layers.1"]}, "7 of its layers are not in training"),

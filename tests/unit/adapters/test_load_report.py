@@ -107,7 +107,7 @@ class TestReport:
         path = "model.transformer.layers.1.ff.up"
         report = AdapterStack(model).add(edited(adapter, lambda tensors: tensors.pop(path)))
         assert report.missing == [path]
-        assert "1 included layers are missing" in report.summary
+        assert "8 of 8 layers fit; it lacks 1 of 9 layers that its settings include" in report.summary
         only = replace(adapter, spec=replace(adapter.spec, exclude=["layers.1."]))
         report = AdapterStack(model).add(edited(only, lambda tensors: tensors.pop(path)))
         assert report.missing == []

@@ -1,10 +1,12 @@
 """Configuration files of the user's own count as they are written, or are refused by name."""
 
+import json
 from pathlib import Path
 
 import pytest
 
 from sa3train.cli.config_files import adapt_options, check_config_dir, find_flag, read_config
+from sa3train.cli.train import main
 from sa3train.core.errors import ConfigError
 
 OWN = b"# @package _global_\n"
@@ -86,3 +88,18 @@ def test_options_named_like_numbers_are_names_and_a_resumed_run_has_none() -> No
     assert adapt_options(["model=nano"], {"model": "model.name"}, is_resumed=True) == ["model.name=nano"]
     with pytest.raises(ConfigError, match="optimizer=adamw cannot be chosen"):
         adapt_options(["optimizer=adamw"], is_resumed=True)
+
+
+def test_of_a_folder_that_holds_runs_the_newest_are_offered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for day, name in enumerate(("oldest", "late", "deep/later", "newest"), start=1):
+        run_dir = Path("runs", name)
+        run_dir.mkdir(parents=True)
+        (run_dir / "config.yaml").write_text("name: a\n")
+        record = {"format": 1, "started": f"2026-11-0{day}T12:00:00+00:00", "identity": {}}
+        (run_dir / "run.json").write_text(json.dumps(record))
+    assert main(["resume=runs"]) == 1
+    named = "It holds runs: resume=runs/newest, resume=runs/deep/later, resume=runs/late and 1 more.\n"
+    assert named in capsys.readouterr().err

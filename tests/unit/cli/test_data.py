@@ -56,6 +56,19 @@ def test_audit_prints_and_leaves_a_report(tmp_path: Path, capsys: pytest.Capture
     ), "the source is left alone"
 
 
+def test_audit_shows_what_remains_after_fixes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_clip(tmp_path / "set" / "a.wav", noise(1.0, peak=0.3) + 0.2, "x")
+    words = ["audit", str(tmp_path / "set"), "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    assert "a.wav: warning: DC offset" in capsys.readouterr().out
+    assert main([*words, "--fixes", "dc,loudness"]) == 0
+    shown = capsys.readouterr().out
+    assert "a.wav" not in shown and "mended by fixes=dc" in shown
+    with pytest.raises(SystemExit):
+        main([*words, "--fixes", "dcc"])
+    assert "Did you mean dc?" in capsys.readouterr().err
+
+
 def test_audit_writes_its_progress_as_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_clip(tmp_path / "music" / "a.wav", noise(1.0), "x")
     assert main(["audit", str(tmp_path / "music"), "--out", str(tmp_path / "out"), "--progress-json"]) == 0

@@ -554,7 +554,7 @@ BAD: list[tuple[tuple[Any, ...], str]] = [
     (("--lora", f"{LORA}=loud"), "strength 'loud'"),
     (("--lora", f"{LORA}=nan"), "strength 'nan'"),
     (("--lora", f"{LORA}@x-1"), "noise level 'x'"),
-    (("--lora", f"{LORA}@0.9-0.1"), "interval"),
+    (("--lora", f"{LORA}@0.9-0.1"), "noise levels 0.9 to 0.1 must be two numbers from 0 to 1"),
     (("--lora", LORA, "--conditioner-strength", "much"), "strength 'much' in --conditioner-strength much"),
     (("--lora-ckpt-path", LORA, "--lora-strength", "loud"), "strength 'loud' in --lora-strength loud"),
     (("--lora-ckpt-path", LORA, "--lora-strength", "1", "--lora-index", 3), "--lora-index 3"),
@@ -617,7 +617,7 @@ BAD: list[tuple[tuple[Any, ...], str]] = [
     (("--batch-size", 10**9), "--batch-size 1000000000 must be from 1 to"),
     (("-p", "y", "--negative-prompt", "a b", "c", "d"), "prompt has 2 values for 3 items"),
     (("--batch-size", 10**4, "--duration", 120), "Out of memory while generating 10000 items"),
-    (("--cfg-interval", 0.1, 0.11), "--cfg-interval (0.1, 0.11) would have no effect"),
+    (("--cfg-interval", 0.1, 0.11), "--cfg-interval 0.1 0.11 would have no effect"),
     (("--lora", f"{LORA}@0.1-0.11"), "noise levels (0.1, 0.11) of"),
 ]
 

@@ -116,6 +116,14 @@ def test_errors_reach_the_client_in_words_and_results_as_data(tools: Tools, monk
         assert names >= verbs | {"status", "audit", "encode", "plan", "train", "evaluate", "generate"}
         refused = await client.call_tool("audit", {"source": "/etc"})
         assert refused.is_error and "outside the folders" in refused.content[0].text
+        for call, meant in (
+            ({"settings": ["adaptr.rank=4"]}, "Did you mean adapter.rank?"),
+            ({"settings": ["logger.name=csv"]}, "Remove it."),
+            ({"step": 4}, "train has no argument step. Did you mean steps?"),
+            ({"recipe": "stlye"}, "Did you mean style?"),
+        ):
+            refused = await client.call_tool("train", {"data": "latents", "run": "runs/a"} | call)
+            assert refused.is_error and meant in refused.content[0].text
         arguments = {"data": "latents", "run": "runs/a", "settings": ["adapter.rank=4"], "wait_seconds": 30}
         shown = (await client.call_tool("train", arguments)).structured_content
         assert shown["state"] == "finished" and shown["step"] == 8

@@ -49,3 +49,15 @@ def test_messages_name_flags() -> None:
     expected = "Set --model NAME, --rank R and --allow-loss, or leave rank and --allow-loss out: see a/model=x."
     assert name_flags(text, flags) == expected
     assert name_flags("Give overwrite=True.", {"overwrite": "--overwrite"}) == "Give --overwrite."
+
+
+@pytest.mark.parametrize(
+    ("message", "shown"),
+    [
+        ("inpaint_mask_start_seconds=(4.0,) has no effect", "--inpaint-start 4 has no effect"),
+        ("cfg_interval=(0.9, 0.05) must be", "--cfg-interval 0.9 0.05 must be"),
+        ("interval=(0.0, 5e-05) of a would", "noise levels 0 to 5e-05 of a would"),
+    ],
+)
+def test_messages_show_values_as_they_are_written_on_the_command_line(message: str, shown: str) -> None:
+    assert name_flags(message, generate_args.FLAGS) == shown

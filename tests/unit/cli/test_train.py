@@ -265,8 +265,10 @@ def test_continuing_an_adapter_starts_from_it(shards: Path, capsys: pytest.Captu
     ):
         for key in a.keys():  # noqa: SIM118 (not a dict)
             assert (a.get_tensor(key) - b.get_tensor(key)).abs().max() < 1e-3
-    assert run(shards, "recipe=continue", "run_dir=third", start, "adapter=lora") == 1
-    assert "dora-rows" in capsys.readouterr().err
+    for other, advice in (("adapter=lora", "Set adapter=dora-rows."), ("adapter.rank=3", "Set adapter.rank=")):
+        assert run(shards, "recipe=continue", "run_dir=third", start, other) == 1
+        said, error = capsys.readouterr()
+        assert advice in error and "loading" not in said + error, "before the base is loaded"
 
 
 def test_a_base_in_bf16_trains_nearly_the_same(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

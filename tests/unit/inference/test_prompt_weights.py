@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from sa3train.inference import Generator
-from sa3train.inference.prompt_weights import encode_prompts, find_nested_weight, parse_prompt_weights
+from sa3train.inference.prompt_weights import (
+    encode_prompts,
+    find_nested_weight,
+    find_unread_weight,
+    parse_prompt_weights,
+)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +46,26 @@ def test_a_group_that_ends_in_a_number_is_a_weight(prompt: str, text: str, phras
 )
 def test_a_weight_around_another_is_named(prompt: str, outer: str | None) -> None:
     assert find_nested_weight(prompt) == outer
+
+
+@pytest.mark.parametrize(
+    ("prompt", "unread"),
+    [
+        ("(koto:1.3", "(koto:1.3"),
+        ("slow (koto:1.3, soft and (drums:2)", "(koto:1.3, soft and"),
+        ("(koto: 1.3) solo", "(koto: 1.3)"),
+        ("(koto:.8)", "(koto:.8)"),
+        ("(mood: calm:1.3)", "(mood: calm:1.3)"),
+        ("(koto:1.3) and (drums:2)", None),
+        ("kick (909) and (warm pads, (unclosed", None),
+        ("(tempo:120", None),
+        ("(warm: and soft) at 1.3", None),
+        (r"\(koto:1.3", None),
+        ("sparse ((rhythm:2):3) tail", None),
+    ],
+)
+def test_what_looks_like_a_weight_and_is_text_is_named(prompt: str, unread: str | None) -> None:
+    assert find_unread_weight(prompt) == unread
 
 
 def test_only_the_tokens_of_the_phrase_move_along_the_line_to_the_empty_embedding(gen: Generator) -> None:

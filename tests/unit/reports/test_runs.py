@@ -5,6 +5,7 @@ import platform
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,7 @@ def test_a_process_makes_it_run_and_a_request_to_stop_makes_it_stopped(
     monkeypatch.setattr(processes, "get_running_pid", lambda _: 4711)
     run = get_run(folder)
     assert (run.state, run.is_alive, run.seconds_left) == ("running", True, 40.0)
+    assert replace(run, step=100).seconds_left is None, "it plays its last demos, and no step is left"
     write_record(folder, stop_asked="now")
     assert get_run(folder).state == "stopping"
     with pytest.raises(DataError, match="already stopping"):

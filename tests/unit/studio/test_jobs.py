@@ -37,7 +37,7 @@ def test_a_second_one_waits_and_says_so() -> None:
     assert (first.state, second.state, worker.count_ahead(second)) == ("running", "waiting", 1)
     shown = render_status(worker.jobs)
     assert "step 1 of 2" in shown
-    assert "1 ahead" in shown
+    assert "next to start" in shown
     gate.go.set()
     assert second.finished.wait(10)
     assert [job.state for job in worker.jobs] == ["done", "done"]
@@ -118,4 +118,12 @@ def test_a_failed_job_can_be_dismissed() -> None:
     assert job.finished.wait(10)
     assert "Dismiss" in render_status(worker.jobs)
     worker.cancel(job.number)
+    assert render_status(worker.jobs) == ""
+
+
+def test_what_failed_is_forgotten_when_something_else_is_asked_for() -> None:
+    worker = Worker()
+    failed = worker.submit("broken", lambda job: 1 / 0)
+    assert failed.finished.wait(10) and "broken" in render_status(worker.jobs)
+    worker.forget_failed()
     assert render_status(worker.jobs) == ""

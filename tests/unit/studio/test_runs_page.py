@@ -60,6 +60,14 @@ def test_a_run_says_what_it_does_beside_its_steps(
     assert view.format_label(workspace, run).splitlines()[1] == shown
 
 
+def test_a_run_after_its_last_step_tells_of_what_is_left(workspace: Workspace) -> None:
+    run = Run(workspace.folder / "runs" / "a", "running", 100, 100, speed=2.0, stage="generating demos")
+    label = view.format_label(workspace, run).splitlines()[1]
+    assert label == "running: all steps done, generating demos · 100 of 100 steps"
+    stopping = Run(run.path, "stopping", 100, 100)
+    assert view.describe_state(stopping) == "saving, then stopping: all steps done, ending the run"
+
+
 def test_base_stands_beside_the_adapter_and_the_newest_step_first(workspace: Workspace) -> None:
     files = RunFiles(
         workspace.sources[0], demos=[make_demo(0, 0.0), *(make_demo(step, s) for step in (10, 20) for s in (0.5, 1.0))]

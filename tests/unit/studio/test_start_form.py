@@ -1,5 +1,6 @@
 """The form that starts a run is checked before anything is started."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -84,3 +85,21 @@ def test_invalid_requests_are_refused(
     values |= {"folder": "", "settings": "", "adapter": ""}
     with pytest.raises(SA3Error, match=message):
         start_form.parse_request(workspace, **values | changed)
+
+
+def test_a_plan_tells_at_once_and_all_the_time_what_it_waits_for(
+    workspace: Workspace, latents: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start_form, "SHOW_SECONDS", 0.01)
+    going_on = threading.Event()
+
+    def compose(_: Any) -> Any:
+        assert going_on.wait(10)
+        raise SA3Error("no such recipe")
+
+    monkeypatch.setattr(estimate, "compose_config", compose)
+    updates = start_form.stream_plan(workspace, "style", "latents", "nano-base", "", "mine", "", "")
+    assert all("Checking the settings… 0 s" in next(updates)[1] for _ in range(2))
+    going_on.set()
+    with pytest.raises(SA3Error, match="no such recipe"):
+        list(updates)

@@ -77,6 +77,16 @@ def test_demos_of_a_stopped_run_are_played_when_it_is_resumed(played: Any, shard
 
 
 @pytest.mark.slow
+def test_a_stop_in_the_last_demos_leaves_them_for_the_resumed_run(played: Any, shards: Path, tmp_path: Path) -> None:
+    part = Trial(shards, tmp_path / "part", max_steps=3, demos=SETTINGS, stop_after=3)
+    part.run()
+    assert {entry.step for entry in list_demos(part.run_dir)} == {0, 2}
+    part.stop_after = None
+    part.run(resume=True)
+    assert list_demos(part.run_dir) == list_demos(played[0].run_dir)
+
+
+@pytest.mark.slow
 def test_what_is_played_is_what_the_adapter_plays_at_its_own_level(played: Any) -> None:
     run_dir = played[0].run_dir
     generator = Generator.from_pretrained(GOLDEN / "plain", device="cpu", precision="fp32")

@@ -1,0 +1,18 @@
+"""Adapters are found in the folders that hold them."""
+
+from pathlib import Path
+
+from sa3train.adapters.formats.run_dir import locate_adapter
+
+
+def test_a_folder_with_one_adapter_file_stands_for_it(tmp_path: Path) -> None:
+    file = tmp_path / "style.safetensors"
+    for name in (file.name, "README.md"):
+        (tmp_path / name).touch()
+    assert locate_adapter(tmp_path) == file
+    config = tmp_path / "adapter_config.json"
+    config.touch()
+    assert locate_adapter(tmp_path) == tmp_path, "a PEFT folder is read whole"
+    config.unlink()
+    (tmp_path / "other.safetensors").touch()
+    assert locate_adapter(tmp_path) == tmp_path, "one of two is not guessed"
