@@ -37,8 +37,8 @@ class Model:
         start = 8 + int.from_bytes(data[:8], "little")
         tensors = json.loads(bytes(data[8:start]) if data[8:9] == b"{" else "{}")
         needed = inputs["metadata"] | ({} if strength in (0, 1) else {"fixed": "false"})
-        if path and (wrong := dict(needed.items() - tensors.pop("__metadata__", {}).items())):
-            raise SystemExit(f"{path} lacks {wrong}. Write it for this export and strength with sa3-export scales.")
+        if path and (wrong := sorted(dict(needed.items() - tensors.pop("__metadata__", {}).items()))):
+            raise SystemExit(f"{path} is not of this export and strength ({', '.join(wrong)}): use sa3-export scales.")
         self.lora = {name: np.full(size, 0 if size else strength, "<f4") for name, size in inputs["shapes"].items()}
         for name, each in tensors.items():
             self.lora[name] = np.frombuffer(data[start:][slice(*each["data_offsets"])], "<f4").reshape(each["shape"])

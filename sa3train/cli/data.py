@@ -22,6 +22,7 @@ from sa3train.core.config import list_settings
 from sa3train.core.errors import ConfigError, DataError
 from sa3train.core.files import check_exists, relate_path
 from sa3train.core.log import write_json_line, write_json_progress
+from sa3train.core.text import format_command
 from sa3train.data.captioning.template import CAPTION_VALUES, DEFAULT_TEMPLATE
 from sa3train.data.encode.settings import EncodeSettings
 from sa3train.data.loading.prompts import PromptSettings, Template
@@ -240,7 +241,8 @@ def run_caption_command(arguments: argparse.Namespace) -> int:
         print(f"… and {len(composed) - arguments.n} more")
     print(describe_proposals(done))
     if done.changes:
-        print(f"files written: {len(done.changes)}; to undo: sa3-data caption {arguments.folder} --undo")
+        undo = format_command(["sa3-data", "caption", arguments.folder, "--undo"])
+        print(f"files written: {len(done.changes)}; to undo: {undo}")
     return 0
 
 

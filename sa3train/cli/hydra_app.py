@@ -45,7 +45,7 @@ from sa3train.cli.precedence import build_composed
 from sa3train.cli.version import describe_version
 from sa3train.core.config import MISSING, describe_unknown_keys, is_known, list_keys
 from sa3train.core.errors import ConfigError, SA3Error
-from sa3train.core.files import get_config_dir
+from sa3train.core.files import get_config_dir, path_exists
 from sa3train.core.imports import explain_imports
 from sa3train.core.overrides import format_override, format_value, is_quoted, quote_text, unescape_interpolations
 from sa3train.core.signals import Interrupted, handle_signals, watch_stop_file
@@ -169,8 +169,8 @@ def run_hydra_job(
             check_config_dir(folder, arguments)
         action = job
         if {"--cfg", "job", "--resolve"} <= set(arguments):  # Hydra would show what the command refuses or changes
-            rest = [argument for argument in arguments if argument not in ("--cfg", "job", "--resolve")]
-            arguments, action = [*rest, "hydra.mode=RUN"], _print_settings
+            arguments = [*(each for each in arguments if each not in ("--cfg", "job", "--resolve")), "hydra.mode=RUN"]
+            action = _print_settings
         primary = _find_primary_config(config_name, resume, arguments)
         arguments = adapt_options(arguments, shorthand or {}, is_resumed=primary[0] != CONF)
         suggested, checked = (suggest if primary[0] == CONF else None), (check if action is job else None)
@@ -287,19 +287,12 @@ def expand_argument(
         return argument
     if value in ("", "null", MISSING) or is_quoted(value):
         return f"{key}={value}"
-    if not _exists(value):
+    if not path_exists(value):
         if is_sweep and _is_sweep(value):
             return f"{key}={value}"
         if "${" in value:
             return f"{key}={quote_text(value)}"
     return format_override(key, value)
-
-
-def _exists(path: str) -> bool:
-    try:
-        return os.path.lexists(path)
-    except ValueError:  # a NUL in it
-        return False
 
 
 def _is_sweep(value: str) -> bool:
@@ -325,6 +318,8 @@ def _bracket_list(argument: str, lists: Sequence[str]) -> str:
 
 def _check_form(schema: type, shorthand: Mapping[str, str], arguments: Sequence[str]) -> None:
     """Check for what Hydra answers with its usage or not at all: settings written as flags, words, endless numbers."""
+    if {"--cfg", "--resolve"} <= set(arguments) and not {"-m", "--multirun"}.isdisjoint(arguments):
+        raise ConfigError("--cfg job --resolve shows the settings of one run: leave out --multirun.")
     before = ""
     for argument in arguments:
         key = argument.lstrip("-").partition("=")[0]

@@ -22,7 +22,7 @@ from sa3train.cli.hydra_app import run_job
 from sa3train.cli.parser import CommandParser
 from sa3train.cli.version import add_version
 from sa3train.core.errors import DataError
-from sa3train.core.text import format_columns
+from sa3train.core.text import format_columns, format_command
 from sa3train.reports.comparison import choose_best, compare_runs
 from sa3train.reports.html import format_duration
 from sa3train.reports.runs import STATES, Run, describe_run, find_runs, load_run, stop_run
@@ -117,7 +117,7 @@ def _watch(arguments: argparse.Namespace) -> int:
 def _stop(arguments: argparse.Namespace) -> int:
     stop_run(arguments.folder, at_once=arguments.now)
     done = "was killed" if arguments.now else "saves its state, then it ends"
-    resume = f"sa3-train resume={arguments.folder}"
+    resume = format_command(["sa3-train", f"resume={arguments.folder}"])
     found = {"run": str(arguments.folder), "killed": arguments.now, "resume": resume}
     _print(arguments, found, lambda: [f"{arguments.folder} {done}. Continue it with: {resume}"])
     return 0

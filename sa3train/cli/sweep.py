@@ -30,6 +30,7 @@ from sa3train.core.errors import ConfigError, SA3Error
 from sa3train.core.overrides import format_override
 from sa3train.core.processes import find_program, make_environment
 from sa3train.core.signals import Interrupted
+from sa3train.core.text import format_command
 from sa3train.reports import runs
 from sa3train.reports.comparison import choose_best, read_changes, read_evaluation
 from sa3train.reports.run_files import EVALUATION_FILE
@@ -112,7 +113,7 @@ def _run(arguments: argparse.Namespace) -> int:
     except Timeout as error:
         raise SA3Error(f"Another sa3-sweep works in {arguments.folder}. Wait until it ends, or stop it.") from error
     except Interrupted:
-        _say(f"The sweep is stopped. Continue it with: sa3-sweep {arguments.folder}")
+        _say(f"The sweep is stopped. Continue it with: {format_command(['sa3-sweep', arguments.folder])}")
         raise
     rows, best = sweep.list_trials(), sweep.find_best()
     if arguments.json:

@@ -75,7 +75,7 @@ def compare_runs(folders: Sequence[Path]) -> list[dict[str, Any]]:
         row["measure"] = validation.get("measure")
         row["evaluated"] = (read_evaluation(path) or {}).get("change")
         rows.append(row)
-    measures = list(dict.fromkeys(row["measure"] for row in rows))
+    measures = sorted({row["measure"] for row in rows}, key=lambda measure: (measure is not None, measure))
     if len(measures) > 1:
         _logger.warning("decoder runs are measured by round trips, others by their loss: each kind is ranked by itself")
     else:
@@ -168,9 +168,12 @@ def choose_best(folders: Sequence[Path]) -> dict[str, Any]:
     if measured and all(measured.values()):
         path, evaluation = min(((path, each) for path, each in measured.items() if each), key=lambda e: e[1]["change"])
         return {"run": str(path), **evaluation}
-    row = compare_runs(folders)[0]
+    rows = compare_runs(folders)
+    row = rows[0]
     folder, step = Path(row["run"]), row["best step"]
     run, notes = load_run(folder), list[str]()
+    others = {other["measure"]: other["run"] for other in reversed(rows) if other["measure"] != row["measure"]}
+    notes += [f"The best of the decoder runs: {other}." for other in others.values()]
     ends_best = row["last"] == row["best"] and run is not None and run.state == "finished"
     best, last, state = folder / BEST_ADAPTER_FILE, folder / ADAPTER_FILE, get_checkpoint_path(folder, step)
     if best.is_file():

@@ -171,8 +171,8 @@ def is_file_name(path: str | os.PathLike[str]) -> bool:
     suffix = Path(path).suffix.lower()
     if suffix in OTHER_FILES:
         raise AdapterError(
-            f"{path} does not suit an adapter. Give a file that ends in .safetensors (or in .gguf without --to), or a "
-            "folder."
+            f"{path} does not suit an adapter. Give a file that ends in .safetensors, or a folder; .gguf, of sa3.cpp, "
+            "is written without --to."
         )
     return suffix == ".safetensors"
 

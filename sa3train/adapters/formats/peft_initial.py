@@ -22,6 +22,7 @@ from sa3train.adapters.formats.native import build_spec
 from sa3train.adapters.tools.low_rank import Truncation, truncate_product
 from sa3train.core.errors import AdapterError
 from sa3train.core.log import track_progress
+from sa3train.core.text import format_command
 
 TAKES_FROM_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Beginnings of the values of PEFT's init_lora_weights with which the base changes. Gaussian, orthogonal, EVA and MiCA
@@ -78,8 +79,8 @@ def subtract_initial(adapter: Adapter, initialization: str | None, weights: Mapp
     if weights is None:
         raise AdapterError(
             f"{adapter.source} started with init_lora_weights={initialization!r}, which took a part out of the base "
-            f"model. Convert it with the model it was trained on: sa3-adapter convert {adapter.source} "
-            f"NEW.safetensors --model NAME"
+            "model. Convert it with the model it was trained on: "
+            f"{format_command(['sa3-adapter', 'convert', adapter.source, 'NEW.safetensors', '--model', 'NAME'])}"
         )
     layers, ranks, squares = {}, {}, [0.0, 0.0]
     for path, params in track_progress(adapter.tensors.items(), "convert", len(adapter.tensors), unit="layer"):

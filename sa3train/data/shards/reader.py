@@ -358,7 +358,7 @@ class LatentStore:
     def _make_error(self, row: int, fault: str) -> DataError:
         return DataError(
             f"clip {self.keys[row]} in shard {self._join(self.get_shard_name(row))} is damaged: {fault}. "
-            f"List all damaged shards with: sa3-data inspect {self.path} --verify"
+            f"List all damaged shards with: {format_command(['sa3-data', 'inspect', str(self.path), '--verify'])}"
         )
 
     def _read(self, row: int, start: int, size: int) -> bytes:

@@ -618,7 +618,7 @@ BAD: list[tuple[tuple[Any, ...], str]] = [
     (("-p", "y", "--negative-prompt", "a b", "c", "d"), "prompt has 2 values for 3 items"),
     (("--batch-size", 10**4, "--duration", 120), "Out of memory while generating 10000 items"),
     (("--cfg-interval", 0.1, 0.11), "--cfg-interval 0.1 0.11 would have no effect"),
-    (("--lora", f"{LORA}@0.1-0.11"), "noise levels (0.1, 0.11) of"),
+    (("--lora", f"{LORA}@0.1-0.11"), "noise levels 0.1 to 0.11 of"),
 ]
 
 

@@ -90,6 +90,8 @@ def test_runs_with_another_measure_are_ranked_by_themselves(runs: Path, capsys: 
         ("runs/one", None), ("runs/two", "round_trips"),
     ]  # fmt: skip
     assert "each kind is ranked by itself" in said.err
+    assert main(["best", "runs"]) == 0
+    assert "best: runs/one" in (best := capsys.readouterr().out) and "best of the decoder runs: runs/two" in best
 
 
 def test_the_best_step_may_be_gone(runs: Path, capsys: pytest.CaptureFixture[str]) -> None:

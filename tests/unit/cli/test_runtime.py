@@ -150,6 +150,7 @@ def test_any_path_comes_back_as_written(path: str) -> None:
         (["a"], "KEY=VALUE"),
         (["--src", "a"], "without dashes: src=VALUE"),
         (["--rate=1", "source=a"], "without dashes: rate=VALUE"),
+        (["-m", "--cfg", "job", "--resolve", "source=a"], "leave out --multirun"),
         (["source=a", "rate=7"], "seven is not a rate"),
     ],
 )
@@ -283,7 +284,7 @@ def test_quick_help_is_hydras_own(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     monkeypatch.setattr(hydra_app, "share_help_queries", contextlib.nullcontext)
     with pytest.raises(SystemExit, match="0"):
         train.main(["--help"])
-    assert "trainer.max_steps=2000" in quick and "sa3-train --cfg job --resolve" in quick
+    assert "trainer.max_steps=2000" in quick and "sa3-train data=FOLDER --cfg job --resolve" in quick
     assert len(quick.splitlines()) < 45, "one screen"
     assert capsys.readouterr().out == quick
     assert many < (len(copies) - many) / 20

@@ -27,6 +27,7 @@ NAMES = [
     ("Loops/Crash.wav", {"form": "loop", "form_source": "folder name"}),
     ("One Shots/Crash Loop.wav", {"form": "loop", "form_source": "file name"}),
     ("HiHatOpen.wav", {"kind": "hi-hat", "words": ("open",)}),
+    ("mono 8bit_hum rate 24bit.wav", {"words": ("hum",)}),
     ("Pad A minor slow.wav", {"key": "A minor", "kind": "pad"}),
     ("Dusty_Pad_Chords_Dmin_100bpm.wav", {"key": "D minor", "kind": "chord", "words": ("dusty", "pad"), "bpm": 100}),
     ("Bass drum top loop.wav", {"kind": "top", "words": ("kick",), "form": "loop"}),
