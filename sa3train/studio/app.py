@@ -14,6 +14,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 from sa3train.core.processes import get_running_pid
+from sa3train.core.text import format_command
 from sa3train.studio.adapters.page import build_adapters_page
 from sa3train.studio.data.jobs import list_jobs
 from sa3train.studio.data.page import build_data_page
@@ -46,7 +47,10 @@ def build_app(workspace: Workspace) -> gr.Blocks:
     os.environ["GRADIO_TEMP_DIR"] = str(workspace.uploads)  # components read it when they are built
     sources = ", ".join(map(str, workspace.sources)) or "no folder"
     places = f"Reads {sources}. Writes to its workspace, {workspace.folder}."
-    head = f"<h1>sa3train studio</h1><p>{escape(places)}</p>"
+    start: list[str | Path] = ["sa3-studio", *workspace.sources, "--workspace", workspace.folder]
+    start += ["--model", workspace.model]
+    start += ["--device", workspace.device] if workspace.device else []
+    head = f'<h1 data-start="{escape(format_command(start))}">sa3train studio</h1><p>{escape(places)}</p>'
     with gr.Blocks(title="sa3train studio", analytics_enabled=False, fill_width=True) as page:
         gr.HTML(head, elem_id="studio-head", apply_default_css=False)
         forms = []

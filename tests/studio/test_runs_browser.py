@@ -225,6 +225,10 @@ def test_a_plan_and_a_wrong_number_that_is_explained_where_it_is_typed(page: Pag
     expect(page.locator("#run-plan-shown")).to_contain_text(re.compile("Memory plan.*weights"))
     assert not list((root / "runs").glob("*"))
     page.screenshot(path=artefacts / "runs-plan.png", full_page=True)
+    expect(page.locator("#run-plan")).to_have_text("Plan")
+    expect(page.locator("#run-plan-shown[data-old]")).to_have_count(0)
+    page.locator("#run-steps input, #run-steps textarea").fill("4")
+    expect(page.locator("#run-plan-shown[data-old]")).to_have_count(1)
     command = page.locator("#run-plan-shown code").text_content() or ""
     assert shlex.split(command)[4] == f'run_dir="{root}/runs/\\${{oc.env:HOME}}"'
 

@@ -76,6 +76,36 @@ window.sa3 = (() => {
     ask();
   };
 
+  /* Asks now and then, and at each press of a button, whether the server answers: what is pressed while it is gone is
+     lost. A server that was started again knows nothing of what the page holds. */
+  const gone = make('div', {id: 'studio-gone', class: 'notice error', role: 'alert'});
+  let failed = 0, asking = false, next;
+  const askServer = async () => {
+    clearTimeout(next);
+    if (asking || document.hidden) return;
+    asking = true;
+    let id = null;
+    try {
+      id = (await (await fetch('gradio_api/app_id', {cache: 'no-store', signal: AbortSignal.timeout(15000)})).json()).app_id;
+      failed = 0;
+    } catch { failed += 1; }
+    asking = false;
+    next = setTimeout(askServer, failed === 1 ? 500 : 4000);
+    const start = `${document.querySelector('[data-start]')?.dataset.start || 'sa3-studio'} --port ${location.port}`;
+    const own = window.gradio_config?.app_id;
+    if (id && own && id !== own) location.reload();
+    if (!failed) gone.remove();
+    if (failed < 2 || gone.isConnected) return;
+    gone.textContent = `The studio's server does not answer. Start it again: ${start}\nRuns that were started go on. What you press here meanwhile is lost.`;
+    document.body.append(gone);
+  };
+  next = setTimeout(askServer, 4000);
+  document.addEventListener('visibilitychange', askServer);
+  document.addEventListener('click', event => { if (event.target.closest('button')) askServer(); }, true);
+
+  /* What was made from a form says so once the form has been changed. */
+  const outdate = (id, isOld) => document.getElementById(id).toggleAttribute('data-old', isOld);
+
   /* props.value: [{key, html}]. Items stay in place while their HTML is the same, so that playback continues. */
   const list = (element, props, watch, act) => {
     const shown = new Map();
@@ -134,5 +164,5 @@ window.sa3 = (() => {
   });
   const restoreTab = () => { document.getElementById(`tab-${location.hash.slice(1)}-button`)?.click(); };
   new MutationObserver(patch).observe(document.documentElement, {childList: true, subtree: true});
-  return {make, list, poll, restoreTab};
+  return {make, list, poll, outdate, restoreTab};
 })();

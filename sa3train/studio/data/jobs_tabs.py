@@ -91,7 +91,8 @@ def render_audit(workspace: Workspace, audit: Audit, source: Path) -> str:
     rows = [_render_row(workspace, source, row) for row in clips]
     listed = render_table(("waveform", "clip", "findings", "listen"), rows)
     left = summary["clips"] - len(rows)
-    more = f'<p class="soft">and {left:,} more: all are in audit.json.</p>' if left > 0 else ""
+    where = workspace.shorten(jobs.get_audit_dir(workspace, source) / jobs.AUDIT_FILE)
+    more = f'<p class="soft">and {left:,} more: all are in {escape(where)}.</p>' if left > 0 else ""
     return ui.render_panel(
         f'<div class="tiles">{"".join(tiles)}</div>{table if findings else ui.render_notice("No problems found.")}'
         f"<h3>Clips, worst first</h3>{listed}{more}"
@@ -106,7 +107,8 @@ def _render_row(workspace: Workspace, source: Path, row: Mapping[str, Any]) -> l
     about = f"<b>{escape(row['source'])}</b><br><small>{format_measurements(row)}</small>"
     caption = f"<br>{escape(row['caption'][:200])}" if row.get("caption") else ""
     picture = f'<div class="wave">{draw_waveform(str(row.get("thumb", "")))}</div>'
-    player = render_player(workspace, source / row["source"])
+    is_read = all(item["code"] != "unreadable" for item in row["findings"])
+    player = render_player(workspace, source / row["source"]) if is_read else ""
     return [picture, about + caption, findings or "no problems found", player]
 
 

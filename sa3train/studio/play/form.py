@@ -92,7 +92,8 @@ def build_form(workspace: Workspace) -> Form:
     offered = gr.Dropdown([], value=None, label="Prompts of the adapters", visible=False, elem_id="play-offered")
     source_box, upload = _build_source(fields)
     with gr.Row():
-        fields["duration"] = _build_field("duration", info=None, value=DEFAULT_DURATION, step=0.5)
+        usual = f"empty: {get_default('duration'):g}"
+        fields["duration"] = _build_field("duration", info=None, value=DEFAULT_DURATION, step=0.5, placeholder=usual)
         fields["seed"] = _build_field("seed", info=None)
         fields["batch_size"] = _build_field("batch_size", info=None)
     adapters = gr.HTML(apply_default_css=False, elem_id="play-files")

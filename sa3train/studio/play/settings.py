@@ -362,10 +362,19 @@ def parse_regions(rows: Sequence[Sequence[Any]]) -> tuple[tuple[float, float], .
 
     Returns:
         The regions.
+
+    Raises:
+        StudioError: A field is empty.
     """
-    return tuple(
-        (parse_number("the start of a region", start), parse_number("the end of a region", end)) for start, end in rows
-    )
+    found = []
+    for number, row in enumerate(rows, 1):
+        names = [f"{end} of region {number}" for end in ("Start", "End")]
+        for name, value in zip(names, row, strict=True):
+            if value in (None, ""):
+                raise StudioError(f"{name} is empty. Enter its seconds, or remove the region.")
+        start, end = map(parse_number, names, row)
+        found.append((start, end))
+    return tuple(found)
 
 
 def shorten_name(path: str | Path) -> str:

@@ -19,11 +19,14 @@ from sa3train.studio.server import widgets as ui
 from sa3train.studio.server.workspace import StudioError, Workspace
 from sa3train.training.settings import TrainerSettings
 
+RENEW = "(...values) => { sa3.outdate('run-plan-shown', false); return values; }"
+OUTDATE = "() => { sa3.outdate('run-plan-shown', true); return []; }"
 Result = TypeVar("Result")
 RUNS = "runs"
 SHOW_SECONDS = 1.0
 """Interval at which a wait is told of."""
 DATA_HINT = "Made on the Data page, by Encode."
+_parse_steps = functools.partial(ui.parse_setting, TrainerSettings, "max_steps")
 PLAN_HINT = "Plan shows what the run trains on, and estimates time and memory from a few real steps."
 
 
@@ -44,7 +47,7 @@ def parse_request(
         recipe: Name of the recipe.
         data: Folder of latents.
         model: Name or folder of the model.
-        steps: Optimizer steps; empty, 0 or None for the recipe's.
+        steps: Optimizer steps; empty or None for the recipe's.
         folder: The run folder, below `runs` if it is a name alone; empty for a new one there.
         settings: Lines of further `key=value` settings.
         adapter: Adapter to continue from, for recipe=continue.
@@ -59,7 +62,8 @@ def parse_request(
         raise StudioError(f"There is no recipe {recipe!r}. Choose from: {', '.join(estimate.list_recipes())}.")
     if not data:
         raise StudioError("Latents are missing. To create some, encode a folder of audio on the Data page.")
-    if steps and "trainer.max_steps=" in (settings or ""):
+    count = cast("int | None", _parse_steps(steps))
+    if count is not None and "trainer.max_steps=" in (settings or ""):
         raise StudioError("The steps are set twice: in the field Steps and among the further settings. Remove one.")
     if recipe == "continue" and not adapter:
         raise StudioError("Start from adapter is empty, which the recipe continue needs. Choose its file.")
@@ -68,7 +72,7 @@ def parse_request(
         workspace.resolve_folder(data, "folder of latents"),
         folders.resolve_model_name(workspace, model),
         workspace.resolve_output(folder or f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}", RUNS),
-        _parse_steps(steps),
+        count,
         estimate.parse_settings(settings or ""),
         folders.resolve_adapter(workspace, adapter) if recipe == "continue" else None,
     )
@@ -104,7 +108,8 @@ def build_start_form(workspace: Workspace, chosen: gr.Radio) -> None:
         plan = gr.Button("Plan", elem_id="run-plan", min_width=90)
         start = gr.Button("Start", variant="primary", elem_id="run-start", min_width=90)
     shown = gr.HTML(ui.render_placeholder(PLAN_HINT), elem_id="run-plan-shown")
-    fields, known = [recipe, data, model, steps, folder, settings, adapter], gr.State(())
+    fields: list[Any] = [recipe, data, model, steps, folder, settings, adapter]
+    known = gr.State(())
 
     def on_recipe(name: str) -> tuple[Any, ...]:
         is_continue = name == "continue"
@@ -114,9 +119,14 @@ def build_start_form(workspace: Workspace, chosen: gr.Radio) -> None:
 
     recipe.change(on_recipe, recipe, [recipe, adapter, steps], show_progress="hidden")
     on_plan = ui.keep_error(functools.partial(stream_plan, workspace), 2, at=1)
-    plan.click(on_plan, fields, [folder, shown], show_progress="hidden")
+    busy = plan.click(lambda: gr.update(value="Planning…", interactive=False), None, plan, js=RENEW, **ui.QUIET)
+    planned = busy.then(on_plan, fields, [folder, shown], show_progress="hidden")
+    for end in (planned.success, planned.failure):
+        end(lambda: gr.update(value="Plan", interactive=True), None, plan, **ui.QUIET)
     on_start = ui.keep_error(functools.partial(stream_start, workspace), 4, at=1)
-    start.click(on_start, [known, *fields], [folder, shown, chosen, known], show_progress="hidden")
+    start.click(on_start, [known, *fields], [folder, shown, chosen, known], show_progress="hidden", js=RENEW)
+    # Not of the folder: the plan fills it in, and does not depend on it.
+    gr.on([field.change for field in fields if field is not folder], None, None, None, js=OUTDATE)
 
     def list_latents() -> list[Any]:
         return folders.name_folders(workspace, folders.find_folders(workspace).latents)
@@ -197,12 +207,6 @@ def _find_running(workspace: Workspace) -> dict[str, str]:
 
 def _format_steps(recipe: str) -> str:
     return f"{estimate.get_recipe_steps(recipe):,}"
-
-
-def _parse_steps(value: Any) -> int | None:
-    """Parse the number of steps; None for the recipe's."""
-    steps = ui.parse_setting(TrainerSettings, "max_steps", None if value in (0, "0") else value)
-    return cast("int | None", steps)
 
 
 def _wait(

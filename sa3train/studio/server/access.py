@@ -4,15 +4,19 @@ It serves files of its own folders only, answers requests to its own name only, 
 elsewhere.
 """
 
+import contextlib
 import socket
 from dataclasses import dataclass
+from urllib.parse import quote
 
+from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware.gzip import GZipMiddleware
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sa3train.core.config import check_settings, setting
+from sa3train.core.errors import SA3Error
 from sa3train.studio.server.workspace import StudioError, Workspace
 
 FILE_MARKS = ("/file=", "/file/")
@@ -59,7 +63,20 @@ class AccessMiddleware:
             await PlainTextResponse("file outside the studio's folders", 403)(scope, receive, send)
         else:
             app = self.page if scope["path"] == "/" else self.app
+            if path is not None:
+                scope = await run_in_threadpool(self._replace_unplayable, scope, path)
             await app(scope, receive, _add_headers(send, PAGE_POLICY if path is None else FILE_POLICY))
+
+    def _replace_unplayable(self, scope: Scope, path: str) -> Scope:
+        """Ask for the WAV of audio that no browser plays in its place."""
+        from sa3train.studio.server.playable import convert_audio, is_playable  # loads torch, which --help must not
+
+        file = self.workspace.resolve(path)
+        if file.is_file() and not is_playable(file):
+            with contextlib.suppress(SA3Error, OSError):  # else the file is served as it is
+                found = scope["path"].removesuffix(path) + str(convert_audio(self.workspace, file))
+                return {**scope, "path": found, "raw_path": quote(found).encode()}
+        return scope
 
 
 def _get_requested_file(path: str) -> str | None:

@@ -1,16 +1,21 @@
 """The server is closed by default, and lets through what it should."""
 
+import os
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 from starlette.applications import Starlette
+from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from sa3train.cli.studio import build_parser, main
 from sa3train.core.errors import SA3Error
+from sa3train.studio.server import playable
 from sa3train.studio.server.access import LOCAL_NAMES, AccessMiddleware, AccessSettings
 from sa3train.studio.server.workspace import StudioError, Workspace
 
@@ -69,8 +74,8 @@ def test_the_command_starts_closed_on_nano() -> None:
 
 @pytest.fixture
 def client(tmp_path: Path) -> TestClient:
-    async def answer(request: object) -> PlainTextResponse:
-        return PlainTextResponse("served")
+    async def answer(request: Request) -> PlainTextResponse:
+        return PlainTextResponse(request.url.path)
 
     (tmp_path / "folder").mkdir()
     app = Starlette(routes=[Route("/{path:path}", answer)])
@@ -82,6 +87,38 @@ def test_files_of_the_folders_are_served_apart_from_the_page(client: TestClient,
     answer = client.get(f"/gradio_api/file={tmp_path}/folder/a.html")
     assert answer.status_code == 200
     assert "sandbox" in answer.headers["content-security-policy"]
+
+
+@pytest.mark.parametrize(("name", "subtype"), [("ä.AIFF", "PCM_24"), ("a.caf", "FLOAT"), ("a.wav", "DOUBLE")])
+def test_audio_that_browsers_do_not_play_is_served_as_wav(
+    client: TestClient, tmp_path: Path, name: str, subtype: str
+) -> None:
+    audio, file = np.full((400, 2), 0.25), tmp_path / "folder" / name
+    soundfile.write(file, audio, 22050, subtype)
+    served = client.get(f"/gradio_api/file={file}").text.partition("/gradio_api/file=")[2]
+    assert soundfile.info(served).format == "WAV" and Path(served).is_relative_to(tmp_path / "studio")
+    assert soundfile.info(served).subtype == "PCM_16"
+    assert np.allclose(soundfile.read(served)[0], audio, atol=1e-4)
+    assert client.get(f"/gradio_api/file={file}").text.endswith(served), "converted once"
+
+
+@pytest.mark.parametrize("content", [b"", b"RIFF"])
+@pytest.mark.parametrize("name", ["a.aiff", "a.wav", "a.txt"])
+def test_other_files_are_served_as_they_are(client: TestClient, tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / "folder" / name).write_bytes(content)
+    assert client.get(f"/gradio_api/file={tmp_path}/folder/{name}").text.endswith(f"folder/{name}")
+
+
+def test_few_converted_files_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    workspace = Workspace.create(tmp_path / "studio", [tmp_path / "folder"])
+    monkeypatch.setattr(playable, "KEPT", 2)
+    made = []
+    for number in range(3):
+        soundfile.write(tmp_path / "folder" / f"{number}.aiff", np.full((400, 2), 0.25), 22050)
+        made.append(playable.convert_audio(workspace, tmp_path / "folder" / f"{number}.aiff"))
+        os.utime(made[-1], (number, number))
+    assert [file.exists() for file in made] == [False, True, True]
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,11 @@ def test_the_form_becomes_a_command(workspace: Workspace, latents: Path) -> None
         "sa3-train", "recipe=instrument", f"data={latents}", "model=nano-base", f"run_dir={root / 'runs' / 'a'}",
         "trainer.max_steps=20", "seed=1",
     ]  # fmt: skip
-    odd = start_form.parse_request(workspace, "instrument", "latents", "nano-base", 0, "${oc.env:HOME}, x", "", "")
+    odd = start_form.parse_request(workspace, "instrument", "latents", "nano-base", "", "${oc.env:HOME}, x", "", "")
     assert odd.run_dir == root / "runs" / "${oc.env:HOME}, x"
     assert odd.build_command()[-1] == f'run_dir="{root}/runs/\\${{oc.env:HOME}}, x"'
     adapter = "adapters/one.safetensors"
-    continued = start_form.parse_request(workspace, "continue", "latents", "nano-base", 0, "", "", adapter)
+    continued = start_form.parse_request(workspace, "continue", "latents", "nano-base", None, "", "", adapter)
     assert f"adapter.start_from={workspace.sources[0] / adapter}" in continued.build_command()
     assert not any("max_steps" in part for part in continued.build_command())
     assert continued.run_dir.parent == root / "runs"
@@ -70,7 +70,7 @@ def test_a_start_tells_of_its_steps_and_of_a_run_that_is_going_on(
         ({"folder": "/etc/x"}, "inside the workspace"),
         *(
             ({"steps": steps}, "Steps")
-            for steps in (-1, 1.5, "x", "nan", float("nan"), float("inf"), 1e12, 1e300, True)
+            for steps in (0, "0", -1, 1.5, "x", "nan", float("nan"), float("inf"), 1e12, 1e300, True)
         ),
         ({"steps": 5, "settings": "trainer.max_steps=6"}, "set twice"),
         ({"settings": "seed=1\nseed=2"}, "set twice"),
@@ -81,7 +81,7 @@ def test_a_start_tells_of_its_steps_and_of_a_run_that_is_going_on(
 def test_invalid_requests_are_refused(
     workspace: Workspace, latents: Path, changed: dict[str, Any], message: str
 ) -> None:
-    values: dict[str, Any] = {"recipe": "instrument", "data": "latents", "model": "nano-base", "steps": 0}
+    values: dict[str, Any] = {"recipe": "instrument", "data": "latents", "model": "nano-base", "steps": ""}
     values |= {"folder": "", "settings": "", "adapter": ""}
     with pytest.raises(SA3Error, match=message):
         start_form.parse_request(workspace, **values | changed)

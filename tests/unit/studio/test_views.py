@@ -1,6 +1,7 @@
 """What the Runs and Data pages show: of files as they are, with nothing in them taken for the page's own HTML."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import pytest
 
 from helpers.audio import tone, write_clip
 from sa3train.core.errors import SA3Error
+from sa3train.data.audit.checks import make_finding
 from sa3train.studio.data import captions_tab, jobs_tabs, prompts_tab
 from sa3train.studio.runs import estimate
 from sa3train.studio.server.workspace import Workspace
@@ -17,7 +19,6 @@ EVIL = '<img src=x onerror="alert(1)">'
 
 @pytest.fixture
 def audit_file(tmp_path: Path) -> Path:
-    from sa3train.data.audit.checks import make_finding
     from sa3train.data.audit.report import write_audit_report
 
     facts = {"seconds": 1.0, "sample_rate": 44100, "channels": 2, "lufs": -14.0, "peak_db": -1.0, "thumb": "0az"}
@@ -37,7 +38,9 @@ def test_an_audit_shows_the_gravest_first(workspace: Workspace, audit_file: Path
     html = jobs_tabs.render_audit(workspace, audit, workspace.sources[0] / "audio")
     assert html.index("no caption") < html.index("very quiet", html.index("Clips, worst first"))
     assert html.count("<audio") == 1, "only files that are there can be played"
-    assert "and 3 more" in html
+    assert re.search(r"and 3 more: all are in \S+/audit\.json", html)
+    broken = {**audit[1][1], "findings": [make_finding("unreadable")]}
+    assert "<audio" not in jobs_tabs.render_audit(workspace, (audit[0], [broken]), workspace.sources[0] / "audio")
     assert "<img src=x" not in html
     audit_file.write_text(audit_file.read_text()[:-20])
     with pytest.raises(SA3Error, match="audit the folder again"):

@@ -119,8 +119,12 @@ def test_lists_of_strengths_are_parsed() -> None:
 
 def test_regions_must_be_numbers() -> None:
     assert parse_regions([[0, "1.5"]]) == ((0.0, 1.5),)
-    with pytest.raises(GenerationError, match="must be a number"):
+    with pytest.raises(StudioError, match="^Start of region 1 is empty"):
         parse_regions([[None, 1]])
+    with pytest.raises(StudioError, match="^End of region 2 is empty"):
+        parse_regions([[0, 1], [2, ""]])
+    with pytest.raises(GenerationError, match="^End of region 1 must be a number"):
+        parse_regions([[0, "x"]])
 
 
 def test_every_setting_has_a_field() -> None:

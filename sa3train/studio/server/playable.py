@@ -1,0 +1,55 @@
+"""Audio that browsers do not play, such as AIFF, as WAV that they do."""
+
+import contextlib
+import hashlib
+from pathlib import Path
+
+import soundfile
+
+from sa3train.audio.io import AUDIO_SUFFIXES, read_whole, write_audio
+from sa3train.studio.server.workspace import Workspace
+
+PLAYED = (".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".mp4", ".aac")
+PLAYED_WAV = ("PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "ALAW", "ULAW", "MPEG_LAYER_III")
+KEPT = 20
+"""Number of converted files that are kept."""
+
+
+def is_playable(path: Path) -> bool:
+    """Check whether browsers play a file, if it is audio at all.
+
+    Args:
+        path: The file.
+
+    Returns:
+        False for audio in a container or encoding that they do not know.
+    """
+    if path.suffix.lower() != ".wav":
+        return path.suffix.lower() in PLAYED or path.suffix.lower() not in AUDIO_SUFFIXES
+    with contextlib.suppress(soundfile.LibsndfileError, OSError):
+        return soundfile.info(str(path)).subtype in PLAYED_WAV
+    return True
+
+
+def convert_audio(workspace: Workspace, path: Path) -> Path:
+    """Convert audio to WAV in the studio's home, unless that is done already.
+
+    Args:
+        workspace: The studio's folders.
+        path: The file. An `AudioError` is raised where it cannot be read.
+
+    Returns:
+        The WAV file.
+    """
+    found = path.stat()
+    name = hashlib.sha256(f"{path} {found.st_mtime_ns} {found.st_size}".encode(errors="replace")).hexdigest()[:24]
+    folder = workspace.home / "players"
+    target = folder / f"{name}.wav"
+    if not target.is_file():
+        folder.mkdir(exist_ok=True)
+        decoded = read_whole(path)
+        write_audio(target, decoded.audio_CN, decoded.sample_rate)
+        latest = sorted(folder.glob("*.wav"), key=lambda file: file.stat().st_mtime_ns, reverse=True)
+        for file in latest[KEPT:]:
+            file.unlink(missing_ok=True)
+    return target
