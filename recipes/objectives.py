@@ -2,11 +2,11 @@
 
 python recipes/objectives.py OUT sample=LATENTS loops=LATENTS --seeds 0,1,2 --variants released,uniform
 
-Each trial is a run of `sa3-train` on nano-base, and a line of OUT/trials.jsonl; trials that are there are not run
-again, so that the same command goes on after a stop (a NAME stands for its data: give other data another OUT). The
-table shows the change of the held-out loss against the base after the last step, its difference from the first variant
-on the same data and seed (both as docs/evaluation.md says, "What a change is"), and the step at which the first's last
-loss is reached, interpolated between validations.
+Each trial is a run of `sa3-train` on nano-base, a line of OUT/trials.jsonl, and an adapter there for `sa3-eval`. Trials
+that are there are not run again, so that the same command goes on after a stop (a NAME stands for its data: give other
+data another OUT). The table shows the change of the held-out loss against the base after the last step, its difference
+from the first variant on the same data and seed (both as docs/evaluation.md says, "What a change is"), and the step at
+which the first's last loss is reached, interpolated between validations.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sa3train.reports.loss_change import compare_clips, take_logs
+from sa3train.reports.run_files import ADAPTER_FILE
 
 _OBJECTIVE = ["loss=released", "trainer.ema_decay=null"]
 _RELEASED = [*_OBJECTIVE, "scheduler.warmup_steps=0"]
@@ -34,6 +35,15 @@ VARIANTS: dict[str, list[str]] = {
     "rate-2-lora-plus": ["optimizer.lr=2e-3", "optimizer.lora_plus=2"],
     "default-lora-plus": ["optimizer.lora_plus=4"],
     "default-lora-plus-16": ["optimizer.lora_plus=16"],
+    "ema-95": ["trainer.ema_decay=0.95"],
+    "ema-985": ["trainer.ema_decay=0.985"],
+    "prodigy": ["optimizer=prodigy", "optimizer.lr=1"],
+    "schedule-free": [
+        "optimizer=schedule-free",
+        "optimizer.lr=3e-3",
+        "optimizer.options.warmup_steps=5",
+        "trainer.ema_decay=null",
+    ],
     "default-muon": ["optimizer=muon", "optimizer.lr=1e-2", "optimizer.options.adamw_lr=1e-3"],
     "unshifted": _UNSHIFTED,
     "unshifted-rate-2": [*_UNSHIFTED, "optimizer.lr=2e-3"],
@@ -75,6 +85,7 @@ def main() -> None:
     flags.add_argument("--variants", default=",".join(VARIANTS), help="the first is what others are compared with")
     flags.add_argument("--seeds", default="0,1,2")
     flags.add_argument("--steps", type=int, default=300)
+    flags.add_argument("--first-steps", type=int, help="steps of the first variant (default: as the others)")
     flags.add_argument("--every", type=int, help="steps between validations (default: after the last alone)")
     arguments = flags.parse_args()
     variants, sets = arguments.variants.split(","), dict(each.split("=", 1) for each in arguments.data)
@@ -82,17 +93,20 @@ def main() -> None:
         flags.error(f"unknown variants {', '.join(sorted(unknown))}; there are {', '.join(VARIANTS)}")
     arguments.out.mkdir(parents=True, exist_ok=True)
     lines = arguments.out / "trials.jsonl"
-    losses = _read(lines, arguments.steps)
+    steps = dict.fromkeys(variants, arguments.steps)
+    steps[variants[0]] = arguments.first_steps or arguments.steps
+    losses = _read(lines, steps)
     for seed in map(int, arguments.seeds.split(",")):
         for data, folder in sets.items():
             for variant in variants:
                 if (data, variant, seed) in losses:
                     continue
-                trial = {"data": data, "variant": variant, "seed": seed, "steps": arguments.steps}
-                trial |= run_trial(arguments.out / "run", folder, variant, seed, arguments.steps, arguments.every)
+                trial = {"data": data, "variant": variant, "seed": seed, "steps": steps[variant]}
+                trial |= run_trial(arguments.out / "run", folder, variant, seed, steps[variant], arguments.every)
+                (arguments.out / "run" / ADAPTER_FILE).replace(arguments.out / f"{data}-{variant}-{seed}.safetensors")
                 with lines.open("a", encoding="utf-8") as file:
                     file.write(json.dumps(trial) + "\n")
-    losses = _read(lines, arguments.steps)
+    losses = _read(lines, steps)
     for data in sets:
         print_table(data, variants, {key[1:]: trial for key, trial in losses.items() if key[0] == data})
 
@@ -101,7 +115,7 @@ def run_trial(run: Path, data: str, variant: str, seed: int, steps: int, every: 
     """Train once.
 
     Args:
-        run: Run folder, made anew and removed.
+        run: Run folder, made anew.
         data: Latent shards with held-out clips.
         variant: Name of the variant.
         seed: Seed of the run.
@@ -119,7 +133,6 @@ def run_trial(run: Path, data: str, variant: str, seed: int, steps: int, every: 
     subprocess.run([sys.executable, Path(__file__).with_name("train.py"), *settings], check=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     found = json.loads((run / "validation.json").read_text(encoding="utf-8"))
-    shutil.rmtree(run)
     last = found["history"][-1]
     return {
         "base": found["base"]["val"]["by_clip"],
@@ -182,9 +195,9 @@ def _get_last(trial: dict[str, Any]) -> list[float]:
     return list(trial["losses"].values())[-1]
 
 
-def _read(path: Path, steps: int) -> dict[tuple[str, str, int], dict[str, Any]]:
+def _read(path: Path, steps: dict[str, int]) -> dict[tuple[str, str, int], dict[str, Any]]:
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
-    rows = [row for row in rows if row["steps"] == steps and isinstance(row["base"], list)]  # older ones are run again
+    rows = [row for row in rows if row["steps"] == steps.get(row["variant"]) and isinstance(row["base"], list)]
     return {(row["data"], row["variant"], row["seed"]): row for row in rows}
 
 
