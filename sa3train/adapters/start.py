@@ -3,7 +3,6 @@
 from sa3train.adapters.adapter import Adapter
 from sa3train.adapters.spec import BASES, BIAS_CHANGE, INFERENCE_ONLY_TYPES, KINDS, AdapterSpec
 from sa3train.core.errors import AdapterError
-from sa3train.core.files import get_config_dir
 
 _MAKE_LORA = "Make it a plain lora first: sa3-adapter merge FILE -o NEW.safetensors --model NAME --rank R"
 
@@ -61,5 +60,4 @@ def check_rank(adapter: Adapter, spec: AdapterSpec, path: str) -> None:
 def _advise_on_type(kind: str) -> str:
     if kind in INFERENCE_ONLY_TYPES:
         return f"This type is not trained. {_MAKE_LORA}"
-    is_option = (get_config_dir() / "adapter" / f"{kind}.yaml").is_file()
-    return f"Set adapter={kind}." if is_option else f"Set adapter.adapter_type={kind}."
+    return f"Set adapter={kind}." if kind in KINDS else f"Set adapter.adapter_type={kind}."

@@ -220,7 +220,7 @@ def end_run(
     interrupted, adapter, best = checkpoint.interrupted, run.path / ADAPTER_FILE, run.path / BEST_ADAPTER_FILE
     if trainer.is_global_zero and interrupted is None:
         if callbacks.demos is not None and run.state and run.state[0] == step:  # resumed after its last step
-            callbacks.demos.on_train_start(trainer, module)
+            callbacks.demos.play_missing(trainer, module)
         if validation is not None and validation.schedule.select_best and best.is_file():
             write_bytes(adapter, best.read_bytes())
             _logger.info("%s is of step %d, the lowest validation loss", ADAPTER_FILE, validation.best_step)

@@ -26,7 +26,6 @@ RUNS = "runs"
 SHOW_SECONDS = 1.0
 """Interval at which a wait is told of."""
 DATA_HINT = "Made on the Data page, by Encode."
-_parse_steps = functools.partial(ui.parse_setting, TrainerSettings, "max_steps")
 PLAN_HINT = "Plan shows what the run trains on, and estimates time and memory from a few real steps."
 
 
@@ -62,7 +61,7 @@ def parse_request(
         raise StudioError(f"There is no recipe {recipe!r}. Choose from: {', '.join(estimate.list_recipes())}.")
     if not data:
         raise StudioError("Latents are missing. To create some, encode a folder of audio on the Data page.")
-    count = cast("int | None", _parse_steps(steps))
+    count = _parse_steps(steps)
     if count is not None and "trainer.max_steps=" in (settings or ""):
         raise StudioError("The steps are set twice: in the field Steps and among the further settings. Remove one.")
     if recipe == "continue" and not adapter:
@@ -207,6 +206,10 @@ def _find_running(workspace: Workspace) -> dict[str, str]:
 
 def _format_steps(recipe: str) -> str:
     return f"{estimate.get_recipe_steps(recipe):,}"
+
+
+def _parse_steps(value: Any) -> int | None:
+    return cast("int | None", ui.parse_setting(TrainerSettings, "max_steps", value))
 
 
 def _wait(

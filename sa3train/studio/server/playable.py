@@ -36,10 +36,13 @@ def convert_audio(workspace: Workspace, path: Path) -> Path:
 
     Args:
         workspace: The studio's folders.
-        path: The file. An `AudioError` is raised where it cannot be read.
+        path: The file.
 
     Returns:
         The WAV file.
+
+    Raises:
+        AudioError: The file cannot be read.
     """
     found = path.stat()
     name = hashlib.sha256(f"{path} {found.st_mtime_ns} {found.st_size}".encode(errors="replace")).hexdigest()[:24]

@@ -129,10 +129,19 @@ class FixedDemoCallback(StepCallback, ABC):
         """
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        """Play the base once, and what was due when the run was stopped; also after the last step."""
+        """Play the base once, and what was due when the run was stopped."""
         assert isinstance(pl_module, AdapterModule)
+        self.play_missing(trainer, pl_module)
+
+    def play_missing(self, trainer: lightning.Trainer, module: AdapterModule) -> None:
+        """Play what is due at the current step, unless it was played before the run was stopped.
+
+        Args:
+            trainer: The trainer.
+            module: The module that is trained.
+        """
         if not (self.get_folder(trainer.global_step) / DEMOS_FILE).is_file():
-            self.on_step_end(trainer, pl_module)
+            self.on_step_end(trainer, module)
 
     def on_step_end(self, trainer: lightning.Trainer, module: AdapterModule) -> None:
         """Play the adapter at the interval and at the end."""
