@@ -26,12 +26,14 @@ import numpy as np
 import soundfile
 import torch
 from parts import Average, set_rate, state_of
+from speed import autocast, fast_cpu_muon
 from start import ATOMS, CANCEL, FRAME, HIGH, INNER, MARK, PLACE_AT, RATE, TOP, D, build_codec, set_start
 from store import Store
 from torch import Tensor, nn
 from torchaudio.functional import melscale_fbanks
 
 from sa3train.audio.metrics import compute_log_mel_distance
+from sa3train.audio.spectrum import compute_stft
 from sa3train.core.files import replace_file
 from sa3train.models import blocks
 from sa3train.models.attention import Pattern
@@ -114,9 +116,8 @@ def compute_loss(real_BCN: Tensor, made_BCN: Tensor, pick: torch.Generator) -> d
         mid = turn == 0 and float(torch.rand((), generator=pick)) < 0.6
         mix = MIXES[0 if mid else int(torch.multinomial(MIX_SHARES, 1, generator=pick))]
         both = torch.cat([(mix[:, None] * x_BCN).sum(1) for x_BCN in (real_BCN, made_BCN)])
-        taper = torch.hann_window(window)
-        spectrum = torch.stft(both, window, window // 4, window=taper, pad_mode="constant", return_complex=True)
-        power = (spectrum.real.square() + spectrum.imag.square()) / taper.square().sum()
+        spectrum = compute_stft(both, window, window // 4, "constant")
+        power = (spectrum.real.square() + spectrum.imag.square()) / torch.hann_window(window).square().sum()
         mel = make_filters(window, bands).T @ power
         real, made = mel.chunk(2)
         floor_B11 = (torch.maximum(real.amax((1, 2)), real_B) * 1e-6 + FLOOR)[:, None, None]
@@ -141,7 +142,7 @@ def penalize_scale(z_BCT: Tensor) -> Tensor:
 
 def run_codec(model: Autoencoder, audio_BCN: Tensor, pick: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
     """Encode, add noise to the latents of half of the items, decode. Returns latents, audio and its latents."""
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast("cpu"):
         z_BCT = model.encode(audio_BCN).float()
         strength = NOISE * (2 * torch.rand(len(z_BCT), 1, 1, generator=pick) - 1).clamp_min(0)
         made_BCN = model.decode(z_BCT + strength * torch.randn(z_BCT.shape, generator=pick))
@@ -190,6 +191,7 @@ def make_optimizers(model: Autoencoder, held: list[nn.Parameter]) -> list[torch.
             groups.append({"params": [parameter], "share": 0.1 * float(size.median().clamp(0.003, 4))})
         else:
             groups.append({"params": [parameter], "share": float(size.square().mean().sqrt().clamp(0.003, 1))})
+    fast_cpu_muon()
     muon = torch.optim.Muon([{"params": matrices, "share": 1.0}], weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
     return [muon, torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-12, weight_decay=0.0)]
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchaudio.functional import melscale_fbanks
 
+from sa3train.audio.spectrum import compute_stft
+
 RANGE_DB = 70.0  # under the peak; what is fainter is silence
 TEXTURE_BANDS = 64
 
@@ -18,7 +20,7 @@ def spectral_loss(real_BN: Tensor, made_BN: Tensor, window: int, level_B: Tensor
     device = real_BN.device
     taper = torch.hann_window(window, device=device)
     both = torch.cat([real_BN, made_BN])
-    spectrum = torch.stft(both, window, window // 4, window=taper, return_complex=True)
+    spectrum = compute_stft(both, window, window // 4)
     power = spectrum.real.square() + spectrum.imag.square()
     if mel:
         bands = min(64, window // 16)
@@ -41,7 +43,7 @@ def texture_loss(real_BN: Tensor, made_BN: Tensor, window: int, level_B: Tensor)
     """
     device = real_BN.device
     taper = torch.hann_window(window, device=device)
-    spectrum = torch.stft(torch.cat([real_BN, made_BN]), window, 512, window=taper, return_complex=True)
+    spectrum = compute_stft(torch.cat([real_BN, made_BN]), window, 512)
     filters = melscale_fbanks(window // 2 + 1, 0.0, 22050.0, TEXTURE_BANDS, 44100).to(device)
     power = ((spectrum.real.square() + spectrum.imag.square()).transpose(1, 2) @ filters).transpose(1, 2)
     real, made = (power + 1e-10).sqrt().chunk(2)

@@ -9,6 +9,8 @@ Shape legend: B clips, C channels, N samples, F frequencies, T frames.
 import torch
 from torch import Tensor
 
+from sa3train.audio.spectrum import compute_stft
+
 WINDOWS = (2048, 1024, 512, 256)
 """Window lengths of the STFTs; each hops by a quarter."""
 RANGE_DB = 60.0
@@ -28,13 +30,11 @@ def compute_stft_loss(real_BCN: Tensor, made_BCN: Tensor) -> Tensor:
         Nepers: 1 is 8.7 dB.
     """
     batch, channels, _ = real_BCN.shape
-    both = torch.cat((real_BCN, made_BCN)).flatten(0, 1)
     losses = []
     for size in WINDOWS:
-        window = torch.hann_window(size, device=both.device)
-        spectrum = torch.stft(both, size, size // 4, window=window, return_complex=True)
-        power = spectrum.real.square() + spectrum.imag.square()
-        real_BCFT, made_BCFT = (power + 1e-12).sqrt().unflatten(0, (2, batch, channels))
+        spectra = (compute_stft(audio_BCN.flatten(0, 1), size, size // 4) for audio_BCN in (real_BCN, made_BCN))
+        powers = (spectrum.real.square() + spectrum.imag.square() for spectrum in spectra)
+        real_BCFT, made_BCFT = ((power + 1e-12).sqrt().unflatten(0, (batch, channels)) for power in powers)
         loudest_B = real_BCFT.amax(dim=(1, 2, 3)).clamp_min(SILENCE * size)
         floor_B111 = (loudest_B * 10 ** (-RANGE_DB / 20))[:, None, None, None]
         difference_BCFT = ((real_BCFT + floor_B111).log() - (made_BCFT + floor_B111).log()).abs()
