@@ -165,6 +165,49 @@ def test_a_caption_is_kept_however_slow_the_answer(page: Page, clips: Path, monk
     assert said == ["after the answer\n", "after the error\n"]
 
 
+def test_captioning_is_told_of_from_its_start(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    answer, caption = threading.Event(), captions.caption_rest
+
+    def slow(*arguments: Any) -> Any:
+        assert answer.wait(PATIENCE_MS / 1000)
+        return caption(*arguments)
+
+    monkeypatch.setattr(captions, "caption_rest", slow)
+    page.get_by_role("button", name="Clips without a caption").click()
+    page.locator("#captions-compose-all").click()
+    expect(page.locator("#captions-status")).to_contain_text(re.compile(r"Captioning and saving… [1-9] s"))
+    answer.set()
+    expect(page.locator("#captions-status")).to_contain_text("Captioned 1 clip;")
+
+
+def test_captions_that_are_not_saved_outlive_another_server(page: Page, clips: Path) -> None:
+    write(page, "bare.wav", "not saved yet")
+    page.evaluate("window.isOld = true")
+    page.route("**/gradio_api/app_id", lambda route: route.fulfill(json={"app_id": "another"}))
+    told = page.get_by_role("alert").filter(has_text="captions that are not saved")
+    expect(told).to_be_visible()
+    with page.expect_event("dialog") as asked:
+        page.evaluate("setTimeout(() => location.reload())")
+    assert asked.value.type == "beforeunload"
+    asked.value.dismiss()
+    assert page.evaluate("window.isOld")
+    expect(caption_cell(page, "bare.wav")).to_contain_text("not saved yet")
+    page.locator("#captions-save").click()
+    page.wait_for_function("!window.isOld")  # nothing is lost now
+    assert (clips / "bare.txt").read_text() == "not saved yet\n"
+    page.unroute("**/gradio_api/app_id")
+
+
+def test_a_reload_comes_back_to_the_tab_on_the_page(page: Page) -> None:
+    open_tab(page, "Encode")
+    page.reload()
+    expect(page.locator("#encode-start")).to_be_visible()
+    page.locator("#tab-play-button").click()
+    page.locator("#tab-data-button").click()
+    page.reload()
+    expect(page.locator("#encode-start")).to_be_visible()
+
+
 def test_an_audit_says_what_is_wrong(page: Page, artefacts: Path) -> None:
     open_tab(page, "Audit")
     page.locator("#audit-start").click()

@@ -180,6 +180,11 @@ def test_a_grid_and_what_one_does_with_a_result(page: Page, workspace: Workspace
     first.locator(".take").nth(1).get_by_role("button", name="Reuse settings").click()
     expect(page.locator("#play-rack fieldset")).to_have_count(2)
     expect(page.locator("#play-steps textarea, #play-steps input")).to_have_value("2")
+    toast = page.locator(".toast-body")
+    first.locator(".take").nth(0).get_by_role("button", name="Continue").click()
+    expect(toast.last).to_contain_text("Adapters are now those of the result: none.")
+    first.locator(".take").nth(3).get_by_role("button", name="Inpaint").click()
+    expect(toast.last).to_contain_text(re.compile("of the result: .*one.safetensors, .*two.safetensors"))
     first.locator(".take").nth(0).get_by_role("button", name="Continue").click()
     expect(page.locator("#play-duration input")).to_have_value("1.5")
     expect(page.locator("#play-model")).to_be_in_viewport()
@@ -264,6 +269,7 @@ def test_a_form_outlives_a_reload_until_it_is_reset(page: Page, workspace: Works
         ({"prompt-at": "2: choir"}, "prompt-at"),
         ({"cfg-interval-max": "0.2"}, "cfg-interval-min"),
         ({"duration": "9999"}, "duration"),
+        ({"batch-size": "10000"}, "batch-size"),
     ],
 )
 def test_what_the_generator_would_refuse_is_told_at_the_field_and_starts_nothing(

@@ -127,7 +127,7 @@ def other_run(folder: Path, name: str) -> None:
 def test_a_run_outlives_the_server_and_is_found_again(page: Page, studio: Studio, root: Path, artefacts: Path) -> None:
     fill(page, "lasting", 30)
     page.locator("#run-start").click()
-    expect(page.locator("#run-plan-shown")).to_contain_text("Started runs/lasting")
+    expect(page.locator("#run-start-told")).to_contain_text("Started runs/lasting")
     expect(page.locator("#run-head h2")).to_contain_text("runs/lasting")
     pid = processes.read_record(root / "runs" / "lasting")["pid"]
     studio.kill()
@@ -157,11 +157,13 @@ def test_watched_stopped_and_resumed(page: Page, root: Path) -> None:
     page.locator("#run-start").click()
     expect(page.locator("#run-head h2")).to_contain_text("runs/long")
     state(page, "running")
+    left = [page.locator(place).bounding_box() for place in ("#run-stop", "#run-head h2")]
+    assert len({box["x"] for box in left if box}) == 1  # they stand below each other
     expect(page.locator("#run-curves")).to_contain_text("Steps per second")
     expect(page.get_by_label("Run folder")).to_have_value("")
     page.get_by_label("Run folder").fill("runs/long")
     page.locator("#run-start").click()
-    expect(page.locator("#run-plan-shown")).to_contain_text("Press Start again")
+    expect(page.locator("#run-start-told")).to_contain_text("Press Start again")
     page.locator("#run-start").click()
     close_error(page, "already exists")
     page.locator("#run-stop").click()
@@ -199,7 +201,8 @@ def test_bad_requests_are_refused_with_a_message(page: Page, root: Path, tmp_pat
     for folder, further, message in (
         ("../audio/run", FAST, "not inside the workspace"),
         ("/etc/run", FAST, "not inside the workspace"),
-        ("runs/x", "run_dir=/etc", "cannot be set here"),
+        ("runs/x", "run_dir=/etc", "is set by the field Run folder"),
+        ("runs/x", "hydra.run.dir=/etc", "cannot be set here"),
         ("runs/x", "optimizer.lrr=1", "optimizer.lr"),
         ("runs/x", "data.prompts.trigger=$\\{oc.env:HOME\\}", "refers to other settings"),
         ("link/x", FAST, "not inside the workspace"),
@@ -231,6 +234,22 @@ def test_a_plan_and_a_wrong_number_that_is_explained_where_it_is_typed(page: Pag
     expect(page.locator("#run-plan-shown[data-old]")).to_have_count(1)
     command = page.locator("#run-plan-shown code").text_content() or ""
     assert shlex.split(command)[4] == f'run_dir="{root}/runs/\\${{oc.env:HOME}}"'
+
+
+@pytest.mark.slow
+def test_a_run_started_during_a_plan_is_told_of_beside_it(page: Page, root: Path) -> None:
+    fill(page, "runs/early", 2)
+    page.locator("#run-plan").click()
+    expect(page.locator("#run-plan-shown")).to_contain_text("trial steps")
+    page.locator("#run-start").click()
+    expect(page.locator("#run-start-told")).to_contain_text("Started runs/early")
+    expect(page.locator("#run-plan-shown")).to_contain_text(re.compile("Memory plan.*weights"))
+    expect(page.locator("#run-plan")).to_have_text("Plan")
+    expect(page.locator("#run-start-told")).to_contain_text("Started runs/early")
+    expect(page.get_by_label("Run folder")).to_have_value("")
+    assert (root / "runs" / "early").is_dir()
+    page.locator("#run-plan").click()
+    expect(page.locator("#run-start-told")).to_have_text("")
 
 
 @pytest.fixture(scope="module", autouse=True)

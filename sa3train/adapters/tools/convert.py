@@ -209,7 +209,7 @@ def _make_portable(
         notes.append(
             f"{name} is approximated by a lora of rank {rank}, error {format_share(error.relative)} of the change"
         )
-        warnings.extend(f"not carried over: {what}" for what in error.not_carried)
+        warnings.extend(error.warnings)
         not_carried.extend(error.not_carried)
         return approximate
     if exact:

@@ -199,11 +199,8 @@ class Comparison:
         Returns:
             Rows of name, first, second.
         """
-        changed = self.settings | self.metadata
-        return [
-            [name, *("not set" if value is None else shorten(str(value), limit) for value in pair)]
-            for name, pair in changed.items()
-        ]
+        changed = {name: [_describe(value) for value in pair] for name, pair in (self.settings | self.metadata).items()}
+        return [[name, *(shorten(text, limit) for text in pair)] for name, pair in changed.items()]
 
     def list_differences(self, count: int | None = None) -> list[list[str]]:
         """List the layers that can be compared, the most different first.
@@ -225,6 +222,12 @@ class Comparison:
             The fields by name.
         """
         return asdict(self)
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, list):
+        return list_few(value, 3) or "none"
+    return "not set" if value is None else str(value)
 
 
 @torch.no_grad()

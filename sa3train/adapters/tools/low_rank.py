@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sa3train.adapters.spec import MAX_RANK
 from sa3train.core.errors import AdapterError
-from sa3train.core.text import compute_relative_norm, format_share
+from sa3train.core.text import compute_relative_norm, format_share, list_few
 
 SHOWN = 1e-6
 """Smallest error that is shown as a number."""
@@ -121,6 +121,11 @@ class ErrorByLayer:
             f"explained variance {1 - self.relative**2:.1%}: rank={enough} would reach {share:.0%} (an error of "
             f"{LITTLE:.0%}), and explained_variance={share:g} that with the smallest rank in each layer"
         ]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What could not be carried over, in one line."""
+        return [f"not carried over: {list_few(self.not_carried, 3)}"] if self.not_carried else []
 
     @property
     def relative(self) -> float:

@@ -15,6 +15,7 @@ from sa3train.adapters.adapter import Adapter, get_checkpoint_name
 from sa3train.adapters.apply.stack import AdapterStack
 from sa3train.adapters.tools.base_weights import LoadedModel, find_layers
 from sa3train.adapters.tools.history import describe_source
+from sa3train.adapters.tools.low_rank import ErrorByLayer
 from sa3train.adapters.tools.results import CheckpointResult
 from sa3train.core.errors import AdapterError
 from sa3train.core.files import replace_folder, write_json
@@ -103,11 +104,12 @@ def merge_into_checkpoint(
         reports, strengths = stack.reports, [item.strength for item in adapters]
         stack.apply()
         changed = _list_changed_tensors(layers, {path for report in reports for path in report.matched})
+        rounding = _measure_rounding(model.weights, changed, torch.float16 if to == "mlx" else None)
         metadata = {MERGED: json.dumps([item.describe() for item in adapters])}
         if to == "mlx":
             _check_pack(target, [name for name in changed if name.startswith("pretransform.")])
             write_dit_pack(Path(target), model.weights, changed, json.dumps(metadata))
-            return CheckpointResult(target, model.name, reports, strengths, [_PACK_NOTE])
+            return CheckpointResult(target, model.name, reports, strengths, rounding, [_PACK_NOTE])
         with replace_folder(target, _is_ours) as staging:
             config = complete_config(read_model_config(files), str(files.config))
             if to == "diffusers":
@@ -121,7 +123,17 @@ def merge_into_checkpoint(
                 _copy_rest(model.path, staging)
     finally:
         stack.clear()
-    return CheckpointResult(target, model.name, reports, strengths, not_carried)
+    return CheckpointResult(target, model.name, reports, strengths, rounding, not_carried)
+
+
+def _measure_rounding(weights: WeightFiles, changed: Mapping[str, Tensor], dtype: torch.dtype | None) -> ErrorByLayer:
+    """Measure how far changes are from what `dtype` holds; None means the dtypes of the model's files."""
+    found = ErrorByLayer()
+    for name, stored in weights.iterate(changed):
+        value = changed[name].cpu().double()
+        error = float((value.to(dtype or stored.dtype).double() - value).square().sum())
+        found.layers[name] = (error, float((value - stored.double()).square().sum()))
+    return found
 
 
 def _check_pack(target: str | Path, of_autoencoder: Sequence[str]) -> None:

@@ -45,9 +45,10 @@ class EditResult:
         """Type, rank, number of layers and error, by name."""
         spec, paths = self.adapter.spec, self.adapter.tensors
         facts = {"adapter type": spec.adapter_type, "rank": spec.format_rank(paths), "layers": str(len(paths))}
-        lost = {} if self.truncation is None else {"truncation error": self.truncation.summary}
-        name = f"relative error of the written {self.measured}, rounding included"
-        return {**facts, **lost, name: self.written.summary}
+        if self.truncation is None:
+            return facts | {f"relative error of the written {self.measured}, rounding included": self.written.summary}
+        lost = {"truncation error": self.truncation.summary}
+        return facts | lost | {f"error of the written {self.measured} besides, by rounding": self.written.summary}
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to plain values for JSON.
@@ -78,6 +79,7 @@ class CheckpointResult:
         model: Name of the model that they were merged into.
         reports: How each adapter fits the model.
         strengths: The strength of each.
+        rounding: How far what was written is from the merged weights, by the dtype that they are written in.
         not_carried: What the layout cannot hold.
     """
 
@@ -85,12 +87,14 @@ class CheckpointResult:
     model: str
     reports: Sequence[LoadReport]
     strengths: Sequence[float]
+    rounding: ErrorByLayer = field(default_factory=ErrorByLayer)
     not_carried: Sequence[str] = ()
 
     @property
     def facts(self) -> dict[str, str]:
-        """The model and the number of adapters, by name."""
-        return {"checkpoint": self.model, "merged adapters": str(len(self.reports))}
+        """The model, the number of adapters and what rounding loses, by name."""
+        facts = {"checkpoint": self.model, "merged adapters": str(len(self.reports))}
+        return facts | ({"rounding error of the written weights": self.rounding.summary} if self.reports else {})
 
     @property
     def notes(self) -> list[str]:
@@ -112,4 +116,5 @@ class CheckpointResult:
         """
         reports = [report.to_dict() for report in self.reports]
         facts = {"reports": reports, "strengths": list(self.strengths), "not_carried": list(self.not_carried)}
+        facts["error"] = self.rounding.relative
         return {"written": os.fspath(self.target), **facts}

@@ -311,9 +311,8 @@ def _save(
         adapter, dropped = drop_bias_changes(adapter)
         error.not_carried += dropped
     save_adapter(target, adapter, get_dtype(dtype))
-    lost = [] if error is None else [f"not carried over: {what}" for what in error.not_carried]
     found = measure_written(adapter, adapter, target, weights)
-    advice = [] if error is None else error.advice
+    advice, lost = ([], []) if error is None else (error.advice, error.warnings)
     return EditResult(target, adapter, [*notes, *advice], [*warnings, *lost], error, **found)
 
 

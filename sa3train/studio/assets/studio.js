@@ -77,7 +77,12 @@ window.sa3 = (() => {
   };
 
   /* Asks now and then, and at each press of a button, whether the server answers: what is pressed while it is gone is
-     lost. A server that was started again knows nothing of what the page holds. */
+     lost. A server that was started again knows nothing of what the page holds, so the page is loaded again, unless
+     captions would be lost with it. */
+  let unsaved = false;
+  const markUnsaved = is => { unsaved = is; };
+  const isUnsaved = () => unsaved || Boolean(document.querySelector('#captions-table textarea'));
+  addEventListener('beforeunload', event => { if (isUnsaved()) event.preventDefault(); });
   const gone = make('div', {id: 'studio-gone', class: 'notice error', role: 'alert'});
   let failed = 0, asking = false, next;
   const askServer = async () => {
@@ -93,10 +98,15 @@ window.sa3 = (() => {
     next = setTimeout(askServer, failed === 1 ? 500 : 4000);
     const start = `${document.querySelector('[data-start]')?.dataset.start || 'sa3-studio'} --port ${location.port}`;
     const own = window.gradio_config?.app_id;
-    if (id && own && id !== own) location.reload();
-    if (!failed) gone.remove();
-    if (failed < 2 || gone.isConnected) return;
-    gone.textContent = `The studio's server does not answer. Start it again: ${start}\nRuns that were started go on. What you press here meanwhile is lost.`;
+    const isOther = Boolean(id && own && id !== own);
+    if (isOther && !isUnsaved()) location.reload();
+    if (!failed && !isOther) gone.remove();
+    if (failed < 2 && !isOther) return;
+    const told = isOther
+      ? 'The studio was started again. This page has captions that are not saved, and can no longer save them: copy them, then reload the page.'
+      : `The studio's server does not answer. Start it again: ${start}\nRuns that were started go on. What you press here meanwhile is lost.`;
+    if (gone.isConnected && gone.textContent === told) return;
+    gone.textContent = told;
     document.body.append(gone);
   };
   next = setTimeout(askServer, 4000);
@@ -157,12 +167,26 @@ window.sa3 = (() => {
     if (field && field !== event.target) field.focus();
   });
 
-  /* The address names the page that is shown, so that a reload comes back to it. */
+  /* The address names the page that is shown and the tab on it, so that a reload comes back to them. */
+  const getTabs = page => [...document.querySelectorAll(`#tab-${page} [role=tab]:not([aria-hidden=true] *)`)];
+  const getWord = tab => tab.textContent.trim().toLowerCase();
   document.addEventListener('click', event => {
-    const tab = event.target.closest('#studio-tabs [role=tab][id^=tab-]');
-    if (tab) history.replaceState(null, '', '#' + tab.id.slice('tab-'.length, -'-button'.length));
+    const tab = event.target.closest('#studio-tabs [role=tab]');
+    if (!tab) return;
+    const isPage = tab.id.startsWith('tab-');
+    const page = isPage ? tab.id.slice('tab-'.length, -'-button'.length) : tab.closest('[id^=tab-]').id.slice('tab-'.length);
+    const inner = isPage ? getTabs(page).find(one => one.ariaSelected === 'true') : tab;
+    history.replaceState(null, '', '#' + page + (inner ? '/' + getWord(inner) : ''));
   });
-  const restoreTab = () => { document.getElementById(`tab-${location.hash.slice(1)}-button`)?.click(); };
+  const restoreTab = () => {
+    const [page, word] = location.hash.slice(1).split('/');
+    document.getElementById(`tab-${page}-button`)?.click();
+    const open = left => { // the page's own tabs are there once it is shown
+      const tab = getTabs(page).find(one => getWord(one) === word);
+      if (tab) tab.click(); else if (left) setTimeout(open, 50, left - 1);
+    };
+    if (word) open(100);
+  };
   new MutationObserver(patch).observe(document.documentElement, {childList: true, subtree: true});
-  return {make, list, poll, outdate, restoreTab};
+  return {make, list, poll, outdate, markUnsaved, restoreTab};
 })();

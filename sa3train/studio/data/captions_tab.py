@@ -2,7 +2,7 @@
 
 import functools
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ LISTEN = "Select a row to listen to its clip."
 HELD = '["captions", "data-folder"]'
 HOLD = f"(...values) => {{ sa3.hold({HELD}, 1); return values; }}"
 FREE = f"() => {{ sa3.hold({HELD}, -1); }}"
+FREE_SAVED = f"() => {{ sa3.hold({HELD}, -1); sa3.markUnsaved(false); }}"
 
 Rows = list[list[str]]
 Shown = tuple[str, dict[str, str]]
@@ -93,11 +94,14 @@ def build_captions_tab(workspace: Workspace, folder: gr.Dropdown) -> None:
         box = ui.render_command(build_commands(changes))
         return *show_rows(path, text, only, number), ui.render_notice(f"Saved {names}.") + box
 
-    def change_many(run: Callable[..., str], *now: Any) -> tuple[Any, ...]:
+    def change_many(run: Callable[..., str], doing: str, *now: Any) -> Iterator[tuple[Any, ...]]:
         path, text, only, number, before, rows, *given = now
         _refuse_unsaved(before, rows)
-        told = run(workspace, resolve_shown_folder(workspace, before), text, *given)
-        return *show_rows(path, text, only, number), ui.render_notice(told)
+        source = resolve_shown_folder(workspace, before)
+        told = yield from ui.show_wait(
+            lambda: run(workspace, source, text, *given), doing, lambda line: (*(gr.skip(),) * 5, line)
+        )
+        yield *show_rows(path, text, only, number), ui.render_notice(told)
 
     @ui.show_errors
     def select_clip(before: Shown, chosen: gr.SelectData) -> str:
@@ -113,13 +117,14 @@ def build_captions_tab(workspace: Workspace, folder: gr.Dropdown) -> None:
     events = [listen(turn_page, both, outputs, **held) for listen in listeners]
     events.append(tab["reload"].click(ui.show_errors(show_rows), inputs, outputs, **held))
     events.append(tab["save"].click(ui.keep_error(save_edits, len(told), at=-1), both, told, **held))
-    for name, (run, given) in _CHANGES.items():
-        change = ui.keep_error(functools.partial(change_many, run), len(told), at=-1)
+    for name, (run, given, doing) in _CHANGES.items():
+        change = ui.keep_error(functools.partial(change_many, run, doing), len(told), at=-1)
         seen: dict[str, Any] = {"js": HOLD, "show_progress_on": tab["count"]}  # many clips take a while
         events.append(tab[name].click(change, [*both, *(tab[key] for key in given)], told, **seen))
     for event in events:
-        event.success(None, None, None, js=FREE)
+        event.success(None, None, None, js=FREE_SAVED)
         event.failure(None, None, None, js=FREE)
+    tab["table"].input(None, None, None, js="() => { sa3.markUnsaved(true); }")
     # One after another and none left out: the clip that is shown in the end is the one that was chosen last.
     one_by_one: dict[str, Any] = {"trigger_mode": "multiple", "concurrency_limit": 1, "show_progress": "hidden"}
     tab["table"].select(select_clip, shown, tab["player"], **one_by_one)
@@ -155,12 +160,12 @@ def _count(items: Sequence[Any], name: str) -> str:
     return f"{len(items):,} {name}{'s' * (len(items) != 1)}"
 
 
-_CHANGES: dict[str, tuple[Callable[..., str], tuple[str, ...]]] = {
-    "undo": (_undo, ()),
-    "compose": (_compose, ("template",)),
-    "replace": (_replace, ("old", "new")),
+_CHANGES: dict[str, tuple[Callable[..., str], tuple[str, ...], str]] = {
+    "undo": (_undo, (), "Undoing"),
+    "compose": (_compose, ("template",), "Captioning and saving"),
+    "replace": (_replace, ("old", "new"), "Replacing and saving"),
 }
-"""Buttons that change saved captions: what they run, and the fields that it is given."""
+"""Buttons that change saved captions: what they run, the fields that it is given, and what is told meanwhile."""
 
 
 def _refuse_unsaved(shown: Shown, rows: Rows) -> None:

@@ -29,6 +29,8 @@ from sa3train.studio.server.folders import describe_model, list_adapters, list_m
 from sa3train.studio.server.workspace import StudioError, Workspace
 
 DEFAULT_DURATION = 10.0
+MAX_VARIATIONS = 16
+"""They are generated at once: memory and time grow with their number."""
 MODEL_DEFAULT = "model's default"
 DECODING: dict[str, bool | None] = {MODEL_DEFAULT: None, "in chunks (less memory)": True, "whole (no seams)": False}
 MODE_LABELS = {mode: label for label, mode in MODES.items()}
@@ -95,7 +97,8 @@ def build_form(workspace: Workspace) -> Form:
         usual = f"empty: {get_default('duration'):g}"
         fields["duration"] = _build_field("duration", info=None, value=DEFAULT_DURATION, step=0.5, placeholder=usual)
         fields["seed"] = _build_field("seed", info=None)
-        fields["batch_size"] = _build_field("batch_size", info=None)
+        label = f"{ui.get_label(GenerationSettings, 'batch_size')} (up to {MAX_VARIATIONS})"
+        fields["batch_size"] = _build_field("batch_size", info=None, label=label)
     adapters = gr.HTML(apply_default_css=False, elem_id="play-files")
     gr.HTML("<h2>Adapters</h2>", elem_classes="studio-title", apply_default_css=False)
     fields["rack"] = _build_scripted("play-rack", "rack-box", RACK_JS, {"rows": []})
@@ -230,6 +233,9 @@ def read_form(values: Mapping[str, Any]) -> PlaySettings:
 
     Returns:
         The settings.
+
+    Raises:
+        StudioError: There are more variations than the form allows.
     """
     mode = MODES.get(values["mode"], "text")
     applicable = [name for name in FORM_SETTINGS if mode in MODES_OF_SETTING.get(name, (mode,))]
@@ -239,6 +245,11 @@ def read_form(values: Mapping[str, Any]) -> PlaySettings:
     given["cfg_interval"] = (default_low if low is None else low, default_high if high is None else high)
     regions = parse_regions((values["regions"] or {}).get("regions") or [])
     given |= select_source(mode, values["source"], regions)
+    if (given["batch_size"] or 1) > MAX_VARIATIONS:
+        raise StudioError(
+            f"{ui.get_label(GenerationSettings, 'batch_size')} must be at most {MAX_VARIATIONS}, not "
+            f"{given['batch_size']:,}. Generate again for more, or use sa3-generate."
+        )
     if given["bars"] is not None:
         del given["duration"]  # bars set it
     settings = GenerationSettings(**{name: value for name, value in given.items() if value is not None})

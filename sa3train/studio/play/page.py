@@ -5,6 +5,7 @@ nothing, and two open pages queue behind each other.
 """
 
 from dataclasses import dataclass
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -312,7 +313,7 @@ def _connect_results(page: PlayPage, form: forms.Form, results: Results) -> None
         shown += PER_PAGE
         return shown, page.list_items(shown)
 
-    def on_act(event: gr.EventData) -> list[Any]:
+    def on_act(rack: dict[str, Any] | None, event: gr.EventData) -> list[Any]:
         result = history.find_result(workspace, str(event.name))
         if event.action == "again":
             request = PlaySettings.from_record(result.record, result.audio.parent)
@@ -321,6 +322,9 @@ def _connect_results(page: PlayPage, form: forms.Form, results: Results) -> None
         else:
             raise StudioError(f"There is no action {event.action!r} for a result.")
         values = forms.fill_form(workspace, request)
+        before, after = ([row["path"] for row in (each or {}).get("rows") or []] for each in (rack, values["rack"]))
+        if before or after:
+            gr.Info(f"Adapters are now those of the result: {', '.join(map(escape, after)) or 'none'}.")
         return [values[name] for name in form.inputs]
 
     results.watch.tick(show_errors(on_tick), [results.shown, results.seen], results.outputs, **QUIET)
@@ -328,7 +332,7 @@ def _connect_results(page: PlayPage, form: forms.Form, results: Results) -> None
     results.more.click(show_errors(on_more), results.shown, [results.shown, results.items], **QUIET)
     # None left out, one after the other: the form shows the action that was asked for last.
     one_by_one = QUIET | {"concurrency_limit": 1, "trigger_mode": "multiple"}
-    results.items.act(show_errors(on_act), None, list(form.inputs.values()), **one_by_one)
+    results.items.act(show_errors(on_act), form.inputs["rack"], list(form.inputs.values()), **one_by_one)
 
 
 def _notify_queued(page: PlayPage, job: Job) -> None:

@@ -33,7 +33,11 @@ TRIAL_SECONDS = 900
 COMPOSE_SECONDS = 60
 
 SETTABLE_GROUPS = ("data", "adapter", "loss", "optimizer", "scheduler", "trainer", "callbacks", "logger", "seed")
-FIXED_SETTINGS = ("data.dir.", "data.more.", "adapter.start_from.")
+FORM_FIELDS = {
+    "recipe": "Recipe", "data.dir": "Latents", "data.more": "Latents", "model": "Base model", "run_dir": "Run folder",
+    "adapter.start_from": "Start from adapter, of the recipe continue",
+}  # fmt: skip
+"""Fields of the form that starts a run, by what they set: settings that are not given as lines."""
 _trials: dict["RunRequest", "Trial"] = {}
 _SETTING = re.compile(r"\+{0,2}[a-z_]+(\.[A-Za-z0-9_]+)*=[^\n\0]*")
 _INTERPOLATION = re.compile(r"(?<!\\)\$\{|\\\\\$\{|\$\\+\{")
@@ -176,11 +180,11 @@ def parse_settings(text: str) -> tuple[str, ...]:
             raise StudioError(f"{line!r} is not a setting. Write one key=value per line, such as optimizer.lr=1e-3.")
         if _INTERPOLATION.search(line):
             raise StudioError(f"{line} refers to other settings by ${{…}}. Write the value, or \\${{ for the text.")
-        if key.partition(".")[0] not in SETTABLE_GROUPS or key == "data" or f"{key}.".startswith(FIXED_SETTINGS):
-            raise StudioError(
-                f"{key} cannot be set here. Choose data, model and folder in the form. Settings start with "
-                f"{', '.join(SETTABLE_GROUPS)}."
-            )
+        field = next((FORM_FIELDS[name] for name in FORM_FIELDS if f"{key}.".startswith(f"{name}.")), None)
+        if field or key == "data":
+            raise StudioError(f"{key} is set by the field {field or 'Latents'}. Choose it there and remove this line.")
+        if key.partition(".")[0] not in SETTABLE_GROUPS:
+            raise StudioError(f"{key} cannot be set here. Settings start with {', '.join(SETTABLE_GROUPS)}.")
         if "." not in key and key != "seed" and value not in list_options(key):
             raise StudioError(f"{line!r} is not an option. Choose {key} from {', '.join(list_options(key))}.")
         if key in (other.lstrip("+").partition("=")[0] for other in found):

@@ -2,9 +2,8 @@
 
 import functools
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Any, TypeVar, cast
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import gradio as gr
 
@@ -21,10 +20,7 @@ from sa3train.training.settings import TrainerSettings
 
 RENEW = "(...values) => { sa3.outdate('run-plan-shown', false); return values; }"
 OUTDATE = "() => { sa3.outdate('run-plan-shown', true); return []; }"
-Result = TypeVar("Result")
 RUNS = "runs"
-SHOW_SECONDS = 1.0
-"""Interval at which a wait is told of."""
 DATA_HINT = "Made on the Data page, by Encode."
 PLAN_HINT = "Plan shows what the run trains on, and estimates time and memory from a few real steps."
 
@@ -106,6 +102,7 @@ def build_start_form(workspace: Workspace, chosen: gr.Radio) -> None:
     with gr.Row():
         plan = gr.Button("Plan", elem_id="run-plan", min_width=90)
         start = gr.Button("Start", variant="primary", elem_id="run-start", min_width=90)
+    told = gr.HTML("", elem_id="run-start-told")  # apart from the plan, which may still be under way
     shown = gr.HTML(ui.render_placeholder(PLAN_HINT), elem_id="run-plan-shown")
     fields: list[Any] = [recipe, data, model, steps, folder, settings, adapter]
     known = gr.State(())
@@ -118,12 +115,14 @@ def build_start_form(workspace: Workspace, chosen: gr.Radio) -> None:
 
     recipe.change(on_recipe, recipe, [recipe, adapter, steps], show_progress="hidden")
     on_plan = ui.keep_error(functools.partial(stream_plan, workspace), 2, at=1)
-    busy = plan.click(lambda: gr.update(value="Planning…", interactive=False), None, plan, js=RENEW, **ui.QUIET)
+    busy = plan.click(
+        lambda: (gr.update(value="Planning…", interactive=False), ""), None, [plan, told], js=RENEW, **ui.QUIET
+    )
     planned = busy.then(on_plan, fields, [folder, shown], show_progress="hidden")
     for end in (planned.success, planned.failure):
         end(lambda: gr.update(value="Plan", interactive=True), None, plan, **ui.QUIET)
-    on_start = ui.keep_error(functools.partial(stream_start, workspace), 4, at=1)
-    start.click(on_start, [known, *fields], [folder, shown, chosen, known], show_progress="hidden", js=RENEW)
+    on_start = ui.keep_error(functools.partial(stream_start, workspace), 5, at=1)
+    start.click(on_start, [known, *fields], [folder, told, shown, chosen, known], show_progress="hidden", js=RENEW)
     # Not of the folder: the plan fills it in, and does not depend on it.
     gr.on([field.change for field in fields if field is not folder], None, None, None, js=OUTDATE)
 
@@ -146,19 +145,18 @@ def stream_plan(workspace: Workspace, *values: Any) -> Iterator[tuple[Any, ...]]
         (run folder, HTML).
     """
     request = parse_request(workspace, *values)
-    folder, command = workspace.shorten(request.run_dir), ui.render_command(request.build_command())
-    config = yield from _wait(
-        lambda: estimate.compose_config(request), "Checking the settings", lambda line: (folder, line)
-    )
+    command, once = ui.render_command(request.build_command()), iter([workspace.shorten(request.run_dir)])
+    show = lambda html: (next(once, gr.skip()), html)  # noqa: E731  a run that is started meanwhile empties the field
+    config = yield from ui.show_wait(lambda: estimate.compose_config(request), "Checking the settings", show)
     data = summarize_data(request.data)
     rows = estimate.describe_plan(config, data, estimate.count_uncaptioned(request.data))
     if others := _find_running(workspace):
         rows.append(("Note", f"Time and memory are measured beside {list_few([*others])}."))
     plan = ui.render_panel(render_facts(rows))
     text = f"Running {estimate.TRIAL_STEPS} trial steps, after loading libraries and model"
-    trial = yield from _wait(lambda: estimate.run_trial(request), text, lambda line: (folder, plan + line + command))
+    trial = yield from ui.show_wait(lambda: estimate.run_trial(request), text, lambda line: show(plan + line + command))
     rows += estimate.describe_trial(config, data, trial)
-    yield folder, ui.render_panel(render_facts(rows)) + command
+    yield show(ui.render_panel(render_facts(rows)) + command)
 
 
 def stream_start(workspace: Workspace, known: Sequence[str], *values: Any) -> Iterator[tuple[Any, ...]]:
@@ -170,14 +168,14 @@ def stream_start(workspace: Workspace, known: Sequence[str], *values: Any) -> It
         *values: Values of the form, as for `parse_request`.
 
     Yields:
-        (run folder, HTML, update of the list of runs, running runs that the user knows of).
+        (run folder, message, plan, update of the list of runs, running runs that the user knows of).
     """
     request = parse_request(workspace, *values)
     folder, command = workspace.shorten(request.run_dir), ui.render_command(request.build_command())
-    config = yield from _wait(  # a setting that is refused should be refused here, not in a log
+    config = yield from ui.show_wait(  # a setting that is refused should be refused here, not in a log
         lambda: estimate.compose_config(request),
         "Checking the settings",
-        lambda line: (folder, line, gr.skip(), gr.skip()),
+        lambda line: (folder, line, gr.skip(), gr.skip(), gr.skip()),
     )
     data = summarize_data(request.data)
     rows = estimate.describe_plan(config, data, estimate.count_uncaptioned(request.data))
@@ -188,14 +186,14 @@ def stream_start(workspace: Workspace, known: Sequence[str], *values: Any) -> It
         running = list_few([f"{name} ({state})" for name, state in others.items()])
         text = f"Already running: {running}. Runs at the same time share processor and memory, and each takes longer. "
         text += "Press Start again to start this one too."
-        yield gr.skip(), ui.render_notice(text, "warning") + plan, gr.skip(), tuple(others)
+        yield gr.skip(), ui.render_notice(text, "warning"), plan, gr.skip(), tuple(others)
         return
     runs.start_run(request.run_dir, request.build_command())
     folders.forget_folders()
     started = ui.render_notice(f"Started {folder}. It continues when this page is closed.")
     choices = [(view.format_label(workspace, run), str(run.path)) for run in folders.find_runs(workspace)]
     update = gr.update(value=str(request.run_dir), choices=choices, visible=True)
-    yield "", started + plan, update, ()  # the next run gets a folder of its own
+    yield "", started, plan, update, ()  # the next run gets a folder of its own
 
 
 def _find_running(workspace: Workspace) -> dict[str, str]:
@@ -210,19 +208,6 @@ def _format_steps(recipe: str) -> str:
 
 def _parse_steps(value: Any) -> int | None:
     return cast("int | None", ui.parse_setting(TrainerSettings, "max_steps", value))
-
-
-def _wait(
-    work: Callable[[], Result], text: str, show: Callable[[str], tuple[Any, ...]]
-) -> Generator[Any, None, Result]:
-    """Do something in a thread; yield what the page shows meanwhile, and return the result."""
-    started = time.monotonic()
-    with ThreadPoolExecutor(1) as pool:
-        future = pool.submit(work)
-        while True:
-            yield show(ui.render_notice(f"{text}… {time.monotonic() - started:.0f} s"))
-            if wait([future], SHOW_SECONDS).done:
-                return future.result()
 
 
 def _get_trainable_model(workspace: Workspace) -> str:

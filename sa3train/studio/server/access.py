@@ -7,6 +7,7 @@ elsewhere.
 import contextlib
 import socket
 from dataclasses import dataclass
+from pathlib import Path
 from urllib.parse import quote
 
 from starlette.concurrency import run_in_threadpool
@@ -64,19 +65,41 @@ class AccessMiddleware:
         else:
             app = self.page if scope["path"] == "/" else self.app
             if path is not None:
-                scope = await run_in_threadpool(self._replace_unplayable, scope, path)
+                scope = await self._replace_unplayable(scope, receive, path)
             await app(scope, receive, _add_headers(send, PAGE_POLICY if path is None else FILE_POLICY))
 
-    def _replace_unplayable(self, scope: Scope, path: str) -> Scope:
-        """Ask for the WAV of audio that no browser plays in its place."""
-        from sa3train.studio.server.playable import convert_audio, is_playable  # loads torch, which --help must not
-
+    async def _replace_unplayable(self, scope: Scope, receive: Receive, path: str) -> Scope:
+        """Ask for the WAV of audio that no browser plays in its place, for those who may have the file itself."""
         file = self.workspace.resolve(path)
-        if file.is_file() and not is_playable(file):
+        if await run_in_threadpool(_is_unplayable, file) and await self._is_answered(scope, receive):
             with contextlib.suppress(SA3Error, OSError):  # else the file is served as it is
-                found = scope["path"].removesuffix(path) + str(convert_audio(self.workspace, file))
+                found = scope["path"].removesuffix(path) + await run_in_threadpool(_convert, self.workspace, file)
                 return {**scope, "path": found, "raw_path": quote(found).encode()}
         return scope
+
+    async def _is_answered(self, scope: Scope, receive: Receive) -> bool:
+        """Check by a request for the head alone whether the application, which asks for the password, sends a file."""
+        found: list[int] = []
+
+        async def note_status(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                found.append(message["status"])
+
+        headers = [(name, value) for name, value in scope["headers"] if name != b"range"]  # which is of the WAV
+        await self.app({**scope, "method": "HEAD", "headers": headers}, receive, note_status)
+        return bool(found) and found[0] < 400
+
+
+def _is_unplayable(file: Path) -> bool:
+    from sa3train.studio.server.playable import is_playable  # loads torch, which --help must not
+
+    return file.is_file() and not is_playable(file)
+
+
+def _convert(workspace: Workspace, file: Path) -> str:
+    from sa3train.studio.server.playable import convert_audio
+
+    return str(convert_audio(workspace, file))
 
 
 def _get_requested_file(path: str) -> str | None:

@@ -5,7 +5,9 @@ import functools
 import hashlib
 import inspect
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
@@ -25,6 +27,9 @@ from sa3train.studio.server.workspace import StudioError
 
 logger = get_logger(__name__)
 Handler = TypeVar("Handler", bound=Callable[..., Any])
+Result = TypeVar("Result")
+SHOW_SECONDS = 1.0
+"""Interval at which a wait is told of."""
 REFRESH_SECONDS = 2.0
 """Interval at which a page looks for changes on the server."""
 QUIET: dict[str, Any] = {"show_progress": "hidden", "concurrency_limit": None, "api_visibility": "private"}
@@ -90,6 +95,31 @@ def keep_error(handler: Callable[..., Any], outputs: int, at: int = 0) -> Callab
             raise
 
     return run
+
+
+def show_wait(
+    work: Callable[[], Result], text: str, show: Callable[[str], tuple[Any, ...]]
+) -> Generator[Any, None, Result]:
+    """Run something in a thread, and show from its start on that and how long it has been going on.
+
+    Args:
+        work: What to do.
+        text: What it is, such as "Checking the settings".
+        show: Makes the values of an event's outputs from a message.
+
+    Yields:
+        Those values.
+
+    Returns:
+        What `work` returned.
+    """
+    started = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work)
+        while True:
+            yield show(render_notice(f"{text}… {time.monotonic() - started:.0f} s"))
+            if wait([future], SHOW_SECONDS).done:
+                return future.result()
 
 
 @contextmanager

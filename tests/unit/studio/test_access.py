@@ -3,7 +3,9 @@
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import soundfile
@@ -14,7 +16,8 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from sa3train.cli.studio import build_parser, main
-from sa3train.core.errors import SA3Error
+from sa3train.core.errors import AudioError, SA3Error
+from sa3train.studio.app import run_studio
 from sa3train.studio.server import playable
 from sa3train.studio.server.access import LOCAL_NAMES, AccessMiddleware, AccessSettings
 from sa3train.studio.server.workspace import StudioError, Workspace
@@ -100,6 +103,40 @@ def test_audio_that_browsers_do_not_play_is_served_as_wav(
     assert soundfile.info(served).subtype == "PCM_16"
     assert np.allclose(soundfile.read(served)[0], audio, atol=1e-4)
     assert client.get(f"/gradio_api/file={file}").text.endswith(served), "converted once"
+
+
+def test_nothing_is_converted_for_those_without_the_password(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    workspace, file = Workspace.create(tmp_path / "studio", [tmp_path / "folder"]), tmp_path / "folder" / "a.aiff"
+    soundfile.write(file, np.full((400, 2), 0.25), 22050)
+    with run_studio(workspace, AccessSettings(password="long enough")) as address, httpx.Client() as visitor:
+        url = f"{address}gradio_api/file={file}"
+        assert visitor.get(url).status_code == 401
+        assert not list(workspace.home.glob("players/*"))
+        visitor.post(f"{address}login", data={"username": "me", "password": "long enough"}).raise_for_status()
+        for part in ({}, {"range": "bytes=0-3"}):
+            assert visitor.get(url, headers=part).content[:4] == b"RIFF"
+        assert len(list(workspace.home.glob("players/*.wav"))) == 1
+
+
+def test_long_audio_is_converted_in_parts_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "folder").mkdir()
+    workspace, file = Workspace.create(tmp_path / "studio", [tmp_path / "folder"]), tmp_path / "folder" / "a.aiff"
+    audio, read, sizes = np.random.default_rng(0).uniform(-1, 1, (1000, 2)), soundfile.SoundFile.read, list[int]()
+    soundfile.write(file, audio, 22050)
+
+    def note(self: soundfile.SoundFile, frames: int = -1, *more: Any, **named: Any) -> Any:
+        sizes.append(frames)
+        return read(self, frames, *more, **named)
+
+    monkeypatch.setattr(soundfile.SoundFile, "read", note)
+    monkeypatch.setattr(playable, "BLOCK", 256)
+    found = playable.convert_audio(workspace, file)
+    assert set(sizes) == {128} and np.allclose(soundfile.read(found)[0], audio, atol=1e-4)
+    found.unlink()
+    monkeypatch.setattr(playable, "LARGEST_WAV", 3999)
+    with pytest.raises(AudioError, match="too long"):
+        playable.convert_audio(workspace, file)
 
 
 @pytest.mark.parametrize("content", [b"", b"RIFF"])

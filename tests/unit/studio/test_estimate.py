@@ -58,6 +58,22 @@ def test_settings_that_reach_beyond_the_run_are_refused(line: str) -> None:
         estimate.parse_settings(f"optimizer.lr=1e-3\n{line}")
 
 
+@pytest.mark.parametrize(
+    ("line", "field"),
+    [
+        ("recipe=sfx", "Recipe"), ("data=mine", "Latents"), ("++data.dir=mine", "Latents"),
+        ("data.more=[]", "Latents"), ("model.name=nano", "Base model"), ("run_dir=mine", "Run folder"),
+        ("adapter.start_from=mine", "Start from adapter"),
+    ],
+)  # fmt: skip
+def test_a_setting_that_the_form_makes_is_told_with_its_field(line: str, field: str) -> None:
+    with pytest.raises(SA3Error, match=f"is set by the field {field}") as told:
+        estimate.parse_settings(line)
+    assert "start with" not in str(told.value)
+    with pytest.raises(SA3Error, match="cannot be set here. Settings start with data,"):
+        estimate.parse_settings("paths.runs=mine")
+
+
 @given(st.text(st.sampled_from("\\\\\\${}\"'()[]:,.a "), max_size=14))
 @hypothesis_settings(max_examples=400, deadline=None)
 def test_no_setting_reaches_the_environment(around: str) -> None:

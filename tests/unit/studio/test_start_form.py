@@ -10,7 +10,7 @@ from helpers.run_dirs import make_run
 from sa3train.core.errors import SA3Error
 from sa3train.studio.runs import estimate, start_form
 from sa3train.studio.runs.estimate import Trial
-from sa3train.studio.server import folders
+from sa3train.studio.server import folders, widgets
 from sa3train.studio.server.workspace import Workspace
 
 
@@ -45,17 +45,17 @@ def test_a_start_tells_of_its_steps_and_of_a_run_that_is_going_on(
     monkeypatch.setattr(estimate, "_run", lambda *_: "")
     monkeypatch.setattr(estimate, "read_trial", lambda folder: Trial(2.0, 1.0, "1 × CPU", {}))
     monkeypatch.setattr(start_form.runs, "start_run", lambda folder, command: started.append(folder))
-    *_, (_, shown, _, known) = start_form.stream_start(workspace, (), *values)
-    assert started == [request.run_dir] and known == ()
+    *_, (_, told, shown, _, known) = start_form.stream_start(workspace, (), *values)
+    assert "Started runs/mine" in told and started == [request.run_dir] and known == ()
     assert "2,000 with a batch of 4 clips" in shown and "about" not in shown
     estimate.run_trial(request)
     make_run(workspace.folder / "runs" / "other", old=False)
     folders.forget_folders()
-    *_, (_, shown, _, known) = start_form.stream_start(workspace, (), *values)
+    *_, (_, told, shown, _, known) = start_form.stream_start(workspace, (), *values)
     assert len(started) == 1, "nothing was started"
-    assert "runs/other" in shown and "Press Start again" in shown and "about 17 min on 1 × CPU" in shown
-    *_, (_, shown, _, _) = start_form.stream_start(workspace, known, *values)
-    assert len(started) == 2 and "Started runs/mine" in shown
+    assert "runs/other" in told and "Press Start again" in told and "about 17 min on 1 × CPU" in shown
+    *_, (_, told, *_) = start_form.stream_start(workspace, known, *values)
+    assert len(started) == 2 and "Started runs/mine" in told
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_invalid_requests_are_refused(
 def test_a_plan_tells_at_once_and_all_the_time_what_it_waits_for(
     workspace: Workspace, latents: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(start_form, "SHOW_SECONDS", 0.01)
+    monkeypatch.setattr(widgets, "SHOW_SECONDS", 0.01)
     going_on = threading.Event()
 
     def compose(_: Any) -> Any:

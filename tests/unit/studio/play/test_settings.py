@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from sa3train.core.errors import GenerationError, SA3Error
 from sa3train.inference.settings import SETTING_NAMES, GenerationSettings
-from sa3train.studio.play.form import FORM_SETTINGS, describe_waveform, fill_form, read_form
+from sa3train.studio.play.form import FORM_SETTINGS, MAX_VARIATIONS, describe_waveform, fill_form, read_form
 from sa3train.studio.play.settings import AdapterSettings, PlaySettings, parse_regions, parse_strengths, round_seconds
 from sa3train.studio.server.widgets import get_label
 from sa3train.studio.server.workspace import StudioError, Workspace
@@ -168,6 +168,13 @@ def test_bars_take_the_place_of_the_duration_and_later_prompts_are_lines(workspa
 def test_a_wrong_number_names_its_field(workspace: Workspace, name: str, value: Any) -> None:
     with pytest.raises(SA3Error, match=rf"{name}|{get_label(GenerationSettings, name)[:4]}"):
         read_form(fill_form(workspace, PLAIN) | {name: value})
+
+
+def test_more_variations_than_the_form_allows_start_nothing(workspace: Workspace) -> None:
+    values, field = fill_form(workspace, PLAIN), get_label(GenerationSettings, "batch_size")
+    assert read_form(values | {"batch_size": MAX_VARIATIONS}).settings.batch_size == MAX_VARIATIONS
+    with pytest.raises(StudioError, match=rf"{field} must be at most {MAX_VARIATIONS}, not 10,000"):
+        read_form(values | {"batch_size": 10_000})
 
 
 def test_the_waveform_says_what_is_generated(workspace: Workspace) -> None:
