@@ -1,22 +1,29 @@
 """Check whether training can continue an adapter, as far as that needs no model."""
 
-from sa3train.adapters.adapter import Adapter
+from sa3train.adapters.adapter import Adapter, Part
 from sa3train.adapters.spec import BASES, BIAS_CHANGE, INFERENCE_ONLY_TYPES, KINDS, AdapterSpec
 from sa3train.core.errors import AdapterError
 
 _MAKE_LORA = "Make it a plain lora first: sa3-adapter merge FILE -o NEW.safetensors --model NAME --rank R"
 
 
-def check_start(adapter: Adapter, spec: AdapterSpec) -> None:
-    """Check that training can continue an adapter: its type, ranks and scales, and what its tensors are.
+def check_start(adapter: Adapter, spec: AdapterSpec, part: Part) -> None:
+    """Check that training can continue an adapter: its part, type, ranks and scales, and what its tensors are.
 
     Args:
         adapter: The adapter to continue from.
         spec: The adapter that is trained.
+        part: The part of the model that it is trained on.
 
     Raises:
         AdapterError: If it differs.
     """
+    if adapter.part != part:
+        where = ("the DiT", "the autoencoder's decoder")[adapter.part == "decoder"]
+        raise AdapterError(
+            f"{adapter.source} is on {where}, and this training is not. Only recipe=decoder trains the "
+            "autoencoder's decoder."
+        )
     kind = adapter.spec.adapter_type
     if kind != spec.adapter_type:
         raise AdapterError(

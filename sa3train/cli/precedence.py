@@ -50,7 +50,7 @@ def build_composed(
             raise ConfigError(f"{option} needs {key}. Add {key}=VALUE.")
     notes: list[str] = []
     for key, value in (suggest(values) if suggest else {}).items():
-        if _rank(origins, key) < _OPTION and (others := _get(values, key)) not in (None, value):
+        if _rank(origins, key) < _OPTION and (others := _get(values, key)) != value:
             notes.append(f"using {key}={value}, which suits this run, in place of {others}")
             _set(values, key, value)
     while True:

@@ -9,17 +9,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sa3train.adapters.formats.run_dir import locate_adapter
+from sa3train.adapters.spec import INFERENCE_ONLY_TYPES
 from sa3train.cli.hydra_app import run_hydra_job
 from sa3train.cli.train_config import DecoderTrainConfig, TrainConfig
-from sa3train.core.errors import ConfigError
+from sa3train.core.errors import AdapterError, ConfigError
 from sa3train.core.files import check_exists
 from sa3train.core.log import get_rank, report_stage
+from sa3train.core.signals import explain_stop
 from sa3train.models.hub import check_checkpoint, find_checkpoint
 from sa3train.reports.run_files import CONFIG_FILE
 
 if TYPE_CHECKING:
     import torch
 
+    from sa3train.adapters.adapter import Part
     from sa3train.data.loading.datamodule import LatentDataModule
     from sa3train.training.run import TrainingResult
     from sa3train.training.run_dir import RunDir
@@ -32,6 +35,8 @@ RATED_OPTIMIZERS = ("adamw", "adamw-8bit")
 """Optimizers whose rates it raises: those of others are of another size."""
 MAX_WARMUP_SHARE = 0.05
 """Share of the steps that a recipe's warm-up takes at most: longer ones cost what they keep from being learned."""
+
+NOT_BEGUN = " before the training began: nothing new is saved. The same command starts again."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -52,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
             shorthand={"model": "model.name", "weights": "model.weights"},
             paths=(*paths, "source"),
             resume="resume",
+            suggest=suggest_adapter,
             check=check_run,
             argv=argv,
         )
@@ -68,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     )
 
 
+@explain_stop(NOT_BEGUN)
 def check_run(config: TrainConfig | DecoderTrainConfig) -> None:
     """Check what needs neither data nor weights.
 
@@ -78,7 +85,7 @@ def check_run(config: TrainConfig | DecoderTrainConfig) -> None:
         ConfigError: A setting cannot be used, or the decoder's recipe is one of several in a sweep.
         CheckpointError: The model is not at hand and cannot be downloaded.
         DataError: The data is not there.
-        AdapterError: The adapter to start from is not there, or not of the type and rank that is trained.
+        AdapterError: The adapter to start from is not there, or not of the part, type and rank that is trained.
     """
     from hydra.core.hydra_config import HydraConfig
 
@@ -107,7 +114,8 @@ def check_run(config: TrainConfig | DecoderTrainConfig) -> None:
             from sa3train.adapters.formats.io import load_adapter
             from sa3train.adapters.start import check_start
 
-            check_start(load_adapter(config.adapter.start_from), config.adapter.make_spec())
+            part: Part = "dit" if is_latent else "decoder"
+            check_start(load_adapter(config.adapter.start_from), config.adapter.make_spec(), part)
         if is_latent:
             from sa3train.data.shards.reader import check_not_audio
 
@@ -125,8 +133,35 @@ def _list_sources(config: TrainConfig | DecoderTrainConfig) -> list[str]:
     return [each.path for each in config.data.list_sources()] if isinstance(config, TrainConfig) else [config.source]
 
 
-def suggest_settings(values: Mapping[str, Any]) -> dict[str, float]:
-    """Suggest the learning rate that suits a model, and a warm-up that suits the length of the run.
+def suggest_adapter(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Suggest type, rank, scale and layers of the adapter that training starts from.
+
+    Args:
+        values: The configuration.
+
+    Returns:
+        Values by key; nothing without such an adapter, or for one that cannot be trained, as `check_run` says.
+    """
+    section = values.get("adapter")
+    path = section.get("start_from") if isinstance(section, Mapping) else None
+    if not isinstance(path, str):
+        return {}
+    from sa3train.adapters.formats.io import load_adapter
+
+    try:
+        spec = load_adapter(path).spec
+    except AdapterError:
+        return {}
+    if spec.adapter_type in INFERENCE_ONLY_TYPES:
+        return {}
+    has_unit_scale = spec.alpha == spec.rank and not spec.rank_pattern
+    found = dataclasses.asdict(spec) | ({"alpha": None} if has_unit_scale else {})
+    found |= {name: found[name] and list(found[name]) for name in ("include", "exclude")}
+    return {f"adapter.{name}": value for name, value in found.items() if name != "dropout"}
+
+
+def suggest_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Suggest the learning rate that suits a model, a warm-up that suits the length of the run, and the adapter.
 
     Args:
         values: The configuration.
@@ -134,7 +169,7 @@ def suggest_settings(values: Mapping[str, Any]) -> dict[str, float]:
     Returns:
         Values by key; nothing where those of the recipes suit.
     """
-    found: dict[str, float] = {}
+    found = suggest_adapter(values)
     model = values.get("model")
     info = find_checkpoint(str(model.get("name"))) if isinstance(model, Mapping) else None
     optimizer = values["optimizer"]
@@ -190,6 +225,7 @@ def train(config: TrainConfig | DecoderTrainConfig) -> int:
     return 0
 
 
+@explain_stop(NOT_BEGUN)
 def run_training(config: TrainConfig | DecoderTrainConfig) -> "TrainingResult":
     """Load what a configuration names, and train.
 
@@ -227,20 +263,21 @@ def run_training(config: TrainConfig | DecoderTrainConfig) -> "TrainingResult":
         identity["data"] = data.manifest
     resume, allowed = config.resume is not None, config.allow_resume_changes
     run = run_on_rank_zero(lambda: training.open_run(run_dir, table, identity, resume=resume, allowed=allowed))
-    with run:
+    with run, explain_stop(""):  # from here on, the run says what is saved
         if isinstance(config, TrainConfig):
             assert data is not None
             run, fit, described = _load_latent_training(config, run, data, dtype)
         else:
             run, fit, described = _load_decoder_training(config, run, dtype)
         loggers = train_setup.make_loggers(config, run, table)
+        start = None if run.state else config.adapter.start_from
         result = fit(
             run=run,
             spec=config.adapter.make_spec(),
             settings=config,
             loggers=loggers,
             provenance=train_setup.make_provenance(config, table, run) | described,
-            start_from=load_adapter(config.adapter.start_from) if config.adapter.start_from and not run.state else None,
+            start_from=load_adapter(start) if start else None,
         )
     loggers.close(failed=result.interrupted is not None)
     return result

@@ -37,8 +37,25 @@ class Interrupted(BaseException):
     """
 
     def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {describe_signal(number)}")
+        super().__init__(f"stopped by {describe_signal(number)}{''.join(_advice[-1:])}")
         self.number = number
+
+
+@contextlib.contextmanager
+def explain_stop(advice: str) -> Iterator[None]:
+    """Explain what a stop signal leaves undone, in the message of `Interrupted` while inside.
+
+    Args:
+        advice: The end of the message; inside of another, it counts alone.
+
+    Yields:
+        Nothing.
+    """
+    _advice.append(advice)
+    try:
+        yield
+    finally:
+        _advice.pop()
 
 
 def raise_interrupted(number: int) -> NoReturn:
@@ -190,6 +207,8 @@ _STOP_FILE_SECONDS = 0.2
 """How often `watch_stop_file` looks for its file."""
 _received: set[int] = set()
 """Signals that arrived since the outermost `handle_signals`."""
+_advice: list[str] = []
+"""One entry for each `explain_stop` that is open."""
 _depth: list[int] = []
 """One entry for each `handle_signals` that is open."""
 

@@ -138,7 +138,8 @@ def _describe_validation(run: RunFiles) -> list[Answer]:
     strengths = _list_strengths(validation)
     if strengths:
         answers.append(Answer(STRENGTH, _say_strength(validation, strengths)))
-    advice = _advise(change, train, history, best, since, strengths) + [COPIES_ADVICE] * copies
+    is_over = run.record.get("status", "finished") == "finished"
+    advice = _advise(change, train, history, best, since, strengths, is_over) + [COPIES_ADVICE] * copies
     return [*answers, Answer(NEXT, " ".join(advice))]
 
 
@@ -234,7 +235,9 @@ def _advise(
     best: int | None,
     since: LossChange | None,
     strengths: Mapping[float, list[float]],
+    is_over: bool,
 ) -> list[str]:
+    """Advise on the next run, or on this one while steps of it are left."""
     found = []
     if not change.is_able:
         few = f"with {change.clips}, nothing can be told from chance."
@@ -254,15 +257,18 @@ def _advise(
         else:
             found.append("Lower the learning rate (optimizer.lr): the adapter makes the model worse.")
     elif _is_falling(history):
-        found.append("Train for more steps (trainer.max_steps): the loss was still falling.")
+        more = "Train for more steps (trainer.max_steps): the loss was still falling."
+        found.append(more if is_over else "Let this run train on: so far, the loss is still falling.")
     elif not change.is_significant and not learned:
-        found.append("Train for more steps or at a higher rate (trainer.max_steps, optimizer.lr): little has changed.")
+        more = "Train for more steps or at a higher rate (trainer.max_steps, optimizer.lr): little has changed."
+        found.append(more if is_over else "Let this run train on: so far, little has changed.")
     elif not change.is_significant:
         found.append(
             "Use more data or a lower rank: what it learned from its clips does not help new ones beyond noise."
         )
     strength = _choose_strength(strengths)
     if strength != 1:
-        more = "train for more steps" if strength > 1 else "train for fewer steps or at a lower rate"
+        longer = "train for more steps" if is_over else "let this run train on"
+        more = longer if strength > 1 else "train for fewer steps or at a lower rate"
         found.append(f"Play it at strength {strength:g}{f', or {more}' if not found else ''}.")
     return found or ["Nothing that these figures show."]

@@ -3,6 +3,7 @@
 import json
 import re
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from playwright.sync_api import Page, expect
 from helpers.studio_page import close_error
 from sa3train.adapters.formats.io import load_adapter, save_adapter
 from sa3train.studio.app import run_studio
-from sa3train.studio.play import form
+from sa3train.studio.play import cards, form
 from sa3train.studio.server.access import AccessSettings
 from sa3train.studio.server.jobs import Job
 from sa3train.studio.server.workspace import Workspace
@@ -195,8 +196,15 @@ def test_a_grid_and_what_one_does_with_a_result(page: Page, workspace: Workspace
 
 
 def test_two_at_once_queue_cancel_is_immediate_and_a_reload_loses_nothing(
-    page: Page, workspace: Workspace, gate: threading.Event
+    page: Page, workspace: Workspace, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    list_cards = cards.list_cards
+
+    def list_slowly(*arguments: Any) -> list[dict[str, str]]:
+        time.sleep(2)  # an answer that takes longer than the next one must not arrive after it
+        return list_cards(*arguments)
+
+    monkeypatch.setattr(cards, "list_cards", list_slowly)
     before = len(list(workspace.history.glob("*.json")))
     ask(page, "slow one")
     page.click("#play-generate")

@@ -156,13 +156,8 @@ class InjectedAdapter:
                 infinity.
         """
         mine = self.tensors()
-        if (adapter.part == "decoder") != all(path.startswith(DECODER) for path in mine):
-            where = ("the DiT", "the autoencoder's decoder")[adapter.part == "decoder"]
-            raise AdapterError(
-                f"{adapter.source} is on {where}, and this training is not. Only recipe=decoder trains the "
-                "autoencoder's decoder."
-            )
-        check_start(adapter, self.spec)
+        in_decoder = all(path.startswith(DECODER) for path in mine)
+        check_start(adapter, self.spec, "decoder" if in_decoder else "dit")
         check_fit(adapter, find_adaptable_layers(self.root), allow_partial=True, measure=False)
         missing, unexpected = sorted(mine.keys() - adapter.tensors.keys()), sorted(adapter.tensors.keys() - mine.keys())
         if missing or unexpected:

@@ -180,7 +180,7 @@ def build_job_tab(workspace: Workspace, folder: Any, tab: JobTab) -> None:
     status = gr.HTML("", elem_id=f"{kind}-status")
     result = gr.HTML(ui.render_placeholder(tab.hint), elem_id=f"{kind}-result")
     seen, outputs = gr.State(None), [status, retry, dismiss, stop]
-    quiet: dict[str, Any] = {"show_progress": "hidden"}
+    order = ui.in_order(kind)
 
     def show(path: str | None) -> tuple[Any, ...]:
         job = _find_job(workspace, kind, path)
@@ -216,14 +216,14 @@ def build_job_tab(workspace: Workspace, folder: Any, tab: JobTab) -> None:
         return *show(path), tab.render_result(workspace, file, source), now
 
     start = ui.keep_error(on_start, len(outputs))
-    begin.click(start, [folder, *fields.values()], outputs, **quiet)
+    begin.click(start, [folder, *fields.values()], outputs, **order)
     if tab.retry[0]:
-        set_field = retry.click(lambda: tab.retry[1], None, fields[tab.retry[0]], **quiet)
-        set_field.then(start, [folder, *fields.values()], outputs, **quiet)
-    stop.click(ui.show_errors(make_handler(jobs.stop_job)), folder, outputs, **quiet)
-    dismiss.click(ui.show_errors(make_handler(jobs.dismiss_job)), folder, outputs, **quiet)
+        set_field = retry.click(lambda: tab.retry[1], None, fields[tab.retry[0]], **order)
+        set_field.then(start, [folder, *fields.values()], outputs, **order)
+    stop.click(ui.show_errors(make_handler(jobs.stop_job)), folder, outputs, **order)
+    dismiss.click(ui.show_errors(make_handler(jobs.dismiss_job)), folder, outputs, **order)
     read = functools.partial(jobs.read_state, workspace, kind)
-    ui.keep_fresh(read, ui.show_errors(refresh), [folder, seen], [*outputs, result, seen], folder.change)
+    ui.keep_fresh(read, ui.show_errors(refresh), [folder, seen], [*outputs, result, seen], folder.change, **order)
 
 
 def _build_buttons(tab: JobTab) -> list[gr.Button]:

@@ -26,6 +26,7 @@ from sa3train.studio.server.folders import describe_model, list_audio, list_mode
 from sa3train.studio.server.jobs import Job, Worker
 from sa3train.studio.server.widgets import (
     QUIET,
+    in_order,
     keep_fresh,
     render_notice,
     render_placeholder,
@@ -37,6 +38,7 @@ from sa3train.studio.server.workspace import StudioError, Workspace
 POLL_SECONDS = 0.4
 PER_PAGE = 12
 """Results shown at first; `assets/studio.css` hides the button for more below as many."""
+RESULTS_IN_ORDER = in_order("play-results")
 MAX_TITLE = 60
 STATUS_JS = (
     "element.addEventListener('click', event => { const button = event.target.closest('[data-cancel]'); "
@@ -213,8 +215,9 @@ def build_play_page(workspace: Workspace) -> None:
         return cards.render_load_reports(job.result) if job.state == "done" else render_notice(job.message, "error")
 
     inputs = list(form.inputs.values())
-    generate.click(show_errors(on_generate), [results.shown, *inputs], results.outputs, **QUIET)
-    compare.click(show_errors(on_compare), [results.shown, strengths, sibling, *inputs], results.outputs, **QUIET)
+    generate.click(show_errors(on_generate), [results.shown, *inputs], results.outputs, **RESULTS_IN_ORDER)
+    compare_inputs = [results.shown, strengths, sibling, *inputs]
+    compare.click(show_errors(on_compare), compare_inputs, results.outputs, **RESULTS_IN_ORDER)
     check.click(show_errors(on_check), inputs, report, concurrency_limit=None, api_visibility="private")
 
 
@@ -291,10 +294,9 @@ def _connect_form(workspace: Workspace, form: forms.Form) -> None:
     gr.on(None, show_errors(on_model), fields["model"], [form.facts, fields["steps"], fields["cfg_scale"]], **QUIET)
     drawn = [fields[name] for name in ("source", "mode", "duration", "regions", "model")]
     boxes = [form.source_box, *(fields[name] for name in ("init_noise_level", "keep_exact", "regions"))]
-    in_order = QUIET | {"concurrency_limit": 1, "concurrency_id": "play-waveform"}
     mode_shown = fields["mode"].change(on_mode, fields["mode"], boxes, **QUIET)
     for event in (mode_shown.then, fields["source"].change, fields["duration"].change):
-        event(show_errors(on_source), drawn, [fields["duration"], fields["regions"]], **in_order)
+        event(show_errors(on_source), drawn, [fields["duration"], fields["regions"]], **in_order("play-waveform"))
     form.upload.upload(lambda path: path, form.upload, fields["source"], **QUIET)
 
 
@@ -327,9 +329,11 @@ def _connect_results(page: PlayPage, form: forms.Form, results: Results) -> None
             gr.Info(f"Adapters are now those of the result: {', '.join(map(escape, after)) or 'none'}.")
         return [values[name] for name in form.inputs]
 
-    results.watch.tick(show_errors(on_tick), [results.shown, results.seen], results.outputs, **QUIET)
-    results.status.cancel(show_errors(on_cancel), results.shown, results.outputs, **QUIET)
-    results.more.click(show_errors(on_more), results.shown, [results.shown, results.items], **QUIET)
+    # A change that is told of while the one before is being drawn is drawn after it.
+    latest = RESULTS_IN_ORDER | {"trigger_mode": "always_last"}
+    results.watch.tick(show_errors(on_tick), [results.shown, results.seen], results.outputs, **latest)
+    results.status.cancel(show_errors(on_cancel), results.shown, results.outputs, **RESULTS_IN_ORDER)
+    results.more.click(show_errors(on_more), results.shown, [results.shown, results.items], **RESULTS_IN_ORDER)
     # None left out, one after the other: the form shows the action that was asked for last.
     one_by_one = QUIET | {"concurrency_limit": 1, "trigger_mode": "multiple"}
     results.items.act(show_errors(on_act), form.inputs["rack"], list(form.inputs.values()), **one_by_one)

@@ -62,11 +62,11 @@ def build_runs_page(workspace: Workspace) -> None:
         return on_click
 
     chosen = widgets["chosen"]
-    wiring: dict[str, Any] = {"inputs": [chosen, seen], "outputs": [*widgets.values(), seen], "show_progress": "hidden"}
+    inputs, outputs, order = [chosen, seen], [*widgets.values(), seen], ui.in_order("runs")
     read = lambda: [(run, get_stamps(run)) for run in find_runs(workspace)]  # noqa: E731
-    ui.keep_fresh(read, on_refresh, wiring["inputs"], wiring["outputs"], chosen.input)
+    ui.keep_fresh(read, on_refresh, inputs, outputs, chosen.input, **order)
     for name, (_, act) in ACTIONS.items():
-        widgets[name].click(make_handler(act), **wiring)
+        widgets[name].click(make_handler(act), inputs, outputs, **order)
 
 
 def _build_widgets(workspace: Workspace) -> dict[str, Any]:

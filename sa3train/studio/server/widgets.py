@@ -446,7 +446,21 @@ def watch_state(read: Callable[[], Any], seconds: float = REFRESH_SECONDS) -> gr
     return gr.HTML("", js_on_load=script, server_functions=[get_state], elem_classes="watch", apply_default_css=False)
 
 
-def keep_fresh(read: Callable[[], Any], refresh: Callable[..., Any], inputs: Any, outputs: Any, *more: Any) -> None:
+def in_order(name: str) -> dict[str, Any]:
+    """Return options of events that write to the same components: the answer that is made last arrives last.
+
+    Args:
+        name: What the events share.
+
+    Returns:
+        The options.
+    """
+    return QUIET | {"concurrency_limit": 1, "concurrency_id": name}
+
+
+def keep_fresh(
+    read: Callable[[], Any], refresh: Callable[..., Any], inputs: Any, outputs: Any, *more: Any, **options: Any
+) -> None:
     """Call a function when a state changes, soon after a click too, such as on a tab that holds the place being built.
 
     Args:
@@ -455,6 +469,7 @@ def keep_fresh(read: Callable[[], Any], refresh: Callable[..., Any], inputs: Any
         inputs: Its inputs.
         outputs: Its outputs.
         *more: Further events that call it.
+        **options: Options of the event, such as those of `in_order`.
     """
     triggers = [watch_state(read).tick, *more]
-    gr.on(triggers, refresh, inputs, outputs, show_progress="hidden", trigger_mode="always_last")
+    gr.on(triggers, refresh, inputs, outputs, **{"show_progress": "hidden"} | options, trigger_mode="always_last")

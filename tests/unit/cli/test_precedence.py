@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from sa3train.adapters.adapter import Adapter
+from sa3train.adapters.formats.io import save_adapter
+from sa3train.adapters.spec import AdapterSpec
 from sa3train.cli.train import main
 from sa3train.core.errors import ConflictError
 
@@ -28,6 +32,13 @@ def compose(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, d
     code = main([*arguments, "data=d", "run_dir=r", "--cfg", "job", "--resolve"])
     shown = capsys.readouterr()
     return code, yaml.safe_load(shown.out) or {}, shown.err
+
+
+def save_start(**spec: Any) -> str:
+    """Save an adapter, and return the option that starts from it."""
+    adapter = Adapter(AdapterSpec("lora", **spec), {"layer": {"lora_A": torch.ones(3, 4), "lora_B": torch.ones(4, 3)}})
+    save_adapter(Path("mine.safetensors"), adapter)
+    return "adapter.start_from=mine.safetensors"
 
 
 def get(settings: dict[str, Any], key: str) -> Any:
@@ -134,3 +145,23 @@ def test_a_conflict_survives_the_way_between_processes() -> None:
 
     error = pickle.loads(pickle.dumps(ConflictError("a and b", {"a": None, "b": ...})))
     assert str(error) == "a and b" and error.off == {"a": None, "b": ...}
+
+
+def test_type_rank_and_layers_are_those_of_the_adapter_that_training_starts_from(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    start = save_start(rank=3, alpha=6.0, include=("layer",))
+    code, settings, said = compose(capsys, "recipe=continue", start)
+    assert code == 0, said
+    found = {key: settings["adapter"][key] for key in ("adapter_type", "rank", "alpha", "include")}
+    assert found == {"adapter_type": "lora", "rank": 3, "alpha": 6.0, "include": ["layer"]}
+    assert "using adapter.rank=3, which suits this run, in place of 16" in said
+
+    code, settings, said = compose(capsys, "recipe=continue", start, "adapter=dora-rows", "adapter.rank=4")
+    assert code == 0, said
+    assert (settings["adapter"]["adapter_type"], settings["adapter"]["rank"]) == ("dora-rows", 4), "named ones count"
+
+
+def test_an_alpha_that_is_the_rank_is_left_to_follow_it(capsys: pytest.CaptureFixture[str]) -> None:
+    start = save_start(rank=3)
+    assert compose(capsys, "recipe=continue", start)[1]["adapter"]["alpha"] is None

@@ -21,6 +21,9 @@ from safetensors import safe_open
 from helpers.golden import PLAIN
 from helpers.training import make_shards, read_losses
 from helpers.wandb_servers import use_faulty_server
+from sa3train.adapters.adapter import DECODER, Adapter
+from sa3train.adapters.formats.io import save_adapter
+from sa3train.adapters.spec import AdapterSpec
 from sa3train.cli import train_setup
 from sa3train.cli.compare import format_table
 from sa3train.cli.train import main
@@ -211,7 +214,11 @@ def test_a_signal_before_the_first_step_leaves_nothing_and_the_next_of_a_sweep_i
         assert run(shards, "run_dir=out") == 128 + signal.SIGTERM
         assert run(shards, "hydra.mode=MULTIRUN", "seed=1,2") == 128 + signal.SIGTERM
     assert len(started) == 2
-    assert "nothing is saved" in capsys.readouterr().err
+    assert capsys.readouterr().err.count("nothing is saved. The same command starts again.") == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(train_setup, "make_data_module", stopped)
+        assert run(shards, "run_dir=out") == 128 + signal.SIGTERM
+    assert "by SIGTERM before the training began: nothing new is saved. The same command" in capsys.readouterr().err
     assert not Path("out").exists() and not list(Path("runs").rglob("run.json"))
 
 
@@ -243,18 +250,6 @@ def test_a_run_folder_that_goes_away_is_an_error_and_is_not_made_again(
         assert "out was removed" in error and "since step 3 is lost" in error and not Path("out").exists()
 
 
-def test_a_warned_slurm_job_is_queued_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[list[str]] = []
-    monkeypatch.setattr(train_setup.subprocess, "run", lambda command, **_: asked.append(command))
-    train_setup.requeue(signal.SIGUSR1)
-    assert asked == [], "no job"
-    monkeypatch.setenv("SLURM_JOB_ID", "77")
-    train_setup.requeue(signal.SIGTERM)
-    assert asked == [], "SLURM itself queues what it preempts"
-    train_setup.requeue(signal.SIGUSR1)
-    assert asked == [["scontrol", "requeue", "77"]]
-
-
 def test_continuing_an_adapter_starts_from_it(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(shards, "run_dir=first", "optimizer.lr=1e-2") == 0
     start = "adapter.start_from=first/adapter.safetensors"
@@ -269,6 +264,11 @@ def test_continuing_an_adapter_starts_from_it(shards: Path, capsys: pytest.Captu
         assert run(shards, "recipe=continue", "run_dir=third", start, other) == 1
         said, error = capsys.readouterr()
         assert advice in error and "loading" not in said + error, "before the base is loaded"
+    tensors = {f"{DECODER}layers.1": {"lora_A": torch.ones(4, 8), "lora_B": torch.ones(8, 4)}}
+    save_adapter(Path("decoder.safetensors"), Adapter(AdapterSpec("lora", rank=4), tensors))
+    assert run(shards, "recipe=continue", "run_dir=third", "adapter.start_from=decoder.safetensors") == 1
+    said, error = capsys.readouterr()
+    assert "is on the autoencoder's decoder, and this training is not" in error and "loading" not in said + error
 
 
 def test_a_base_in_bf16_trains_nearly_the_same(shards: Path, capsys: pytest.CaptureFixture[str]) -> None:

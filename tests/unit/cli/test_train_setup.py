@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from hydra import compose, initialize_config_module
 from omegaconf import OmegaConf
 
 from helpers.shards import make_data_module, make_store
+from sa3train.cli import train_setup
 from sa3train.cli.hydra_app import register_resolvers
 from sa3train.cli.train_config import DecoderTrainConfig, TrainConfig
 from sa3train.cli.train_setup import (
@@ -149,3 +151,15 @@ def test_prompts_travel_with_an_adapter_unless_they_are_private(prompts: int, ke
     found = describe_training_data(data, prompts)
     assert found.keys() == keys
     assert found["data_summary"] == "3 clips, 1 s; held out: 1 clip, 0 s"
+
+
+def test_a_warned_slurm_job_is_queued_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(train_setup.subprocess, "run", lambda command, **_: asked.append(command))
+    train_setup.requeue(signal.SIGUSR1)
+    assert asked == [], "no job"
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    train_setup.requeue(signal.SIGTERM)
+    assert asked == [], "SLURM itself queues what it preempts"
+    train_setup.requeue(signal.SIGUSR1)
+    assert asked == [["scontrol", "requeue", "77"]]

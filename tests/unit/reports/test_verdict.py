@@ -62,6 +62,24 @@ def test_a_run_that_was_still_falling() -> None:
     assert "at" not in found, "no strength was measured"
 
 
+@pytest.mark.parametrize(
+    ("run", "words"),
+    [
+        (make_run({0: 1.0, 10: 0.9, 20: 0.8}), "still falling"),
+        (make_run({0: 1.0, 10: 1.0001}, noise=0.1, train=1.0), "little has changed"),
+        (make_run({0: 1.0, 10: 0.9}, s2=0.7), "strength 2"),
+    ],
+)
+def test_more_steps_are_advised_once_those_of_the_run_are_done(run: RunFiles, words: str) -> None:
+    def advise(status: str) -> str:
+        return judge(replace(run, record={"status": status}))["what"]
+
+    assert words in advise("finished") and "for more steps" in advise("finished")
+    for status in ("running", "interrupted"):
+        assert words in advise(status) and "his run train on" in advise(status)
+        assert "more steps" not in advise(status)
+
+
 def test_a_run_that_went_past_its_best() -> None:
     found = judge(make_run({0: 1.0, 10: 0.8, 20: 0.9}))
     assert found["did"].startswith("Yes: ") and "at step 10" in found["did"]
