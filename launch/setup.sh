@@ -63,7 +63,9 @@ if ! "$python" -c 'import ensurepip' 2>/dev/null; then
 fi
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 say "Installing sa3train${extras} into .venv (the first time takes a few minutes: PyTorch is large) ..."
-.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".${extras}"
+quiet=--quiet
+if [ -t 1 ]; then quiet=--progress-bar=on; fi # on a screen, show what is downloaded
+.venv/bin/python -m pip install "$quiet" --disable-pip-version-check -c constraints.txt -e ".${extras}"
 # Python looks for editable packages last, and would find the clone itself in the folder of a script beside it.
 first='import sys; sys.meta_path.sort(key=lambda finder: getattr(finder, "__name__", "") != "_EditableFinder")'
 printf '%s\n' "$first" >"$(.venv/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sa3train_first.pth"

@@ -105,11 +105,11 @@ def build_parser(has_output: bool = False) -> argparse.ArgumentParser:
     flags.add_argument("--allow-loss", action="store_true", help=LOSS)
     flags.add_argument("--allow-partial", action="store_true", help="merge adapters of which only some layers fit")
     text = "extract the adapter between a fine-tuned checkpoint and its base"
-    flags = _add_tool(commands, "extract", text, "rank of the adapter")
+    flags = _add_tool(commands, "extract", text, "rank of the adapter; this or --explained-variance is needed")
     flags.add_argument("tuned", help="fine-tuned checkpoint: registry name or folder")
     flags.add_argument("--base", required=True, help="its base model: registry name or folder")
     flags.add_argument("-o", "--output", dest="target", required=True, help="the file or folder to write")
-    flags = _add_tool(commands, "resize", "change the rank", "the new rank")
+    flags = _add_tool(commands, "resize", "change the rank", "the new rank; this or --explained-variance is needed")
     flags.add_argument("source", metavar="file", help="an adapter file or PEFT folder")
     flags.add_argument(*names, **output, metavar="output", help="the file or folder to write")
     flags.add_argument("--model", help="base model, needed for types other than lora, dora and bora")

@@ -186,6 +186,9 @@ def run_audit_command(arguments: argparse.Namespace) -> int:
             f"\nsa3-encode would stop here: more than max_rejected={allowed:g} of the clips are rejected. Fix them, or "
             "encode with a higher max_rejected."
         )
+    fixes = {kind.fix.partition("encode with fixes=")[2] for _, _, kind in summary.sort_findings()} - {""}
+    if fixes:
+        print(f"\n--fixes {','.join([*arguments.fixes, *sorted(fixes)])} shows what an encode with these fixes leaves.")
     print(f"\nreport: {folder / 'audit.html'}, all clips: {folder / 'audit.json'}")
     return 0
 

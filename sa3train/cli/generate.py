@@ -48,6 +48,7 @@ if TYPE_CHECKING:
 _logger = get_logger(__name__)
 
 OFFERED_PROMPTS = 6
+MANY_ITEMS = 32
 MAX_PROMPT_FILE = 1 << 24
 """Bytes."""
 SAME_WITH_FROM = {"sidecar", "output", "overwrite", "model", "device"}
@@ -190,6 +191,10 @@ def _generate(arguments: argparse.Namespace) -> int:
     paths = choose_output_paths(output, count, arguments.overwrite)
     given = [name for name in SETTING_NAMES if getattr(arguments, name) is not None]
     check_files(batches, _describe_model(model), adapters, given)
+    if (largest := max(map(count_items, batches))) > MANY_ITEMS:
+        _logger.warning(
+            "%d items at once: files are written when the last one is done. --at-a-time 8 writes them in turn.", largest
+        )
     generator = _load_model(arguments, model, "auto", {})
     for adapter in adapters:
         generator.load_adapter(**adapter)

@@ -312,6 +312,8 @@ class Generator:
         if folder is not None:
             resolved = replace(resolved, seed=open_work_dir(folder, self._record(generation), settings.seed != -1))
             generation = replace(generation, settings=resolved)
+        for excess in (excesses := self.stack.list_excesses()):  # before the audio, which may not be finite
+            logger.warning(excess)
         fixes = suggest_generation_fixes(self.device, self.precision, resolved, self.cuda_graphs)
         with torch.no_grad(), explain_device_errors(self.device, f"generating {_describe(resolved)}", fixes):
             latents_BCT, finished = self._render(generation, folder, callback)
@@ -326,7 +328,7 @@ class Generator:
             latents=latents_BCT.cpu() if return_latents else None,
             clipped_shares=clipped_shares,
             measured=[each.measured for each in finished],
-            warnings=warnings,
+            warnings=[*excesses, *warnings],
             record=self._record(generation),
         )
 

@@ -48,7 +48,7 @@ STATES = {
     "starting": "starting",
     "running": "running",
     "stopping": "saving, then stopping",
-    "elsewhere": "running, started elsewhere",
+    "elsewhere": "running",
     "finished": "finished",
     "stopped": "stopped",
     "crashed": "interrupted",

@@ -22,6 +22,7 @@ from sa3train.adapters.layer_filter import find_adaptable_layers, select_layers,
 from sa3train.adapters.spec import is_finite_number
 from sa3train.core.errors import AdapterError
 from sa3train.core.log import get_logger
+from sa3train.core.text import format_share
 
 logger = get_logger(__name__)
 
@@ -128,6 +129,24 @@ class AdapterStack:
         """The settings of each adapter by name, in order, with lists for tuples."""
         found = [{name: getattr(loaded, name) for name in SETTINGS} for loaded in self._loaded]
         return [{name: list(v) if isinstance(v, tuple) else v for name, v in each.items()} for each in found]
+
+    def list_excesses(self) -> list[str]:
+        """List the adapters whose strengths change the weights by more than the weights are.
+
+        Returns:
+            A warning for each.
+        """
+        found = []
+        for loaded in self._loaded:
+            strengths = loaded.strength if isinstance(loaded.strength, tuple) else (loaded.strength,)
+            strength = max(strengths, key=abs)
+            change = abs(strength) * loaded.report.effect.get("all", 0.0)
+            if change > 1:
+                found.append(
+                    f"{loaded.adapter.source or 'the adapter'} at strength {strength:g} changes the weights by "
+                    f"{format_share(change)}, so that little of the model is left. Lower the strength."
+                )
+        return found
 
     def add(
         self,

@@ -111,7 +111,7 @@ FINDING_TYPES: dict[str, FindingType] = {
         ("bad_latent", ERROR, "the autoencoder returned non-finite latents", "encode with model.dtype=fp32"),
         ("dropped_duplicate", ERROR, "same audio as another clip, dropped", "encode with duplicates=keep"),
         ("duplicate", WARNING, "same audio as another clip", "remove one, or encode with duplicates=drop"),
-        ("near_duplicate", WARNING, "sounds the same as another clip", "keep the better one"),
+        ("near_duplicate", WARNING, "sounds the same as another clip", "keep one; velocity layers may stay"),
         ("caption_conflict", WARNING, "conflicting captions", "keep one"),
         ("tempo_conflict", WARNING, "contradicting tempos", "write the right one as `bpm` into its .json"),
         ("key_conflict", WARNING, "contradicting keys", "write the right one as `key` into its .json"),

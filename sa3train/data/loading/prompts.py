@@ -299,7 +299,7 @@ class PromptBuilder:
                 f"add the tags to them, or add a template such as {{caption}} or fixed text."
             )
         if uncaptioned:
-            _logger.info("%d of %d clips have no caption: they train on the empty prompt", uncaptioned, count)
+            _logger.info("%d of %d clips, held out or not, have no caption: their prompt is empty", uncaptioned, count)
         if settings.shuffle_tags and not shufflable:
             raise ConfigError(
                 f"shuffle_tags has no effect: no caption has tags to shuffle, separated by {settings.separator!r}."

@@ -43,6 +43,8 @@ from sa3train.data.sources.text import compose, fold
 
 OWN = "own_folder"
 """Code of the problem that a folder below the source is of sa3train, and skipped."""
+ARCHIVE_SUFFIXES = {".gz", ".tgz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".rar"}
+UNPACK = "unpack archives to use what is in them"
 _TEXT = (".txt", ".json")
 _SHEETS = (".xlsx", ".xls", ".ods", ".parquet", *_TEXT)
 _ABSOLUTE = re.compile(r"/|[A-Za-z]:/")
@@ -111,9 +113,10 @@ class Listing:
         """Describe the skipped files.
 
         Returns:
-            Text such as "12 .jpg, 1 .pdf"; empty when nothing was skipped.
+            Text such as "12 .jpg, 1 .zip (unpack archives to use what is in them)"; empty when nothing was skipped.
         """
-        return ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in self.skipped.most_common())
+        counts = ", ".join(f"{count} {suffix or 'without suffix'}" for suffix, count in self.skipped.most_common())
+        return f"{counts} ({UNPACK})" if ARCHIVE_SUFFIXES & self.skipped.keys() else counts
 
 
 def list_source(source: str) -> Listing:
@@ -147,7 +150,7 @@ def list_source(source: str) -> Listing:
     else:
         raise DataError(
             f"unsupported source {source}. Give a folder, an audio file, a caption list ({' '.join(LIST_SUFFIXES)}), "
-            f"or a .tar."
+            f"or a .tar{f' ({UNPACK})' if suffix in ARCHIVE_SUFFIXES else ''}."
         )
     listing.clips = list(_drop_repeated(sorted(listing.clips, key=lambda clip: clip.source), listing.problems))
     if not listing.clips and all(problem.code == OWN for problem in listing.problems):

@@ -129,6 +129,15 @@ class TestStrength:
         stack.apply()
         assert_sum(model, base, (adapter, lambda path: float(path == CONDITIONER)))
 
+    def test_one_that_leaves_little_of_the_model_is_named(self, model: Any, adapters: dict[str, Adapter]) -> None:
+        stack = AdapterStack(model)
+        effect = stack.add(adapters["lora"], base=None).effect["all"]
+        assert stack.list_excesses() == []
+        for strength in (-2 / effect, (0.5, -2 / effect)):
+            stack.set_strength(strength)
+            (warning,) = stack.list_excesses()
+            assert f"at strength {-2 / effect:g} changes the weights by 200%" in warning
+
     @pytest.mark.parametrize("strength", [float("nan"), float("inf"), 1e300, 10**400, True, "1", None])
     def test_only_numbers(self, model: Any, adapters: dict[str, Adapter], strength: Any) -> None:
         stack = AdapterStack(model)

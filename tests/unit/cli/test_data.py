@@ -60,10 +60,11 @@ def test_audit_shows_what_remains_after_fixes(tmp_path: Path, capsys: pytest.Cap
     write_clip(tmp_path / "set" / "a.wav", noise(1.0, peak=0.3) + 0.2, "x")
     words = ["audit", str(tmp_path / "set"), "--out", str(tmp_path / "out")]
     assert main(words) == 0
-    assert "a.wav: warning: DC offset" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "a.wav: warning: DC offset" in shown and "--fixes dc shows what an encode" in shown
     assert main([*words, "--fixes", "dc,loudness"]) == 0
     shown = capsys.readouterr().out
-    assert "a.wav" not in shown and "mended by fixes=dc" in shown
+    assert "a.wav" not in shown and "mended by fixes=dc" in shown and "shows what an encode" not in shown
     with pytest.raises(SystemExit):
         main([*words, "--fixes", "dcc"])
     assert "Did you mean dc?" in capsys.readouterr().err

@@ -157,11 +157,16 @@ def test_items_at_a_time_are_batches_of_their_own(capsys: pytest.CaptureFixture[
         make_again(f"a_{index}")
 
 
-def test_variations_at_a_time_and_a_limit_that_is_not_reached() -> None:
+def test_variations_at_a_time_and_a_limit_that_is_not_reached(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sa3train.cli.generate.MANY_ITEMS", 2)
     assert run("-p", "hum", "--batch-size", 3, "--at-a-time", 2, "-o", "a.wav") == 0
     assert [sidecar(f"a_{index}.wav.json")["settings"]["batch_size"] for index in range(3)] == [2, 2, 1]
+    assert "items at once" not in capsys.readouterr().err
     assert run("-p", "hum", "--batch-size", 3, "--at-a-time", 9, "-o", "b.wav") == 0
     assert run("-p", "hum", "--batch-size", 3, "-o", "c.wav") == 0
+    assert "3 items at once: files are written when the last one is done" in capsys.readouterr().err
     assert Path("b_2.wav").read_bytes() == Path("c_2.wav").read_bytes()
 
 

@@ -175,7 +175,11 @@ def test_other_files_are_counted_and_hidden_ones_left_out(tmp_path: Path) -> Non
     listing = list_source(str(tmp_path))
     assert [clip.source for clip in listing.clips] == ["a.wav"]
     assert listing.skipped == {".pdf": 2, ".jpg": 1, ".txt": 1}
-    assert listing.describe_skipped().startswith("2 .pdf")
+    assert listing.describe_skipped().startswith("2 .pdf") and "unpack" not in listing.describe_skipped()
+    add(tmp_path / "more.tar.gz", "?")
+    assert list_source(str(tmp_path)).describe_skipped().endswith("1 .gz (unpack archives to use what is in them)")
+    with pytest.raises(DataError, match=r"or a \.tar \(unpack archives"):
+        list_source(str(tmp_path / "more.tar.gz"))
 
 
 def test_nothing_there_is_said(tmp_path: Path) -> None:
