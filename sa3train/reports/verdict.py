@@ -271,4 +271,4 @@ def _advise(
         longer = "train for more steps" if is_over else "let this run train on"
         more = longer if strength > 1 else "train for fewer steps or at a lower rate"
         found.append(f"Play it at strength {strength:g}{f', or {more}' if not found else ''}.")
-    return found or ["Nothing that these figures show."]
+    return found or ["Nothing: these figures show no need."]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from sa3train.core.errors import AdapterError
 from sa3train.core.files import ADAPTER_FILE, FOLDER_FILES, RECORD_FILE, path_exists
+from sa3train.core.processes import PROCESS_FILE
 from sa3train.core.text import shorten
 from sa3train.core.user_files import suggest_path
 
@@ -43,6 +44,8 @@ def _find_only_file(folder: Path) -> Path:
     """The one adapter file of a folder that is no PEFT folder, such as `sa3-adapter card` writes; else the folder."""
     if any(path_exists(folder / name) for name in FOLDER_FILES):
         return folder
+    if (folder / PROCESS_FILE).is_file():
+        raise AdapterError(f"The run {folder} has no adapter: it has not begun, or ended before its first step.")
     files = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".gguf") and path.is_file()]
     return files[0] if len(files) == 1 else folder
 

@@ -133,7 +133,7 @@ def test_a_run_that_is_never_better_than_its_start(start: float, named: str) -> 
 @pytest.mark.parametrize(
     ("shares", "best", "advice"),
     [
-        ({"s0.5": 0.95, "s1.25": 0.9}, "1 of 0.5, 1, 1.25", "Nothing that these figures show."),
+        ({"s0.5": 0.95, "s1.25": 0.9}, "1 of 0.5, 1, 1.25", "Nothing: these figures show no need."),
         ({"s0.5": 0.7, "s1.25": 0.9}, "0.5 of 0.5, 1, 1.25", "Play it at strength 0.5, or train for fewer steps"),
         ({"s0.5": 0.95, "s1.25": 0.7}, "1.25 of 0.5, 1, 1.25", "Play it at strength 1.25, or train for more steps."),
     ],
