@@ -213,6 +213,8 @@ def _fit_frame(
     xs = [x for x, _ in points]
     ys = [y for _, y in points] + ([baseline[0]] if baseline is not None else [])
     low, high = min(ys), max(ys)
+    if high - low < 1e-6 * abs(high):
+        low = high  # equal but for rounding
     pad = max(0.06 * (high - low), (min_range - (high - low)) / 2) or 0.05 * abs(high) or 1.0
     left, right = min(xs), max(xs)
     return _Frame((left, right) if right > left else (left - 1.0, left + 1.0), (low - pad, high + pad), size)

@@ -345,6 +345,8 @@ def test_bad_uses_are_told(page: Page, workspace: Workspace, tmp_path: Path) -> 
     page.click("#play-generate")
     close_error(page, "step 7")
     expect(second).to_have_attribute("data-error", re.compile("^Adapter 2: "))
+    spanned = second.evaluate("one => getComputedStyle(one, '::after').gridColumn")
+    assert spanned == "1 / -1", "the message is as wide as the adapter's fields"
     for number in (2, 1):
         page.get_by_role("button", name=f"remove adapter {number}").click()
     page.get_by_label("Audio to audio", exact=True).check()

@@ -58,6 +58,12 @@ def test_small_changes_look_small() -> None:
     assert height(1.0) == pytest.approx(height(0.0) * 0.112, rel=0.02)
 
 
+def test_values_that_differ_by_rounding_are_a_level_line() -> None:
+    svg = render_line_chart([Line("a", [(0, 0.3193495728)], "c-train")], title="T", baseline=(0.3193495725, "base"))
+    labels = re.findall(r'text-anchor="end">([-\d.,e]+)<', svg)
+    assert labels == ["0.31", "0.32", "0.33"]
+
+
 def test_long_curves_are_thinned_and_keep_their_ends_and_mean() -> None:
     points = [(float(x), float(x % 7)) for x in range(10_000)]
     thin = thin_points([*points, (10_000.0, float("nan"))])
